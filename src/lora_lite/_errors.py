@@ -1,0 +1,57 @@
+"""Build the parts that error messages share: nearest names, bounded lists, the faults of a params tree."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+
+import torch
+
+
+def listed(names: Iterable[object], limit: int = 6) -> str:
+    """Quote the first `limit` names and count the rest."""
+    names = list(names)
+    shown = ", ".join(f'"{n}"' for n in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def nearest(wanted: str, names: Iterable[str], count: int = 3) -> str:
+    """Quote the known names closest to `wanted`, or the first few where none is close."""
+    names = list(dict.fromkeys(names))
+    close = difflib.get_close_matches(wanted, names, n=count, cutoff=0.3)
+    return listed(close or names[:count])
+
+
+def _leaf_fault(where: str, leaf: object, shape: tuple[int, ...]) -> str | None:
+    if not isinstance(leaf, torch.Tensor):
+        return f'"{where}": expected a tensor of shape {shape}, found {type(leaf).__name__}'
+    if tuple(leaf.shape) != shape:
+        return f'"{where}": expected shape {shape}, found {tuple(leaf.shape)}'
+    if not leaf.is_floating_point():
+        return f'"{where}": expected a floating dtype, found {leaf.dtype}'
+    return None
+
+
+def tree_faults(tree: object, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> list[str]:
+    """List everything in which a params tree departs from the expected paths, names and shapes."""
+    if not isinstance(tree, Mapping):
+        return [f"expected a mapping from target path to its tensors, found {type(tree).__name__}"]
+    faults = [f'unexpected "{path}"' for path in tree if path not in shapes]
+    for path, expected in shapes.items():
+        leaves = tree.get(path)
+        if not isinstance(leaves, Mapping):
+            found = "nothing" if leaves is None else type(leaves).__name__
+            faults.append(f'"{path}": expected a mapping with {listed(expected)}, found {found}')
+            continue
+        faults += [f'unexpected "{path}.{name}"' for name in leaves if name not in expected]
+        for name, shape in expected.items():
+            where = f"{path}.{name}"
+            fault = _leaf_fault(where, leaves[name], shape) if name in leaves else f'missing "{where}"'
+            faults += [fault] if fault else []
+    return faults
+
+
+def several(faults: list[str], limit: int = 12) -> str:
+    """Lay out faults one a line."""
+    lines = [f"  - {fault}" for fault in faults[:limit]]
+    if len(faults) > limit:
+        lines.append(f"  - and {len(faults) - limit} more")
+    return "\n".join(lines)

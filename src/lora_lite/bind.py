@@ -1,0 +1,120 @@
+"""Bind params to a clone: targets take a class that runs the variant, their params are placeholders filled for one call.
+
+`torch.func.functional_call` does the filling. A placeholder lies on the meta device, so that a stray read of it fails rather than
+computing silently without the adapter.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_lite._check import cast
+from lora_lite._tree import Tree, join
+from lora_lite.config import AdapterConfig
+from lora_lite.frozen import CONSTANT, PARAM, Frozen, FrozenLinear
+from lora_lite.targets import Target
+
+
+Shapes = dict[str, dict[str, tuple[int, ...]]]
+
+
+def apply_variant(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+    """Run a variant on one layer: params take part in the dtype of `x`."""
+    return cfg.forward(cast(params, x.dtype), W, x)
+
+
+class Binding(NamedTuple):
+    """What a target layer of a clone knows: its variant, its params' names and attributes, its frozen side, its path."""
+
+    cfg: AdapterConfig
+    names: tuple[tuple[str, str], ...]
+    W: FrozenLinear
+    path: str
+
+
+class Adapted:
+    """The part of a target's class in the clone that runs the variant instead of the layer."""
+
+    _lora_lite: Binding
+
+    def forward(self, x: Tensor) -> Tensor:
+        cfg, names, W, path = self._lora_lite
+        params = {name: getattr(self, attribute) for name, attribute in names}
+        if torch.compiler.is_compiling():
+            return apply_variant(cfg, params, W, x)
+        try:
+            return apply_variant(cfg, params, W, x)
+        except Exception as e:
+            e.add_note(f'in {type(cfg).__name__} at target "{path}"')
+            raise
+
+
+@functools.cache
+def adapted_class(cls: type) -> type:
+    """Make the subclass of a layer's class that a target takes in the clone; the same one for the same class."""
+    return type(cls.__name__, (Adapted, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+def adapt_layer(layer: nn.Module, target: Target, cfg: AdapterConfig, shapes: Mapping[str, tuple[int, ...]], constants: Mapping[str, Tensor]) -> None:
+    """Turn one layer of a clone into a target: its class, its placeholders, its constants."""
+    layer.__class__ = adapted_class(type(layer))
+    for name, shape in shapes.items():
+        placeholder = torch.empty(shape, dtype=cfg.dtype, device="meta")
+        layer.register_parameter(PARAM + name, nn.Parameter(placeholder, requires_grad=False))
+    for name, constant in constants.items():
+        layer.register_buffer(CONSTANT + name, constant)
+    W = target.kind(layer, {name: CONSTANT + name for name in constants})
+    names = tuple((name, PARAM + name) for name in shapes)
+    layer._lora_lite = Binding(cfg, names, W, target.path)  # type: ignore[assignment]
+
+
+def rebind(clone: nn.Module) -> None:
+    """Give each target of a copied clone a `Frozen` that reads the copy."""
+    for layer in clone.modules():
+        if isinstance(layer, Adapted):
+            W = layer._lora_lite.W
+            layer._lora_lite = layer._lora_lite._replace(W=type(W)(layer, W.constant_names))
+
+
+def placed(params: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Name the leaves of a params tree as the clone's placeholders are named."""
+    return {join(path, PARAM + name): leaf for path, leaves in params.items() for name, leaf in leaves.items()}
+
+
+def read_params(module: nn.Module, shapes: Shapes, get: Callable[[Tensor], Tensor]) -> Tree:
+    """Read a params tree out of a bound module."""
+    layers = {path: module.get_submodule(path) for path in shapes}
+    return {path: {name: get(getattr(layers[path], PARAM + name)) for name in names} for path, names in shapes.items()}
+
+
+def volatile_buffers(clone: nn.Module) -> dict[str, Tensor]:
+    """Find the buffers that a forward in training mode may update in place: BatchNorm's statistics and their like.
+
+    They alias the user's, so each call gets copies. Integer buffers of more than one entry are indices or packed weights.
+    """
+    found = {}
+    for path, module in clone.named_modules():
+        for name, buffer in module._buffers.items():
+            state = buffer is not None and (buffer.is_floating_point() or buffer.dim() == 0)
+            if module.training and state and not name.startswith(CONSTANT):
+                found[join(path, name)] = buffer
+    return found
+
+
+def call(clone: nn.Module, tensors: Mapping[str, Tensor], batch: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Run the clone on a batch with `tensors` in place for the length of the call."""
+    if isinstance(batch, Mapping):
+        args, kwargs = (), {**batch, **kwargs}
+    elif isinstance(batch, Tensor):
+        args = (batch,)
+    elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
+        args = tuple(batch)
+    else:
+        raise TypeError(
+            f"adapt: expected batch as a mapping (model(**batch)), a tuple or list (model(*batch)) or a tensor, found "
+            f"{type(batch).__name__}. Wrap a single argument as (argument,)."
+        )
+    return torch.func.functional_call(clone, dict(tensors), args, kwargs, tie_weights=False)

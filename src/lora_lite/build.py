@@ -1,0 +1,117 @@
+"""`build`: config -> targets -> variant init -> bind. The one place where the flow can be read."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from lora_lite._errors import listed
+from lora_lite.adapt import Adapt, Plan, generator_for
+from lora_lite.audit import refuse_uncalled
+from lora_lite.bind import Shapes
+from lora_lite.clone import clone_module
+from lora_lite.config import AdapterConfig
+from lora_lite.frozen import NEEDS, Constants, own_forward
+from lora_lite.targets import Target, find_targets
+
+Entries = tuple[tuple[Target, AdapterConfig], ...]
+
+
+def build(model: nn.Module, cfg: AdapterConfig | Sequence[AdapterConfig], *, remat: str | None = None) -> Adapt:
+    """Adapt a model without touching it.
+
+    Args:
+        model: any module. It is read, never changed; its weights are shared, not copied.
+        cfg: a variant's config, or several that claim different layers.
+        remat: regular expression of the paths of blocks whose activations are recomputed in the backward pass instead of kept,
+            e.g. `r"layers\\.\\d+$"`.
+
+    Returns:
+        An `Adapt`: `params = adapt.init(seed=0)`, then `adapt(params, batch)`.
+
+    Raises:
+        ValueError: where a config matches nothing, claims a layer that another claims, or asks of a layer what its kind
+            cannot give; each names the layers.
+        TypeError: where `model` or `cfg` is of another type.
+
+    Example:
+        >>> import torch, lora_lite as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+        >>> adapt = ll.build(model, ll.LoRAConfig(r=4))
+        >>> adapt
+        Adapt(Sequential, lora, 2 targets, 320 params)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"build: expected model as a torch.nn.Module, found {type(model).__name__}. Pass the model itself.")
+    entries = choose(model, cfg)
+    base = clone_module(model)
+    shapes, constants = derive(base, entries)
+    return Adapt(Plan(base, entries, shapes, constants, remat))
+
+
+def choose(model: nn.Module, cfg: AdapterConfig | Sequence[AdapterConfig]) -> Entries:
+    """Pair each target with the config that claims it."""
+    configs = list(cfg) if isinstance(cfg, Sequence) else [cfg]
+    for config in configs:
+        _require_config(config)
+    if not configs:
+        raise ValueError("build: expected a config or a non-empty sequence of them, found an empty one. Pass e.g. LoRAConfig().")
+    claimed: dict[str, tuple[Target, AdapterConfig]] = {}
+    for config in configs:
+        for target in find_targets(model, config):
+            if target.path in claimed:
+                other = claimed[target.path][1]
+                raise ValueError(
+                    f'build: expected each layer in one config, found "{target.path}" in both {type(other).__name__} and '
+                    f"{type(config).__name__}. Narrow target_names of one."
+                )
+            claimed[target.path] = (target, config)
+    check_entries(model, tuple(claimed.values()))
+    return tuple(claimed.values())
+
+
+def check_entries(model: nn.Module, entries: Entries) -> None:
+    """Refuse what cannot be adapted: layers never called, with a forward of their own, or of a kind that lacks what is needed."""
+    paths = [target.path for target, _ in entries]
+    refuse_uncalled(model, paths)
+    strange = [p or "the model" for p in paths if own_forward(model.get_submodule(p))]
+    if strange:
+        raise ValueError(
+            f"build: expected layers that compute W x + b, found a forward of its own at {listed(strange)} "
+            f"({type(model.get_submodule(paths[0])).__name__}). Leave them out with exclude_names, or take a hook library's patch off first."
+        )
+    for target, cfg in entries:
+        if cfg.needs not in target.kind.offers:
+            raise ValueError(
+                f'build: {type(cfg).__name__} at "{target.path}" needs "{cfg.needs}" of the weight, found that {target.kind.__name__} '
+                f"offers {listed(target.kind.offers)}. Leave the layer out or choose another variant."
+            )
+
+
+@torch.no_grad()
+def derive(base: nn.Module, entries: Entries) -> tuple[Shapes, dict[str, Constants]]:
+    """Run each variant's init once, for its constants and the shapes of its params."""
+    shapes: Shapes = {}
+    constants: dict[str, Constants] = {}
+    for target, cfg in entries:
+        W = target.kind(base.get_submodule(target.path))
+        try:
+            params, frozen = cfg.init(W, generator_for(0, target.path))
+        except Exception as e:
+            e.add_note(f'in {type(cfg).__name__}.init at target "{target.path}"')
+            raise
+        shapes[target.path] = {name: tuple(p.shape) for name, p in params.items()}
+        constants[target.path] = {name: c.detach().to(W.device) for name, c in frozen.items()}
+    return shapes, constants
+
+
+def _require_config(cfg: object) -> None:
+    missing = [name for name in ("name", "init", "forward") if not hasattr(cfg, name)]
+    if isinstance(cfg, type) or isinstance(cfg, Mapping) or missing:
+        raise TypeError(
+            f"build: expected a variant's config, found {cfg!r}"
+            + (f" without {listed(missing)}" if missing else "")
+            + ". Pass an instance, e.g. LoRAConfig(r=8)."
+        )
+    if getattr(cfg, "needs", "nothing") not in NEEDS:
+        raise ValueError(f'{type(cfg).__name__}.needs: expected one of {listed(NEEDS)}, found "{cfg.needs}". Change the class variable.')

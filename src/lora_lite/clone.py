@@ -1,0 +1,105 @@
+"""The structural clone: the module tree copied, every parameter and buffer aliased, the user's model untouched.
+
+Tensors keep their storage and lose their autograd state. Hooks come along by reference, since hook objects may hold locks that
+cannot be copied. Whatever else a module holds is shared, but references to modules of the tree, in attributes, lists, dicts and
+bound methods, lead to the clone: one left behind would run the user's own layers, without the adapter and without an error.
+"""
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lite._errors import listed
+
+_OWN = frozenset(vars(nn.Module()))  # nn.Module's own bookkeeping: parameters, buffers, modules, hook tables
+
+
+def clone_module(model: nn.Module) -> nn.Module:
+    """Copy a module tree without copying a weight.
+
+    Raises:
+        ValueError: for modules whose forward cannot be led to the clone (scripted, compiled or patched by a hook library).
+    """
+    _refuse_unfaithful(model)
+    tensors: dict[int, Tensor] = {}
+    copies = {id(module): _bare_copy(module, tensors) for module in model.modules()}
+    for module in model.modules():
+        _lead_to_clone(copies[id(module)], copies)
+    _keep_slow_path(copies[id(model)])
+    return copies[id(model)]
+
+
+def _refuse_unfaithful(model: nn.Module) -> None:
+    scripted = [path or "the model" for path, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
+        raise ValueError(
+            f"build: expected ordinary modules, found TorchScript at {listed(scripted)}. Build on the model before scripting it."
+        )
+    patched = [path or "the model" for path, m in model.named_modules() if _patched(m)]
+    if patched:
+        raise ValueError(
+            f"build: expected modules that run the forward of their class, found one set on the instance at {listed(patched)}. "
+            "Take it off first: accelerate.hooks.remove_hook_from_module(model, recurse=True), or for torch.compile build on the "
+            "model itself and compile the function that calls adapt."
+        )
+
+
+def _patched(module: nn.Module) -> bool:
+    forward = vars(module).get("forward")
+    return forward is not None and not (isinstance(forward, types.MethodType) and forward.__self__ is module)
+
+
+def _alias(tensor: Tensor | None, tensors: dict[int, Tensor]) -> Tensor | None:
+    """Share the storage, not the autograd state; a tensor held twice stays one tensor held twice."""
+    if tensor is None:
+        return None
+    if id(tensor) not in tensors:
+        alias = tensor.detach()
+        tensors[id(tensor)] = nn.Parameter(alias, requires_grad=False) if isinstance(tensor, nn.Parameter) else alias
+    return tensors[id(tensor)]
+
+
+def _bare_copy(module: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
+    copy = module.__class__.__new__(module.__class__)
+    state = dict(vars(module))
+    for name, value in state.items():
+        if name in ("_parameters", "_buffers"):
+            state[name] = {k: _alias(t, tensors) for k, t in value.items()}
+        elif isinstance(value, Tensor):
+            state[name] = _alias(value, tensors)
+        elif name in _OWN and hasattr(value, "copy"):
+            state[name] = value.copy()
+    state["_compiled_call_impl"] = None  # model.compile() leaves the user's own compiled call here
+    vars(copy).update(state)
+    return copy
+
+
+def _lead_to_clone(copy: nn.Module, copies: dict[int, nn.Module]) -> None:
+    state = vars(copy)
+    for name in [n for n in state if n not in _OWN or n == "_modules"]:
+        state[name] = _led(state[name], copies)
+
+
+def _led(value: Any, copies: dict[int, nn.Module]) -> Any:
+    if isinstance(value, nn.Module):
+        return copies.get(id(value), value)
+    if isinstance(value, types.MethodType) and id(value.__self__) in copies:
+        return types.MethodType(value.__func__, copies[id(value.__self__)])
+    if type(value) in (list, tuple, set) and any(isinstance(v, nn.Module) for v in value):
+        return type(value)(_led(v, copies) for v in value)
+    if isinstance(value, dict) and any(isinstance(v, nn.Module) for v in value.values()):
+        led = value.copy()
+        led.update({k: _led(v, copies) for k, v in value.items()})
+        return led
+    return value
+
+
+def _keep_slow_path(clone: nn.Module) -> None:
+    """Keep torch's fused encoder path off: it reads the layers' weights without calling them."""
+    for module in clone.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False

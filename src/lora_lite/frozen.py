@@ -1,0 +1,161 @@
+"""`Frozen`: everything about one target layer that is not trained. One class per kind of layer.
+
+A variant sees a layer only through this class: `W(x)` is the layer's own output, `W.matmul(x)` leaves the bias out,
+`W.dense(dtype)` is the weight as an `(o, i)` matrix, `W.constants` holds what the variant derived from it at build.
+A kind says in `offers` which of the variants' `needs` it can meet.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NEEDS = ("nothing", "product", "norms", "dense_init", "dense")
+"""What a variant may ask of a weight: nothing but `W(x)`; `W.matmul`; its row or column norms once; its dense form once; its
+dense form in every forward."""
+
+Constants = dict[str, Tensor]
+
+PARAM, CONSTANT = "adapter_", "constant_"
+"""Prefixes of the attributes that hold a target's params and constants in a clone."""
+
+
+class Frozen:
+    """A frozen linear map `y = W x + b` with the constants that a variant keeps beside it.
+
+    Args:
+        weight: `(o, i)`.
+        bias: `(o,)` or None.
+        constants: the variant's frozen tensors, by name.
+        training: whether the layer is in training mode; dropout asks for it.
+    """
+
+    offers: ClassVar[tuple[str, ...]] = NEEDS
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        constants: Mapping[str, Tensor] = MappingProxyType({}),
+        training: bool = False,
+    ) -> None:
+        self._weight, self._bias, self._constants, self._training = weight, bias, constants, training
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as `(o, i)`, a view where the layer stores it so."""
+        return self._weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias `(o,)`, or None."""
+        return self._bias
+
+    @property
+    def constants(self) -> Mapping[str, Tensor]:
+        """The variant's frozen tensors; empty before the variant has derived them."""
+        return self._constants
+
+    @property
+    def training(self) -> bool:
+        """Whether the layer is in training mode."""
+        return self._training
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input, `i`."""
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output, `o`."""
+        return self.weight.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight lives."""
+        return self.weight.device
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer's own output, bias included: `(*b, i) -> (*b, o)`."""
+        return F.linear(x, self.weight, self.bias)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """`W x` without the bias: `(*b, i) -> (*b, o)`."""
+        return F.linear(x, self.weight)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as a plain `(o, i)` matrix in `dtype`, or in its own; detached."""
+        weight = self.weight.detach()
+        return weight if dtype is None else weight.to(dtype)
+
+    def to_weight(self, dense: Tensor) -> Tensor:
+        """Lay an `(o, i)` matrix out as the layer stores its weight."""
+        return dense
+
+
+class FrozenLinear(Frozen):
+    """The kind of `nn.Linear`: reads the layer at each call, so that tensors bound for one call are seen."""
+
+    def __init__(self, layer: nn.Module, constant_names: Mapping[str, str] = MappingProxyType({})) -> None:
+        self._layer, self.constant_names = layer, constant_names
+
+    @property
+    def weight(self) -> Tensor:
+        return self._layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._layer.bias
+
+    @property
+    def constants(self) -> Mapping[str, Tensor]:
+        return {name: getattr(self._layer, attribute) for name, attribute in self.constant_names.items()}
+
+    @property
+    def training(self) -> bool:
+        return self._layer.training
+
+
+class FrozenConv1D(FrozenLinear):
+    """The kind of transformers' `Conv1D`, which stores `(i, o)`."""
+
+    @property
+    def weight(self) -> Tensor:
+        return self._layer.weight.t()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self._layer.weight)  # as the layer itself computes it
+        return flat.view(*x.shape[:-1], -1)
+
+    def to_weight(self, dense: Tensor) -> Tensor:
+        return dense.t().contiguous()
+
+
+def _is_conv1d(cls: type) -> bool:
+    # Told by name: importing transformers to ask would make it a dependency.
+    return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in cls.__mro__)
+
+
+def kind_of(layer: nn.Module) -> type[FrozenLinear] | None:
+    """Find the kind of a module, or None where it is not linear-like."""
+    if isinstance(layer, nn.Linear):
+        return FrozenLinear
+    return FrozenConv1D if _is_conv1d(type(layer)) else None
+
+
+def own_forward(layer: nn.Module) -> bool:
+    """Tell whether a linear-like module computes something else than its kind does."""
+    if "forward" in vars(layer):
+        return True
+    if isinstance(layer, nn.Linear):
+        return type(layer).forward is not nn.Linear.forward
+    return next(c for c in type(layer).__mro__ if "forward" in vars(c)).__name__ != "Conv1D"
+
+
+def as_frozen(W: Frozen | Tensor) -> Frozen:
+    """Wrap a plain `(o, i)` weight; a `Frozen` stays itself."""
+    return Frozen(W) if isinstance(W, Tensor) else W

@@ -1,0 +1,75 @@
+"""Merge an adapter into dense weights, derived for every linear variant from its pure function: `b' = f(0)`, `W' = f(I) - b'`."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lora_lite._errors import several
+from lora_lite._tree import join
+from lora_lite.bind import apply_variant
+from lora_lite.config import AdapterConfig
+from lora_lite.frozen import Frozen
+from lora_lite.targets import Target
+
+
+def merged_layer(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen) -> tuple[Tensor, Tensor]:
+    """Give one layer's merged `(o, i)` weight and `(o,)` bias, in at least float32.
+
+    The function is evaluated on the rows of the identity, in evaluation mode.
+    """
+    weight = W.dense()
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    bias = None if W.bias is None else W.bias.to(dtype)
+    layer = Frozen(weight.to(dtype), bias, W.constants)
+    eye = torch.eye(W.in_features, dtype=dtype, device=weight.device)
+    offset = apply_variant(cfg, params, layer, torch.zeros_like(eye[0]))
+    return (apply_variant(cfg, params, layer, eye) - offset).t(), offset
+
+
+def merge(
+    clone: nn.Module,
+    plan: Sequence[tuple[Target, AdapterConfig]],
+    params: Mapping[str, Mapping[str, Tensor]],
+) -> dict[str, Tensor]:
+    """Give the merged tensors of every target, named as in the model's state dict, each in its weight's dtype.
+
+    Args:
+        clone: a bound clone; only its frozen tensors are read.
+        plan: each target with its config.
+        params: the params tree.
+
+    Raises:
+        ValueError: for what `load_state_dict(..., strict=False)` would drop or spread in silence; it lists each case.
+    """
+    faults: list[str] = []
+    merged: dict[str, Tensor] = {}
+    for target, cfg in plan:
+        W = clone.get_submodule(target.path)._lora_lite.W
+        fault = _unmergeable(target, cfg, clone)
+        if fault:
+            faults.append(fault)
+            continue
+        with torch.no_grad():
+            weight, bias = merged_layer(cfg, params[target.path], W)
+        merged[join(target.path, "weight")] = W.to_weight(weight).to(W.weight.dtype).contiguous()
+        if W.bias is not None:
+            merged[join(target.path, "bias")] = bias.to(W.bias.dtype)
+        elif bias.any():
+            faults.append(f'"{target.path}": the adapter moves the bias, and the layer has none to hold it')
+    if faults:
+        raise ValueError(
+            f"merge: expected targets whose adapted map is one dense layer, found:\n{several(faults)}\n"
+            "Keep the adapter unmerged, or leave these targets out when building."
+        )
+    return merged
+
+
+def _unmergeable(target: Target, cfg: AdapterConfig, clone: nn.Module) -> str | None:
+    if not cfg.linear:
+        return f'"{target.path}": {type(cfg).__name__} is not linear in its input'
+    if target.shared_with:
+        return f'"{target.path}": its weight is shared with {", ".join(target.shared_with)}, which the merged one would change too'
+    if "weight" not in clone.get_submodule(target.path)._parameters:
+        return f'"{target.path}": its weight is computed by a parametrization, so no entry of a state dict holds it'
+    return None

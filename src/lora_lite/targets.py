@@ -1,0 +1,195 @@
+"""Choose which layers a config adapts: a pure function from model and config to a value that can be read and counted."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from lora_lite._errors import listed, nearest
+from lora_lite.config import AdapterConfig
+from lora_lite.frozen import FrozenLinear, kind_of
+
+_WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "hidden_dim", "embed_dim", "dim", "model_dim")
+_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer to adapt.
+
+    Attributes:
+        path: the module's path in the model; empty where the model is itself the layer.
+        kind: the class of `lora_lite.frozen` that reads the layer.
+        i, o: input and output width.
+        role: `"reader"`, `"writer"` or `"inner"`; of a layer that is both, the first that the config asks for.
+        shared_with: paths of other modules that hold the same weight.
+    """
+
+    path: str
+    kind: type[FrozenLinear]
+    i: int
+    o: int
+    role: str
+    shared_with: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        shared = f"  weight shared with {listed(self.shared_with)}" if self.shared_with else ""
+        return f"{self.path}  {self.role}  ({self.o}, {self.i}){shared}"
+
+
+class Targets(tuple[Target, ...]):
+    """The targets of one config, in the model's order; prints as one line a target."""
+
+    def __str__(self) -> str:
+        return "\n".join([f"{len(self)} targets", *(f"  {t}" for t in self)])
+
+
+def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
+    """Find the layers that `cfg` adapts, without building anything.
+
+    With no roles and no names, every linear-like layer that is not excluded is taken. Roles, names and layers narrow
+    this down together.
+
+    Args:
+        model: any module; it is only read.
+        cfg: the config whose target fields are used.
+
+    Returns:
+        A tuple of `Target`; print it, count it, assert on it.
+
+    Raises:
+        ValueError: where nothing matches, or one name, role or layer index matches nothing: a half-adapted model is
+            never what was meant.
+
+    Example:
+        >>> import torch, lora_lite as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+        >>> [t.path for t in ll.find_targets(model, ll.LoRAConfig(target_names=r"^2$"))]
+        ['2']
+    """
+    linear = {path: layer for path, layer in model.named_modules() if kind_of(layer) is not None}
+    if not linear:
+        raise ValueError(
+            f"find_targets: expected a model with nn.Linear or Conv1D layers, found none in {type(model).__name__}. "
+            "Pass the module that holds them."
+        )
+    allowed = [path for path in linear if not _matches(cfg.exclude_names, path)]
+    _check_names(model, cfg, list(linear), allowed)
+    _check_layers(cfg, allowed)
+    d_model = width_of(model)
+    shared = sharing(model)
+    found = [_target(path, linear[path], cfg, d_model, shared) for path in allowed if _selected(path, cfg)]
+    targets = Targets(t for t in found if t is not None)
+    _check_roles(cfg, targets, found, d_model)
+    return targets
+
+
+def width_of(model: nn.Module) -> int:
+    """Give `d_model`: the config's hidden size, else the commonest width among the linear layers."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    for source in (config, text):
+        for name in _WIDTH_NAMES:
+            value = getattr(source, name, None)
+            if isinstance(value, int):
+                return value
+    widths = Counter(w for layer in _kinds(model) for w in (layer.in_features, layer.out_features))
+    return max(widths, key=lambda w: (widths[w], w))
+
+
+def _kinds(model: nn.Module) -> Iterator[FrozenLinear]:
+    for layer in model.modules():
+        kind = kind_of(layer)
+        if kind is not None:
+            yield kind(layer)
+
+
+def _matches(patterns: tuple[str, ...], path: str) -> bool:
+    return any(re.search(pattern, path) for pattern in patterns)
+
+
+def _index(path: str) -> int | None:
+    found = _INDEX.search(path)
+    return int(found[1]) if found else None
+
+
+def _selected(path: str, cfg: AdapterConfig) -> bool:
+    return (not cfg.target_names or _matches(cfg.target_names, path)) and (cfg.layers is None or _index(path) in cfg.layers)
+
+
+def sharing(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Map the path of each module whose weight others hold too to their paths."""
+    holders: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            holders.setdefault(id(weight), []).append(path)
+    return {path: tuple(p for p in paths if p != path) for paths in holders.values() for path in paths if len(paths) > 1}
+
+
+def _target(path: str, layer: nn.Module, cfg: AdapterConfig, d_model: int, shared: dict[str, tuple[str, ...]]) -> Target | None:
+    kind = kind_of(layer)
+    if kind is None:
+        return None
+    W = kind(layer)
+    fits = {"reader": W.in_features == d_model, "writer": W.out_features == d_model}
+    fits["inner"] = not any(fits.values())
+    role = next((r for r, fit in fits.items() if fit and (not cfg.target_roles or r in cfg.target_roles)), None)
+    if role is None:
+        return None
+    return Target(path, kind, W.in_features, W.out_features, role, shared.get(path, ()))
+
+
+def _check_names(model: nn.Module, cfg: AdapterConfig, linear: list[str], allowed: list[str]) -> None:
+    for pattern in cfg.target_names:
+        if any(_matches((pattern,), path) for path in allowed):
+            continue
+        where = f'{type(cfg).__name__}.target_names: expected "{pattern}" to match a linear layer'
+        if any(_matches((pattern,), path) for path in linear):
+            raise ValueError(f"{where}, found that exclude_names={cfg.exclude_names} leaves out all it matches. Change exclude_names.")
+        others = [(p, type(m).__name__) for p, m in model.named_modules() if p and _matches((pattern,), p)]
+        if others:
+            kinds = listed(f"{path} ({kind})" for path, kind in others[:3])
+            raise ValueError(f"{where}, found only modules of other kinds: {kinds}. Name nn.Linear or Conv1D layers.")
+        raise ValueError(
+            f"{where}, found no match among {len(linear)} linear layers. Closest: {_closest(pattern, allowed)}."
+        )
+
+
+def _closest(pattern: str, paths: list[str]) -> str:
+    """Name the layers most like a pattern: by their last component, since that is what patterns usually spell."""
+    word = max(re.split(r"[^A-Za-z0-9_]+", pattern), key=len)
+    by_name = {path.rpartition(".")[2]: path for path in reversed(paths)}
+    return nearest(word, by_name) + " as in " + listed(list(by_name.values())[-1:])
+
+
+def _check_layers(cfg: AdapterConfig, allowed: list[str]) -> None:
+    if cfg.layers is None:
+        return
+    known = {index for path in allowed if (index := _index(path)) is not None}
+    missing = [index for index in cfg.layers if index not in known]
+    if missing:
+        span = f"blocks {min(known)} to {max(known)}" if known else "no numbered blocks"
+        raise ValueError(
+            f"{type(cfg).__name__}.layers: expected indices of blocks with linear layers, found {missing} in a model with "
+            f"{span}. Use indices among {sorted(known)}."
+        )
+
+
+def _check_roles(cfg: AdapterConfig, targets: Targets, found: list[Target | None], d_model: int) -> None:
+    if targets and len(cfg.target_roles) < 2:
+        return
+    if not targets:
+        asked = f"target_names={cfg.target_names}, target_roles={cfg.target_roles}, layers={cfg.layers}, exclude_names={cfg.exclude_names}"
+        raise ValueError(
+            f"find_targets: expected at least one linear layer for {type(cfg).__name__}({asked}), found none "
+            f"({len(found)} layers before roles; d_model={d_model}). Widen one of them."
+        )
+    for role in cfg.target_roles:
+        fits = {"reader": lambda t: t.i == d_model, "writer": lambda t: t.o == d_model, "inner": lambda t: t.role == "inner"}[role]
+        if not any(fits(t) for t in targets):
+            raise ValueError(
+                f'{type(cfg).__name__}.target_roles: expected a layer with role "{role}", found none with d_model={d_model}. Leave it out.'
+            )

@@ -1,0 +1,65 @@
+"""Transforms of functions of a params tree."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[..., tuple[Any, Any]]:
+    """Make `(params, *args) -> (value, grads)` of a scalar function `f(params, *args)`.
+
+    `torch.func.grad` always builds the graph of the gradient, at about twice the memory. Where no transform and no compilation is
+    active this takes torch's plain autograd instead; inside them it is torch.func's.
+
+    Args:
+        f: returns a scalar tensor, or with `has_aux` a pair of it and anything else.
+        has_aux: whether `f` returns such a pair.
+
+    Returns:
+        A function that returns `(value, grads)`, or `((value, aux), grads)`. `grads` is a tree like `params`, with zeros for leaves that
+        the value does not depend on. On the plain path neither carries a graph.
+
+    Raises:
+        ValueError: where the value is not a scalar tensor.
+        TypeError: where a leaf of `params` is not a floating tensor.
+
+    Example:
+        >>> import torch, lora_lite as ll
+        >>> value, grads = ll.value_and_grad(lambda p: (p["w"] ** 2).sum())({"w": torch.tensor([1.0, 2.0])})
+        >>> float(value), grads["w"].tolist()
+        (5.0, [2.0, 4.0])
+    """
+
+    def value_and_grads(params: Any, *args: Any) -> tuple[Any, Any]:
+        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+            grads, value = torch.func.grad_and_value(f, has_aux=has_aux)(params, *args)
+            return value, grads
+        return _plain(f, has_aux, params, args)
+
+    return value_and_grads
+
+
+def _plain(f: Callable[..., Any], has_aux: bool, params: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
+    leaves, spec = pytree.tree_flatten(params)
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise TypeError(f"value_and_grad: expected params as a tree of floating tensors, found {found}. Pass other values after params.")
+    variables = [leaf.detach().requires_grad_() for leaf in leaves]
+    with torch.enable_grad():
+        out = f(pytree.tree_unflatten(variables, spec), *args)
+    value, aux = out if has_aux else (out, None)
+    if not isinstance(value, Tensor) or value.dim() != 0:
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"value_and_grad: expected f to return a scalar tensor, found {found}. Reduce it, e.g. with .mean().")
+    if value.requires_grad:
+        grads = torch.autograd.grad(value, variables, allow_unused=True, materialize_grads=True)
+    else:
+        grads = tuple(torch.zeros_like(v) for v in variables)
+    value = value.detach()
+    if has_aux:
+        value = (value, pytree.tree_map_only(Tensor, Tensor.detach, aux))
+    return value, pytree.tree_unflatten(list(grads), spec)

@@ -1,0 +1,29 @@
+"""Mathematics that several variants share: low-rank products, truncated SVD with fixed signs, uniform draws."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def add_low_rank(y0: Tensor, h: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
+    """Give `y0 + scale h B^T` in one fused multiply-add: `y0 (*b, o)`, `h (*b, r)`, `B (o, r)`."""
+    flat = torch.addmm(y0.reshape(-1, y0.shape[-1]), h.reshape(-1, h.shape[-1]), B.t(), alpha=scale)
+    return flat.view(y0.shape)
+
+
+def kaiming(rows: int, cols: int, generator: torch.Generator) -> Tensor:
+    """Draw `(rows, cols)` uniformly within 1/sqrt(cols), as `kaiming_uniform_(a=sqrt(5))` does."""
+    bound = 1 / math.sqrt(cols)
+    return torch.empty(rows, cols).uniform_(-bound, bound, generator=generator)
+
+
+def truncated_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Give the top `r` of the exact SVD, `U (o, r)`, `S (r)`, `Vh (r, i)`, in at least float32.
+
+    Signs are fixed by the largest entry of each row of `Vh` being positive, so that a recomputed basis is the same one.
+    """
+    U, S, Vh = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
+    U, S, Vh = U[:, :r], S[:r], Vh[:r]
+    signs = Vh.gather(1, Vh.abs().argmax(1, keepdim=True)).sign()  # (r, 1)
+    return U * signs.t(), S, Vh * signs

@@ -1,0 +1,101 @@
+r"""DoRA: a low-rank update of the weight's direction and a trained magnitude per output.
+
+$$V = W + s B A, \quad n_k = \lVert V_k \rVert_2, \quad
+y = \frac{\lVert w_k \rVert + m_k}{n_k} \odot (W x + s B A x) + b$$
+
+`n` is held fixed in the gradient (the paper's sec. 4.3). The row norms of `V` are expanded, not materialised:
+`||w_k + s b_k A||^2 = ||w_k||^2 + 2 s <(W A^T)_k, b_k> + s^2 b_k (A A^T) b_k^T`, which costs `r` extra tokens through the layer.
+
+Identity at init: exact. With `B = 0` and `m = 0` both norms are the same floating-point number, and the output is the base
+output plus a zero.
+
+Paper: Liu, Wang, Yin, Molchanov, Wang, Cheng, Chen, *DoRA: Weight-Decomposed Low-Rank Adaptation*, 2024, arXiv:2402.09353,
+eq. (5).
+
+| tensor | shape | trained | init |
+|---|---|---|---|
+| `A` | `(r, i)` | yes | uniform within 1/sqrt(i) |
+| `B` | `(o, r)` | yes | zeros |
+| `m` | `(o,)` | yes | zeros |
+| `sqnorm` | `(o,)` | no | squared row norms of `W` |
+
+Trained per target: `r (i + o) + o`. Needs the weight's row norms once.
+
+Departures: the paper and PEFT train the magnitude itself; `m` is its deviation from the weight's row norm, so that zero is the
+base model and weight decay pulls there. The bias is not scaled, as in PEFT. With dropout, in training mode, the base product of
+the magnitude's correction sees the dropped input too, as in PEFT.
+A second derivative does not see the held norm: the Hessian of DoRA is that of the function as it is differentiated here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypedDict
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_lite._check import checked
+from lora_lite.frozen import Constants, Frozen
+from lora_lite.variants._linalg import add_low_rank
+from lora_lite.variants.lora import LoRAConfig
+
+
+class DoRAParams(TypedDict):
+    A: Float[Tensor, "r i"]
+    B: Float[Tensor, "o r"]
+    m: Float[Tensor, " o"]
+
+
+def row_norms(W: Frozen) -> Constants:
+    """Give `||w_k||^2`, at least in float32: a bfloat16 sum over a row would lose its last digits."""
+    weight = W.dense()
+    return {"sqnorm": weight.to(torch.promote_types(weight.dtype, torch.float32)).square().sum(1)}
+
+
+def excess_gain(params: DoRAParams, W: Frozen, scale: float) -> Tensor:
+    """Give `(||w|| + m) / n - 1`, `(o,)`: the deviation from 1, which low precision keeps and 1 + it would not."""
+    sqnorm = (W.constants or row_norms(W))["sqnorm"]
+    A, B = params["A"].detach(), params["B"].detach().to(sqnorm.dtype)
+    WA = W.matmul(A).t().to(sqnorm.dtype)  # (o, r)
+    A = A.to(sqnorm.dtype)
+    cross = (B * (2 * scale * WA + scale**2 * (B @ (A @ A.t())))).sum(1)
+    n = (sqnorm + cross).clamp_min(torch.finfo(sqnorm.dtype).tiny).sqrt()
+    return (sqnorm.sqrt() + params["m"].to(sqnorm.dtype)) / n.detach() - 1
+
+
+@checked
+def dora(params: DoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float, dropout: float = 0.0) -> Float[Tensor, "*b o"]:
+    """Give `(||w|| + m) / n (W x + scale B A x) + b`; the module's docstring has the formula and the shapes."""
+    excess = excess_gain(params, W, scale)
+    gain = ((1 + excess) * scale).to(x.dtype)
+    excess = excess.to(x.dtype)
+    y0 = W(x)
+    if dropout and W.training:
+        x = F.dropout(x, dropout)
+        product = W.matmul(x)
+    else:
+        product = y0 if W.bias is None else y0 - W.bias
+    y = torch.addcmul(y0, product, excess)
+    return add_low_rank(y, F.linear(x, params["A"]), gain[:, None] * params["B"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoRAConfig(LoRAConfig):
+    """Config of DoRA: the fields of LoRA, with the same meanings."""
+
+    name: ClassVar[str] = "dora"
+    needs: ClassVar[str] = "norms"
+    trained: ClassVar[str | None] = "r * (i + o) + o"
+    macs: ClassVar[str | None] = "r * (i + o) + o"
+
+    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[DoRAParams, Constants]:
+        A, B = super().init(W, generator)[0].values()
+        return {"A": A, "B": B, "m": torch.zeros(W.out_features)}, dict(W.constants) or row_norms(W)
+
+    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+        return dora(params, W, x, scale=self.scale, dropout=self.dropout)
+
+    def steer(self, params: Mapping[str, Tensor], c: float | Tensor) -> dict[str, Tensor]:
+        return {**super().steer(params, c), "m": c * params["m"]}

@@ -1,0 +1,58 @@
+r"""IA3: a gate on every output of a layer.
+
+$$y = (1 + g) \odot (W x + b)$$
+
+The bias is scaled too. Meant for the outputs of the key and value projections; `IA3FFConfig` gates inputs.
+
+Identity at init: exact, since `g = 0`.
+
+Paper: Liu, Tam, Muqeeth, Mohta, Huang, Bansal, Raffel, *Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
+In-Context Learning*, 2022, arXiv:2205.05638, sec. 3.3.
+
+| tensor | shape | trained | init |
+|---|---|---|---|
+| `g` | `(o,)` | yes | zeros |
+
+Trained per target: `o`. Needs nothing of the weight but its output.
+
+Departures: the paper and PEFT train the gate itself, with neutral value one; `g` is its deviation, so that zero is the base model,
+weight decay pulls there and bfloat16 resolves small steps.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypedDict
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_lite._check import checked
+from lora_lite.config import AdapterConfig
+from lora_lite.frozen import Constants, Frozen
+
+
+class IA3Params(TypedDict):
+    g: Float[Tensor, " o"]
+
+
+@checked
+def ia3(params: IA3Params, W: Frozen, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+    """Give `(1 + g) (W x + b)`; the module's docstring has the formula and the shapes."""
+    y0 = W(x)
+    return torch.addcmul(y0, y0, params["g"])  # not y0 * (1 + g): 1 + g would round g away in bfloat16
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3Config(AdapterConfig):
+    """Config of IA3's output gate; it has no hyperparameters of its own."""
+
+    name: ClassVar[str] = "ia3"
+    trained: ClassVar[str | None] = "o"
+    macs: ClassVar[str | None] = "o"
+
+    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[IA3Params, Constants]:
+        return {"g": torch.zeros(W.out_features)}, {}
+
+    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+        return ia3(params, W, x)

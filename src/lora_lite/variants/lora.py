@@ -1,0 +1,90 @@
+r"""LoRA: a low-rank update beside a frozen weight.
+
+$$y = W x + b + s\, B (A\, \mathrm{drop}(x)), \qquad s = \alpha / r \ \text{ or, rank-stabilised, } \ \alpha / \sqrt{r}$$
+
+Identity at init: exact, since `B = 0`.
+
+Paper: Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen, *LoRA: Low-Rank Adaptation of Large Language Models*, 2021,
+arXiv:2106.09685, eq. (3). Rank-stabilised scale: Kalajdzievski, *A Rank Stabilization Scaling Factor for Fine-Tuning with
+LoRA*, 2023, arXiv:2312.03732.
+
+| tensor | shape | trained | init |
+|---|---|---|---|
+| `A` | `(r, i)` | yes | uniform within 1/sqrt(i) |
+| `B` | `(o, r)` | yes | zeros |
+
+Trained per target: `r (i + o)`. Needs nothing of the weight but its output.
+
+Departures: the paper's text draws `A` from a Gaussian; its code and PEFT draw it uniformly, and so does this. `alpha`
+defaults to 16, twice PEFT's. Dropout falls on the adapter's input only, never on the base path, and acts in training mode.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypedDict
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_lite._check import checked
+from lora_lite.config import AdapterConfig, expect_bool, expect_int, expect_number
+from lora_lite.frozen import Constants, Frozen
+from lora_lite.variants._linalg import add_low_rank, kaiming
+
+
+class LoRAParams(TypedDict):
+    A: Float[Tensor, "r i"]
+    B: Float[Tensor, "o r"]
+
+
+@checked
+def lora(params: LoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float, dropout: float = 0.0) -> Float[Tensor, "*b o"]:
+    """Give `W x + b + scale B A drop(x)`; the module's docstring has the formula and the shapes."""
+    h = F.linear(F.dropout(x, dropout, W.training) if dropout else x, params["A"])
+    return add_low_rank(W(x), h, params["B"], scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig(AdapterConfig):
+    """Config of LoRA.
+
+    Args:
+        r: rank of the update, >= 1.
+        alpha: numerator of the scale, dimensionless.
+        rslora: divide `alpha` by `sqrt(r)` instead of `r`.
+        dropout: probability of dropping an entry of the adapter's input, in [0, 1), in training mode.
+    """
+
+    name: ClassVar[str] = "lora"
+    trained: ClassVar[str | None] = "r * (i + o)"
+    macs: ClassVar[str | None] = "r * (i + o)"
+
+    r: int = 8
+    alpha: float = 16.0
+    rslora: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect_int(self, "r", 1, "Set r to the rank of the update, e.g. r=8.")
+        expect_number(self, "alpha", 0.0, math.inf, "The update is scaled by alpha / r, e.g. alpha=16.")
+        expect_bool(self, "rslora")
+        expect_number(self, "dropout", 0.0, 1.0, "Set the share of inputs to drop, e.g. dropout=0.05.")
+
+    @property
+    def scale(self) -> float:
+        """The factor of the update, `alpha / r` or `alpha / sqrt(r)`."""
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[LoRAParams, Constants]:
+        A = kaiming(self.r, W.in_features, generator)
+        return {"A": A, "B": torch.zeros(W.out_features, self.r)}, {}
+
+    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+        return lora(params, W, x, scale=self.scale, dropout=self.dropout)
+
+    def steer(self, params: Mapping[str, Tensor], c: float | Tensor) -> dict[str, Tensor]:
+        return {**params, "B": c * params["B"]}  # the update is linear in B; scaling A too would square c

@@ -1,0 +1,105 @@
+r"""PiSSA: LoRA that starts from the weight's principal singular values and vectors.
+
+$$y = W x + b + s\,(B A - B_0 A_0)\, x, \qquad B_0 = U_r \sqrt{S_r / s}, \quad A_0 = \sqrt{S_r / s}\, V_r^T, \quad s = \alpha / r$$
+
+Trained are the increments `dA = A - A_0` and `dB = B - B_0`, and the update is evaluated as `s [(B_0 + dB) dA + dB A_0] x`: no
+difference of large numbers, so bfloat16 loses 30 times less, and the weight stays as it is, so quantised layers work too.
+
+Identity at init: exact, since both increments are zero. The training trajectory is that of the paper's residual form.
+
+Paper: Meng, Wang, Zhang, *PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models*, 2024,
+arXiv:2404.02948, eq. (2)-(5).
+
+| tensor | shape | trained | init |
+|---|---|---|---|
+| `dA` | `(r, i)` | yes | zeros |
+| `dB` | `(o, r)` | yes | zeros |
+| `A0` | `(r, i)` | no | `sqrt(S_r / s) V_r^T` |
+| `B0` | `(o, r)` | no | `U_r sqrt(S_r / s)` |
+
+Trained per target: `r (i + o)`. Needs the dense weight once, at init.
+
+Departures: the paper and PEFT overwrite the weight with `W - s B_0 A_0`; here it stays. Dividing the singular values by `s`, so that
+the start does not depend on `alpha`, is PEFT's. Weight decay acts on the increments and so pulls towards the base model, not towards
+a weight without its principal part.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypedDict
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_lite._check import checked
+from lora_lite.config import AdapterConfig, expect, expect_int, expect_number
+from lora_lite.frozen import Constants, Frozen
+from lora_lite.variants._linalg import add_low_rank, truncated_svd
+
+
+class PiSSAParams(TypedDict):
+    dA: Float[Tensor, "r i"]
+    dB: Float[Tensor, "o r"]
+
+
+def principal_factors(W: Frozen, r: int, scale: float) -> Constants:
+    """Give the start `A0 (r, i)`, `B0 (o, r)` with `scale B0 A0` the best rank-`r` approximation of the weight, eq. (2)-(3)."""
+    weight = W.dense()
+    U, S, Vh = truncated_svd(weight, r)
+    root = (S / scale).sqrt()
+    return {"A0": (root[:, None] * Vh).to(weight.dtype), "B0": (U * root).to(weight.dtype)}
+
+
+@checked
+def pissa(params: PiSSAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float) -> Float[Tensor, "*b o"]:
+    """Give `W x + b + scale [(B0 + dB) dA + dB A0] x`; the module's docstring has the formula and the shapes."""
+    dA, dB = params["dA"], params["dB"]
+    start = W.constants or principal_factors(W, dA.shape[0], scale)
+    A0, B0 = start["A0"].to(x.dtype), start["B0"].to(x.dtype)
+    # Both products in one pair of matrices, twice the rank: half the calls for the same arithmetic.
+    h = F.linear(x, torch.cat([dA, A0]))  # (*b, 2r)
+    return add_low_rank(W(x), h, torch.cat([B0 + dB, dB], dim=1), scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PiSSAConfig(AdapterConfig):
+    """Config of PiSSA.
+
+    Args:
+        r: rank of the update, from 1 to the smaller width of the layer.
+        alpha: numerator of the scale `alpha / r`, dimensionless, > 0; the start does not depend on it.
+    """
+
+    name: ClassVar[str] = "pissa"
+    needs: ClassVar[str] = "dense_init"
+    trained: ClassVar[str | None] = "r * (i + o)"
+    macs: ClassVar[str | None] = "2 * r * (i + o)"
+
+    r: int = 8
+    alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect_int(self, "r", 1, "Set r to the rank of the update, e.g. r=8.")
+        expect_number(self, "alpha", 0.0, math.inf, "The update is scaled by alpha / r, e.g. alpha=16.")
+        expect(self, "alpha", self.alpha > 0, "a number > 0", "The singular values are divided by alpha / r.")
+
+    @property
+    def scale(self) -> float:
+        """The factor of the update, `alpha / r`."""
+        return self.alpha / self.r
+
+    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[PiSSAParams, Constants]:
+        if self.r > min(W.in_features, W.out_features):
+            raise ValueError(
+                f"PiSSAConfig.r: expected at most min(i, o) = {min(W.in_features, W.out_features)} for a layer of shape "
+                f"({W.out_features}, {W.in_features}), found {self.r}. Lower r or leave the layer out."
+            )
+        start = dict(W.constants) or principal_factors(W, self.r, self.scale)
+        return {"dA": torch.zeros_like(start["A0"]), "dB": torch.zeros_like(start["B0"])}, start
+
+    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+        return pissa(params, W, x, scale=self.scale)
