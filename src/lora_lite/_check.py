@@ -28,7 +28,7 @@ def set_typecheck(on: bool) -> bool:
     return before
 
 
-def cast(params: Mapping[str, Tensor], dtype: torch.dtype) -> Mapping[str, Tensor]:
+def in_dtype(params: Mapping[str, Tensor], dtype: torch.dtype) -> Mapping[str, Tensor]:
     """Give the params in the dtype that the adapter computes in, the same object where nothing changes."""
     if all(p.dtype == dtype for p in params.values()):
         return params
@@ -51,7 +51,7 @@ def checked(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(fn)
     def door(params: Any, W: Frozen | Tensor, x: Tensor, **statics: Any) -> Tensor:
         if not (_enabled and not torch.compiler.is_compiling()):
-            return fn(cast(params, x.dtype), as_frozen(W), x, **statics)
+            return fn(in_dtype(params, x.dtype), as_frozen(W), x, **statics)
         with jaxtyped("context"):  # one set of axis sizes for all the tests below
             faults = _field_faults(params, fields)
             W = _frozen_or_fault(W, faults)
@@ -59,7 +59,7 @@ def checked(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
             faults += [f for name, value in statics.items() for f in _fault(name, value, hints.get(name, Any))]
             given = {**params, "W": W, "x": x} if isinstance(params, Mapping) else {"W": W, "x": x}
             _raise(fn, faults, given)
-            y = fn(cast(params, x.dtype), W, x, **statics)
+            y = fn(in_dtype(params, x.dtype), W, x, **statics)
             _raise(fn, _fault("the result", y, hints["return"]), given)
             return y
 

@@ -11,19 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_lite._check import cast
+from lora_lite._check import in_dtype
 from lora_lite._tree import Tree, join
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import CONSTANT, PARAM, Frozen, FrozenLinear
 from lora_lite.targets import Target
-
 
 Shapes = dict[str, dict[str, tuple[int, ...]]]
 
 
 def apply_variant(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
     """Run a variant on one layer: params take part in the dtype of `x`."""
-    return cfg.forward(cast(params, x.dtype), W, x)
+    return cfg.forward(in_dtype(params, x.dtype), W, x)
 
 
 class Binding(NamedTuple):
@@ -53,14 +52,25 @@ class Adapted:
 
 
 @functools.cache
-def adapted_class(cls: type) -> type:
+def adapted_class(cls: Any) -> Any:
     """Make the subclass of a layer's class that a target takes in the clone; the same one for the same class."""
     return type(cls.__name__, (Adapted, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
-def adapt_layer(layer: nn.Module, target: Target, cfg: AdapterConfig, shapes: Mapping[str, tuple[int, ...]], constants: Mapping[str, Tensor]) -> None:
+def layer_at(clone: nn.Module, path: str) -> Any:
+    """Give a target layer of a bound clone: an `Adapted` that is also the layer's own class."""
+    return clone.get_submodule(path)
+
+
+def adapt_layer(
+    layer: nn.Module,
+    target: Target,
+    cfg: AdapterConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    constants: Mapping[str, Tensor],
+) -> None:
     """Turn one layer of a clone into a target: its class, its placeholders, its constants."""
-    layer.__class__ = adapted_class(type(layer))
+    layer.__class__ = adapted_class(type(layer))  # type: ignore[arg-type]
     for name, shape in shapes.items():
         placeholder = torch.empty(shape, dtype=cfg.dtype, device="meta")
         layer.register_parameter(PARAM + name, nn.Parameter(placeholder, requires_grad=False))
@@ -68,7 +78,7 @@ def adapt_layer(layer: nn.Module, target: Target, cfg: AdapterConfig, shapes: Ma
         layer.register_buffer(CONSTANT + name, constant)
     W = target.kind(layer, {name: CONSTANT + name for name in constants})
     names = tuple((name, PARAM + name) for name in shapes)
-    layer._lora_lite = Binding(cfg, names, W, target.path)  # type: ignore[assignment]
+    vars(layer)["_lora_lite"] = Binding(cfg, names, W, target.path)
 
 
 def rebind(clone: nn.Module) -> None:
@@ -106,8 +116,9 @@ def volatile_buffers(clone: nn.Module) -> dict[str, Tensor]:
 
 def call(clone: nn.Module, tensors: Mapping[str, Tensor], batch: Any, kwargs: Mapping[str, Any]) -> Any:
     """Run the clone on a batch with `tensors` in place for the length of the call."""
+    args: tuple[Any, ...] = ()
     if isinstance(batch, Mapping):
-        args, kwargs = (), {**batch, **kwargs}
+        kwargs = {**batch, **kwargs}
     elif isinstance(batch, Tensor):
         args = (batch,)
     elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
@@ -117,4 +128,4 @@ def call(clone: nn.Module, tensors: Mapping[str, Tensor], batch: Any, kwargs: Ma
             f"adapt: expected batch as a mapping (model(**batch)), a tuple or list (model(*batch)) or a tensor, found "
             f"{type(batch).__name__}. Wrap a single argument as (argument,)."
         )
-    return torch.func.functional_call(clone, dict(tensors), args, kwargs, tie_weights=False)
+    return torch.func.functional_call(clone, dict(tensors), args, dict(kwargs), tie_weights=False)

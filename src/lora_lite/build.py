@@ -1,20 +1,17 @@
 """`build`: config -> targets -> variant init -> bind. The one place where the flow can be read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from lora_lite._errors import listed
-from lora_lite.adapt import Adapt, Plan, generator_for
+from lora_lite.adapt import Adapt
 from lora_lite.audit import refuse_uncalled
-from lora_lite.bind import Shapes
 from lora_lite.clone import clone_module
-from lora_lite.config import AdapterConfig
-from lora_lite.frozen import NEEDS, Constants, own_forward
+from lora_lite.config import AdapterConfig, as_config
+from lora_lite.frozen import NEEDS, own_forward
+from lora_lite.plan import Entries, derive
 from lora_lite.targets import Target, find_targets
-
-Entries = tuple[tuple[Target, AdapterConfig], ...]
 
 
 def build(model: nn.Module, cfg: AdapterConfig | Sequence[AdapterConfig], *, remat: str | None = None) -> Adapt:
@@ -44,16 +41,12 @@ def build(model: nn.Module, cfg: AdapterConfig | Sequence[AdapterConfig], *, rem
     if not isinstance(model, nn.Module):
         raise TypeError(f"build: expected model as a torch.nn.Module, found {type(model).__name__}. Pass the model itself.")
     entries = choose(model, cfg)
-    base = clone_module(model)
-    shapes, constants = derive(base, entries)
-    return Adapt(Plan(base, entries, shapes, constants, remat))
+    return Adapt(derive(clone_module(model), entries, remat))
 
 
 def choose(model: nn.Module, cfg: AdapterConfig | Sequence[AdapterConfig]) -> Entries:
     """Pair each target with the config that claims it."""
-    configs = list(cfg) if isinstance(cfg, Sequence) else [cfg]
-    for config in configs:
-        _require_config(config)
+    configs = [as_config(c) for c in cfg] if isinstance(cfg, Sequence) else [as_config(cfg)]
     if not configs:
         raise ValueError("build: expected a config or a non-empty sequence of them, found an empty one. Pass e.g. LoRAConfig().")
     claimed: dict[str, tuple[Target, AdapterConfig]] = {}
@@ -72,46 +65,21 @@ def choose(model: nn.Module, cfg: AdapterConfig | Sequence[AdapterConfig]) -> En
 
 def check_entries(model: nn.Module, entries: Entries) -> None:
     """Refuse what cannot be adapted: layers never called, with a forward of their own, or of a kind that lacks what is needed."""
-    paths = [target.path for target, _ in entries]
-    refuse_uncalled(model, paths)
-    strange = [p or "the model" for p in paths if own_forward(model.get_submodule(p))]
+    refuse_uncalled(model, [target.path for target, _ in entries])
+    strange = [target.path for target, _ in entries if own_forward(model.get_submodule(target.path))]
     if strange:
+        cls = type(model.get_submodule(strange[0])).__name__
         raise ValueError(
-            f"build: expected layers that compute W x + b, found a forward of its own at {listed(strange)} "
-            f"({type(model.get_submodule(paths[0])).__name__}). Leave them out with exclude_names, or take a hook library's patch off first."
+            f"build: expected layers that compute W x + b, found a forward of its own at {listed(p or 'the model' for p in strange)} "
+            f"({cls}). Leave them out with exclude_names, or take a hook library's patch off first."
         )
     for target, cfg in entries:
+        if cfg.needs not in NEEDS:
+            raise ValueError(
+                f'{type(cfg).__name__}.needs: expected one of {listed(NEEDS)}, found "{cfg.needs}". Change the class variable.'
+            )
         if cfg.needs not in target.kind.offers:
             raise ValueError(
                 f'build: {type(cfg).__name__} at "{target.path}" needs "{cfg.needs}" of the weight, found that {target.kind.__name__} '
                 f"offers {listed(target.kind.offers)}. Leave the layer out or choose another variant."
             )
-
-
-@torch.no_grad()
-def derive(base: nn.Module, entries: Entries) -> tuple[Shapes, dict[str, Constants]]:
-    """Run each variant's init once, for its constants and the shapes of its params."""
-    shapes: Shapes = {}
-    constants: dict[str, Constants] = {}
-    for target, cfg in entries:
-        W = target.kind(base.get_submodule(target.path))
-        try:
-            params, frozen = cfg.init(W, generator_for(0, target.path))
-        except Exception as e:
-            e.add_note(f'in {type(cfg).__name__}.init at target "{target.path}"')
-            raise
-        shapes[target.path] = {name: tuple(p.shape) for name, p in params.items()}
-        constants[target.path] = {name: c.detach().to(W.device) for name, c in frozen.items()}
-    return shapes, constants
-
-
-def _require_config(cfg: object) -> None:
-    missing = [name for name in ("name", "init", "forward") if not hasattr(cfg, name)]
-    if isinstance(cfg, type) or isinstance(cfg, Mapping) or missing:
-        raise TypeError(
-            f"build: expected a variant's config, found {cfg!r}"
-            + (f" without {listed(missing)}" if missing else "")
-            + ". Pass an instance, e.g. LoRAConfig(r=8)."
-        )
-    if getattr(cfg, "needs", "nothing") not in NEEDS:
-        raise ValueError(f'{type(cfg).__name__}.needs: expected one of {listed(NEEDS)}, found "{cfg.needs}". Change the class variable.')

@@ -4,6 +4,7 @@ A variant's config is the variant: hyperparameters are fields, facts are class v
 are what it does.
 """
 
+import copy
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -63,7 +64,8 @@ class AdapterConfig:
             object.__setattr__(self, field, _strings(self, field))
         for role in self.target_roles:
             if role not in ROLES:
-                raise ValueError(f'{_at(self, "target_roles")} any of {listed(ROLES)}, found "{role}". Did you mean {nearest(role, ROLES, 1)}?')
+                where = _at(self, "target_roles")
+                raise ValueError(f'{where} any of {listed(ROLES)}, found "{role}". Did you mean {nearest(role, ROLES, 1)}?')
         for field in ("target_names", "exclude_names"):
             for pattern in getattr(self, field):
                 _compile(self, field, pattern)
@@ -156,18 +158,54 @@ def _indices(cfg: AdapterConfig) -> tuple[int, ...] | None:
     return tuple(values)
 
 
+def as_config(cfg: object) -> AdapterConfig:
+    """Accept any object with `name`, `init` and `forward`; what it lacks takes the defaults of `AdapterConfig`.
+
+    Raises:
+        TypeError: where `cfg` is no such object.
+    """
+    missing = [fact for fact in ("name", "init", "forward") if not hasattr(cfg, fact)]
+    if isinstance(cfg, type) or missing:
+        lacks = f", which lacks {listed(missing)}" if missing and not isinstance(cfg, type) else ""
+        raise TypeError(f"build: expected a variant's config, found {cfg!r}{lacks}. Pass an instance, e.g. LoRAConfig(r=8).")
+    if isinstance(cfg, AdapterConfig):
+        return cfg
+    cls = type(type(cfg).__name__, (type(cfg), AdapterConfig), {"__module__": type(cfg).__module__})
+    full: Any = object.__new__(cls)
+    vars(full).update(vars(cfg))
+    return full
+
+
+def with_fields(cfg: AdapterConfig, **values: Any) -> AdapterConfig:
+    """Copy a config with other values of the shared fields, whether or not its class is a dataclass."""
+    changed = copy.copy(cfg)
+    for name, value in values.items():
+        object.__setattr__(changed, name, value)
+    return changed
+
+
 def to_json(cfg: AdapterConfig) -> dict[str, Any]:
-    """Write a config as plain values: its variant's name and every field."""
-    fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
-    fields["dtype"] = str(cfg.dtype).removeprefix("torch.")
-    return {"variant": cfg.name, **fields}
+    """Write a config as plain values: its variant's name, every field, and what its instance holds besides."""
+    names = [*(f.name for f in dataclasses.fields(cfg)), *vars(cfg)]
+    fields = {name: getattr(cfg, name) for name in names}
+    dtypes = {name: str(value).removeprefix("torch.") for name, value in fields.items() if isinstance(value, torch.dtype)}
+    return {"variant": cfg.name, **fields, **dtypes}
 
 
-def from_json(cls: type[AdapterConfig], fields: Mapping[str, Any]) -> AdapterConfig:
-    """Build a config of `cls` from what `to_json` wrote; a field that `cls` lacks is an error."""
-    known = {f.name for f in dataclasses.fields(cls)}
-    values = {k: v for k, v in fields.items() if k != "variant"}
+def from_json(cls: type, fields: Mapping[str, Any]) -> AdapterConfig:
+    """Build a config of `cls` from what `to_json` wrote.
+
+    Raises:
+        ValueError: for a field that `cls` does not take.
+    """
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "variant"}
+    known = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set(values)
+    if not issubclass(cls, AdapterConfig):  # its shared fields are the defaults, not its own
+        values = {k: v for k, v in values.items() if k in known and not hasattr(AdapterConfig, k)}
     unknown = [k for k in values if k not in known]
     if unknown:
-        raise ValueError(f"{cls.__name__}: expected the fields {listed(sorted(known), 20)}, found also {listed(unknown)}. Load the file with the version that wrote it.")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        raise ValueError(
+            f"{cls.__name__}: expected the fields {listed(sorted(known), 20)}, found also {listed(unknown)}. "
+            "Load the file with the version that wrote it."
+        )
+    return as_config(cls(**values))

@@ -7,7 +7,7 @@ A kind says in `offers` which of the variants' `needs` it can meet.
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +100,7 @@ class Frozen:
 class FrozenLinear(Frozen):
     """The kind of `nn.Linear`: reads the layer at each call, so that tensors bound for one call are seen."""
 
-    def __init__(self, layer: nn.Module, constant_names: Mapping[str, str] = MappingProxyType({})) -> None:
+    def __init__(self, layer: Any, constant_names: Mapping[str, str] = MappingProxyType({})) -> None:
         self._layer, self.constant_names = layer, constant_names
 
     @property
@@ -128,7 +128,7 @@ class FrozenConv1D(FrozenLinear):
         return self._layer.weight.t()
 
     def __call__(self, x: Tensor) -> Tensor:
-        flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self._layer.weight)  # as the layer itself computes it
+        flat = torch.addmm(self._layer.bias, x.reshape(-1, x.shape[-1]), self._layer.weight)  # as the layer itself computes it
         return flat.view(*x.shape[:-1], -1)
 
     def to_weight(self, dense: Tensor) -> Tensor:

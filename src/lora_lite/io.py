@@ -9,17 +9,16 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from lora_lite._errors import listed, nearest, several, tree_faults
 from lora_lite._tree import Tree, flatten, join
-from lora_lite.adapt import Adapt, Plan, generator_for
-from lora_lite.bind import Shapes
-from lora_lite.build import Entries, check_entries
+from lora_lite.adapt import Adapt
+from lora_lite.build import check_entries
 from lora_lite.clone import clone_module
 from lora_lite.config import AdapterConfig, from_json, to_json
-from lora_lite.frozen import Constants, Frozen, kind_of
+from lora_lite.frozen import kind_of
+from lora_lite.plan import Entries, Plan
 from lora_lite.targets import Target, sharing
 from lora_lite.variants import VARIANTS
 
@@ -103,15 +102,18 @@ def load(
         check_entries(model, entries)
         base = clone_module(model)
         constants = _tree(metadata["targets"], tensors, _CONSTANT, "constants", base)
-        shapes = _expected(base, entries, constants)
         params = _tree(metadata["targets"], tensors, "", "params", base)
-        faults = tree_faults(params, shapes)
+        shapes = {where: {name: tuple(leaf.shape) for name, leaf in leaves.items()} for where, leaves in params.items()}
+        adapt = Adapt(Plan(base, entries, shapes, constants, remat))
+        # With its constants at hand each variant says what its params must be: no SVD, no data.
+        expected = {where: {name: tuple(leaf.shape) for name, leaf in leaves.items()} for where, leaves in adapt.init().items()}
+        faults = tree_faults(params, expected)
     if faults:
         raise ValueError(
             f'load: expected "{path}" to fit this {type(model).__name__}, found:\n{several(faults)}\n'
             "Load it onto the model that it was made for."
         )
-    return Adapt(Plan(base, entries, shapes, constants, remat)), params
+    return adapt, params
 
 
 def _plain(leaf: Tensor) -> Tensor:
@@ -124,7 +126,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
     except Exception as e:
         raise ValueError(
             f'load: expected "{path}" to be a whole safetensors file, found {_what_is(path)} ({e}). Save it again with ll.save; pickled '
@@ -189,18 +191,6 @@ def _tensor_faults(targets: dict[str, Any], tensors: dict[str, Tensor]) -> list[
 def _tree(targets: dict[str, Any], tensors: dict[str, Tensor], prefix: str, which: str, base: nn.Module) -> Tree:
     tree: Tree = {}
     for path, facts in targets.items():
-        device = base.get_submodule(path).weight.device  # copied: a mapped file is not aligned, and sums would round otherwise
+        device = next(base.get_submodule(path).parameters()).device  # copied: a mapped file is unaligned, and sums would round otherwise
         tree[path] = {name: tensors[prefix + join(path, name)].to(device, copy=True) for name in facts[which]}
     return tree
-
-
-@torch.no_grad()
-def _expected(base: nn.Module, entries: Entries, constants: dict[str, Constants]) -> Shapes:
-    """Ask each variant for the shapes of its params, given its constants: no SVD, no data."""
-    shapes: Shapes = {}
-    for target, cfg in entries:
-        layer = base.get_submodule(target.path)
-        W = Frozen(target.kind(layer).weight, layer.bias, constants[target.path])
-        params, _ = cfg.init(W, generator_for(0, target.path))
-        shapes[target.path] = {name: tuple(p.shape) for name, p in params.items()}
-    return shapes

@@ -1,15 +1,16 @@
 """Merge an adapter into dense weights, derived for every linear variant from its pure function: `b' = f(0)`, `W' = f(I) - b'`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lora_lite._errors import several
 from lora_lite._tree import join
-from lora_lite.bind import apply_variant
+from lora_lite.bind import apply_variant, layer_at
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import Frozen
+from lora_lite.plan import Entries
 from lora_lite.targets import Target
 
 
@@ -29,14 +30,14 @@ def merged_layer(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen) ->
 
 def merge(
     clone: nn.Module,
-    plan: Sequence[tuple[Target, AdapterConfig]],
+    entries: Entries,
     params: Mapping[str, Mapping[str, Tensor]],
 ) -> dict[str, Tensor]:
     """Give the merged tensors of every target, named as in the model's state dict, each in its weight's dtype.
 
     Args:
         clone: a bound clone; only its frozen tensors are read.
-        plan: each target with its config.
+        entries: each target with its config.
         params: the params tree.
 
     Raises:
@@ -44,8 +45,8 @@ def merge(
     """
     faults: list[str] = []
     merged: dict[str, Tensor] = {}
-    for target, cfg in plan:
-        W = clone.get_submodule(target.path)._lora_lite.W
+    for target, cfg in entries:
+        W = layer_at(clone, target.path)._lora_lite.W
         fault = _unmergeable(target, cfg, clone)
         if fault:
             faults.append(fault)
@@ -70,6 +71,6 @@ def _unmergeable(target: Target, cfg: AdapterConfig, clone: nn.Module) -> str | 
         return f'"{target.path}": {type(cfg).__name__} is not linear in its input'
     if target.shared_with:
         return f'"{target.path}": its weight is shared with {", ".join(target.shared_with)}, which the merged one would change too'
-    if "weight" not in clone.get_submodule(target.path)._parameters:
+    if "weight" not in layer_at(clone, target.path)._parameters:
         return f'"{target.path}": its weight is computed by a parametrization, so no entry of a state dict holds it'
     return None

@@ -36,11 +36,11 @@ def install(clone: nn.Module, pattern: str | None) -> None:
             paths = [path for path, _ in clone.named_modules() if path]
             raise ValueError(f'build: expected remat="{pattern}" to match a block, found none. Closest: {nearest(pattern, paths)}.')
         for block in blocks:
-            block.__class__ = _rematerialised_class(type(block))
+            block.__class__ = _rematerialised_class(type(block))  # type: ignore[arg-type]
             block.gradient_checkpointing = False  # ours, not also the model's own
     for module in clone.modules():
         if "_gradient_checkpointing_func" in vars(module):
-            module._gradient_checkpointing_func = _model_checkpoint
+            vars(module)["_gradient_checkpointing_func"] = _model_checkpoint
         _drop_grad_hooks(module)
 
 

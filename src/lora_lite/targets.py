@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lora_lite._errors import listed, nearest
-from lora_lite.config import AdapterConfig
+from lora_lite.config import AdapterConfig, as_config
 from lora_lite.frozen import FrozenLinear, kind_of
 
 _WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "hidden_dim", "embed_dim", "dim", "model_dim")
@@ -69,6 +69,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
         >>> [t.path for t in ll.find_targets(model, ll.LoRAConfig(target_names=r"^2$"))]
         ['2']
     """
+    cfg = as_config(cfg)
     linear = {path: layer for path, layer in model.named_modules() if kind_of(layer) is not None}
     if not linear:
         raise ValueError(
@@ -89,7 +90,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
 def width_of(model: nn.Module) -> int:
     """Give `d_model`: the config's hidden size, else the commonest width among the linear layers."""
     config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    text = getattr(config, "get_text_config", lambda: None)()
     for source in (config, text):
         for name in _WIDTH_NAMES:
             value = getattr(source, name, None)
@@ -153,9 +154,7 @@ def _check_names(model: nn.Module, cfg: AdapterConfig, linear: list[str], allowe
         if others:
             kinds = listed(f"{path} ({kind})" for path, kind in others[:3])
             raise ValueError(f"{where}, found only modules of other kinds: {kinds}. Name nn.Linear or Conv1D layers.")
-        raise ValueError(
-            f"{where}, found no match among {len(linear)} linear layers. Closest: {_closest(pattern, allowed)}."
-        )
+        raise ValueError(f"{where}, found no match among {len(linear)} linear layers. Closest: {_closest(pattern, allowed)}.")
 
 
 def _closest(pattern: str, paths: list[str]) -> str:

@@ -47,7 +47,7 @@ def _plain(f: Callable[..., Any], has_aux: bool, params: Any, args: tuple[Any, .
     for leaf in leaves:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise TypeError(f"value_and_grad: expected params as a tree of floating tensors, found {found}. Pass other values after params.")
+            raise TypeError(f"value_and_grad: expected floating tensors in params, found {found}. Pass other values after params.")
     variables = [leaf.detach().requires_grad_() for leaf in leaves]
     with torch.enable_grad():
         out = f(pytree.tree_unflatten(variables, spec), *args)

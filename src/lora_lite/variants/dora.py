@@ -91,8 +91,8 @@ class DoRAConfig(LoRAConfig):
     macs: ClassVar[str | None] = "r * (i + o) + o"
 
     def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[DoRAParams, Constants]:
-        A, B = super().init(W, generator)[0].values()
-        return {"A": A, "B": B, "m": torch.zeros(W.out_features)}, dict(W.constants) or row_norms(W)
+        start, _ = super().init(W, generator)
+        return {**start, "m": torch.zeros(W.out_features)}, dict(W.constants) or row_norms(W)
 
     def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
         return dora(params, W, x, scale=self.scale, dropout=self.dropout)

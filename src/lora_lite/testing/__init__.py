@@ -1,0 +1,63 @@
+"""The conformance kit: what every variant must satisfy, as named checks that users run on their own.
+
+    from lora_lite.testing import check_variant
+    check_variant(MyConfig(r=4))
+
+Each check is one function of a `Case`, a layer with the variant on it and params moved off their start: at init most variants
+are the identity and a wrong formula would pass. What is compared is `y - W x`, which a large `W x` would hide in `y`.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+
+from lora_lite.config import AdapterConfig, as_config
+from lora_lite.testing._case import Case as Case
+from lora_lite.testing._case import make_cases as make_cases
+from lora_lite.testing._derivatives import forward_mode, gradients
+from lora_lite.testing._formula import acts, counts, deterministic, facts, identity, merged, precision, pure, rows, shapes, steered, vmapped
+from lora_lite.testing._model import compiles, saved, untouched
+
+__all__ = ["CHECKS", "Case", "check_variant", "make_cases"]
+
+CHECKS: dict[str, Callable[[AdapterConfig], None]] = {
+    f.__name__: f
+    for f in (
+        *(facts, deterministic, identity, acts, pure, gradients, forward_mode, vmapped, rows),
+        *(merged, steered, precision, shapes, counts, compiles, saved, untouched),
+    )
+}
+"""Every check by name, for a test that runs each on its own."""
+
+
+def check_variant(cfg: AdapterConfig, skip: Collection[str] = ()) -> None:
+    """Run every check of the kit on a variant.
+
+    Args:
+        cfg: an instance of the variant's config. Its target fields are not used: the kit makes its own layers and data.
+        skip: names of checks that do not apply.
+
+    Raises:
+        AssertionError: it lists each check that failed, with what was expected and found.
+        ValueError: where `skip` names no check, or the config fits no layer.
+    """
+    unknown = [name for name in skip if name not in CHECKS]
+    if unknown:
+        raise ValueError(f"check_variant: expected skip to name checks among {list(CHECKS)}, found {unknown}.")
+    cfg = as_config(cfg)
+    failures: list[str] = []
+    for name, check in CHECKS.items():
+        if name in skip:
+            continue
+        with _recorded(name, failures):
+            check(cfg)
+    if failures:
+        lines = "\n".join(f"  - {failure}" for failure in failures)
+        raise AssertionError(f"{type(cfg).__name__} fails {len(failures)} of {len(CHECKS)} checks:\n{lines}")
+
+
+@contextmanager
+def _recorded(name: str, failures: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:
+        failures.append(f"{name}: {e}" if isinstance(e, AssertionError) else f"{name}: {type(e).__name__}: {e}")

@@ -1,0 +1,97 @@
+"""`Case`: one layer with a variant on it, and how results are compared."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_lite.bind import apply_variant
+from lora_lite.config import AdapterConfig, as_config, with_fields
+from lora_lite.frozen import Frozen
+
+VALUES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""Largest error of a value, relative to the largest entry of what it is compared with, by dtype."""
+GRADIENTS = 1e-6
+"""Largest relative error of a directional derivative in float64 against central differences."""
+
+_SIZES = ((24, 32), (48, 64), (64, 128), (128, 256), (256, 512))
+Params = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer with a variant on it: what a check looks at.
+
+    Attributes:
+        cfg: the variant, its target fields at their defaults.
+        W: the frozen layer, with the variant's constants.
+        start: the params as `init` gives them; `params`: the same moved off the start.
+        x: an input `(3, 2, i)`.
+    """
+
+    cfg: AdapterConfig
+    W: Frozen
+    start: Params
+    params: Params
+    x: Tensor
+
+    def __call__(self, params: Params, x: Tensor | None = None) -> Tensor:
+        return apply_variant(self.cfg, params, self.W, self.x if x is None else x)
+
+    def delta(self, params: Params, x: Tensor | None = None) -> Tensor:
+        """What the variant adds to the layer's own output."""
+        x = self.x if x is None else x
+        return self(params, x) - self.W(x)
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        """The same numbers in another dtype."""
+        W = self.W
+        bias = None if W.bias is None else W.bias.to(dtype)
+        frozen = Frozen(W.weight.to(dtype), bias, {k: c.to(dtype) for k, c in W.constants.items()})
+        cast = {k: p.to(dtype) for k, p in self.params.items()}
+        return Case(self.cfg, frozen, {k: p.to(dtype) for k, p in self.start.items()}, cast, self.x.to(dtype))
+
+
+def make_cases(cfg: AdapterConfig, dtype: torch.dtype) -> list[Case]:
+    """Make a wide layer with a bias and a tall one without, in sizes that fit the config."""
+    defaults = {f.name: f.default for f in dataclasses.fields(AdapterConfig) if f.name != "dtype"}
+    cfg = with_fields(as_config(cfg), **defaults)
+    for small, large in _SIZES:
+        try:
+            return [_make_case(cfg, dtype, small, large, bias=True), _make_case(cfg, dtype, large, small, bias=False)]
+        except ValueError as e:
+            refusal = e
+    raise ValueError(f"check_variant: expected {cfg!r} to fit a layer of at most {_SIZES[-1]}, found none that init accepts.") from refusal
+
+
+def _make_case(cfg: AdapterConfig, dtype: torch.dtype, i: int, o: int, *, bias: bool) -> Case:
+    g = torch.Generator().manual_seed(i)
+    weight = (torch.randn(o, i, generator=g) / i**0.5).to(dtype)
+    W = Frozen(weight, torch.randn(o, generator=g).to(dtype) if bias else None)
+    params, constants = cfg.init(W, torch.Generator().manual_seed(0))
+    start = {name: p.to(cfg.dtype) for name, p in params.items()}
+    W = Frozen(weight, W.bias, constants)
+    moved = {name: p + 0.1 * torch.randn(p.shape, generator=g).to(p.dtype) for name, p in start.items()}
+    return Case(cfg, W, start, moved, torch.randn(3, 2, i, generator=g).to(dtype))
+
+
+def float64(cfg: AdapterConfig) -> list[Case]:
+    return make_cases(with_fields(cfg, dtype=torch.float64), torch.float64)
+
+
+def float32(cfg: AdapterConfig) -> list[Case]:
+    return make_cases(with_fields(cfg, dtype=torch.float32), torch.float32)
+
+
+def fail(expected: str, found: object) -> None:
+    raise AssertionError(f"expected {expected}, found {found}")
+
+
+def close(what: str, got: Tensor, want: Tensor, tolerance: float) -> None:
+    if got.shape != want.shape:
+        fail(f"{what} of shape {tuple(want.shape)}", tuple(got.shape))
+    error = float((got.double() - want.double()).abs().max()) if want.numel() else 0.0
+    bound = tolerance * max(1.0, float(want.double().abs().max()) if want.numel() else 1.0)
+    if not error <= bound:
+        fail(f"{what} within {bound:.1e}", f"{error:.1e} off")

@@ -1,0 +1,164 @@
+"""Checks of one layer: what the variant computes."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from lora_lite._check import set_typecheck
+from lora_lite.config import AdapterConfig, with_fields
+from lora_lite.counts import macs_per_token
+from lora_lite.frozen import NEEDS
+from lora_lite.merge import merged_layer
+from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32, float64, make_cases
+
+
+def facts(cfg: AdapterConfig) -> None:
+    """The declared facts are of their kinds."""
+    if not isinstance(cfg.name, str) or not cfg.name:
+        fail("name to be a non-empty string", repr(cfg.name))
+    if cfg.needs not in NEEDS:
+        fail(f"needs to be one of {NEEDS}", repr(cfg.needs))
+    if cfg.identity is not None and not 0 <= cfg.identity < 1:
+        fail("identity to be None or a tolerance in [0, 1)", repr(cfg.identity))
+
+
+def deterministic(cfg: AdapterConfig) -> None:
+    """Init draws from its generator only, and gives new tensors each time."""
+    state = torch.get_rng_state()
+    for case in float32(cfg):
+        first, second = (cfg.init(case.W, torch.Generator().manual_seed(7))[0] for _ in range(2))
+        for name in first:
+            if not torch.equal(first[name], second[name]):
+                fail(f"init to give the same {name} for the same generator", "another")
+            if first[name].data_ptr() == second[name].data_ptr() and first[name].numel():
+                fail(f"init to give a new {name} each time", "the same memory")
+    if not torch.equal(state, torch.get_rng_state()):
+        fail("the global random state untouched", "it moved")
+
+
+def identity(cfg: AdapterConfig) -> None:
+    """At its start the variant is the base layer: to the bit, or to the declared tolerance."""
+    if cfg.identity is None:
+        return
+    for case in [*float32(cfg), *make_cases(cfg, torch.bfloat16)]:
+        y, y0 = case(case.start), case.W(case.x)
+        if cfg.identity == 0.0 and not torch.equal(y, y0):
+            fail("the base output exactly at init", f"{float((y - y0).abs().max()):.1e} off")
+        error = float((y - y0).norm() / y0.norm())
+        if error > cfg.identity:
+            fail(f"the base output to {cfg.identity} at init", f"{error:.1e} off")
+
+
+def acts(cfg: AdapterConfig) -> None:
+    """Moving each leaf changes the output."""
+    for case in float64(cfg):
+        for name in case.params:
+            still = {**case.params, name: case.start[name]}
+            if float((case(case.params) - case(still)).abs().max()) < 1e-8:
+                fail(f"{name} to change the output", "no change")
+
+
+def pure(cfg: AdapterConfig) -> None:
+    """Nothing that goes in is modified, and no hidden randomness is used in evaluation mode."""
+    for case in float32(cfg):
+        tensors = {"x": case.x, "weight": case.W.weight, **case.params, **case.W.constants}
+        before = {name: t.clone() for name, t in tensors.items()}
+        state = torch.get_rng_state()
+        first = case(case.params)
+        torch.func.grad(lambda p, case=case: case(p).square().sum())(case.params)
+        if not torch.equal(first, case(case.params)):
+            fail("the same output twice", "another")
+        for name, tensor in tensors.items():
+            if not torch.equal(tensor, before[name]):
+                fail(f"{name} unmodified", "it changed")
+        if not torch.equal(state, torch.get_rng_state()):
+            fail("the global random state untouched", "it moved")
+
+
+def vmapped(cfg: AdapterConfig) -> None:
+    """`vmap` over stacked params, and over gradients by example, equals a loop."""
+    for case in float64(cfg):
+        members = [{name: c * p for name, p in case.params.items()} for c in (1.0, 0.5, 0.0)]
+        stacked = {name: torch.stack([m[name] for m in members]) for name in case.params}
+        close("vmap over params", torch.vmap(case.delta)(stacked), torch.stack([case.delta(m) for m in members]), 1e-10)
+
+        def loss(params: Params, x: Tensor, case: Case = case) -> Tensor:
+            return case(params, x).square().sum()
+
+        each = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(case.params, case.x)
+        for name in case.params:
+            want = torch.stack([torch.func.grad(loss)(case.params, x)[name] for x in case.x])
+            close(f"per-example gradients of {name}", each[name], want, 1e-10)
+
+
+def rows(cfg: AdapterConfig) -> None:
+    """Rows are independent, and any leading axes do: none, several, an empty one."""
+    for case in float64(cfg):
+        i, o = case.W.in_features, case.W.out_features
+        whole = case(case.params)
+        for k in range(3):
+            close("a row alone", case(case.params, case.x[k]), whole[k], 1e-10)
+        close("a single vector", case(case.params, case.x[0, 0]), whole[0, 0], 1e-10)
+        close("further axes", case(case.params, case.x.view(3, 1, 2, i)), whole.view(3, 1, 2, o), 1e-10)
+        if case(case.params, case.x[:0]).shape != (0, 2, o):
+            fail(f"an empty batch to give {(0, 2, o)}", tuple(case(case.params, case.x[:0]).shape))
+
+
+def merged(cfg: AdapterConfig) -> None:
+    """A linear variant's merged weights give its forward."""
+    if not cfg.linear:
+        return
+    for case in float64(cfg):
+        weight, bias = merged_layer(cfg, case.params, case.W)
+        close("the merged layer", case.x @ weight.t() + bias, case(case.params), 1e-10)
+
+
+def steered(cfg: AdapterConfig) -> None:
+    """Strength 0 is the base layer, 1 the adapter itself, and the strength has a gradient."""
+    for case in float64(cfg):
+        one, zero = cfg.steer(case.params, 1.0), cfg.steer(case.params, 0.0)
+        close("the params at strength 1", case(dict(one)), case(case.params), 1e-10)
+        close("strength 0", case(dict(zero)), case.W(case.x), 1e-10)
+        strength = torch.tensor(0.5, dtype=torch.float64)
+        slope = torch.func.grad(lambda c, case=case: case(dict(cfg.steer(case.params, c))).square().sum())(strength)
+        if not slope.abs() > 0:
+            fail("a gradient for the strength", float(slope))
+
+
+def precision(cfg: AdapterConfig) -> None:
+    """In float32 and bfloat16 the update is that of the same numbers in float64; float32 params serve a bfloat16 layer."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for case in make_cases(with_fields(cfg, dtype=torch.float32), dtype):
+            exact = case.to(torch.float64)
+            y = case(case.params)
+            if y.dtype != dtype:
+                fail(f"the base output's dtype, {dtype}", y.dtype)
+            close(f"the output in {dtype}", y, exact(exact.params), VALUES[dtype])
+            grads = torch.func.grad(lambda p, case=case: case(p).float().square().mean())(case.params)
+            for name, grad in grads.items():
+                if grad.dtype != torch.float32 or not grad.isfinite().all():
+                    fail(f"a finite float32 gradient of {name}", grad.dtype)
+
+
+def shapes(cfg: AdapterConfig) -> None:
+    """The declared shapes hold under type checking."""
+    before = set_typecheck(True)
+    try:
+        for case in float32(cfg):
+            y = case(case.params)
+            if y.shape != (3, 2, case.W.out_features):
+                fail(f"an output of shape {(3, 2, case.W.out_features)}", tuple(y.shape))
+    finally:
+        set_typecheck(before)
+
+
+def counts(cfg: AdapterConfig) -> None:
+    """The declared formulas of trained numbers and multiply-adds match the counted ones."""
+    for case in float32(cfg):
+        known = {**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}, "i": case.W.in_features, "o": case.W.out_features}
+        counted = {"trained": sum(p.numel() for p in case.params.values()), "macs": macs_per_token(cfg, case.params, case.W)}
+        for fact, count in counted.items():
+            formula = getattr(cfg, fact)
+            if formula is not None and eval(formula, {"__builtins__": {"min": min, "max": max}}, known) != count:  # the class's own text
+                fail(f"{fact} = {formula} at i={known['i']}, o={known['o']}", count)

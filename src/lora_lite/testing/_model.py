@@ -1,0 +1,77 @@
+"""Checks of a whole model: compiling, saving, and leaving the user's model alone."""
+
+import copy
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lora_lite.adapt import Adapt
+from lora_lite.build import build
+from lora_lite.config import AdapterConfig
+from lora_lite.io import load, save
+from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32
+
+
+def compiles(cfg: AdapterConfig) -> None:
+    """The variant traces in one graph, its gradient too."""
+    for case in float32(cfg)[:1]:
+
+        def loss(params: Params, x: Tensor, case: Case = case) -> Tensor:
+            return case(params, x).square().sum()
+
+        for f in (loss, torch.func.grad(loss)):
+            torch.compiler.reset()
+            got, want = torch.compile(f, fullgraph=True, backend="aot_eager")(case.params, case.x), f(case.params, case.x)
+            for a, b in zip(pytree.tree_leaves(got), pytree.tree_leaves(want)):
+                close("the compiled result", a, b, VALUES[torch.float32])
+
+
+def _model(cfg: AdapterConfig) -> tuple[nn.Sequential, Adapt, dict[str, Params], Tensor]:
+    """Two layers in a model, adapted, with params off their start."""
+    wide, tall = float32(cfg)
+    layers = []
+    for case in (wide, tall):
+        layer = nn.Linear(case.W.in_features, case.W.out_features, bias=case.W.bias is not None)
+        layer.weight.data = case.W.weight.clone()
+        if case.W.bias is not None:
+            layer.bias.data = case.W.bias.clone()
+        layers.append(layer)
+    model = nn.Sequential(*layers).eval()
+    return model, build(model, wide.cfg), {"0": wide.params, "1": tall.params}, wide.x
+
+
+def saved(cfg: AdapterConfig) -> None:
+    """Saving and loading gives every bit back, onto a model that was never built on."""
+    model, adapt, params, x = _model(cfg)
+    fresh = copy.deepcopy(model)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "adapter.safetensors"
+        save(adapt, params, path)
+        again, read = load(fresh, path, variants=[type(cfg)])
+    for where, leaves in params.items():
+        for name, leaf in leaves.items():
+            if not torch.equal(read[where][name], leaf):
+                fail(f"{where}.{name} bit for bit", "another value")
+    if not torch.equal(again(read, x), adapt(params, x)):
+        fail("the loaded adapter's output to equal the saved one's", "another")
+    first, second = again.init(3), adapt.init(3)
+    if not all(torch.equal(first[where][name], leaf) for where, leaves in second.items() for name, leaf in leaves.items()):
+        fail("a loaded adapt to init as the saved one does", "other params")
+
+
+def untouched(cfg: AdapterConfig) -> None:
+    """Building, calling, differentiating and merging leave the model's bytes, classes and flags as they were."""
+    model, adapt, params, x = _model(cfg)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    facts = [(type(m), m.training, [p.requires_grad for p in m.parameters()]) for m in model.modules()]
+    adapt(params, x)
+    torch.func.grad(lambda p: adapt(p, x).square().sum())(params)
+    adapt.module(params)
+    for name, tensor in model.state_dict().items():
+        if not torch.equal(tensor, before[name]):
+            fail(f"the model's {name} as it was", "it changed")
+    if facts != [(type(m), m.training, [p.requires_grad for p in m.parameters()]) for m in model.modules()]:
+        fail("the model's classes and flags as they were", "a change")
