@@ -92,7 +92,7 @@ def recompute(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], k
     if not torch.is_grad_enabled():
         return fn(*args, **kwargs)
     if torch.compiler.is_compiling():
-        return checkpoint(fn, *args, use_reentrant=False, **kwargs)
+        return _compiled(fn, block, args, kwargs)
     leaves, spec = pytree.tree_flatten((args, kwargs))
     places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     slots = [(table, name) for table, name in _slots(block)]
@@ -116,6 +116,14 @@ def recompute(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], k
     tree, sources, tensors = shape
     out = [source if not tensor else next(fresh) if source is None else inputs[source] for source, tensor in zip(sources, tensors)]
     return pytree.tree_unflatten(out, tree)
+
+
+def _compiled(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Leave recomputation to the compiler: torch's checkpoint where plain autograd runs, its own partitioning inside a transform."""
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)] + [t[name] for t, name in _slots(block)]
+    if _plain() and any(t.requires_grad for t in tensors):
+        return checkpoint(fn, *args, use_reentrant=False, **kwargs)
+    return fn(*args, **kwargs)
 
 
 @dataclass(frozen=True)
