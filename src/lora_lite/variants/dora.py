@@ -38,7 +38,7 @@ from torch import Tensor
 
 from lora_lite._check import checked
 from lora_lite.frozen import Constants, Frozen
-from lora_lite.variants._linalg import add_low_rank
+from lora_lite.variants._linalg import add_low_rank, gate
 from lora_lite.variants.lora import LoRAConfig
 
 
@@ -51,7 +51,8 @@ class DoRAParams(TypedDict):
 def row_norms(W: Frozen) -> Constants:
     """Give `||w_k||^2`, at least in float32: a bfloat16 sum over a row would lose its last digits."""
     weight = W.dense()
-    return {"sqnorm": weight.to(torch.promote_types(weight.dtype, torch.float32)).square().sum(1)}
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return {"sqnorm": torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()}
 
 
 def excess_gain(params: DoRAParams, W: Frozen, scale: float) -> Tensor:
@@ -71,13 +72,11 @@ def dora(params: DoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: floa
     excess = excess_gain(params, W, scale)
     gain = ((1 + excess) * scale).to(x.dtype)
     excess = excess.to(x.dtype)
-    y0 = W(x)
     if dropout and W.training:
-        x = F.dropout(x, dropout)
-        product = W.matmul(x)
+        y0, x = W(x), F.dropout(x, dropout)
+        y = torch.addcmul(y0, W.matmul(x), excess)
     else:
-        product = y0 if W.bias is None else y0 - W.bias
-    y = torch.addcmul(y0, product, excess)
+        y = gate(W(x), excess, W.bias)
     return add_low_rank(y, F.linear(x, params["A"]), gain[:, None] * params["B"])
 
 

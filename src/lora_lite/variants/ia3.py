@@ -30,6 +30,7 @@ from torch import Tensor
 from lora_lite._check import checked
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import Constants, Frozen
+from lora_lite.variants._linalg import gate
 
 
 class IA3Params(TypedDict):
@@ -39,8 +40,7 @@ class IA3Params(TypedDict):
 @checked
 def ia3(params: IA3Params, W: Frozen, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
     """Give `(1 + g) (W x + b)`; the module's docstring has the formula and the shapes."""
-    y0 = W(x)
-    return torch.addcmul(y0, y0, params["g"])  # not y0 * (1 + g): 1 + g would round g away in bfloat16
+    return gate(W(x), params["g"])
 
 
 @dataclass(frozen=True, kw_only=True)

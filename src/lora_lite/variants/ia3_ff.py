@@ -30,6 +30,7 @@ from torch import Tensor
 from lora_lite._check import checked
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import Constants, Frozen
+from lora_lite.variants._linalg import gate
 
 
 class IA3FFParams(TypedDict):
@@ -39,7 +40,7 @@ class IA3FFParams(TypedDict):
 @checked
 def ia3_ff(params: IA3FFParams, W: Frozen, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
     """Give `W ((1 + g) x) + b`; the module's docstring has the formula and the shapes."""
-    return W(torch.addcmul(x, x, params["g"]))
+    return W(gate(x, params["g"]))
 
 
 @dataclass(frozen=True, kw_only=True)
