@@ -41,7 +41,7 @@ class Adapt:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._adapted = Replicas(_bound_clone(plan), _copy, [target.path for target, _ in plan.entries])
-        self._base = Replicas(plan.base, clone_module, [])
+        self._base = Replicas(_plain_clone(plan), clone_module, [])
 
     def __call__(self, params: Mapping[str, Mapping[str, Tensor]], batch: Any, **kwargs: Any) -> Any:
         """Run the adapted model.
@@ -215,6 +215,12 @@ def _bound_clone(plan: Plan) -> nn.Module:
         path = target.path
         adapt_layer(clone.get_submodule(path), target, cfg, plan.shapes[path], plan.constants[path])
     install(clone, plan.remat)
+    return clone
+
+
+def _plain_clone(plan: Plan) -> nn.Module:
+    clone = clone_module(plan.base)
+    install(clone, None)
     return clone
 
 

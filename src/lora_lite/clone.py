@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from lora_lite._errors import listed
 
@@ -37,6 +38,9 @@ def _refuse_unfaithful(model: nn.Module) -> None:
         raise ValueError(
             f"build: expected ordinary modules, found TorchScript at {listed(scripted)}. Build on the model before scripting it."
         )
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+    if lazy:
+        raise ValueError(f"build: expected parameters with shapes, found lazy ones at {listed(lazy)}. Run the model on one batch first.")
     patched = [path or "the model" for path, m in model.named_modules() if _patched(m)]
     if patched:
         raise ValueError(

@@ -170,7 +170,7 @@ def as_config(cfg: object) -> AdapterConfig:
         raise TypeError(f"build: expected a variant's config, found {cfg!r}{lacks}. Pass an instance, e.g. LoRAConfig(r=8).")
     if isinstance(cfg, AdapterConfig):
         return cfg
-    cls = type(type(cfg).__name__, (type(cfg), AdapterConfig), {"__module__": type(cfg).__module__})
+    cls = type(type(cfg).__name__, (type(cfg), AdapterConfig), {"__module__": type(cfg).__module__, "_written": type(cfg)})
     full: Any = object.__new__(cls)
     vars(full).update(vars(cfg))
     return full
@@ -198,6 +198,7 @@ def from_json(cls: type, fields: Mapping[str, Any]) -> AdapterConfig:
     Raises:
         ValueError: for a field that `cls` does not take.
     """
+    cls = getattr(cls, "_written", cls)  # the user's own class, where as_config completed it
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "variant"}
     known = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set(values)
     if not issubclass(cls, AdapterConfig):  # its shared fields are the defaults, not its own

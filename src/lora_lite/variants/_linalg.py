@@ -14,6 +14,7 @@ def add_low_rank(y0: Tensor, h: Tensor, B: Tensor, scale: float = 1.0) -> Tensor
 
 def gate(y: Tensor, g: Tensor, fixed: Tensor | None = None) -> Tensor:
     """Give `(1 + g) (y - fixed) + fixed`, with `y (*b, k)` and `g`, `fixed` `(k,)`; `y` to the bit where `g = 0`."""
+    g = g.to(y.dtype)  # under autocast the layer's output has another dtype than its input
     if torch.finfo(y.dtype).bits < 32:  # 1 + g would round small gates away
         return torch.addcmul(y, y if fixed is None else y - fixed, g)
     return y * (1 + g) if fixed is None else torch.addcmul(-g * fixed, y, 1 + g)  # one pass each way
@@ -22,7 +23,7 @@ def gate(y: Tensor, g: Tensor, fixed: Tensor | None = None) -> Tensor:
 def kaiming(rows: int, cols: int, generator: torch.Generator) -> Tensor:
     """Draw `(rows, cols)` uniformly within 1/sqrt(cols), as `kaiming_uniform_(a=sqrt(5))` does."""
     bound = 1 / math.sqrt(cols)
-    return torch.empty(rows, cols).uniform_(-bound, bound, generator=generator)
+    return torch.empty(rows, cols, dtype=torch.float32, device=generator.device).uniform_(-bound, bound, generator=generator)
 
 
 def truncated_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -71,10 +71,9 @@ def dora(params: DoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: floa
     """Give `(||w|| + m) / n (W x + scale B A x) + b`; the module's docstring has the formula and the shapes."""
     excess = excess_gain(params, W, scale)
     gain = ((1 + excess) * scale).to(x.dtype)
-    excess = excess.to(x.dtype)
     if dropout and W.training:
         y0, x = W(x), F.dropout(x, dropout)
-        y = torch.addcmul(y0, W.matmul(x), excess)
+        y = torch.addcmul(y0, W.matmul(x), excess.to(y0.dtype))
     else:
         y = gate(W(x), excess, W.bias)
     return add_low_rank(y, F.linear(x, params["A"]), gain[:, None] * params["B"])
