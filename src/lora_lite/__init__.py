@@ -4,6 +4,8 @@ from lora_lite import functional as functional
 from lora_lite import testing as testing
 from lora_lite._check import checked as checked
 from lora_lite._check import set_typecheck as set_typecheck
+from lora_lite._tree import tree_leaves as tree_leaves
+from lora_lite._tree import tree_map as tree_map
 from lora_lite.adapt import Adapt as Adapt
 from lora_lite.build import build as build
 from lora_lite.config import AdapterConfig as AdapterConfig

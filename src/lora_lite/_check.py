@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
 import torch
+from beartype import BeartypeConf
 from beartype.door import is_bearable
 from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
 from lora_lite.frozen import Frozen, as_frozen
 
+_CONF = BeartypeConf(is_pep484_tower=True)  # an integer is a float
 _enabled = os.environ.get("LORA_LITE_TYPECHECK", "").lower() not in ("", "0", "false", "no", "off")
 
 
@@ -53,9 +55,10 @@ def checked(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if not (_enabled and not torch.compiler.is_compiling()):
             return fn(in_dtype(params, x.dtype), as_frozen(W), x, **statics)
         with jaxtyped("context"):  # one set of axis sizes for all the tests below
-            faults = _field_faults(params, fields)
-            W = _frozen_or_fault(W, faults)
+            faults: list[str] = []
+            W = _frozen_or_fault(W, faults)  # the layer first: what is given binds the axes, and the params are held to it
             faults += _fault("x", x, hints["x"])
+            faults += _field_faults(params, fields)
             faults += [f for name, value in statics.items() for f in _fault(name, value, hints.get(name, Any))]
             given = {**params, "W": W, "x": x} if isinstance(params, Mapping) else {"W": W, "x": x}
             _raise(fn, faults, given)
@@ -90,7 +93,7 @@ def _frozen_or_fault(W: Any, faults: list[str]) -> Any:
 
 
 def _fault(name: str, value: object, hint: Any) -> list[str]:
-    if is_bearable(value, hint):
+    if is_bearable(value, hint, conf=_CONF):
         return []
     return [f"{name}: expected {_show_hint(hint)}, found {_show(value)}"]
 
@@ -113,7 +116,8 @@ def _raise(fn: Callable[..., Tensor], faults: list[str], given: Mapping[str, obj
         return
     lines = "".join(f"\n  - {fault}" for fault in faults)
     shown = ", ".join(f"{name} {_show(value)}" for name, value in given.items())
+    documented = f"lora_lite.functional.{fn.__name__}" if fn.__module__.startswith("lora_lite.") else f"{fn.__module__}.{fn.__name__}"
     raise TypeError(
         f"{fn.__name__}: the shapes of params, W, x and the result must agree:{lines}\n  given: {shown}\n"
-        f"lora_lite.functional.{fn.__name__} documents each; W is (o, i), x is (*b, i)."
+        f"Pass what {documented} documents; W is (o, i), x is (*b, i)."
     )

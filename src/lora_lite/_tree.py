@@ -1,6 +1,7 @@
-"""Parameter trees: `{target path: {name: tensor}}`, as they are read, joined and taken apart."""
+"""Parameter trees, `{target path: {name: tensor}}`: named, flattened and mapped."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -17,6 +18,30 @@ def flatten(tree: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {join(path, name): leaf for path, leaves in tree.items() for name, leaf in leaves.items()}
 
 
-def tree_map(f: Callable[[Tensor], Tensor], tree: Mapping[str, Mapping[str, Tensor]]) -> Tree:
-    """Apply `f` to every leaf; the keys stay."""
-    return {path: {name: f(leaf) for name, leaf in leaves.items()} for path, leaves in tree.items()}
+def tree_leaves(tree: Mapping[str, Mapping[str, Any]]) -> list[Any]:
+    """List the leaves of a params tree, always in the same order.
+
+    Example:
+        >>> import torch, lora_lite as ll
+        >>> adapt = ll.build(torch.nn.Sequential(torch.nn.Linear(8, 4)), ll.LoRAConfig(r=2))
+        >>> [tuple(leaf.shape) for leaf in ll.tree_leaves(adapt.init(seed=0))]
+        [(2, 8), (4, 2)]
+    """
+    return [leaf for leaves in tree.values() for leaf in leaves.values()]
+
+
+def tree_map(
+    f: Callable[..., Any], tree: Mapping[str, Mapping[str, Any]], *others: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Apply `f` to the corresponding leaves of one or several params trees; the keys are those of the first.
+
+    Example:
+        >>> import torch, lora_lite as ll
+        >>> params = {"0": {"g": torch.ones(2)}}
+        >>> grads = {"0": {"g": torch.full((2,), 2.0)}}
+        >>> ll.tree_map(lambda p, g: p - 0.5 * g, params, grads)
+        {'0': {'g': tensor([0., 0.])}}
+    """
+    return {
+        path: {name: f(leaf, *(other[path][name] for other in others)) for name, leaf in leaves.items()} for path, leaves in tree.items()
+    }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_lite._errors import several, tree_faults
 from lora_lite._tree import Tree
-from lora_lite.bind import Shapes, adapt_layer, layer_at, placed, read_params, rebind
+from lora_lite.bind import Shapes, adapt_layer, layer_at, placed, read_params, rebind, volatile_buffers
 from lora_lite.clone import clone_module
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import Constants
@@ -40,8 +40,9 @@ class Adapt:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._adapted = Replicas(_bound_clone(plan), _copy, [target.path for target, _ in plan.entries])
-        self._base = Replicas(_plain_clone(plan), clone_module, [])
+        self._clone = _bound_clone(plan)
+        self._adapted = Replicas(self._clone, _copy, [target.path for target, _ in plan.entries])
+        self._base = Replicas(plan.base, _plain_copy, [])
 
     def __call__(self, params: Mapping[str, Mapping[str, Tensor]], batch: Any, **kwargs: Any) -> Any:
         """Run the adapted model.
@@ -88,6 +89,9 @@ class Adapt:
         """
         self._require(params, "module")
         module = _copy(self._clone)
+        for name, buffer in volatile_buffers(module).items():
+            where, _, attribute = name.rpartition(".")
+            module.get_submodule(where)._buffers[attribute] = buffer.clone()  # its own state, not the user's
         for path, leaves in params.items():
             layer = layer_at(module, path)
             for name, attribute in layer._lora_lite.names:
@@ -112,7 +116,8 @@ class Adapt:
     def merge(self, params: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Give the merged weights and biases of the targets as a state dict; the model is not touched.
 
-        `model.load_state_dict(adapt.merge(params), strict=False)` is the user's own act.
+        `model.load_state_dict(adapt.merge(params), strict=False)` is the user's own act. It changes the weights that this `adapt` shares:
+        to go on adapting, build anew, or load into a copy of the model.
 
         Raises:
             ValueError: where `params` does not fit, a variant is not linear, the adapter moves a bias that the layer lacks, or a weight is
@@ -182,10 +187,6 @@ class Adapt:
         variants = ", ".join(sorted({cfg.name for cfg in self.configs}))
         return f"Adapt({type(self._plan.base).__name__}, {variants}, {len(self.shapes)} targets, {self.num_params:,} params)"
 
-    @property
-    def _clone(self) -> nn.Module:
-        return self._adapted.main.module
-
     def _require(self, params: Any, caller: str) -> None:
         try:
             if len(params) == len(self.shapes) and all(_fits(params[path], leaves) for path, leaves in self.shapes.items()):
@@ -218,10 +219,10 @@ def _bound_clone(plan: Plan) -> nn.Module:
     return clone
 
 
-def _plain_clone(plan: Plan) -> nn.Module:
-    clone = clone_module(plan.base)
-    install(clone, None)
-    return clone
+def _plain_copy(base: nn.Module) -> nn.Module:
+    copy = clone_module(base)
+    install(copy, None)
+    return copy
 
 
 def _copy(bound: nn.Module) -> nn.Module:

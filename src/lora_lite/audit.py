@@ -42,9 +42,9 @@ class Audit:
         finally:
             for handle in handles:
                 handle.remove()
-        self._seen_families |= {_family(path) for path in self.unseen & ran}
+        self._seen_families |= {self._family(path) for path in self.unseen & ran}
         self.unseen -= ran
-        missed = [p for p in sorted(self.unseen) if parents[p] in ran and _family(p) not in self._seen_families]
+        missed = [p for p in sorted(self.unseen) if parents[p] in ran and self._family(p) not in self._seen_families]
         if missed:
             raise ValueError(
                 f"adapt: expected the model to call each target, found that it ran the modules around {listed(missed)} but never "
@@ -59,9 +59,11 @@ class Audit:
             parent = parent.rpartition(".")[0]
         return parent
 
-
-def _family(path: str) -> str:
-    return re.sub(r"\d+", "*", path)
+    def _family(self, path: str) -> str:
+        """Name a target by its path with the keys of lists and dicts of modules left open."""
+        parts = path.split(".") if path else []
+        around = [self._clone.get_submodule(".".join(parts[:k])) for k in range(len(parts))]
+        return ".".join("*" if isinstance(m, _CONTAINERS) or part.isdigit() else part for m, part in zip(around, parts))
 
 
 def refuse_uncalled(model: nn.Module, paths: list[str]) -> None:

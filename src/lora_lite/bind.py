@@ -100,16 +100,21 @@ def read_params(module: nn.Module, shapes: Shapes, get: Callable[[Tensor], Tenso
     return {path: {name: get(getattr(layers[path], PARAM + name)) for name in names} for path, names in shapes.items()}
 
 
-def volatile_buffers(clone: nn.Module) -> dict[str, Tensor]:
-    """Find the buffers that a forward in training mode may update in place: BatchNorm's statistics and their like.
+_SMALL = 2**16
 
-    They alias the user's, so each call gets copies. Integer buffers of more than one entry are indices or packed weights.
+
+def volatile_buffers(clone: nn.Module) -> dict[str, Tensor]:
+    """Find the buffers that a forward may update in place: BatchNorm's statistics, counters and their like.
+
+    They alias the user's, so each call gets copies. Small ones are copied whatever they are; of the large ones those that hold
+    floating numbers in training mode, since large integer buffers are packed weights and masks, which nobody updates.
     """
     found = {}
     for path, module in clone.named_modules():
         for name, buffer in module._buffers.items():
-            state = buffer is not None and (buffer.is_floating_point() or buffer.dim() == 0)
-            if module.training and state and not name.startswith(CONSTANT):
+            if buffer is None or name.startswith(CONSTANT):
+                continue
+            if buffer.numel() <= _SMALL or (module.training and buffer.is_floating_point()):
                 found[join(path, name)] = buffer
     return found
 

@@ -46,7 +46,7 @@ def build(model: nn.Module, cfg: AdapterConfig | Sequence[AdapterConfig], *, rem
 
 def choose(model: nn.Module, cfg: AdapterConfig | Sequence[AdapterConfig]) -> Entries:
     """Pair each target with the config that claims it."""
-    configs = [as_config(c) for c in cfg] if isinstance(cfg, Sequence) else [as_config(cfg)]
+    configs = [as_config(c) for c in cfg] if isinstance(cfg, Sequence) and not isinstance(cfg, str) else [as_config(cfg)]
     if not configs:
         raise ValueError("build: expected a config or a non-empty sequence of them, found an empty one. Pass e.g. LoRAConfig().")
     claimed: dict[str, tuple[Target, AdapterConfig]] = {}

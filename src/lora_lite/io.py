@@ -1,6 +1,5 @@
 """Params and config to one safetensors file and back. Nothing is unpickled, nothing half-written, nothing half-loaded."""
 
-import json
 import os
 import uuid
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from lora_lite._errors import listed, nearest, several, tree_faults
+from lora_lite._header import CONSTANT, FORMAT, Stored, describe, read_header, tensor_faults, write_header
 from lora_lite._tree import Tree, flatten, join
 from lora_lite.adapt import Adapt
 from lora_lite.build import check_entries
@@ -21,9 +21,6 @@ from lora_lite.frozen import kind_of
 from lora_lite.plan import Entries, Plan
 from lora_lite.targets import Target, sharing
 from lora_lite.variants import VARIANTS
-
-FORMAT = 1
-_CONSTANT = "constant/"  # no module path can start so: a slash would come from the file system only
 
 
 def save(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], path: str | os.PathLike[str]) -> None:
@@ -40,31 +37,35 @@ def save(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], path: str | o
     Raises:
         ValueError: where `params` does not fit `adapt`.
         FileNotFoundError: where the directory does not exist.
+        IsADirectoryError: where `path` is a directory.
+
+    Example:
+        >>> import os, tempfile, torch, lora_lite as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> adapt = ll.build(model, ll.LoRAConfig(r=2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ll.save(adapt, adapt.init(seed=0), os.path.join(folder, "adapter.safetensors"))
+        ...     again, params = ll.load(model, os.path.join(folder, "adapter.safetensors"))
+        >>> again
+        Adapt(Sequential, lora, 1 targets, 24 params)
     """
     adapt._require(params, "save")
     place = Path(path)
     if not place.parent.is_dir():
         raise FileNotFoundError(f'save: expected the directory of "{place}" to exist, found none. Create it first.')
+    if place.is_dir():
+        raise IsADirectoryError(f'save: expected the path of a file, found the directory "{place}". Name a file in it.')
     tensors = {name: _plain(leaf) for name, leaf in flatten(params).items()}
-    tensors |= {_CONSTANT + name: _plain(leaf) for name, leaf in flatten(adapt.constants).items()}
+    tensors |= {CONSTANT + name: _plain(leaf) for name, leaf in flatten(adapt.constants).items()}
     configs = list({id(cfg): cfg for cfg in adapt.configs}.values())
     index = {id(cfg): k for k, cfg in enumerate(configs)}
     targets = {
-        target.path: {
-            **{"config": index[id(cfg)], "i": target.i, "o": target.o, "role": target.role},
-            **{"params": adapt.shapes[target.path], "constants": list(adapt.constants[target.path])},
-        }
-        for target, cfg in zip(adapt.targets, adapt.configs)
-    }
-    metadata = {
-        "format": "pt",
-        "lora_lite_format": str(FORMAT),
-        "configs": json.dumps([to_json(cfg) for cfg in configs]),
-        "targets": json.dumps(targets),
+        t.path: Stored(index[id(cfg)], t.i, t.o, t.role, describe(params[t.path]), describe(adapt.constants[t.path]))
+        for t, cfg in zip(adapt.targets, adapt.configs)
     }
     beside = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
     try:
-        safetensors.torch.save_file(tensors, beside, metadata)
+        safetensors.torch.save_file(tensors, beside, write_header([to_json(cfg) for cfg in configs], targets))
         os.replace(beside, place)
     finally:
         beside.unlink(missing_ok=True)
@@ -82,7 +83,7 @@ def load(
     Args:
         model: the model that the adapter was trained on, or one of the same shapes.
         path: the file.
-        variants: configs of variants from outside the package, as classes or by name.
+        variants: configs of variants from outside the package, as a sequence of classes or a mapping by name.
         remat: as in `build`.
 
     Returns:
@@ -91,23 +92,26 @@ def load(
     Raises:
         FileNotFoundError: where there is no file.
         ValueError: where the file is damaged, foreign, of another format version or variant, or of another model; it lists each fault.
+        TypeError: where `model` or `variants` is of another type.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load: expected model as a torch.nn.Module, found {type(model).__name__}. Call load(model, path).")
+    known = _known(variants)
     metadata, tensors = _read(Path(path))
-    configs = _configs(metadata, variants, path)
-    entries, faults = _entries(model, metadata["targets"], configs)
-    faults += _tensor_faults(metadata["targets"], tensors)
+    try:
+        stored_configs, targets = read_header(metadata)
+    except ValueError as e:
+        raise ValueError(
+            f'load: expected "{path}" to describe its configs and targets, found a damaged header ({e}). Save it again.'
+        ) from e
+    configs = _configs(stored_configs, known, path)
+    entries, faults = _entries(model, targets, configs)
+    faults += tensor_faults(targets, tensors)
     if not faults:
         check_entries(model, entries)
-        base = clone_module(model)
-        constants = _tree(metadata["targets"], tensors, _CONSTANT, "constants", base)
-        params = _tree(metadata["targets"], tensors, "", "params", base)
-        shapes = {where: {name: tuple(leaf.shape) for name, leaf in leaves.items()} for where, leaves in params.items()}
-        adapt = Adapt(Plan(base, entries, shapes, constants, remat))
+        adapt, params = _bind(model, targets, entries, tensors, remat)
         # With its constants at hand each variant says what its params must be: no SVD, no data.
-        expected = {where: {name: tuple(leaf.shape) for name, leaf in leaves.items()} for where, leaves in adapt.init().items()}
-        faults = tree_faults(params, expected)
+        faults = tree_faults(params, _shapes(adapt.init()))
     if faults:
         raise ValueError(
             f'load: expected "{path}" to fit this {type(model).__name__}, found:\n{several(faults)}\n'
@@ -120,7 +124,21 @@ def _plain(leaf: Tensor) -> Tensor:
     return leaf.detach().cpu().contiguous().clone()  # safetensors refuses views and shared storage
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _shapes(tree: Tree) -> dict[str, dict[str, tuple[int, ...]]]:
+    return {path: {name: tuple(leaf.shape) for name, leaf in leaves.items()} for path, leaves in tree.items()}
+
+
+def _known(variants: Any) -> dict[str, type[AdapterConfig]]:
+    if isinstance(variants, Mapping):
+        return {**VARIANTS, **variants}
+    if isinstance(variants, type | str) or not isinstance(variants, Sequence) or not all(hasattr(cls, "name") for cls in variants):
+        raise TypeError(
+            f"load: expected variants as a sequence of config classes or a mapping by name, found {variants!r}. Write [ItsConfig]."
+        )
+    return {**VARIANTS, **{cls.name: cls for cls in variants}}
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     if not path.is_file():
         raise FileNotFoundError(f'load: expected a file at "{path}", found none. Pass the path that was given to save.')
     try:
@@ -136,61 +154,52 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if version != str(FORMAT):
         what = "a safetensors file that ll.save did not write" if version is None else f"format version {version}"
         raise ValueError(f'load: expected "{path}" to hold lora_lite format {FORMAT}, found {what}. Load a file written by ll.save.')
-    try:
-        return {key: json.loads(metadata[key]) for key in ("configs", "targets")}, tensors
-    except (KeyError, json.JSONDecodeError) as e:
-        raise ValueError(f'load: expected "{path}" to name its configs and targets, found a damaged header ({e!r}). Save it again.') from e
+    return metadata, tensors
 
 
 def _what_is(path: Path) -> str:
     with path.open("rb") as file:
-        head = file.read(16)
-    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        head = file.read(2)
+    if head == b"PK" or head[:1] == b"\x80":
         return "a pickled file"
-    return "an empty file" if not head else "a truncated or foreign one"
+    return "a truncated or foreign one" if head else "an empty file"
 
 
-def _configs(metadata: dict[str, Any], variants: Any, path: object) -> list[AdapterConfig]:
-    more = variants if isinstance(variants, Mapping) else {cls.name: cls for cls in variants}
-    known = {**VARIANTS, **more}
-    missing = [c.get("variant") for c in metadata["configs"] if c.get("variant") not in known]
+def _configs(stored: list[dict[str, Any]], known: Mapping[str, type[AdapterConfig]], path: object) -> list[AdapterConfig]:
+    missing = [config["variant"] for config in stored if config["variant"] not in known]
     if missing:
         raise ValueError(
             f'load: expected "{path}" to hold one of the variants {listed(known, 40)}, found {listed(missing)}. Closest: '
-            f"{nearest(str(missing[0]), known, 1)}. Pass a variant from outside the package as load(..., variants=[ItsConfig])."
+            f"{nearest(missing[0], known, 1)}. Pass a variant from outside the package as load(..., variants=[ItsConfig])."
         )
-    return [from_json(known[c["variant"]], c) for c in metadata["configs"]]
+    return [from_json(known[config["variant"]], config) for config in stored]
 
 
-def _entries(model: nn.Module, targets: dict[str, Any], configs: list[AdapterConfig]) -> tuple[Entries, list[str]]:
+def _entries(model: nn.Module, targets: Mapping[str, Stored], configs: list[AdapterConfig]) -> tuple[Entries, list[str]]:
     layers, shared = dict(model.named_modules()), sharing(model)
     entries, faults = [], []
-    for path, facts in targets.items():
+    for path, stored in targets.items():
         kind = kind_of(layers[path]) if path in layers else None
         if kind is None:
             found = type(layers[path]).__name__ if path in layers else f"nothing; closest: {nearest(path, layers)}"
             faults.append(f'"{path}": expected a linear layer, found {found}')
             continue
         W = kind(layers[path])
-        if (W.in_features, W.out_features) != (facts["i"], facts["o"]):
-            faults.append(f'"{path}": expected a layer of shape {(facts["o"], facts["i"])}, found {(W.out_features, W.in_features)}')
-        target = Target(path, kind, W.in_features, W.out_features, facts["role"], shared.get(path, ()))
-        entries.append((target, configs[facts["config"]]))
+        if (W.in_features, W.out_features) != (stored.i, stored.o):
+            faults.append(f'"{path}": expected a layer of shape {(stored.o, stored.i)}, found {(W.out_features, W.in_features)}')
+        target = Target(path, kind, W.in_features, W.out_features, stored.role, shared.get(path, ()))
+        entries.append((target, configs[stored.config]))
     return tuple(entries), faults
 
 
-def _tensor_faults(targets: dict[str, Any], tensors: dict[str, Tensor]) -> list[str]:
-    """Hold the file's tensors against what its header promises."""
-    promised = {join(path, name) for path, facts in targets.items() for name in facts["params"]}
-    promised |= {_CONSTANT + join(path, name) for path, facts in targets.items() for name in facts["constants"]}
-    faults = [f'missing "{name}"' for name in sorted(promised - set(tensors))]
-    faults += [f'unexpected "{name}"' for name in sorted(set(tensors) - promised)]
-    return faults
-
-
-def _tree(targets: dict[str, Any], tensors: dict[str, Tensor], prefix: str, which: str, base: nn.Module) -> Tree:
-    tree: Tree = {}
-    for path, facts in targets.items():
-        device = next(base.get_submodule(path).parameters()).device  # copied: a mapped file is unaligned, and sums would round otherwise
-        tree[path] = {name: tensors[prefix + join(path, name)].to(device, copy=True) for name in facts[which]}
-    return tree
+def _bind(
+    model: nn.Module, targets: Mapping[str, Stored], entries: Entries, tensors: Mapping[str, Tensor], remat: str | None
+) -> tuple[Adapt, Tree]:
+    params: Tree = {}
+    constants: Tree = {}
+    for path, stored in targets.items():
+        # Copied: a mapped file is not aligned, and sums over it would round otherwise than over what was saved.
+        device = next(model.get_submodule(path).parameters()).device
+        params[path] = {name: tensors[join(path, name)].to(device, copy=True) for name in stored.params}
+        constants[path] = {name: tensors[CONSTANT + join(path, name)].to(device, copy=True) for name in stored.constants}
+    return Adapt(Plan(clone_module(model), entries, _shapes(params), constants, remat)), params

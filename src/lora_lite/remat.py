@@ -3,7 +3,8 @@
 torch's own checkpoint recomputes after `functional_call` has handed its tensors back, and so without the params. Here everything that a
 block reads and that is swapped for a call (its inputs, masks, params, buffers) is an explicit input of an autograd Function, put back in
 place for the recomputation. Under `torch.func.grad` the gradients are exact, but since that keeps the graph of the gradient the memory is
-not saved; `value_and_grad` saves it. Under `torch.compile`, which cannot trace such a Function, torch's own checkpoint runs.
+not saved; `value_and_grad` saves it. `torch.compile` cannot trace such a Function: there torch's own checkpoint runs under plain autograd,
+and inside a transform the compiler decides what to recompute.
 """
 
 import functools
@@ -31,7 +32,7 @@ def install(clone: nn.Module, pattern: str | None) -> None:
         ValueError: where `pattern` matches no module.
     """
     if pattern is not None:
-        blocks = [m for path, m in clone.named_modules() if path and re.search(pattern, path)]
+        blocks = [m for path, m in clone.named_modules() if path and _compile(pattern).search(path)]
         if not blocks:
             paths = [path for path, _ in clone.named_modules() if path]
             raise ValueError(f'build: expected remat="{pattern}" to match a block, found none. Closest: {nearest(pattern, paths)}.')
@@ -44,9 +45,17 @@ def install(clone: nn.Module, pattern: str | None) -> None:
         _drop_grad_hooks(module)
 
 
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as e:
+        raise ValueError(f"build: expected remat as a regular expression, found {pattern!r} ({e}). Write e.g. r'layers\\.\\d+$'.") from e
+
+
 class _Rematerialised:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return recompute(super().forward, self, args, _without_caches(kwargs))  # type: ignore[misc, arg-type]
+        args, kwargs = _without_caches(args, kwargs)
+        return recompute(super().forward, self, args, kwargs)  # type: ignore[misc, arg-type]
 
 
 @functools.cache
@@ -73,18 +82,20 @@ def _drop_grad_hooks(module: nn.Module) -> None:
                 del table[key]
 
 
-def _without_caches(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Take key-value caches away: a recomputed block would fill them twice and so attend to its own past."""
-    caches = [name for name, value in kwargs.items() if hasattr(value, "get_seq_length")]
-    filled = [name for name in caches if int(kwargs[name].get_seq_length()) > 0]
-    if torch.is_grad_enabled() and filled:
+    caches = [value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")]
+    if not caches or not torch.is_grad_enabled():
+        return args, kwargs
+    if any(int(cache.get_seq_length()) > 0 for cache in caches):
         raise ValueError(
-            f"remat: expected no filled key-value cache where gradients are taken, found one in {filled[0]}. Pass use_cache=False, or "
-            "build without remat to differentiate through a cached prefix."
+            "remat: expected no filled key-value cache where gradients are taken, found one among a block's inputs. Pass use_cache=False, "
+            "or build without remat to differentiate through a cached prefix."
         )
-    if not torch.is_grad_enabled() or not caches:
-        return kwargs
-    return {**kwargs, **dict.fromkeys(caches), **({"use_cache": False} if "use_cache" in kwargs else {})}
+    keep = {name: None if hasattr(value, "get_seq_length") else value for name, value in kwargs.items()}
+    if "use_cache" in keep:
+        keep["use_cache"] = False
+    return tuple(None if hasattr(value, "get_seq_length") else value for value in args), keep
 
 
 def recompute(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -32,11 +32,12 @@ class Replica:
 
 
 class Replicas:
-    """A clone and its copies in other threads."""
+    """The copies of one clone, a thread each."""
 
-    def __init__(self, module: nn.Module, copy: Callable[[nn.Module], nn.Module], paths: list[str]) -> None:
-        self._copy, self._paths = copy, paths
-        self.main = Replica(module, paths)
+    def __init__(self, template: nn.Module, copy: Callable[[nn.Module], nn.Module], paths: list[str]) -> None:
+        # The template is never called: a copy taken during a call would keep that call's tensors.
+        self._make = lambda: Replica(copy(template), paths)
+        self.main = self._make()
         self._local = threading.local()
         self._local.replica = self.main  # the thread that builds keeps the first
 
@@ -46,5 +47,5 @@ class Replicas:
             return self.main  # tracing swaps nothing in for good, and asking for the thread cannot be traced
         replica = getattr(self._local, "replica", None)
         if replica is None:
-            replica = self._local.replica = Replica(self._copy(self.main.module), self._paths)
+            replica = self._local.replica = self._make()
         return replica

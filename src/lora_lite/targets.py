@@ -1,5 +1,6 @@
 """Choose which layers a config adapts: a pure function from model and config to a value that can be read and counted."""
 
+import difflib
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lora_lite._errors import listed, nearest
+from lora_lite._errors import listed
 from lora_lite.config import AdapterConfig, as_config
 from lora_lite.frozen import FrozenLinear, kind_of
 
@@ -77,8 +78,8 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
             "Pass the module that holds them."
         )
     allowed = [path for path in linear if not _matches(cfg.exclude_names, path)]
-    _check_names(model, cfg, list(linear), allowed)
     _check_layers(cfg, allowed)
+    _check_names(model, cfg, list(linear), [path for path in allowed if cfg.layers is None or _index(path) in cfg.layers])
     d_model = width_of(model)
     shared = sharing(model)
     found = [_target(path, linear[path], cfg, d_model, shared) for path in allowed if _selected(path, cfg)]
@@ -149,7 +150,9 @@ def _check_names(model: nn.Module, cfg: AdapterConfig, linear: list[str], allowe
             continue
         where = f'{type(cfg).__name__}.target_names: expected "{pattern}" to match a linear layer'
         if any(_matches((pattern,), path) for path in linear):
-            raise ValueError(f"{where}, found that exclude_names={cfg.exclude_names} leaves out all it matches. Change exclude_names.")
+            raise ValueError(
+                f"{where}, found that exclude_names={cfg.exclude_names} and layers={cfg.layers} leave out all it matches. Change them."
+            )
         others = [(p, type(m).__name__) for p, m in model.named_modules() if p and _matches((pattern,), p)]
         if others:
             kinds = listed(f"{path} ({kind})" for path, kind in others[:3])
@@ -160,8 +163,9 @@ def _check_names(model: nn.Module, cfg: AdapterConfig, linear: list[str], allowe
 def _closest(pattern: str, paths: list[str]) -> str:
     """Name the layers most like a pattern: by their last component, since that is what patterns usually spell."""
     word = max(re.split(r"[^A-Za-z0-9_]+", pattern), key=len)
-    by_name = {path.rpartition(".")[2]: path for path in reversed(paths)}
-    return nearest(word, by_name) + " as in " + listed(list(by_name.values())[-1:])
+    last = {path.rpartition(".")[2]: path for path in reversed(paths)}
+    close = difflib.get_close_matches(word, last, n=3, cutoff=0.3)
+    return listed([last[name] for name in close] or paths[:3])
 
 
 def _check_layers(cfg: AdapterConfig, allowed: list[str]) -> None:

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[..., tuple[Any, Any]]:
     """Make `(params, *args) -> (value, grads)` of a scalar function `f(params, *args)`.
 
-    `torch.func.grad` always builds the graph of the gradient, at about twice the memory. Where no transform and no compilation is
+    `torch.func.grad` always builds the graph of the gradient and holds its memory. Where no transform and no compilation is
     active this takes torch's plain autograd instead; inside them it is torch.func's.
 
     Args:
@@ -23,7 +23,7 @@ def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[...
         the value does not depend on. On the plain path neither carries a graph.
 
     Raises:
-        ValueError: where the value is not a scalar tensor.
+        ValueError: where the value is not a scalar tensor, or with `has_aux` the result is no pair.
         TypeError: where a leaf of `params` is not a floating tensor.
 
     Example:
@@ -51,6 +51,10 @@ def _plain(f: Callable[..., Any], has_aux: bool, params: Any, args: tuple[Any, .
     variables = [leaf.detach().requires_grad_() for leaf in leaves]
     with torch.enable_grad():
         out = f(pytree.tree_unflatten(variables, spec), *args)
+    if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+        raise ValueError(
+            f"value_and_grad: expected f to return (value, aux), found {type(out).__name__}. Leave has_aux out, or return both."
+        )
     value, aux = out if has_aux else (out, None)
     if not isinstance(value, Tensor) or value.dim() != 0:
         found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -26,7 +26,8 @@ class Case:
     Attributes:
         cfg: the variant, its target fields at their defaults.
         W: the frozen layer, with the variant's constants.
-        start: the params as `init` gives them; `params`: the same moved off the start.
+        start: the params as `init` gives them.
+        params: the same moved off the start.
         x: an input `(3, 2, i)`.
     """
 
@@ -37,6 +38,7 @@ class Case:
     x: Tensor
 
     def __call__(self, params: Params, x: Tensor | None = None) -> Tensor:
+        """Run the variant on the layer."""
         return apply_variant(self.cfg, params, self.W, self.x if x is None else x)
 
     def delta(self, params: Params, x: Tensor | None = None) -> Tensor:

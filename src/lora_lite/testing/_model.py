@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lora_lite.adapt import Adapt
 from lora_lite.build import build
 from lora_lite.config import AdapterConfig
 from lora_lite.io import load, save
@@ -29,8 +28,8 @@ def compiles(cfg: AdapterConfig) -> None:
                 close("the compiled result", a, b, VALUES[torch.float32])
 
 
-def _model(cfg: AdapterConfig) -> tuple[nn.Sequential, Adapt, dict[str, Params], Tensor]:
-    """Two layers in a model, adapted, with params off their start."""
+def _layers(cfg: AdapterConfig) -> tuple[nn.Sequential, dict[str, Params], Tensor]:
+    """Two layers in a model, with params off their start and an input."""
     wide, tall = float32(cfg)
     layers = []
     for case in (wide, tall):
@@ -39,14 +38,14 @@ def _model(cfg: AdapterConfig) -> tuple[nn.Sequential, Adapt, dict[str, Params],
         if case.W.bias is not None:
             layer.bias.data = case.W.bias.clone()
         layers.append(layer)
-    model = nn.Sequential(*layers).eval()
-    return model, build(model, wide.cfg), {"0": wide.params, "1": tall.params}, wide.x
+    return nn.Sequential(*layers).eval(), {"0": wide.params, "1": tall.params}, wide.x
 
 
 def saved(cfg: AdapterConfig) -> None:
     """Saving and loading gives every bit back, onto a model that was never built on."""
-    model, adapt, params, x = _model(cfg)
+    model, params, x = _layers(cfg)
     fresh = copy.deepcopy(model)
+    adapt = build(model, float32(cfg)[0].cfg)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"
         save(adapt, params, path)
@@ -63,10 +62,11 @@ def saved(cfg: AdapterConfig) -> None:
 
 
 def untouched(cfg: AdapterConfig) -> None:
-    """Building, calling, differentiating and merging leave the model's bytes, classes and flags as they were."""
-    model, adapt, params, x = _model(cfg)
+    """Building, calling and differentiating leave the model's bytes, classes and flags as they were."""
+    model, params, x = _layers(cfg)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     facts = [(type(m), m.training, [p.requires_grad for p in m.parameters()]) for m in model.modules()]
+    adapt = build(model, float32(cfg)[0].cfg)
     adapt(params, x)
     torch.func.grad(lambda p: adapt(p, x).square().sum())(params)
     adapt.module(params)

@@ -35,3 +35,8 @@ def truncated_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     U, S, Vh = U[:, :r], S[:r], Vh[:r]
     signs = Vh.gather(1, Vh.abs().argmax(1, keepdim=True)).sign()  # (r, 1)
     return U * signs.t(), S, Vh * signs
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """Give a context in which autocast leaves the dtypes of small products and solves alone."""
+    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # autocast knows no meta device

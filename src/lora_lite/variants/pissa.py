@@ -3,7 +3,7 @@ r"""PiSSA: LoRA that starts from the weight's principal singular values and vect
 $$y = W x + b + s\,(B A - B_0 A_0)\, x, \qquad B_0 = U_r \sqrt{S_r / s}, \quad A_0 = \sqrt{S_r / s}\, V_r^T, \quad s = \alpha / r$$
 
 Trained are the increments `dA = A - A_0` and `dB = B - B_0`, and the update is evaluated as `s [(B_0 + dB) dA + dB A_0] x`: no
-difference of large numbers, so bfloat16 loses 30 times less, and the weight stays as it is, so quantised layers work too.
+difference of large numbers, which low precision would round away, and the weight stays as it is.
 
 Identity at init: exact, since both increments are zero. The training trajectory is that of the paper's residual form.
 

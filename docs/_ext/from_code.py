@@ -1,0 +1,47 @@
+"""Directives that pull a page's text out of the code, as Markdown: `{variant} lora`, `{variants}` and `{checks}`."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import generate
+from docutils import nodes
+from docutils.statemachine import StringList
+from sphinx.util.docutils import SphinxDirective
+
+
+class FromCode(SphinxDirective):
+    """Parse what `text` gives as part of the page."""
+
+    text: ClassVar[Callable[..., str]]
+
+    def run(self) -> list[nodes.Node]:
+        found = type(self).text(*self.arguments)
+        part = nodes.Element()
+        self.state.nested_parse(StringList(found.splitlines(), source=self.get_source_info()[0]), self.content_offset, part)
+        return part.children
+
+
+class Variant(FromCode):
+    """The page of one variant, named by the argument."""
+
+    required_arguments = 1
+    text = staticmethod(generate.variant_page)
+
+
+class Variants(FromCode):
+    """The table of all variants."""
+
+    text = staticmethod(lambda: generate.variants_table("variants/"))
+
+
+class Checks(FromCode):
+    """The table of the conformance kit's checks."""
+
+    text = staticmethod(generate.checks_table)
+
+
+def setup(app: Any) -> dict[str, bool]:
+    """Register the directives."""
+    for name, directive in {"variant": Variant, "variants": Variants, "checks": Checks}.items():
+        app.add_directive(name, directive)
+    return {"parallel_read_safe": True}

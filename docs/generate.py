@@ -1,0 +1,105 @@
+"""Write what the documentation takes from the code: `python docs/generate.py` renews the table of variants in README.md.
+
+Everything here is read from `VARIANTS`, the facts of the config classes and the docstrings of their modules. README.md keeps
+the result between two markers; the documentation's directives (`_ext/from_code.py`) ask for it at each build.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import lora_lite as ll
+from lora_lite.testing import CHECKS
+
+README = Path(__file__).parent.parent / "README.md"
+START, END = "<!-- variants -->", "<!-- /variants -->"
+
+NEEDS = {
+    "nothing": "nothing but its output",
+    "product": "products with it",
+    "norms": "its row norms, once",
+    "dense_init": "its dense form, once",
+    "dense": "its dense form, in every forward",
+}
+"""A variant's fact `needs` in words."""
+
+Variant = type[ll.AdapterConfig]
+
+
+def docstring(variant: Variant) -> str:
+    """Give the docstring of the module that a variant is written in: Markdown."""
+    return (sys.modules[variant.__module__].__doc__ or "").strip()
+
+
+def title(variant: Variant) -> str:
+    """Give a variant's name as it is written in prose."""
+    return docstring(variant).partition(":")[0]
+
+
+def summary(variant: Variant) -> str:
+    """Say in one phrase what a variant is."""
+    return docstring(variant).partition(":")[2].partition("\n\n")[0].strip().rstrip(".")
+
+
+def paper(variant: Variant) -> str:
+    """Give the title and year of a variant's paper, as a link."""
+    found = re.search(r"Paper:.*?\*(.+?)\*, (\d{4}),\s+arXiv:([\d.]+\d)", docstring(variant), re.DOTALL)
+    if found is None:
+        where = variant.__module__
+        raise ValueError(f"{where}: expected a line 'Paper: authors, *title*, year, arXiv:id' in its docstring, found none. Write one.")
+    name, year, number = found.groups()
+    return f"[{' '.join(name.split())}](https://arxiv.org/abs/{number}), {year}"
+
+
+def start(variant: Variant) -> str:
+    """Say where a variant starts."""
+    if variant.identity is None:
+        return "another model"
+    return "exact" if variant.identity == 0 else f"within {variant.identity:g}"
+
+
+def facts(variant: Variant) -> dict[str, str]:
+    """Give what a variant's class declares, by heading."""
+    return {
+        "trained numbers per layer": f"`{variant.trained}`",
+        "extra MACs per token": f"`{variant.macs}`",
+        "identity at init": start(variant),
+        "needs of the weight": NEEDS[variant.needs],
+    }
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Lay out rows with the same headings as a Markdown table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def variants_table(pages: str) -> str:
+    """Give the table of variants; `pages` is the way to the folder of their pages."""
+    variants = ll.VARIANTS.items()
+    return table([{"variant": f"[{title(v)}]({pages}{n}.md): {summary(v)}", **facts(v), "paper": paper(v)} for n, v in variants])
+
+
+def variant_page(name: str) -> str:
+    """Give the body of a variant's page: its docstring, its facts, and the way to its function and config."""
+    variant = ll.VARIANTS[name]
+    ways = f"Function: {{py:func}}`lora_lite.functional.{name}`. Config: {{py:class}}`lora_lite.{variant.__name__}`."
+    return "\n\n".join([docstring(variant), table([facts(variant)]), ways])
+
+
+def checks_table() -> str:
+    """Give the checks of the conformance kit, a line each."""
+    return table([{"check": f"`{name}`", "what holds": (check.__doc__ or "").strip()} for name, check in CHECKS.items()])
+
+
+def between(text: str, new: str) -> str:
+    """Give `text` with `new` between the two markers."""
+    head, _, rest = text.partition(START)
+    _, found, tail = rest.partition(END)
+    if not found:
+        raise ValueError(f'README.md: expected a line "{START}" and a later "{END}", found not both. Put them where the table belongs.')
+    return f"{head}{START}\n\n{new}\n\n{END}{tail}"
+
+
+if __name__ == "__main__":
+    README.write_text(between(README.read_text("utf-8"), variants_table("docs/variants/")), "utf-8")

@@ -1,0 +1,208 @@
+"""What the tests draw from: one row per variant configuration, params off their start, tiny models of many families.
+
+A new variant is one row in `CASES`; a new architecture one function in `tiny_models`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import transformers as tf
+from torch import nn
+
+import lora_lite as ll
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant configuration, and the checks of the kit that it is known to fail, each with the reason."""
+
+    id: str
+    cfg: ll.AdapterConfig
+    fails: Mapping[str, str] = field(default_factory=dict)
+
+
+CASES = (
+    Row("lora", ll.LoRAConfig(r=4)),
+    Row("lora-rank-one", ll.LoRAConfig(r=1, alpha=3.0)),
+    Row("lora-rank-above-width", ll.LoRAConfig(r=40)),
+    Row("lora-rslora", ll.LoRAConfig(r=4, alpha=8.0, rslora=True)),
+    Row("lora-dropout", ll.LoRAConfig(r=4, dropout=0.3)),
+    Row("lora-float64", ll.LoRAConfig(r=4, dtype=torch.float64)),
+    Row("lora-bfloat16", ll.LoRAConfig(r=4, dtype=torch.bfloat16)),
+    Row("pissa", ll.PiSSAConfig(r=4)),
+    Row("pissa-full-rank", ll.PiSSAConfig(r=24, alpha=6.0)),
+    Row("dora", ll.DoRAConfig(r=4)),
+    Row("dora-rslora", ll.DoRAConfig(r=4, alpha=4.0, rslora=True)),
+    Row("dora-dropout", ll.DoRAConfig(r=4, dropout=0.3)),
+    Row("ia3", ll.IA3Config()),
+    Row("ia3-ff", ll.IA3FFConfig()),
+)
+
+FIVE = (ll.LoRAConfig(r=4), ll.PiSSAConfig(r=4), ll.DoRAConfig(r=4), ll.IA3Config(), ll.IA3FFConfig())
+"""One configuration of each variant that ships, for tests over whole models."""
+
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""Largest error of a value, relative to the largest one it is made of, by dtype."""
+
+
+def by_name(cfg: ll.AdapterConfig) -> str:
+    """Name a config in a test's id."""
+    return cfg.name
+
+
+def move(params, seed: int = 0, scale: float = 0.1):
+    """Move every leaf of a params tree off its start: at init most variants are the identity and a wrong formula passes."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def moved(leaf):
+        step = scale * torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
+        return leaf + step.to(leaf.device, leaf.dtype)
+
+    return {path: {name: moved(leaf) for name, leaf in leaves.items()} for path, leaves in params.items()}
+
+
+def tensors_of(output) -> list[torch.Tensor]:
+    """Give every tensor in a model's output, in order."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, list | tuple):
+        return [tensor for part in output for tensor in tensors_of(part)]
+    return []
+
+
+def assert_trees_equal(got, want, tolerance: float = 0.0) -> None:
+    """Hold two params trees against each other: the same keys, and leaves equal to the bit or to a tolerance."""
+    assert {path: list(leaves) for path, leaves in got.items()} == {path: list(leaves) for path, leaves in want.items()}
+    for path, leaves in want.items():
+        for name, leaf in leaves.items():
+            error = float((got[path][name] - leaf).abs().max())
+            bound = tolerance * max(1.0, float(leaf.abs().max()))
+            assert error <= bound, f"{path}.{name}: {error:.1e} off, allowed {bound:.1e}"
+
+
+# The models. Each function makes a model with random weights from a config, and a small batch for it.
+
+_TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_IMAGE = {"image_size": 16, "patch_size": 8, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def _ids(length: int = 7) -> torch.Tensor:
+    return torch.randint(3, 64, (2, length), generator=torch.Generator().manual_seed(1))
+
+
+def _noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def _text_batch() -> dict[str, torch.Tensor]:
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, 5:] = 0
+    return {"input_ids": _ids(), "attention_mask": mask}
+
+
+def _text(model: str, config: str, **fields):
+    def make(**overrides):
+        torch.manual_seed(0)
+        settings = getattr(tf, config)(**{**_TEXT, **_TOKENS, **fields, **overrides})
+        return getattr(tf, model)(settings), {**_text_batch(), "labels": _ids()}
+
+    return make
+
+
+def _other(model: str, config: str, batch: Callable[[], dict[str, torch.Tensor]], **fields):
+    def make(**overrides):
+        torch.manual_seed(0)
+        return getattr(tf, model)(getattr(tf, config)(**{**fields, **overrides})), batch()
+
+    return make
+
+
+tiny_models: dict[str, Callable[..., tuple[nn.Module, dict[str, torch.Tensor]]]] = {
+    "llama": _text("LlamaForCausalLM", "LlamaConfig", num_key_value_heads=2),
+    "mistral": _text("MistralForCausalLM", "MistralConfig", num_key_value_heads=2, sliding_window=4),
+    "qwen3": _text("Qwen3ForCausalLM", "Qwen3Config", num_key_value_heads=2, head_dim=8),
+    "qwen3_moe": _text(
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+    ),
+    "gemma3": _text("Gemma3ForCausalLM", "Gemma3TextConfig", num_key_value_heads=2, head_dim=8, sliding_window=4),
+    "phi": _text("PhiForCausalLM", "PhiConfig"),
+    "opt": _text("OPTForCausalLM", "OPTConfig", ffn_dim=64, word_embed_proj_dim=32),
+    "gpt_neox": _text("GPTNeoXForCausalLM", "GPTNeoXConfig"),
+    "gpt2": _text("GPT2LMHeadModel", "GPT2Config"),
+    "bert": _text("BertForMaskedLM", "BertConfig"),
+    "roberta": _text("RobertaForMaskedLM", "RobertaConfig"),
+    "deberta_v2": _text("DebertaV2ForMaskedLM", "DebertaV2Config", relative_attention=True, pos_att_type=["c2p", "p2c"]),
+    "modernbert": _text(
+        "ModernBertForMaskedLM", "ModernBertConfig", local_attention=4, reference_compile=False, cls_token_id=1, sep_token_id=2
+    ),
+    "t5": _other(
+        *("T5ForConditionalGeneration", "T5Config", lambda: {**_text_batch(), "labels": _ids(5)}),
+        **{"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0},
+    ),
+    "bart": _other(
+        *("BartForConditionalGeneration", "BartConfig", lambda: {**_text_batch(), "labels": _ids(5)}),
+        **{
+            "vocab_size": 64,
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+        },
+        **{"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 64, **_TOKENS, "decoder_start_token_id": 2},
+    ),
+    "vit": _other(
+        *("ViTForImageClassification", "ViTConfig", lambda: {"pixel_values": _noise(2, 3, 16, 16), "labels": torch.tensor([0, 1])}),
+        **{**_IMAGE, "num_labels": 8},
+    ),
+    "swin": _other(
+        *("SwinForImageClassification", "SwinConfig", lambda: {"pixel_values": _noise(2, 3, 16, 16), "labels": torch.tensor([0, 1])}),
+        **{"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4, "num_labels": 8},
+    ),
+    "clip": _other(
+        *("CLIPModel", "CLIPConfig", lambda: {**_text_batch(), "pixel_values": _noise(2, 3, 16, 16)}),
+        **{"text_config": {**_TEXT, **_TOKENS}, "vision_config": _IMAGE, "projection_dim": 16},
+    ),
+    "whisper": _other(
+        *("WhisperForConditionalGeneration", "WhisperConfig", lambda: {"input_features": _noise(2, 8, 24), "labels": _ids(5)}),
+        **{"vocab_size": 64, "num_mel_bins": 8, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4},
+        **{
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 64,
+            "decoder_ffn_dim": 64,
+            "max_source_positions": 12,
+            "max_target_positions": 16,
+        },
+        **{**_TOKENS, "decoder_start_token_id": 1, "suppress_tokens": None, "begin_suppress_tokens": None},
+    ),
+    "wav2vec2": _other(
+        *("Wav2Vec2ForCTC", "Wav2Vec2Config", lambda: {"input_values": _noise(2, 160)}),
+        **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{
+            "conv_dim": (16, 16),
+            "conv_kernel": (10, 3),
+            "conv_stride": (5, 2),
+            "num_conv_pos_embeddings": 8,
+            "num_conv_pos_embedding_groups": 4,
+        },
+    ),
+}
+"""Model family -> a function giving `(model, batch)`; its keywords override the config's fields."""

@@ -1,0 +1,42 @@
+"""Shared by every test: checks on, one thread, no network, a seed per test, and the device to run on."""
+
+import os
+
+import pytest
+import torch
+
+SETTINGS = {"LORA_LITE_TYPECHECK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+for name, value in SETTINGS.items():
+    os.environ.setdefault(name, value)  # here, since lora_lite and transformers read these when a test module imports them
+
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="cpu or cuda: where the tests that take the device run")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Start every test from the same global random state, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def device(request):
+    name = request.config.getoption("--device")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.fail("--device cuda: expected a CUDA device, found none. Run with --device cpu.")
+    return torch.device(name)
+
+
+@pytest.fixture
+def tiny(device):
+    """Give `(model, batch)` of a row of `tiny_models`, on the device, in evaluation mode; keywords override the config."""
+    from cases import tiny_models  # not above: it imports lora_lite, after the settings
+
+    def make(name, **overrides):
+        model, batch = tiny_models[name](**overrides)
+        return model.to(device).eval(), {key: value.to(device) for key, value in batch.items()}
+
+    return make

@@ -1,0 +1,218 @@
+"""`checked`: with the checks on every wrong shape is a TypeError that says which; with them off nothing is looked at."""
+
+import re
+from typing import TypedDict
+
+import pytest
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+import lora_lite as ll
+from lora_lite import functional as lf
+
+I, O, R = 6, 5, 2  # noqa: E741
+
+
+@pytest.fixture
+def checks():
+    """Give the switch, on, and put it back afterwards."""
+    before = ll.set_typecheck(True)
+    yield ll.set_typecheck
+    ll.set_typecheck(before)
+
+
+def draw(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def lora_params(**changes):
+    return {"A": draw(R, I), "B": draw(O, R), **changes}
+
+
+def without(params, name):
+    return {key: value for key, value in params.items() if key != name}
+
+
+class GainParams(TypedDict):
+    g: Float[Tensor, " o"]
+
+
+@ll.checked
+def gain(params: GainParams, W: ll.Frozen, x: Float[Tensor, " i"], *, power: float = 1.0) -> Float[Tensor, " o"]:
+    """One vector in, one vector out: a further axis is a fault."""
+    return W(x) * (1 + params["g"]) ** power
+
+
+@ll.checked
+def wide(params: GainParams, W: ll.Frozen, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+    """A result of the wrong width."""
+    return torch.cat([W(x), params["g"].expand(*x.shape[:-1], -1)], dim=-1)
+
+
+def lora(params=None, W=None, x=None, **statics):
+    return lf.lora(
+        lora_params() if params is None else params, draw(O, I) if W is None else W, draw(3, I) if x is None else x, scale=2.0, **statics
+    )
+
+
+# id: (call, name of the function, field, what was expected, what was found)
+WRONG = {
+    "transposed A": (lambda: lora(lora_params(A=draw(I, R))), "lora", 'params["A"]', "r i", "[6, 2]"),
+    "transposed B": (lambda: lora(lora_params(B=draw(R, O))), "lora", 'params["B"]', "o r", "[2, 5]"),
+    "missing key": (lambda: lora(without(lora_params(), "B")), "lora", 'params["B"]', "o r", "nothing"),
+    "int tensor": (lambda: lora(lora_params(A=torch.ones(R, I, dtype=torch.int64))), "lora", 'params["A"]', "Float", "int64[2, 6]"),
+    "not a tensor": (lambda: lora(lora_params(A=[1.0])), "lora", 'params["A"]', "Float", "[1.0] (list)"),
+    "another rank in B": (lambda: lora(lora_params(B=draw(O, R + 1))), "lora", 'params["B"]', "o r", "[5, 3]"),
+    "a vector for B": (lambda: lora(lora_params(B=draw(O))), "lora", 'params["B"]', "o r", "[5]"),
+    "params a list": (lambda: lora([draw(R, I)]), "lora", "params", "a mapping with A, B", "list"),
+    "W a vector": (lambda: lora(W=draw(I)), "lora", "W", "o i", "[6]"),
+    "W an int tensor": (lambda: lora(W=torch.ones(O, I, dtype=torch.int8)), "lora", "W", "Float", "int8[5, 6]"),
+    "W not a tensor": (lambda: lora(W="weight"), "lora", "W", "Float", "'weight' (str)"),
+    "x of another width": (lambda: lora(x=draw(3, I + 1)), "lora", "x", "*b i", "[3, 7]"),
+    "x of ids": (lambda: lora(x=torch.ones(3, I, dtype=torch.int64)), "lora", "x", "Float", "int64[3, 6]"),
+    "a static of another type": (lambda: lora(dropout="0.1"), "lora", "dropout", "float", "'0.1' (str)"),
+    "a result of another shape": (lambda: wide({"g": draw(O)}, draw(O, I), draw(3, I)), "wide", "the result", "*b o", "[3, 10]"),
+    "dora's m by input": (lambda: lf.dora(lora_params(m=draw(I)), draw(O, I), draw(I), scale=1.0), "dora", 'params["m"]', '["o"]', "[6]"),
+    "pissa's other names": (lambda: lf.pissa(lora_params(), draw(O, I), draw(I), scale=1.0), "pissa", 'params["dA"]', "r i", "nothing"),
+    "ia3's gate by input": (lambda: lf.ia3({"g": draw(I)}, draw(O, I), draw(3, I)), "ia3", 'params["g"]', '["o"]', "[6]"),
+    "ia3_ff's gate by output": (lambda: lf.ia3_ff({"g": draw(O)}, draw(O, I), draw(3, I)), "ia3_ff", 'params["g"]', '["i"]', "[5]"),
+    "a function of one's own": (lambda: gain({"g": draw(O)}, draw(O, I), draw(3, I)), "gain", "x", '["i"]', "[3, 6]"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_value_is_a_type_error_that_says_which(checks, case):
+    call, function, field, expected, found = WRONG[case]
+    with pytest.raises(TypeError) as raised:
+        call()
+    message = str(raised.value)
+    assert message.startswith(f"{function}: ")
+    faults = re.findall(r"- (.*?): expected (.*), found (.*)", message)
+    assert any(name == field and expected in want and found in got for name, want, got in faults), message
+
+
+@pytest.mark.parametrize("extra", ["C", "scale"])
+def test_an_extra_key_is_named(checks, extra):
+    with pytest.raises(TypeError, match=rf'(?s)lora: .*params\["{extra}"\]: not expected'):
+        lora(lora_params(**{extra: draw(2)}))
+
+
+def test_every_fault_is_listed_with_all_that_was_given_and_where_to_read_on(checks):
+    with pytest.raises(TypeError) as raised:
+        lora({"A": draw(R, I).long(), "C": draw(1)}, dropout=None)
+    for part in ('params["C"]: not expected', 'params["A"]: expected', 'params["B"]: expected', "dropout: expected float, found None"):
+        assert part in str(raised.value)
+    assert re.search(r"given: A int64\[2, 6\], C float32\[1\], W .*5, 6.*, x float32\[3, 6\]", str(raised.value))
+    assert "lora_lite.functional.lora documents" in str(raised.value)
+
+
+@pytest.mark.parametrize("W", [draw(I, O), ll.Frozen(draw(I, O))], ids=["tensor", "Frozen"])
+def test_the_layer_is_believed_first_so_a_transposed_one_shows_at_all_that_meets_it(checks, W):
+    with pytest.raises(TypeError) as raised:
+        lora(W=W)
+    for part in ('x: expected Float["*b i"], found float32[3, 6]', 'params["A"]: expected', 'params["B"]: expected'):
+        assert part in str(raised.value)
+    assert re.search(r"given: .*W \S*[\[(]6, 5[\])]", str(raised.value))
+
+
+@pytest.mark.parametrize("statics", [{"dropout": 0}, {"dropout": 0.0}], ids=["int", "float"])
+def test_an_integer_is_a_float(checks, statics):
+    assert lora(**statics).shape == (3, O)
+    model = nn.Linear(I, O)
+    adapt = ll.build(model, ll.LoRAConfig(r=R, alpha=4, **statics))
+    assert torch.equal(adapt(adapt.init(), draw(3, I)), model(draw(3, I)))
+
+
+class Counted(type):
+    """A class whose `isinstance` can be counted."""
+
+    asked = 0
+
+    def __instancecheck__(cls, instance):
+        Counted.asked += 1
+        return True
+
+
+class Anything(metaclass=Counted):
+    """What every value passes for."""
+
+
+@ll.checked
+def watched(params: GainParams, W: ll.Frozen, x: Float[Tensor, "*b i"], *, flag: Anything = None) -> Float[Tensor, "*b o"]:
+    """Tell whether its hints are looked at."""
+    return W(x)
+
+
+def test_the_switch_returns_what_it_was_and_off_nothing_is_looked_at(checks):
+    given = {"g": draw(O)}, draw(O, I), draw(3, I)
+    Counted.asked = 0
+    watched(*given, flag=1)
+    on = Counted.asked
+    assert on > 0
+    assert checks(False) is True
+    watched(*given, flag=1)
+    assert Counted.asked == on
+    assert checks(True) is False
+
+
+def test_off_what_only_the_checks_refuse_is_computed(checks):
+    want = lora()
+    checks(False)
+    assert torch.equal(lora(), want)
+    assert torch.equal(lora(lora_params(C=draw(1))), want)
+    assert torch.equal(wide({"g": draw(O)}, draw(O, I), draw(3, I))[:, :O], draw(3, I) @ draw(O, I).t())
+
+
+def test_the_result_with_the_checks_on_is_the_one_with_them_off(checks):
+    on = lora()
+    checks(False)
+    assert torch.equal(on, lora())
+
+
+def test_under_vmap_and_grad_the_checks_see_the_unmapped_shapes(checks):
+    params, W, xs = {"g": draw(O)}, draw(O, I), draw(4, I)
+    want = torch.stack([gain(params, W, x) for x in xs])
+    torch.testing.assert_close(torch.vmap(lambda x: gain(params, W, x))(xs), want)
+    stacked = {"g": draw(4, O)}  # as a plain call this tree is refused
+    with pytest.raises(TypeError, match=r'params\["g"\]'):
+        gain(stacked, W, xs[0])
+    members = torch.vmap(lambda p: gain(p, W, xs[0]))(stacked)
+    torch.testing.assert_close(members[1], gain({"g": stacked["g"][1]}, W, xs[0]))
+    each = torch.vmap(torch.func.grad(lambda p, x: gain(p, W, x).sum()), in_dims=(None, 0))(params, xs)
+    torch.testing.assert_close(each["g"], xs @ W.t())
+    with pytest.raises(TypeError, match=r"x: expected .*found float32\[7\]"):
+        torch.vmap(lambda x: gain(params, W, x))(draw(4, I + 1))
+
+
+def test_under_compile_the_raw_function_runs_in_one_graph(checks):
+    compiled = torch.compile(lambda params, W, x: lf.lora(params, W, x, scale=2.0), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(lora_params(), draw(O, I), draw(3, I)), lora())
+
+
+def test_a_checked_function_keeps_its_name_signature_and_docstring():
+    assert (gain.__name__, gain.__doc__) == ("gain", "One vector in, one vector out: a further axis is a fault.")
+    assert str(lf.lora.__signature__).startswith("(params: lora_lite.variants.lora.LoRAParams, W: lora_lite.frozen.Frozen, x:")
+
+
+@pytest.mark.parametrize(("on", "error"), [(True, TypeError), (False, RuntimeError)], ids=["checked", "raw"])
+def test_an_error_inside_a_model_call_says_at_which_target(checks, on, error):
+    checks(on)
+    model = nn.Sequential(nn.Linear(I, O), nn.Sequential(nn.Tanh(), nn.Linear(O + 1, O)))  # the second layer does not fit the first
+    adapt = ll.build(model, ll.LoRAConfig(r=R))
+    with pytest.raises(error) as raised:
+        adapt(adapt.init(), draw(3, I))
+    assert raised.value.__notes__ == ['in LoRAConfig at target "1.1"']
+
+
+def test_the_message_of_a_function_from_outside_does_not_send_to_ours(checks):
+    with pytest.raises(TypeError) as raised:
+        gain({"g": draw(O)}, draw(O, I), draw(3, I))
+    assert "lora_lite.functional" not in str(raised.value)
+
+
+def test_an_error_inside_an_init_says_at_which_target():
+    model = nn.Sequential(nn.Linear(I, 8), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=r"PiSSAConfig\.r") as raised:
+        ll.build(model, ll.PiSSAConfig(r=4))
+    assert raised.value.__notes__ == ['in PiSSAConfig.init at target "1"']

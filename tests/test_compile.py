@@ -1,0 +1,103 @@
+"""Under `torch.compile`: one graph, the eager result, and no recompilation for new params."""
+
+import shutil
+
+import pytest
+import torch
+
+import lora_lite as ll
+from cases import FIVE, assert_trees_equal, by_name, move
+
+INDUCTOR = pytest.param("inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++, found none"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def one_layer(tiny, cfg, **fields):
+    model, batch = tiny("llama", num_hidden_layers=1)
+    adapt = ll.build(model, cfg, **fields)
+    params = move(adapt.init())
+    torch.func.grad(lambda p: adapt(p, batch).loss)(params)
+    return adapt, params, batch
+
+
+@pytest.mark.parametrize("cfg", FIVE, ids=by_name)
+def test_loss_and_both_gradients_in_one_graph(tiny, cfg):
+    adapt, params, batch = one_layer(tiny, cfg)
+
+    def loss(p, b):
+        return adapt(p, b).loss
+
+    want, grads = ll.value_and_grad(loss)(params, batch)
+
+    def compiled(f):
+        return torch.compile(f, fullgraph=True, backend="aot_eager")
+
+    assert torch.allclose(compiled(loss)(params, batch), want, rtol=1e-6)
+    assert_trees_equal(compiled(torch.func.grad(loss))(params, batch), grads, 1e-6)
+    step = compiled(ll.value_and_grad(loss))
+    value, got = step(params, batch)
+    assert torch.allclose(value, want, rtol=1e-6)
+    assert_trees_equal(got, grads, 1e-6)
+
+    other = move(adapt.init(seed=1), seed=1)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        value, got = step(other, batch)
+    want, grads = ll.value_and_grad(loss)(other, batch)
+    assert torch.allclose(value, want, rtol=1e-6)
+    assert_trees_equal(got, grads, 1e-6)
+
+
+@pytest.mark.parametrize("backend", [INDUCTOR])
+def test_generated_code(tiny, backend):
+    adapt, params, batch = one_layer(tiny, ll.LoRAConfig(r=4))
+
+    def loss(p, b):
+        return adapt(p, b).loss
+
+    value, got = torch.compile(ll.value_and_grad(loss), fullgraph=True, backend=backend)(params, batch)
+    want, grads = ll.value_and_grad(loss)(params, batch)
+    assert torch.allclose(value, want, rtol=1e-5)
+    assert_trees_equal(got, grads, 1e-5)
+
+
+def test_before_any_eager_call(tiny):
+    model, batch = tiny("llama", num_hidden_layers=1)
+    adapt = ll.build(model, ll.LoRAConfig(r=4))
+    params = move(adapt.init())
+    got = torch.compile(lambda p, b: adapt(p, b).loss, fullgraph=True, backend="aot_eager")(params, batch)
+    assert torch.allclose(got, adapt(params, batch).loss, rtol=1e-6)
+
+
+def test_params_that_require_a_gradient(tiny):
+    adapt, params, batch = one_layer(tiny, ll.LoRAConfig(r=4))
+    _, want = ll.value_and_grad(lambda p: adapt(p, batch).loss)(params)
+    leaves = {path: {name: leaf.clone().requires_grad_() for name, leaf in found.items()} for path, found in params.items()}
+    torch.compile(lambda p, b: adapt(p, b).loss, fullgraph=True, backend="aot_eager")(leaves, batch).backward()
+    assert_trees_equal({path: {name: leaf.grad for name, leaf in found.items()} for path, found in leaves.items()}, want, 1e-6)
+
+
+def test_recomputed_blocks(tiny):
+    adapt, params, batch = one_layer(tiny, ll.LoRAConfig(r=4), remat=r"layers\.\d+$")
+
+    def loss(p, b):
+        return adapt(p, b).loss
+
+    want, grads = ll.value_and_grad(loss)(params, batch)
+    leaves = {path: {name: leaf.clone().requires_grad_() for name, leaf in found.items()} for path, found in params.items()}
+    got = torch.compile(loss, fullgraph=True, backend="aot_eager")(leaves, batch)
+    got.backward()
+    assert torch.allclose(got, want, rtol=1e-6)
+    assert_trees_equal({path: {name: leaf.grad for name, leaf in found.items()} for path, found in leaves.items()}, grads, 1e-6)
+
+
+def test_compiled_call_leaves_eager_calls_exact(tiny):
+    adapt, params, batch = one_layer(tiny, ll.LoRAConfig(r=4))
+    before = adapt(params, batch).logits
+    torch.compile(lambda p, b: adapt(p, b).loss, fullgraph=True, backend="aot_eager")(move(params, seed=3), batch)
+    assert torch.equal(adapt(params, batch).logits, before)

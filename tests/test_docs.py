@@ -1,0 +1,142 @@
+"""The documentation is true: its examples run, every public name and variant is in it, its tables are those of the code."""
+
+import doctest
+import functools
+import importlib
+import pkgutil
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora_lite as ll
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *(p for p in sorted(DOCS.rglob("*.md")) if "_build" not in p.parts)]
+MODULES = ["lora_lite", *(m.name for m in pkgutil.walk_packages(ll.__path__, "lora_lite."))]
+
+
+def blocks(page):
+    """Give each ```python block of a page with the line that it starts at."""
+    text = page.read_text("utf-8")
+    return [(text.count("\n", 0, m.start(1)), m[1]) for m in re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)]
+
+
+WITH_EXAMPLES = [page for page in PAGES if blocks(page)]
+
+
+@pytest.fixture
+def generate(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    return importlib.import_module("generate")
+
+
+@pytest.fixture
+def in_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    # The graph is captured as ever; only the back end, which would need a C++ compiler, is another.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch.compiler.reset()
+
+
+def test_pages_with_examples_are_found():
+    assert {page.name for page in WITH_EXAMPLES} >= {"README.md", "index.md", "quickstart.md", "gotchas.md", "adding-a-variant.md"}
+
+
+@pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.name)
+@pytest.mark.usefixtures("in_folder")
+def test_examples_of_page_run(page, monkeypatch):
+    module = types.ModuleType(f"page_{page.stem}")  # a module of its own: annotations and the compiler look names up in it
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for line, code in blocks(page):
+        exec(compile("\n" * line + code, str(page), "exec"), vars(module))
+
+
+def test_no_block_escapes():
+    """A fence in another spelling would not run, and nobody would notice."""
+    for page in PAGES:
+        fences = re.findall(r"^\s*```+(\S.*)$", page.read_text("utf-8"), re.MULTILINE)
+        known = {
+            "python",
+            "bash",
+            "text",
+            "{eval-rst}",
+            "{toctree}",
+            "{variants}",
+            "{checks}",
+            *(f"{{variant}} {name}" for name in ll.VARIANTS),
+        }
+        assert set(fences) <= known, page.name
+
+
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.usefixtures("in_folder")
+def test_doctests_of_module_pass(name):
+    failed, _ = doctest.testmod(importlib.import_module(name))
+    assert failed == 0
+
+
+def test_doctests_are_found():
+    finder = doctest.DocTestFinder()
+    with_examples = {t.name for name in MODULES for t in finder.find(importlib.import_module(name)) if t.examples}
+    assert with_examples >= {"lora_lite.build.build", "lora_lite.adapt.Adapt", "lora_lite.transforms.value_and_grad"}
+
+
+def public_names(module):
+    names = getattr(module, "__all__", None) or [n for n, v in vars(module).items() if n[0] != "_" and not isinstance(v, types.ModuleType)]
+    return {f"{module.__name__}.{name}" for name in names if not isinstance(getattr(module, name), types.ModuleType)}
+
+
+@pytest.mark.parametrize("module", [ll, ll.functional, ll.testing], ids=lambda module: module.__name__)
+def test_every_public_name_is_in_the_api_page(module):
+    documented = set(re.findall(r"^\.\. (?:auto\w+|py:data):: (\S+)$", (DOCS / "api.md").read_text("utf-8"), re.MULTILINE))
+    assert public_names(module) - documented == set()
+
+
+def test_every_variant_has_a_page():
+    pages = {page.stem: page.read_text("utf-8") for page in (DOCS / "variants").glob("*.md")}
+    assert set(pages) == set(ll.VARIANTS)
+    for name, text in pages.items():
+        assert f"```{{variant}} {name}\n```" in text
+
+
+def test_every_variant_page_can_be_made(generate):
+    for name, variant in ll.VARIANTS.items():
+        text = generate.variant_page(name)
+        assert text.startswith(generate.docstring(variant)), name
+        assert variant.trained in text, name
+        assert text.count("$$") % 2 == 0, name
+
+
+def test_readme_table_is_what_the_code_gives(generate):
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert generate.between(readme, generate.variants_table("docs/variants/")) == readme, "run python docs/generate.py"
+
+
+def test_readme_has_a_row_for_each_variant(generate):
+    rows = generate.variants_table("docs/variants/").splitlines()[2:]
+    assert [row.split("](")[1].split(")")[0] for row in rows] == [f"docs/variants/{name}.md" for name in ll.VARIANTS]
+    assert all(f"`{v.trained}` | `{v.macs}`" in row for row, v in zip(rows, ll.VARIANTS.values()))
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text("utf-8")):
+            assert (page.parent / link).is_file(), f"{page.name}: {link}"
+
+
+def test_design_page_names_files_that_exist():
+    names = set(re.findall(r"`([a-z_]+(?:\.py|/))`", (DOCS / "design.md").read_text("utf-8")))
+    assert len(names) > 10
+    assert {name for name in names if not (ROOT / "src" / "lora_lite" / name).exists()} == set()
+
+
+def test_readme_gives_the_two_commands():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for env in ("demo", "test"):
+        assert f"\npython -m pip install tox && python -m tox run -e {env}\n" in readme
+        assert f"[testenv:{env}]" in (ROOT / "tox.ini").read_text("utf-8")

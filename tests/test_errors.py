@@ -1,0 +1,396 @@
+"""Every bad input is an error that says what was expected, what was found and how to fix it; and nothing changes."""
+
+import json
+import random
+import re
+from types import SimpleNamespace
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+import lora_lite as ll
+
+LoRA = ll.LoRAConfig
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.up_proj, self.down_proj, self.norm = nn.Linear(16, 16), nn.Linear(16, 32), nn.Linear(32, 16), nn.LayerNorm(16)
+
+    def forward(self, x):
+        x = x + self.q_proj(self.norm(x))
+        return x + self.down_proj(self.up_proj(x).tanh())
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers, self.lm_head = nn.ModuleList([Block(), Block()]), nn.Linear(16, 9)
+        self.config = SimpleNamespace(hidden_size=16)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(x)
+
+
+def narrow():
+    """The same paths, other widths."""
+    model = Tiny()
+    for layer in model.layers:
+        layer.up_proj, layer.down_proj = nn.Linear(16, 24), nn.Linear(24, 16)
+    return model
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A model, an `adapt`, its params and its file: what a case may break."""
+    torch.manual_seed(0)
+    model = Tiny().eval()
+    adapt = ll.build(model, LoRA(r=4))
+    params = adapt.init()
+    ll.save(adapt, params, tmp_path / "good.safetensors")
+    pissa = ll.build(model, ll.PiSSAConfig(r=4))
+    ll.save(pissa, pissa.init(), tmp_path / "pissa.safetensors")
+    dora = ll.build(model, ll.DoRAConfig(r=4))
+    ll.save(dora, dora.init(), tmp_path / "dora.safetensors")
+    (tmp_path / "folder").mkdir()
+    return SimpleNamespace(
+        model=model, adapt=adapt, params=params, x=torch.randn(2, 16), folder=tmp_path, good=tmp_path / "good.safetensors"
+    )
+
+
+def changed(params, path, **leaves):
+    """Give params with leaves of one target changed; None takes a leaf away."""
+    layer = {name: leaf for name, leaf in {**params[path], **leaves}.items() if leaf is not None}
+    return {**params, path: layer}
+
+
+def without(tree, key):
+    return {k: v for k, v in tree.items() if k != key}
+
+
+Q = "layers.0.q_proj"
+
+
+def build(model=None, cfg=None, **options):
+    return lambda w: ll.build(w.model if model is None else model(), LoRA() if cfg is None else cfg, **options)
+
+
+def targets(**fields):
+    return lambda w: ll.find_targets(w.model, LoRA(**fields))
+
+
+def config(cls=LoRA, **fields):
+    return lambda w: cls(**fields)
+
+
+def call(change):
+    return lambda w: w.adapt(change(w.params), w.x)
+
+
+# id: (what is done, the error, and the parts of its message in order: expected, found, fix)
+BAD = {
+    # targets
+    "no name matches": (targets(target_names="q_prj$"),
+        ValueError, 'LoRAConfig.target_names: expected "q_prj', "no match among 7", r'Closest: "(layers\.0\.)?q_proj'),
+    "one of two names": (targets(target_names=("q_proj", "gate")),
+        ValueError, 'target_names: expected "gate" to match', "no match", "Closest: "),
+    "a name of excluded layers": (targets(target_names="lm_head"),
+        ValueError, '"lm_head" to match a linear', "exclude_names", "Change"),
+    "a name of other kinds": (targets(target_names="norm$"),
+        ValueError, '"norm\\$" to match a linear', r"norm \(LayerNorm\)", "Name nn.Linear or Conv1D"),
+    "everything excluded": (targets(exclude_names=("proj", "head")), ValueError, "at least one linear layer", "found none", "Widen one"),
+    "a layer that is not there": (targets(layers=(0, 7)),
+        ValueError, "LoRAConfig.layers: expected indices", r"\[7\].*blocks 0 to 1", r"among \[0, 1\]"),
+    "a name outside the layers": (targets(target_names=r"0\.up", layers=(1,)),
+        ValueError, r'"0\\\.up" to match a linear', r"layers=\(1,\)", "Change"),
+    "one name outside the layers": (targets(target_names=(r"0\.up", "down"), layers=(1,)),
+        ValueError, r'"0\\\.up" to match a linear', r"layers=\(1,\)", "Change"),
+    "a role without a layer": (targets(target_roles="inner"),
+        ValueError, "at least one linear layer", "found none.*d_model=16", "Widen one"),
+    "one role without a layer": (targets(target_roles=("reader", "inner")),
+        ValueError, 'a layer with role "inner"', "none with d_model=16", "Leave it out"),
+    "no linear layer": (build(lambda: nn.Sequential(nn.Conv2d(1, 1, 1))),
+        ValueError, "model with nn.Linear or Conv1D", "none in Sequential", "Pass the module"),
+    # fields of a config
+    "role unknown": (config(target_roles="readers"), ValueError, "target_roles: expected any of", '"readers"', 'Did you mean "reader"'),
+    "name not a regex": (config(target_names="q_proj("), ValueError, "target_names: expected a regular", r'"q_proj\(" \(', "Escape"),
+    "exclude not a regex": (config(exclude_names="*"), ValueError, "exclude_names: expected a regular", r'"\*"', "Escape"),
+    "names not strings": (config(target_names=(1,)), TypeError, "target_names: expected a string", r"\(1,\)", "Write it as"),
+    "layers negative": (config(layers=(0, -1)), ValueError, "layers: expected block indices >= 0", r"\(0, -1\)", "Name at least one"),
+    "layers empty": (config(layers=()), ValueError, "layers: expected block indices", r"\(\)", "None for all"),
+    "layers a string": (config(layers="0"), TypeError, "layers: expected block indices", "'0'", "Write e.g. layers="),
+    "r zero": (config(r=0), ValueError, "LoRAConfig.r: expected an integer >= 1", "0", "Set r to the rank"),
+    "r a string": (config(r="8"), TypeError, "LoRAConfig.r: expected an integer >= 1", "'8'", "Set r to the rank"),
+    "r True": (config(r=True), TypeError, "LoRAConfig.r: expected an integer >= 1", "True", "Set r to the rank"),
+    "r a float": (config(ll.DoRAConfig, r=8.0), TypeError, "DoRAConfig.r: expected an integer >= 1", "8.0", "Set r to the rank"),
+    "alpha nan": (config(alpha=float("nan")), ValueError, "LoRAConfig.alpha: expected a number", "nan", "scaled by alpha / r"),
+    "alpha infinite": (config(alpha=float("inf")), ValueError, "LoRAConfig.alpha: expected a number", "inf", "scaled by alpha / r"),
+    "alpha negative": (config(alpha=-1.0), ValueError, "LoRAConfig.alpha: expected a number", "-1.0", "scaled by alpha / r"),
+    "alpha a string": (config(alpha="16"), TypeError, "LoRAConfig.alpha: expected a number", "'16'", "scaled by alpha / r"),
+    "pissa's alpha zero": (config(ll.PiSSAConfig, alpha=0),
+        ValueError, "PiSSAConfig.alpha: expected a number > 0", "0", "divided by alpha / r"),
+    "dropout one": (config(dropout=1.0), ValueError, r"dropout: expected a number in \[0.0, 1.0\)", "1.0", "share of inputs"),
+    "dropout nan": (config(dropout=float("nan")), ValueError, "dropout: expected a number", "nan", "share of inputs"),
+    "rslora a number": (config(rslora=1), TypeError, "rslora: expected True or False", "1", "Pass a bool"),
+    "dtype integer": (config(dtype=torch.int32), TypeError, "dtype: expected a floating", "torch.int32", "Use torch.float32"),
+    "dtype unknown": (config(dtype="bf16"), TypeError, "dtype: expected a floating", "'bf16'", "Use torch.float32"),
+    # build
+    "pissa's r too large": (build(cfg=ll.PiSSAConfig(r=17)),
+        ValueError, r"PiSSAConfig.r: expected at most min\(i, o\) = 16", "17", "Lower r"),
+    "a class": (build(cfg=LoRA), TypeError, "build: expected a variant's config", "LoRAConfig", "Pass an instance"),
+    "a dict": (build(cfg={"r": 8}), TypeError, "build: expected a variant's config", r"\{'r': 8\}", "Pass an instance"),
+    "a string": (build(cfg="lora"), TypeError, "build: expected a variant's config", "'lora'", "Pass an instance"),
+    "an empty list": (build(cfg=[]), ValueError, "build: expected a config or a non-empty sequence", "an empty one", "Pass e.g."),
+    "a list with a class": (build(cfg=[LoRA(), ll.IA3Config]),
+        TypeError, "build: expected a variant's config", "IA3Config", "Pass an instance"),
+    "a model's class": (lambda w: ll.build(Tiny, LoRA()),
+        TypeError, "build: expected model as a torch.nn.Module", "type", "Pass the model itself"),
+    "two configs on a layer": (build(cfg=[LoRA(), ll.IA3Config(target_names="q_")]),
+        ValueError, "each layer in one", f"{Q}.*LoRA.*IA3", "Narrow target_names"),
+    "remat of nothing": (build(remat=r"blocks\.\d$"), ValueError, "build: expected remat=.* to match a block", "found none", "Closest: "),
+    "remat not a regex": (build(remat="layers("), ValueError, "build: expected remat", r"layers\(", "Write e.g."),
+    # params
+    "missing path": (call(lambda p: without(p, Q)), ValueError, f'adapt: expected params .*"{Q}"', "found nothing", r"Use adapt.init\("),
+    "missing leaf": (call(lambda p: changed(p, Q, B=None)), ValueError, "adapt: expected params", f'missing "{Q}.B"', r"Use adapt.init\("),
+    "unexpected path": (call(lambda p: {**p, "head": {}}), ValueError, "adapt: expected params", 'unexpected "head"', r"Use adapt.init\("),
+    "unexpected leaf": (call(lambda p: changed(p, Q, m=torch.ones(16))),
+        ValueError, "adapt: expected", f'unexpected "{Q}.m"', r"Use adapt.init\("),
+    "wrong shape": (call(lambda p: changed(p, Q, A=p[Q]["A"].t())),
+        ValueError, f'"{Q}.A": expected shape .4, 16.', r"\(16, 4\)", r"Use adapt.init\("),
+    "integer leaf": (call(lambda p: changed(p, Q, A=p[Q]["A"].int())),
+        ValueError, f'"{Q}.A": expected a floating', "int32", r"Use adapt.init\("),
+    "leaf not a tensor": (call(lambda p: changed(p, Q, A=[1.0])),
+        ValueError, f'"{Q}.A": expected a tensor', "found list", r"Use adapt.init\("),
+    "layer not a mapping": (call(lambda p: {**p, Q: p[Q]["A"]}),
+        ValueError, f'"{Q}": expected a mapping with "A", "B"', "Tensor", r"Use adapt.init\("),
+    "params a list": (call(lambda p: list(p.values())), ValueError, "adapt: expected params", "found list", r"Use adapt.init\("),
+    "params None": (call(lambda p: None), ValueError, "adapt: expected params", "found NoneType", r"Use adapt.init\("),
+    "another variant's tree": (lambda w: w.adapt(ll.build(w.model, ll.IA3Config()).init(), w.x),
+        ValueError, "adapt: expected", "missing.*A", "Use adapt.init"),
+    "another rank's tree": (lambda w: w.adapt(ll.build(w.model, LoRA(r=2)).init(), w.x),
+        ValueError, r"expected shape \(4, 16\)", r"\(2, 16\)", "Use adapt.init"),
+    "saving a wrong tree": (lambda w: ll.save(w.adapt, without(w.params, Q), w.good),
+        ValueError, "save: expected params", "found nothing", "Use adapt.init"),
+    "merging a wrong tree": (lambda w: w.adapt.merge(without(w.params, Q)),
+        ValueError, "merge: expected params", "found nothing", "Use adapt.init"),
+    "a module of a wrong tree": (lambda w: w.adapt.module({}), ValueError, "module: expected params", "found nothing", "Use adapt.init"),
+    "steering a wrong tree": (lambda w: w.adapt.steer({}, 0.5), ValueError, "steer: expected params", "found nothing", "Use adapt.init"),
+    "params of another module": (lambda w: w.adapt.params(w.model),
+        ValueError, "adapt.params: expected a module made by", "found Tiny", "Pass the module itself"),
+    # batches, seeds, values
+    "batch a string": (lambda w: w.adapt(w.params, "text"),
+        TypeError, "adapt: expected batch as a mapping", "found str", r"Wrap a single argument as \(argument,\)"),
+    "batch a number": (lambda w: w.adapt(w.params, 3),
+        TypeError, "adapt: expected batch as a mapping", "found int", "Wrap a single argument"),
+    "batch None": (lambda w: w.adapt(w.params, None),
+        TypeError, "adapt: expected batch as a mapping", "found NoneType", "Wrap a single argument"),
+    "base's batch a set": (lambda w: w.adapt.base({1}), TypeError, "expected batch as a mapping", "found set", "Wrap a single argument"),
+    "seed a float": (lambda w: w.adapt.init(seed=1.0),
+        TypeError, "adapt.init: expected seed as an integer", "1.0", r"Use e.g. adapt.init\(seed=0\)"),
+    "seed a string": (lambda w: w.adapt.init("0"), TypeError, "adapt.init: expected seed as an integer", "'0'", "Use e.g. adapt.init"),
+    "seed None": (lambda w: w.adapt.init(None), TypeError, "adapt.init: expected seed as an integer", "None", "Use e.g. adapt.init"),
+    "a loss by row": (lambda w: ll.value_and_grad(lambda p: w.adapt(p, w.x))(w.params),
+        ValueError, "f to return a scalar", r"shape \(2, 9\)", "Reduce it"),
+    "a loss that is no tensor": (lambda w: ll.value_and_grad(lambda p: 1.0)(w.params),
+        ValueError, "f to return a scalar", "found float", "Reduce it"),
+    "gradients of integers": (lambda w: ll.value_and_grad(lambda p: p)({"a": torch.ones(2).int()}),
+        TypeError, "floating tensors", "int32", "Pass other"),
+    "saving into no directory": (lambda w: ll.save(w.adapt, w.params, w.folder / "no" / "a"),
+        FileNotFoundError, "save: expected the directory", "none", "Create it"),
+    "saving onto a directory": (lambda w: ll.save(w.adapt, w.params, w.folder / "folder"),
+        IsADirectoryError, "save: expected the path of a file", "the directory .*folder", "Name a file"),
+    "a variant that is no list": (lambda w: ll.load(w.model, w.good, variants=LoRA),
+        TypeError, "load: expected variants as a sequence", "LoRAConfig", r"Write \[ItsConfig\]"),
+}  # fmt: skip
+
+
+def snapshot(world):
+    """The bytes of everything that a call could spoil."""
+    model = {name: tensor.numpy().tobytes() for name, tensor in world.model.state_dict().items()}
+    facts = [(type(m), m.training, len(m._forward_hooks), [p.requires_grad for p in m.parameters()]) for m in world.model.modules()]
+    params = {f"{path}.{name}": leaf.numpy().tobytes() for path, leaves in world.params.items() for name, leaf in leaves.items()}
+    files = {path.name: path.read_bytes() for path in world.folder.iterdir() if path.is_file()}
+    return model, facts, params, files
+
+
+def refuse(world, do, error, expected, found, fix):
+    """Hold a call to its error, the three parts of the message in order, and nothing changed."""
+    before = snapshot(world)
+    with pytest.raises(error) as raised:
+        do(world)
+    assert type(raised.value) is error
+    message = str(raised.value)
+    head, _, tail = message.partition("found")
+    assert "expected" in head, message
+    assert tail, message
+    assert re.search(f"{expected}.*{found}.*({fix})", message, re.DOTALL), message
+    assert snapshot(world) == before
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_input_is_refused_with_expected_found_and_fix(world, case):
+    refuse(world, *BAD[case])
+
+
+def test_a_params_error_lists_every_fault_and_bounds_the_list(world):
+    broken = changed(without(world.params, "layers.1.q_proj"), Q, A=torch.ones(3), B=None)
+    with pytest.raises(ValueError, match="adapt: expected params") as raised:
+        world.adapt({**broken, "head": {}}, world.x)
+    for part in (
+        'unexpected "head"',
+        f'"{Q}.A": expected shape (4, 16), found (3,)',
+        f'missing "{Q}.B"',
+        '"layers.1.q_proj": expected a mapping',
+    ):
+        assert part in str(raised.value)
+    with pytest.raises(ValueError, match=r"and 22 more") as raised:
+        world.adapt({f"head{k}": {} for k in range(34)} | world.params, world.x)
+    assert len(str(raised.value).splitlines()) < 20
+
+
+# Files. Each row damages a good file: how, what `load` must say, on which model.
+
+
+def rewritten(edit):
+    """Give the good file's bytes with its tensors or its metadata changed in place by `edit(tensors, header)`."""
+
+    def damage(world, source="good.safetensors"):
+        with safetensors.safe_open(world.folder / source, framework="pt") as file:
+            header, tensors = dict(file.metadata()), {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        edit(tensors, header)
+        return safetensors.torch.save(tensors, header)
+
+    return damage
+
+
+def header(key, edit):
+    """Give the good file's bytes with one JSON value of its header changed in place."""
+
+    def change(_, metadata):
+        value = json.loads(metadata[key])
+        metadata[key] = json.dumps(edit(value) or value)
+
+    return rewritten(change)
+
+
+def constants(variant, edit):
+    """As `rewritten`, from the file of a variant that has constants."""
+    return lambda world: rewritten(edit)(world, f"{variant}.safetensors")
+
+
+def cut(length):
+    return lambda world: world.good.read_bytes()[:length]
+
+
+def pickled(world):
+    torch.save(world.params, world.folder / "pickled")
+    return (world.folder / "pickled").read_bytes()
+
+
+def swapped(name, tensor):
+    return lambda tensors, _: tensors.update({name: tensor})
+
+
+BROKEN, FIT, AGAIN = "to be a whole safetensors file", "to fit this Tiny", "Load it onto the model that it was made for"
+A, START, NORMS = f"{Q}.A", f"constant/{Q}.A0", f"constant/{Q}.sqnorm"
+
+FILES = {
+    "empty": (cut(0), BROKEN, "an empty file", "Save it again"),
+    "one byte": (cut(1), BROKEN, "a truncated or foreign", "Save it again"),
+    "the length only": (cut(8), BROKEN, "a truncated or foreign", "Save it again"),
+    "half a header": (cut(200), BROKEN, "a truncated or foreign", "Save it again"),
+    "half a file": (lambda w: w.good.read_bytes()[: w.good.stat().st_size // 2], BROKEN, "a truncated or foreign", "Save it again"),
+    "a byte short": (cut(-1), BROKEN, "a truncated or foreign", "Save it again"),
+    "a byte more": (lambda w: w.good.read_bytes() + b"\0", BROKEN, "a truncated or foreign", "Save it again"),
+    "random bytes": (lambda w: random.Random(0).randbytes(4096), BROKEN, "a truncated or foreign", "Save it again"),
+    "text": (lambda w: b"weights: 1, 2, 3\n" * 9, BROKEN, "a truncated or foreign", "Save it again"),
+    "pickled": (pickled, BROKEN, "a pickled file", "pickled files are never opened"),
+    "cut, its length like a pickle's start": (lambda w: (0x280).to_bytes(8, "little") + b'{"a":', BROKEN, "a truncated", "Save"),
+    "foreign": (lambda w: safetensors.torch.save({"a": torch.ones(2)}),
+        "lora_lite format 1", "ll.save did not write", "Load a file written by"),
+    "another version": (rewritten(lambda _, h: h.update(lora_lite_format="99")),
+        "lora_lite format 1", "format version 99", "Load a file written by"),
+    "header not JSON": (rewritten(lambda _, h: h.update(targets="{damaged")),
+        "its configs and targets", "a damaged header", "Save it again"),
+    "header without configs": (rewritten(lambda _, h: h.pop("configs")),
+        "its configs and targets", "damaged header .*configs", "Save it again"),
+    "configs not a list": (header("configs", lambda c: {"r": 4}), "its configs and targets", "a damaged header", "Save it again"),
+    "a config not a mapping": (header("configs", lambda c: ["lora"]), "its configs and targets", "a damaged header", "Save it again"),
+    "targets not a mapping": (header("targets", lambda t: list(t)), "targets", "a damaged header", "Save it again"),
+    "a target without its width": (header("targets", lambda t: t[Q].pop("i") and None), "targets", "a damaged header", "Save it again"),
+    "a target without its params": (header("targets", lambda t: t[Q].pop("params") and None),
+        "targets", "a damaged header", "Save it again"),
+    "a target of no config": (header("targets", lambda t: t[Q].update(config=5)), "targets", "a damaged header", "Save it again"),
+    "a config of no variant": (header("configs", lambda c: c[0].pop("variant") and None), "configs", "a damaged header", "Save it again"),
+    "a variant that is a number": (header("configs", lambda c: c[0].update(variant=3)), "configs", "a damaged header", "Save it again"),
+    "a shape that is a word": (header("targets", lambda t: t[Q].update(params="A")), "targets", "a damaged header", "Save it again"),
+    "unknown variant": (header("configs", lambda c: c[0].update(variant="loraa")),
+        "one of the variants", '"loraa".*Closest: "lora"', r"load\(..., variants="),
+    "unknown field": (header("configs", lambda c: c[0].update(rank=4)),
+        "LoRAConfig: expected the fields", '"rank"', "Load the file with the version"),
+    "missing tensor": (rewritten(lambda t, _: t.pop(A)), FIT, f'missing "{A}"', AGAIN),
+    "extra tensor": (rewritten(swapped("head.A", torch.ones(2))), FIT, 'unexpected "head.A"', AGAIN),
+    "wrong shape": (rewritten(swapped(A, torch.ones(3, 16))), FIT, rf'"{A}": expected shape \(4, 16\), found \(3, 16\)', AGAIN),
+    "integer tensor": (rewritten(swapped(A, torch.ones(4, 16, dtype=torch.int64))),
+        FIT, f'"{A}": expected .*dtype.*, found .*int64', AGAIN),
+    "missing constant": (constants("pissa", lambda t, _: t.pop(START)), FIT, f'missing "{START}"', AGAIN),
+    "wrong constant": (constants("pissa", swapped(START, torch.ones(1, 16))),
+        FIT, rf'{START}": expected shape \(4, 16\), found \(1, 16\)', AGAIN),
+    "a constant that broadcasts": (constants("dora", swapped(NORMS, torch.ones(1))),
+        FIT, rf'{NORMS}": expected shape \(16,\), found \(1,\)', AGAIN),
+    "integer constant": (constants("pissa", swapped(START, torch.ones(4, 16, dtype=torch.int64))),
+        FIT, f'{START}": expected .*found .*int64', AGAIN),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_damaged_file_is_refused_with_expected_found_and_fix(world, case):
+    damage, expected, found, fix = FILES[case]
+    bad = world.folder / "bad.safetensors"
+    bad.write_bytes(damage(world))
+    refuse(world, lambda w: ll.load(w.model, bad), ValueError, f".*{expected}", found, fix)
+
+
+def test_a_wrong_value_in_a_file_names_its_field(world):
+    bad = world.folder / "bad.safetensors"
+    bad.write_bytes(header("configs", lambda c: c[0].update(r=0))(world))
+    refuse(world, lambda w: ll.load(w.model, bad), ValueError, "LoRAConfig.r: expected an integer >= 1", "0", "Set r to the rank")
+
+
+# id: (the model it is loaded onto, what `load` must say)
+OTHERS = {
+    "no such path": (lambda: nn.Sequential(Block(), Block()),
+        "to fit this Sequential", r'"layers\.0\.q_proj": expected a linear layer, found nothing; closest: "0\.q_proj'),
+    "other widths": (narrow, "to fit this Tiny", r'"layers\.0\.up_proj": expected a layer of shape \(32, 16\), found \(24, 16\)'),
+    "other kinds": (lambda: nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q_proj": nn.Identity()})])}),
+        "to fit this ModuleDict", "found Identity"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_the_file_of_another_model_is_refused_with_each_fault(world, case):
+    make, expected, found = OTHERS[case]
+    refuse(world, lambda w: ll.load(make(), w.good), ValueError, f"load: expected .*{expected}", found, AGAIN)
+
+
+def test_an_absent_file_is_named(world):
+    absent = world.folder / "absent.safetensors"
+    refuse(world, lambda w: ll.load(w.model, absent), FileNotFoundError, r'a file at ".*absent\.safetensors"', "none", "Pass the path")
+    refuse(world, lambda w: ll.load(w.model, w.folder), FileNotFoundError, "a file at", "none", "Pass the path")
+
+
+def test_loading_onto_something_else_than_a_module_is_refused(world):
+    refuse(
+        world,
+        lambda w: ll.load(w.good, w.model),
+        TypeError,
+        "load: expected model as a torch.nn.Module",
+        "PosixPath|WindowsPath",
+        r"Call load\(model, path\)",
+    )

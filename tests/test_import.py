@@ -1,0 +1,97 @@
+"""What `import lora_lite` brings and does not bring, and that its public names are documented and agree."""
+
+import inspect
+import subprocess
+import sys
+import types
+
+import pytest
+
+import lora_lite as ll
+
+NAMES = sorted(name for name in vars(ll) if not name.startswith("_") and not isinstance(getattr(ll, name), types.ModuleType))
+
+
+def test_import_pulls_in_nothing_optional():
+    code = "import sys, lora_lite; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "lora_lite" in loaded
+    assert {"transformers", "peft", "bitsandbytes", "accelerate", "hypothesis", "pytest"} & set(loaded) == set()
+
+
+def test_import_is_quiet_and_leaves_the_random_state():
+    code = "import torch; torch.manual_seed(0); a = torch.get_rng_state(); import lora_lite; assert torch.equal(a, torch.get_rng_state())"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_contract_names_are_there():
+    contract = {
+        *(
+            "build",
+            "find_targets",
+            "save",
+            "load",
+            "value_and_grad",
+            "checked",
+            "functional",
+            "testing",
+            "AdapterConfig",
+            "Frozen",
+            "VARIANTS",
+        ),
+        *("LoRAConfig", "PiSSAConfig", "DoRAConfig", "IA3Config", "IA3FFConfig"),
+    }
+    assert contract - set(vars(ll)) == set()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if callable(getattr(ll, name))])
+def test_public_name_has_a_docstring_of_its_own(name):
+    thing = getattr(ll, name)
+    doc = thing.__dict__.get("__doc__") if inspect.isclass(thing) else thing.__doc__
+    assert doc
+    assert not (inspect.isclass(thing) and doc.startswith(f"{name}(")), "the docstring that dataclass writes says nothing"
+
+
+def _public_methods():
+    for cls in (ll.Adapt, ll.AdapterConfig, ll.Frozen):
+        yield from (
+            (cls, name)
+            for name, value in vars(cls).items()
+            if not name.startswith("_") and (callable(value) or isinstance(value, property))
+        )
+
+
+@pytest.mark.parametrize(("cls", "name"), list(_public_methods()), ids=lambda part: getattr(part, "__name__", part))
+def test_public_method_has_a_docstring(cls, name):
+    assert inspect.getdoc(vars(cls)[name])
+
+
+def test_table_of_variants_names_its_classes():
+    assert {name: cls.name for name, cls in ll.VARIANTS.items()} == {name: name for name in ll.VARIANTS}
+    assert all(issubclass(cls, ll.AdapterConfig) for cls in ll.VARIANTS.values())
+    assert {cls.__name__ for cls in ll.VARIANTS.values()} == {name for name in NAMES if name.endswith("Config")} - {"AdapterConfig"}
+
+
+def test_functional_has_one_function_per_variant():
+    assert sorted(ll.functional.__all__) == sorted(ll.VARIANTS)
+    for name in ll.VARIANTS:
+        function = getattr(ll.functional, name)
+        assert function.__name__ == name
+        assert list(inspect.signature(function).parameters)[:3] == ["params", "W", "x"]
+        assert function.__doc__
+
+
+@pytest.mark.parametrize("cls", list(ll.VARIANTS.values()), ids=lambda cls: cls.name)
+def test_module_of_a_variant_says_what_it_must(cls):
+    doc = inspect.getmodule(cls).__doc__
+    for part in (
+        "$$",
+        "Identity at init:",
+        "Paper:",
+        "arXiv:",
+        "| tensor | shape | trained | init |",
+        "Trained per target:",
+        "Departures:",
+    ):
+        assert part in doc, part

@@ -1,0 +1,80 @@
+"""Merged weights compute what `adapt` computes; what a state dict cannot hold is refused by name."""
+
+import copy
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+import lora_lite as ll
+from cases import FIVE, by_name, move
+
+
+@pytest.mark.parametrize("cfg", FIVE, ids=by_name)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_merged_copy_computes_what_adapt_computes(tiny, name, cfg):
+    model, batch = tiny(name)
+    model.double()
+    adapt = ll.build(model, cfg)
+    params = move(adapt.init())
+    fresh = copy.deepcopy(model)
+    result = fresh.load_state_dict(adapt.merge(params), strict=False)
+    assert result.unexpected_keys == []
+    with torch.no_grad():
+        base = adapt.base(batch).logits
+        want = adapt(params, batch).logits - base
+        got = fresh(**batch).logits - base
+    assert float((got - want).abs().max()) < 1e-10 * max(1.0, float(want.abs().max()))
+    assert float(want.abs().max()) > 1e-3
+
+
+def test_merge_keeps_dtype_and_layout(tiny):
+    model, _ = tiny("gpt2")
+    model.bfloat16()
+    merged = ll.build(model, ll.LoRAConfig(r=2)).merge(ll.build(model, ll.LoRAConfig(r=2)).init())
+    own = model.state_dict()
+    assert all(torch.equal(tensor, own[name]) and tensor.dtype == torch.bfloat16 for name, tensor in merged.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiftConfig(ll.AdapterConfig):
+    """A bias beside the layer."""
+
+    name: ClassVar[str] = "shift"
+
+    def init(self, W, generator, stats=None):
+        return {"d": torch.zeros(W.out_features)}, {}
+
+    def forward(self, params, W, x):
+        return W(x) + params["d"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TanhConfig(ShiftConfig):
+    """Not an affine map."""
+
+    name: ClassVar[str] = "tanh"
+    linear: ClassVar[bool] = False
+
+    def forward(self, params, W, x):
+        return W(x) + params["d"].tanh() * x.sum(-1, keepdim=True).tanh()
+
+
+def test_merge_refuses_a_bias_that_the_layer_lacks():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    adapt = ll.build(model, ShiftConfig())
+    with pytest.raises(ValueError, match=r'(?s)"1": the adapter moves the bias.*"2": the adapter moves the bias'):
+        adapt.merge(move(adapt.init()))
+    assert sorted(adapt.merge(adapt.init())) == ["0.bias", "0.weight", "1.weight", "2.weight"], "at the start no bias moves"
+
+
+def test_merge_refuses_what_is_not_linear_and_what_is_shared(tiny):
+    adapt = ll.build(nn.Sequential(nn.Linear(4, 4)), TanhConfig())
+    with pytest.raises(ValueError, match='"0": TanhConfig is not linear'):
+        adapt.merge(adapt.init())
+    model, _ = tiny("llama", tie_word_embeddings=True)
+    adapt = ll.build(model, ll.LoRAConfig(r=2, exclude_names=()))
+    with pytest.raises(ValueError, match=r'"lm_head": its weight is shared with model\.embed_tokens'):
+        adapt.merge(adapt.init())

@@ -1,0 +1,264 @@
+"""Recomputing named blocks: the same gradients, to the bit or nearly, and the activations really not kept."""
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+import lora_lite as ll
+from cases import FIVE, assert_trees_equal, by_name, move
+
+BLOCKS = {
+    "llama": r"layers\.\d+$",
+    "gemma3": r"layers\.\d+$",
+    "gpt2": r"\.h\.\d+$",
+    "t5": r"block\.\d+$",
+    "bert": r"layer\.\d+$",
+    "vit": r"layers?\.\d+$",
+}
+
+
+def value_and_grad(adapt, params, batch):
+    return ll.value_and_grad(lambda p: adapt(p, batch).loss)(params)[1]
+
+
+def func_grad(adapt, params, batch):
+    return torch.func.grad(lambda p: adapt(p, batch).loss)(params)
+
+
+def plain_autograd(adapt, params, batch):
+    module = adapt.module(params)
+    module(**batch).loss.backward()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            assert (parameter.grad is not None) <= parameter.requires_grad, "a frozen tensor has a gradient"
+            if parameter.requires_grad:
+                parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+    return adapt.params(module)  # the gradients, in the params' place
+
+
+HOW = {f.__name__: f for f in (value_and_grad, func_grad, plain_autograd)}
+
+
+def pair(tiny, name, cfg, pattern=None, train=False, **overrides):
+    model, batch = tiny(name, **overrides)
+    model.train(train)
+    plain, remat = ll.build(model, cfg), ll.build(model, cfg, remat=pattern or BLOCKS[name])
+    return plain, remat, move(plain.init()), batch
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("cfg", FIVE, ids=by_name)
+@pytest.mark.parametrize("name", list(BLOCKS))
+def test_gradients_are_those_of_the_plain_step(tiny, name, cfg, how):
+    plain, remat, params, batch = pair(tiny, name, cfg)
+    want, got = HOW[how](plain, params, batch), HOW[how](remat, params, batch)
+    assert_trees_equal(got, want, 1e-6)
+    assert max(float(leaf.abs().max()) for leaves in want.values() for leaf in leaves.values()) > 1e-4
+    with torch.no_grad():
+        assert torch.equal(remat(params, batch).logits, plain(params, batch).logits)
+
+
+@pytest.mark.parametrize("cfg", FIVE, ids=by_name)
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_per_example_gradients_under_vmap(tiny, name, cfg):
+    plain, remat, params, batch = pair(tiny, name, cfg, attn_implementation="eager")
+    rows = {key: batch[key] for key in ("input_ids", "labels")}
+
+    def loss(adapt):
+        return lambda p, row: adapt(p, {key: value[None] for key, value in row.items()}).loss
+
+    want, got = (torch.vmap(torch.func.grad(loss(a)), in_dims=(None, 0))(params, rows) for a in (plain, remat))
+    assert_trees_equal(got, want, 1e-6)
+    one = func_grad(plain, params, {key: value[:1] for key, value in rows.items()})
+    assert_trees_equal({path: {name: leaf[0] for name, leaf in leaves.items()} for path, leaves in got.items()}, one, 1e-5)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=4, dropout=0.2), ll.DoRAConfig(r=4, dropout=0.2), ll.IA3Config()], ids=by_name)
+@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+def test_dropout_falls_on_the_same_entries(tiny, name, cfg, how):
+    plain, remat, params, batch = pair(tiny, name, cfg, train=True, **({"attention_dropout": 0.2} if name == "llama" else {}))
+    results = []
+    for adapt in (plain, remat):
+        torch.manual_seed(7)
+        results.append(HOW[how](adapt, params, batch))
+    assert_trees_equal(results[1], results[0], 1e-6)
+    torch.manual_seed(8)
+    other = HOW[how](remat, params, batch)
+    if cfg.name != "ia3" or name != "llama":
+        path, leaf = next((p, n) for p, leaves in other.items() for n in leaves if leaves[n].abs().max() > 0)
+        assert not torch.allclose(other[path][leaf], results[1][path][leaf]), "no dropout took part"
+
+
+def test_random_state_goes_on_as_without(tiny):
+    plain, remat, params, batch = pair(tiny, "bert", ll.LoRAConfig(r=4, dropout=0.2), train=True)
+    after = []
+    for adapt in (plain, remat):
+        torch.manual_seed(7)
+        value_and_grad(adapt, params, batch)
+        after.append(torch.rand(3))
+    assert torch.equal(*after)
+
+
+@pytest.mark.parametrize("use_cache", [None, True, False])
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe", "gpt_neox", "opt"])
+def test_cache_and_masks(tiny, name, masked, use_cache):
+    plain, remat, params, batch = pair(tiny, name, ll.LoRAConfig(r=4), pattern=r"(layers|h)\.\d+$")
+    batch = dict(batch) if masked else {key: value for key, value in batch.items() if key != "attention_mask"}
+    batch |= {} if use_cache is None else {"use_cache": use_cache}
+    assert_trees_equal(value_and_grad(remat, params, batch), value_and_grad(plain, params, batch), 1e-6)
+    with torch.no_grad():
+        cache = remat(params, {**batch, "use_cache": True}).past_key_values
+    assert cache.get_seq_length() == 7, "without gradients the cache is the model's own affair"
+
+
+def test_filled_cache_is_an_error_that_says_what_to_do(tiny):
+    plain, remat, params, batch = pair(tiny, "llama", ll.LoRAConfig(r=4))
+    ids = batch["input_ids"]
+    with torch.no_grad():
+        cache = plain(params, {"input_ids": ids, "use_cache": True}).past_key_values
+    assert isinstance(cache, tf.Cache)
+    with pytest.raises(ValueError, match=r"remat: expected no filled key-value cache.*use_cache=False"):
+        value_and_grad(remat, params, {"input_ids": ids, "labels": ids, "past_key_values": cache})
+    with torch.no_grad():
+        assert remat(params, {"input_ids": ids[:, :1], "past_key_values": cache}).logits.shape[:2] == (2, 1)
+
+
+def test_pattern_that_matches_nothing_is_an_error(tiny):
+    model, _ = tiny("llama")
+    with pytest.raises(ValueError, match=r'build: expected remat="layrs.* to match a block, found none\. Closest: .*layers'):
+        ll.build(model, ll.LoRAConfig(), remat=r"layrs\.\d+$")
+
+
+def saved_bytes(model, loss):
+    """Count what the backward pass of `loss()` keeps, the model's own tensors and storage seen twice left out."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    sizes = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = (storage.nbytes(), storage)  # held, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = loss()
+    value.backward()
+    return sum(size for size, _ in sizes.values())
+
+
+DEEP = {"num_hidden_layers": 12}
+
+
+def deep_batch(device):
+    ids = torch.randint(3, 64, (4, 32), device=device)
+    return {"input_ids": ids, "labels": ids}
+
+
+def loss_of(adapt, params, batch):
+    leaves = {path: {name: leaf.clone().requires_grad_() for name, leaf in found.items()} for path, found in params.items()}
+    return lambda: adapt(leaves, batch).loss
+
+
+def test_activations_are_not_kept(tiny, device):
+    model, _ = tiny("llama", **DEEP)
+    batch = deep_batch(device)
+    plain, remat = ll.build(model, ll.LoRAConfig(r=4)), ll.build(model, ll.LoRAConfig(r=4), remat=r"layers\.\d+$")
+    params = move(plain.init())
+    full, kept = (saved_bytes(model, loss_of(adapt, params, batch)) for adapt in (plain, remat))
+    assert kept < 0.5 * full, f"{kept} bytes kept of {full}"
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert", "vit"])
+def test_gradient_checkpointing_of_the_model_is_honoured(tiny, device, name, reentrant):
+    depth = {"num_layers": 12} if name == "t5" else DEEP
+    model, batch = tiny(name, **depth)
+    if name != "vit":
+        batch = deep_batch(device)
+    model.train()
+    for module in model.modules():
+        module.training = module.training and not isinstance(module, nn.Dropout)
+    cfg = ll.LoRAConfig(r=4)
+    plain = ll.build(model, cfg)
+    params = move(plain.init())
+    model.gradient_checkpointing_enable(**({} if reentrant is None else {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}))
+    honoured = ll.build(model, cfg)
+    torch.manual_seed(0)
+    full = saved_bytes(model, loss_of(plain, params, batch))
+    torch.manual_seed(0)
+    kept = saved_bytes(model, loss_of(honoured, params, batch))
+    assert kept < 0.5 * full, f"{kept} bytes kept of {full}"
+    for how in HOW.values():
+        results = []
+        for adapt in (plain, honoured):
+            torch.manual_seed(7)
+            results.append(how(adapt, params, batch))
+        assert_trees_equal(results[1], results[0], 1e-6)
+    assert model.is_gradient_checkpointing
+
+
+def test_input_gradients_hook_of_the_model_is_left_out_of_the_clone(tiny):
+    model, batch = tiny("llama")
+    model.train()
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    adapt = ll.build(model, ll.LoRAConfig(r=4))
+    params = move(adapt.init())
+    want = value_and_grad(ll.build(tiny("llama")[0], ll.LoRAConfig(r=4)), params, batch)
+    assert_trees_equal(func_grad(adapt, params, batch), want, 1e-6)
+    assert model.get_input_embeddings()._forward_hooks, "the user's model lost its hook"
+
+
+class Skip(nn.Module):
+    """Hand an input through, return a number, a None and a tensor twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(6, 6)
+        self.register_buffer("shift", torch.zeros(6))
+
+    def forward(self, x, memory, flag=None):
+        y = self.lin(x).tanh() + self.shift
+        return {"y": y, "same": y, "memory": memory, "none": None, "number": 3}
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Skip() for _ in range(3))
+
+    def forward(self, x):
+        memory = x
+        for block in self.blocks:
+            out = block(x, memory=memory, flag=True)
+            assert out["none"] is None
+            assert out["number"] == 3
+            x, memory = out["y"] * out["same"], out["memory"]
+        return (x * memory).sum()
+
+
+def test_block_with_an_output_of_many_parts(device):
+    model = Stack().to(device)
+    plain, remat = ll.build(model, ll.LoRAConfig(r=2)), ll.build(model, ll.LoRAConfig(r=2), remat=r"blocks\.\d+$")
+    params = move(plain.init())
+    x = torch.randn(4, 6, device=device)
+    for transform in (ll.value_and_grad, lambda f: lambda p, x: (f(p, x), torch.func.grad(f)(p, x))):
+        (value, grads), (want, want_grads) = transform(remat)(params, x), transform(plain)(params, x)
+        assert torch.equal(value, want)
+        assert_trees_equal(grads, want_grads, 1e-6)
+    for_input = torch.func.grad(lambda x: remat(params, x))(x)
+    assert torch.allclose(for_input, torch.func.grad(lambda x: plain(params, x))(x), atol=1e-6)
+
+
+def test_second_and_forward_derivatives(device):
+    model = Stack().to(device)
+    plain, remat = ll.build(model, ll.LoRAConfig(r=2)), ll.build(model, ll.LoRAConfig(r=2), remat=r"blocks\.\d+$")
+    params, along = move(plain.init()), move(plain.init(), seed=1)
+    x = torch.randn(4, 6, device=device)
+    forward = [torch.func.jvp(lambda p, a=a: a(p, x), (params,), (along,))[1] for a in (plain, remat)]
+    assert torch.allclose(*forward, rtol=1e-5)
+    hvp = [torch.func.jvp(torch.func.grad(lambda p, a=a: a(p, x)), (params,), (along,))[1] for a in (plain, remat)]
+    assert_trees_equal(hvp[1], hvp[0], 1e-5)

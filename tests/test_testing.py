@@ -1,0 +1,188 @@
+"""The conformance kit itself: a variant that is wrong in one way fails, and the message names the check."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, TypedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+import lora_lite as ll
+from lora_lite.testing import CHECKS
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Base(ll.AdapterConfig):
+    """LoRA without its door, to be broken."""
+
+    name: ClassVar[str] = "broken"
+    trained: ClassVar[str | None] = "2 * (i + o)"
+    macs: ClassVar[str | None] = "2 * (i + o)"
+
+    def init(self, W, generator, stats=None):
+        return {"A": torch.randn(2, W.in_features, generator=generator), "B": torch.zeros(W.out_features, 2)}, {}
+
+    def forward(self, params, W, x):
+        return W(x) + F.linear(F.linear(x, params["A"]), params["B"])
+
+    def steer(self, params, c):
+        return {**params, "B": c * params["B"]}
+
+
+class _WrongBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 3 * grad
+
+
+def _wrong_gradient(self, params, W, x):
+    return W(x) + F.linear(_WrongBackward.apply(F.linear(x, params["A"])), params["B"])
+
+
+def _half_of_the_gradient(self, params, W, x):
+    with torch.no_grad():  # not a detach of the formula's: finite differences see this term move
+        direct = F.linear(F.linear(x, params["A"]), params["B"])
+    return W(x) + direct + F.linear(F.linear(x, params["A"]), params["B"])
+
+
+def _leaf_without_gradient(self, params, W, x):
+    return W(x) + F.linear(F.linear(x, params["A"].detach()), params["B"])
+
+
+def _leaf_without_effect(self, params, W, x):
+    return W(x) + params["B"].sum(1) + 0 * params["A"].sum()
+
+
+def _writes_its_input(self, params, W, x):
+    y = W(x) + F.linear(F.linear(x, params["A"]), params["B"])
+    x.add_(1e-3)
+    return y
+
+
+def _hidden_randomness(self, params, W, x):
+    return W(x) + F.linear(F.linear(x, params["A"] * (1 + 0.1 * torch.rand(()))), params["B"])
+
+
+def _unseeded_init(self, W, generator, stats=None):
+    return {"A": torch.randn(2, W.in_features), "B": torch.zeros(W.out_features, 2)}, {}
+
+
+def _random_start(self, W, generator, stats=None):
+    draw = torch.randn(2, W.in_features + W.out_features, generator=generator)
+    return {"A": draw[:, : W.in_features].contiguous(), "B": draw[:, W.in_features :].t().contiguous()}, {}
+
+
+def _overwrites_the_weight(self, W, generator, stats=None):
+    params, constants = _Base.init(self, W, generator)
+    W.weight.mul_(0.5)
+    return params, constants
+
+
+def _nonlinear(self, params, W, x):
+    return W(x) + F.linear(torch.tanh(F.linear(x, params["A"])), params["B"])
+
+
+def _steers_the_wrong_way(self, params, c):
+    return {**params, "B": (1 - c) * params["B"]}
+
+
+def _steer_ignores_strength(self, params, c):
+    return dict(params)
+
+
+def _mixes_rows(self, params, W, x):
+    h = F.linear(x, params["A"])
+    return W(x) + F.linear(h - h.mean(0, keepdim=True), params["B"])
+
+
+def _branches_on_values(self, params, W, x):
+    update = F.linear(F.linear(x, params["A"]), params["B"])
+    return W(x) + update if bool(params["B"].abs().max() > 0) else W(x)
+
+
+def _answers_in_float32(self, params, W, x):
+    return (W(x) + F.linear(F.linear(x, params["A"]), params["B"])).float()
+
+
+class _TransposedParams(TypedDict):
+    A: Float[Tensor, "i r"]
+    B: Float[Tensor, "o r"]
+
+
+@ll.checked
+def transposed(params: _TransposedParams, W: ll.Frozen, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+    """Declare `A` the wrong way round."""
+    return W(x) + F.linear(F.linear(x, params["A"]), params["B"])
+
+
+def _wrong_shapes(self, params, W, x):
+    return transposed(params, W, x)
+
+
+BROKEN = {
+    "gradients": (("forward", _wrong_gradient), ("forward", _half_of_the_gradient), ("forward", _leaf_without_gradient)),
+    "acts": (("forward", _leaf_without_effect),),
+    "pure": (("forward", _writes_its_input), ("forward", _hidden_randomness)),
+    "deterministic": (("init", _unseeded_init),),
+    "identity": (("init", _random_start),),
+    "untouched": (("init", _overwrites_the_weight),),
+    "merged": (("forward", _nonlinear),),
+    "steered": (("steer", _steers_the_wrong_way), ("steer", _steer_ignores_strength)),
+    "rows": (("forward", _mixes_rows),),
+    "vmapped": (("forward", _branches_on_values),),
+    "compiles": (("forward", _branches_on_values),),
+    "precision": (("forward", _answers_in_float32),),
+    "shapes": (("forward", _wrong_shapes),),
+    "counts": (("trained", "i + o"), ("macs", "r * i * o"), ("macs", "i + o")),
+    "facts": (("needs", "everything"), ("identity", 2.0)),
+}
+_ROWS = [(check, attribute, fault) for check, faults in BROKEN.items() for attribute, fault in faults]
+
+
+@pytest.mark.parametrize(("check", "attribute", "fault"), _ROWS, ids=[f"{c}-{getattr(f, '__name__', a)}" for c, a, f in _ROWS])
+def test_broken_variant_fails_its_check_by_name(check, attribute, fault):
+    broken = dataclasses.dataclass(frozen=True, kw_only=True)(type("BrokenConfig", (_Base,), {attribute: fault}))
+    others = [name for name in CHECKS if name != check]
+    with pytest.raises(AssertionError, match=rf"BrokenConfig fails 1 of \d+ checks:\n  - {check}: "):
+        ll.testing.check_variant(broken(), skip=others)
+
+
+def test_unbroken_base_passes():
+    ll.testing.check_variant(_Base())
+
+
+def test_every_failure_is_listed_at_once():
+    broken = dataclasses.dataclass(frozen=True, kw_only=True)(type("BrokenConfig", (_Base,), {"forward": _nonlinear, "trained": "i"}))
+    with pytest.raises(AssertionError) as raised:
+        ll.testing.check_variant(broken(), skip=("compiles",))
+    assert {line.split(":")[0].strip(" -") for line in str(raised.value).splitlines()[1:] if line.startswith("  - ")} == {
+        "merged",
+        "counts",
+    }
+
+
+def test_kit_ignores_target_fields():
+    ll.testing.check_variant(ll.LoRAConfig(r=2, target_names=("nowhere",), layers=(7,), exclude_names=(".*",)), skip=("compiles",))
+
+
+def test_skip_must_name_checks():
+    with pytest.raises(ValueError, match=r"expected skip to name checks among .*gradients.*found \['grads'\]"):
+        ll.testing.check_variant(ll.LoRAConfig(), skip=("grads",))
+
+
+def test_config_that_fits_no_layer_is_refused():
+    with pytest.raises(ValueError, match=r"expected .*PiSSAConfig.* to fit a layer"):
+        ll.testing.check_variant(ll.PiSSAConfig(r=4096))
