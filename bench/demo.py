@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 import lora_lite as ll
@@ -64,7 +63,7 @@ def train(
     adapt: ll.Adapt, params: Any, data: list[Row], steps: int, size: int, rate: float, frozen: Callable[[Any], None]
 ) -> tuple[Any, float]:
     """Train params and give them with the median ratio of a step's time to the frozen step's on the same batch."""
-    leaves, spec = pytree.tree_flatten(params)
+    leaves = ll.tree_leaves(params)
     optimizer = torch.optim.AdamW(leaves, lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=min(0.1, 20 / steps))
     step = ll.value_and_grad(lambda p, rows: adapt(p, rows, use_cache=False).loss)
@@ -72,19 +71,19 @@ def train(
     bar = tqdm(batches(data, size, steps, seed=0), total=steps, desc=f"{adapt.configs[0].name:7}", mininterval=2)
     for number, rows in enumerate(bar):
         start = time.perf_counter()
-        loss, grads = step(pytree.tree_unflatten(leaves, spec), rows)
+        loss, grads = step(params, rows)
         seconds = time.perf_counter() - start
         if number % 10 == 5:
             start = time.perf_counter()
             frozen(rows)
             ratios.append(seconds / (time.perf_counter() - start))
-        for leaf, grad in zip(leaves, pytree.tree_leaves(grads)):
+        for leaf, grad in zip(leaves, ll.tree_leaves(grads)):
             leaf.grad = grad
         torch.nn.utils.clip_grad_norm_(leaves, 1.0)
         optimizer.step()
         schedule.step()
         bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
-    return pytree.tree_unflatten([leaf.detach() for leaf in leaves], spec), statistics.median(ratios)
+    return params, statistics.median(ratios)
 
 
 def verify(adapt: ll.Adapt, params: Any, rows: dict[str, Any], merge: bool) -> None:

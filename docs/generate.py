@@ -1,18 +1,21 @@
-"""Write what the documentation takes from the code: `python docs/generate.py` renews the table of variants in README.md.
+"""Write what the documentation takes from the code and from results files: `python docs/generate.py` renews README.md.
 
-Everything here is read from `VARIANTS`, the facts of the config classes and the docstrings of their modules. README.md keeps
-the result between two markers; the documentation's directives (`_ext/from_code.py`) ask for it at each build.
+The table of variants is read from `VARIANTS`, the facts of the config classes and the docstrings of their modules; figures from the
+newest files in `bench/results`. README.md keeps both between markers; the documentation's directives (`_ext/from_code.py`) ask
+for them at each build.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import lora_lite as ll
 from lora_lite.testing import CHECKS
 
 README = Path(__file__).parent.parent / "README.md"
-START, END = "<!-- variants -->", "<!-- /variants -->"
+RESULTS = Path(__file__).parent.parent / "bench" / "results"
 
 NEEDS = {
     "nothing": "nothing but its output",
@@ -92,14 +95,75 @@ def checks_table() -> str:
     return table([{"check": f"`{name}`", "what holds": (check.__doc__ or "").strip()} for name, check in CHECKS.items()])
 
 
-def between(text: str, new: str) -> str:
-    """Give `text` with `new` between the two markers."""
-    head, _, rest = text.partition(START)
-    _, found, tail = rest.partition(END)
+def newest(name: str) -> dict[str, Any]:
+    """Read the newest results file of a benchmark; its date comes first in the name."""
+    files = sorted(RESULTS.glob(f"*-{name}.json"))
+    if not files:
+        raise ValueError(f"bench/results: expected a file of the benchmark {name}, found none. Run it first.")
+    return {"file": files[-1].name, **json.loads(files[-1].read_text("utf-8"))}
+
+
+def demo_table() -> str:
+    """Give the demo's outcome: what each variant learned, and what its step cost."""
+    found = newest("demo")
+    rows = [
+        {
+            "variant": title(ll.VARIANTS[o["variant"]]),
+            "trained": f"{o['trained']:,}",
+            "exact before": f"{o['before']:.1%}",
+            "exact after": f"{o['after']:.1%} ± {o['error']:.1%}",
+            "step / frozen step": f"{o['ratio']:.2f}",
+            "init, s": f"{o['init']:.2f}",
+        }
+        for o in found["results"]["outcomes"]
+    ]
+    words = (
+        f"{found['results']['test']} unseen word problems after {found['results']['steps']} steps of {found['results']['rows']} rows, one seed, "
+        f"± the standard error of the test sample; {found['threads']} threads ([`{found['file']}`](bench/results/{found['file']}), "
+        "renewed by `python -m tox run -e demo -- --write`)."
+    )
+    return f"{words}\n\n{table(rows)}"
+
+
+def speed_table() -> str:
+    """Give the cost of a training step beside the frozen base's and PEFT's."""
+    found = newest("cpu")
+    step, peak = found["results"]["step"], found["results"]["memory"]["peak_bytes"]
+    rows = []
+    for name, over_peft in step["over_peft"].items():
+        rows.append(
+            {
+                "variant": title(ll.VARIANTS[name]),
+                "step / frozen step": f"{step['over_frozen'][name]['median']:.2f}",
+                "by arithmetic alone": f"{step['by_arithmetic'][name]:.2f}",
+                "PEFT / frozen step": f"{step['over_frozen'][f'peft {name}']['median']:.2f}",
+                "step / PEFT's, quartiles": f"{over_peft['median']:.2f} [{over_peft['low']:.2f}, {over_peft['high']:.2f}]",
+                "peak memory / PEFT's": f"{peak[name] / peak[f'peft {name}']:.2f}",
+            }
+        )
+    words = (
+        f"One training step of a {step['layers']}-layer Llama of width {step['width']}, r={step['r']}, all linear layers, {step['rows']} rows of "
+        f"{step['tokens']} tokens, {found['threads']} thread, medians of {over_peft['n']} interleaved rounds "
+        f"([`{found['file']}`](bench/results/{found['file']}), renewed by `python -m tox run -e bench`)."
+    )
+    return f"{words}\n\n{table(rows)}"
+
+
+def between(text: str, marker: str, new: str) -> str:
+    """Give `text` with `new` between `<!-- marker -->` and `<!-- /marker -->`."""
+    start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    head, _, rest = text.partition(start)
+    _, found, tail = rest.partition(end)
     if not found:
-        raise ValueError(f'README.md: expected a line "{START}" and a later "{END}", found not both. Put them where the table belongs.')
-    return f"{head}{START}\n\n{new}\n\n{END}{tail}"
+        raise ValueError(f'README.md: expected a line "{start}" and a later "{end}", found not both. Put them where the table belongs.')
+    return f"{head}{start}\n\n{new}\n\n{end}{tail}"
+
+
+def renewed(text: str) -> str:
+    """Give README.md's text with its generated parts renewed."""
+    text = between(text, "variants", variants_table("docs/variants/"))
+    return between(text, "results", f"{demo_table()}\n\n{speed_table()}")
 
 
 if __name__ == "__main__":
-    README.write_text(between(README.read_text("utf-8"), variants_table("docs/variants/")), "utf-8")
+    README.write_text(renewed(README.read_text("utf-8")), "utf-8")

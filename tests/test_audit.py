@@ -75,6 +75,23 @@ def test_weight_read_directly_is_an_error_at_the_first_call(device):
     assert torch.equal(fixed(fixed.init(), x), model(x))
 
 
+def test_call_that_fails_does_not_end_the_watch(device):
+    model = ReadsTheWeight().to(device)
+    failures = [ArithmeticError("once")]
+
+    def fail_once(module, args, output):
+        if failures:
+            raise failures.pop()
+
+    model.first.register_forward_hook(fail_once)
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    x = torch.randn(2, 6, device=device)
+    with pytest.raises(ArithmeticError, match="once"):
+        adapt(adapt.init(), x)
+    with pytest.raises(ValueError, match='"lin"'):
+        adapt(adapt.init(), x)
+
+
 @pytest.mark.parametrize("set_on", ["first", ""], ids=["target", "root"])
 def test_forward_set_on_the_instance_is_refused_by_name(set_on, device):
     model = ReadsTheWeight().to(device)

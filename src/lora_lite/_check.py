@@ -119,5 +119,5 @@ def _raise(fn: Callable[..., Tensor], faults: list[str], given: Mapping[str, obj
     documented = f"lora_lite.functional.{fn.__name__}" if fn.__module__.startswith("lora_lite.") else f"{fn.__module__}.{fn.__name__}"
     raise TypeError(
         f"{fn.__name__}: the shapes of params, W, x and the result must agree:{lines}\n  given: {shown}\n"
-        f"Pass what {documented} documents; W is (o, i), x is (*b, i)."
+        f"{documented} documents each; W is (o, i), x is (*b, i)."
     )

@@ -159,8 +159,8 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 def _what_is(path: Path) -> str:
     with path.open("rb") as file:
-        head = file.read(2)
-    if head == b"PK" or head[:1] == b"\x80":
+        head = file.read(9)
+    if (head[:2] == b"PK" or head[:1] == b"\x80") and head[8:] != b"{":  # safetensors: eight bytes of length, then JSON
         return "a pickled file"
     return "a truncated or foreign one" if head else "an empty file"
 
