@@ -55,10 +55,11 @@ def paper(variant: Variant) -> str:
 
 
 def start(variant: Variant) -> str:
-    """Say where a variant starts."""
-    if variant.identity is None:
+    """Say where a variant starts with its default options, on which the fact may depend."""
+    identity = variant().identity
+    if identity is None:
         return "another model"
-    return "exact" if variant.identity == 0 else f"within {variant.identity:g}"
+    return "exact" if identity == 0 else f"within {identity:g}"
 
 
 def facts(variant: Variant) -> dict[str, str]:
@@ -118,7 +119,8 @@ def demo_table() -> str:
         for o in found["results"]["outcomes"]
     ]
     words = (
-        f"{found['results']['test']} unseen word problems after {found['results']['steps']} steps of {found['results']['rows']} rows, one seed, "
+        f"{found['results']['test']} unseen word problems after {found['results']['steps']} steps of {found['results']['rows']} rows, one "
+        "seed, "
         f"± the standard error of the test sample; {found['threads']} threads ([`{found['file']}`](bench/results/{found['file']}), "
         "renewed by `python -m tox run -e demo -- --write`)."
     )
@@ -142,8 +144,8 @@ def speed_table() -> str:
             }
         )
     words = (
-        f"One training step of a {step['layers']}-layer Llama of width {step['width']}, r={step['r']}, all linear layers, {step['rows']} rows of "
-        f"{step['tokens']} tokens, {found['threads']} thread, medians of {over_peft['n']} interleaved rounds "
+        f"One training step of a {step['layers']}-layer Llama of width {step['width']}, r={step['r']}, all linear layers, "
+        f"{step['rows']} rows of {step['tokens']} tokens, {found['threads']} thread, medians of {over_peft['n']} interleaved rounds "
         f"([`{found['file']}`](bench/results/{found['file']}), renewed by `python -m tox run -e bench`)."
     )
     return f"{words}\n\n{table(rows)}"

@@ -37,10 +37,22 @@ CASES = (
     Row("dora-dropout", ll.DoRAConfig(r=4, dropout=0.3)),
     Row("ia3", ll.IA3Config()),
     Row("ia3-ff", ll.IA3FFConfig()),
+    Row("delora", ll.DeLoRAConfig(r=4)),
+    Row("delora-copy", ll.DeLoRAConfig(r=4, init="copy")),
+    Row("hra", ll.HRAConfig(r=4)),
+    Row("hra-out", ll.HRAConfig(r=4, side="out")),
+    *(Row(name.replace("_", "-"), ll.ROADConfig(variant=name, group_size=8)) for name in ("road_1", "road_2", "road_4")),
+    Row("oft", ll.OFTConfig(block_size=8)),
+    Row("oft-exact", ll.OFTConfig(block_size=8, cayley="exact")),
+    Row("lora-xs", ll.LoRAXSConfig(r=8, alpha=8.0)),
+    Row("ssvd", ll.SSVDConfig(r=8)),
+    *(Row(f"antipasto-{core}", ll.AntiPaSTOConfig(r=16, core=core)) for core in ("rotation", "gain", "ablate", "arrow", "dplr")),
+    Row("antipasto-both", ll.AntiPaSTOConfig(r=16, rotate_basis="both")),
+    Row("bitfit", ll.BitFitConfig()),
 )
 
 FIVE = (ll.LoRAConfig(r=4), ll.PiSSAConfig(r=4), ll.DoRAConfig(r=4), ll.IA3Config(), ll.IA3FFConfig())
-"""One configuration of each variant that ships, for tests over whole models."""
+"""The core variants, for tests over whole models that would take too long for all."""
 
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}

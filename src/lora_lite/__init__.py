@@ -17,10 +17,18 @@ from lora_lite.targets import Targets as Targets
 from lora_lite.targets import find_targets as find_targets
 from lora_lite.transforms import value_and_grad as value_and_grad
 from lora_lite.variants import VARIANTS as VARIANTS
+from lora_lite.variants.antipasto import AntiPaSTOConfig as AntiPaSTOConfig
+from lora_lite.variants.bitfit import BitFitConfig as BitFitConfig
+from lora_lite.variants.delora import DeLoRAConfig as DeLoRAConfig
 from lora_lite.variants.dora import DoRAConfig as DoRAConfig
+from lora_lite.variants.hra import HRAConfig as HRAConfig
 from lora_lite.variants.ia3 import IA3Config as IA3Config
 from lora_lite.variants.ia3_ff import IA3FFConfig as IA3FFConfig
 from lora_lite.variants.lora import LoRAConfig as LoRAConfig
+from lora_lite.variants.lora_xs import LoRAXSConfig as LoRAXSConfig
+from lora_lite.variants.oft import OFTConfig as OFTConfig
 from lora_lite.variants.pissa import PiSSAConfig as PiSSAConfig
+from lora_lite.variants.road import ROADConfig as ROADConfig
+from lora_lite.variants.ssvd import SSVDConfig as SSVDConfig
 
 __version__ = "0.1.0"

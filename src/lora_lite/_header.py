@@ -54,7 +54,7 @@ def read_header(metadata: Mapping[str, str]) -> tuple[list[dict[str, Any]], dict
     try:
         configs = [dict(config) for config in json.loads(metadata["configs"])]
         targets = {path: _stored(facts, len(configs)) for path, facts in json.loads(metadata["targets"]).items()}
-        if not all(isinstance(config["variant"], str) for config in configs):
+        if not all(isinstance(config["name"], str) for config in configs):
             raise TypeError("a config names no variant")
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e:
         raise ValueError(f"{type(e).__name__}: {e}") from e

@@ -189,7 +189,7 @@ def to_json(cfg: AdapterConfig) -> dict[str, Any]:
     names = [*(f.name for f in dataclasses.fields(cfg)), *vars(cfg)]
     fields = {name: getattr(cfg, name) for name in names}
     dtypes = {name: str(value).removeprefix("torch.") for name, value in fields.items() if isinstance(value, torch.dtype)}
-    return {"variant": cfg.name, **fields, **dtypes}
+    return {**fields, **dtypes, "name": cfg.name}
 
 
 def from_json(cls: type, fields: Mapping[str, Any]) -> AdapterConfig:
@@ -199,7 +199,7 @@ def from_json(cls: type, fields: Mapping[str, Any]) -> AdapterConfig:
         ValueError: for a field that `cls` does not take.
     """
     cls = getattr(cls, "_written", cls)  # the user's own class, where as_config completed it
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "variant"}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "name"}
     known = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set(values)
     if not issubclass(cls, AdapterConfig):  # its shared fields are the defaults, not its own
         values = {k: v for k, v in values.items() if k in known and not hasattr(AdapterConfig, k)}

@@ -4,10 +4,18 @@
 function derives the constants that it needs from the weight itself, so that one line evaluates one formula.
 """
 
+from lora_lite.variants.antipasto import antipasto as antipasto
+from lora_lite.variants.bitfit import bitfit as bitfit
+from lora_lite.variants.delora import delora as delora
 from lora_lite.variants.dora import dora as dora
+from lora_lite.variants.hra import hra as hra
 from lora_lite.variants.ia3 import ia3 as ia3
 from lora_lite.variants.ia3_ff import ia3_ff as ia3_ff
 from lora_lite.variants.lora import lora as lora
+from lora_lite.variants.lora_xs import lora_xs as lora_xs
+from lora_lite.variants.oft import oft as oft
 from lora_lite.variants.pissa import pissa as pissa
+from lora_lite.variants.road import road as road
+from lora_lite.variants.ssvd import ssvd as ssvd
 
-__all__ = ["dora", "ia3", "ia3_ff", "lora", "pissa"]
+__all__ = ["antipasto", "bitfit", "delora", "dora", "hra", "ia3", "ia3_ff", "lora", "lora_xs", "oft", "pissa", "road", "ssvd"]

@@ -166,13 +166,13 @@ def _what_is(path: Path) -> str:
 
 
 def _configs(stored: list[dict[str, Any]], known: Mapping[str, type[AdapterConfig]], path: object) -> list[AdapterConfig]:
-    missing = [config["variant"] for config in stored if config["variant"] not in known]
+    missing = [config["name"] for config in stored if config["name"] not in known]
     if missing:
         raise ValueError(
             f'load: expected "{path}" to hold one of the variants {listed(known, 40)}, found {listed(missing)}. Closest: '
             f"{nearest(missing[0], known, 1)}. Pass a variant from outside the package as load(..., variants=[ItsConfig])."
         )
-    return [from_json(known[config["variant"]], config) for config in stored]
+    return [from_json(known[config["name"]], config) for config in stored]
 
 
 def _entries(model: nn.Module, targets: Mapping[str, Stored], configs: list[AdapterConfig]) -> tuple[Entries, list[str]]:

@@ -1,11 +1,19 @@
 """The variants that ship. `VARIANTS` is the only list of them; loading a file looks names up here."""
 
 from lora_lite.config import AdapterConfig
+from lora_lite.variants.antipasto import AntiPaSTOConfig
+from lora_lite.variants.bitfit import BitFitConfig
+from lora_lite.variants.delora import DeLoRAConfig
 from lora_lite.variants.dora import DoRAConfig
+from lora_lite.variants.hra import HRAConfig
 from lora_lite.variants.ia3 import IA3Config
 from lora_lite.variants.ia3_ff import IA3FFConfig
 from lora_lite.variants.lora import LoRAConfig
+from lora_lite.variants.lora_xs import LoRAXSConfig
+from lora_lite.variants.oft import OFTConfig
 from lora_lite.variants.pissa import PiSSAConfig
+from lora_lite.variants.road import ROADConfig
+from lora_lite.variants.ssvd import SSVDConfig
 
 VARIANTS: dict[str, type[AdapterConfig]] = {
     "lora": LoRAConfig,
@@ -13,4 +21,12 @@ VARIANTS: dict[str, type[AdapterConfig]] = {
     "dora": DoRAConfig,
     "ia3": IA3Config,
     "ia3_ff": IA3FFConfig,
+    "delora": DeLoRAConfig,
+    "hra": HRAConfig,
+    "road": ROADConfig,
+    "oft": OFTConfig,
+    "lora_xs": LoRAXSConfig,
+    "antipasto": AntiPaSTOConfig,
+    "ssvd": SSVDConfig,
+    "bitfit": BitFitConfig,
 }

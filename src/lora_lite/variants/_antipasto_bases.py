@@ -56,5 +56,5 @@ def oriented_triplets(W: Frozen, r: int, basis: str, second_moment: Tensor) -> C
         L = torch.linalg.cholesky(G + DAMPING * torch.eye(len(G), dtype=dtype, device=G.device))
         U, S, Vh = truncated_svd(full @ L, r)
         Vh = torch.linalg.solve_triangular(L, Vh, upper=False, left=False)
-    S = S.to(torch.promote_types(weight.dtype, torch.float32)).contiguous()
+    S = S.to(torch.promote_types(weight.dtype, torch.float32)).clone()
     return {"U": U.to(weight.dtype).contiguous(), "S": S, "Vh": Vh.to(weight.dtype).contiguous()}

@@ -34,7 +34,8 @@ def truncated_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     U, S, Vh = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
     U, S, Vh = U[:, :r], S[:r], Vh[:r]
     signs = Vh.gather(1, Vh.abs().argmax(1, keepdim=True)).sign()  # (r, 1)
-    return U * signs.t(), S, Vh * signs
+    # Contiguous copies: views would keep the whole decomposition, and a loaded file's layout would give other last digits.
+    return (U * signs.t()).contiguous(), S.clone(), (Vh * signs).contiguous()
 
 
 def full_precision(x: Tensor) -> torch.autocast:

@@ -1,0 +1,114 @@
+r"""LoRA-XS: a small trained matrix between frozen singular vectors of the weight.
+
+$$y = W x + b + s\, B R A\, x, \qquad A = S_r V_r^T, \quad B = U_r, \quad s = \alpha / r$$
+
+Identity at init: approximate, since `R` starts at about 1e-5 as in the official code: the output is off by about `1e-5 s sqrt(r)`
+of its size. With `init="zeros"` it is exact, and the gradient does not vanish there.
+
+Paper: Bałazy, Banaei, Aberer, Tabor, *LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters*, 2024,
+arXiv:2405.17604, sec. 2.
+
+| tensor | shape | trained | init |
+|---|---|---|---|
+| `R` | `(r, r)` | yes | Gaussian, std 1e-5, or zeros |
+| `A` | `(r, i)` | no | `S_r V_r^T` |
+| `B` | `(o, r)` | no | `U_r` |
+
+Trained per target: `r^2`. Needs the dense weight once, at init.
+
+Departures: the official code takes a randomised SVD, here it is exact, its signs fixed by the largest entry of each row of `V_r^T`
+being positive. The defaults give `s = 1`, as in the official runs.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import InitVar, dataclass
+from typing import Any, ClassVar, TypedDict
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_lite._check import checked
+from lora_lite._errors import listed
+from lora_lite.config import AdapterConfig, expect, expect_int, expect_number
+from lora_lite.frozen import Constants, Frozen
+from lora_lite.variants._linalg import add_low_rank, truncated_svd
+
+STD = 1e-5  # of R at init, in the official code
+STARTS = ("normal", "zeros")
+
+
+class LoRAXSParams(TypedDict):
+    R: Float[Tensor, "r r"]
+
+
+def singular_factors(W: Frozen, r: int) -> Constants:
+    """Give `A = S_r V_r^T (r, i)` and `B = U_r (o, r)`: all of the singular values lie in `A`."""
+    weight = W.dense()
+    U, S, Vh = truncated_svd(weight, r)
+    return {"A": (S[:, None] * Vh).to(weight.dtype), "B": U.to(weight.dtype)}
+
+
+@checked
+def lora_xs(params: LoRAXSParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float) -> Float[Tensor, "*b o"]:
+    """Give `W x + b + scale B R A x`; the module's docstring has the formula and the shapes."""
+    R = params["R"]
+    basis = W.constants or singular_factors(W, R.shape[0])
+    h = F.linear(F.linear(x, basis["A"].to(x.dtype)), R)  # (*b, r)
+    return add_low_rank(W(x), h, basis["B"].to(x.dtype), scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAXSConfig(AdapterConfig):
+    """Config of LoRA-XS.
+
+    Args:
+        r: number of singular directions, from 1 to the smaller width of the layer.
+        alpha: numerator of the scale `alpha / r`, dimensionless.
+        init: `"normal"` draws `R` with standard deviation 1e-5, `"zeros"` starts at the base model to the bit; kept as the field
+            `start`, since `init` is the method.
+    """
+
+    name: ClassVar[str] = "lora_xs"
+    needs: ClassVar[str] = "dense_init"
+    trained: ClassVar[str | None] = "r * r"
+    macs: ClassVar[str | None] = "r * (i + o) + r * r"
+
+    r: int = 16
+    alpha: float = 16.0
+    start: str = "normal"
+    init: InitVar[str]
+
+    def __post_init__(self, init: object) -> None:
+        super().__post_init__()
+        if not callable(init):  # without the keyword dataclasses pass the method of that name
+            object.__setattr__(self, "start", init)
+        expect_int(self, "r", 1, "Set r to the number of singular directions, e.g. r=16.")
+        expect_number(self, "alpha", 0.0, math.inf, "The update is scaled by alpha / r, e.g. alpha=16.")
+        expect(self, "start", self.start in STARTS, f"one of {listed(STARTS)}", 'Use init="zeros" for an exact identity.')
+
+    @property
+    def scale(self) -> float:
+        """The factor of the update, `alpha / r`."""
+        return self.alpha / self.r
+
+    @property
+    def identity(self) -> float:
+        """The output's relative error at init: `R` stretches by at most about `2 STD sqrt(r)`."""
+        return 0.0 if self.start == "zeros" else min(2 * STD * self.scale * math.sqrt(self.r), 0.5)
+
+    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[LoRAXSParams, Constants]:
+        if self.r > min(W.in_features, W.out_features):
+            raise ValueError(
+                f"LoRAXSConfig.r: expected at most min(i, o) = {min(W.in_features, W.out_features)} for a layer of shape "
+                f"({W.out_features}, {W.in_features}), found {self.r}. Lower r or leave the layer out."
+            )
+        R = torch.zeros(self.r, self.r)
+        if self.start == "normal":
+            R = STD * torch.randn(self.r, self.r, generator=generator, device=generator.device)
+        return {"R": R}, dict(W.constants) or singular_factors(W, self.r)
+
+    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+        return lora_xs(params, W, x, scale=self.scale)

@@ -1,0 +1,126 @@
+r"""OFT: blocks of the input are rotated before the frozen layer; in this input-centric form also known as OFTv2.
+
+$$y = W\, \mathrm{diag}(R_1, \dots, R_n)^T x + b, \qquad x'_k = x_k R_k \ \text{(rows)}, \qquad Q_k = \mathrm{skew}(v_k)$$
+
+$$\text{series: } R = (I + Q)(I + Q + \dots + Q^{N-2}), \qquad \text{exact: } R = (I - Q)(I + Q)^{-1}$$
+
+**The two rotate in opposite directions**: the series is that of `(I + Q)(I - Q)^{-1}`, the transpose of the exact map. So it is in PEFT,
+so it is here, and so the same numbers mean opposite rotations under the two settings; `cayley` is part of what a checkpoint means.
+
+Identity at init: exact, since `v = 0`: what is computed is `x + x (R - I)`, and `R - I` is zero.
+
+Papers: Qiu, Liu, Feng, Xue, Feng, Liu, Zhang, Weller, Schoelkopf, *Controlling Text-to-Image Diffusion by Orthogonal Finetuning*,
+2023, arXiv:2306.07280, sec. 3.3; Qiu, Liu, Weller, Schoelkopf, *Orthogonal Finetuning Made Scalable*, 2025, arXiv:2506.19847,
+eq. (2) and sec. 3.3.
+
+| tensor | shape | trained | init |
+|---|---|---|---|
+| `v` | `(n, k (k-1) / 2)` | yes | zeros |
+
+with `k = block_size`, and `n = i / k` blocks, or 1 with `block_share`; `v` holds the upper triangle of `Q` row by row. Trained per
+target: `i (k-1) / 2`, or `k (k-1) / 2`. Needs nothing of the weight but its output.
+
+The exact map is orthogonal to rounding. The series is not: it is `C (I - Q^(N-1))` with `C` orthogonal, off by `|Q|^(2N-2)` for even
+`N` and `2 |Q|^(N-1)` for odd, so `N = 4` is nearer than the usual 5, at the same cost; none helps once `|Q|` reaches 1.
+
+Departures: `block_size` must divide `i`; PEFT takes the nearest divisor in silence. COFT's bound is `project`, for the training loop to
+apply after each step; PEFT overwrites the params within the forward. PEFT declares a dropout of blocks and does not apply it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypedDict
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_lite._check import checked
+from lora_lite.config import AdapterConfig, expect, expect_bool, expect_int
+from lora_lite.frozen import Constants, Frozen
+from lora_lite.variants._linalg import full_precision
+from lora_lite.variants._rotation import cayley_excess, skew
+
+CAYLEY = ("series", "exact")
+"""The two maps from skew matrices to rotations."""
+
+
+class OFTParams(TypedDict):
+    v: Float[Tensor, "n e"]
+
+
+def excess_rotation(v: Tensor, size: int, cayley: str, terms: int) -> Tensor:
+    """Give `R - I`, `(n, size, size)`, in at least float32: a deviation from 1, which low precision keeps and `R` would not."""
+    Q = skew(v.to(torch.promote_types(v.dtype, torch.float32)), size)
+    if cayley == "exact":
+        return cayley_excess(-Q)
+    if terms == 2:
+        return 2 * Q
+    # 2 Q + 2 Q^2 + ... + 2 Q^(N-2) + Q^(N-1) by Horner in Q^2: N = 4 and 5 take two products, 6 and 7 three.
+    square = torch.bmm(Q, Q)
+    start = 2 * (Q + square)
+    tail = 2 * Q + square if terms > 3 and terms % 2 else Q  # 3 terms are 4, as in PEFT
+    for _ in range(max(terms - 2, 2) // 2):
+        tail = torch.baddbmm(start, square, tail)
+    return tail
+
+
+def project(v: Tensor, size: int, eps: float) -> Tensor:
+    """Give COFT's bound on `v`: each block with `|Q| > eps / sqrt(n)` is shrunk onto that Frobenius norm, eq. (4) of the first paper."""
+    bound = eps / v.shape[0] ** 0.5
+    square = 2 * v.square().sum(1, keepdim=True)  # each entry of v stands twice in Q
+    return torch.where(square <= bound**2, v, v * (bound * square.clamp_min(bound**2).rsqrt()))  # the clamp keeps gradients finite
+
+
+@checked
+def oft(
+    params: OFTParams, W: Frozen, x: Float[Tensor, "*b i"], *, block_size: int, cayley: str = "series", terms: int = 5
+) -> Float[Tensor, "*b o"]:
+    """Give `W (R^T x) + b`; the module's docstring has the formula and the shapes. One row of `v` serves all blocks."""
+    with full_precision(x):
+        excess = excess_rotation(params["v"], block_size, cayley, terms)
+    blocks = x.reshape(-1, x.shape[-1] // block_size, block_size)  # (tokens, n, k)
+    if excess.shape[0] == 1:
+        turned = blocks @ excess[0].to(x.dtype)
+    else:
+        turned = torch.bmm(blocks.transpose(0, 1), excess.to(x.dtype)).transpose(0, 1)
+    return W((blocks + turned).view(x.shape))  # the sum lays the blocks out again, so no copy is made for it
+
+
+@dataclass(frozen=True, kw_only=True)
+class OFTConfig(AdapterConfig):
+    """Config of OFT.
+
+    Args:
+        block_size: width of a rotated block, >= 2, a divisor of `i`.
+        cayley: `"series"` or `"exact"`; the two rotate in opposite directions.
+        terms: terms of the series as PEFT counts them, >= 2; 3 is the same as 4. Not used by `"exact"`.
+        block_share: rotate all blocks alike.
+    """
+
+    name: ClassVar[str] = "oft"
+    trained: ClassVar[str | None] = "(block_size if block_share else i) * (block_size - 1) // 2"
+    macs: ClassVar[str | None] = "i * block_size"
+
+    block_size: int = 32
+    cayley: str = "series"
+    terms: int = 5
+    block_share: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect_int(self, "block_size", 2, "Set a divisor of the layer's input width, e.g. block_size=32.")
+        expect(self, "cayley", self.cayley in CAYLEY, f"one of {list(CAYLEY)}", "The exact map rotates the other way.")
+        expect_int(self, "terms", 2, "One term alone is the identity; PEFT's default is 5, and 4 is nearer to orthogonal.")
+        expect_bool(self, "block_share")
+
+    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[OFTParams, Constants]:
+        i, k = W.in_features, self.block_size
+        if i % k:
+            fits = sorted((d for d in range(2, i + 1) if i % d == 0), key=lambda d: abs(d - k))[:3]
+            fix = f"Use e.g. {' or '.join(map(str, fits))}." if fits else "Leave the layer out."
+            raise ValueError(f"OFTConfig.block_size: expected a divisor of i = {i}, found {k}. {fix}")
+        return {"v": torch.zeros(1 if self.block_share else i // k, k * (k - 1) // 2)}, {}
+
+    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+        return oft(params, W, x, block_size=self.block_size, cayley=self.cayley, terms=self.terms)

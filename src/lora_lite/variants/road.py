@@ -1,0 +1,107 @@
+r"""ROAD: every pair of outputs is rotated and stretched.
+
+$$\begin{pmatrix} y_1 \\ y_2 \end{pmatrix} = \begin{pmatrix} \alpha_{11} \cos\theta_{11} & -\alpha_{12} \sin\theta_{12} \\
+\alpha_{21} \sin\theta_{21} & \alpha_{22} \cos\theta_{22} \end{pmatrix}
+\begin{pmatrix} h_1 \\ h_2 \end{pmatrix}, \qquad h = W x + b, \quad \alpha = 1 + a$$
+
+The outputs are cut into groups, and element `k` of a group's first half is paired with element `k` of its second half. `"road_1"` has
+one `(theta, a)` for all four entries of a pair, a rotation times a stretch; `"road_2"` one for each row; `"road_4"` one for each entry.
+
+Identity at init: exact, since `theta = 0` and `a = 0`.
+
+Paper: Liao, Monz, *3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability*, 2024,
+arXiv:2409.00119, eq. (2)-(4), table 1.
+
+| tensor | shape | trained | init |
+|---|---|---|---|
+| `theta` | `(p,)` | yes | zeros |
+| `a` | `(p,)` | yes | zeros |
+
+with `p = o/2`, `o`, `2o` for `"road_1"`, `"road_2"`, `"road_4"`, laid out as `(groups, group_size/2)`, `(groups, row, group_size/2)`,
+`(groups, cos or sin, row, group_size/2)`. Trained per target: `o`, `2o`, `4o`. Needs nothing of the weight but its output.
+
+Departures: the paper and PEFT train `alpha` itself, with neutral value one; `a` is its deviation, so that zero is the base model. The
+paper pairs neighbours; PEFT pairs half groups, and so does this, since its checkpoints depend on it. The bias is rotated too, so a layer
+without a bias stays without one. Strength `c` scales angles and deviations: with `a = 0` and `"road_1"`, `-c` is the exact inverse of `c`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypedDict
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_lite._check import checked
+from lora_lite.config import AdapterConfig, expect, expect_int
+from lora_lite.frozen import Constants, Frozen
+from lora_lite.variants._linalg import gate
+
+SIZES = {"road_1": 1, "road_2": 2, "road_4": 4}
+"""Each variant of ROAD, with the number of angles it has for a pair of outputs."""
+
+
+class ROADParams(TypedDict):
+    theta: Float[Tensor, " p"]
+    a: Float[Tensor, " p"]
+
+
+def rotation(params: ROADParams, variant: str, group_size: int) -> tuple[Tensor, Tensor]:
+    """Give `c - 1` and the signed `s` of `y = c h + s swap(h)`, eq. (4), each `(o,)`.
+
+    `c - 1 = a cos(theta) - 2 sin(theta/2)^2` keeps the digits that `(1 + a) cos(theta) - 1` would cancel.
+    """
+    shape = (-1, SIZES[variant], group_size // 2)
+    dtype = torch.promote_types(params["theta"].dtype, torch.float32)
+    theta, a = params["theta"].to(dtype).view(shape), params["a"].to(dtype).view(shape)  # (groups, 1 | 2 | 4, group_size/2)
+    (t_cos, t_sin), (a_cos, a_sin) = (t.chunk(2, 1) if variant == "road_4" else (t, t) for t in (theta, a))
+    c = a_cos * t_cos.cos() - 2 * (t_cos / 2).sin().square()
+    s = (1 + a_sin) * t_sin.sin()
+    pairs = (-1, 2, group_size // 2)
+    return c.expand(pairs).flatten(), torch.stack((-s[:, 0], s[:, -1]), 1).flatten()
+
+
+@checked
+def road(params: ROADParams, W: Frozen, x: Float[Tensor, "*b i"], *, variant: str, group_size: int) -> Float[Tensor, "*b o"]:
+    """Give `c h + s swap(h)` with `h = W x + b`; the module's docstring has the formula and the shapes."""
+    h = W(x)
+    c, s = rotation(params, variant, group_size)
+    first, second = h.unflatten(-1, (-1, 2, group_size // 2)).unbind(-2)
+    swapped = torch.stack((second, first), -2).flatten(-3)  # a copy is cheaper than two halves rotated apart and joined
+    return torch.addcmul(gate(h, c), swapped, s.to(h.dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ROADConfig(AdapterConfig):
+    """Config of ROAD.
+
+    Args:
+        variant: one of `SIZES`: one `(theta, a)` for each pair of outputs, two or four.
+        group_size: outputs in a group, even, a divisor of `o`; it decides only which outputs are paired.
+    """
+
+    name: ClassVar[str] = "road"
+    trained: ClassVar[str | None] = "{'road_1': 1, 'road_2': 2, 'road_4': 4}[variant] * o"
+    macs: ClassVar[str | None] = "2 * o"
+
+    variant: str = "road_1"
+    group_size: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect(self, "variant", self.variant in SIZES, f"one of {list(SIZES)}", "The number counts the angles of a pair of outputs.")
+        expect_int(self, "group_size", 2, "Set an even divisor of the layer's width, e.g. group_size=64.")
+        expect(self, "group_size", self.group_size % 2 == 0, "an even integer", "The halves of a group are paired.")
+
+    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[ROADParams, Constants]:
+        o = W.out_features
+        if o % self.group_size:
+            fits = sorted((g for g in range(2, o + 1, 2) if o % g == 0), key=lambda g: abs(g - self.group_size))[:3]
+            fix = f"Use an even divisor, e.g. {' or '.join(map(str, fits))}." if fits else "Leave the layer out."
+            raise ValueError(f"ROADConfig.group_size: expected a divisor of o = {o}, found {self.group_size}. {fix}")
+        p = SIZES[self.variant] * o // 2
+        return {"theta": torch.zeros(p), "a": torch.zeros(p)}, {}
+
+    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+        return road(params, W, x, variant=self.variant, group_size=self.group_size)

@@ -1,0 +1,73 @@
+"""ROAD: PEFT's numbers, rotations that preserve norms, and the deviation form."""
+
+import peft
+import pytest
+import torch
+from peft_layer import LAYERS, compare, matrix
+
+import lora_lite as ll
+from lora_lite.testing import check_variant
+from lora_lite.variants.road import ROADConfig, road, rotation
+
+VARIANTS = ("road_1", "road_2", "road_4")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("group_size", [2, 8])
+def test_passes_the_kit(variant, group_size):
+    check_variant(ROADConfig(variant=variant, group_size=group_size))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("group_size", [2, 4, 8])
+def test_is_pefts(layer, variant, group_size):
+    theirs = peft.RoadConfig(variant=variant, group_size=group_size, target_modules=["0"])
+    leaves = {"theta": ("road_theta", 0.0), "a": ("road_alpha", 1.0)}
+    compare(layer, ROADConfig(variant=variant, group_size=group_size), theirs, leaves)
+
+
+def test_without_stretch_it_is_a_rotation_that_the_opposite_strength_undoes():
+    cfg = ROADConfig(group_size=4)
+    params = {"theta": torch.randn(6, dtype=torch.float64), "a": torch.zeros(6, dtype=torch.float64)}
+    R = matrix(road, params, 12, variant="road_1", group_size=4)
+    back = matrix(road, cfg.steer(params, -1.0), 12, variant="road_1", group_size=4)
+    eye = torch.eye(12, dtype=torch.float64)
+    assert torch.allclose(R @ R.t(), eye, rtol=0, atol=1e-12)
+    assert torch.allclose(back @ R, eye, rtol=0, atol=1e-12)
+    assert (R - eye).abs().max() > 0.1
+
+
+def test_half_groups_are_paired():
+    params = {"theta": torch.tensor([torch.pi / 2, 0.0]), "a": torch.zeros(2)}
+    y = road(params, torch.eye(4), torch.tensor([1.0, 2.0, 3.0, 4.0]), variant="road_1", group_size=4)
+    assert torch.allclose(y, torch.tensor([-3.0, 2.0, 1.0, 4.0]), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_angles_keep_their_digits(dtype):
+    params = {"theta": torch.full((2,), 2.0**-12, dtype=dtype), "a": torch.full((2,), 2.0**-20, dtype=dtype)}
+    c, s = rotation(params, "road_1", 4)
+    want = (1 + 2.0**-20) * torch.tensor(2.0**-12, dtype=torch.float64).cos() - 1
+    assert abs(float(c[0] / want) - 1) < 1e-6  # 1 + c would hold none of it in bfloat16, one digit in float32
+    assert float(s[-1]) == pytest.approx(2.0**-12, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"variant": "road_3"}, r"ROADConfig.variant: expected one of \['road_1', 'road_2', 'road_4'\], found 'road_3'"),
+        ({"group_size": 7}, r"ROADConfig.group_size: expected an even integer, found 7"),
+        ({"group_size": 0}, r"ROADConfig.group_size: expected an integer >= 2, found 0"),
+    ],
+)
+def test_refuses_what_cannot_be(fields, match):
+    with pytest.raises(ValueError, match=match):
+        ROADConfig(**fields)
+
+
+def test_names_group_sizes_that_fit():
+    match = r"ROADConfig.group_size: expected a divisor of o = 100, found 64. Use an even divisor, e.g. 50 or 100 or 20\."
+    with pytest.raises(ValueError, match=match) as e:
+        ll.build(torch.nn.Sequential(torch.nn.Linear(8, 100)), ROADConfig())
+    assert 'at target "0"' in "".join(e.value.__notes__)
