@@ -1,8 +1,8 @@
 """Adapt a small language model that has mastered arithmetic to word problems, with every variant, and print what came of it.
 
-The base, a Llama of 0.87 M parameters shipped in `base/`, solves plain sums and none of the word problems. Each variant trains for a few hundred
-steps of `value_and_grad` and AdamW over a plain tree of params. Its adapter is saved, loaded onto a fresh copy of the model and held
-against the one in memory; LoRA's is merged too. Train and test problems share neither numbers nor wording.
+The base, a Llama of 0.87 M parameters shipped in `base/`, solves plain sums and none of the word problems. Each variant trains for a few
+hundred steps of `value_and_grad` and AdamW over a plain tree of params. Its adapter is saved, loaded onto a fresh copy of the model and
+held against the one in memory; LoRA's is merged too. Train and test problems share neither numbers nor wording.
 
     python bench/demo.py                       # all variants, under ten minutes on two cores
     python bench/demo.py --variants lora ia3   # some

@@ -46,7 +46,7 @@ def summary(variant: Variant) -> str:
 
 def paper(variant: Variant) -> str:
     """Give the title and year of a variant's paper, as a link."""
-    found = re.search(r"Paper:.*?\*(.+?)\*, (\d{4}),\s+arXiv:([\d.]+\d)", docstring(variant), re.DOTALL)
+    found = re.search(r"Paper:.*?\*(.+?)\*,\s+(\d{4}),\s+arXiv:([\d.]+\d)", docstring(variant), re.DOTALL)
     if found is None:
         where = variant.__module__
         raise ValueError(f"{where}: expected a line 'Paper: authors, *title*, year, arXiv:id' in its docstring, found none. Write one.")

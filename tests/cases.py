@@ -49,6 +49,8 @@ CASES = (
     *(Row(f"antipasto-{core}", ll.AntiPaSTOConfig(r=16, core=core)) for core in ("rotation", "gain", "ablate", "arrow", "dplr")),
     Row("antipasto-both", ll.AntiPaSTOConfig(r=16, rotate_basis="both")),
     Row("bitfit", ll.BitFitConfig()),
+    Row("vera", ll.VeRAConfig(r=8)),
+    Row("adalora", ll.AdaLoRAConfig(init_r=6, target_r=3)),
 )
 
 FIVE = (ll.LoRAConfig(r=4), ll.PiSSAConfig(r=4), ll.DoRAConfig(r=4), ll.IA3Config(), ll.IA3FFConfig())

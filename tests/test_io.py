@@ -158,7 +158,7 @@ def test_the_file_can_be_read_without_the_library(tmp_path):
         metadata, names = file.metadata(), set(file.keys())
     assert metadata["lora_lite_format"] == "1"
     configs = json.loads(metadata["configs"])
-    assert [c["variant"] for c in configs] == ["ia3", "ia3_ff"]
+    assert [c["name"] for c in configs] == ["ia3", "ia3_ff"]
     assert (configs[0]["target_names"], configs[0]["dtype"], configs[0]["layers"]) == (["(up|skip)$"], "float32", None)
     targets = json.loads(metadata["targets"])
     assert list(targets) == [target.path for target in adapt.targets]

@@ -17,6 +17,7 @@ from lora_lite.targets import Targets as Targets
 from lora_lite.targets import find_targets as find_targets
 from lora_lite.transforms import value_and_grad as value_and_grad
 from lora_lite.variants import VARIANTS as VARIANTS
+from lora_lite.variants.adalora import AdaLoRAConfig as AdaLoRAConfig
 from lora_lite.variants.antipasto import AntiPaSTOConfig as AntiPaSTOConfig
 from lora_lite.variants.bitfit import BitFitConfig as BitFitConfig
 from lora_lite.variants.delora import DeLoRAConfig as DeLoRAConfig
@@ -30,5 +31,6 @@ from lora_lite.variants.oft import OFTConfig as OFTConfig
 from lora_lite.variants.pissa import PiSSAConfig as PiSSAConfig
 from lora_lite.variants.road import ROADConfig as ROADConfig
 from lora_lite.variants.ssvd import SSVDConfig as SSVDConfig
+from lora_lite.variants.vera import VeRAConfig as VeRAConfig
 
 __version__ = "0.1.0"

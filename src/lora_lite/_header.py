@@ -39,13 +39,13 @@ def describe(tensors: Mapping[str, Tensor]) -> Described:
     return {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()}
 
 
-def write_header(configs: list[dict[str, Any]], targets: Mapping[str, Stored]) -> dict[str, str]:
+def write_header(configs: list[dict[str, Any]], targets: Mapping[str, Stored], shared: Mapping[str, Described]) -> dict[str, str]:
     """Give the metadata of a safetensors file: strings only."""
-    stored = {path: asdict(target) for path, target in targets.items()}
-    return {"format": "pt", "lora_lite_format": str(FORMAT), "configs": json.dumps(configs), "targets": json.dumps(stored)}
+    parts = {"configs": configs, "targets": {path: asdict(target) for path, target in targets.items()}, "shared": shared}
+    return {"format": "pt", "lora_lite_format": str(FORMAT), **{key: json.dumps(part) for key, part in parts.items()}}
 
 
-def read_header(metadata: Mapping[str, str]) -> tuple[list[dict[str, Any]], dict[str, Stored]]:
+def read_header(metadata: Mapping[str, str]) -> tuple[list[dict[str, Any]], dict[str, Stored], dict[str, Described]]:
     """Read what `write_header` wrote.
 
     Raises:
@@ -54,25 +54,29 @@ def read_header(metadata: Mapping[str, str]) -> tuple[list[dict[str, Any]], dict
     try:
         configs = [dict(config) for config in json.loads(metadata["configs"])]
         targets = {path: _stored(facts, len(configs)) for path, facts in json.loads(metadata["targets"]).items()}
+        shared = {variant: _described(facts) for variant, facts in json.loads(metadata["shared"]).items()}
         if not all(isinstance(config["name"], str) for config in configs):
             raise TypeError("a config names no variant")
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e:
         raise ValueError(f"{type(e).__name__}: {e}") from e
-    return configs, targets
+    return configs, targets, shared
 
 
 def _stored(facts: Mapping[str, Any], configs: int) -> Stored:
     if facts["config"] not in range(configs):
         raise IndexError(f"config {facts['config']} of {configs}")
-    described = {
-        key: {name: (str(d), [int(n) for n in shape]) for name, (d, shape) in facts[key].items()} for key in ("params", "constants")
-    }
-    return Stored(int(facts["config"]), int(facts["i"]), int(facts["o"]), str(facts["role"]), **described)
+    params, constants = (_described(facts[key]) for key in ("params", "constants"))
+    return Stored(int(facts["config"]), int(facts["i"]), int(facts["o"]), str(facts["role"]), params, constants)
 
 
-def tensor_faults(targets: Mapping[str, Stored], tensors: Mapping[str, Tensor]) -> list[str]:
+def _described(facts: Mapping[str, Any]) -> Described:
+    return {name: (str(dtype), [int(n) for n in shape]) for name, (dtype, shape) in facts.items()}
+
+
+def tensor_faults(targets: Mapping[str, Stored], shared: Mapping[str, Described], tensors: Mapping[str, Tensor]) -> list[str]:
     """List where a file's tensors depart from its header."""
     promised = {name: described for path, target in targets.items() for name, described in target.tensors(path)}
+    promised |= {CONSTANT + join(variant, name): d for variant, described in shared.items() for name, d in described.items()}
     faults = [f'missing "{name}"' for name in promised if name not in tensors]
     faults += [f'unexpected "{name}"' for name in tensors if name not in promised]
     for name, (dtype, shape) in describe({n: t for n, t in tensors.items() if n in promised}).items():

@@ -162,8 +162,8 @@ class Adapt:
 
     @property
     def constants(self) -> dict[str, Constants]:
-        """The variants' frozen tensors, by target path and name."""
-        return {path: dict(constants) for path, constants in self._plan.constants.items()}
+        """The variants' frozen tensors, by target path and name; those that targets share, by the variant's name."""
+        return {path: dict(constants) for path, constants in {**self._plan.shared, **self._plan.constants}.items()}
 
     @property
     def num_params(self) -> int:
@@ -214,7 +214,7 @@ def _bound_clone(plan: Plan) -> nn.Module:
     clone = clone_module(plan.base)
     for target, cfg in plan.entries:
         path = target.path
-        adapt_layer(clone.get_submodule(path), target, cfg, plan.shapes[path], plan.constants[path])
+        adapt_layer(clone.get_submodule(path), target, cfg, plan.shapes[path], plan.constants_at(path, cfg))
     install(clone, plan.remat)
     return clone
 

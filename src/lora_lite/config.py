@@ -85,6 +85,10 @@ class AdapterConfig:
         """
         raise NotImplementedError(f"{type(self).__name__}.init(W, generator, stats) -> (params, constants) is not defined")
 
+    def share(self, layers: Sequence[Frozen]) -> Constants:
+        """Derive the constants that all targets of this config share; they reach each target's `W.constants` like its own."""
+        return {}
+
     def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
         """Apply the variant's pure function to one layer: `(*b, i) -> (*b, o)`."""
         raise NotImplementedError(f"{type(self).__name__}.forward(params, W, x) -> y is not defined")
@@ -95,6 +99,13 @@ class AdapterConfig:
         The default scales every param, which is right where the update is linear in them.
         """
         return {name: c * p for name, p in params.items()}
+
+    def update(self, params: Any, grads: Any, state: Any = None) -> tuple[Any, Any]:
+        """Do what the method does to its params after an optimiser's step: `(params tree, gradients, state) -> (params, state)`.
+
+        A pure function that the training loop calls; `state` is None at the first call. Most methods do nothing.
+        """
+        return params, state
 
 
 def _at(cfg: object, field: str) -> str:

@@ -4,6 +4,7 @@
 function derives the constants that it needs from the weight itself, so that one line evaluates one formula.
 """
 
+from lora_lite.variants.adalora import adalora as adalora
 from lora_lite.variants.antipasto import antipasto as antipasto
 from lora_lite.variants.bitfit import bitfit as bitfit
 from lora_lite.variants.delora import delora as delora
@@ -17,5 +18,22 @@ from lora_lite.variants.oft import oft as oft
 from lora_lite.variants.pissa import pissa as pissa
 from lora_lite.variants.road import road as road
 from lora_lite.variants.ssvd import ssvd as ssvd
+from lora_lite.variants.vera import vera as vera
 
-__all__ = ["antipasto", "bitfit", "delora", "dora", "hra", "ia3", "ia3_ff", "lora", "lora_xs", "oft", "pissa", "road", "ssvd"]
+__all__ = [
+    "adalora",
+    "antipasto",
+    "bitfit",
+    "delora",
+    "dora",
+    "hra",
+    "ia3",
+    "ia3_ff",
+    "lora",
+    "lora_xs",
+    "oft",
+    "pissa",
+    "road",
+    "ssvd",
+    "vera",
+]

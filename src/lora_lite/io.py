@@ -11,7 +11,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from lora_lite._errors import listed, nearest, several, tree_faults
-from lora_lite._header import CONSTANT, FORMAT, Stored, describe, read_header, tensor_faults, write_header
+from lora_lite._header import CONSTANT, FORMAT, Described, Stored, describe, read_header, tensor_faults, write_header
 from lora_lite._tree import Tree, flatten, join
 from lora_lite.adapt import Adapt
 from lora_lite.build import check_entries
@@ -63,9 +63,10 @@ def save(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], path: str | o
         t.path: Stored(index[id(cfg)], t.i, t.o, t.role, describe(params[t.path]), describe(adapt.constants[t.path]))
         for t, cfg in zip(adapt.targets, adapt.configs)
     }
+    shared = {name: describe(constants) for name, constants in adapt.constants.items() if name not in targets}
     beside = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
     try:
-        safetensors.torch.save_file(tensors, beside, write_header([to_json(cfg) for cfg in configs], targets))
+        safetensors.torch.save_file(tensors, beside, write_header([to_json(cfg) for cfg in configs], targets, shared))
         os.replace(beside, place)
     finally:
         beside.unlink(missing_ok=True)
@@ -99,17 +100,17 @@ def load(
     known = _known(variants)
     metadata, tensors = _read(Path(path))
     try:
-        stored_configs, targets = read_header(metadata)
+        stored_configs, targets, shared = read_header(metadata)
     except ValueError as e:
         raise ValueError(
             f'load: expected "{path}" to describe its configs and targets, found a damaged header ({e}). Save it again.'
         ) from e
     configs = _configs(stored_configs, known, path)
     entries, faults = _entries(model, targets, configs)
-    faults += tensor_faults(targets, tensors)
+    faults += tensor_faults(targets, shared, tensors)
     if not faults:
         check_entries(model, entries)
-        adapt, params = _bind(model, targets, entries, tensors, remat)
+        adapt, params = _bind(model, targets, shared, entries, tensors, remat)
         # With its constants at hand each variant says what its params must be: no SVD, no data.
         faults = tree_faults(params, _shapes(adapt.init()))
     if faults:
@@ -193,7 +194,12 @@ def _entries(model: nn.Module, targets: Mapping[str, Stored], configs: list[Adap
 
 
 def _bind(
-    model: nn.Module, targets: Mapping[str, Stored], entries: Entries, tensors: Mapping[str, Tensor], remat: str | None
+    model: nn.Module,
+    targets: Mapping[str, Stored],
+    shared: Mapping[str, Described],
+    entries: Entries,
+    tensors: Mapping[str, Tensor],
+    remat: str | None,
 ) -> tuple[Adapt, Tree]:
     params: Tree = {}
     constants: Tree = {}
@@ -202,4 +208,5 @@ def _bind(
         device = next(model.get_submodule(path).parameters()).device
         params[path] = {name: tensors[join(path, name)].to(device, copy=True) for name in stored.params}
         constants[path] = {name: tensors[CONSTANT + join(path, name)].to(device, copy=True) for name in stored.constants}
-    return Adapt(Plan(clone_module(model), entries, _shapes(params), constants, remat)), params
+    common = {v: {name: tensors[CONSTANT + join(v, name)].to(device, copy=True) for name in names} for v, names in shared.items()}
+    return Adapt(Plan(clone_module(model), entries, _shapes(params), constants, remat, common)), params

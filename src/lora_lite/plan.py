@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -24,6 +24,11 @@ class Plan:
     shapes: Shapes
     constants: Mapping[str, Constants]
     remat: str | None = None
+    shared: Mapping[str, Constants] = field(default_factory=dict)
+
+    def constants_at(self, path: str, cfg: AdapterConfig) -> Constants:
+        """Give the constants that reach one target: its own, and those that all targets of its config share."""
+        return {**self.shared.get(cfg.name, {}), **self.constants[path]}
 
 
 @torch.no_grad()
@@ -40,7 +45,28 @@ def derive(base: nn.Module, entries: Entries, remat: str | None) -> Plan:
             raise
         shapes[target.path] = {name: tuple(p.shape) for name, p in params.items()}
         constants[target.path] = {name: c.detach().to(W.device) for name, c in frozen.items()}
-    return Plan(base, entries, shapes, constants, remat)
+    return Plan(base, entries, shapes, constants, remat, share(base, entries))
+
+
+def share(base: nn.Module, entries: Entries) -> dict[str, Constants]:
+    """Ask each config for the constants that all its targets share; they stand once, under the variant's name.
+
+    Raises:
+        ValueError: where two configs of one variant would share different tensors under one name.
+    """
+    shared: dict[str, Constants] = {}
+    configs = {id(cfg): cfg for _, cfg in entries}
+    for key, cfg in configs.items():
+        layers = [target.kind(base.get_submodule(target.path)) for target, other in entries if id(other) == key]
+        constants = cfg.share(layers)
+        if constants and (cfg.name in shared or any(target.path == cfg.name for target, _ in entries)):
+            raise ValueError(
+                f'build: expected the constants that {type(cfg).__name__} shares to have the name "{cfg.name}" to themselves, found it '
+                "taken by another config of the variant or by a layer. Use one config for all layers of the variant."
+            )
+        if constants:
+            shared[cfg.name] = {name: c.to(layers[0].device) for name, c in constants.items()}
+    return shared
 
 
 def generator_for(seed: int, path: str) -> torch.Generator:

@@ -73,7 +73,7 @@ def _make_case(cfg: AdapterConfig, dtype: torch.dtype, i: int, o: int, *, bias: 
     W = Frozen(weight, torch.randn(o, generator=g).to(dtype) if bias else None)
     params, constants = cfg.init(W, torch.Generator().manual_seed(0))
     start = {name: p.to(cfg.dtype) for name, p in params.items()}
-    W = Frozen(weight, W.bias, constants)
+    W = Frozen(weight, W.bias, {**cfg.share([W]), **constants})
     moved = {name: p + 0.1 * torch.randn(p.shape, generator=g).to(p.dtype) for name, p in start.items()}
     return Case(cfg, W, start, moved, torch.randn(3, 2, i, generator=g).to(dtype))
 

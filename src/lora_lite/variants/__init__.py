@@ -1,6 +1,7 @@
 """The variants that ship. `VARIANTS` is the only list of them; loading a file looks names up here."""
 
 from lora_lite.config import AdapterConfig
+from lora_lite.variants.adalora import AdaLoRAConfig
 from lora_lite.variants.antipasto import AntiPaSTOConfig
 from lora_lite.variants.bitfit import BitFitConfig
 from lora_lite.variants.delora import DeLoRAConfig
@@ -14,6 +15,7 @@ from lora_lite.variants.oft import OFTConfig
 from lora_lite.variants.pissa import PiSSAConfig
 from lora_lite.variants.road import ROADConfig
 from lora_lite.variants.ssvd import SSVDConfig
+from lora_lite.variants.vera import VeRAConfig
 
 VARIANTS: dict[str, type[AdapterConfig]] = {
     "lora": LoRAConfig,
@@ -29,4 +31,6 @@ VARIANTS: dict[str, type[AdapterConfig]] = {
     "antipasto": AntiPaSTOConfig,
     "ssvd": SSVDConfig,
     "bitfit": BitFitConfig,
+    "vera": VeRAConfig,
+    "adalora": AdaLoRAConfig,
 }

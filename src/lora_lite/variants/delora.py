@@ -11,13 +11,13 @@ Identity at init: exact, since `B = 0`, or both increments are zero.
 
 Paper: Bini, Girrbach, Akata, *Decoupling Angles and Strength in Low-rank Adaptation*, 2025, arXiv:2503.18225, eq. (5)-(9).
 
-| tensor | shape | trained | init `"zeros"` | init `"copy"` |
-|---|---|---|---|---|
-| `A` | `(r, i)` | yes | uniform within 1/sqrt(i) | zeros, an increment |
-| `B` | `(o, r)` | yes | zeros | zeros, an increment |
-| `l` | `(1,)` | yes | zero | zero |
-| `w` | `(i,)` or `(1,)` | no | column norms of `W`, or its norm | the same |
-| `A0`, `B0` | as `A`, `B` | no | - | uniform within 1/sqrt(i), 1/sqrt(r) |
+| tensor | shape | trained | init |
+|---|---|---|---|
+| `A` | `(r, i)` | yes | uniform within 1/sqrt(i); with `"copy"` zeros, an increment |
+| `B` | `(o, r)` | yes | zeros; with `"copy"` an increment |
+| `l` | `(1,)` | yes | zero |
+| `w` | `(i,)` or `(1,)` | no | column norms of `W`, or its norm |
+| `A0`, `B0` (`"copy"`) | as `A`, `B` | no | uniform within 1/sqrt(i), 1/sqrt(r) |
 
 Trained per target: `r (i + o) + 1`. Needs the weight's column norms once.
 

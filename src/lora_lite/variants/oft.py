@@ -9,7 +9,7 @@ so it is here, and so the same numbers mean opposite rotations under the two set
 
 Identity at init: exact, since `v = 0`: what is computed is `x + x (R - I)`, and `R - I` is zero.
 
-Papers: Qiu, Liu, Feng, Xue, Feng, Liu, Zhang, Weller, Schoelkopf, *Controlling Text-to-Image Diffusion by Orthogonal Finetuning*,
+Paper: Qiu, Liu, Feng, Xue, Feng, Liu, Zhang, Weller, Schoelkopf, *Controlling Text-to-Image Diffusion by Orthogonal Finetuning*,
 2023, arXiv:2306.07280, sec. 3.3; Qiu, Liu, Weller, Schoelkopf, *Orthogonal Finetuning Made Scalable*, 2025, arXiv:2506.19847,
 eq. (2) and sec. 3.3.
 

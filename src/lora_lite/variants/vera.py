@@ -1,0 +1,105 @@
+r"""VeRA: trained scales around random projections that all layers share.
+
+$$y = W x + b + \lambda_b \odot \left( B_o\, (\lambda_d \odot (A_i\, \mathrm{drop}(x))) \right), \qquad
+A_i = A_{:, :i}, \quad B_o = B_{:o, :}$$
+
+`A` and `B` are drawn once for the whole model, as wide as its widest target, and stand once in the constants, under `vera`.
+
+Identity at init: exact, since `lambda_b = 0`.
+
+Paper: Kopiczko, Blankevoort, Asano, *VeRA: Vector-based Random Matrix Adaptation*, 2024, arXiv:2310.11454, eq. (2), sec. 3.3.
+
+| tensor | shape | trained | init |
+|---|---|---|---|
+| `lambda_d` | `(r,)` | yes | `d_initial` |
+| `lambda_b` | `(o,)` | yes | zeros |
+| `A` | `(r, i_max)` | no, shared | uniform within sqrt(6 / i_max) |
+| `B` | `(o_max, r)` | no, shared | uniform within sqrt(6 / r) |
+
+Trained per target: `r + o`. Needs nothing of the weight but its output.
+
+Departures: the paper shares one pair of projections among layers of one shape, PEFT slices one pair for all, and so does this. The neutral
+value of `lambda_d` is not zero, but the zero tree is the base model, and strength scales `lambda_b` alone.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypedDict
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_lite._check import checked
+from lora_lite.config import AdapterConfig, expect_int, expect_number
+from lora_lite.frozen import Constants, Frozen
+from lora_lite.variants._linalg import add_low_rank
+
+
+class VeRAParams(TypedDict):
+    lambda_d: Float[Tensor, " r"]
+    lambda_b: Float[Tensor, " o"]
+
+
+def projections(layers: Sequence[Frozen], r: int, seed: int) -> Constants:
+    """Draw `A (r, i_max)` and then `B (o_max, r)`, as PEFT does from the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    widest = max(W.in_features for W in layers), max(W.out_features for W in layers)
+    shapes = {"A": (r, widest[0]), "B": (widest[1], r)}
+    drawn = {}
+    for name, shape in shapes.items():
+        bound = math.sqrt(6 / shape[1])
+        drawn[name] = torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+    return drawn
+
+
+@checked
+def vera(params: VeRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, seed: int = 0, dropout: float = 0.0) -> Float[Tensor, "*b o"]:
+    """Give `W x + b + lambda_b (B_o (lambda_d (A_i x)))`; a plain weight takes projections of its own widths, drawn from `seed`."""
+    d, b = params["lambda_d"], params["lambda_b"]
+    shared = W.constants or projections([W], d.shape[0], seed)
+    A, B = shared["A"][:, : W.in_features].to(x), shared["B"][: W.out_features].to(x)
+    h = F.linear(F.dropout(x, dropout, W.training) if dropout else x, d[:, None] * A)  # the scales cost r (i + o) once, not r + o a token
+    return add_low_rank(W(x), h, b[:, None] * B)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VeRAConfig(AdapterConfig):
+    """Config of VeRA.
+
+    Args:
+        r: rank of the projections, >= 1.
+        d_initial: start of `lambda_d`, dimensionless.
+        seed: of the shared projections; PEFT's `projection_prng_key`.
+        dropout: probability of dropping an entry of the adapter's input, in [0, 1), in training mode.
+    """
+
+    name: ClassVar[str] = "vera"
+    trained: ClassVar[str | None] = "r + o"
+    macs: ClassVar[str | None] = "r * (i + o)"
+
+    r: int = 256
+    d_initial: float = 0.1
+    seed: int = 0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect_int(self, "r", 1, "Set r to the rank of the projections, e.g. r=256.")
+        expect_number(self, "d_initial", 0.0, math.inf, "The paper's default is 0.1.")
+        expect_int(self, "seed", 0, "Set the seed of the shared projections, e.g. seed=0.")
+        expect_number(self, "dropout", 0.0, 1.0, "Set the share of inputs to drop, e.g. dropout=0.05.")
+
+    def share(self, layers: Sequence[Frozen]) -> Constants:
+        return projections(layers, self.r, self.seed)
+
+    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[VeRAParams, Constants]:
+        return {"lambda_d": torch.full((self.r,), float(self.d_initial)), "lambda_b": torch.zeros(W.out_features)}, {}
+
+    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+        return vera(params, W, x, seed=self.seed, dropout=self.dropout)
+
+    def steer(self, params: Mapping[str, Tensor], c: float | Tensor) -> dict[str, Tensor]:
+        return {**params, "lambda_b": c * params["lambda_b"]}
