@@ -58,6 +58,52 @@ def overhead(layers: int, repeats: int) -> dict[str, Any]:
     }
 
 
+def populations(width: int, layers: int, r: int, repeats: int) -> dict[str, Any]:
+    """Time one step of many adapters, and gradients by row, against a loop over them: two threads, LoRA on all linear layers."""
+    model = llama(width, layers)
+    adapt = ll.build(model, pairs(r)["lora"][0])
+    found = {}
+    for members, tokens in ((32, 16), (8, 32)):
+        batch = batch_of(members, tokens)
+        ids = batch["input_ids"]
+        trees = [moved(adapt.init(seed=k)) for k in range(members)]
+        stacked = ll.stack(trees)
+
+        def together(stacked: Any = stacked, batch: Any = batch) -> Any:
+            return ll.value_and_grad(lambda p: _row_losses(adapt.mixed(p, batch), batch).sum())(stacked)
+
+        def loop(trees: Any = trees, ids: Any = ids) -> Any:
+            one = [{"input_ids": row[None], "use_cache": False} for row in ids]
+            return [ll.value_and_grad(lambda p, b=b: _row_losses(adapt(p, b), b).sum())(tree) for tree, b in zip(trees, one)]
+
+        _agree(together()[1], [grads for _, grads in loop()])
+        found[f"{members} members of {tokens} tokens"] = ratios(interleaved({"together": together, "loop": loop}, repeats), "loop")[
+            "together"
+        ]
+    batch, params = batch_of(16, 16), moved(adapt.init())
+    by_row = ll.per_example_grad(adapt, _row_losses)
+
+    def one_by_one() -> Any:
+        rows = [{"input_ids": row[None], "use_cache": False} for row in batch["input_ids"]]
+        return [ll.value_and_grad(lambda p, b=b: _row_losses(adapt(p, b), b).sum())(params)[1] for b in rows]
+
+    _agree(by_row(params, batch), one_by_one())
+    times = interleaved({"by row": lambda: by_row(params, batch), "loop": one_by_one}, repeats)
+    return {**found, "gradients of 16 rows of 16 tokens": ratios(times, "loop")["by row"]}
+
+
+def _row_losses(output: Any, batch: Any) -> torch.Tensor:
+    logits, labels = output.logits[:, :-1], batch["input_ids"][:, 1:]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
+
+
+def _agree(stacked: Any, trees: list[Any]) -> None:
+    for member, tree in zip(ll.unstack(stacked), trees):
+        for a, b in zip(ll.tree_leaves(member), ll.tree_leaves(tree)):
+            if float((a - b).abs().max()) > 1e-5:
+                raise SystemExit("speed: expected the step of many adapters to equal the loop, found other gradients.")
+
+
 def memory(width: int, layers: int, rows: int, tokens: int, r: int) -> dict[str, Any]:
     """Give peak bytes of a step: value_and_grad, torch.func.grad, PEFT, and with rematerialised blocks."""
     model, batch = llama(width, layers), batch_of(rows, tokens)
@@ -79,7 +125,7 @@ def main() -> None:
     repeats = 5 if quick else parser.parse_args().repeats
     torch.set_num_threads(1)
     width, layers = (128, 2) if quick else (512, 4)
-    results = {
+    results: dict[str, Any] = {
         "step": step_ratios(width, layers, rows=4, tokens=64, r=16, repeats=repeats),
         "overhead": overhead(layers=10 if quick else 43, repeats=repeats),
         "memory": memory(128 if quick else 256, 12, rows=8, tokens=64, r=16),
@@ -90,9 +136,13 @@ def main() -> None:
     lora, call = results["step"]["dora_over_lora"], results["overhead"]["over_peft"]
     print(f"DoRA {lora['median']:.3f} of LoRA's step; call of {results['overhead']['targets']} targets {call['median']:.3f} of PEFT's")
     print(f"build of {results['overhead']['targets']} targets: {results['overhead']['build_seconds'] * 1e3:.0f} ms")
+    torch.set_num_threads(2)
+    results["populations"] = populations(width, layers, r=16, repeats=repeats // 3)
+    for name, ratio in results["populations"].items():
+        print(f"{name}: {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}] of the loop, two threads")
     for name, size in results["memory"]["peak_bytes"].items():
         print(f"peak {size / 2**20:8.1f} MiB  {name}")
-    print(f"wrote {write('quick' if quick else 'cpu', machine(torch.get_num_threads()), results).name}")
+    print(f"wrote {write('quick' if quick else 'cpu', machine(threads=1), results).name}")
 
 
 if __name__ == "__main__":

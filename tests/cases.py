@@ -48,7 +48,13 @@ CASES = (
     Row("ssvd", ll.SSVDConfig(r=8)),
     *(Row(f"antipasto-{core}", ll.AntiPaSTOConfig(r=16, core=core)) for core in ("rotation", "gain", "ablate", "arrow", "dplr")),
     Row("antipasto-both", ll.AntiPaSTOConfig(r=16, rotate_basis="both")),
+    *(Row(f"antipasto-{basis}", ll.AntiPaSTOConfig(r=16, basis=basis)) for basis in ("wanda", "corda", "asvd")),
     Row("bitfit", ll.BitFitConfig()),
+    Row("eva", ll.EVAConfig(r=4)),
+    Row("eva-uncentred-whitened", ll.EVAConfig(r=4, center=False, whiten=True)),
+    *(Row(f"corda-{method}", ll.CorDAConfig(r=4, method=method)) for method in ("ipm", "kpm")),
+    Row("corda-unscaled", ll.CorDAConfig(r=4, alpha=3.0, scaled=False)),
+    Row("asvd", ll.ASVDConfig(r=4)),
     Row("vera", ll.VeRAConfig(r=8)),
     Row("adalora", ll.AdaLoRAConfig(init_r=6, target_r=3)),
 )

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 Tree = dict[str, dict[str, Tensor]]
+AnyTree = Mapping[str, Mapping[str, Any]]
 
 
 def join(path: str, name: str) -> str:

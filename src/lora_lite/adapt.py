@@ -1,7 +1,7 @@
 """`Adapt`: what `build` returns. A function of params and batch over a private clone of the model, and what can be asked of it."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite._errors import several, tree_faults
-from lora_lite._tree import Tree
+from lora_lite._tree import AnyTree, Tree, join
 from lora_lite.bind import Shapes, adapt_layer, layer_at, placed, read_params, rebind, volatile_buffers
 from lora_lite.clone import clone_module
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import Constants
 from lora_lite.merge import merge
+from lora_lite.mixed import INDEX, index_of, make_mixed, member_shapes, stacked_size
 from lora_lite.plan import Plan, generator_for
 from lora_lite.remat import install
 from lora_lite.replica import Replicas
@@ -42,6 +43,7 @@ class Adapt:
         self._plan = plan
         self._clone = _bound_clone(plan)
         self._adapted = Replicas(self._clone, _copy, [target.path for target, _ in plan.entries])
+        self._mixed = Replicas(self._clone, lambda clone: make_mixed(_copy(clone)), [target.path for target, _ in plan.entries])
         self._base = Replicas(plan.base, _plain_copy, [])
 
     def __call__(self, params: Mapping[str, Mapping[str, Tensor]], batch: Any, **kwargs: Any) -> Any:
@@ -61,6 +63,30 @@ class Adapt:
         """
         self._require(params, "adapt")
         return self._adapted.here()(placed(params), batch, kwargs)
+
+    def mixed(self, stacked: AnyTree, batch: Any, index: Tensor | Sequence[int] | None = None, **kwargs: Any) -> Any:
+        """Run each row of a batch through its own adapter, the frozen model once.
+
+        Args:
+            stacked: a params tree with a leading adapter axis of length K, as `stack` makes it.
+            batch: as in a call.
+            index: for each row of the batch the number of its adapter, `(rows,)`; None for K equal contiguous groups of rows.
+            kwargs: further keywords for the model.
+
+        Returns:
+            What the model returns, row `n` as adapter `index[n]` alone would give it.
+
+        Raises:
+            ValueError: where `stacked` does not fit, `index` names no member, or a target's input is not made of the batch's rows.
+            TypeError: where `index` holds no integers.
+        """
+        members = stacked_size(stacked)
+        self._require(stacked, "mixed", member_shapes(self.shapes, members))
+        tensors = placed(stacked)
+        chosen = index_of(index, members, next(iter(tensors.values())).device)
+        if chosen is not None:
+            tensors |= {join(path, INDEX): chosen for path in self.shapes}
+        return self._mixed.here()(tensors, batch, kwargs)
 
     def base(self, batch: Any, **kwargs: Any) -> Any:
         """Run the frozen model, as `adapt` runs the adapted one."""
@@ -187,14 +213,15 @@ class Adapt:
         variants = ", ".join(sorted({cfg.name for cfg in self.configs}))
         return f"Adapt({type(self._plan.base).__name__}, {variants}, {len(self.shapes)} targets, {self.num_params:,} params)"
 
-    def _require(self, params: Any, caller: str) -> None:
+    def _require(self, params: Any, caller: str, shapes: Shapes | None = None) -> None:
+        shapes = shapes or self.shapes
         try:
-            if len(params) == len(self.shapes) and all(_fits(params[path], leaves) for path, leaves in self.shapes.items()):
+            if len(params) == len(shapes) and all(_fits(params[path], leaves) for path, leaves in shapes.items()):
                 return
         except (KeyError, TypeError, AttributeError):
             pass  # whatever is wrong is found again below, and named
         raise ValueError(
-            f"{caller}: expected params that fit this model and config, found:\n{several(tree_faults(params, self.shapes))}\n"
+            f"{caller}: expected params that fit this model and config, found:\n{several(tree_faults(params, shapes))}\n"
             "Use adapt.init(...), or load(...) with the file that the params were saved to."
         )
 

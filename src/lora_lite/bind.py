@@ -112,7 +112,7 @@ def volatile_buffers(clone: nn.Module) -> dict[str, Tensor]:
     found = {}
     for path, module in clone.named_modules():
         for name, buffer in module._buffers.items():
-            if buffer is None or name.startswith(CONSTANT):
+            if buffer is None or buffer.device.type == "meta" or name.startswith(CONSTANT):
                 continue
             if buffer.numel() <= _SMALL or (module.training and buffer.is_floating_point()):
                 found[join(path, name)] = buffer

@@ -1,12 +1,14 @@
 """`build`: config -> targets -> variant init -> bind. The one place where the flow can be read."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
 from lora_lite._errors import listed
 from lora_lite.adapt import Adapt
 from lora_lite.audit import refuse_uncalled
+from lora_lite.calibrate import gather, require_data
 from lora_lite.clone import clone_module
 from lora_lite.config import AdapterConfig, as_config
 from lora_lite.frozen import NEEDS, own_forward
@@ -14,21 +16,30 @@ from lora_lite.plan import Entries, derive
 from lora_lite.targets import Target, find_targets
 
 
-def build(model: nn.Module, cfg: AdapterConfig | Sequence[AdapterConfig], *, remat: str | None = None) -> Adapt:
+def build(
+    model: nn.Module,
+    cfg: AdapterConfig | Sequence[AdapterConfig],
+    *,
+    calibration: Iterable[Any] | None = None,
+    remat: str | None = None,
+    progress: bool = True,
+) -> Adapt:
     """Adapt a model without touching it.
 
     Args:
         model: any module. It is read, never changed; its weights are shared, not copied.
         cfg: a variant's config, or several that claim different layers.
+        calibration: batches as `adapt` takes them, for variants whose start depends on data; they run once, in evaluation mode.
         remat: regular expression of the paths of blocks whose activations are recomputed in the backward pass instead of kept,
             e.g. `r"layers\\.\\d+$"`.
+        progress: show a progress bar on stderr when it takes more than a second.
 
     Returns:
         An `Adapt`: `params = adapt.init(seed=0)`, then `adapt(params, batch)`.
 
     Raises:
         ValueError: where a config matches nothing, claims a layer that another claims, or asks of a layer what its kind
-            cannot give; each names the layers.
+            cannot give; each names the layers. Where calibration data is missing, empty, not finite or of no use.
         TypeError: where `model` or `cfg` is of another type.
 
     Example:
@@ -41,7 +52,10 @@ def build(model: nn.Module, cfg: AdapterConfig | Sequence[AdapterConfig], *, rem
     if not isinstance(model, nn.Module):
         raise TypeError(f"build: expected model as a torch.nn.Module, found {type(model).__name__}. Pass the model itself.")
     entries = choose(model, cfg)
-    return Adapt(derive(clone_module(model), entries, remat))
+    require_data(entries, calibration)
+    base = clone_module(model)
+    stats = {} if calibration is None else gather(base, entries, calibration, progress)
+    return Adapt(derive(base, entries, remat, stats, progress))
 
 
 def choose(model: nn.Module, cfg: AdapterConfig | Sequence[AdapterConfig]) -> Entries:

@@ -3,10 +3,13 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
 
+from lora_lite._progress import shown
 from lora_lite.bind import Shapes
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import Constants
@@ -32,14 +35,17 @@ class Plan:
 
 
 @torch.no_grad()
-def derive(base: nn.Module, entries: Entries, remat: str | None) -> Plan:
-    """Run each variant's init once, for its constants and the shapes of its params."""
+def derive(
+    base: nn.Module, entries: Entries, remat: str | None, stats: Mapping[str, Any] = MappingProxyType({}), progress: bool = False
+) -> Plan:
+    """Run each variant's init once, for its constants and the shapes of its params; with its statistics where it is calibrated."""
     shapes: Shapes = {}
     constants: dict[str, Constants] = {}
-    for target, cfg in entries:
+    for target, cfg in shown(entries, "init", progress):
         W = target.kind(base.get_submodule(target.path))
+        given = (stats[target.path],) if target.path in stats else ()
         try:
-            params, frozen = cfg.init(W, generator_for(0, target.path))
+            params, frozen = cfg.init(W, generator_for(0, target.path), *given)
         except Exception as e:
             e.add_note(f'in {type(cfg).__name__}.init at target "{target.path}"')
             raise

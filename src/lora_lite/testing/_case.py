@@ -9,6 +9,7 @@ from torch import Tensor
 from lora_lite.bind import apply_variant
 from lora_lite.config import AdapterConfig, as_config, with_fields
 from lora_lite.frozen import Frozen
+from lora_lite.statistics import statistic_of
 
 VALUES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest error of a value, relative to the largest entry of what it is compared with, by dtype."""
@@ -71,11 +72,18 @@ def _make_case(cfg: AdapterConfig, dtype: torch.dtype, i: int, o: int, *, bias: 
     g = torch.Generator().manual_seed(i)
     weight = (torch.randn(o, i, generator=g) / i**0.5).to(dtype)
     W = Frozen(weight, torch.randn(o, generator=g).to(dtype) if bias else None)
-    params, constants = cfg.init(W, torch.Generator().manual_seed(0))
+    given = (statistic_of(cfg)[0]().add(inputs(i).to(dtype)),) if cfg.calibrated else ()
+    params, constants = cfg.init(W, torch.Generator().manual_seed(0), *given)
     start = {name: p.to(cfg.dtype) for name, p in params.items()}
     W = Frozen(weight, W.bias, {**cfg.share([W]), **constants})
     moved = {name: p + 0.1 * torch.randn(p.shape, generator=g).to(p.dtype) for name, p in start.items()}
     return Case(cfg, W, start, moved, torch.randn(3, 2, i, generator=g).to(dtype))
+
+
+def inputs(i: int) -> Tensor:
+    """Make calibration data `(4 i, i)`: a mean that is not zero and a covariance that is not round."""
+    g = torch.Generator().manual_seed(i)
+    return torch.randn(i, generator=g) + torch.randn(4 * i, i, generator=g) @ torch.randn(i, i, generator=g) / i**0.5
 
 
 def float64(cfg: AdapterConfig) -> list[Case]:

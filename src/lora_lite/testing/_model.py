@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lora_lite.adapt import Adapt
 from lora_lite.build import build
 from lora_lite.config import AdapterConfig
 from lora_lite.io import load, save
-from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32
+from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32, inputs
 
 
 def compiles(cfg: AdapterConfig) -> None:
@@ -41,11 +42,17 @@ def _layers(cfg: AdapterConfig) -> tuple[nn.Sequential, dict[str, Params], Tenso
     return nn.Sequential(*layers).eval(), {"0": wide.params, "1": tall.params}, wide.x
 
 
+def _build(model: nn.Sequential, cfg: AdapterConfig) -> Adapt:
+    """Adapt the model of `_layers`, on data where the variant needs it."""
+    calibration = [inputs(model[0].in_features)] if cfg.calibrated else None  # type: ignore[arg-type]
+    return build(model, float32(cfg)[0].cfg, calibration=calibration)
+
+
 def saved(cfg: AdapterConfig) -> None:
     """Saving and loading gives every bit back, onto a model that was never built on."""
     model, params, x = _layers(cfg)
     fresh = copy.deepcopy(model)
-    adapt = build(model, float32(cfg)[0].cfg)
+    adapt = _build(model, cfg)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"
         save(adapt, params, path)
@@ -66,7 +73,7 @@ def untouched(cfg: AdapterConfig) -> None:
     model, params, x = _layers(cfg)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     facts = [(type(m), m.training, [p.requires_grad for p in m.parameters()]) for m in model.modules()]
-    adapt = build(model, float32(cfg)[0].cfg)
+    adapt = _build(model, cfg)
     adapt(params, x)
     torch.func.grad(lambda p: adapt(p, x).square().sum())(params)
     adapt.module(params)

@@ -3,9 +3,12 @@
 from lora_lite.config import AdapterConfig
 from lora_lite.variants.adalora import AdaLoRAConfig
 from lora_lite.variants.antipasto import AntiPaSTOConfig
+from lora_lite.variants.asvd import ASVDConfig
 from lora_lite.variants.bitfit import BitFitConfig
+from lora_lite.variants.corda import CorDAConfig
 from lora_lite.variants.delora import DeLoRAConfig
 from lora_lite.variants.dora import DoRAConfig
+from lora_lite.variants.eva import EVAConfig
 from lora_lite.variants.hra import HRAConfig
 from lora_lite.variants.ia3 import IA3Config
 from lora_lite.variants.ia3_ff import IA3FFConfig
@@ -31,6 +34,9 @@ VARIANTS: dict[str, type[AdapterConfig]] = {
     "antipasto": AntiPaSTOConfig,
     "ssvd": SSVDConfig,
     "bitfit": BitFitConfig,
+    "eva": EVAConfig,
+    "corda": CorDAConfig,
+    "asvd": ASVDConfig,
     "vera": VeRAConfig,
     "adalora": AdaLoRAConfig,
 }

@@ -17,8 +17,9 @@ eq. (2) and sec. 3.3.
 |---|---|---|---|
 | `v` | `(n, k (k-1) / 2)` | yes | zeros |
 
-with `k = block_size`, and `n = i / k` blocks, or 1 with `block_share`; `v` holds the upper triangle of `Q` row by row. Trained per
-target: `i (k-1) / 2`, or `k (k-1) / 2`. Needs nothing of the weight but its output.
+with `k = block_size`, and `n = i / k` blocks, or 1 with `block_share`; `v` holds the upper triangle of `Q` row by row.
+
+Trained per target: `i (k-1) / 2`, or `k (k-1) / 2`. Needs nothing of the weight but its output.
 
 The exact map is orthogonal to rounding. The series is not: it is `C (I - Q^(N-1))` with `C` orthogonal, off by `|Q|^(2N-2)` for even
 `N` and `2 |Q|^(N-1)` for odd, so `N = 4` is nearer than the usual 5, at the same cost; none helps once `|Q|` reaches 1.

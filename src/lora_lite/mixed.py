@@ -1,0 +1,134 @@
+"""Mixed batches: each row of a batch through its own adapter, the frozen model run once.
+
+Only the variant's pure function is vmapped, at each target, over the adapters; everything else sees one ordinary batch. So it works
+wherever the model does, with padding masks and fused attention that a whole-model `vmap` cannot run.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lora_lite._tree import AnyTree, Tree, tree_map
+from lora_lite.bind import Adapted, Shapes, apply_variant
+
+INDEX = "mixed_index"
+
+
+class _Mixed(Adapted):
+    """A target whose params have a leading adapter axis; its index says which adapter each row takes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        cfg, names, W, path = self._lora_lite
+        params = {name: getattr(self, attribute) for name, attribute in names}
+        index = getattr(self, INDEX)
+        if index.device.type == "meta":  # not given: equal contiguous groups
+            rows = next(iter(params.values())).shape[0]
+        else:
+            rows = index.shape[0]
+            params = {name: p.index_select(0, index) for name, p in params.items()}
+        if x.shape[0] % rows:
+            raise ValueError(
+                f'adapt.mixed: expected the input of "{path}" to have a multiple of {rows} rows, found shape {tuple(x.shape)}. The model '
+                "regroups rows before this layer (routed experts do), so they cannot be followed; leave the layer out."
+            )
+        y = torch.vmap(lambda p, rows: apply_variant(cfg, p, W, rows), randomness="different")(params, x.unflatten(0, (rows, -1)))
+        return y.flatten(0, 1)
+
+
+def make_mixed(clone: nn.Module) -> nn.Module:
+    """Turn the targets of a bound clone into mixed ones."""
+    for layer in clone.modules():
+        if isinstance(layer, Adapted):
+            bases = (_Mixed, *(b for b in type(layer).__bases__ if b is not Adapted))
+            layer.__class__ = type(type(layer).__name__, bases, {"__module__": type(layer).__module__})
+            layer.register_buffer(INDEX, torch.empty((), device="meta"), persistent=False)
+    return clone
+
+
+def stack(trees: Sequence[AnyTree]) -> Tree:
+    """Stack params trees along a leading adapter axis.
+
+    Args:
+        trees: at least one; all with the same keys and shapes.
+
+    Returns:
+        A tree whose leaves are `(K, ...)`; `unstack` undoes it.
+
+    Raises:
+        ValueError: where there is none, or they differ.
+
+    Example:
+        >>> import torch, lora_lite as ll
+        >>> adapt = ll.build(torch.nn.Sequential(torch.nn.Linear(8, 4)), ll.LoRAConfig(r=2))
+        >>> ll.stack([adapt.init(seed=0), adapt.init(seed=1)])["0"]["A"].shape
+        torch.Size([2, 2, 8])
+    """
+    if not trees:
+        raise ValueError("stack: expected at least one params tree, found none. Pass a list of trees.")
+    layouts = [{path: {name: tuple(leaf.shape) for name, leaf in leaves.items()} for path, leaves in tree.items()} for tree in trees]
+    for k, layout in enumerate(layouts):
+        if layout != layouts[0]:
+            raise ValueError(f"stack: expected trees with the same keys and shapes, found tree {k} to differ from tree 0. Use one adapt's.")
+    return tree_map(lambda *leaves: torch.stack(leaves), *trees)
+
+
+def unstack(stacked: AnyTree) -> list[Tree]:
+    """Split a stacked tree into its members."""
+    members = stacked_size(stacked)
+    return [tree_map(lambda leaf, k=k: leaf[k], stacked) for k in range(members)]
+
+
+def stacked_size(stacked: AnyTree) -> int:
+    """Give the length of the adapter axis.
+
+    Raises:
+        ValueError: where the leaves have none in common.
+    """
+    sizes = {leaf.shape[0] if leaf.dim() else 0 for leaves in stacked.values() for leaf in leaves.values()}
+    if len(sizes) != 1 or 0 in sizes:
+        raise ValueError(f"stack: expected leaves with one leading adapter axis, found lengths {sorted(sizes)}. Make them with ll.stack.")
+    return sizes.pop()
+
+
+def member_shapes(shapes: Shapes, members: int) -> Shapes:
+    """Give the shapes that the leaves of a stacked tree must have."""
+    return {path: {name: (members, *shape) for name, shape in leaves.items()} for path, leaves in shapes.items()}
+
+
+def index_of(index: Tensor | Sequence[int] | None, members: int, device: torch.device) -> Tensor | None:
+    """Check an index of adapters, a row each, and give it as a tensor.
+
+    Raises:
+        ValueError: where it names a member that is not there. Values of a tensor are not read under a transform or while compiling.
+        TypeError: where it holds no integers.
+    """
+    if index is None:
+        return None
+    if not isinstance(index, Tensor):
+        wrong = [k for k in index if isinstance(k, bool) or not isinstance(k, int)]
+        if wrong:
+            raise TypeError(
+                f"adapt.mixed: expected index as integers, a row each, found {wrong[0]!r}. Give each row the number of its adapter."
+            )
+        outside = [k for k in index if not 0 <= k < members]
+        if outside:
+            raise ValueError(f"adapt.mixed: expected index in 0..{members - 1}, found {outside[0]}. The stack has {members} members.")
+        return torch.tensor(list(index), dtype=torch.long, device=device)
+    if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
+        found = f"{index.dtype} of shape {tuple(index.shape)}"
+        raise TypeError(f"adapt.mixed: expected index as a vector of integers, found {found}. Give each row the number of its adapter.")
+    return index.to(device)
+
+
+def rows_of(batch: object) -> int:
+    """Give the number of rows of a batch: the first axis of its first tensor.
+
+    Raises:
+        ValueError: where it holds no tensor.
+    """
+    parts = list(batch.values()) if isinstance(batch, Mapping) else [batch] if isinstance(batch, Tensor) else list(batch)  # type: ignore[call-overload]
+    tensors = [part for part in parts if isinstance(part, Tensor) and part.dim()]
+    if not tensors:
+        raise ValueError("per_example_grad: expected a batch with a tensor whose first axis is its rows, found none.")
+    return int(tensors[0].shape[0])

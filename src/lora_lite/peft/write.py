@@ -1,0 +1,166 @@
+"""`to_peft`: an adapter and its params as PEFT's two files."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+from torch import Tensor
+
+from lora_lite._errors import listed, several
+from lora_lite._tree import join
+from lora_lite.adapt import Adapt
+from lora_lite.config import AdapterConfig
+from lora_lite.frozen import FrozenConv1D
+from lora_lite.peft.fields import PATTERNS
+from lora_lite.peft.read import CONFIG, PREFIX, WEIGHTS
+from lora_lite.peft.rows import ROWS, Leaves, Row
+from lora_lite.targets import Target
+
+OF_TYPE: dict[str, dict[str, Any]] = {
+    "LORA": {"bias": "none"},
+    "IA3": {"feedforward_modules": []},
+    "DELORA": {"bias": "none"},
+    "HRA": {"bias": "none"},
+    "ROAD": {},
+    "OFT": {"bias": "none"},
+}
+"""Fields that are the same in every file of a PEFT type."""
+
+
+class Written(NamedTuple):
+    """One layer in PEFT's terms."""
+
+    target: Target
+    row: Row
+    fields: dict[str, Any]
+    tensors: Leaves
+
+
+def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory: str | os.PathLike[str]) -> None:
+    """Write an adapter so that `peft.PeftModel.from_pretrained(model, directory)` gives the same outputs.
+
+    LoRA, DoRA, IA3 with IA3-FF, DeLoRA, HRA, ROAD and OFT keep their tensors. PiSSA is written as LoRA of twice the rank, which acts
+    on the weight as it is. Both files are written beside their place and moved, so that neither is ever half-written.
+
+    Args:
+        adapt: what the params belong to.
+        params: a tree that fits it.
+        directory: the folder to write to; it is made where it does not exist, its parent must.
+
+    Raises:
+        ValueError: where `params` does not fit `adapt`, or PEFT cannot express it; it names each target, variant or field.
+        FileNotFoundError: where the parent of the directory does not exist.
+    """
+    adapt._require(params, "to_peft")
+    folder = Path(directory)
+    if not folder.parent.is_dir():
+        raise FileNotFoundError(f'to_peft: expected the parent of "{folder}" to exist, found none. Create it first.')
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f'to_peft: expected a folder, found the file "{folder}". Name a folder.')
+    entries = list(zip(adapt.targets, adapt.configs))
+    _refuse(entries)
+    layers = [_written(target, cfg, dict(params[target.path]), adapt) for target, cfg in entries]
+    tensors = {PREFIX + join(layer.target.path, key): t for layer in layers for key, t in layer.tensors.items()}
+    _write(folder, _fields(adapt, layers), tensors)
+
+
+def _row(cfg: AdapterConfig) -> Row | None:
+    row = ROWS.get(cfg.name)
+    return row if row is not None and row.config is type(cfg) else None
+
+
+def _refuse(entries: list[tuple[Target, AdapterConfig]]) -> None:
+    faults = []
+    for target, cfg in entries:
+        row, at = _row(cfg), f'"{target.path}": {type(cfg).__name__}'
+        if row is None:
+            faults.append(f"{at} has no class in PEFT")
+            continue
+        reason = row.refused(cfg)
+        faults += [f"{at}.{reason}"] if reason else []
+        if issubclass(target.kind, FrozenConv1D) and not row.conv1d:
+            faults.append(f"{at} on a Conv1D: PEFT's {row.peft_type} takes nn.Linear alone")
+        if not target.path:
+            faults.append("the model itself is the layer: PEFT adapts layers inside a model")
+    types = sorted({row.peft_type for _, cfg in entries if (row := _row(cfg))})
+    if len(types) > 1:
+        faults.append(f"variants of {len(types)} methods, {listed(types)}: a file of PEFT's holds one")
+    if faults:
+        raise ValueError(
+            f"to_peft: expected an adapter that one of PEFT's configs can express, found:\n{several(faults)}\n"
+            "Keep it with ll.save, or convert linear variants with ll.to_lora first."
+        )
+
+
+def _written(target: Target, cfg: AdapterConfig, leaves: Leaves, adapt: Adapt) -> Written:
+    path = target.path
+    constants = adapt._plan.constants_at(path, cfg)
+    cfg, leaves = ROWS[cfg.name].written(cfg, leaves, constants)
+    row = ROWS[cfg.name]
+    tensors = {}
+    for name, leaf in row.leaves.items():
+        value = leaves[name].detach() + leaf.origin(cfg, constants)
+        tensors[leaf.key] = value.reshape(leaf.shape) if leaf.shape else value
+    tensors |= {row.constants[name].key: t for name, t in row.saved(target.i, constants).items()}
+    return Written(target, row, row.write(cfg), {key: t.cpu().contiguous().clone() for key, t in tensors.items()})
+
+
+def _fields(adapt: Adapt, layers: list[Written]) -> dict[str, Any]:
+    """Give the fields of PEFT's config: what layers agree in, and patterns for what they may differ in.
+
+    Raises:
+        ValueError: where layers differ in a field that PEFT has once.
+    """
+    method = layers[0].row.peft_type
+    fields = {"peft_type": method, "task_type": None, "inference_mode": True, **OF_TYPE[method]}
+    fields["base_model_name_or_path"] = getattr(getattr(adapt._plan.base, "config", None), "_name_or_path", None)
+    fields["target_modules"] = _target_modules(adapt, [layer.target.path for layer in layers])
+    if any(layer.row.conv1d for layer in layers):
+        fields["fan_in_fan_out"] = any(issubclass(layer.target.kind, FrozenConv1D) for layer in layers)
+    for lists in {layer.row.lists for layer in layers if layer.row.lists}:
+        fields[lists] = _expression([layer.target.path for layer in layers if layer.row.lists == lists])
+    patterns, faults = PATTERNS.get(method, {}), []
+    for name in layers[0].fields:
+        values = {layer.target.path: layer.fields[name] for layer in layers}
+        fields[name] = Counter(values.values()).most_common(1)[0][0]
+        others = {path: value for path, value in values.items() if value != fields[name]}
+        if name in patterns:
+            fields[patterns[name]] = {f"^{re.escape(path)}": value for path, value in others.items()}
+        elif others:
+            faults.append(f"{name}: {fields[name]!r} and {next(iter(others.values()))!r} at {listed(others)}")
+    if faults:
+        raise ValueError(
+            f"to_peft: expected configs that agree in what PEFT has once for all layers, found:\n{several(faults)}\n"
+            "Keep the adapter with ll.save, or convert it with ll.to_lora first."
+        )
+    return fields
+
+
+def _expression(paths: list[str]) -> str:
+    return "|".join(map(re.escape, paths))  # PEFT matches an expression in full
+
+
+def _target_modules(adapt: Adapt, paths: list[str]) -> list[str] | str:
+    """Name the layers in a list, which other readers of these files expect; by an expression where a suffix would match others too."""
+    others = [path for path, _ in adapt._plan.base.named_modules() if path not in set(paths)]
+    ends = tuple(f".{path}" for path in paths)
+    return _expression(paths) if any(path.endswith(ends) for path in others) else paths
+
+
+def _write(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        safetensors.torch.save_file(dict(tensors), beside / WEIGHTS, {"format": "pt"})
+        (beside / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
+        folder.mkdir(exist_ok=True)
+        for name in (WEIGHTS, CONFIG):
+            os.replace(beside / name, folder / name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

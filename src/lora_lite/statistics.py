@@ -1,0 +1,104 @@
+"""Statistics of a layer's inputs: sums alone, so that memory does not grow with the data. A statistic is a value: adding gives another."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from lora_lite.config import AdapterConfig
+from lora_lite.frozen import Frozen
+from lora_lite.variants._linalg import full_precision
+
+
+@dataclass(frozen=True, eq=False)
+class Means:
+    """Means over a layer's inputs, a number for each of the `i` input features.
+
+    Args:
+        count: tokens seen.
+        mean: `E[x] (i,)`.
+        mean_abs: `E|x| (i,)`.
+    """
+
+    count: int = 0
+    mean: Any = field(default=0.0, repr=False)  # tensors once a row has been added
+    mean_abs: Any = field(default=0.0, repr=False)
+
+    def add(self, x: Tensor) -> Self:
+        """Give the statistics with the rows of `x (n, i)` added, n >= 1."""
+        count = self.count + len(x)
+        wide = torch.float32 if x.device.type == "mps" else torch.float64  # mps has no float64
+        means = {"mean": x.mean(0, dtype=wide), "mean_abs": x.abs().mean(0, dtype=wide)}
+        return replace(self, count=count, **{k: (m - getattr(self, k)) * (len(x) / count) + getattr(self, k) for k, m in means.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics(Means):
+    """Means and second moments over a layer's inputs.
+
+    Args:
+        count: tokens seen.
+        mean: `E[x] (i,)`.
+        mean_abs: `E|x| (i,)`.
+        scatter: sum of `(x - mean) (x - mean)^T`, `(i, i)`, in the dtype of the inputs, at least float32.
+
+    Example:
+        >>> import torch, lora_lite as ll
+        >>> stats = ll.Statistics().add(torch.tensor([[1.0, 2.0], [3.0, 2.0]]))
+        >>> stats.covariance
+        tensor([[1., 0.],
+                [0., 0.]])
+    """
+
+    scatter: Any = field(default=0.0, repr=False)
+
+    def add(self, x: Tensor) -> Self:
+        new = super().add(x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        # Centred by its own mean and then shifted (Chan, Golub and LeVeque 1983): the sum of raw products would lose the covariance
+        # beside a large mean. So float32 does for float32 inputs, in half the memory.
+        mean = x.mean(0, dtype=new.mean.dtype)
+        rows, shift = x.to(dtype) - mean.to(dtype), (mean - self.mean).to(dtype)
+        with full_precision(x):
+            scatter = rows.t() @ rows
+        scatter.add_(self.scatter).addr_(shift, shift, alpha=self.count * len(x) / new.count)
+        return replace(new, scatter=scatter)
+
+    @property
+    def covariance(self) -> Tensor:
+        """`E[x x^T] - E[x] E[x]^T`, `(i, i)`."""
+        return self.scatter / self.count
+
+    @property
+    def second_moment(self) -> Tensor:
+        """`E[x x^T]`, `(i, i)`."""
+        mean = self.mean.to(self.scatter.dtype)
+        return self.covariance.addr_(mean, mean)
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """Give a tensor in float64, on the CPU where its device has none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def statistic_of(cfg: AdapterConfig) -> tuple[Callable[[], Any], bool]:
+    """Give what a calibrated config gathers, a class with `count` and `add`, and whether ignored labels are left out."""
+    return getattr(cfg, "statistic", Statistics), getattr(cfg, "label_mask", False)
+
+
+def require_stats(cfg: AdapterConfig, W: Frozen, stats: Any, name: str) -> Tensor:
+    """Give the statistic `name` of a layer's inputs, or say that it is missing.
+
+    Raises:
+        ValueError: where `stats` lacks it or it is of another width.
+    """
+    value = getattr(stats, name, None)
+    if not isinstance(value, Tensor) or value.shape[-1] != W.in_features:
+        found = "none" if value is None else f"shape {tuple(getattr(value, 'shape', ()))}"
+        raise ValueError(
+            f"{type(cfg).__name__}.init: expected stats.{name} of the inputs of a layer of width {W.in_features}, found {found}. "
+            "Use build(model, cfg, calibration=batches), or pass stats=Statistics().add(x)."
+        )
+    return value

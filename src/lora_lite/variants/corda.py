@@ -1,0 +1,161 @@
+r"""CorDA: LoRA that starts from the singular vectors of the weight times the covariance of its inputs.
+
+$$y = W x + b + s\,(B A - B_0 A_0)\, x, \qquad s = \alpha / r$$
+
+$$W C = U S V^T, \quad B_0 = U_k \sqrt{S_k / s}, \quad A_0 = \sqrt{S_k / s}\, V_k^T C^{-1}$$
+
+`C` is the inputs' second moment plus 0.01 of its mean diagonal. `k` are the `r` largest singular values for the `ipm` mode (instruction
+previewed: learn the task of the data) and the `r` smallest for `kpm` (knowledge preserved: keep what the data asks for). Trained are the
+increments `dA = A - A_0` and `dB = B - B_0`, by PiSSA's function.
+
+Identity at init: exact, since both increments are zero.
+
+Paper: Yang, Li, Zhou, Song, Wu, Nie, Ghanem, *CorDA: Context-Oriented Decomposition Adaptation of Large Language Models for Task-Aware
+Parameter-Efficient Fine-tuning*, 2024, arXiv:2406.05223.
+
+| tensor | shape | trained | init |
+|---|---|---|---|
+| `dA` | `(r, i)` | yes | zeros |
+| `dB` | `(o, r)` | yes | zeros |
+| `A0` | `(r, i)` | no | `sqrt(S_k / s) V_k^T C^-1` |
+| `B0` | `(o, r)` | no | `U_k sqrt(S_k / s)` |
+
+Trained per target: `r (i + o)`. Needs the dense weight once, at init, and at build the inputs of the layer.
+
+Departures: the paper and PEFT overwrite the weight with `W - s B_0 A_0`; here it stays. `V^T C^-1` is evaluated as `S^-1 U^T W`, which it
+equals, so that nothing is inverted; PEFT's doubling of the damping, until its float32 inverse is accurate, then has no purpose. As in PEFT
+each batch is divided by the absolute value of its largest entry, sign counted, and batches weigh alike (`scaled=True`); `False` takes the
+plain second moment, in which tokens weigh alike. PEFT counts padding; here masked positions are left out.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_lite._check import checked
+from lora_lite._errors import listed
+from lora_lite.config import AdapterConfig, expect, expect_bool, expect_int, expect_number
+from lora_lite.frozen import Constants, Frozen
+from lora_lite.statistics import Statistics, exact, require_stats
+from lora_lite.variants._linalg import truncated_svd
+from lora_lite.variants.pissa import PiSSAParams, pissa
+
+METHODS = ("ipm", "kpm")
+DAMPING = 0.01  # of the mean diagonal of C
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledStatistics(Statistics):
+    """Statistics of inputs divided, batch by batch, by the absolute value of their signed maximum; a mean over batches."""
+
+    batches: int = 0
+
+    def add(self, x: Tensor) -> Self:
+        peak = x.max().abs()
+        new = super().add(x / torch.where(peak > 0, peak, torch.ones_like(peak)))
+        object.__setattr__(new, "batches", self.batches + 1)
+        return new
+
+    @property
+    def second_moment(self) -> Tensor:
+        """The mean over batches of `sum z z^T`, `(i, i)`."""
+        return super().second_moment * (self.count / self.batches)
+
+
+def oriented_factors(W: Frozen, oriented: Tensor, keep: slice, scale: float) -> Constants:
+    """Give `A0 (r, i)`, `B0 (o, r)` with `scale B0 A0 = U U^T W`, where `U S V^T` is `keep` of the SVD of `oriented = W M`, in float64.
+
+    `U U^T W` is `U S V^T M^-1`; each factor has half of `S`.
+    """
+    weight = W.dense()
+    U, S, _ = truncated_svd(oriented, min(oriented.shape))
+    floor = S[0] * torch.finfo(S.dtype).eps * max(oriented.shape)
+    U, S = U[:, keep], S[keep]
+    inverse = torch.where(floor < S, (scale * S).rsqrt(), 0)  # a weight without full rank has nothing to give along the others
+    A0 = inverse[:, None] * (U.t() @ exact(weight))
+    return {"A0": A0.to(weight.dtype).contiguous(), "B0": (U * (S / scale).sqrt()).to(weight.dtype).contiguous()}
+
+
+def oriented_init(cfg: Any, W: Frozen, derive: Callable[[], Constants]) -> tuple[PiSSAParams, Constants]:
+    """Give zero increments and the start, derived where the layer does not hold it yet."""
+    if cfg.r > min(W.in_features, W.out_features):
+        raise ValueError(
+            f"{type(cfg).__name__}.r: expected at most min(i, o) = {min(W.in_features, W.out_features)} for a layer of shape "
+            f"({W.out_features}, {W.in_features}), found {cfg.r}. Lower r or leave the layer out."
+        )
+    start = dict(W.constants) or derive()
+    return {"dA": torch.zeros_like(start["A0"]), "dB": torch.zeros_like(start["B0"])}, start
+
+
+def require_start(W: Frozen, name: str) -> Frozen:
+    """Refuse a layer without the start, which its weight alone does not determine."""
+    if not W.constants:
+        raise ValueError(
+            f"{name}: expected W as a Frozen with the constants A0 and B0, found none. They depend on data: take them from "
+            f"{name}'s config.init(W, generator, stats), and pass Frozen(weight, bias, constants)."
+        )
+    return W
+
+
+@checked
+def corda(params: PiSSAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float) -> Float[Tensor, "*b o"]:
+    """Give `W x + b + scale [(B0 + dB) dA + dB A0] x`, PiSSA's own function; the module's docstring has the start."""
+    return pissa(params, require_start(W, "corda"), x, scale=scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorDAConfig(AdapterConfig):
+    """Config of CorDA.
+
+    Args:
+        r: rank of the update, from 1 to the smaller width of the layer.
+        alpha: numerator of the scale `alpha / r`, dimensionless, > 0; the start does not depend on it.
+        method: `"ipm"` adapts the directions that matter most for the data, `"kpm"` those that matter least.
+        scaled: divide each batch of inputs by its largest entry before the covariance is summed, as PEFT does.
+    """
+
+    name: ClassVar[str] = "corda"
+    needs: ClassVar[str] = "dense_init"
+    calibrated: ClassVar[bool] = True
+    trained: ClassVar[str | None] = "r * (i + o)"
+    macs: ClassVar[str | None] = "2 * r * (i + o)"
+
+    r: int = 8
+    alpha: float = 16.0
+    method: str = "ipm"
+    scaled: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect_int(self, "r", 1, "Set r to the rank of the update, e.g. r=8.")
+        expect_number(self, "alpha", 0.0, math.inf, "The update is scaled by alpha / r, e.g. alpha=16.")
+        expect(self, "alpha", self.alpha > 0, "a number > 0", "The singular values are divided by alpha / r.")
+        expect(self, "method", self.method in METHODS, f"one of {listed(METHODS)}", 'The default is "ipm".')
+        expect_bool(self, "scaled")
+
+    @property
+    def statistic(self) -> type[Statistics]:
+        """What is gathered of the layer's inputs."""
+        return ScaledStatistics if self.scaled else Statistics
+
+    @property
+    def scale(self) -> float:
+        """The factor of the update, `alpha / r`."""
+        return self.alpha / self.r
+
+    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[PiSSAParams, Constants]:
+        def derive() -> Constants:
+            C = exact(require_stats(self, W, stats, "second_moment"))
+            C = C + DAMPING * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
+            keep = slice(self.r) if self.method == "ipm" else slice(-self.r, None)
+            return oriented_factors(W, exact(W.dense()) @ C, keep, self.scale)
+
+        return oriented_init(self, W, derive)
+
+    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+        return corda(params, W, x, scale=self.scale)

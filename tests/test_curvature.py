@@ -1,0 +1,89 @@
+"""Second-order products: against differences of gradients, the definition, and each other."""
+
+import pytest
+import torch
+
+import lora_lite as ll
+from cases import move
+
+CONFIGS = (ll.LoRAConfig(r=2), ll.PiSSAConfig(r=2), ll.IA3Config(), ll.IA3FFConfig())
+
+
+def _setup(tiny, cfg):
+    model, batch = tiny("gpt2")
+    adapt = ll.build(model.double(), cfg)
+    params = ll.tree_map(lambda p: p.double(), move(adapt.init()))
+    along = move(ll.tree_map(torch.zeros_like, params), seed=5)
+    return adapt, batch, params, along
+
+
+def _dot(a, b):
+    return sum((x * y).sum() for x, y in zip(ll.tree_leaves(a), ll.tree_leaves(b)))
+
+
+def _close(got, want, tolerance):
+    for a, b in zip(ll.tree_leaves(got), ll.tree_leaves(want)):
+        assert (a - b).abs().max() <= tolerance * max(1.0, float(b.abs().max()))
+    assert max(float(b.abs().max()) for b in ll.tree_leaves(want)) > 0
+
+
+@pytest.mark.parametrize("cfg", CONFIGS, ids=lambda cfg: cfg.name)
+def test_hessian_product_is_a_difference_of_gradients(tiny, cfg):
+    adapt, batch, params, along = _setup(tiny, cfg)
+
+    def loss(p):
+        return adapt(p, batch, use_cache=False).logits.square().mean()
+
+    got = ll.hvp(loss)(params, along)
+    sides = [ll.value_and_grad(loss)(ll.tree_map(lambda p, v, s=s: p + s * 1e-5 * v, params, along))[1] for s in (1, -1)]
+    _close(got, ll.tree_map(lambda a, b: (a - b) / 2e-5, *sides), 1e-4)
+
+
+@pytest.mark.parametrize("cfg", CONFIGS, ids=lambda cfg: cfg.name)
+def test_gauss_newton_is_symmetric_and_positive(tiny, cfg):
+    adapt, batch, params, along = _setup(tiny, cfg)
+    other = move(ll.tree_map(torch.zeros_like, params), seed=6)
+    targets = batch["input_ids"].flatten()
+
+    def loss(logits):
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets)
+
+    product = ll.ggn_vp(lambda p: adapt(p, batch, use_cache=False).logits, loss)
+    one, two = product(params, along), product(params, other)
+    assert abs(_dot(one, other) - _dot(two, along)) <= 1e-10 * abs(_dot(one, other)) + 1e-14
+    assert _dot(one, along) > 0
+
+
+def test_gauss_newton_of_a_linear_model_is_its_hessian():
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    adapt = ll.build(torch.nn.Sequential(torch.nn.Linear(4, 3)).double(), ll.BitFitConfig(dtype=torch.float64))
+    params = adapt.init()
+    along = move(params)
+    hessian = ll.hvp(lambda p: (adapt(p, x) - y).square().sum())(params, along)
+    gauss_newton = ll.ggn_vp(lambda p: adapt(p, x), lambda out: (out - y).square().sum())(params, along)
+    _close(gauss_newton, hessian, 1e-12)
+
+
+def test_fisher_diagonal_is_the_mean_of_squared_row_gradients(tiny):
+    adapt, batch, params, _ = _setup(tiny, ll.LoRAConfig(r=2))
+
+    def rows(output, _):
+        return output.logits.square().flatten(1).mean(1)
+
+    got = ll.fisher_diag(adapt, rows)(params, batch)
+    each = []
+    for row in range(len(batch["input_ids"])):
+        one = {k: v[row : row + 1] for k, v in batch.items()}
+        each.append(ll.value_and_grad(lambda p, one=one: adapt(p, one).logits.square().mean())(params)[1])
+    _close(got, ll.tree_map(lambda *g: torch.stack(g).square().mean(0), *each), 1e-10)
+
+
+def test_attention_is_plain_for_the_call_only(tiny):
+    model, batch = tiny("llama")
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    params = move(adapt.init())
+    before = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled()
+    product = ll.hvp(lambda p: adapt(p, batch, use_cache=False).logits.square().mean())(params, params)
+    assert all(leaf.isfinite().all() for leaf in ll.tree_leaves(product))
+    assert before == (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled())

@@ -1,0 +1,195 @@
+"""PEFT's files: read with PEFT's values and gradients, written so that PEFT loads them, refused where they cannot be understood."""
+
+import copy
+import json
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+import transformers as tf
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import lora_lite as ll
+
+TOLERANCE = 1e-5  # float32, relative to the largest entry of the update
+EXACT = {"lora", "rslora", "patterns", "gaussian", "orthogonal", "hra", "oft", "oft-exact", "oft-terms", "oft-shared", "oft-bound"}
+"""Cases whose tensors PEFT keeps as ours: no neutral value is taken off and added again, which would round."""
+
+
+def _stack(linear):
+    widths = [(12, 20, True), (20, 8, False), (8, 8, True)]
+    layers = [linear(i, o, bias) for i, o, bias in widths]
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+
+
+def _conv1d(i, o, bias):
+    layer = Conv1D(o, i)
+    nn.init.normal_(layer.weight, std=0.3)
+    nn.init.normal_(layer.bias, std=0.5 * bias)
+    return layer
+
+
+def _gpt2():
+    config = tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0, initializer_range=0.1)
+    return tf.GPT2LMHeadModel(config)
+
+
+MODELS = {"linear": lambda: _stack(nn.Linear), "conv1d": lambda: _stack(_conv1d), "gpt2": _gpt2}
+PATHS = {"linear": ["0", "2", "4"], "conv1d": ["0", "2", "4"], "gpt2": ["c_attn", "c_fc", "mlp.c_proj"]}
+OUTPUT, INNER = r"0|4|.*c_attn|.*c_fc", r"2|.*mlp\.c_proj"
+
+
+def _lora(**options):
+    return lambda paths, conv1d: peft.LoraConfig(target_modules=paths, fan_in_fan_out=conv1d, **{"r": 4, "lora_alpha": 12, **options})
+
+
+def _plain(cls, **options):
+    return lambda paths, conv1d: cls(target_modules=paths, **options)
+
+
+THEIRS = {
+    "lora": _lora(),
+    "rslora": _lora(use_rslora=True, lora_dropout=0.1),
+    "patterns": _lora(rank_pattern={"0|c_attn": 2}, alpha_pattern={r"2|h\.1\..*c_proj": 5}),
+    "gaussian": _lora(init_lora_weights="gaussian"),
+    "orthogonal": _lora(init_lora_weights="orthogonal"),
+    "dora": _lora(use_dora=True),
+    "dora-rslora": _lora(use_dora=True, use_rslora=True),
+    "pissa": _lora(init_lora_weights="pissa"),
+    "pissa-rslora": _lora(init_lora_weights="pissa", use_rslora=True),
+    "ia3": lambda paths, conv1d: peft.IA3Config(target_modules=paths, feedforward_modules=[], fan_in_fan_out=conv1d),
+    "ia3-both": lambda _, conv1d: peft.IA3Config(target_modules=f"{OUTPUT}|{INNER}", feedforward_modules=INNER, fan_in_fan_out=conv1d),
+    "delora": _plain(peft.DeloraConfig, r=3, rank_pattern={"2": 2}, lambda_pattern={"4": 7}),
+    "hra": _plain(peft.HRAConfig, r=4),
+    "road_1": _plain(peft.RoadConfig, variant="road_1", group_size=4),
+    "road_2": _plain(peft.RoadConfig, variant="road_2", group_size=4),
+    "road_4": _plain(peft.RoadConfig, variant="road_4", group_size=2),
+    "oft": _plain(peft.OFTConfig, oft_block_size=4),
+    "oft-exact": _plain(peft.OFTConfig, oft_block_size=4, use_cayley_neumann=False),
+    "oft-terms": _plain(peft.OFTConfig, oft_block_size=2, num_cayley_neumann_terms=4),
+    "oft-shared": _plain(peft.OFTConfig, oft_block_size=4, block_share=True),
+    "oft-bound": _plain(peft.OFTConfig, oft_block_size=4, coft=True, eps=100.0),
+}
+LINEAR_ONLY = ("delora", "hra", "road", "oft")
+PAIRS = [(model, name) for model in MODELS for name in THEIRS if model == "linear" or not name.startswith(LINEAR_ONLY)]
+
+
+def _make(name):
+    torch.manual_seed(0)
+    ids = torch.randint(0, 64, (2, 5))
+    batch = {"input_ids": ids} if name == "gpt2" else torch.randn(2, 3, 12)
+    return MODELS[name]().eval(), batch
+
+
+def _run(model, batch):
+    out = model(**batch) if isinstance(batch, dict) else model(batch)
+    return getattr(out, "logits", out)
+
+
+def _adapted(adapt, params, batch):
+    out = adapt(params, batch)
+    return getattr(out, "logits", out)
+
+
+def _moved(tree, scale=0.1):
+    return ll.tree_map(lambda p: p + scale * torch.randn(p.shape), tree)
+
+
+def _wrapped(model, config):
+    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape))
+    return theirs
+
+
+def _close(got, want, what="the update"):
+    assert got.shape == want.shape, what
+    error, largest = float((got - want).detach().abs().max()), float(want.detach().abs().max())
+    assert largest > 1e-3, f"{what}: nothing is compared"
+    assert error <= TOLERANCE * largest, f"{what}: {error / largest:.1e} of the largest entry apart"
+
+
+def _saved(folder):
+    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
+
+
+def _edit(folder, **fields):
+    place = folder / "adapter_config.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), **fields}))
+
+
+@pytest.mark.parametrize(("name", "case"), PAIRS)
+def test_pefts_file_gives_pefts_values_and_gradients(name, case, tmp_path):
+    model, batch = _make(name)
+    theirs = _wrapped(model, THEIRS[case](PATHS[name], name != "linear"))
+    theirs.save_pretrained(tmp_path)
+    adapt, params = ll.from_peft(model, tmp_path)
+    base, want = _run(model, batch).detach(), _run(theirs, batch)
+    _close(_adapted(adapt, params, batch) - base, want - base)
+    weights = torch.randn(want.shape)
+    (want * weights).sum().backward()
+    _, grads = ll.value_and_grad(lambda p: (_adapted(adapt, p, batch) * weights).sum())(params)
+    ours = torch.cat([g.abs().flatten() for g in ll.tree_leaves(grads)]).sort().values  # PiSSA's signs and the order of layers are free
+    trained = [p.grad.abs().flatten() for p in theirs.parameters() if p.requires_grad]
+    _close(ours, torch.cat(trained).sort().values, "the gradients")
+
+
+@pytest.mark.parametrize(("name", "case"), PAIRS)
+def test_files_written_back_are_what_peft_loads(name, case, tmp_path):
+    model, batch = _make(name)
+    theirs = _wrapped(model, THEIRS[case](PATHS[name], name != "linear"))
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    base = _run(model, batch).detach()
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
+    _close(_run(again, batch) - base, _run(theirs, batch) - base)
+    back, values = ll.from_peft(model, tmp_path / "ours")
+    _close(_adapted(back, values, batch) - base, _adapted(adapt, params, batch) - base)
+    before, after = _saved(tmp_path / "theirs"), _saved(tmp_path / "ours")
+    if not case.startswith("pissa"):
+        assert set(before) == set(after)
+        for key, tensor in before.items():
+            assert torch.equal(tensor, after[key]) if case in EXACT else torch.allclose(tensor, after[key], rtol=1e-6, atol=1e-6), key
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "theirs"]  # no temporary folder stays
+    assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+OURS = {
+    "lora": ll.LoRAConfig(r=3),
+    "two-ranks": [ll.LoRAConfig(r=3, target_names="^0$"), ll.LoRAConfig(r=2, alpha=5.5, target_names="^[24]$")],
+    "rslora": ll.LoRAConfig(r=3, rslora=True, dropout=0.1, target_names="^[02]$"),
+    "dora": ll.DoRAConfig(r=3),
+    "pissa": ll.PiSSAConfig(r=3),
+    "pissa-and-lora": [ll.PiSSAConfig(r=3, target_names="^0$"), ll.LoRAConfig(r=2, target_names="^2$")],
+    "ia3-both": [ll.IA3Config(target_names="^[04]$"), ll.IA3FFConfig(target_names="^2$")],
+    "ia3-ff": ll.IA3FFConfig(),
+    "delora": ll.DeLoRAConfig(r=2),
+    "delora-scalar": ll.DeLoRAConfig(r=2, w_norm="scalar", lambda0=2.5),
+    "delora-none": ll.DeLoRAConfig(r=2, w_norm="none"),
+    "hra": ll.HRAConfig(r=4),
+    "road": ll.ROADConfig(variant="road_2", group_size=4),
+    "oft": ll.OFTConfig(block_size=4, terms=4),
+    "oft-exact": ll.OFTConfig(block_size=2, cayley="exact", block_share=True),
+}
+
+
+@pytest.mark.parametrize("case", OURS)
+def test_peft_loads_what_we_write(case, tmp_path):
+    model, batch = _make("linear")
+    adapt = ll.build(model, OURS[case])
+    params = _moved(adapt.init())
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
+    base = _run(model, batch).detach()
+    _close(_run(theirs, batch) - base, adapt(params, batch) - base)
+    back, again = ll.from_peft(model, tmp_path / "ours")
+    _close(back(again, batch) - base, adapt(params, batch) - base)
+    if "pissa" not in case:
+        assert [t.path for t in back.targets] == [t.path for t in adapt.targets]
+        for got, want in zip(ll.tree_leaves({p: again[p] for p in params}), ll.tree_leaves(params)):
+            assert torch.equal(got, want) if case in {*EXACT, "two-ranks"} else torch.allclose(got, want, rtol=0, atol=2e-6)

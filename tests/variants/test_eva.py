@@ -1,0 +1,115 @@
+"""EVA: its directions against a PCA of the same tokens and against PEFT's, its options, and what it refuses."""
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import lora_lite as ll
+from lora_lite.variants.eva import EVAConfig
+
+f64 = torch.float64
+
+
+def pca(x, r, center=True):
+    """Give the first right singular vectors `(r, i)` and singular values of the stacked tokens, in float64."""
+    x = x.double()
+    _, S, Vh = torch.linalg.svd(x - x.mean(0) if center else x, full_matrices=False)
+    return Vh[:r], S[:r]
+
+
+def cosine(A, B):
+    """Give the smallest canonical cosine between the spans of the rows."""
+    bases = [torch.linalg.qr(M.double().T).Q for M in (A, B)]
+    return float(torch.linalg.svdvals(bases[0].T @ bases[1]).min())
+
+
+def tokens(n=400, i=24):
+    """Give tokens `(n, i)` whose mean is not zero and whose variances fall."""
+    return torch.randn(n, i) * 0.8 ** torch.arange(i) @ torch.linalg.qr(torch.randn(i, i)).Q + torch.randn(i)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_start_spans_the_principal_directions_of_all_tokens(center):
+    x = tokens()
+    adapt = ll.build(nn.Sequential(nn.Linear(24, 32)), EVAConfig(r=6, center=center), calibration=x.split(64))
+    A = adapt.init(seed=0)["0"]["A"]
+    want, _ = pca(x, 6, center)
+    assert cosine(A, want) > 1 - 1e-4
+    assert ((A.double() * want).sum(1).abs() > 1 - 1e-4).all()  # each direction in its place
+    assert torch.allclose(A @ A.T, torch.eye(6), atol=1e-5)
+    assert (A.gather(1, A.abs().argmax(1, keepdim=True)) > 0).all()
+    other, _ = pca(x, 6, not center)
+    assert cosine(A, other) < 0.99
+
+
+def test_whitening_divides_by_the_root_of_the_singular_value():
+    x = tokens().double()
+    stats = ll.Statistics().add(x)
+    W = ll.Frozen(torch.randn(8, 24, dtype=f64))
+    plain, white = (EVAConfig(r=5, whiten=whiten).init(W, torch.Generator(), stats)[0]["A"] for whiten in (False, True))
+    assert torch.allclose(white * pca(x, 5)[1].sqrt()[:, None], plain, atol=1e-10)
+
+
+@pytest.mark.parametrize("whiten", [False, True])
+def test_start_is_pefts(tiny, whiten):
+    model, _ = tiny("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(0.75 ** torch.arange(32)).mul_(20)  # PEFT's directions settle only where variances differ
+    g = torch.Generator().manual_seed(0)
+    mask = torch.ones(16, 40, dtype=torch.long)
+    mask[::2, 30:] = 0
+    ids = torch.randint(3, 64, (16, 40), generator=g)
+    labels = ids.masked_fill(torch.arange(40) < 5, -100)
+    batches = [{"input_ids": ids, "attention_mask": mask, "labels": labels}]
+    cfg = EVAConfig(r=3, whiten=whiten, target_names=("_proj$",))
+    starts = ll.build(model, cfg, calibration=batches).init(seed=0)
+    theirs = peft.LoraConfig(r=3, target_modules="all-linear", init_lora_weights="eva", eva_config=peft.EvaConfig(rho=1.0, whiten=whiten))
+    wrapped = peft.get_peft_model(model, theirs, low_cpu_mem_usage=True)
+    peft.initialize_lora_eva_weights(wrapped, batches, show_progress_bar=False)
+    for path, leaves in starts.items():
+        want = wrapped.base_model.model.get_submodule(path).lora_A["default"].weight.detach()
+        assert cosine(leaves["A"], want) > 0.999, path
+        assert torch.allclose(leaves["A"], want, atol=0.03 * float(want.abs().max())), path  # a direction each, with its sign
+
+
+def test_label_mask_leaves_positions_out_unless_switched_off():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(24, 4)
+
+        def forward(self, x, labels=None):
+            return self.linear(x)
+
+    x = tokens(120).view(2, 60, 24)
+    labels = torch.full((2, 60), -100)
+    labels[:, 20:] = 1
+    for label_mask, used in ((True, x[:, 20:]), (False, x)):
+        cfg = EVAConfig(r=4, label_mask=label_mask)
+        A = ll.build(Layer(), cfg, calibration=[{"x": x, "labels": labels}]).init(seed=0)["linear"]["A"]
+        assert cosine(A, pca(used.reshape(-1, 24), 4)[0]) > 1 - 1e-4
+
+
+@pytest.mark.parametrize(("count", "center", "fits"), [(5, True, False), (6, True, True), (5, False, True), (4, False, False)])
+def test_needs_as_many_tokens_as_directions(count, center, fits):
+    model, cfg = nn.Sequential(nn.Linear(24, 8)), EVAConfig(r=5, center=center)
+    if fits:
+        assert ll.build(model, cfg, calibration=[tokens(count)]).num_params == 5 * 32
+    else:
+        with pytest.raises(ValueError, match=f"EVAConfig.r: expected at most 4, .*{count} tokens.*width 24, found 5. Lower r or"):
+            ll.build(model, cfg, calibration=[tokens(count)])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rho": 2.0}, r"EVAConfig\.rho: expected 1\.0.*found 2\.0\. Redistributing ranks is not supported"),
+        ({"r": 0}, r"EVAConfig\.r: expected an integer >= 1, found 0"),
+        ({"center": 1}, r"EVAConfig\.center: expected True or False, found 1"),
+        ({"label_mask": None}, r"EVAConfig\.label_mask: expected True or False, found None"),
+    ],
+)
+def test_refuses_fields(fields, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        EVAConfig(**fields)
