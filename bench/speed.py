@@ -137,7 +137,7 @@ def main() -> None:
     print(f"DoRA {lora['median']:.3f} of LoRA's step; call of {results['overhead']['targets']} targets {call['median']:.3f} of PEFT's")
     print(f"build of {results['overhead']['targets']} targets: {results['overhead']['build_seconds'] * 1e3:.0f} ms")
     torch.set_num_threads(2)
-    results["populations"] = populations(width, layers, r=16, repeats=repeats // 3)
+    results["populations"] = populations(width, layers, r=16, repeats=max(3, repeats // 3))
     for name, ratio in results["populations"].items():
         print(f"{name}: {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}] of the loop, two threads")
     for name, size in results["memory"]["peak_bytes"].items():

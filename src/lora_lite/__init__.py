@@ -13,6 +13,7 @@ from lora_lite.curvature import fisher_diag as fisher_diag
 from lora_lite.curvature import ggn_vp as ggn_vp
 from lora_lite.curvature import hvp as hvp
 from lora_lite.frozen import Frozen as Frozen
+from lora_lite.groups import lora_plus as lora_plus
 from lora_lite.io import load as load
 from lora_lite.io import save as save
 from lora_lite.mixed import stack as stack
