@@ -12,9 +12,24 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_lite as ll
+from lora_lite.peft.rows import ROWS
 
 TOLERANCE = 1e-5  # float32, relative to the largest entry of the update
-EXACT = {"lora", "rslora", "patterns", "gaussian", "orthogonal", "hra", "oft", "oft-exact", "oft-terms", "oft-shared", "oft-bound"}
+EXACT = {
+    "vera",
+    "adalora",
+    "lora",
+    "rslora",
+    "patterns",
+    "gaussian",
+    "orthogonal",
+    "hra",
+    "oft",
+    "oft-exact",
+    "oft-terms",
+    "oft-shared",
+    "oft-bound",
+}
 """Cases whose tensors PEFT keeps as ours: no neutral value is taken off and added again, which would round."""
 
 
@@ -66,6 +81,8 @@ THEIRS = {
     "road_1": _plain(peft.RoadConfig, variant="road_1", group_size=4),
     "road_2": _plain(peft.RoadConfig, variant="road_2", group_size=4),
     "road_4": _plain(peft.RoadConfig, variant="road_4", group_size=2),
+    "vera": lambda paths, conv1d: peft.VeraConfig(r=5, target_modules=paths, projection_prng_key=3, fan_in_fan_out=conv1d),
+    "adalora": lambda paths, conv1d: peft.AdaLoraConfig(init_r=5, target_r=3, total_step=9, target_modules=paths, fan_in_fan_out=conv1d),
     "oft": _plain(peft.OFTConfig, oft_block_size=4),
     "oft-exact": _plain(peft.OFTConfig, oft_block_size=4, use_cayley_neumann=False),
     "oft-terms": _plain(peft.OFTConfig, oft_block_size=2, num_cayley_neumann_terms=4),
@@ -133,9 +150,13 @@ def test_pefts_file_gives_pefts_values_and_gradients(name, case, tmp_path):
     weights = torch.randn(want.shape)
     (want * weights).sum().backward()
     _, grads = ll.value_and_grad(lambda p: (_adapted(adapt, p, batch) * weights).sum())(params)
-    ours = torch.cat([g.abs().flatten() for g in ll.tree_leaves(grads)]).sort().values  # PiSSA's signs and the order of layers are free
-    trained = [p.grad.abs().flatten() for p in theirs.parameters() if p.requires_grad]
-    _close(ours, torch.cat(trained).sort().values, "the gradients")
+    theirs_by_key = {key.replace(".default", "").removesuffix(".weight"): p.grad for key, p in theirs.named_parameters() if p.requires_grad}
+    for target, cfg in zip(adapt.targets, adapt.configs):
+        for leaf, got in grads[target.path].items():
+            want = theirs_by_key.pop(f"base_model.model.{target.path}.{ROWS[cfg.name].leaves[leaf].key}".removesuffix(".weight"))
+            got, want = (got.abs(), want.abs()) if cfg.name == "pissa" else (got, want)  # the signs of singular vectors are free
+            _close(got, want.reshape(got.shape), f"the gradient of {target.path}.{leaf}")
+    assert theirs_by_key == {}
 
 
 @pytest.mark.parametrize(("name", "case"), PAIRS)
@@ -173,6 +194,8 @@ OURS = {
     "delora-none": ll.DeLoRAConfig(r=2, w_norm="none"),
     "hra": ll.HRAConfig(r=4),
     "road": ll.ROADConfig(variant="road_2", group_size=4),
+    "vera": ll.VeRAConfig(r=5, seed=7),
+    "adalora": ll.AdaLoRAConfig(init_r=4, target_r=2, total_step=9, alpha=3.0),
     "oft": ll.OFTConfig(block_size=4, terms=4),
     "oft-exact": ll.OFTConfig(block_size=2, cayley="exact", block_share=True),
 }
@@ -193,3 +216,146 @@ def test_peft_loads_what_we_write(case, tmp_path):
         assert [t.path for t in back.targets] == [t.path for t in adapt.targets]
         for got, want in zip(ll.tree_leaves({p: again[p] for p in params}), ll.tree_leaves(params)):
             assert torch.equal(got, want) if case in {*EXACT, "two-ranks"} else torch.allclose(got, want, rtol=0, atol=2e-6)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A LoRA that PEFT saved from the linear model."""
+    model, _ = _make("linear")
+    _wrapped(model, peft.LoraConfig(r=4, target_modules=["0", "2"])).save_pretrained(tmp_path / "lora")
+    return tmp_path / "lora"
+
+
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights")  # PEFT loads the start beside it to take it off
+def test_converted_pissa_is_plain_lora_on_the_weight_as_it_was(tmp_path):
+    model, batch = _make("linear")
+    theirs = peft.get_peft_model(copy.deepcopy(model), THEIRS["pissa"](PATHS["linear"], False)).eval()
+    theirs.save_pretrained(tmp_path / "start")
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape))
+    theirs.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    adapt, params = ll.from_peft(model, tmp_path / "converted")
+    assert {cfg.name for cfg in adapt.configs} == {"lora"}
+    base = _run(model, batch).detach()
+    _close(adapt(params, batch) - base, _run(theirs, batch) - base)
+
+
+@pytest.mark.parametrize("start", ["eva", None, False])
+def test_plain_starts_are_plain_lora(folder, start):
+    model, _ = _make("linear")
+    _, want = ll.from_peft(model, folder)
+    _edit(folder, init_lora_weights=start)
+    _, params = ll.from_peft(model, folder)
+    assert all(torch.equal(a, b) for a, b in zip(ll.tree_leaves(params), ll.tree_leaves(want)))
+
+
+def test_fields_that_select_layers_and_half_precision_do_not_matter(folder):
+    model, _ = _make("linear")
+    adapt, params = ll.from_peft(model, folder)
+    half = {key: t.to(torch.bfloat16) for key, t in _saved(folder).items()}
+    safetensors.torch.save_file(half, folder / "adapter_model.safetensors")
+    _edit(folder, target_modules="all-linear", exclude_modules=["9"], layers_to_transform=[7], task_type="CAUSAL_LM")
+    _, rounded = ll.from_peft(model, folder)
+    for got, want in zip(ll.tree_leaves(rounded), ll.tree_leaves(params)):
+        assert torch.equal(got, want.to(torch.bfloat16).float())
+    assert [t.path for t in adapt.targets] == ["0", "2"]
+
+
+def test_dropout_and_mode_are_taken_over(folder):
+    model, batch = _make("linear")
+    _edit(folder, lora_dropout=0.5)
+    adapt, params = ll.from_peft(model, folder)
+    assert torch.equal(adapt(params, batch), adapt(params, batch))
+    train = adapt.train()
+    assert not torch.equal(train(params, batch), train(params, batch))
+
+
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.filterwarnings("ignore:Specified to not save vera_A")
+def test_projections_of_vera_are_those_of_the_file_or_drawn_again(saved, tmp_path):
+    model, batch = _make("linear")
+    theirs = _wrapped(model, peft.VeraConfig(r=5, target_modules=["0", "2"], projection_prng_key=3, save_projection=saved))
+    if saved:
+        theirs.base_model.vera_A["default"].mul_(3)
+    theirs.save_pretrained(tmp_path)
+    assert ("base_model.vera_A" in _saved(tmp_path)) == saved
+    adapt, params = ll.from_peft(model, tmp_path)
+    base = _run(model, batch).detach()
+    _close(adapt(params, batch) - base, _run(theirs, batch) - base)
+
+
+def test_adalora_after_pruning_is_read_with_zeros_for_what_was_cut(tmp_path):
+    model, batch = _make("linear")
+    theirs = _wrapped(model, peft.AdaLoraConfig(init_r=5, target_r=2, total_step=9, target_modules=["0", "2", "4"]))
+    theirs(batch).square().sum().backward()
+    for step in range(1, 10):
+        theirs.base_model.update_and_allocate(step)
+    theirs.save_pretrained(tmp_path)
+    ranks = [t.shape[0] for key, t in _saved(tmp_path).items() if key.endswith("lora_E")]
+    assert sum(ranks) == 6
+    adapt, params = ll.from_peft(model, tmp_path)
+    assert adapt.shapes["0"] == {"A": (5, 12), "B": (20, 5), "E": (5,)}
+    assert [int(params[path]["E"].count_nonzero()) for path in params] == ranks
+    base = _run(model, batch).detach()
+    _close(adapt(params, batch) - base, _run(theirs, batch) - base)
+
+
+def test_norms_of_delora_are_those_of_the_file(tmp_path):
+    model, batch = _make("linear")
+    theirs = _wrapped(model, THEIRS["delora"](PATHS["linear"], False))
+    theirs.base_model.model.get_submodule("0").delora_w_norm["default"].mul_(3)
+    theirs.save_pretrained(tmp_path)
+    adapt, params = ll.from_peft(model, tmp_path)
+    base = _run(model, batch).detach()
+    _close(adapt(params, batch) - base, _run(theirs, batch) - base)
+
+
+def test_writing_again_replaces_both_files_and_leaves_others(tmp_path):
+    model, batch = _make("linear")
+    (tmp_path / "README.md").write_text("mine")
+    for cfg in (ll.LoRAConfig(r=2), ll.DoRAConfig(r=3)):
+        adapt = ll.build(model, cfg)
+        params = _moved(adapt.init())
+        ll.to_peft(adapt, params, tmp_path)
+    back, again = ll.from_peft(model, tmp_path)
+    torch.testing.assert_close(back(again, batch), adapt(params, batch))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path):
+    adapt = ll.build(_make("linear")[0], ll.LoRAConfig())
+    with pytest.raises(FileNotFoundError, match="expected the parent of"):
+        ll.to_peft(adapt, adapt.init(), tmp_path / "no" / "where")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="expected a folder"):
+        ll.to_peft(adapt, adapt.init(), tmp_path / "file")
+    with pytest.raises(ValueError, match="to_peft: expected params that fit"):
+        ll.to_peft(adapt, {}, tmp_path / "ours")
+
+
+def test_failed_write_leaves_the_old_files_whole(tmp_path, monkeypatch):
+    model, _ = _make("linear")
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    ll.to_peft(adapt, adapt.init(), tmp_path / "ours")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "ours").iterdir()}
+
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="disk full"):
+        ll.to_peft(adapt, adapt.init(seed=1), tmp_path / "ours")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "ours").iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["ours"]
+
+
+def test_layer_whose_path_ends_another_is_named_by_an_expression(tmp_path):
+    model = nn.ModuleDict({"0": nn.Linear(8, 8), "deep": nn.ModuleDict({"0": nn.Linear(8, 8)})})
+    adapt = ll.build(model, ll.LoRAConfig(r=2, target_names="^0$"))
+    ll.to_peft(adapt, adapt.init(), tmp_path)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert fields["target_modules"] == "0"  # as an expression it is matched in full; in a list it would take "deep.0" too
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    assert [path for path, layer in theirs.base_model.model.named_modules() if hasattr(layer, "lora_A")] == ["0"]

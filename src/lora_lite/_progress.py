@@ -1,5 +1,6 @@
 """A progress bar for work that takes a while."""
 
+import importlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,7 @@ def shown(items: Iterable[T], what: str, progress: bool) -> Iterator[T]:
         yield from items
         return
     try:
-        from tqdm import tqdm  # no dependency of ours
+        tqdm = importlib.import_module("tqdm").tqdm  # no dependency of ours
     except ImportError:
         start = time.monotonic()
         for k, item in enumerate(items):

@@ -12,6 +12,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "DELORA": {"r": 8, "delora_lambda": 15, "module_dropout": 0.0},
     "HRA": {"r": 8},
     "ROAD": {"variant": "road_1", "group_size": 64},
+    "VERA": {"r": 256, "projection_prng_key": 0, "d_initial": 0.1, "vera_dropout": 0.0},
+    "ADALORA": {
+        **{"init_r": 12, "target_r": 8, "tinit": 0, "tfinal": 0, "deltaT": 1, "beta1": 0.85, "beta2": 0.85},
+        **{"orth_reg_weight": 0.5, "total_step": None, "lora_alpha": 8, "lora_dropout": 0.0},
+    },
     "OFT": {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "block_share": False, "coft": False, "eps": 6e-5},
 }
 """The fields that are read, of each PEFT type, with PEFT's defaults."""
@@ -24,11 +29,12 @@ PATTERNS = {
 
 _ANY = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
 _ANY |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"}
+_OF_LORA = {"rank_pattern", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
+_OF_LORA |= {"megatron_config", "megatron_core", "qalora_group_size", "runtime_config"}
 FREE: dict[str, set[str]] = {
-    "LORA": {
-        *("rank_pattern", "alpha_pattern", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-        *("megatron_config", "megatron_core", "qalora_group_size", "runtime_config"),
-    },
+    "LORA": {*_OF_LORA, "alpha_pattern"},
+    "ADALORA": {*_OF_LORA, "r", "init_lora_weights"},  # of the fields that it inherits, it uses neither
+    "VERA": {"save_projection", "init_weights"},
     "IA3": {"feedforward_modules", "init_ia3_weights"},
     "DELORA": {"rank_pattern", "lambda_pattern", "init_weights"},
     "HRA": {"init_weights"},
@@ -72,6 +78,8 @@ def check_fields(fields: Mapping[str, Any], where: object) -> None:
         )
     if method == "LORA":
         _check_start(fields, where)
+    if method == "OFT" and resolve(fields, "use_cayley_neumann", ""):
+        _check_series(fields, where)
 
 
 def _check_start(fields: Mapping[str, Any], where: object) -> None:
@@ -89,6 +97,16 @@ def _check_start(fields: Mapping[str, Any], where: object) -> None:
         raise ValueError(
             f'from_peft: expected lora_dropout in "{where}" to be 0 with init_lora_weights="pissa", which has no dropout here, found '
             f"{fields['lora_dropout']}. Set it to 0 in the file: outputs in evaluation mode do not depend on it."
+        )
+
+
+def _check_series(fields: Mapping[str, Any], where: object) -> None:
+    version = str(fields.get("peft_version") or "")
+    numbers = [int(part) for part in re.findall(r"\d+", version)[:2]]
+    if numbers < [0, 18]:
+        raise ValueError(
+            f'from_peft: expected peft_version in "{where}" to be 0.18 or newer with use_cayley_neumann, whose series was another before, '
+            f"found {version or 'none'}. Merge the adapter with the PEFT that trained it and adapt the merged model."
         )
 
 

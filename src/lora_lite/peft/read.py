@@ -17,7 +17,7 @@ from lora_lite._tree import Tree, join
 from lora_lite.adapt import Adapt
 from lora_lite.build import build
 from lora_lite.config import AdapterConfig
-from lora_lite.frozen import kind_of
+from lora_lite.frozen import Constants, kind_of
 from lora_lite.peft.fields import DEFAULTS, check_fields, resolve
 from lora_lite.peft.rows import Leaf, Row, rows_of
 from lora_lite.variants.oft import project
@@ -31,8 +31,8 @@ Chosen = dict[str, tuple[Row, Any]]
 def from_peft(model: nn.Module, directory: str | os.PathLike[str], *, remat: str | None = None) -> tuple[Adapt, Tree]:
     """Read an adapter that PEFT saved and bind it to a model; the package `peft` is not needed.
 
-    LoRA with its patterns and rank-stabilised scale, DoRA, PiSSA, IA3, DeLoRA, HRA, ROAD and OFT. The layers are those that the file of
-    tensors names. Layers with other hyperparameters get a config of their own.
+    LoRA with its patterns and rank-stabilised scale, DoRA, PiSSA, IA3, DeLoRA, HRA, ROAD, OFT, VeRA and AdaLoRA. The layers are those that
+    the file of tensors names. Layers with other hyperparameters get a config of their own.
 
     Args:
         model: the model that the adapter was trained on, as it was before PEFT wrapped it.
@@ -52,12 +52,15 @@ def from_peft(model: nn.Module, directory: str | os.PathLike[str], *, remat: str
     folder = Path(directory)
     fields = _read_fields(folder / CONFIG)
     check_fields(fields, folder / CONFIG)
-    layers, faults = _by_layer(fields["peft_type"], _read_tensors(folder / WEIGHTS))
+    tensors = _read_tensors(folder / WEIGHTS)
+    shared = {key: tensors.pop(key) for row in rows_of(fields["peft_type"]) for key in row.shared.values() if key in tensors}
+    layers, faults = _by_layer(fields["peft_type"], tensors)
     faults = faults or _layer_faults(model, layers)
     _require(faults, folder, model)
     chosen = {path: (row, row.config(**values)) for path, (row, values) in _choose(fields, layers).items()}
-    adapt = _with_constants(build(model, _merged_configs(chosen), remat=remat), chosen, layers)
+    adapt = _with_constants(build(model, _merged_configs(chosen), remat=remat), chosen, layers, shared)
     theirs = {path: {n: _as_saved(layers[path][leaf.key], leaf) for n, leaf in row.leaves.items()} for path, (row, _) in chosen.items()}
+    theirs = {path: row.completed(cfg, theirs[path]) for path, (row, cfg) in chosen.items()}
     _require(tree_faults(theirs, adapt.shapes) + _field_faults(fields, layers, chosen), folder, model)
     return adapt, {path: _ours(adapt, model, path, row, theirs[path]) for path, (row, _) in chosen.items()}
 
@@ -159,20 +162,25 @@ def _merged_configs(chosen: Chosen) -> list[AdapterConfig]:
     return [dataclasses.replace(cfg, target_names=tuple(names)) for cfg, names in groups.items()]
 
 
-def _with_constants(adapt: Adapt, chosen: Chosen, layers: Layers) -> Adapt:
+def _with_constants(adapt: Adapt, chosen: Chosen, layers: Layers, shared: Mapping[str, Tensor]) -> Adapt:
     """Take constants that the file holds from there: the weight may have changed since they were derived."""
-    constants = dict(adapt._plan.constants)
-    for path, (row, _) in chosen.items():
-        loaded = {name: layers[path][leaf.key].to(constants[path][name], copy=True) for name, leaf in row.constants.items()}
-        wrong = [name for name, t in loaded.items() if t.shape != constants[path][name].shape]
-        if wrong:
-            key, want = row.constants[wrong[0]].key, tuple(constants[path][wrong[0]].shape)
-            raise ValueError(
-                f'from_peft: expected "{join(path, key)}" of shape {want}, found {tuple(loaded[wrong[0]].shape)}. '
-                "Pass the model that PEFT wrapped."
-            )
-        constants[path] = {**constants[path], **loaded}
-    return Adapt(dataclasses.replace(adapt._plan, constants=constants))
+    plan = adapt._plan
+    constants, common = dict(plan.constants), dict(plan.shared)
+    for path, (row, cfg) in chosen.items():
+        loaded = {name: (join(path, leaf.key), layers[path][leaf.key]) for name, leaf in row.constants.items()}
+        constants[path] = _replaced(constants[path], loaded)
+        found = {name: (key, shared[key]) for name, key in row.shared.items() if key in shared}
+        if found:
+            common[cfg.name] = _replaced(common[cfg.name], found)
+    return Adapt(dataclasses.replace(plan, constants=constants, shared=common))
+
+
+def _replaced(derived: Constants, loaded: Mapping[str, tuple[str, Tensor]]) -> Constants:
+    for name, (key, tensor) in loaded.items():
+        if tensor.shape != derived[name].shape:
+            want, found = tuple(derived[name].shape), tuple(tensor.shape)
+            raise ValueError(f'from_peft: expected "{key}" of shape {want}, found {found}. Pass the model that PEFT wrapped.')
+    return {**derived, **{name: tensor.to(derived[name], copy=True) for name, (_, tensor) in loaded.items()}}
 
 
 def _field_faults(fields: Mapping[str, Any], layers: Layers, chosen: Chosen) -> list[str]:

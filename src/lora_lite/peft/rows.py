@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import Constants
 from lora_lite.peft.fields import resolve
+from lora_lite.variants.adalora import AdaLoRAConfig
 from lora_lite.variants.delora import DeLoRAConfig
 from lora_lite.variants.dora import DoRAConfig
 from lora_lite.variants.hra import HRAConfig
@@ -22,6 +24,7 @@ from lora_lite.variants.lora import LoRAConfig
 from lora_lite.variants.oft import OFTConfig
 from lora_lite.variants.pissa import PiSSAConfig
 from lora_lite.variants.road import ROADConfig
+from lora_lite.variants.vera import VeRAConfig
 
 Fields = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]
@@ -49,6 +52,8 @@ class Row(NamedTuple):
         when: whether a layer of this PEFT type is of this variant; the first row that fits is taken.
         constants: our constants that the file holds, by name.
         saved: `(target's input width, constants)` to the constants as the file holds them.
+        shared: keys of the constants that all layers share, by name; a file may lack them.
+        completed: PEFT's tensors with what it leaves out of the file.
         signs: signs that align PEFT's factors with ours, by param.
         written: config and params as another variant, where PEFT's files hold them so.
         refused: what of a config PEFT cannot express, as the field and the reason.
@@ -64,6 +69,8 @@ class Row(NamedTuple):
     when: Callable[[Fields, Tensors], bool] = lambda fields, tensors: True
     constants: Mapping[str, Leaf] = {}
     saved: Callable[[int, Constants], Leaves] = lambda i, constants: {}
+    shared: Mapping[str, str] = {}
+    completed: Callable[[Any, Leaves], Leaves] = lambda cfg, theirs: theirs
     signs: Callable[[Tensors, Constants], Leaves] = lambda theirs, constants: {}
     written: Callable[[Any, Leaves, Constants], tuple[Any, Leaves]] = lambda cfg, leaves, constants: (cfg, leaves)
     refused: Callable[[Any], str | None] = lambda cfg: None
@@ -124,6 +131,27 @@ def _read_oft(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
 def _write_oft(cfg: OFTConfig) -> dict[str, Any]:
     series = {"use_cayley_neumann": cfg.cayley == "series", "num_cayley_neumann_terms": cfg.terms}
     return {"r": 0, "oft_block_size": cfg.block_size, "block_share": cfg.block_share, **series}
+
+
+_SCHEDULE = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
+
+
+def _read_adalora(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
+    schedule = {name: resolve(fields, name, path) for name in _SCHEDULE}
+    return {**schedule, "alpha": resolve(fields, "lora_alpha", path), "dropout": resolve(fields, "lora_dropout", path)}
+
+
+def _write_adalora(cfg: AdaLoRAConfig) -> dict[str, Any]:
+    return {**{name: getattr(cfg, name) for name in _SCHEDULE}, "lora_alpha": cfg.alpha, "lora_dropout": cfg.dropout}
+
+
+def _pruned(cfg: AdaLoRAConfig, theirs: Leaves) -> Leaves:
+    """Give zeros for the triplets that PEFT cuts out of its files, which are those with `E = 0`."""
+    missing = cfg.init_r - theirs["E"].shape[0]
+    if missing <= 0:
+        return theirs
+    pads = {"A": (0, 0, 0, missing), "B": (0, missing), "E": (0, missing)}
+    return {name: F.pad(t, pads[name]) for name, t in theirs.items()}
 
 
 def _one(cfg: Any, constants: Constants) -> float:
@@ -189,6 +217,28 @@ ROWS: dict[str, Row] = {
         {"theta": Leaf("road_theta", 1), "a": Leaf("road_alpha", 1, _one)},
         lambda fields, path, _: {name: resolve(fields, name, path) for name in ("variant", "group_size")},
         lambda cfg: {"variant": cfg.variant, "group_size": cfg.group_size},
+    ),
+    "vera": Row(
+        VeRAConfig,
+        "VERA",
+        {"lambda_d": Leaf("vera_lambda_d", 1), "lambda_b": Leaf("vera_lambda_b", 1)},
+        lambda fields, path, tensors: {
+            **{"r": tensors["vera_lambda_d"].shape[0], "seed": resolve(fields, "projection_prng_key", path)},
+            **{"d_initial": resolve(fields, "d_initial", path), "dropout": resolve(fields, "vera_dropout", path)},
+        },
+        lambda cfg: {"r": cfg.r, "projection_prng_key": cfg.seed, "d_initial": cfg.d_initial, "vera_dropout": cfg.dropout},
+        shared={"A": "base_model.vera_A", "B": "base_model.vera_B"},
+        conv1d=True,
+    ),
+    "adalora": Row(
+        AdaLoRAConfig,
+        "ADALORA",
+        {"A": Leaf("lora_A", 2), "B": Leaf("lora_B", 2), "E": Leaf("lora_E", 2, shape=(-1, 1))},
+        _read_adalora,
+        _write_adalora,
+        completed=_pruned,
+        refused=lambda cfg: "total_step=None: PEFT requires a number" if cfg.total_step is None else None,
+        conv1d=True,
     ),
     "oft": Row(OFTConfig, "OFT", {"v": Leaf("oft_R.weight", 2)}, _read_oft, _write_oft),
 }

@@ -23,6 +23,9 @@ from lora_lite.peft.read import CONFIG, PREFIX, WEIGHTS
 from lora_lite.peft.rows import ROWS, Leaves, Row
 from lora_lite.targets import Target
 
+VERSION = "0.18.0"
+"""The oldest PEFT that reads these files as they are meant: OFT's series was another before."""
+
 OF_TYPE: dict[str, dict[str, Any]] = {
     "LORA": {"bias": "none"},
     "IA3": {"feedforward_modules": []},
@@ -30,6 +33,8 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "HRA": {"bias": "none"},
     "ROAD": {},
     "OFT": {"bias": "none"},
+    "VERA": {"bias": "none", "save_projection": True},
+    "ADALORA": {"bias": "none"},
 }
 """Fields that are the same in every file of a PEFT type."""
 
@@ -46,8 +51,8 @@ class Written(NamedTuple):
 def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory: str | os.PathLike[str]) -> None:
     """Write an adapter so that `peft.PeftModel.from_pretrained(model, directory)` gives the same outputs.
 
-    LoRA, DoRA, IA3 with IA3-FF, DeLoRA, HRA, ROAD and OFT keep their tensors. PiSSA is written as LoRA of twice the rank, which acts
-    on the weight as it is. Both files are written beside their place and moved, so that neither is ever half-written.
+    LoRA, DoRA, IA3 with IA3-FF, DeLoRA, HRA, ROAD, OFT, VeRA and AdaLoRA keep their tensors. PiSSA is written as LoRA of twice the rank,
+    which acts on the weight as it is. Both files are written beside their place and moved, so that neither is ever half-written.
 
     Args:
         adapt: what the params belong to.
@@ -68,6 +73,8 @@ def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory:
     _refuse(entries)
     layers = [_written(target, cfg, dict(params[target.path]), adapt) for target, cfg in entries]
     tensors = {PREFIX + join(layer.target.path, key): t for layer in layers for key, t in layer.tensors.items()}
+    for cfg in adapt.configs:
+        tensors |= {key: adapt.constants[cfg.name][name].cpu() for name, key in ROWS[cfg.name].shared.items()}
     _write(folder, _fields(adapt, layers), tensors)
 
 
@@ -119,7 +126,7 @@ def _fields(adapt: Adapt, layers: list[Written]) -> dict[str, Any]:
         ValueError: where layers differ in a field that PEFT has once.
     """
     method = layers[0].row.peft_type
-    fields = {"peft_type": method, "task_type": None, "inference_mode": True, **OF_TYPE[method]}
+    fields = {"peft_type": method, "peft_version": VERSION, "task_type": None, "inference_mode": True, **OF_TYPE[method]}
     fields["base_model_name_or_path"] = getattr(getattr(adapt._plan.base, "config", None), "_name_or_path", None)
     fields["target_modules"] = _target_modules(adapt, [layer.target.path for layer in layers])
     if any(layer.row.conv1d for layer in layers):

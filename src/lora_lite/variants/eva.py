@@ -21,7 +21,9 @@ the forward: it is kept so that a loaded `adapt` can `init` again without data.
 Departures: the covariance is summed in one pass over all data and decomposed once, where the paper and PEFT update a truncated SVD batch
 by batch until it settles; the directions are those of the whole data. `A` is centred as in PEFT; `center=False` takes the second moment
 instead, whose first direction is close to the mean. Every layer keeps the rank `r`: the paper's redistribution of ranks between layers
-(`rho > 1`, PEFT's default is 2) is refused. Positions that are masked or, with `label_mask`, ignored by the loss are left out, as in PEFT.
+(`rho > 1`, PEFT's default is 2) is refused. `whiten` divides a row once
+by the root of its singular value in the data; PEFT divides again for each layer that shares the input, and counts the data as often as it
+is repeated until the directions settle. Positions that are masked or, with `label_mask`, ignored by the loss are left out, as in PEFT.
 """
 
 import math
@@ -55,7 +57,7 @@ class EVAConfig(AdapterConfig):
         alpha: numerator of the scale `alpha / r`, dimensionless.
         center: take directions about the mean of the inputs, else about zero.
         rho: redistribution of ranks between layers; only 1.0, every layer at rank `r`.
-        whiten: divide each row by the square root of its singular value in the data, as PEFT does; it depends on their number.
+        whiten: divide each row by the square root of its singular value in the data; rows then shrink with the number of tokens.
         label_mask: leave out positions whose label is -100, where a batch has `labels` of the tokens' shape.
     """
 
