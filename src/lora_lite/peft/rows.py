@@ -106,10 +106,10 @@ def _pissa_signs(theirs: Tensors, constants: Constants) -> Leaves:
 
 
 def _as_lora(cfg: PiSSAConfig, leaves: Leaves, constants: Constants) -> tuple[LoRAConfig, Leaves]:
-    """Give PEFT's conversion: `B A - B0 A0` as one product of twice the rank, on the weight as it was."""
+    """Give `B A - B0 A0` as one product of twice the rank, `(B0 + dB) dA + dB A0`: nothing cancels, and the start stays exact."""
     A0, B0 = constants["A0"], constants["B0"]
     doubled = LoRAConfig(r=2 * cfg.r, alpha=2 * cfg.alpha, dtype=cfg.dtype)
-    return doubled, {"A": torch.cat([A0 + leaves["dA"], A0]), "B": torch.cat([B0 + leaves["dB"], -B0], dim=1)}
+    return doubled, {"A": torch.cat([leaves["dA"], A0]), "B": torch.cat([B0 + leaves["dB"], leaves["dB"]], dim=1)}
 
 
 def _read_delora(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
