@@ -34,7 +34,8 @@ class AdapterConfig:
     A subclass gives `name`, `init` and `forward`; the other facts have defaults:
 
     - `needs`: what it asks of the weight, one of `lora_lite.frozen.NEEDS`.
-    - `calibrated`: whether `init` needs statistics of the inputs.
+    - `calibrated`: whether `init` needs statistics of the inputs. Which ones a class variable `statistic` may say, by default
+      `lora_lite.Statistics`; with `label_mask` positions whose label is -100 are left out.
     - `identity`: relative tolerance of the identity at init; 0.0 for exact, None if it does not start at the base model.
     - `linear`: whether the adapted layer is an affine map of `x`, so that it can be merged.
     - `trained`, `macs`: trained numbers per target and multiply-adds per token, as formulas in `i`, `o` and the fields;

@@ -17,7 +17,7 @@ from lora_lite.testing._case import Case as Case
 from lora_lite.testing._case import make_cases as make_cases
 from lora_lite.testing._derivatives import forward_mode, gradients
 from lora_lite.testing._formula import acts, counts, deterministic, facts, identity, merged, precision, pure, rows, shapes, steered, vmapped
-from lora_lite.testing._model import compiles, saved, untouched
+from lora_lite.testing._model import compiles, mixed_batch, saved, untouched
 
 __all__ = ["CHECKS", "Case", "check_variant", "make_cases"]
 
@@ -25,7 +25,7 @@ CHECKS: dict[str, Callable[[AdapterConfig], None]] = {
     f.__name__: f
     for f in (
         *(facts, deterministic, identity, acts, pure, gradients, forward_mode, vmapped, rows),
-        *(merged, steered, precision, shapes, counts, compiles, saved, untouched),
+        *(merged, steered, precision, shapes, counts, compiles, mixed_batch, saved, untouched),
     )
 }
 """Every check by name, for a test that runs each on its own."""

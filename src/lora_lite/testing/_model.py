@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lora_lite._tree import Tree, tree_leaves, tree_map
 from lora_lite.adapt import Adapt
 from lora_lite.build import build
 from lora_lite.config import AdapterConfig
 from lora_lite.io import load, save
+from lora_lite.mixed import stack, unstack
 from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32, inputs
 
 
@@ -66,6 +68,26 @@ def saved(cfg: AdapterConfig) -> None:
     first, second = again.init(3), adapt.init(3)
     if not all(torch.equal(first[where][name], leaf) for where, leaves in second.items() for name, leaf in leaves.items()):
         fail("a loaded adapt to init as the saved one does", "other params")
+
+
+def mixed_batch(cfg: AdapterConfig) -> None:
+    """Rows of one batch, each through its own adapter, equal a loop over the adapters; so do their gradients."""
+    model, params, x = _layers(cfg)
+    adapt = _build(model, cfg)
+    members = [tree_map(lambda p, c=c: c * p, params) for c in (1.0, 0.5)]
+    index = [1, 0, 1]
+
+    def loss(stacked: Tree) -> Tensor:
+        return adapt.mixed(stacked, x, index).square().sum()
+
+    mixed, grads = adapt.mixed(stack(members), x, index), unstack(torch.func.grad(loss)(stack(members)))
+    for row, k in enumerate(index):
+        close("a row of a mixed batch", mixed[row], adapt(members[k], x[row]), VALUES[torch.float32])
+    for k, member in enumerate(members):
+        rows = x[[row for row, taken in enumerate(index) if taken == k]]
+        alone = torch.func.grad(lambda p, rows=rows: adapt(p, rows).square().sum())(member)
+        for got, want in zip(tree_leaves(grads[k]), tree_leaves(alone)):
+            close("a member's gradient in a mixed batch", got, want, 10 * VALUES[torch.float32])  # sums over rows in another order
 
 
 def untouched(cfg: AdapterConfig) -> None:
