@@ -5,6 +5,7 @@ A new variant is one row in `CASES`; a new architecture one function in `tiny_mo
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import transformers as tf
@@ -226,3 +227,16 @@ tiny_models: dict[str, Callable[..., tuple[nn.Module, dict[str, torch.Tensor]]]]
     ),
 }
 """Model family -> a function giving `(model, batch)`; its keywords override the config's fields."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShiftConfig(ll.AdapterConfig):
+    """A bias beside the layer, from outside the package: name, init and forward, nothing else."""
+
+    name: ClassVar[str] = "shift"
+
+    def init(self, W, generator, stats=None):
+        return {"d": torch.zeros(W.out_features)}, {}
+
+    def forward(self, params, W, x):
+        return W(x) + params["d"]

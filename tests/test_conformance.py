@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import lora_lite as ll
-from cases import CASES, assert_trees_equal, move
+from cases import CASES, ShiftConfig, assert_trees_equal, move
 from lora_lite.testing import CHECKS
 
 
@@ -31,19 +31,6 @@ def test_declared_failures_name_checks():
 
 
 # Two variants from outside the package.
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShiftConfig(ll.AdapterConfig):
-    """A bias: name, init and forward, nothing else."""
-
-    name: ClassVar[str] = "shift"
-
-    def init(self, W, generator, stats=None):
-        return {"d": torch.zeros(W.out_features)}, {}
-
-    def forward(self, params, W, x):
-        return W(x) + params["d"]
 
 
 class TiltParams(TypedDict):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from cases import FIVE, by_name, move
+from cases import FIVE, ShiftConfig, by_name, move
 
 
 @pytest.mark.parametrize("cfg", FIVE, ids=by_name)
@@ -36,19 +36,6 @@ def test_merge_keeps_dtype_and_layout(tiny):
     merged = ll.build(model, ll.LoRAConfig(r=2)).merge(ll.build(model, ll.LoRAConfig(r=2)).init())
     own = model.state_dict()
     assert all(torch.equal(tensor, own[name]) and tensor.dtype == torch.bfloat16 for name, tensor in merged.items())
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShiftConfig(ll.AdapterConfig):
-    """A bias beside the layer."""
-
-    name: ClassVar[str] = "shift"
-
-    def init(self, W, generator, stats=None):
-        return {"d": torch.zeros(W.out_features)}, {}
-
-    def forward(self, params, W, x):
-        return W(x) + params["d"]
 
 
 @dataclass(frozen=True, kw_only=True)

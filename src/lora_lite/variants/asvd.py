@@ -31,16 +31,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite._check import checked
-from lora_lite.config import AdapterConfig, expect, expect_int, expect_number
+from lora_lite.config import expect_number
 from lora_lite.frozen import Constants, Frozen
 from lora_lite.statistics import Means, exact, require_stats
-from lora_lite.variants.corda import oriented_factors, oriented_init, require_start
-from lora_lite.variants.pissa import PiSSAParams, pissa
+from lora_lite.variants.corda import oriented_factors, require_start
+from lora_lite.variants.pissa import PiSSAConfig, PiSSAParams, pissa
 
 
 @checked
@@ -50,7 +49,7 @@ def asvd(params: PiSSAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: flo
 
 
 @dataclass(frozen=True, kw_only=True)
-class ASVDConfig(AdapterConfig):
+class ASVDConfig(PiSSAConfig):
     """Config of ASVD.
 
     Args:
@@ -60,34 +59,19 @@ class ASVDConfig(AdapterConfig):
     """
 
     name: ClassVar[str] = "asvd"
-    needs: ClassVar[str] = "dense_init"
     calibrated: ClassVar[bool] = True
     statistic: ClassVar[type[Means]] = Means  # no i x i matrix is gathered
-    trained: ClassVar[str | None] = "r * (i + o)"
-    macs: ClassVar[str | None] = "2 * r * (i + o)"
 
-    r: int = 8
-    alpha: float = 16.0
     power: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expect_int(self, "r", 1, "Set r to the rank of the update, e.g. r=8.")
-        expect_number(self, "alpha", 0.0, math.inf, "The update is scaled by alpha / r, e.g. alpha=16.")
-        expect(self, "alpha", self.alpha > 0, "a number > 0", "The singular values are divided by alpha / r.")
         expect_number(self, "power", 0.0, math.inf, "The paper's is power=0.5.")
 
-    @property
-    def scale(self) -> float:
-        """The factor of the update, `alpha / r`."""
-        return self.alpha / self.r
-
-    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[PiSSAParams, Constants]:
-        def derive() -> Constants:
-            d = exact(require_stats(self, W, stats, "mean_abs")) ** self.power
-            return oriented_factors(W, exact(W.dense()) * (d / d.mean()), slice(self.r), self.scale)
-
-        return oriented_init(self, W, derive)
+    def start(self, W: Frozen, stats: Any) -> Constants:
+        """Derive `A0` and `B0` from the SVD of `W diag(d)`."""
+        d = exact(require_stats(self, W, stats, "mean_abs")) ** self.power
+        return oriented_factors(W, exact(W.dense()) * (d / d.mean()), slice(self.r), self.scale)
 
     def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
         return asvd(params, W, x, scale=self.scale)

@@ -28,8 +28,7 @@ each batch is divided by the absolute value of its largest entry, sign counted, 
 plain second moment, in which tokens weigh alike. PEFT counts padding; here masked positions are left out.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -39,11 +38,11 @@ from torch import Tensor
 
 from lora_lite._check import checked
 from lora_lite._errors import listed
-from lora_lite.config import AdapterConfig, expect, expect_bool, expect_int, expect_number
+from lora_lite.config import expect, expect_bool
 from lora_lite.frozen import Constants, Frozen
 from lora_lite.statistics import Statistics, exact, require_stats
 from lora_lite.variants._linalg import truncated_svd
-from lora_lite.variants.pissa import PiSSAParams, pissa
+from lora_lite.variants.pissa import PiSSAConfig, PiSSAParams, pissa
 
 METHODS = ("ipm", "kpm")
 DAMPING = 0.01  # of the mean diagonal of C
@@ -81,17 +80,6 @@ def oriented_factors(W: Frozen, oriented: Tensor, keep: slice, scale: float) -> 
     return {"A0": A0.to(weight.dtype).contiguous(), "B0": (U * (S / scale).sqrt()).to(weight.dtype).contiguous()}
 
 
-def oriented_init(cfg: Any, W: Frozen, derive: Callable[[], Constants]) -> tuple[PiSSAParams, Constants]:
-    """Give zero increments and the start, derived where the layer does not hold it yet."""
-    if cfg.r > min(W.in_features, W.out_features):
-        raise ValueError(
-            f"{type(cfg).__name__}.r: expected at most min(i, o) = {min(W.in_features, W.out_features)} for a layer of shape "
-            f"({W.out_features}, {W.in_features}), found {cfg.r}. Lower r or leave the layer out."
-        )
-    start = dict(W.constants) or derive()
-    return {"dA": torch.zeros_like(start["A0"]), "dB": torch.zeros_like(start["B0"])}, start
-
-
 def require_start(W: Frozen, name: str) -> Frozen:
     """Refuse a layer without the start, which its weight alone does not determine."""
     if not W.constants:
@@ -109,7 +97,7 @@ def corda(params: PiSSAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: fl
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorDAConfig(AdapterConfig):
+class CorDAConfig(PiSSAConfig):
     """Config of CorDA.
 
     Args:
@@ -120,21 +108,13 @@ class CorDAConfig(AdapterConfig):
     """
 
     name: ClassVar[str] = "corda"
-    needs: ClassVar[str] = "dense_init"
     calibrated: ClassVar[bool] = True
-    trained: ClassVar[str | None] = "r * (i + o)"
-    macs: ClassVar[str | None] = "2 * r * (i + o)"
 
-    r: int = 8
-    alpha: float = 16.0
     method: str = "ipm"
     scaled: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expect_int(self, "r", 1, "Set r to the rank of the update, e.g. r=8.")
-        expect_number(self, "alpha", 0.0, math.inf, "The update is scaled by alpha / r, e.g. alpha=16.")
-        expect(self, "alpha", self.alpha > 0, "a number > 0", "The singular values are divided by alpha / r.")
         expect(self, "method", self.method in METHODS, f"one of {listed(METHODS)}", 'The default is "ipm".')
         expect_bool(self, "scaled")
 
@@ -143,19 +123,12 @@ class CorDAConfig(AdapterConfig):
         """What is gathered of the layer's inputs."""
         return ScaledStatistics if self.scaled else Statistics
 
-    @property
-    def scale(self) -> float:
-        """The factor of the update, `alpha / r`."""
-        return self.alpha / self.r
-
-    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[PiSSAParams, Constants]:
-        def derive() -> Constants:
-            C = exact(require_stats(self, W, stats, "second_moment"))
-            C = C + DAMPING * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
-            keep = slice(self.r) if self.method == "ipm" else slice(-self.r, None)
-            return oriented_factors(W, exact(W.dense()) @ C, keep, self.scale)
-
-        return oriented_init(self, W, derive)
+    def start(self, W: Frozen, stats: Any) -> Constants:
+        """Derive `A0` and `B0` from the SVD of `W C`."""
+        C = exact(require_stats(self, W, stats, "second_moment"))
+        C = C + DAMPING * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
+        keep = slice(self.r) if self.method == "ipm" else slice(-self.r, None)
+        return oriented_factors(W, exact(W.dense()) @ C, keep, self.scale)
 
     def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
         return corda(params, W, x, scale=self.scale)

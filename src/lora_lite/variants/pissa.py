@@ -95,11 +95,15 @@ class PiSSAConfig(AdapterConfig):
     def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[PiSSAParams, Constants]:
         if self.r > min(W.in_features, W.out_features):
             raise ValueError(
-                f"PiSSAConfig.r: expected at most min(i, o) = {min(W.in_features, W.out_features)} for a layer of shape "
+                f"{type(self).__name__}.r: expected at most min(i, o) = {min(W.in_features, W.out_features)} for a layer of shape "
                 f"({W.out_features}, {W.in_features}), found {self.r}. Lower r or leave the layer out."
             )
-        start = dict(W.constants) or principal_factors(W, self.r, self.scale)
+        start = dict(W.constants) or self.start(W, stats)
         return {"dA": torch.zeros_like(start["A0"]), "dB": torch.zeros_like(start["B0"])}, start
+
+    def start(self, W: Frozen, stats: Any) -> Constants:
+        """Derive `A0 (r, i)` and `B0 (o, r)`; variants that start elsewhere change this alone."""
+        return principal_factors(W, self.r, self.scale)
 
     def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
         return pissa(params, W, x, scale=self.scale)
