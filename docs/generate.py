@@ -65,7 +65,7 @@ def start(variant: Variant) -> str:
 def facts(variant: Variant) -> dict[str, str]:
     """Give what a variant's class declares, by heading."""
     return {
-        "trained numbers per layer": f"`{variant.trained}`",
+        "trained numbers per layer": f"`{variant.trained}`" if variant.trained else "all that it has",
         "extra MACs per token": f"`{variant.macs}`",
         "identity at init": start(variant),
         "needs of the weight": NEEDS[variant.needs],

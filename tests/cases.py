@@ -3,6 +3,8 @@
 A new variant is one row in `CASES`; a new architecture one function in `tiny_models`.
 """
 
+import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -12,6 +14,7 @@ import transformers as tf
 from torch import nn
 
 import lora_lite as ll
+from lora_lite.statistics import needs_loss
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,18 @@ CASES = (
     Row("bitfit", ll.BitFitConfig()),
     Row("eva", ll.EVAConfig(r=4)),
     Row("eva-uncentred-whitened", ll.EVAConfig(r=4, center=False, whiten=True)),
+    Row("eva-redistributed", ll.EVAConfig(r=4, rho=2.0)),
     *(Row(f"corda-{method}", ll.CorDAConfig(r=4, method=method)) for method in ("ipm", "kpm")),
     Row("corda-unscaled", ll.CorDAConfig(r=4, alpha=3.0, scaled=False)),
     Row("asvd", ll.ASVDConfig(r=4)),
     Row("vera", ll.VeRAConfig(r=8)),
     Row("adalora", ll.AdaLoRAConfig(init_r=6, target_r=3)),
+    Row("lora-ga", ll.LoRAGAConfig(r=4)),
+    Row("lora-ga-official", ll.LoRAGAConfig(r=4, direction="random", scale_start="weight_svd", recipe="official")),
+    Row("loreft", ll.LoReFTConfig(r=4)),
+    Row("loreft-identity", ll.LoReFTConfig(r=4, positions="l1", start="identity")),
+    Row("ln-tuning", ll.LNTuningConfig()),
+    Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 
 FIVE = (ll.LoRAConfig(r=4), ll.PiSSAConfig(r=4), ll.DoRAConfig(r=4), ll.IA3Config(), ll.IA3FFConfig())
@@ -82,6 +92,32 @@ def move(params, seed: int = 0, scale: float = 0.1):
         return leaf + step.to(leaf.device, leaf.dtype)
 
     return {path: {name: moved(leaf) for name, leaf in leaves.items()} for path, leaves in params.items()}
+
+
+class Blocks(nn.Module):
+    """Two blocks with a norm: something of every sort that a variant may adapt."""
+
+    def __init__(self, i: int = 48, o: int = 64) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(i, o), nn.Tanh(), nn.Linear(o, i, bias=False), nn.LayerNorm(i)) for _ in range(2)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def build_any(model: nn.Module, cfg: ll.AdapterConfig, batches, **options) -> ll.Adapt:
+    """Build any row's variant: on data and with a loss where it needs them; a whole module is one linear layer."""
+    if cfg.adapts == "module":
+        path = next(path for path, m in model.named_modules() if isinstance(m, nn.Linear))
+        cfg = dataclasses.replace(cfg, target_names=f"^{re.escape(path)}$")
+    options |= {"calibration": batches} if cfg.calibrated else {}
+    if needs_loss(cfg):
+        options["loss"] = lambda output, batch: tensors_of(output)[0].square().mean()
+    return ll.build(model, cfg, **options)
 
 
 def tensors_of(output) -> list[torch.Tensor]:

@@ -108,7 +108,7 @@ def test_every_variant_page_can_be_made(generate):
     for name, variant in ll.VARIANTS.items():
         text = generate.variant_page(name)
         assert text.startswith(generate.docstring(variant)), name
-        assert variant.trained in text, name
+        assert (variant.trained or "all that it has") in text, name
         assert text.count("$$") % 2 == 0, name
 
 
@@ -120,7 +120,7 @@ def test_readme_table_is_what_the_code_gives(generate):
 def test_readme_has_a_row_for_each_variant(generate):
     rows = generate.variants_table("docs/variants/").splitlines()[2:]
     assert [row.split("](")[1].split(")")[0] for row in rows] == [f"docs/variants/{name}.md" for name in ll.VARIANTS]
-    assert all(f"`{v.trained}` | `{v.macs}`" in row for row, v in zip(rows, ll.VARIANTS.values()))
+    assert all(f"{f'`{v.trained}`' if v.trained else 'all that it has'} | `{v.macs}`" in row for row, v in zip(rows, ll.VARIANTS.values()))
 
 
 def test_links_between_pages_lead_somewhere():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from cases import CASES, FIVE, by_name, move
+from cases import CASES, FIVE, Blocks, build_any, by_name, move
 
 ARCHITECTURES = ("llama", "bert", "t5")
 
@@ -66,9 +66,8 @@ def test_mixed_rows_and_their_gradients_equal_a_loop(tiny, name, cfg):
 @pytest.mark.parametrize("row", CASES, ids=lambda row: row.id)
 def test_groups_equal_a_loop_for_every_variant(row):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(48, 64), nn.Tanh(), nn.Linear(64, 48, bias=False)).eval()
-    x = torch.randn(6, 5, 48)
-    adapt = ll.build(model, row.cfg, calibration=[torch.randn(40, 7, 48)] if row.cfg.calibrated else None)
+    model, x = Blocks().eval(), torch.randn(6, 5, 48)
+    adapt = build_any(model, row.cfg, [torch.randn(40, 7, 48)])
     members = _members(adapt, 3)
     got = adapt.mixed(ll.stack(members), x)
     for k, member in enumerate(members):

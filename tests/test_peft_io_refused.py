@@ -53,7 +53,7 @@ REFUSED = {
     "peft_type": ("LOHA", 'peft_type in .* to be one of "LORA".*found "LOHA"'),
     "lora_bias": (True, "lora_bias: expected it off, found True"),
     "bias": ("all", "bias: expected it off, found 'all'"),
-    "modules_to_save": (["4"], "modules_to_save: expected it off"),
+    "modules_to_save": (["4"], 'modules_to_save: expected the tensors of "4", found none'),
     "use_qalora": (True, "use_qalora: expected it off"),
     "layer_replication": ([[0, 1]], "layer_replication: expected it off"),
     "from_the_future": ({"a": 1}, "from_the_future: expected it off"),
@@ -93,7 +93,7 @@ def test_options_that_pissa_does_not_have_are_named(folder, field, value):
         ("oft", {"peft_version": None}, "peft_version in .* to be 0.18 or newer .*found none"),
         ("oft", {"peft_version": "0.17.1"}, "found 0.17.1"),
         ("hra", {"apply_GS": True}, "apply_GS: expected it off"),
-        ("ia3", {"modules_to_save": ["4"]}, "modules_to_save: expected it off"),
+        ("ia3", {"modules_to_save": ["head"]}, 'modules_to_save: expected modules of this model, found "head"'),
         ("delora", {"bias": "delora_only"}, "bias: expected it off"),
     ],
 )

@@ -21,6 +21,7 @@ from lora_lite.mixed import unstack as unstack
 from lora_lite.peft import from_peft as from_peft
 from lora_lite.peft import to_peft as to_peft
 from lora_lite.peft.low_rank import to_lora as to_lora
+from lora_lite.statistics import Gradient as Gradient
 from lora_lite.statistics import Statistics as Statistics
 from lora_lite.targets import Target as Target
 from lora_lite.targets import Targets as Targets
@@ -36,11 +37,15 @@ from lora_lite.variants.corda import CorDAConfig as CorDAConfig
 from lora_lite.variants.delora import DeLoRAConfig as DeLoRAConfig
 from lora_lite.variants.dora import DoRAConfig as DoRAConfig
 from lora_lite.variants.eva import EVAConfig as EVAConfig
+from lora_lite.variants.full import FullConfig as FullConfig
 from lora_lite.variants.hra import HRAConfig as HRAConfig
 from lora_lite.variants.ia3 import IA3Config as IA3Config
 from lora_lite.variants.ia3_ff import IA3FFConfig as IA3FFConfig
+from lora_lite.variants.ln_tuning import LNTuningConfig as LNTuningConfig
 from lora_lite.variants.lora import LoRAConfig as LoRAConfig
+from lora_lite.variants.lora_ga import LoRAGAConfig as LoRAGAConfig
 from lora_lite.variants.lora_xs import LoRAXSConfig as LoRAXSConfig
+from lora_lite.variants.loreft import LoReFTConfig as LoReFTConfig
 from lora_lite.variants.oft import OFTConfig as OFTConfig
 from lora_lite.variants.pissa import PiSSAConfig as PiSSAConfig
 from lora_lite.variants.road import ROADConfig as ROADConfig

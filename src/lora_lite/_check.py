@@ -9,7 +9,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, get_type_hints
+from typing import Any, get_type_hints, is_typeddict
 
 import torch
 from beartype import BeartypeConf
@@ -32,8 +32,8 @@ def set_typecheck(on: bool) -> bool:
 
 def in_dtype(params: Mapping[str, Tensor], dtype: torch.dtype) -> Mapping[str, Tensor]:
     """Give the params in the dtype that the adapter computes in, the same object where nothing changes."""
-    if all(p.dtype == dtype for p in params.values()):
-        return params
+    if all(p.dtype == dtype for p in params.values()) or not dtype.is_floating_point:
+        return params  # of token ids there is no such dtype: an embedding computes in its own
     return {name: p.to(dtype) for name, p in params.items()}
 
 
@@ -48,7 +48,7 @@ def checked(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
         TypeError: with checking on; it lists each value that does not fit, what was expected and what was found.
     """
     hints = get_type_hints(fn, include_extras=True)
-    fields = get_type_hints(hints["params"], include_extras=True)
+    fields = get_type_hints(hints["params"], include_extras=True) if is_typeddict(hints["params"]) else None
 
     @functools.wraps(fn)
     def door(params: Any, W: Frozen | Tensor, x: Tensor, **statics: Any) -> Tensor:
@@ -70,9 +70,11 @@ def checked(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return door
 
 
-def _field_faults(params: object, fields: Mapping[str, Any]) -> list[str]:
+def _field_faults(params: object, fields: Mapping[str, Any] | None) -> list[str]:
     if not isinstance(params, Mapping):
-        return [f"params: expected a mapping with {', '.join(fields)}, found {type(params).__name__}"]
+        return [f"params: expected a mapping with {', '.join(fields or ('names',))}, found {type(params).__name__}"]
+    if fields is None:  # a mapping with any names
+        fields = dict.fromkeys(params, Float[Tensor, "..."])
     faults = [f'params["{name}"]: not expected' for name in params if name not in fields]
     for name, hint in fields.items():
         if name in params:

@@ -16,7 +16,9 @@ from lora_lite.config import AdapterConfig
 from lora_lite.frozen import Constants
 from lora_lite.merge import merge
 from lora_lite.mixed import INDEX, index_of, make_mixed, member_shapes, stacked_size
+from lora_lite.modules import FrozenBlock
 from lora_lite.plan import Plan, generator_for
+from lora_lite.prompt import note_prompts
 from lora_lite.remat import install
 from lora_lite.replica import Replicas
 from lora_lite.report import count_all, macs_by_target, table
@@ -243,6 +245,7 @@ def _bound_clone(plan: Plan) -> nn.Module:
         path = target.path
         adapt_layer(clone.get_submodule(path), target, cfg, plan.shapes[path], plan.constants_at(path, cfg))
     install(clone, plan.remat)
+    note_prompts(clone, [target.path for target, _ in plan.entries if issubclass(target.kind, FrozenBlock)])
     return clone
 
 

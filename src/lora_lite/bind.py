@@ -39,22 +39,31 @@ class Adapted:
 
     _lora_lite: Binding
 
-    def forward(self, x: Tensor) -> Tensor:
-        cfg, names, W, path = self._lora_lite
-        params = {name: getattr(self, attribute) for name, attribute in names}
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        cfg, _, W, path = self._lora_lite
+        own = super().forward  # type: ignore[misc]
         if torch.compiler.is_compiling():
-            return apply_variant(cfg, params, W, x)
+            return W.call(self._run, own, args, kwargs)
         try:
-            return apply_variant(cfg, params, W, x)
+            return W.call(self._run, own, args, kwargs)
         except Exception as e:
             e.add_note(f'in {type(cfg).__name__} at target "{path}"')
             raise
+
+    def _run(self, W: Frozen, x: Tensor) -> Tensor:
+        cfg, names, _, _ = self._lora_lite
+        return apply_variant(cfg, {name: getattr(self, attribute) for name, attribute in names}, W, x)
 
 
 @functools.cache
 def adapted_class(cls: Any) -> Any:
     """Make the subclass of a layer's class that a target takes in the clone; the same one for the same class."""
     return type(cls.__name__, (Adapted, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+def attribute_of(name: str) -> str:
+    """Name the attribute that holds a param; the params of a whole module have names with dots, which no attribute may have."""
+    return PARAM + name.replace(".", "/")
 
 
 def layer_at(clone: nn.Module, path: str) -> Any:
@@ -73,11 +82,11 @@ def adapt_layer(
     layer.__class__ = adapted_class(type(layer))  # type: ignore[arg-type]
     for name, shape in shapes.items():
         placeholder = torch.empty(shape, dtype=cfg.dtype, device="meta")
-        layer.register_parameter(PARAM + name, nn.Parameter(placeholder, requires_grad=False))
+        layer.register_parameter(attribute_of(name), nn.Parameter(placeholder, requires_grad=False))
     for name, constant in constants.items():
         layer.register_buffer(CONSTANT + name, constant)
     W = target.kind(layer, {name: CONSTANT + name for name in constants})
-    names = tuple((name, PARAM + name) for name in shapes)
+    names = tuple((name, attribute_of(name)) for name in shapes)
     vars(layer)["_lora_lite"] = Binding(cfg, names, W, target.path)
 
 
@@ -91,13 +100,13 @@ def rebind(clone: nn.Module) -> None:
 
 def placed(params: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Name the leaves of a params tree as the clone's placeholders are named."""
-    return {join(path, PARAM + name): leaf for path, leaves in params.items() for name, leaf in leaves.items()}
+    return {join(path, attribute_of(name)): leaf for path, leaves in params.items() for name, leaf in leaves.items()}
 
 
 def read_params(module: nn.Module, shapes: Shapes, get: Callable[[Tensor], Tensor]) -> Tree:
     """Read a params tree out of a bound module."""
     layers = {path: module.get_submodule(path) for path in shapes}
-    return {path: {name: get(getattr(layers[path], PARAM + name)) for name in names} for path, names in shapes.items()}
+    return {path: {name: get(getattr(layers[path], attribute_of(name))) for name in names} for path, names in shapes.items()}
 
 
 _SMALL = 2**16

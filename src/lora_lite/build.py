@@ -1,9 +1,9 @@
 """`build`: config -> targets -> variant init -> bind. The one place where the flow can be read."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lite._errors import listed
 from lora_lite.adapt import Adapt
@@ -12,7 +12,9 @@ from lora_lite.calibrate import gather, require_data
 from lora_lite.clone import clone_module
 from lora_lite.config import AdapterConfig, as_config
 from lora_lite.frozen import NEEDS, own_forward
+from lora_lite.modules import refuse_nested
 from lora_lite.plan import Entries, derive
+from lora_lite.remat import check_pattern
 from lora_lite.targets import Target, find_targets
 
 
@@ -21,6 +23,7 @@ def build(
     cfg: AdapterConfig | Sequence[AdapterConfig],
     *,
     calibration: Iterable[Any] | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
     remat: str | None = None,
     progress: bool = True,
 ) -> Adapt:
@@ -30,6 +33,7 @@ def build(
         model: any module. It is read, never changed; its weights are shared, not copied.
         cfg: a variant's config, or several that claim different layers.
         calibration: batches as `adapt` takes them, for variants whose start depends on data; they run once, in evaluation mode.
+        loss: `(output, batch) -> scalar`, for variants whose start depends on the gradient of a loss; None for the output's own `.loss`.
         remat: regular expression of the paths of blocks whose activations are recomputed in the backward pass instead of kept,
             e.g. `r"layers\\.\\d+$"`.
         progress: show a progress bar on stderr when it takes more than a second.
@@ -52,10 +56,11 @@ def build(
     if not isinstance(model, nn.Module):
         raise TypeError(f"build: expected model as a torch.nn.Module, found {type(model).__name__}. Pass the model itself.")
     entries = choose(model, cfg)
-    require_data(entries, calibration)
+    require_data(entries, calibration, loss)
     base = clone_module(model)
-    stats = {} if calibration is None else gather(base, entries, calibration, progress)
-    return Adapt(derive(base, entries, remat, stats, progress))
+    check_pattern(base, remat)
+    stats = {} if calibration is None else gather(base, entries, calibration, progress, loss)
+    return Adapt(derive(base, allocated(entries, stats), remat, stats, progress))
 
 
 def choose(model: nn.Module, cfg: AdapterConfig | Sequence[AdapterConfig]) -> Entries:
@@ -73,14 +78,26 @@ def choose(model: nn.Module, cfg: AdapterConfig | Sequence[AdapterConfig]) -> En
                     f"{type(config).__name__}. Narrow target_names of one."
                 )
             claimed[target.path] = (target, config)
+    refuse_nested({path: target.kind for path, (target, _) in claimed.items()})
     check_entries(model, tuple(claimed.values()))
     return tuple(claimed.values())
+
+
+def allocated(entries: Entries, stats: Mapping[str, Any]) -> Entries:
+    """Let each calibrated config give its targets configs of their own, from the statistics of all of them."""
+    own: dict[str, AdapterConfig] = {}
+    for cfg in {id(cfg): cfg for _, cfg in entries if cfg.calibrated}.values():
+        own |= cfg.allocate({target.path: stats[target.path] for target, other in entries if other is cfg})
+    kept = tuple((target, own.get(target.path, cfg)) for target, cfg in entries if not cfg.calibrated or target.path in own)
+    if not kept:
+        raise ValueError("build: expected allocate to keep a target, found none left. Leave at least one its config.")
+    return kept
 
 
 def check_entries(model: nn.Module, entries: Entries) -> None:
     """Refuse what cannot be adapted: layers never called, with a forward of their own, or of a kind that lacks what is needed."""
     refuse_uncalled(model, [target.path for target, _ in entries])
-    strange = [target.path for target, _ in entries if own_forward(model.get_submodule(target.path))]
+    strange = [t.path for t, cfg in entries if cfg.adapts == "linear" and own_forward(model.get_submodule(t.path))]
     if strange:
         cls = type(model.get_submodule(strange[0])).__name__
         raise ValueError(

@@ -1,7 +1,7 @@
 """Gather the statistics that a variant's start is derived from, where it depends on data.
 
-The batches run through a private clone in evaluation mode, without a graph. Targets that begin with the same statistic and are given
-the same tensors end with the same one, held once: `q`, `k` and `v` of a block.
+The batches run through a private clone in evaluation mode, without a graph unless gradients are asked for. Targets that begin with the same
+statistic and are given the same tensors end with the same one, held once: `q`, `k` and `v` of a block.
 """
 
 import functools
@@ -16,17 +16,21 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lora_lite._errors import listed
 from lora_lite._progress import shown
 from lora_lite.clone import clone_module
+from lora_lite.frozen import first_of
 from lora_lite.plan import Entries
+from lora_lite.prompt import IGNORED
 from lora_lite.remat import install
 from lora_lite.replica import Replica
-from lora_lite.statistics import statistic_of
+from lora_lite.statistics import needs_loss, statistic_of
 
-IGNORED = -100
-"""The label of a position that takes no part in the loss."""
+Loss = Callable[[Any, Any], Tensor]
 
 
-def require_data(entries: Entries, calibration: Any) -> None:
-    """Refuse calibrated configs without data, data without calibrated configs, and what is not an iterable of batches."""
+def require_data(entries: Entries, calibration: Any, loss: Loss | None) -> None:
+    """Refuse calibrated configs without data, data or a loss that no config uses, and what is not an iterable of batches."""
+    if loss is not None and not any(needs_loss(cfg) for _, cfg in entries):
+        others = sorted({type(cfg).__name__ for _, cfg in entries})
+        raise ValueError(f"build: expected no loss, since none of {listed(others)} uses its gradient, found one. Leave loss out.")
     names = sorted({type(cfg).__name__ for _, cfg in entries if cfg.calibrated})
     if names and calibration is None:
         raise ValueError(
@@ -45,30 +49,65 @@ def require_data(entries: Entries, calibration: Any) -> None:
 
 
 @torch.no_grad()
-def gather(base: nn.Module, entries: Entries, batches: Iterable[Any], progress: bool = True) -> dict[str, Any]:
-    """Run the batches through a clone of `base` and give the statistics of each calibrated target's inputs, by path.
+def gather(base: nn.Module, entries: Entries, batches: Iterable[Any], progress: bool = True, loss: Loss | None = None) -> dict[str, Any]:
+    """Run the batches through a clone of `base` and give the statistics of each calibrated target, by path.
+
+    Args:
+        base: a plain clone of the model.
+        entries: each target with its config.
+        batches: as `adapt` takes them.
+        progress: show a progress bar.
+        loss: `(output, batch) -> scalar`, for statistics of gradients; None for the output's own `.loss`.
 
     Raises:
-        ValueError: for no batch, a target that saw no token, or values that are not finite; it names the targets.
+        ValueError: for no batch, a target that saw no token, a missing loss, or values that are not finite; it names the targets.
     """
     clone = clone_module(base)
     install(clone, None)
     run = Replica(clone.eval(), [])
-    watch = Watch({target.path: statistic_of(cfg) for target, cfg in entries if cfg.calibrated})
-    for path in watch.states:
-        hook = functools.partial(watch.see, path)
-        clone.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+    calibrated = {target.path: cfg for target, cfg in entries if cfg.calibrated}
+    watch = Watch({path: statistic_of(cfg) for path, cfg in calibrated.items()})
+    with_loss = [path for path, cfg in calibrated.items() if needs_loss(cfg)]
+    probe = torch.zeros((), device=next(clone.parameters()).device, requires_grad=True)
+    for path in calibrated:
+        layer = clone.get_submodule(path)
+        if path in with_loss:
+            layer.register_forward_hook(functools.partial(watch.see_gradient, path, probe), with_kwargs=True)
+        else:
+            layer.register_forward_pre_hook(functools.partial(watch.see, path), with_kwargs=True)
     seen = 0
     for batch in shown(batches, "calibration", progress):
         watch.begin(batch)
         try:
-            run({}, batch, {})
+            if with_loss:
+                _backward(run, batch, loss, probe)
+            else:
+                run({}, batch, {})
         except Exception as e:
             e.add_note(f"in batch {seen} of the calibration data")
             raise
         seen += 1
     _check(watch.states, seen)
     return watch.states
+
+
+@torch.enable_grad()
+def _backward(run: Replica, batch: Any, loss: Loss | None, probe: Tensor) -> None:
+    """Run forward and back as far as the layers' outputs, whose hooks see the gradients pass."""
+    torch.autograd.grad(_loss_of(run({}, batch, {}), batch, loss), probe, allow_unused=True)
+
+
+def _loss_of(output: Any, batch: Any, loss: Loss | None) -> Tensor:
+    value = getattr(output, "loss", None) if loss is None else loss(output, batch)
+    if not isinstance(value, Tensor) or value.dim():
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else "none" if value is None else type(value).__name__
+        where = "the model's output to have a .loss" if loss is None else "loss(output, batch) to return a scalar tensor"
+        raise ValueError(f"build: expected {where}, found {found}. Put labels into the batches, or pass build(..., loss=f).")
+    if not value.requires_grad:
+        raise ValueError(
+            "build: expected a loss that depends on the calibrated layers, found one without a gradient. Compute it from output."
+        )
+    return value
 
 
 class Watch:
@@ -94,6 +133,22 @@ class Watch:
             rows = _unmasked(x, _masks(self._batch, self._label_mask[path]))
             following[x] = (version, state.add(rows) if len(rows) else state)
         self.states[path] = following[x][1]
+
+    @torch.no_grad()
+    def see_gradient(
+        self, path: str, probe: Tensor, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor
+    ) -> Tensor:
+        """Let a layer's output carry a gradient, and add that of its weight to its statistic when it passes."""
+        x = first_of(args, kwargs).detach()
+
+        def add(dy: Tensor) -> None:
+            with torch.no_grad():
+                self.states[path] = self.states[path].add(x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]))
+
+        with torch.enable_grad():
+            y = y + probe.to(y.device, y.dtype)
+        y.register_hook(add)
+        return y
 
 
 def _masks(batch: Any, label_mask: bool) -> list[Tensor]:
@@ -126,6 +181,10 @@ def _check(states: Mapping[str, Any], seen: int) -> None:
             f"build: expected each calibrated layer to see a token, found none in {seen} batches at {listed(unseen)}. Use batches that "
             "reach it and are not masked as a whole, or leave it out with exclude_names."
         )
-    infinite = [path for path, state in states.items() if not torch.as_tensor(getattr(state, "mean_abs", 0.0)).isfinite().all()]
+    infinite = [path for path, state in states.items() if not _finite(state)]
     if infinite:
         raise ValueError(f"build: expected finite inputs in calibration, found inf or nan at {listed(infinite)}. Check the batches.")
+
+
+def _finite(state: Any) -> bool:
+    return all(bool(torch.as_tensor(getattr(state, name, 0.0)).isfinite().all()) for name in ("mean_abs", "gradient"))

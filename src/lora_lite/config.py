@@ -33,9 +33,11 @@ class AdapterConfig:
 
     A subclass gives `name`, `init` and `forward`; the other facts have defaults:
 
+    - `adapts`: what it adapts, one of `lora_lite.modules.ADAPTS`: linear layers, norms, whole modules or the outputs of blocks.
     - `needs`: what it asks of the weight, one of `lora_lite.frozen.NEEDS`.
     - `calibrated`: whether `init` needs statistics of the inputs. Which ones a class variable `statistic` may say, by default
-      `lora_lite.Statistics`; with `label_mask` positions whose label is -100 are left out.
+      `lora_lite.Statistics`; with `label_mask` positions whose label is -100 are left out. `lora_lite.Gradient` is that of the weight's
+      gradient, for which `build` needs a loss.
     - `identity`: relative tolerance of the identity at init; 0.0 for exact, None if it does not start at the base model.
     - `linear`: whether the adapted layer is an affine map of `x`, so that it can be merged.
     - `trained`, `macs`: trained numbers per target and multiply-adds per token, as formulas in `i`, `o` and the fields;
@@ -43,6 +45,7 @@ class AdapterConfig:
     """
 
     name: ClassVar[str]
+    adapts: ClassVar[str] = "linear"
     needs: ClassVar[str] = "nothing"
     calibrated: ClassVar[bool] = False
     identity: ClassVar[float | None] = 0.0
@@ -85,6 +88,10 @@ class AdapterConfig:
             `(params, constants)`: new tensors; `adapt.init` moves params to the layer's device and to `dtype`.
         """
         raise NotImplementedError(f"{type(self).__name__}.init(W, generator, stats) -> (params, constants) is not defined")
+
+    def allocate(self, stats: Mapping[str, Any]) -> Mapping[str, "AdapterConfig"]:
+        """Give the config of each target by path, from the statistics of all; a target left out is not adapted. For calibrated variants."""
+        return dict.fromkeys(stats, self)
 
     def share(self, layers: Sequence[Frozen]) -> Constants:
         """Derive the constants that all targets of this config share; they reach each target's `W.constants` like its own."""

@@ -5,7 +5,7 @@ A variant sees a layer only through this class: `W(x)` is the layer's own output
 A kind says in `offers` which of the variants' `needs` it can meet.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ NEEDS = ("nothing", "product", "norms", "dense_init", "dense")
 dense form in every forward."""
 
 Constants = dict[str, Tensor]
+Run = Callable[[Any, Tensor], Tensor]
 
 PARAM, CONSTANT = "adapter_", "constant_"
 """Prefixes of the attributes that hold a target's params and constants in a clone."""
@@ -79,6 +80,11 @@ class Frozen:
         """Where the weight lives."""
         return self.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype of the weight."""
+        return self.weight.dtype
+
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's own output, bias included: `(*b, i) -> (*b, o)`."""
         return F.linear(x, self.weight, self.bias)
@@ -95,6 +101,16 @@ class Frozen:
     def to_weight(self, dense: Tensor) -> Tensor:
         """Lay an `(o, i)` matrix out as the layer stores its weight."""
         return dense
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """What a full training of the layer would train, by name."""
+        return {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
+
+    def moved(self, deltas: Mapping[str, Tensor]) -> Callable[[Any], Any]:
+        """Give the layer with `deltas` added to its `parameters`, as a function of its input."""
+        now = {name: p + deltas[name] if name in deltas else p for name, p in self.parameters.items()}
+        return Frozen(now["weight"], now.get("bias"))
 
 
 class FrozenLinear(Frozen):
@@ -118,6 +134,16 @@ class FrozenLinear(Frozen):
     @property
     def training(self) -> bool:
         return self._layer.training
+
+    def call(self, run: Run, own: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run a variant where the model calls the layer.
+
+        Args:
+            run: `(W, x) -> y`, the variant with its params.
+            own: the layer's own forward.
+            args, kwargs: what the model calls the layer with.
+        """
+        return run(self, first_of(args, kwargs))
 
 
 class FrozenConv1D(FrozenLinear):
@@ -154,6 +180,11 @@ def own_forward(layer: nn.Module) -> bool:
     if isinstance(layer, nn.Linear):
         return type(layer).forward is not nn.Linear.forward
     return next(c for c in type(layer).__mro__ if "forward" in vars(c)).__name__ != "Conv1D"
+
+
+def first_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Give the first argument of a call, by place or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def as_frozen(W: Frozen | Tensor) -> Frozen:

@@ -17,9 +17,9 @@ from lora_lite.adapt import Adapt
 from lora_lite.build import check_entries
 from lora_lite.clone import clone_module
 from lora_lite.config import AdapterConfig, from_json, to_json
-from lora_lite.frozen import kind_of
+from lora_lite.modules import WORDS, kind_at
 from lora_lite.plan import Entries, Plan
-from lora_lite.targets import Target, sharing
+from lora_lite.targets import Target, shared_with, sharing
 from lora_lite.variants import VARIANTS
 
 
@@ -180,15 +180,15 @@ def _entries(model: nn.Module, targets: Mapping[str, Stored], configs: list[Adap
     layers, shared = dict(model.named_modules()), sharing(model)
     entries, faults = [], []
     for path, stored in targets.items():
-        kind = kind_of(layers[path]) if path in layers else None
+        kind = kind_at(layers[path], configs[stored.config].adapts) if path in layers else None
         if kind is None:
             found = type(layers[path]).__name__ if path in layers else f"nothing; closest: {nearest(path, layers)}"
-            faults.append(f'"{path}": expected a linear layer, found {found}')
+            faults.append(f'"{path}": expected a {WORDS[configs[stored.config].adapts]}, found {found}')
             continue
         W = kind(layers[path])
         if (W.in_features, W.out_features) != (stored.i, stored.o):
             faults.append(f'"{path}": expected a layer of shape {(stored.o, stored.i)}, found {(W.out_features, W.in_features)}')
-        target = Target(path, kind, W.in_features, W.out_features, stored.role, shared.get(path, ()))
+        target = Target(path, kind, W.in_features, W.out_features, stored.role, shared_with(path, kind, shared))
         entries.append((target, configs[stored.config]))
     return tuple(entries), faults
 

@@ -10,6 +10,7 @@ from lora_lite._tree import join
 from lora_lite.bind import apply_variant, layer_at
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import Frozen
+from lora_lite.modules import FrozenModule
 from lora_lite.plan import Entries
 from lora_lite.targets import Target
 
@@ -51,6 +52,9 @@ def merge(
         if fault:
             faults.append(fault)
             continue
+        if isinstance(W, FrozenModule):
+            merged |= {join(target.path, name): (p + params[target.path][name]).to(p.dtype) for name, p in W.parameters.items()}
+            continue
         with torch.no_grad():
             weight, bias = merged_layer(cfg, params[target.path], W)
         merged[join(target.path, "weight")] = W.to_weight(weight).to(W.weight.dtype).contiguous()
@@ -71,6 +75,6 @@ def _unmergeable(target: Target, cfg: AdapterConfig, clone: nn.Module) -> str | 
         return f'"{target.path}": {type(cfg).__name__} is not linear in its input'
     if target.shared_with:
         return f'"{target.path}": its weight is shared with {", ".join(target.shared_with)}, which the merged one would change too'
-    if "weight" not in layer_at(clone, target.path)._parameters:
+    if not issubclass(target.kind, FrozenModule) and "weight" not in layer_at(clone, target.path)._parameters:
         return f'"{target.path}": its weight is computed by a parametrization, so no entry of a state dict holds it'
     return None

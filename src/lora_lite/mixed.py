@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_lite._tree import AnyTree, Tree, tree_map
 from lora_lite.bind import Adapted, Shapes, apply_variant
+from lora_lite.frozen import Frozen
 
 INDEX = "mixed_index"
 
@@ -18,8 +19,8 @@ INDEX = "mixed_index"
 class _Mixed(Adapted):
     """A target whose params have a leading adapter axis; its index says which adapter each row takes."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        cfg, names, W, path = self._lora_lite
+    def _run(self, W: Frozen, x: Tensor) -> Tensor:
+        cfg, names, _, path = self._lora_lite
         params = {name: getattr(self, attribute) for name, attribute in names}
         index = getattr(self, INDEX)
         if index.device.type == "meta":  # not given: equal contiguous groups
@@ -31,6 +32,11 @@ class _Mixed(Adapted):
             raise ValueError(
                 f'adapt.mixed: expected the input of "{path}" to have a multiple of {rows} rows, found shape {tuple(x.shape)}. The model '
                 "regroups rows before this layer (routed experts do), so they cannot be followed; leave the layer out."
+            )
+        if not getattr(W, "alone", True):
+            raise ValueError(
+                f'adapt.mixed: expected "{path}" to be called with one tensor, found several, whose rows cannot be told from '
+                "what rows share. Train a part of it that takes one."
             )
         y = torch.vmap(lambda p, rows: apply_variant(cfg, p, W, rows), randomness="different")(params, x.unflatten(0, (rows, -1)))
         return y.flatten(0, 1)

@@ -32,17 +32,29 @@ def install(clone: nn.Module, pattern: str | None) -> None:
         ValueError: where `pattern` matches no module.
     """
     if pattern is not None:
-        blocks = [m for path, m in clone.named_modules() if path and _compile(pattern).search(path)]
-        if not blocks:
-            paths = [path for path, _ in clone.named_modules() if path]
-            raise ValueError(f'build: expected remat="{pattern}" to match a block, found none. Closest: {nearest(pattern, paths)}.')
+        blocks = check_pattern(clone, pattern)
         for block in blocks:
             block.__class__ = _rematerialised_class(type(block))  # type: ignore[arg-type]
-            block.gradient_checkpointing = False  # ours, not also the model's own
+            vars(block)["gradient_checkpointing"] = False  # ours, not also the model's own
     for module in clone.modules():
         if "_gradient_checkpointing_func" in vars(module):
             vars(module)["_gradient_checkpointing_func"] = _model_checkpoint
         _drop_grad_hooks(module)
+
+
+def check_pattern(model: nn.Module, pattern: str | None) -> list[nn.Module]:
+    """Give the blocks whose paths match `pattern`, none for None.
+
+    Raises:
+        ValueError: where `pattern` matches no module.
+    """
+    if pattern is None:
+        return []
+    blocks = [m for path, m in model.named_modules() if path and _compile(pattern).search(path)]
+    if not blocks:
+        paths = [path for path, _ in model.named_modules() if path]
+        raise ValueError(f'build: expected remat="{pattern}" to match a block, found none. Closest: {nearest(pattern, paths)}.')
+    return blocks
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

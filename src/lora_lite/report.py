@@ -7,6 +7,7 @@ from torch import nn
 
 from lora_lite.bind import Shapes, layer_at
 from lora_lite.counts import macs_per_token
+from lora_lite.modules import FrozenModule
 from lora_lite.plan import Plan
 
 
@@ -27,6 +28,8 @@ def macs_by_target(plan: Plan, clone: nn.Module) -> dict[str, int]:
     for target, cfg in plan.entries:
         W = layer_at(clone, target.path)._lora_lite.W
         key = (id(cfg), target.i, target.o, W.bias is None)
+        if isinstance(W, FrozenModule):
+            known[key] = 0  # the module itself runs, or its output is edited at a number of positions that does not grow
         if key not in known:
             params = {name: torch.empty(shape, device="meta") for name, shape in plan.shapes[target.path].items()}
             known[key] = macs_per_token(cfg, params, W)

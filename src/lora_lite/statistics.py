@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -78,6 +78,35 @@ class Statistics(Means):
         return self.covariance.addr_(mean, mean)
 
 
+@dataclass(frozen=True, eq=False)
+class Gradient:
+    """The gradient of a loss in a layer's weight, a mean over batches.
+
+    Args:
+        count: batches seen.
+        gradient: `(o, i)`, in float32 or the dtype of the layer's output if that is wider.
+
+    Example:
+        >>> import torch, lora_lite as ll
+        >>> ll.Gradient().add(torch.ones(5, 3), torch.ones(5, 2)).gradient
+        tensor([[5., 5., 5.],
+                [5., 5., 5.]])
+    """
+
+    of_loss: ClassVar[bool] = True
+
+    count: int = 0
+    gradient: Any = field(default=0.0, repr=False)
+
+    def add(self, x: Tensor, dy: Tensor) -> Self:
+        """Give the statistic with one batch added: inputs `x (n, i)` and the gradient in the outputs `dy (n, o)`."""
+        dtype = torch.promote_types(dy.dtype, torch.float32)
+        with full_precision(x):
+            new = dy.to(dtype).t() @ x.to(dtype)
+        count = self.count + 1
+        return replace(self, count=count, gradient=new.sub_(self.gradient).div_(count).add_(self.gradient))
+
+
 def exact(tensor: Tensor) -> Tensor:
     """Give a tensor in float64, on the CPU where its device has none."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
@@ -86,6 +115,11 @@ def exact(tensor: Tensor) -> Tensor:
 def statistic_of(cfg: AdapterConfig) -> tuple[Callable[[], Any], bool]:
     """Give what a calibrated config gathers, a class with `count` and `add`, and whether ignored labels are left out."""
     return getattr(cfg, "statistic", Statistics), getattr(cfg, "label_mask", False)
+
+
+def needs_loss(cfg: AdapterConfig) -> bool:
+    """Tell whether a calibrated config gathers gradients of a loss."""
+    return cfg.calibrated and getattr(statistic_of(cfg)[0], "of_loss", False)
 
 
 def require_stats(cfg: AdapterConfig, W: Frozen, stats: Any, name: str) -> Tensor:

@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from lora_lite._errors import listed
 from lora_lite.config import AdapterConfig, as_config
 from lora_lite.frozen import FrozenLinear, kind_of
+from lora_lite.modules import LONGER, WORDS, FrozenBlock, candidates, outermost
 
 _WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "hidden_dim", "embed_dim", "dim", "model_dim")
 _INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -71,18 +72,22 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
         ['2']
     """
     cfg = as_config(cfg)
-    linear = {path: layer for path, layer in model.named_modules() if kind_of(layer) is not None}
-    if not linear:
+    known = candidates(model, cfg.adapts)
+    if not known:
         raise ValueError(
-            f"find_targets: expected a model with nn.Linear or Conv1D layers, found none in {type(model).__name__}. "
+            f"find_targets: expected a model with {LONGER[cfg.adapts]}, found none in {type(model).__name__}. "
             "Pass the module that holds them."
         )
-    allowed = [path for path in linear if not _matches(cfg.exclude_names, path)]
+    if cfg.adapts == "module" and not cfg.target_names:
+        raise ValueError(f'{type(cfg).__name__}.target_names: expected the modules to train, found none. Name them, e.g. r"score$".')
+    allowed = [path for path in known if not _matches(cfg.exclude_names, path)]
     _check_layers(cfg, allowed)
-    _check_names(model, cfg, list(linear), [path for path in allowed if cfg.layers is None or _index(path) in cfg.layers])
+    _check_names(model, cfg, list(known), [path for path in allowed if cfg.layers is None or _index(path) in cfg.layers])
     d_model = width_of(model)
     shared = sharing(model)
-    found = [_target(path, linear[path], cfg, d_model, shared) for path in allowed if _selected(path, cfg)]
+    chosen = [path for path in allowed if _selected(path, cfg)]
+    chosen = outermost(chosen) if cfg.adapts == "module" else chosen
+    found = [_target(path, known[path], model.get_submodule(path), cfg, d_model, shared) for path in chosen]
     targets = Targets(t for t in found if t is not None)
     _check_roles(cfg, targets, found, d_model)
     return targets
@@ -98,7 +103,7 @@ def width_of(model: nn.Module) -> int:
             if isinstance(value, int):
                 return value
     widths = Counter(w for layer in _kinds(model) for w in (layer.in_features, layer.out_features))
-    return max(widths, key=lambda w: (widths[w], w))
+    return max(widths, key=lambda w: (widths[w], w), default=0)
 
 
 def _kinds(model: nn.Module) -> Iterator[FrozenLinear]:
@@ -131,33 +136,42 @@ def sharing(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {path: tuple(p for p in paths if p != path) for paths in holders.values() for path in paths if len(paths) > 1}
 
 
-def _target(path: str, layer: nn.Module, cfg: AdapterConfig, d_model: int, shared: dict[str, tuple[str, ...]]) -> Target | None:
-    kind = kind_of(layer)
-    if kind is None:
-        return None
+def _target(
+    path: str, kind: type[FrozenLinear], layer: nn.Module, cfg: AdapterConfig, d_model: int, shared: dict[str, tuple[str, ...]]
+) -> Target | None:
     W = kind(layer)
     fits = {"reader": W.in_features == d_model, "writer": W.out_features == d_model}
     fits["inner"] = not any(fits.values())
     role = next((r for r, fit in fits.items() if fit and (not cfg.target_roles or r in cfg.target_roles)), None)
     if role is None:
         return None
-    return Target(path, kind, W.in_features, W.out_features, role, shared.get(path, ()))
+    return Target(path, kind, W.in_features, W.out_features, role, shared_with(path, kind, shared))
 
 
-def _check_names(model: nn.Module, cfg: AdapterConfig, linear: list[str], allowed: list[str]) -> None:
+def shared_with(path: str, kind: type[FrozenLinear], shared: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Give the modules outside a target that hold a weight of it too."""
+    if kind is FrozenBlock:
+        return ()  # its weights are not adapted
+    inside = (path, f"{path}.")
+    holders = [other for own, others in shared.items() if own == path or own.startswith(inside[1]) for other in others]
+    return tuple(other for other in dict.fromkeys(holders) if other != path and not other.startswith(inside[1]))
+
+
+def _check_names(model: nn.Module, cfg: AdapterConfig, known: list[str], allowed: list[str]) -> None:
+    what = WORDS[cfg.adapts]
     for pattern in cfg.target_names:
         if any(_matches((pattern,), path) for path in allowed):
             continue
-        where = f'{type(cfg).__name__}.target_names: expected "{pattern}" to match a linear layer'
-        if any(_matches((pattern,), path) for path in linear):
+        where = f'{type(cfg).__name__}.target_names: expected "{pattern}" to match a {what}'
+        if any(_matches((pattern,), path) for path in known):
             raise ValueError(
                 f"{where}, found that exclude_names={cfg.exclude_names} and layers={cfg.layers} leave out all it matches. Change them."
             )
         others = [(p, type(m).__name__) for p, m in model.named_modules() if p and _matches((pattern,), p)]
         if others:
             kinds = listed(f"{path} ({kind})" for path, kind in others[:3])
-            raise ValueError(f"{where}, found only modules of other kinds: {kinds}. Name nn.Linear or Conv1D layers.")
-        raise ValueError(f"{where}, found no match among {len(linear)} linear layers. Closest: {_closest(pattern, allowed)}.")
+            raise ValueError(f"{where}, found only modules of other kinds: {kinds}. Name {LONGER[cfg.adapts]}.")
+        raise ValueError(f"{where}, found no match among {len(known)} {what}s. Closest: {_closest(pattern, allowed)}.")
 
 
 def _closest(pattern: str, paths: list[str]) -> str:
@@ -176,7 +190,7 @@ def _check_layers(cfg: AdapterConfig, allowed: list[str]) -> None:
     if missing:
         span = f"blocks {min(known)} to {max(known)}" if known else "no numbered blocks"
         raise ValueError(
-            f"{type(cfg).__name__}.layers: expected indices of blocks with linear layers, found {missing} in a model with "
+            f"{type(cfg).__name__}.layers: expected indices of blocks with {WORDS[cfg.adapts]}s, found {missing} in a model with "
             f"{span}. Use indices among {sorted(known)}."
         )
 
@@ -187,7 +201,7 @@ def _check_roles(cfg: AdapterConfig, targets: Targets, found: list[Target | None
     if not targets:
         asked = f"target_names={cfg.target_names}, target_roles={cfg.target_roles}, layers={cfg.layers}, exclude_names={cfg.exclude_names}"
         raise ValueError(
-            f"find_targets: expected at least one linear layer for {type(cfg).__name__}({asked}), found none "
+            f"find_targets: expected at least one {WORDS[cfg.adapts]} for {type(cfg).__name__}({asked}), found none "
             f"({len(found)} layers before roles; d_model={d_model}). Widen one of them."
         )
     for role in cfg.target_roles:

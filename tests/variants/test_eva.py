@@ -1,5 +1,7 @@
 """EVA: its directions against a PCA of the same tokens and against PEFT's, its options, and what it refuses."""
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -78,6 +80,50 @@ def test_start_is_pefts(tiny, whiten):
             assert torch.allclose(leaves["A"], want, atol=0.02 * float(want.abs().max())), path  # each direction, with its sign
 
 
+def test_redistributed_ranks_are_pefts(tiny, tmp_path):
+    model, _ = tiny("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(0.75 ** torch.arange(32)).mul_(20)
+    batches = [{"input_ids": torch.randint(3, 64, (16, 40), generator=torch.Generator().manual_seed(0))}]
+    adapt = ll.build(model, EVAConfig(r=2, rho=2.0, alpha=4.0, target_names=(r"(o|down)_proj$", "gate_proj$")), calibration=batches)
+    ours = {path: leaves["A"].shape[0] for path, leaves in adapt.init(seed=0).items()}
+    theirs = peft.LoraConfig(
+        **{
+            "r": 2,
+            "target_modules": ["o_proj", "down_proj", "gate_proj"],
+            "init_lora_weights": "eva",
+            "eva_config": peft.EvaConfig(rho=2.0),
+        }
+    )
+    wrapped = peft.get_peft_model(copy.deepcopy(model), theirs, low_cpu_mem_usage=True)
+    peft.initialize_lora_eva_weights(wrapped, batches, show_progress_bar=False)
+    ranks = {path: m.r["default"] for path, m in wrapped.base_model.model.named_modules() if hasattr(m, "lora_A") and m.lora_A}
+    assert len(set(ours.values())) > 1, "no rank has moved"
+    assert ours == ranks
+    assert sum(ours.values()) == 2 * 6
+    assert {cfg.alpha / cfg.r for cfg in adapt.configs} == {2.0}
+    ll.save(adapt, adapt.init(seed=0), tmp_path / "a.safetensors")
+    again, params = ll.load(model, tmp_path / "a.safetensors")
+    assert {path: leaves["A"].shape[0] for path, leaves in params.items()} == ours
+    assert again.configs == adapt.configs
+    ll.to_peft(adapt, adapt.init(seed=0), tmp_path / "theirs")
+    read, _ = ll.from_peft(model, tmp_path / "theirs")
+    assert {path: shapes["A"][0] for path, shapes in read.shapes.items()} == ours
+
+
+def test_a_layer_left_without_rank_is_not_adapted():
+    # The second layer sees two directions of very different size, the first many alike: the second's first one beats them, the rest do not.
+    stats = {
+        "a": ll.Statistics().add(torch.randn(400, 8)),
+        "b": ll.Statistics().add(torch.randn(400, 8) * torch.tensor([9.0, *[0.01] * 7])),
+    }
+    found = EVAConfig(r=1, rho=2.0).allocate(stats)
+    assert {path: cfg.r for path, cfg in found.items()} == {"a": 1, "b": 1}
+    stats["a"] = ll.Statistics().add(torch.randn(400, 8))
+    stats["b"] = ll.Statistics().add(torch.randn(400, 8) * torch.tensor([9.0, 9.0, *[0.01] * 6]))
+    assert {path: cfg.r for path, cfg in EVAConfig(r=1, rho=2.0).allocate(stats).items()} == {"b": 2}
+
+
 def test_label_mask_leaves_positions_out_unless_switched_off():
     class Layer(nn.Module):
         def __init__(self):
@@ -109,7 +155,7 @@ def test_needs_as_many_tokens_as_directions(count, center, fits):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rho": 2.0}, r"EVAConfig\.rho: expected 1\.0.*found 2\.0\. Redistributing ranks is not supported"),
+        ({"rho": 0.5}, r"EVAConfig\.rho: expected a number in \[1\.0, inf\), found 0\.5"),
         ({"r": 0}, r"EVAConfig\.r: expected an integer >= 1, found 0"),
         ({"center": 1}, r"EVAConfig\.center: expected True or False, found 1"),
         ({"label_mask": None}, r"EVAConfig\.label_mask: expected True or False, found None"),

@@ -17,6 +17,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"init_r": 12, "target_r": 8, "tinit": 0, "tfinal": 0, "deltaT": 1, "beta1": 0.85, "beta2": 0.85},
         **{"orth_reg_weight": 0.5, "total_step": None, "lora_alpha": 8, "lora_dropout": 0.0},
     },
+    "LN_TUNING": {},
     "OFT": {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "block_share": False, "coft": False, "eps": 6e-5},
 }
 """The fields that are read, of each PEFT type, with PEFT's defaults."""
@@ -28,7 +29,7 @@ PATTERNS = {
 """The fields that a layer may have of its own, with the field that holds the exceptions."""
 
 _ANY = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
-_ANY |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"}
+_ANY |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "modules_to_save"}
 _OF_LORA = {"rank_pattern", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
 _OF_LORA |= {"megatron_config", "megatron_core", "qalora_group_size", "runtime_config"}
 FREE: dict[str, set[str]] = {
@@ -39,6 +40,7 @@ FREE: dict[str, set[str]] = {
     "DELORA": {"rank_pattern", "lambda_pattern", "init_weights"},
     "HRA": {"init_weights"},
     "ROAD": {"init_weights"},
+    "LN_TUNING": set(),
     "OFT": {"r", "oft_block_size", "module_dropout", "init_weights"},  # PEFT does not apply this dropout; blocks are read off the tensors
 }
 """The fields that may have any value, of each PEFT type: what they say is in the tensors, or nothing in the mathematics."""

@@ -18,6 +18,7 @@ from lora_lite.adapt import Adapt
 from lora_lite.build import build
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import Constants, kind_of
+from lora_lite.peft import whole
 from lora_lite.peft.fields import DEFAULTS, check_fields, resolve
 from lora_lite.peft.rows import Leaf, Row, rows_of
 from lora_lite.variants.oft import project
@@ -31,8 +32,9 @@ Chosen = dict[str, tuple[Row, Any]]
 def from_peft(model: nn.Module, directory: str | os.PathLike[str], *, remat: str | None = None) -> tuple[Adapt, Tree]:
     """Read an adapter that PEFT saved and bind it to a model; the package `peft` is not needed.
 
-    LoRA with its patterns and rank-stabilised scale, DoRA, PiSSA, IA3, DeLoRA, HRA, ROAD, OFT, VeRA and AdaLoRA. The layers are those that
-    the file of tensors names. Layers with other hyperparameters get a config of their own.
+    LoRA with its patterns and rank-stabilised scale, DoRA, PiSSA, IA3, DeLoRA, HRA, ROAD, OFT, VeRA, AdaLoRA and LN-tuning, with
+    `modules_to_save`, which become targets of `FullConfig`. The layers are those that the file of tensors names. Layers with other
+    hyperparameters get a config of their own.
 
     Args:
         model: the model that the adapter was trained on, as it was before PEFT wrapped it.
@@ -54,15 +56,21 @@ def from_peft(model: nn.Module, directory: str | os.PathLike[str], *, remat: str
     check_fields(fields, folder / CONFIG)
     tensors = _read_tensors(folder / WEIGHTS)
     shared = {key: tensors.pop(key) for row in rows_of(fields["peft_type"]) for key in row.shared.values() if key in tensors}
+    values, tensors = whole.split(model, fields, tensors, PREFIX)
     layers, faults = _by_layer(fields["peft_type"], tensors)
-    faults = faults or _layer_faults(model, layers)
+    faults = (
+        faults or whole.faults_of(model, fields, values) or ([] if layers or values else ["no tensors"]) or _layer_faults(model, layers)
+    )
     _require(faults, folder, model)
     chosen = {path: (row, row.config(**values)) for path, (row, values) in _choose(fields, layers).items()}
-    adapt = _with_constants(build(model, _merged_configs(chosen), remat=remat), chosen, layers, shared)
+    configs = [*_merged_configs(chosen), *whole.configs_of(fields, values)]
+    adapt = _with_constants(build(model, configs, remat=remat), chosen, layers, shared)
     theirs = {path: {n: _as_saved(layers[path][leaf.key], leaf) for n, leaf in row.leaves.items()} for path, (row, _) in chosen.items()}
     theirs = {path: row.completed(cfg, theirs[path]) for path, (row, cfg) in chosen.items()}
-    _require(tree_faults(theirs, adapt.shapes) + _field_faults(fields, layers, chosen), folder, model)
-    return adapt, {path: _ours(adapt, model, path, row, theirs[path]) for path, (row, _) in chosen.items()}
+    shapes = {path: adapt.shapes[path] for path in chosen}
+    _require(tree_faults(theirs, shapes) + _field_faults(fields, layers, chosen), folder, model)
+    ours = {path: _ours(adapt, model, path, row, theirs[path]) for path, (row, _) in chosen.items()}
+    return adapt, ours | whole.displacements(model, values)
 
 
 def _require(faults: list[str], folder: Path, model: nn.Module) -> None:
@@ -99,7 +107,7 @@ def _by_layer(method: str, tensors: Mapping[str, Tensor]) -> tuple[Layers, list[
     keys: dict[str, Leaf] = {leaf.key: leaf for row in rows_of(method) for leaf in (*row.leaves.values(), *row.constants.values())}
     ending = re.compile(rf"{re.escape(PREFIX)}(?:(.*)\.)?({'|'.join(map(re.escape, keys))})")
     layers: Layers = {}
-    faults = [] if tensors else ["no tensors"]
+    faults = []
     for name, tensor in tensors.items():
         found = ending.fullmatch(name)
         if found is None:

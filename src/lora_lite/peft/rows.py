@@ -15,12 +15,16 @@ from lora_lite.config import AdapterConfig
 from lora_lite.frozen import Constants
 from lora_lite.peft.fields import resolve
 from lora_lite.variants.adalora import AdaLoRAConfig
+from lora_lite.variants.asvd import ASVDConfig
+from lora_lite.variants.corda import CorDAConfig
 from lora_lite.variants.delora import DeLoRAConfig
 from lora_lite.variants.dora import DoRAConfig
+from lora_lite.variants.eva import EVAConfig
 from lora_lite.variants.hra import HRAConfig
 from lora_lite.variants.ia3 import IA3Config
 from lora_lite.variants.ia3_ff import IA3FFConfig
 from lora_lite.variants.lora import LoRAConfig
+from lora_lite.variants.lora_ga import LoRAGAConfig
 from lora_lite.variants.oft import OFTConfig
 from lora_lite.variants.pissa import PiSSAConfig
 from lora_lite.variants.road import ROADConfig
@@ -112,6 +116,14 @@ def _as_lora(cfg: PiSSAConfig, leaves: Leaves, constants: Constants) -> tuple[Lo
     return doubled, {"A": torch.cat([leaves["dA"], A0]), "B": torch.cat([B0 + leaves["dB"], leaves["dB"]], dim=1)}
 
 
+def _plain_lora(cfg: EVAConfig, leaves: Leaves, constants: Constants) -> tuple[LoRAConfig, Leaves]:
+    return LoRAConfig(r=cfg.r, alpha=cfg.alpha, dtype=cfg.dtype), leaves
+
+
+def _never(fields: Fields, tensors: Tensors) -> bool:
+    return False  # such a file is one of LoRA
+
+
 def _read_delora(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
     strength, dropout = resolve(fields, "delora_lambda", path), resolve(fields, "module_dropout", path)
     return {"r": tensors["delora_A"].shape[0], "lambda0": strength, "dropout": dropout}
@@ -182,6 +194,10 @@ ROWS: dict[str, Row] = {
         conv1d=True,
     ),
     "lora": Row(LoRAConfig, "LORA", _LORA, _read_lora, _write_lora, conv1d=True),
+    "eva": Row(EVAConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_plain_lora, conv1d=True),
+    "corda": Row(CorDAConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_as_lora, conv1d=True),
+    "asvd": Row(ASVDConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_as_lora, conv1d=True),
+    "lora_ga": Row(LoRAGAConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_as_lora, conv1d=True),
     "ia3_ff": Row(
         IA3FFConfig,
         "IA3",

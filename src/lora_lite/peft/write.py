@@ -18,10 +18,15 @@ from lora_lite._tree import join
 from lora_lite.adapt import Adapt
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import FrozenConv1D
+from lora_lite.peft import whole
 from lora_lite.peft.fields import PATTERNS
 from lora_lite.peft.read import CONFIG, PREFIX, WEIGHTS
 from lora_lite.peft.rows import ROWS, Leaves, Row
 from lora_lite.targets import Target
+from lora_lite.variants.full import FullConfig
+from lora_lite.variants.ln_tuning import LNTuningConfig
+
+Pairs = list[tuple[Target, AdapterConfig]]
 
 VERSION = "0.18.0"
 """The oldest PEFT that reads these files as they are meant: OFT's series was another before."""
@@ -35,6 +40,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "OFT": {"bias": "none"},
     "VERA": {"bias": "none", "save_projection": True},
     "ADALORA": {"bias": "none"},
+    "LN_TUNING": {},
 }
 """Fields that are the same in every file of a PEFT type."""
 
@@ -51,8 +57,9 @@ class Written(NamedTuple):
 def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory: str | os.PathLike[str]) -> None:
     """Write an adapter so that `peft.PeftModel.from_pretrained(model, directory)` gives the same outputs.
 
-    LoRA, DoRA, IA3 with IA3-FF, DeLoRA, HRA, ROAD, OFT, VeRA and AdaLoRA keep their tensors. PiSSA is written as LoRA of twice the rank,
-    which acts on the weight as it is. Both files are written beside their place and moved, so that neither is ever half-written.
+    LoRA, DoRA, IA3 with IA3-FF, DeLoRA, HRA, ROAD, OFT, VeRA, AdaLoRA and LN-tuning keep their tensors. EVA is LoRA. PiSSA, CorDA, ASVD and
+    LoRA-GA are written as LoRA of twice the rank, which acts on the weight as it is. Targets of `FullConfig` become `modules_to_save`. Both
+    files are written beside their place and moved, so that neither is ever half-written.
 
     Args:
         adapt: what the params belong to.
@@ -70,12 +77,17 @@ def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f'to_peft: expected a folder, found the file "{folder}". Name a folder.')
     entries = list(zip(adapt.targets, adapt.configs))
-    _refuse(entries)
-    layers = [_written(target, cfg, dict(params[target.path]), adapt) for target, cfg in entries]
+    as_whole: Pairs = [(target, cfg) for target, cfg in entries if isinstance(cfg, FullConfig)]
+    of_method = [(target, cfg) for target, cfg in entries if not isinstance(cfg, FullConfig)]
+    _refuse(of_method, as_whole, adapt)
+    layers = [_written(target, cfg, dict(params[target.path]), adapt) for target, cfg in of_method]
     tensors = {PREFIX + join(layer.target.path, key): t for layer in layers for key, t in layer.tensors.items()}
-    for cfg in adapt.configs:
+    for _, cfg in of_method:
         tensors |= {key: adapt.constants[cfg.name][name].cpu() for name, key in ROWS[cfg.name].shared.items()}
-    _write(folder, _fields(adapt, layers), tensors)
+    for target, cfg in as_whole:
+        values = whole.full_values(adapt._plan.base, target.path, cfg, params[target.path])
+        tensors |= {PREFIX + key: t.contiguous().clone() for key, t in values.items()}
+    _write(folder, _fields(adapt, layers, as_whole), tensors)
 
 
 def _row(cfg: AdapterConfig) -> Row | None:
@@ -83,8 +95,8 @@ def _row(cfg: AdapterConfig) -> Row | None:
     return row if row is not None and row.config is type(cfg) else None
 
 
-def _refuse(entries: list[tuple[Target, AdapterConfig]]) -> None:
-    faults = []
+def _refuse(entries: Pairs, as_whole: Pairs, adapt: Adapt) -> None:
+    faults = _whole_faults(entries, as_whole, adapt)
     for target, cfg in entries:
         row, at = _row(cfg), f'"{target.path}": {type(cfg).__name__}'
         if row is None:
@@ -106,6 +118,20 @@ def _refuse(entries: list[tuple[Target, AdapterConfig]]) -> None:
         )
 
 
+def _whole_faults(entries: Pairs, as_whole: Pairs, adapt: Adapt) -> list[str]:
+    norms = [target.path for target, cfg in as_whole if isinstance(cfg, LNTuningConfig)]
+    faults = []
+    if norms and (entries or len(norms) < len(as_whole)):
+        faults.append(f"LN-tuning at {listed(norms)} beside others: a file of PEFT's LN-tuning holds nothing else")
+    if as_whole and not entries and not norms:
+        faults.append("nothing but modules trained as a whole: PEFT has them beside a method only")
+    for target, cfg in as_whole:
+        others = whole.ambiguous(adapt._plan.base, target.path)
+        if others:
+            faults.append(f'"{target.path}": {type(cfg).__name__}: PEFT goes by the end of a name and would take {listed(others)} too')
+    return faults
+
+
 def _written(target: Target, cfg: AdapterConfig, leaves: Leaves, adapt: Adapt) -> Written:
     path = target.path
     constants = adapt._plan.constants_at(path, cfg)
@@ -119,16 +145,20 @@ def _written(target: Target, cfg: AdapterConfig, leaves: Leaves, adapt: Adapt) -
     return Written(target, row, row.write(cfg), {key: t.cpu().contiguous().clone() for key, t in tensors.items()})
 
 
-def _fields(adapt: Adapt, layers: list[Written]) -> dict[str, Any]:
+def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs) -> dict[str, Any]:
     """Give the fields of PEFT's config: what layers agree in, and patterns for what they may differ in.
 
     Raises:
         ValueError: where layers differ in a field that PEFT has once.
     """
-    method = layers[0].row.peft_type
+    paths = [target.path for target, _ in as_whole]
+    method = layers[0].row.peft_type if layers else whole.LN_TUNING
     fields = {"peft_type": method, "peft_version": VERSION, "task_type": None, "inference_mode": True, **OF_TYPE[method]}
     fields["base_model_name_or_path"] = getattr(getattr(adapt._plan.base, "config", None), "_name_or_path", None)
-    fields["target_modules"] = _target_modules(adapt, [layer.target.path for layer in layers])
+    fields["target_modules"] = _target_modules(adapt, [layer.target.path for layer in layers] or paths)
+    if not layers:
+        return fields
+    fields["modules_to_save"] = paths or None
     if any(layer.row.conv1d for layer in layers):
         fields["fan_in_fan_out"] = any(issubclass(layer.target.kind, FrozenConv1D) for layer in layers)
     for lists in {layer.row.lists for layer in layers if layer.row.lists}:

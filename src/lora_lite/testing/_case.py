@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from lora_lite.bind import apply_variant
 from lora_lite.config import AdapterConfig, as_config, with_fields
 from lora_lite.frozen import Frozen
-from lora_lite.statistics import statistic_of
+from lora_lite.statistics import needs_loss, statistic_of
 
 VALUES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest error of a value, relative to the largest entry of what it is compared with, by dtype."""
@@ -72,12 +73,19 @@ def _make_case(cfg: AdapterConfig, dtype: torch.dtype, i: int, o: int, *, bias: 
     g = torch.Generator().manual_seed(i)
     weight = (torch.randn(o, i, generator=g) / i**0.5).to(dtype)
     W = Frozen(weight, torch.randn(o, generator=g).to(dtype) if bias else None)
-    given = (statistic_of(cfg)[0]().add(inputs(i).to(dtype)),) if cfg.calibrated else ()
+    given = (_statistics(cfg, i, o, dtype),) if cfg.calibrated else ()
     params, constants = cfg.init(W, torch.Generator().manual_seed(0), *given)
     start = {name: p.to(cfg.dtype) for name, p in params.items()}
     W = Frozen(weight, W.bias, {**cfg.share([W]), **constants})
     moved = {name: p + 0.1 * torch.randn(p.shape, generator=g).to(p.dtype) for name, p in start.items()}
     return Case(cfg, W, start, moved, torch.randn(3, 2, i, generator=g).to(dtype))
+
+
+def _statistics(cfg: AdapterConfig, i: int, o: int, dtype: torch.dtype) -> Any:
+    empty, x = statistic_of(cfg)[0](), inputs(i).to(dtype)
+    if not needs_loss(cfg):
+        return empty.add(x)
+    return empty.add(x, torch.randn(len(x), o, generator=torch.Generator().manual_seed(o)).to(dtype))
 
 
 def inputs(i: int) -> Tensor:

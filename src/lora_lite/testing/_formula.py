@@ -99,7 +99,8 @@ def rows(cfg: AdapterConfig) -> None:
         whole = case(case.params)
         for k in range(3):
             close("a row alone", case(case.params, case.x[k]), whole[k], 1e-10)
-        close("a single vector", case(case.params, case.x[0, 0]), whole[0, 0], 1e-10)
+        if cfg.adapts != "block":  # whose positions are not alike
+            close("a single vector", case(case.params, case.x[0, 0]), whole[0, 0], 1e-10)
         close("further axes", case(case.params, case.x.view(3, 1, 2, i)), whole.view(3, 1, 2, o), 1e-10)
         if case(case.params, case.x[:0]).shape != (0, 2, o):
             fail(f"an empty batch to give {(0, 2, o)}", tuple(case(case.params, case.x[:0]).shape))

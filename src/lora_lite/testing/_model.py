@@ -3,6 +3,7 @@
 import copy
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,10 @@ from torch.utils import _pytree as pytree
 from lora_lite._tree import Tree, tree_leaves, tree_map
 from lora_lite.adapt import Adapt
 from lora_lite.build import build
-from lora_lite.config import AdapterConfig
+from lora_lite.config import AdapterConfig, with_fields
 from lora_lite.io import load, save
 from lora_lite.mixed import stack, unstack
+from lora_lite.statistics import needs_loss
 from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32, inputs
 
 
@@ -31,8 +33,21 @@ def compiles(cfg: AdapterConfig) -> None:
                 close("the compiled result", a, b, VALUES[torch.float32])
 
 
-def _layers(cfg: AdapterConfig) -> tuple[nn.Sequential, dict[str, Params], Tensor]:
-    """Two layers in a model, with params off their start and an input."""
+class _Blocks(nn.Module):
+    """Two blocks that keep the width."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def _model(cfg: AdapterConfig) -> tuple[nn.Module, Tensor]:
+    """A small model with something of the sort that the variant adapts, and an input."""
     wide, tall = float32(cfg)
     layers = []
     for case in (wide, tall):
@@ -41,20 +56,30 @@ def _layers(cfg: AdapterConfig) -> tuple[nn.Sequential, dict[str, Params], Tenso
         if case.W.bias is not None:
             layer.bias.data = case.W.bias.clone()
         layers.append(layer)
-    return nn.Sequential(*layers).eval(), {"0": wide.params, "1": tall.params}, wide.x
+    if cfg.adapts == "norm":
+        return nn.Sequential(layers[0], nn.LayerNorm(wide.W.out_features), layers[1], nn.RMSNorm(wide.W.in_features)).eval(), wide.x
+    if cfg.adapts == "block":
+        return _Blocks(nn.Sequential(*layers), nn.Sequential(*copy.deepcopy(layers))).eval(), wide.x
+    return nn.Sequential(*layers).eval(), wide.x
 
 
-def _build(model: nn.Sequential, cfg: AdapterConfig) -> Adapt:
-    """Adapt the model of `_layers`, on data where the variant needs it."""
-    calibration = [inputs(model[0].in_features)] if cfg.calibrated else None  # type: ignore[arg-type]
-    return build(model, float32(cfg)[0].cfg, calibration=calibration)
+def _build(model: nn.Module, cfg: AdapterConfig) -> tuple[Adapt, Tree]:
+    """Adapt a model of `_model`, on data where the variant needs it; with params off their start."""
+    i = next(model.parameters()).shape[-1]
+    names = (r"^\d$",) if cfg.adapts == "module" else ()
+    given: dict[str, Any] = {"calibration": [inputs(i)]} if cfg.calibrated else {}
+    if needs_loss(cfg):
+        given["loss"] = lambda output, batch: output.square().mean()
+    adapt = build(model, with_fields(float32(cfg)[0].cfg, target_names=names), **given)
+    g = torch.Generator().manual_seed(i)
+    return adapt, tree_map(lambda p: p + 0.1 * torch.randn(p.shape, generator=g), adapt.init(seed=0))
 
 
 def saved(cfg: AdapterConfig) -> None:
     """Saving and loading gives every bit back, onto a model that was never built on."""
-    model, params, x = _layers(cfg)
+    model, x = _model(cfg)
     fresh = copy.deepcopy(model)
-    adapt = _build(model, cfg)
+    adapt, params = _build(model, cfg)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"
         save(adapt, params, path)
@@ -72,8 +97,8 @@ def saved(cfg: AdapterConfig) -> None:
 
 def mixed_batch(cfg: AdapterConfig) -> None:
     """Rows of one batch, each through its own adapter, equal a loop over the adapters; so do their gradients."""
-    model, params, x = _layers(cfg)
-    adapt = _build(model, cfg)
+    model, x = _model(cfg)
+    adapt, params = _build(model, cfg)
     members = [tree_map(lambda p, c=c: c * p, params) for c in (1.0, 0.5)]
     index = [1, 0, 1]
 
@@ -82,7 +107,7 @@ def mixed_batch(cfg: AdapterConfig) -> None:
 
     mixed, grads = adapt.mixed(stack(members), x, index), unstack(torch.func.grad(loss)(stack(members)))
     for row, k in enumerate(index):
-        close("a row of a mixed batch", mixed[row], adapt(members[k], x[row]), VALUES[torch.float32])
+        close("a row of a mixed batch", mixed[row], adapt(members[k], x[row : row + 1])[0], VALUES[torch.float32])
     for k, member in enumerate(members):
         rows = x[[row for row, taken in enumerate(index) if taken == k]]
         alone = torch.func.grad(lambda p, rows=rows: adapt(p, rows).square().sum())(member)
@@ -92,10 +117,10 @@ def mixed_batch(cfg: AdapterConfig) -> None:
 
 def untouched(cfg: AdapterConfig) -> None:
     """Building, calling and differentiating leave the model's bytes, classes and flags as they were."""
-    model, params, x = _layers(cfg)
+    model, x = _model(cfg)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     facts = [(type(m), m.training, [p.requires_grad for p in m.parameters()]) for m in model.modules()]
-    adapt = _build(model, cfg)
+    adapt, params = _build(model, cfg)
     adapt(params, x)
     torch.func.grad(lambda p: adapt(p, x).square().sum())(params)
     adapt.module(params)

@@ -9,11 +9,15 @@ from lora_lite.variants.corda import CorDAConfig
 from lora_lite.variants.delora import DeLoRAConfig
 from lora_lite.variants.dora import DoRAConfig
 from lora_lite.variants.eva import EVAConfig
+from lora_lite.variants.full import FullConfig
 from lora_lite.variants.hra import HRAConfig
 from lora_lite.variants.ia3 import IA3Config
 from lora_lite.variants.ia3_ff import IA3FFConfig
+from lora_lite.variants.ln_tuning import LNTuningConfig
 from lora_lite.variants.lora import LoRAConfig
+from lora_lite.variants.lora_ga import LoRAGAConfig
 from lora_lite.variants.lora_xs import LoRAXSConfig
+from lora_lite.variants.loreft import LoReFTConfig
 from lora_lite.variants.oft import OFTConfig
 from lora_lite.variants.pissa import PiSSAConfig
 from lora_lite.variants.road import ROADConfig
@@ -39,4 +43,8 @@ VARIANTS: dict[str, type[AdapterConfig]] = {
     "asvd": ASVDConfig,
     "vera": VeRAConfig,
     "adalora": AdaLoRAConfig,
+    "lora_ga": LoRAGAConfig,
+    "loreft": LoReFTConfig,
+    "ln_tuning": LNTuningConfig,
+    "full": FullConfig,
 }

@@ -31,6 +31,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -68,7 +69,7 @@ class ASVDConfig(PiSSAConfig):
         super().__post_init__()
         expect_number(self, "power", 0.0, math.inf, "The paper's is power=0.5.")
 
-    def start(self, W: Frozen, stats: Any) -> Constants:
+    def start(self, W: Frozen, stats: Any, generator: torch.Generator) -> Constants:
         """Derive `A0` and `B0` from the SVD of `W diag(d)`."""
         d = exact(require_stats(self, W, stats, "mean_abs")) ** self.power
         return oriented_factors(W, exact(W.dense()) * (d / d.mean()), slice(self.r), self.scale)

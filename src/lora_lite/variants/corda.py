@@ -123,7 +123,7 @@ class CorDAConfig(PiSSAConfig):
         """What is gathered of the layer's inputs."""
         return ScaledStatistics if self.scaled else Statistics
 
-    def start(self, W: Frozen, stats: Any) -> Constants:
+    def start(self, W: Frozen, stats: Any, generator: torch.Generator) -> Constants:
         """Derive `A0` and `B0` from the SVD of `W C`."""
         C = exact(require_stats(self, W, stats, "second_moment"))
         C = C + DAMPING * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)

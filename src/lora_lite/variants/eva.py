@@ -20,15 +20,16 @@ the forward: it is kept so that a loaded `adapt` can `init` again without data.
 
 Departures: the covariance is summed in one pass over all data and decomposed once, where the paper and PEFT update a truncated SVD batch
 by batch until it settles; the directions are those of the whole data. `A` is centred as in PEFT; `center=False` takes the second moment
-instead, whose first direction is close to the mean. Every layer keeps the rank `r`: the paper's redistribution of ranks between layers
-(`rho > 1`, PEFT's default is 2) is refused. `whiten` divides a row once
-by the root of its singular value in the data; PEFT divides again for each layer that shares the input, and counts the data as often as it
-is repeated until the directions settle. Positions that are masked or, with `label_mask`, ignored by the loss are left out, as in PEFT.
+instead, whose first direction is close to the mean. With `rho = 1`, the default here, every layer keeps the rank `r`; with `rho > 1` (2 in
+PEFT) all directions of all layers compete by the share of their layer's variance that they explain, up to `rho r` a layer, for the same
+number of ranks in all. A layer left without any is not adapted; the scale `alpha / r` stays. `whiten` divides a row once by the root of its
+singular value in the data; PEFT divides again for each layer that shares the input, and counts the data as often as it is repeated until
+the directions settle. Positions that are masked or, with `label_mask`, ignored by the loss are left out, as in PEFT.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -36,10 +37,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite._check import checked
-from lora_lite.config import AdapterConfig, expect, expect_bool, expect_int, expect_number
+from lora_lite.config import AdapterConfig, expect_bool, expect_int, expect_number
 from lora_lite.frozen import Constants, Frozen
 from lora_lite.statistics import exact, require_stats
 from lora_lite.variants.lora import LoRAParams, lora
+
+
+def redistributed(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
+    """Give each layer the number of its directions that are among the `budget` best of all, by their shares of variance."""
+    paths = list(shares)
+    owners = torch.cat([torch.full((len(shares[path]),), k) for k, path in enumerate(paths)])
+    order = torch.cat([shares[path].cpu() for path in paths]).argsort(descending=True, stable=True)
+    counts = owners[order[:budget]].bincount(minlength=len(paths))
+    return dict(zip(paths, counts.tolist()))
 
 
 @checked
@@ -56,7 +66,7 @@ class EVAConfig(AdapterConfig):
         r: rank of the update, from 1 to the input width of the layer, and at most the number of calibration tokens.
         alpha: numerator of the scale `alpha / r`, dimensionless.
         center: take directions about the mean of the inputs, else about zero.
-        rho: redistribution of ranks between layers; only 1.0, every layer at rank `r`.
+        rho: how many times `r` a layer's rank may become where ranks are redistributed between layers, >= 1; 1 for rank `r` everywhere.
         whiten: divide each row by the square root of its singular value in the data; rows then shrink with the number of tokens.
         label_mask: leave out positions whose label is -100, where a batch has `labels` of the tokens' shape.
     """
@@ -77,7 +87,7 @@ class EVAConfig(AdapterConfig):
         super().__post_init__()
         expect_int(self, "r", 1, "Set r to the rank of the update, e.g. r=8.")
         expect_number(self, "alpha", 0.0, math.inf, "The update is scaled by alpha / r, e.g. alpha=16.")
-        expect(self, "rho", self.rho == 1, "1.0, the same rank in every layer", "Redistributing ranks is not supported; leave rho out.")
+        expect_number(self, "rho", 1.0, math.inf, "Use 1 for the same rank in every layer, 2 as PEFT does.")
         for field in ("center", "whiten", "label_mask"):
             expect_bool(self, field)
 
@@ -85,6 +95,20 @@ class EVAConfig(AdapterConfig):
     def scale(self) -> float:
         """The factor of the update, `alpha / r`."""
         return self.alpha / self.r
+
+    def allocate(self, stats: Mapping[str, Any]) -> Mapping[str, AdapterConfig]:
+        if self.rho == 1:
+            return super().allocate(stats)
+        ranks = redistributed({path: self._shares(s) for path, s in stats.items()}, self.r * len(stats))
+        configs = {r: self if r == self.r else replace(self, r=r, alpha=self.scale * r) for r in set(ranks.values()) if r}
+        return {path: configs[r] for path, r in ranks.items() if r}
+
+    def _shares(self, stats: Any) -> Tensor:
+        """Give the shares of the variance that a layer's first directions explain, as many as it may get, descending."""
+        moment = exact(stats.covariance if self.center else stats.second_moment)
+        variances = torch.linalg.eigvalsh(moment).flip(0)
+        most = min(round(self.r * self.rho), len(variances), stats.count - self.center)
+        return variances[:most] / variances.sum()
 
     def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[LoRAParams, Constants]:
         start = dict(W.constants) or {"A0": self._directions(W, stats)}

@@ -98,10 +98,10 @@ class PiSSAConfig(AdapterConfig):
                 f"{type(self).__name__}.r: expected at most min(i, o) = {min(W.in_features, W.out_features)} for a layer of shape "
                 f"({W.out_features}, {W.in_features}), found {self.r}. Lower r or leave the layer out."
             )
-        start = dict(W.constants) or self.start(W, stats)
+        start = dict(W.constants) or self.start(W, stats, generator)
         return {"dA": torch.zeros_like(start["A0"]), "dB": torch.zeros_like(start["B0"])}, start
 
-    def start(self, W: Frozen, stats: Any) -> Constants:
+    def start(self, W: Frozen, stats: Any, generator: torch.Generator) -> Constants:
         """Derive `A0 (r, i)` and `B0 (o, r)`; variants that start elsewhere change this alone."""
         return principal_factors(W, self.r, self.scale)
 

@@ -1,0 +1,56 @@
+r"""Full: all parameters of a module, trained as displacements.
+
+$$y = f(x;\, \theta + d)$$
+
+`f` is the module itself, of any class: a new head, an embedding, a norm, a linear layer. On a linear layer `y = (W + dW) x + b + db`.
+
+Identity at init: exact, since `d = 0`.
+
+Paper: none; the usual fine-tuning, here of named modules. Howard, Ruder, *Universal Language Model Fine-tuning for Text Classification*,
+2018, arXiv:1801.06146, is where training a new head first was made a practice.
+
+| tensor | shape | trained | init |
+|---|---|---|---|
+| one for each parameter of the module, by its name | as the parameter | yes | zeros |
+
+Trained per target: as many numbers as the module has. Modules must be named by `target_names`; of modules inside one another the outermost
+is taken, and nothing is excluded by default. Needs parameters of a floating dtype: a quantised layer has none.
+
+Departures: PEFT's `modules_to_save` trains a copy; a displacement keeps weight decay meaningful, since zero is the model as it was. Params
+are kept in float32 and the sum is rounded to the module's own dtype, as with master weights in mixed precision. Where the module shares its
+weight with another (an output head tied to the embedding), this one alone moves, as in PEFT.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lora_lite._check import checked
+from lora_lite.config import AdapterConfig
+from lora_lite.frozen import Constants, Frozen
+
+
+@checked
+def full(params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Any:
+    """Give `W` with its parameters moved by `params`, applied to `x`; the module's docstring has the formula."""
+    return W.moved(params)(x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullConfig(AdapterConfig):
+    """Config of full training; it has no hyperparameters of its own, but `target_names` must name modules."""
+
+    name: ClassVar[str] = "full"
+    adapts: ClassVar[str] = "module"
+    macs: ClassVar[str | None] = "0"
+
+    exclude_names: tuple[str, ...] = ()
+
+    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[dict[str, Tensor], Constants]:
+        return {name: torch.zeros(p.shape) for name, p in W.parameters.items()}, {}
+
+    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Any:
+        return full(params, W, x)

@@ -1,0 +1,146 @@
+r"""LoRA-GA: LoRA that starts from the singular vectors of the weight's gradient.
+
+$$y = W x + b + s\,(B A - B_0 A_0)\, x, \qquad s = \alpha / r$$
+
+$$\partial L / \partial W = U S V^T, \quad A_0 = V_{1..r}^T, \quad B_0 = \frac{o^{1/4}}{\sqrt{\gamma}}\, U_{r+1..2r} S_{r+1..2r}$$
+
+so that the first step of the pair moves `W` as closely as it can to where full training would. Trained are the increments
+`dA = A - A_0` and `dB = B - B_0`, by PiSSA's function.
+
+Identity at init: exact, since both increments are zero.
+
+Paper: Wang, Yu, Li, *LoRA-GA: Low-Rank Adaptation with Gradient Approximation*, 2024, arXiv:2407.05000.
+
+| tensor | shape | trained | init |
+|---|---|---|---|
+| `dA` | `(r, i)` | yes | zeros |
+| `dB` | `(o, r)` | yes | zeros |
+| `A0` | `(r, i)` | no | right singular vectors of the gradient |
+| `B0` | `(o, r)` | no | left ones, scaled |
+
+Trained per target: `r (i + o)`. Needs nothing of the weight, and at build batches with a loss; a quantised base will do, since
+the gradient is summed from inputs and gradients of outputs.
+
+Departures: the paper and PEFT overwrite the weight with `W - s B_0 A_0`, which a checkpoint does not hold; here it stays, and `A_0` and
+`B_0` are stored. The SVD is exact where PEFT's is randomised. The formulas are PEFT's by default (`recipe="peft"`); the authors' code
+(`recipe="official"`) leaves out the singular values and scales `A` and `B` alike, `random` draws disjoint components, and `weight_svd` is
+the mean of `sqrt(sigma / s)` over the weight's singular values. The gradient is a mean over batches in evaluation mode; PEFT takes it in
+training mode.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_lite._check import checked
+from lora_lite._errors import listed
+from lora_lite.config import expect, expect_number
+from lora_lite.frozen import Constants, Frozen
+from lora_lite.statistics import Gradient
+from lora_lite.variants._linalg import truncated_svd
+from lora_lite.variants.corda import require_start
+from lora_lite.variants.pissa import PiSSAConfig, PiSSAParams, pissa
+
+DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
+SCALES = ("stable", "weight_svd", "gd_scale", "unit")
+RECIPES = ("peft", "official")
+
+
+def components(r: int, direction: str, disjoint: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Give which of the first `2 r` singular pairs `A` and `B` take, `(r,)` each."""
+    if direction == "random":
+        drawn = torch.randperm(2 * r, generator=generator)
+        return drawn[:r], drawn[r:] if disjoint else drawn[:r]
+    first, second = torch.arange(r), torch.arange(r, 2 * r)
+    return {"ArB2r": (first, second), "A2rBr": (second, first), "ArBr": (2 * first + 1, 2 * first)}[direction]
+
+
+@checked
+def lora_ga(params: PiSSAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float) -> Float[Tensor, "*b o"]:
+    """Give `W x + b + scale [(B0 + dB) dA + dB A0] x`, PiSSA's own function; the module's docstring has the start."""
+    return pissa(params, require_start(W, "lora_ga"), x, scale=scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAGAConfig(PiSSAConfig):
+    """Config of LoRA-GA.
+
+    Args:
+        r: rank of the update, from 1 to half of the smaller width of the layer.
+        alpha: numerator of the scale `alpha / r`, dimensionless, > 0.
+        direction: which singular pairs of the gradient `A` and `B` take: `"ArB2r"` the first `r` and the next `r`, `"A2rBr"` the reverse,
+            `"ArBr"` every other one, `"random"`.
+        scale_start: size of the start: `"stable"`, by `stable_gamma`; `"weight_svd"`, by the weight's singular values; `"gd_scale"`,
+            divided by `alpha / r`; `"unit"`.
+        stable_gamma: the larger, the smaller a stable start, > 0.
+        recipe: `"peft"` or `"official"`, where the two differ.
+    """
+
+    name: ClassVar[str] = "lora_ga"
+    needs: ClassVar[str] = "nothing"
+    calibrated: ClassVar[bool] = True
+    statistic: ClassVar[type] = Gradient
+
+    direction: str = "ArB2r"
+    scale_start: str = "stable"
+    stable_gamma: float = 16.0
+    recipe: str = "peft"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field, allowed in (("direction", DIRECTIONS), ("scale_start", SCALES), ("recipe", RECIPES)):
+            expect(self, field, getattr(self, field) in allowed, f"one of {listed(allowed)}", f'The default is "{allowed[0]}".')
+        expect_number(self, "stable_gamma", 0.0, math.inf, "The default is 16.")
+        expect(self, "stable_gamma", self.stable_gamma > 0, "a number > 0", "The default is 16.")
+
+    def start(self, W: Frozen, stats: Any, generator: torch.Generator) -> Constants:
+        """Derive `A0` and `B0` from the SVD of the gradient."""
+        gradient = _require_gradient(W, stats)
+        if 2 * self.r > min(gradient.shape):
+            raise ValueError(
+                f"LoRAGAConfig.r: expected at most half of min(i, o) = {min(gradient.shape)} for a layer of shape "
+                f"{tuple(gradient.shape)}, since A and B take {2 * self.r} singular pairs, found {self.r}. Lower r or leave the layer out."
+            )
+        U, S, Vh = truncated_svd(gradient, 2 * self.r)
+        official = self.recipe == "official"
+        for_A, for_B = (index.to(U.device) for index in components(self.r, self.direction, official, generator))
+        a, b = self._sizes(W, S[for_B])
+        A0, B0 = a * Vh[for_A], b * U[:, for_B] * (1.0 if official else S[for_B])
+        return {"A0": A0.to(W.dtype).contiguous(), "B0": B0.to(W.dtype).contiguous()}
+
+    def _sizes(self, W: Frozen, S: Tensor) -> tuple[Any, Any]:
+        """Give the factors of `A0` and `B0`, by the singular values of the gradient that `B0` takes."""
+        official = self.recipe == "official"
+        if self.scale_start == "stable":
+            size = W.out_features**0.25 / self.stable_gamma**0.5
+            return (size if official else 1.0), size
+        if self.scale_start == "gd_scale":
+            return 1 / self.scale, 1 / self.scale
+        if self.scale_start == "unit":
+            return 1.0, 1.0
+        sigma = torch.linalg.svdvals(W.dense().to(torch.promote_types(W.dtype, torch.float32)))[: self.r]
+        if official:
+            size = (sigma / self.scale).sqrt().mean()
+            return size, size
+        return 1.0, sigma[0] / S[0] if S[0] > 0 else 1.0
+
+    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+        return lora_ga(params, W, x, scale=self.scale)
+
+
+def _require_gradient(W: Frozen, stats: Any) -> Tensor:
+    gradient = getattr(stats, "gradient", None)
+    if not isinstance(gradient, Tensor) or gradient.shape != (W.out_features, W.in_features):
+        found = f"shape {tuple(gradient.shape)}" if isinstance(gradient, Tensor) else "none"
+        raise ValueError(
+            f"LoRAGAConfig.init: expected stats.gradient of shape {(W.out_features, W.in_features)}, found {found}. Use build(model, cfg, "
+            "calibration=batches, loss=f), or pass stats=Gradient().add(x, dy)."
+        )
+    if not gradient.any():
+        raise ValueError("LoRAGAConfig.init: expected a gradient that is not zero, found zero. Leave the layer out, or use other batches.")
+    return gradient
