@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import Frozen
-from lora_lite.variants._linalg import full_precision
+from lora_lite.variants._linalg import full_precision, leading_eigenpairs
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +53,7 @@ class Statistics(Means):
     """
 
     scatter: Any = field(default=0.0, repr=False)
+    _known: dict[bool, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def add(self, x: Tensor) -> Self:
         new = super().add(x)
@@ -64,7 +65,7 @@ class Statistics(Means):
         with full_precision(x):
             scatter = rows.t() @ rows
         scatter.add_(self.scatter).addr_(shift, shift, alpha=self.count * len(x) / new.count)
-        return replace(new, scatter=scatter)
+        return replace(new, scatter=scatter, _known={})
 
     @property
     def covariance(self) -> Tensor:
@@ -76,6 +77,16 @@ class Statistics(Means):
         """`E[x x^T]`, `(i, i)`."""
         mean = self.mean.to(self.scatter.dtype)
         return self.covariance.addr_(mean, mean)
+
+    def directions(self, k: int, center: bool = True) -> tuple[Tensor, Tensor]:
+        """Give the largest `k` variances `(k,)`, descending, and their directions `(i, k)`, about the mean or about zero, in float64.
+
+        Found once for all layers that share the statistic.
+        """
+        if center not in self._known or len(self._known[center][0]) < k:
+            self._known[center] = leading_eigenpairs(exact(self.covariance if center else self.second_moment), k)
+        values, vectors = self._known[center]
+        return values[:k], vectors[:, :k]
 
 
 @dataclass(frozen=True, eq=False)

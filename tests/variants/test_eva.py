@@ -164,3 +164,19 @@ def test_needs_as_many_tokens_as_directions(count, center, fits):
 def test_refuses_fields(fields, message):
     with pytest.raises((ValueError, TypeError), match=message):
         EVAConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    "decay", [lambda k: 1 / (1 + k / 8), lambda k: (1 + k / 30) ** -0.5, torch.ones_like], ids=["fast", "slow", "flat"]
+)
+def test_directions_of_a_wide_layer_are_those_of_the_whole_decomposition(decay):
+    i, r = 640, 12
+    C = torch.linalg.qr(torch.randn(i, i, dtype=f64)).Q
+    X = torch.randn(2000, i, dtype=f64) * decay(torch.arange(i, dtype=f64)) @ C
+    stats = ll.Statistics().add(X)
+    values, vectors = stats.directions(r)
+    want, full = torch.linalg.eigh(stats.covariance)
+    assert cosine(vectors.t(), full.flip(1)[:, :r].t()) > 1 - 1e-6
+    torch.testing.assert_close(values, want.flip(0)[:r], rtol=1e-6, atol=0)
+    few = ll.Statistics().add(X[:40])  # fewer tokens than the iteration has directions
+    assert cosine(few.directions(r)[1].t(), pca(X[:40], r)[0]) > 1 - 1e-6

@@ -38,6 +38,43 @@ def truncated_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     return (U * signs.t()).contiguous(), S.clone(), (Vh * signs).contiguous()
 
 
+def leading_eigenpairs(C: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Give the largest `k` eigenvalues `(k,)`, descending, and eigenvectors `(n, k)` of a symmetric `C (n, n)`.
+
+    By block Krylov iteration with its own proof: the residuals, over the gap to the next eigenvalue, bound the sine of the angle to the
+    true subspace (Davis and Kahan 1970). Where the bound is not met, and for small matrices, the whole decomposition is taken.
+    """
+    n, block = len(C), 2 * k
+    for blocks in (8, 12):
+        if blocks * block > n // 2:
+            break
+        values, vectors, sine = _krylov(C, k, block, blocks)
+        if sine < 1e-3:  # a cosine within 5e-7
+            return values, vectors
+    values, vectors = torch.linalg.eigh(C)
+    return values.flip(0)[:k], vectors.flip(1)[:, :k]
+
+
+def _krylov(C: Tensor, k: int, block: int, blocks: int) -> tuple[Tensor, Tensor, float]:
+    start = torch.randn(len(C), block, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    basis = torch.linalg.qr(C @ start.to(C)).Q
+    newest = basis
+    for _ in range(blocks - 1):
+        newest = C @ newest
+        for _ in range(2):  # once would leave the rounding of the first
+            newest = newest - basis @ (basis.t() @ newest)
+        newest = torch.linalg.qr(newest).Q
+        basis = torch.cat([basis, newest], dim=1)
+    image = C @ basis
+    values, inner = torch.linalg.eigh(basis.t() @ image)
+    values, inner = values.flip(0)[: k + 1], inner.flip(1)[:, : k + 1]
+    vectors = basis @ inner
+    residual = (image @ inner - vectors * values)[:, :k].norm()
+    gap = values[k - 1] - values[k]
+    skew = (basis.t() @ basis - torch.eye(basis.shape[1], dtype=C.dtype, device=C.device)).abs().max()  # of a matrix of low rank
+    return values[:k], vectors[:, :k], float(residual / gap) if gap > 0 and skew < 1e-8 else math.inf
+
+
 def full_precision(x: Tensor) -> torch.autocast:
     """Give a context in which autocast leaves the dtypes of small products and solves alone."""
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # autocast knows no meta device

@@ -39,7 +39,7 @@ from torch import Tensor
 from lora_lite._check import checked
 from lora_lite.config import AdapterConfig, expect_bool, expect_int, expect_number
 from lora_lite.frozen import Constants, Frozen
-from lora_lite.statistics import exact, require_stats
+from lora_lite.statistics import require_stats
 from lora_lite.variants.lora import LoRAParams, lora
 
 
@@ -105,10 +105,9 @@ class EVAConfig(AdapterConfig):
 
     def _shares(self, stats: Any) -> Tensor:
         """Give the shares of the variance that a layer's first directions explain, as many as it may get, descending."""
-        moment = exact(stats.covariance if self.center else stats.second_moment)
-        variances = torch.linalg.eigvalsh(moment).flip(0)
-        most = min(round(self.r * self.rho), len(variances), stats.count - self.center)
-        return variances[:most] / variances.sum()
+        moment = stats.covariance if self.center else stats.second_moment
+        most = min(round(self.r * self.rho), len(moment), stats.count - self.center)
+        return stats.directions(most, self.center)[0] / moment.trace()
 
     def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[LoRAParams, Constants]:
         start = dict(W.constants) or {"A0": self._directions(W, stats)}
@@ -122,11 +121,11 @@ class EVAConfig(AdapterConfig):
                 f"EVAConfig.r: expected at most {available}, the directions that {stats.count} tokens span in a layer of input width "
                 f"{W.in_features}, found {self.r}. Lower r or calibrate on more data."
             )
-        variances, vectors = torch.linalg.eigh(exact(moment))  # ascending
-        A = vectors[:, -self.r :].flip(1).t()
+        variances, vectors = stats.directions(self.r, self.center)
+        A = vectors.t()
         A = A * A.gather(1, A.abs().argmax(1, keepdim=True)).sign()
         if self.whiten:
-            A = A / (variances[-self.r :].flip(0)[:, None] * stats.count) ** 0.25  # the singular value is sqrt(n variance)
+            A = A / (variances[:, None] * stats.count) ** 0.25  # the singular value is sqrt(n variance)
         return A.to(moment.dtype).contiguous()
 
     def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:

@@ -35,7 +35,6 @@ from torch import Tensor
 from lora_lite._check import checked
 from lora_lite.config import AdapterConfig, expect_int, expect_number
 from lora_lite.frozen import Constants, Frozen
-from lora_lite.variants._linalg import add_low_rank
 
 
 class VeRAParams(TypedDict):
@@ -61,8 +60,10 @@ def vera(params: VeRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, seed: int =
     d, b = params["lambda_d"], params["lambda_b"]
     shared = W.constants or projections([W], d.shape[0], seed)
     A, B = shared["A"][:, : W.in_features].to(x), shared["B"][: W.out_features].to(x)
-    h = F.linear(F.dropout(x, dropout, W.training) if dropout else x, d[:, None] * A)  # the scales cost r (i + o) once, not r + o a token
-    return add_low_rank(W(x), h, b[:, None] * B)
+    # The scales act on the activations: folded into A and B they would need the gradients of these, two more products a token.
+    h = d * F.linear(F.dropout(x, dropout, W.training) if dropout else x, A)
+    y = W(x)
+    return torch.addcmul(y, b.to(y.dtype), F.linear(h, B).to(y.dtype))  # under autocast the layer's output has another dtype than its input
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ class VeRAConfig(AdapterConfig):
 
     name: ClassVar[str] = "vera"
     trained: ClassVar[str | None] = "r + o"
-    macs: ClassVar[str | None] = "r * (i + o)"
+    macs: ClassVar[str | None] = "r * (i + o) + r + o"
 
     r: int = 256
     d_initial: float = 0.1
