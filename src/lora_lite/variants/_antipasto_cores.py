@@ -11,6 +11,7 @@ from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -81,7 +82,7 @@ def antipasto_rotation(
     basis = _basis(W, params["delta_s"].shape[0])
     t = params["t"].to(basis["S"].dtype)
     n = t.shape[-2]
-    S, shift = basis["S"].unflatten(0, (n, -1)), params["delta_s"].to(t.dtype).unflatten(0, (n, -1))  # (n, k)
+    S, shift = (rearrange(v, "(n k) -> n k", n=n) for v in (basis["S"], params["delta_s"].to(t.dtype)))
     # R - 1 of every block: with a core made of increments nothing as large as S p cancels in low precision.
     excess = cayley_excess(skew(clamped(t, max_rotation_angle, angle_clamp) / 2, S.shape[-1]))  # (*sides, n, k, k)
     of_v, of_u = {"V": (excess, None), "U": (None, excess)}[rotate_basis] if rotate_basis != "both" else excess.unbind(0)
@@ -90,9 +91,9 @@ def antipasto_rotation(
         core = core + (S + shift)[:, :, None] * of_v
     if of_u is not None:
         core = core + of_u.mT @ (core + torch.diag_embed(S))
-    p = _coordinates(basis, x).unflatten(-1, S.shape)
+    p = rearrange(_coordinates(basis, x), "... (n k) -> ... n k", n=n)
     h = torch.einsum("...nj,nkj->...nk", p, core.to(p.dtype))  # one block product a token, whichever sides are rotated
-    return _add(W, x, basis, h.flatten(-2))
+    return _add(W, x, basis, rearrange(h, "... n k -> ... (n k)"))
 
 
 class AdditiveParams(TypedDict):
