@@ -85,9 +85,8 @@ def antipasto(
 ) -> Tensor:
     """Give `W x + b + U [core(p) - S p]`; the module's docstring has the formulas, each core's own function checks its shapes."""
     if core == "rotation" and rotate_basis != "none":
-        return cores.antipasto_rotation(
-            params, W, x, rotate_basis=rotate_basis, max_rotation_angle=max_rotation_angle, angle_clamp=angle_clamp
-        )
+        bounds = {"max_rotation_angle": max_rotation_angle, "angle_clamp": angle_clamp}
+        return cores.antipasto_rotation(params, W, x, rotate_basis=rotate_basis, **bounds)
     return CORES[core](params, W, x)
 
 
@@ -174,15 +173,8 @@ class AntiPaSTOConfig(AdapterConfig):
         return {"g": torch.zeros(r), **low_rank}, constants
 
     def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
-        return antipasto(
-            params,
-            W,
-            x,
-            core=self.core,
-            rotate_basis=self.rotate_basis,
-            max_rotation_angle=self.max_rotation_angle,
-            angle_clamp=self.angle_clamp,
-        )
+        statics = ("core", "rotate_basis", "max_rotation_angle", "angle_clamp")
+        return antipasto(params, W, x, **{name: getattr(self, name) for name in statics})
 
     def steer(self, params: Mapping[str, Tensor], c: float | Tensor) -> dict[str, Tensor]:
         fixed = {"A", "C"}  # the update is linear in their partners B and alpha
