@@ -21,6 +21,7 @@ from lora_lite.mixed import unstack as unstack
 from lora_lite.peft import from_peft as from_peft
 from lora_lite.peft import to_peft as to_peft
 from lora_lite.peft.low_rank import to_lora as to_lora
+from lora_lite.quantised import FrozenQuantised as FrozenQuantised
 from lora_lite.statistics import Gradient as Gradient
 from lora_lite.statistics import Statistics as Statistics
 from lora_lite.targets import Target as Target

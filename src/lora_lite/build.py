@@ -11,7 +11,8 @@ from lora_lite.audit import refuse_uncalled
 from lora_lite.calibrate import gather, require_data
 from lora_lite.clone import clone_module
 from lora_lite.config import AdapterConfig, as_config
-from lora_lite.frozen import NEEDS, own_forward
+from lora_lite.frozen import NEEDS, FrozenLinear
+from lora_lite.kinds import own_forward
 from lora_lite.modules import refuse_nested
 from lora_lite.plan import Entries, derive
 from lora_lite.remat import check_pattern
@@ -26,6 +27,7 @@ def build(
     loss: Callable[[Any, Any], Tensor] | None = None,
     remat: str | None = None,
     progress: bool = True,
+    kinds: Sequence[type[FrozenLinear]] = (),
 ) -> Adapt:
     """Adapt a model without touching it.
 
@@ -37,6 +39,7 @@ def build(
         remat: regular expression of the paths of blocks whose activations are recomputed in the backward pass instead of kept,
             e.g. `r"layers\\.\\d+$"`.
         progress: show a progress bar on stderr when it takes more than a second.
+        kinds: kinds of layers of your own, subclasses of `FrozenQuantised`; the first that fits a module reads it, before those that ship.
 
     Returns:
         An `Adapt`: `params = adapt.init(seed=0)`, then `adapt(params, batch)`.
@@ -55,22 +58,22 @@ def build(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"build: expected model as a torch.nn.Module, found {type(model).__name__}. Pass the model itself.")
-    entries = choose(model, cfg)
+    entries = choose(model, cfg, kinds)
     require_data(entries, calibration, loss)
-    base = clone_module(model)
+    base = clone_module(model, kinds)
     check_pattern(base, remat)
     stats = {} if calibration is None else gather(base, entries, calibration, progress, loss)
     return Adapt(derive(base, allocated(entries, stats), remat, stats, progress))
 
 
-def choose(model: nn.Module, cfg: AdapterConfig | Sequence[AdapterConfig]) -> Entries:
+def choose(model: nn.Module, cfg: AdapterConfig | Sequence[AdapterConfig], kinds: Sequence[type[FrozenLinear]] = ()) -> Entries:
     """Pair each target with the config that claims it."""
     configs = [as_config(c) for c in cfg] if isinstance(cfg, Sequence) and not isinstance(cfg, str) else [as_config(cfg)]
     if not configs:
         raise ValueError("build: expected a config or a non-empty sequence of them, found an empty one. Pass e.g. LoRAConfig().")
     claimed: dict[str, tuple[Target, AdapterConfig]] = {}
     for config in configs:
-        for target in find_targets(model, config):
+        for target in find_targets(model, config, kinds=kinds):
             if target.path in claimed:
                 other = claimed[target.path][1]
                 raise ValueError(
@@ -97,7 +100,7 @@ def allocated(entries: Entries, stats: Mapping[str, Any]) -> Entries:
 def check_entries(model: nn.Module, entries: Entries) -> None:
     """Refuse what cannot be adapted: layers never called, with a forward of their own, or of a kind that lacks what is needed."""
     refuse_uncalled(model, [target.path for target, _ in entries])
-    strange = [t.path for t, cfg in entries if cfg.adapts == "linear" and own_forward(model.get_submodule(t.path))]
+    strange = [t.path for t, cfg in entries if cfg.adapts == "linear" and own_forward(model.get_submodule(t.path), t.kind)]
     if strange:
         cls = type(model.get_submodule(strange[0])).__name__
         raise ValueError(

@@ -6,28 +6,41 @@ bound methods, lead to the clone: one left behind would run the user's own layer
 """
 
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from lora_lite._errors import listed
+from lora_lite._errors import listed, several
+from lora_lite.frozen import FrozenLinear
+from lora_lite.kinds import kind_of
+from lora_lite.quantised import FrozenQuantised, hold, kind_held
 
 _OWN = frozenset(vars(nn.Module()))  # nn.Module's own bookkeeping: parameters, buffers, modules, hook tables
 
 
-def clone_module(model: nn.Module) -> nn.Module:
-    """Copy a module tree without copying a weight.
+def clone_module(model: nn.Module, kinds: Sequence[type[FrozenLinear]] = ()) -> nn.Module:
+    """Copy a module tree without copying a weight; its quantised layers, target or not, run their kind instead of their own forward.
+
+    Args:
+        model: any module, or a clone.
+        kinds: kinds besides those that ship; a clone knows those that it was made with.
 
     Raises:
-        ValueError: for modules whose forward cannot be led to the clone (scripted, compiled or patched by a hook library).
+        ValueError: for modules whose forward cannot be led to the clone (scripted, compiled or patched by a hook library), and
+            quantised layers that hold no quantised weight.
     """
     _refuse_unfaithful(model)
+    quantised = {id(module): kind for module in model.modules() if (kind := kind_held(module) or kind_of(module, kinds)) is not None}
+    _refuse_unreadable(model, quantised)
     tensors: dict[int, Tensor] = {}
     copies = {id(module): _bare_copy(module, tensors) for module in model.modules()}
     for module in model.modules():
         _lead_to_clone(copies[id(module)], copies)
+    for key, kind in quantised.items():
+        hold(copies[key], kind)
     _keep_slow_path(copies[id(model)])
     return copies[id(model)]
 
@@ -50,6 +63,16 @@ def _refuse_unfaithful(model: nn.Module) -> None:
         )
 
 
+def _refuse_unreadable(model: nn.Module, kinds: dict[int, type[FrozenLinear]]) -> None:
+    faults = []
+    for path, module in model.named_modules():
+        kind = kinds.get(id(module))
+        fault = kind.fault(module) if kind is not None and issubclass(kind, FrozenQuantised) else None
+        faults += [f'"{path}" ({type(module).__name__}) {fault}'] if fault else []
+    if faults:
+        raise ValueError(f"build: expected quantised layers that hold their weight quantised, found:\n{several(faults)}")
+
+
 def _patched(module: nn.Module) -> bool:
     forward = vars(module).get("forward")
     return forward is not None and not (isinstance(forward, types.MethodType) and forward.__self__ is module)
@@ -61,8 +84,19 @@ def _alias(tensor: Tensor | None, tensors: dict[int, Tensor]) -> Tensor | None:
         return None
     if id(tensor) not in tensors:
         alias = tensor.detach()
-        tensors[id(tensor)] = nn.Parameter(alias, requires_grad=False) if isinstance(tensor, nn.Parameter) else alias
+        tensors[id(tensor)] = _parameter(tensor, alias) if isinstance(tensor, nn.Parameter) else alias
     return tensors[id(tensor)]
+
+
+def _parameter(tensor: nn.Parameter, alias: Tensor) -> nn.Parameter:
+    """Make `alias` a parameter like `tensor`: a quantised weight's class, and the attributes that it carries."""
+    cls = type(tensor)
+    if issubclass(cls, nn.Parameter):
+        parameter = torch.Tensor._make_subclass(cls, alias, False)
+    else:
+        parameter = nn.Parameter(alias, requires_grad=False)  # a tensor class with data of its own, only marked as a parameter
+    vars(parameter).update(vars(tensor))
+    return parameter
 
 
 def _bare_copy(module: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:

@@ -116,6 +116,16 @@ class Frozen:
 class FrozenLinear(Frozen):
     """The kind of `nn.Linear`: reads the layer at each call, so that tensors bound for one call are seen."""
 
+    @classmethod
+    def fits(cls, layer: nn.Module) -> bool:
+        """Tell whether this kind reads a module."""
+        return isinstance(layer, nn.Linear)
+
+    @classmethod
+    def faithful(cls, layer: nn.Module) -> bool:
+        """Tell whether the class of a module that fits computes what the kind does, and not something of its own."""
+        return type(layer).forward is nn.Linear.forward
+
     def __init__(self, layer: Any, constant_names: Mapping[str, str] = MappingProxyType({})) -> None:
         self._layer, self.constant_names = layer, constant_names
 
@@ -149,6 +159,15 @@ class FrozenLinear(Frozen):
 class FrozenConv1D(FrozenLinear):
     """The kind of transformers' `Conv1D`, which stores `(i, o)`."""
 
+    @classmethod
+    def fits(cls, layer: nn.Module) -> bool:
+        # Told by name: importing transformers to ask would make it a dependency.
+        return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(layer).__mro__)
+
+    @classmethod
+    def faithful(cls, layer: nn.Module) -> bool:
+        return next(c for c in type(layer).__mro__ if "forward" in vars(c)).__name__ == "Conv1D"
+
     @property
     def weight(self) -> Tensor:
         return self._layer.weight.t()
@@ -159,27 +178,6 @@ class FrozenConv1D(FrozenLinear):
 
     def to_weight(self, dense: Tensor) -> Tensor:
         return dense.t().contiguous()
-
-
-def _is_conv1d(cls: type) -> bool:
-    # Told by name: importing transformers to ask would make it a dependency.
-    return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in cls.__mro__)
-
-
-def kind_of(layer: nn.Module) -> type[FrozenLinear] | None:
-    """Find the kind of a module, or None where it is not linear-like."""
-    if isinstance(layer, nn.Linear):
-        return FrozenLinear
-    return FrozenConv1D if _is_conv1d(type(layer)) else None
-
-
-def own_forward(layer: nn.Module) -> bool:
-    """Tell whether a linear-like module computes something else than its kind does."""
-    if "forward" in vars(layer):
-        return True
-    if isinstance(layer, nn.Linear):
-        return type(layer).forward is not nn.Linear.forward
-    return next(c for c in type(layer).__mro__ if "forward" in vars(c)).__name__ != "Conv1D"
 
 
 def first_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -17,6 +17,7 @@ from lora_lite.adapt import Adapt
 from lora_lite.build import check_entries
 from lora_lite.clone import clone_module
 from lora_lite.config import AdapterConfig, from_json, to_json
+from lora_lite.frozen import FrozenLinear
 from lora_lite.modules import WORDS, kind_at
 from lora_lite.plan import Entries, Plan
 from lora_lite.targets import Target, shared_with, sharing
@@ -78,6 +79,7 @@ def load(
     *,
     variants: Sequence[type[AdapterConfig]] | Mapping[str, type[AdapterConfig]] = (),
     remat: str | None = None,
+    kinds: Sequence[type[FrozenLinear]] = (),
 ) -> tuple[Adapt, Tree]:
     """Read a file that `save` wrote and bind it to a model. Needs neither calibration data nor an SVD.
 
@@ -86,6 +88,7 @@ def load(
         path: the file.
         variants: configs of variants from outside the package, as a sequence of classes or a mapping by name.
         remat: as in `build`.
+        kinds: as in `build`.
 
     Returns:
         `(adapt, params)`; params on the devices of their layers, in the dtypes of the file.
@@ -106,11 +109,11 @@ def load(
             f'load: expected "{path}" to describe its configs and targets, found a damaged header ({e}). Save it again.'
         ) from e
     configs = _configs(stored_configs, known, path)
-    entries, faults = _entries(model, targets, configs)
+    entries, faults = _entries(model, targets, configs, kinds)
     faults += tensor_faults(targets, shared, tensors)
     if not faults:
         check_entries(model, entries)
-        adapt, params = _bind(model, targets, shared, entries, tensors, remat)
+        adapt, params = _bind(clone_module(model, kinds), targets, shared, entries, tensors, remat)
         # With its constants at hand each variant says what its params must be: no SVD, no data.
         faults = tree_faults(params, _shapes(adapt.init()))
     if faults:
@@ -176,11 +179,13 @@ def _configs(stored: list[dict[str, Any]], known: Mapping[str, type[AdapterConfi
     return [from_json(known[config["name"]], config) for config in stored]
 
 
-def _entries(model: nn.Module, targets: Mapping[str, Stored], configs: list[AdapterConfig]) -> tuple[Entries, list[str]]:
+def _entries(
+    model: nn.Module, targets: Mapping[str, Stored], configs: list[AdapterConfig], kinds: Sequence[type[FrozenLinear]]
+) -> tuple[Entries, list[str]]:
     layers, shared = dict(model.named_modules()), sharing(model)
     entries, faults = [], []
     for path, stored in targets.items():
-        kind = kind_at(layers[path], configs[stored.config].adapts) if path in layers else None
+        kind = kind_at(layers[path], configs[stored.config].adapts, kinds) if path in layers else None
         if kind is None:
             found = type(layers[path]).__name__ if path in layers else f"nothing; closest: {nearest(path, layers)}"
             faults.append(f'"{path}": expected a {WORDS[configs[stored.config].adapts]}, found {found}')
@@ -194,7 +199,7 @@ def _entries(model: nn.Module, targets: Mapping[str, Stored], configs: list[Adap
 
 
 def _bind(
-    model: nn.Module,
+    base: nn.Module,
     targets: Mapping[str, Stored],
     shared: Mapping[str, Described],
     entries: Entries,
@@ -203,10 +208,10 @@ def _bind(
 ) -> tuple[Adapt, Tree]:
     params: Tree = {}
     constants: Tree = {}
-    for path, stored in targets.items():
+    for (path, stored), (target, _) in zip(targets.items(), entries):
         # Copied: a mapped file is not aligned, and sums over it would round otherwise than over what was saved.
-        device = next(model.get_submodule(path).parameters()).device
+        device = target.kind(base.get_submodule(path)).device
         params[path] = {name: tensors[join(path, name)].to(device, copy=True) for name in stored.params}
         constants[path] = {name: tensors[CONSTANT + join(path, name)].to(device, copy=True) for name in stored.constants}
     common = {v: {name: tensors[CONSTANT + join(v, name)].to(device, copy=True) for name in names} for v, names in shared.items()}
-    return Adapt(Plan(clone_module(model), entries, _shapes(params), constants, remat, common)), params
+    return Adapt(Plan(base, entries, _shapes(params), constants, remat, common)), params

@@ -1,6 +1,6 @@
 """Kinds of targets beyond linear layers: whole modules, whose own parameters are moved, and blocks, whose output is edited."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lora_lite._errors import listed
-from lora_lite.frozen import PARAM, FrozenLinear, Run, first_of, kind_of
+from lora_lite.frozen import PARAM, FrozenLinear, Run, first_of
+from lora_lite.kinds import kind_of
 from lora_lite.prompt import PROMPT, edited
 
 Own = Callable[..., Any]
+Kinds = Sequence[type[FrozenLinear]]
 
 
 class FrozenModule(FrozenLinear):
@@ -114,45 +116,45 @@ def is_norm(layer: nn.Module) -> bool:
     return "norm" in type(layer).__name__.lower() and getattr(layer, "weight", None) is not None and not list(layer.children())
 
 
-def candidates(model: nn.Module, adapts: str) -> dict[str, type[FrozenLinear]]:
+def candidates(model: nn.Module, adapts: str, kinds: Kinds = ()) -> dict[str, type[FrozenLinear]]:
     """Find what a variant can adapt, by path: the kind of each module of the sort that `adapts` names."""
-    return _FINDERS[adapts](model)
+    return _FINDERS[adapts](model, kinds)
 
 
-def kind_at(layer: nn.Module, adapts: str) -> type[FrozenLinear] | None:
+def kind_at(layer: nn.Module, adapts: str, kinds: Kinds = ()) -> type[FrozenLinear] | None:
     """Find the kind of one module for a variant, or None where it is of another sort."""
     if adapts == "linear":
-        return kind_of(layer)
+        return kind_of(layer, kinds)
     if adapts == "norm":
         return FrozenModule if is_norm(layer) else None
     return FrozenBlock if adapts == "block" else FrozenModule
 
 
-def _linear(model: nn.Module) -> dict[str, type[FrozenLinear]]:
-    return {path: kind for path, layer in model.named_modules() if (kind := kind_of(layer)) is not None}
+def _linear(model: nn.Module, kinds: Kinds) -> dict[str, type[FrozenLinear]]:
+    return {path: kind for path, layer in model.named_modules() if (kind := kind_of(layer, kinds)) is not None}
 
 
-def _norms(model: nn.Module) -> dict[str, type[FrozenLinear]]:
+def _norms(model: nn.Module, kinds: Kinds) -> dict[str, type[FrozenLinear]]:
     return {path: FrozenModule for path, layer in model.named_modules() if is_norm(layer)}
 
 
-def _modules(model: nn.Module) -> dict[str, type[FrozenLinear]]:
+def _modules(model: nn.Module, kinds: Kinds) -> dict[str, type[FrozenLinear]]:
     return {path: FrozenModule for path, layer in model.named_modules() if path and any(p.is_floating_point() for p in layer.parameters())}
 
 
-def _blocks(model: nn.Module) -> dict[str, type[FrozenLinear]]:
+def _blocks(model: nn.Module, kinds: Kinds) -> dict[str, type[FrozenLinear]]:
     """The repeated blocks: outermost members of module lists that hold linear layers."""
     found: dict[str, type[FrozenLinear]] = {}
     for path, layer in model.named_modules():
         parent = path.rpartition(".")[0]
         listed_in = isinstance(model.get_submodule(parent), nn.ModuleList | nn.Sequential) if path and parent else False
         inside = any(path.startswith(f"{other}.") for other in found)
-        if listed_in and not inside and kind_of(layer) is None and any(kind_of(m) for m in layer.modules()):
+        if listed_in and not inside and kind_of(layer, kinds) is None and any(kind_of(m, kinds) for m in layer.modules()):
             found[path] = FrozenBlock
     return found
 
 
-_FINDERS: dict[str, Callable[[nn.Module], dict[str, type[FrozenLinear]]]] = {
+_FINDERS: dict[str, Callable[[nn.Module, Kinds], dict[str, type[FrozenLinear]]]] = {
     "linear": _linear,
     "norm": _norms,
     "module": _modules,

@@ -3,14 +3,15 @@
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from lora_lite._errors import listed
 from lora_lite.config import AdapterConfig, as_config
-from lora_lite.frozen import FrozenLinear, kind_of
+from lora_lite.frozen import FrozenLinear
+from lora_lite.kinds import kind_of
 from lora_lite.modules import LONGER, WORDS, FrozenBlock, candidates, outermost
 
 _WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "hidden_dim", "embed_dim", "dim", "model_dim")
@@ -48,7 +49,7 @@ class Targets(tuple[Target, ...]):
         return "\n".join([f"{len(self)} targets", *(f"  {t}" for t in self)])
 
 
-def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
+def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[FrozenLinear]] = ()) -> Targets:
     """Find the layers that `cfg` adapts, without building anything.
 
     With no roles and no names, every linear-like layer that is not excluded is taken. Roles, names and layers narrow
@@ -57,6 +58,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
     Args:
         model: any module; it is only read.
         cfg: the config whose target fields are used.
+        kinds: as in `build`.
 
     Returns:
         A tuple of `Target`; print it, count it, assert on it.
@@ -72,7 +74,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
         ['2']
     """
     cfg = as_config(cfg)
-    known = candidates(model, cfg.adapts)
+    known = candidates(model, cfg.adapts, kinds)
     if not known:
         raise ValueError(
             f"find_targets: expected a model with {LONGER[cfg.adapts]}, found none in {type(model).__name__}. "
@@ -83,7 +85,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
     allowed = [path for path in known if not _matches(cfg.exclude_names, path)]
     _check_layers(cfg, allowed)
     _check_names(model, cfg, list(known), [path for path in allowed if cfg.layers is None or _index(path) in cfg.layers])
-    d_model = width_of(model)
+    d_model = width_of(model, kinds)
     shared = sharing(model)
     chosen = [path for path in allowed if _selected(path, cfg)]
     chosen = outermost(chosen) if cfg.adapts == "module" else chosen
@@ -93,7 +95,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
     return targets
 
 
-def width_of(model: nn.Module) -> int:
+def width_of(model: nn.Module, kinds: Sequence[type[FrozenLinear]] = ()) -> int:
     """Give `d_model`: the config's hidden size, else the commonest width among the linear layers."""
     config = getattr(model, "config", None)
     text = getattr(config, "get_text_config", lambda: None)()
@@ -102,13 +104,13 @@ def width_of(model: nn.Module) -> int:
             value = getattr(source, name, None)
             if isinstance(value, int):
                 return value
-    widths = Counter(w for layer in _kinds(model) for w in (layer.in_features, layer.out_features))
+    widths = Counter(w for layer in _kinds(model, kinds) for w in (layer.in_features, layer.out_features))
     return max(widths, key=lambda w: (widths[w], w), default=0)
 
 
-def _kinds(model: nn.Module) -> Iterator[FrozenLinear]:
+def _kinds(model: nn.Module, kinds: Sequence[type[FrozenLinear]]) -> Iterator[FrozenLinear]:
     for layer in model.modules():
-        kind = kind_of(layer)
+        kind = kind_of(layer, kinds)
         if kind is not None:
             yield kind(layer)
 

@@ -17,7 +17,8 @@ from lora_lite._tree import Tree, join
 from lora_lite.adapt import Adapt
 from lora_lite.build import build
 from lora_lite.config import AdapterConfig
-from lora_lite.frozen import Constants, kind_of
+from lora_lite.frozen import Constants
+from lora_lite.kinds import kind_of
 from lora_lite.peft import whole
 from lora_lite.peft.fields import DEFAULTS, check_fields, resolve
 from lora_lite.peft.rows import Leaf, Row, rows_of
