@@ -14,7 +14,7 @@ from lora_lite.bind import Shapes, adapt_layer, layer_at, placed, read_params, r
 from lora_lite.clone import clone_module
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import Constants
-from lora_lite.merge import merge
+from lora_lite.merge import merge, merge_error
 from lora_lite.mixed import INDEX, index_of, make_mixed, member_shapes, stacked_size
 from lora_lite.modules import FrozenBlock
 from lora_lite.plan import Plan, generator_for
@@ -141,8 +141,13 @@ class Adapt:
                 f"params ({e}). Pass the module itself, not the model it was built from."
             ) from e
 
-    def merge(self, params: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    def merge(self, params: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Give the merged weights and biases of the targets as a state dict; the model is not touched.
+
+        Args:
+            params: a params tree.
+            dtype: of the merged tensors; None for that of each layer's own. A quantised layer's are dense, by default in float32: load them
+                into a model that is not quantised. Quantising it again is the user's own act, and may lose the update (`merge_error`).
 
         `model.load_state_dict(adapt.merge(params), strict=False)` is the user's own act. It changes the weights that this `adapt` shares:
         to go on adapting, build anew, or load into a copy of the model.
@@ -152,7 +157,24 @@ class Adapt:
                 shared with another module.
         """
         self._require(params, "merge")
-        return merge(self._clone, self._plan.entries, params)
+        return merge(self._clone, self._plan.entries, params, dtype)
+
+    def merge_error(self, params: Mapping[str, Mapping[str, Tensor]], merged: Mapping[str, Tensor]) -> dict[str, float]:
+        """Tell by target how much of the update merged weights miss, for want of digits or through quantising again.
+
+        Args:
+            params: a params tree.
+            merged: what `merge(params)` gave, in any dtype or after a round trip through another storage.
+
+        Returns:
+            `{target path: relative error}`: the distance of the merged map from the adapted one over the size of the update; dimensionless.
+
+        Raises:
+            ValueError: where `params` does not fit, a target cannot be merged, or `merged` lacks its weight.
+        """
+        self._require(params, "merge_error")
+        with torch.no_grad():
+            return merge_error(self._clone, self._plan.entries, params, merged)
 
     def steer(self, params: Mapping[str, Mapping[str, Tensor]], c: float | Tensor) -> Tree:
         """Give the params at strength `c`: 0 is the base model, 1 the adapter; differentiable in `c` and `params`.

@@ -122,7 +122,8 @@ class FrozenLinear8bit(_FrozenBitsandbytes):
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         codes, scales = self._packed
-        return codes.to(dtype).mul_((scales / 127)[:, None])  # in place, so that a low dtype is rounded to once
+        exact = codes.to(torch.promote_types(dtype, torch.float32))  # a low dtype is rounded to once, at the end
+        return exact.mul_(scales[:, None]).div_(127).to(dtype)
 
 
 def _quant_state(layer: Any) -> Any:

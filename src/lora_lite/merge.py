@@ -1,6 +1,7 @@
 """Merge an adapter into dense weights, derived for every linear variant from its pure function: `b' = f(0)`, `W' = f(I) - b'`."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from lora_lite.config import AdapterConfig
 from lora_lite.frozen import Frozen
 from lora_lite.modules import FrozenModule
 from lora_lite.plan import Entries
+from lora_lite.quantised import FrozenQuantised
 from lora_lite.targets import Target
 
 
@@ -33,13 +35,15 @@ def merge(
     clone: nn.Module,
     entries: Entries,
     params: Mapping[str, Mapping[str, Tensor]],
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Give the merged tensors of every target, named as in the model's state dict, each in its weight's dtype.
+    """Give the merged tensors of every target, named as in the model's state dict.
 
     Args:
         clone: a bound clone; only its frozen tensors are read.
         entries: each target with its config.
         params: the params tree.
+        dtype: of the merged tensors; None for that of each layer's own, which for a quantised weight is float32.
 
     Raises:
         ValueError: for what `load_state_dict(..., strict=False)` would drop or spread in silence; it lists each case.
@@ -48,18 +52,18 @@ def merge(
     merged: dict[str, Tensor] = {}
     for target, cfg in entries:
         W = layer_at(clone, target.path)._lora_lite.W
-        fault = _unmergeable(target, cfg, clone)
+        fault = _unmergeable(target, cfg, layer_at(clone, target.path), W)
         if fault:
             faults.append(fault)
             continue
         if isinstance(W, FrozenModule):
-            merged |= {join(target.path, name): (p + params[target.path][name]).to(p.dtype) for name, p in W.parameters.items()}
+            merged |= {join(target.path, name): (p + params[target.path][name]).to(dtype or p.dtype) for name, p in W.parameters.items()}
             continue
         with torch.no_grad():
             weight, bias = merged_layer(cfg, params[target.path], W)
-        merged[join(target.path, "weight")] = W.to_weight(weight).to(W.weight.dtype).contiguous()
+        merged[join(target.path, "weight")] = W.to_weight(weight).to(dtype or W.dtype).contiguous()
         if W.bias is not None:
-            merged[join(target.path, "bias")] = bias.to(W.bias.dtype)
+            merged[join(target.path, "bias")] = bias.to(dtype or W.bias.dtype)
         elif bias.any():
             faults.append(f'"{target.path}": the adapter moves the bias, and the layer has none to hold it')
     if faults:
@@ -70,11 +74,44 @@ def merge(
     return merged
 
 
-def _unmergeable(target: Target, cfg: AdapterConfig, clone: nn.Module) -> str | None:
+def merge_error(
+    clone: nn.Module,
+    entries: Entries,
+    params: Mapping[str, Mapping[str, Tensor]],
+    merged: Mapping[str, Tensor],
+) -> dict[str, float]:
+    """Give by target how far the merged tensors are from the adapted map, over the size of the update.
+
+    By Frobenius norms; where there is no update, over the size of the weight.
+
+    Raises:
+        ValueError: for targets that cannot be merged, and where `merged` lacks one of their tensors or holds it in another shape.
+    """
+    exact = merge(clone, entries, params, torch.float64)
+    faults = [name for name, tensor in exact.items() if name not in merged or merged[name].shape != tensor.shape]
+    if faults:
+        wanted = ", ".join(f'"{name}" of shape {tuple(exact[name].shape)}' for name in faults[:3])
+        raise ValueError(f"merge_error: expected merged tensors {wanted}, found none or others. Pass what merge gave, in any dtype.")
+    errors = {}
+    for target, _ in entries:
+        W = layer_at(clone, target.path)._lora_lite.W
+        before = {join(target.path, n): W.to_weight(p) if n == "weight" else p for n, p in W.parameters.items()}
+        missed, update, size = (
+            _norm(exact[name] - other[name].double() for name in before) for other in (merged, before, {n: torch.zeros(()) for n in before})
+        )
+        errors[target.path] = missed / (update or size)  # there is no update at the start
+    return errors
+
+
+def _norm(parts: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(float(part.square().sum()) for part in parts))
+
+
+def _unmergeable(target: Target, cfg: AdapterConfig, layer: nn.Module, W: Frozen) -> str | None:
     if not cfg.linear:
         return f'"{target.path}": {type(cfg).__name__} is not linear in its input'
     if target.shared_with:
         return f'"{target.path}": its weight is shared with {", ".join(target.shared_with)}, which the merged one would change too'
-    if not issubclass(target.kind, FrozenModule) and "weight" not in layer_at(clone, target.path)._parameters:
+    if "weight" not in layer._parameters and not isinstance(W, FrozenModule | FrozenQuantised):
         return f'"{target.path}": its weight is computed by a parametrization, so no entry of a state dict holds it'
     return None

@@ -156,21 +156,23 @@ class FrozenQuantised(FrozenLinear):
             with torch.autocast(x.device.type, enabled=False):
                 return self._affine(x, bias)
         dtype = self.compute_dtype(x.dtype)
-        if torch.compiler.is_compiling():  # which cannot trace a Function with a jvp, and needs none
-            y = F.linear(x.to(dtype), self.dequantise(dtype))
-        else:
-            y = _Product.apply(self, x.to(dtype), False)
+        y = self._product(x.to(dtype))
         return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
 
+    def _product(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # which cannot trace a Function with a jvp, and needs none
+            return F.linear(x, self.dequantise(x.dtype))
+        return _Product.apply(self, x, False)
 
-class Held:
+
+class Held(nn.Module):
     """The part of a quantised layer's class in a clone that runs its kind instead of the layer's own forward."""
 
     def forward(self, x: Tensor) -> Tensor:
         return vars(self)[_HELD](x)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)  # type: ignore[misc]
+        super()._apply(fn, recurse)
         hold(self, kind_held(self))  # read the weights again from where they have moved
         return self
 
@@ -192,6 +194,6 @@ def hold(layer: Any, kind: type[FrozenLinear] | None) -> None:
     if not isinstance(layer, Held):
         if not kind.faithful(layer):
             return
-        layer.__class__ = _held_class(type(layer))
+        layer.__class__ = _held_class(type(layer))  # type: ignore[arg-type]
     kind.isolate(layer)
     vars(layer)[_HELD] = kind(layer)
