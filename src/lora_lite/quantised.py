@@ -196,4 +196,4 @@ def hold(layer: Any, kind: type[FrozenLinear] | None) -> None:
             return
         layer.__class__ = _held_class(type(layer))  # type: ignore[arg-type]
     kind.isolate(layer)
-    vars(layer)[_HELD] = kind(layer)
+    vars(layer)[_HELD] = kind(layer, {})
