@@ -122,8 +122,12 @@ class FrozenLinear8bit(_FrozenBitsandbytes):
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         codes, scales = self._packed
-        exact = codes.to(torch.promote_types(dtype, torch.float32))  # a low dtype is rounded to once, at the end
-        return exact.mul_(scales[:, None]).div_(127).to(dtype)
+        return codes.to(dtype).mul_((scales / 127)[:, None])  # in place: no second dense matrix, and a low dtype is rounded to once
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        codes, scales = self._packed
+        # In the order of the definition, to its last digit: an SVD magnifies digits, and this is not run for every product.
+        return (codes * scales[:, None] / 127).to(dtype or self.dtype)
 
 
 def _quant_state(layer: Any) -> Any:

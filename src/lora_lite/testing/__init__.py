@@ -7,6 +7,7 @@ Each check is one function of a `Case`, a layer with the variant on it and param
 are the identity and a wrong formula would pass. What is compared is `y - W x`, which a large `W x` would hide in `y`.
 """
 
+import unittest
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
@@ -18,6 +19,7 @@ from lora_lite.testing._case import make_cases as make_cases
 from lora_lite.testing._derivatives import forward_mode, gradients
 from lora_lite.testing._formula import acts, counts, deterministic, facts, identity, merged, precision, pure, rows, shapes, steered, vmapped
 from lora_lite.testing._model import compiles, mixed_batch, saved, untouched
+from lora_lite.testing._quantised import quantised_4bit, quantised_8bit
 
 __all__ = ["CHECKS", "Case", "check_variant", "make_cases"]
 
@@ -26,17 +28,22 @@ CHECKS: dict[str, Callable[[AdapterConfig], None]] = {
     for f in (
         *(facts, deterministic, identity, acts, pure, gradients, forward_mode, vmapped, rows),
         *(merged, steered, precision, shapes, counts, compiles, mixed_batch, saved, untouched),
+        *(quantised_4bit, quantised_8bit),
     )
 }
-"""Every check by name, for a test that runs each on its own."""
+"""Every check by name, for a test that runs each on its own. One that cannot run here raises `unittest.SkipTest` with the reason, which
+pytest reports as a skip."""
 
 
-def check_variant(cfg: AdapterConfig, skip: Collection[str] = ()) -> None:
+def check_variant(cfg: AdapterConfig, skip: Collection[str] = ()) -> dict[str, str]:
     """Run every check of the kit on a variant.
 
     Args:
         cfg: an instance of the variant's config. Its target fields are not used: the kit makes its own layers and data.
         skip: names of checks that do not apply.
+
+    Returns:
+        The checks that could not run here, by name, each with the reason: those on quantised layers without bitsandbytes.
 
     Raises:
         AssertionError: it lists each check that failed, with what was expected and found.
@@ -48,19 +55,23 @@ def check_variant(cfg: AdapterConfig, skip: Collection[str] = ()) -> None:
     cfg = as_config(cfg)
     make_cases(cfg, torch.float32)  # a config that fits no layer fails here, once
     failures: list[str] = []
+    skipped: dict[str, str] = {}
     for name, check in CHECKS.items():
         if name in skip:
             continue
-        with _recorded(name, failures):
+        with _recorded(name, failures, skipped):
             check(cfg)
     if failures:
         lines = "\n".join(f"  - {failure}" for failure in failures)
         raise AssertionError(f"{type(cfg).__name__} fails {len(failures)} of {len(CHECKS)} checks:\n{lines}")
+    return skipped
 
 
 @contextmanager
-def _recorded(name: str, failures: list[str]) -> Iterator[None]:
+def _recorded(name: str, failures: list[str], skipped: dict[str, str]) -> Iterator[None]:
     try:
         yield
+    except unittest.SkipTest as e:
+        skipped[name] = str(e)
     except Exception as e:
         failures.append(f"{name}: {e}" if isinstance(e, AssertionError) else f"{name}: {type(e).__name__}: {e}")

@@ -1,0 +1,99 @@
+"""Measure a LoRA step on 4-bit and 8-bit bases beside PEFT's and the frozen base's, and write a results file.
+
+One run, one thread, interleaved rounds: ratios within a round are compared. The model is in training mode, where both libraries compute
+the same map; that their losses and gradients agree is checked first.
+
+    python bench/quantised.py            # the sizes of the documentation
+    python bench/quantised.py --quick    # half a minute
+"""
+
+import argparse
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch import nn
+
+import lora_lite as ll
+from common import batch_of, interleaved, llama, machine, moved, pairs, peak_bytes, peft_model, ratios, write
+
+LAYERS: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "4-bit": lambda layer: bnb.nn.Linear4bit(
+        layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=torch.float32, quant_type="nf4"
+    ),
+    "8-bit": lambda layer: bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, bias=layer.bias is not None, has_fp16_weights=False),
+}
+
+
+def quantised(model: Any, bits: str) -> Any:
+    """Give a copy of a model with the linear layers of its blocks quantised, in training mode."""
+    model = copy.deepcopy(model)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name != "lm_head":
+            packed = LAYERS[bits](layer)
+            packed.load_state_dict(layer.state_dict())
+            model.set_submodule(name, packed.to("cpu"))
+    setattr(model, {"4-bit": "is_loaded_in_4bit", "8-bit": "is_loaded_in_8bit"}[bits], True)  # where PEFT looks
+    return model.requires_grad_(False).train()
+
+
+def steps(model: Any, batch: dict[str, Any], r: int) -> dict[str, Callable[[], Any]]:
+    """Give one step, forward and backward, of the frozen base (to its input), of ours and of PEFT's."""
+
+    def frozen() -> Any:
+        rows = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
+        return torch.autograd.grad(model(inputs_embeds=rows, labels=batch["labels"], use_cache=False).loss, rows)
+
+    cfg, peft_cfg = pairs(r)["lora"]
+    adapt = ll.build(model, cfg)
+    params = moved(adapt.init(seed=0))
+    theirs, trained = peft_model(model, peft_cfg)
+    with torch.no_grad():
+        for path, leaves in params.items():
+            layer = theirs.base_model.model.get_submodule(path)
+            layer.lora_A.default.weight.copy_(leaves["A"])
+            layer.lora_B.default.weight.copy_(leaves["B"])
+    step = ll.value_and_grad(lambda p: adapt(p, batch).loss)
+    _agree(step(params)[1], torch.autograd.grad(theirs(**batch).loss, trained))
+    return {"frozen": frozen, "lora": lambda: step(params), "peft lora": lambda: torch.autograd.grad(theirs(**batch).loss, trained)}
+
+
+def _agree(ours: Any, theirs: Any) -> None:
+    for a, b in zip(ll.tree_leaves(ours), theirs):
+        if float((a - b).abs().max()) > 1e-5 * max(1.0, float(b.abs().max())):
+            raise SystemExit("quantised: expected the same gradients from both libraries, found others.")
+
+
+def measure(bits: str, width: int, layers: int, rows: int, tokens: int, r: int, repeats: int) -> dict[str, Any]:
+    """Time the steps and take their peak memory."""
+    calls = steps(quantised(llama(width, layers), bits), batch_of(rows, tokens), r)
+    times = interleaved(calls, repeats)
+    return {
+        **{"width": width, "layers": layers, "rows": rows, "tokens": tokens, "r": r},
+        "over_frozen": ratios(times, "frozen"),
+        "over_peft": ratios(times, "peft lora")["lora"],
+        "peak_bytes": {name: peak_bytes(call) for name, call in calls.items()},
+    }
+
+
+def main() -> None:
+    """Run the measurements, print the ratios and write the results file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few repetitions of small sizes")
+    parser.add_argument("--repeats", type=int, default=20)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    width, layers, repeats = (256, 2, 5) if args.quick else (512, 4, args.repeats)
+    results = {bits: measure(bits, width, layers, rows=4, tokens=64, r=16, repeats=repeats) for bits in LAYERS}
+    for bits, found in results.items():
+        lora, over = found["over_frozen"]["lora"], found["over_peft"]
+        print(f"{bits}: {lora['median']:.3f} of the frozen step; {over['median']:.3f} [{over['low']:.3f}, {over['high']:.3f}] of PEFT's")
+        for name, size in found["peak_bytes"].items():
+            print(f"  peak {size / 2**20:8.1f} MiB  {name}")
+    print(f"wrote {write('quantised-quick' if args.quick else 'quantised', machine(threads=1), results).name}")
+
+
+if __name__ == "__main__":
+    main()
