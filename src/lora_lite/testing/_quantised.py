@@ -84,7 +84,8 @@ def _results(params: Any, x: Tensor) -> dict[str, Callable[[Adapt], Any]]:
     return {
         "the update of a quantised layer": lambda adapt: adapt(params, x) - adapt.base(x),
         "a gradient on a quantised layer": lambda adapt: torch.func.grad(loss(adapt))(params, x)["0"],
-        "the gradient to a quantised layer's input": lambda adapt: torch.func.grad(loss(adapt), argnums=1)(params, x),
+        "the output of a quantised layer": lambda adapt: adapt(params, x),
+        "the gradient to a quantised layer's input": lambda adapt: torch.func.grad(lambda t: adapt(params, t).square().sum())(x),
         "per-example gradients on a quantised layer": lambda adapt: torch.vmap(torch.func.grad(loss(adapt)), (None, 0))(params, x)["0"],
     }
 
