@@ -167,7 +167,8 @@ class Adapt:
             merged: what `merge(params)` gave, in any dtype or after a round trip through another storage.
 
         Returns:
-            `{target path: relative error}`: the distance of the merged map from the adapted one over the size of the update; dimensionless.
+            `{target path: relative error}`: the distance of the merged map from the adapted one over the size of the update (where there is none,
+            of the weight); dimensionless.
 
         Raises:
             ValueError: where `params` does not fit, a target cannot be merged, or `merged` lacks its weight.
