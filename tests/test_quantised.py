@@ -1,4 +1,4 @@
-"""Quantised bases: a variant computes there what it computes on the dequantised weights, whatever transform runs, and nothing dense is kept."""
+"""Quantised bases: a variant computes what it does on the dequantised weights, whatever transform runs; nothing dense is kept."""
 
 import copy
 

@@ -167,8 +167,8 @@ class Adapt:
             merged: what `merge(params)` gave, in any dtype or after a round trip through another storage.
 
         Returns:
-            `{target path: relative error}`: the distance of the merged map from the adapted one over the size of the update (where there is none,
-            of the weight); dimensionless.
+            `{target path: relative error}`: the distance of the merged map from the adapted one over the size of the update, or of
+            the weight where the adapter is at its start; dimensionless.
 
         Raises:
             ValueError: where `params` does not fit, a target cannot be merged, or `merged` lacks its weight.
