@@ -18,6 +18,7 @@ from lora_lite.build import check_entries
 from lora_lite.clone import clone_module
 from lora_lite.config import AdapterConfig, from_json, to_json
 from lora_lite.frozen import FrozenLinear
+from lora_lite.kinds import as_kinds
 from lora_lite.modules import WORDS, kind_at
 from lora_lite.plan import Entries, Plan
 from lora_lite.targets import Target, shared_with, sharing
@@ -100,7 +101,7 @@ def load(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load: expected model as a torch.nn.Module, found {type(model).__name__}. Call load(model, path).")
-    known = _known(variants)
+    known, kinds = _known(variants), as_kinds(kinds)
     metadata, tensors = _read(Path(path))
     try:
         stored_configs, targets, shared = read_header(metadata)

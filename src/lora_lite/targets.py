@@ -11,7 +11,7 @@ from torch import nn
 from lora_lite._errors import listed
 from lora_lite.config import AdapterConfig, as_config
 from lora_lite.frozen import FrozenLinear
-from lora_lite.kinds import kind_of
+from lora_lite.kinds import as_kinds, kind_of
 from lora_lite.modules import LONGER, WORDS, FrozenBlock, candidates, outermost
 
 _WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "hidden_dim", "embed_dim", "dim", "model_dim")
@@ -73,12 +73,12 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[F
         >>> [t.path for t in ll.find_targets(model, ll.LoRAConfig(target_names=r"^2$"))]
         ['2']
     """
-    cfg = as_config(cfg)
+    cfg, kinds = as_config(cfg), as_kinds(kinds)
     known = candidates(model, cfg.adapts, kinds)
     if not known:
         raise ValueError(
             f"find_targets: expected a model with {LONGER[cfg.adapts]}, found none in {type(model).__name__}. "
-            "Pass the module that holds them."
+            "Pass the module that holds them, or the kinds of its own layers as kinds=(ItsKind,)."
         )
     if cfg.adapts == "module" and not cfg.target_names:
         raise ValueError(f'{type(cfg).__name__}.target_names: expected the modules to train, found none. Name them, e.g. r"score$".')
