@@ -131,9 +131,19 @@ def test_clone_keeps_classes_dtypes_and_state_dict(model):
             mine = module.get_submodule(path)
             assert (type(mine.weight), mine.weight.dtype) == (type(layer.weight), layer.weight.dtype)
             assert mine.weight.data_ptr() == layer.weight.data_ptr(), "shared, not copied"
+            assert not _bookkeeping(mine) & _bookkeeping(layer), "what bitsandbytes writes to is the clone's own"
     own, theirs = module.state_dict(), model.state_dict()
     assert {key for key in own if "adapter_" not in key} == set(theirs)
     assert all(torch.equal(own[key], tensor) for key, tensor in theirs.items())
+
+
+def _bookkeeping(layer):
+    """Give the identities of the objects that bitsandbytes rewrites, or finds others by."""
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        return {id(layer.state), id(layer.weight)}
+    state = layer.weight.quant_state
+    assert layer.weight.module is layer
+    return {id(layer.weight), id(state), id(layer.quant_state), *([id(state.state2)] if state.nested else [])}
 
 
 def test_module_can_be_copied_and_moved(model):
@@ -143,6 +153,10 @@ def test_module_can_be_copied_and_moved(model):
     before = facts(model)
     assert torch.equal(copy.deepcopy(module)(x), adapt(params, x))
     assert torch.equal(module.to("cpu")(x), adapt(params, x))
+    module._apply(torch.clone)  # as a move to another device does: weights in other memory
+    for layer in (module[0], module[2]):
+        assert layer._lora_lite_packed[0].data_ptr() == layer.weight.data_ptr() != model[0].weight.data_ptr()
+    assert torch.equal(module(x), adapt(params, x))
     assert same(before, facts(model))
 
 
@@ -170,6 +184,22 @@ def test_subclass_with_a_forward_of_its_own():
         ll.build(model, ll.LoRAConfig())
     x = torch.randn(2, 64)
     assert torch.equal(ll.build(model, ll.LoRAConfig(target_names="1")).base(x), model(x)), "beside the targets it keeps its forward"
+
+
+class Doubled(bnb.nn.Linear8bitLt):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_forward_of_its_own_does_not_reach_the_users_layer():
+    odd = Doubled(64, 64, has_fp16_weights=False).to("cpu")
+    model = nn.Sequential(odd, quantised_layer(nn.Linear(64, 64), "8-bit")).train()
+    before, x = facts(model), torch.randn(2, 64)
+    adapt = ll.build(model, ll.LoRAConfig(target_names="1"))
+    adapt.base(x)
+    assert same(before, facts(model)), "its forward would have moved the scales"
+    model(x)
+    adapt.base(x)
 
 
 @pytest.fixture(scope="module")

@@ -191,9 +191,9 @@ def hold(layer: Any, kind: type[FrozenLinear] | None) -> None:
     """Make a layer of a clone run its kind, with the packed weights it has now, whatever becomes of the user's layer."""
     if kind is None or not issubclass(kind, FrozenQuantised):
         return
+    kind.isolate(layer)
     if not isinstance(layer, Held):
         if not kind.faithful(layer):
             return
         layer.__class__ = _held_class(type(layer))  # type: ignore[arg-type]
-    kind.isolate(layer)
     vars(layer)[_HELD] = kind(layer, {})
