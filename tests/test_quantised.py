@@ -202,7 +202,6 @@ def test_merge_error_measures_what_is_missed():
     assert adapt.merge_error(params, half)["0"] == pytest.approx(0.5, abs=1e-4)
     start = adapt.init()
     assert adapt.merge_error(start, adapt.merge(start))["0"] < 1e-6
-    with pytest.raises(ValueError, match=r'expected "0.weight" of shape \(4, 6\), found shape \(6, 4\)'):
-        adapt.merge_error(params, {"0.weight": merged["0.weight"].t()})
-    with pytest.raises(ValueError, match=r'expected "0.weight" of shape \(4, 6\), found none'):
-        adapt.merge_error(params, {})
+    for wrong in ({"0.weight": merged["0.weight"].t(), "0.bias": merged["0.bias"]}, {"0.bias": merged["0.bias"]}):
+        with pytest.raises(ValueError, match=r'expected merged tensors "0.weight" of shape \(4, 6\), found none or others'):
+            adapt.merge_error(params, wrong)

@@ -172,6 +172,11 @@ def test_layers_that_are_not_quantised_yet_are_refused():
         ll.build(nn.Sequential(bnb.nn.Linear8bitLt(64, 96)), ll.LoRAConfig())
 
 
+def test_training_quantised_modules_whole_is_refused(model):
+    with pytest.raises(ValueError, match=r'FullConfig at "2", found quantised ones at "2", which cannot be trained\. Leave them out'):
+        ll.build(model, ll.FullConfig(target_names="2"))
+
+
 class OwnForward(bnb.nn.Linear4bit):
     def forward(self, x):
         return 2 * super().forward(x)

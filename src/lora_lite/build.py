@@ -12,9 +12,10 @@ from lora_lite.calibrate import gather, require_data
 from lora_lite.clone import clone_module
 from lora_lite.config import AdapterConfig, as_config
 from lora_lite.frozen import NEEDS, FrozenLinear
-from lora_lite.kinds import own_forward
+from lora_lite.kinds import kind_of, own_forward
 from lora_lite.modules import refuse_nested
 from lora_lite.plan import Entries, derive
+from lora_lite.quantised import FrozenQuantised
 from lora_lite.remat import check_pattern
 from lora_lite.targets import Target, find_targets
 
@@ -107,6 +108,7 @@ def check_entries(model: nn.Module, entries: Entries) -> None:
             f"build: expected layers that compute W x + b, found a forward of its own at {listed(p or 'the model' for p in strange)} "
             f"({cls}). Leave them out with exclude_names, or take a hook library's patch off first."
         )
+    _refuse_packed(model, entries)
     for target, cfg in entries:
         if cfg.needs not in NEEDS:
             raise ValueError(
@@ -116,4 +118,18 @@ def check_entries(model: nn.Module, entries: Entries) -> None:
             raise ValueError(
                 f'build: {type(cfg).__name__} at "{target.path}" needs "{cfg.needs}" of the weight, found that {target.kind.__name__} '
                 f"offers {listed(target.kind.offers)}. Leave the layer out or choose another variant."
+            )
+
+
+def _refuse_packed(model: nn.Module, entries: Entries) -> None:
+    """Refuse to train whole modules whose weights are quantised: what is left to train would be a bias."""
+    for target, cfg in entries:
+        if cfg.adapts != "module":
+            continue
+        layers = model.get_submodule(target.path).named_modules(prefix=target.path)
+        packed = [path for path, m in layers if (kind := kind_of(m)) is not None and issubclass(kind, FrozenQuantised)]
+        if packed:
+            raise ValueError(
+                f'build: expected modules with floating weights for {type(cfg).__name__} at "{target.path}", found quantised ones at '
+                f"{listed(packed)}, which cannot be trained. Leave them out, or adapt them by a variant of linear layers, e.g. LoRAConfig."
             )

@@ -63,9 +63,9 @@ def _model(cfg: AdapterConfig) -> tuple[nn.Module, Tensor]:
     return nn.Sequential(*layers).eval(), wide.x
 
 
-def _build(model: nn.Module, cfg: AdapterConfig) -> tuple[Adapt, Tree]:
+def _build(model: nn.Module, cfg: AdapterConfig, width: int | None = None) -> tuple[Adapt, Tree]:
     """Adapt a model of `_model`, on data where the variant needs it; with params off their start."""
-    i = next(model.parameters()).shape[-1]
+    i = width or next(model.parameters()).shape[-1]
     names = (r"^\d$",) if cfg.adapts == "module" else ()
     given: dict[str, Any] = {"calibration": [inputs(i)]} if cfg.calibrated else {}
     if needs_loss(cfg):
