@@ -60,6 +60,8 @@ CASES = (
     *(Row(f"corda-{method}", ll.CorDAConfig(r=4, method=method)) for method in ("ipm", "kpm")),
     Row("corda-unscaled", ll.CorDAConfig(r=4, alpha=3.0, scaled=False)),
     Row("asvd", ll.ASVDConfig(r=4)),
+    Row("loftq", ll.LoftQConfig(r=4)),
+    Row("loftq-alpha", ll.LoftQConfig(r=3, alpha=12.0)),
     Row("vera", ll.VeRAConfig(r=8)),
     Row("adalora", ll.AdaLoRAConfig(init_r=6, target_r=3)),
     Row("lora-ga", ll.LoRAGAConfig(r=4)),
@@ -115,6 +117,8 @@ def build_any(model: nn.Module, cfg: ll.AdapterConfig, batches, **options) -> ll
         path = next(path for path, m in model.named_modules() if isinstance(m, nn.Linear))
         cfg = dataclasses.replace(cfg, target_names=f"^{re.escape(path)}$")
     options |= {"calibration": batches} if cfg.calibrated else {}
+    if cfg.original:
+        options["original"] = {name: p.detach() + 0.01 * torch.randn_like(p) for name, p in model.named_parameters()}
     if needs_loss(cfg):
         options["loss"] = lambda output, batch: tensors_of(output)[0].square().mean()
     return ll.build(model, cfg, **options)

@@ -90,6 +90,7 @@ VARIANTS = {row.cfg.name: row.cfg for row in CASES if row.cfg.adapts == "linear"
 def test_every_variant_computes_what_it_does_on_the_dense_base(name, kind):
     cfg, (packed, dense) = VARIANTS[name], pair()
     given = {"calibration": [torch.randn(100, 24)]} if cfg.calibrated else {}
+    given |= {"original": {f"{k}.weight": dense[k].weight + 0.01 for k in (0, 2)}} if cfg.original else {}
     given |= {"loss": lambda output, batch: output.square().mean()} if name == "lora_ga" else {}
     cfg = cfg if not cfg.calibrated else replace(cfg, target_names="0")  # one layer, whose input is the same to the last digit
     adapt, twin = ll.build(packed, cfg, kinds=(kind,), **given), ll.build(dense, cfg, **given)

@@ -43,6 +43,7 @@ from lora_lite.variants.hra import HRAConfig as HRAConfig
 from lora_lite.variants.ia3 import IA3Config as IA3Config
 from lora_lite.variants.ia3_ff import IA3FFConfig as IA3FFConfig
 from lora_lite.variants.ln_tuning import LNTuningConfig as LNTuningConfig
+from lora_lite.variants.loftq import LoftQConfig as LoftQConfig
 from lora_lite.variants.lora import LoRAConfig as LoRAConfig
 from lora_lite.variants.lora_ga import LoRAGAConfig as LoRAGAConfig
 from lora_lite.variants.lora_xs import LoRAXSConfig as LoRAXSConfig

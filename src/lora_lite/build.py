@@ -14,6 +14,7 @@ from lora_lite.config import AdapterConfig, as_config
 from lora_lite.frozen import NEEDS, FrozenLinear
 from lora_lite.kinds import kind_of, own_forward
 from lora_lite.modules import refuse_nested
+from lora_lite.originals import Originals, read_originals
 from lora_lite.plan import Entries, derive
 from lora_lite.quantised import FrozenQuantised
 from lora_lite.remat import check_pattern
@@ -29,6 +30,7 @@ def build(
     remat: str | None = None,
     progress: bool = True,
     kinds: Sequence[type[FrozenLinear]] = (),
+    original: Originals | None = None,
 ) -> Adapt:
     """Adapt a model without touching it.
 
@@ -41,6 +43,7 @@ def build(
             e.g. `r"layers\\.\\d+$"`.
         progress: show a progress bar on stderr when it takes more than a second.
         kinds: kinds of layers of your own, subclasses of `FrozenQuantised`; the first that fits a module reads it, before those that ship.
+        original: for LoftQ, the weights from before quantisation: a state dict, or the path of a safetensors file or of a folder of them.
 
     Returns:
         An `Adapt`: `params = adapt.init(seed=0)`, then `adapt(params, batch)`.
@@ -61,9 +64,10 @@ def build(
         raise TypeError(f"build: expected model as a torch.nn.Module, found {type(model).__name__}. Pass the model itself.")
     entries = choose(model, cfg, kinds)
     require_data(entries, calibration, loss)
+    originals = read_originals(entries, original)
     base = clone_module(model, kinds)
     check_pattern(base, remat)
-    stats = {} if calibration is None else gather(base, entries, calibration, progress, loss)
+    stats = originals if calibration is None else originals | gather(base, entries, calibration, progress, loss)
     return Adapt(derive(base, allocated(entries, stats), remat, stats, progress))
 
 

@@ -38,6 +38,7 @@ class AdapterConfig:
     - `calibrated`: whether `init` needs statistics of the inputs. Which ones a class variable `statistic` may say, by default
       `lora_lite.Statistics`; with `label_mask` positions whose label is -100 are left out. `lora_lite.Gradient` is that of the weight's
       gradient, for which `build` needs a loss.
+    - `original`: whether `init` needs the layer's weight from before it was quantised, given to it as `stats`.
     - `identity`: relative tolerance of the identity at init; 0.0 for exact, None if it does not start at the base model.
     - `linear`: whether the adapted layer is an affine map of `x`, so that it can be merged.
     - `trained`, `macs`: trained numbers per target and multiply-adds per token, as formulas in `i`, `o` and the fields;
@@ -48,6 +49,7 @@ class AdapterConfig:
     adapts: ClassVar[str] = "linear"
     needs: ClassVar[str] = "nothing"
     calibrated: ClassVar[bool] = False
+    original: ClassVar[bool] = False
     identity: ClassVar[float | None] = 0.0
     linear: ClassVar[bool] = True
     trained: ClassVar[str | None] = None

@@ -18,6 +18,7 @@ from lora_lite.variants.hra import hra as hra
 from lora_lite.variants.ia3 import ia3 as ia3
 from lora_lite.variants.ia3_ff import ia3_ff as ia3_ff
 from lora_lite.variants.ln_tuning import ln_tuning as ln_tuning
+from lora_lite.variants.loftq import loftq as loftq
 from lora_lite.variants.lora import lora as lora
 from lora_lite.variants.lora_ga import lora_ga as lora_ga
 from lora_lite.variants.lora_xs import lora_xs as lora_xs
@@ -42,6 +43,7 @@ __all__ = [
     "ia3",
     "ia3_ff",
     "ln_tuning",
+    "loftq",
     "lora",
     "lora_ga",
     "lora_xs",

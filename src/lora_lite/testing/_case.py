@@ -73,7 +73,7 @@ def _make_case(cfg: AdapterConfig, dtype: torch.dtype, i: int, o: int, *, bias: 
     g = torch.Generator().manual_seed(i)
     weight = (torch.randn(o, i, generator=g) / i**0.5).to(dtype)
     W = Frozen(weight, torch.randn(o, generator=g).to(dtype) if bias else None)
-    given = (_statistics(cfg, i, o, dtype),) if cfg.calibrated else ()
+    given = (_statistics(cfg, i, o, dtype),) if cfg.calibrated else (unquantised(weight),) if cfg.original else ()
     params, constants = cfg.init(W, torch.Generator().manual_seed(0), *given)
     start = {name: p.to(cfg.dtype) for name, p in params.items()}
     W = Frozen(weight, W.bias, {**cfg.share([W]), **constants})
@@ -86,6 +86,12 @@ def _statistics(cfg: AdapterConfig, i: int, o: int, dtype: torch.dtype) -> Any:
     if not needs_loss(cfg):
         return empty.add(x)
     return empty.add(x, torch.randn(len(x), o, generator=torch.Generator().manual_seed(o)).to(dtype))
+
+
+def unquantised(weight: Tensor) -> Tensor:
+    """Give what a weight may have been before it was quantised: itself with some noise."""
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.shape[0]))
+    return weight + (0.1 * noise).to(weight.dtype)
 
 
 def inputs(i: int) -> Tensor:

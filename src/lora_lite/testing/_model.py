@@ -16,7 +16,7 @@ from lora_lite.config import AdapterConfig, with_fields
 from lora_lite.io import load, save
 from lora_lite.mixed import stack, unstack
 from lora_lite.statistics import needs_loss
-from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32, inputs
+from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32, inputs, unquantised
 
 
 def compiles(cfg: AdapterConfig) -> None:
@@ -63,11 +63,14 @@ def _model(cfg: AdapterConfig) -> tuple[nn.Module, Tensor]:
     return nn.Sequential(*layers).eval(), wide.x
 
 
-def _build(model: nn.Module, cfg: AdapterConfig, width: int | None = None) -> tuple[Adapt, Tree]:
+def _build(model: nn.Module, cfg: AdapterConfig, width: int | None = None, source: nn.Module | None = None) -> tuple[Adapt, Tree]:
     """Adapt a model of `_model`, on data where the variant needs it; with params off their start."""
     i = width or next(model.parameters()).shape[-1]
     names = (r"^\d$",) if cfg.adapts == "module" else ()
     given: dict[str, Any] = {"calibration": [inputs(i)]} if cfg.calibrated else {}
+    if cfg.original:
+        layers = {path: layer.weight for path, layer in (source or model).named_modules() if isinstance(layer, nn.Linear)}
+        given["original"] = {f"{path}.weight": unquantised(weight.detach()) for path, weight in layers.items()}
     if needs_loss(cfg):
         given["loss"] = lambda output, batch: output.square().mean()
     adapt = build(model, with_fields(float32(cfg)[0].cfg, target_names=names), **given)

@@ -81,7 +81,7 @@ def _twins(model: nn.Module, quantise: Quantise) -> tuple[nn.Module, nn.Module]:
 
 def _same_as_dense(cfg: AdapterConfig, quantise: Quantise) -> None:
     for model, x in _models(cfg):
-        (adapt, _), (twin, params) = (_build(m, cfg, x.shape[-1]) for m in _twins(model, quantise))
+        (adapt, _), (twin, params) = (_build(m, cfg, x.shape[-1], model) for m in _twins(model, quantise))
         if cfg.identity == 0.0 and not torch.equal(adapt(adapt.init(), x), adapt.base(x)):
             fail("the quantised base's output exactly at init", "another")
         for what, f in _results(params, x).items():

@@ -14,6 +14,7 @@ from lora_lite.variants.hra import HRAConfig
 from lora_lite.variants.ia3 import IA3Config
 from lora_lite.variants.ia3_ff import IA3FFConfig
 from lora_lite.variants.ln_tuning import LNTuningConfig
+from lora_lite.variants.loftq import LoftQConfig
 from lora_lite.variants.lora import LoRAConfig
 from lora_lite.variants.lora_ga import LoRAGAConfig
 from lora_lite.variants.lora_xs import LoRAXSConfig
@@ -41,6 +42,7 @@ VARIANTS: dict[str, type[AdapterConfig]] = {
     "eva": EVAConfig,
     "corda": CorDAConfig,
     "asvd": ASVDConfig,
+    "loftq": LoftQConfig,
     "vera": VeRAConfig,
     "adalora": AdaLoRAConfig,
     "lora_ga": LoRAGAConfig,

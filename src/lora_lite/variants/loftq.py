@@ -1,0 +1,112 @@
+r"""LoftQ: LoRA on a quantised weight that starts from what quantising lost.
+
+$$y = W_q x + b + s\, B A x, \qquad s\, B_0 A_0 = \text{the best rank-} r \text{ approximation of } W - W_q, \quad s = \alpha / r$$
+
+`W` is the weight before it was quantised, `W_q` the dequantised one.
+
+Identity at init: none. It starts nearer to the model before quantisation, not at the quantised one.
+
+Paper: Li, Yu, Liang, He, Karampatziakis, Chen, Zhao, *LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models*, 2023,
+arXiv:2310.08659.
+
+| tensor | shape | trained | init |
+|---|---|---|---|
+| `A` | `(r, i)` | yes | `A0 = sqrt(S_r / s) V_r^T` of `W - W_q` |
+| `B` | `(o, r)` | yes | `B0 = U_r sqrt(S_r / s)` |
+| `A0` | `(r, i)` | no | kept so that a loaded adapter can start again |
+| `B0` | `(o, r)` | no | the same |
+
+Trained per target: `r (i + o)`. Needs the dense weight once, and the original one: `build(model, cfg, original=...)`. Neither is saved.
+
+Departures: the paper alternates between quantising and the SVD; here the base is quantised already and stays as it is, so one SVD is all
+there is to do, as in PEFT's `replace_lora_weights_loftq`. The singular values are divided by `s`, so that the start does not depend on
+`alpha`. Where quantising lost nothing `A` and `B` would start at zero and learn nothing; that is refused.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypedDict
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_lite._check import checked
+from lora_lite.config import AdapterConfig, expect, expect_int, expect_number
+from lora_lite.frozen import Constants, Frozen
+from lora_lite.variants._linalg import add_low_rank, truncated_svd
+
+
+class LoftQParams(TypedDict):
+    A: Float[Tensor, "r i"]
+    B: Float[Tensor, "o r"]
+
+
+@checked
+def loftq(params: LoftQParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float) -> Float[Tensor, "*b o"]:
+    """Give `W_q x + b + scale B A x`; the module's docstring has the formula and the shapes."""
+    return add_low_rank(W(x), F.linear(x, params["A"]), params["B"], scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoftQConfig(AdapterConfig):
+    """Config of LoftQ.
+
+    Args:
+        r: rank of the update, from 1 to the smaller width of the layer.
+        alpha: numerator of the scale `alpha / r`, dimensionless, > 0; the start does not depend on it.
+    """
+
+    name: ClassVar[str] = "loftq"
+    needs: ClassVar[str] = "dense_init"
+    original: ClassVar[bool] = True
+    identity: ClassVar[float | None] = None
+    trained: ClassVar[str | None] = "r * (i + o)"
+    macs: ClassVar[str | None] = "r * (i + o)"
+
+    r: int = 8
+    alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        expect_int(self, "r", 1, "Set r to the rank of the update, e.g. r=8.")
+        expect_number(self, "alpha", 0.0, math.inf, "The update is scaled by alpha / r, e.g. alpha=16.")
+        expect(self, "alpha", self.alpha > 0, "a number > 0", "The singular values are divided by alpha / r.")
+
+    @property
+    def scale(self) -> float:
+        """The factor of the update, `alpha / r`."""
+        return self.alpha / self.r
+
+    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[LoftQParams, Constants]:
+        if self.r > min(W.in_features, W.out_features):
+            raise ValueError(
+                f"LoftQConfig.r: expected at most min(i, o) = {min(W.in_features, W.out_features)} for a layer of shape "
+                f"({W.out_features}, {W.in_features}), found {self.r}. Lower r or leave the layer out."
+            )
+        start = dict(W.constants) or self._start(W, stats)
+        return {"A": start["A0"].clone(), "B": start["B0"].clone()}, start
+
+    def _start(self, W: Frozen, original: Any) -> Constants:
+        if original is None:
+            raise ValueError(
+                "LoftQConfig: expected the weight from before quantisation, found none. Use build(model, cfg, original=state_dict_of_it)."
+            )
+        weight = W.dense()
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        U, S, Vh = truncated_svd(original.to(weight.device, exact) - weight.to(exact), self.r)
+        if not S[0] > 0:
+            raise ValueError(
+                "LoftQConfig: expected an original weight that quantising has changed, found the layer's own. Pass the unquantised model's "
+                "weights, or use LoRAConfig on a base that is not quantised."
+            )
+        root = (S / self.scale).sqrt()
+        return {"A0": root[:, None] * Vh, "B0": U * root}
+
+    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+        return loftq(params, W, x, scale=self.scale)
+
+    def steer(self, params: Mapping[str, Tensor], c: float | Tensor) -> dict[str, Tensor]:
+        return {**params, "B": c * params["B"]}  # the update is linear in B; scaling A too would square c
