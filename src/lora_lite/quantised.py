@@ -48,9 +48,6 @@ class FrozenQuantised(FrozenLinear):
     kernels, which need no derivative. `build`, `load` and `find_targets` take the class as `kinds=(MyKind,)`. In a clone, every layer
     that the kind fits runs the kind, target or not, so that the layer's own forward need not work under torch.func.
 
-    Attributes:
-        layer: the module, whose `in_features`, `out_features` and `bias` are read.
-
     Example:
         >>> import torch, lora_lite as ll
         >>> class Ternary(torch.nn.Module):
@@ -109,7 +106,7 @@ class FrozenQuantised(FrozenLinear):
 
     @property
     def layer(self) -> Any:
-        """The module that the kind reads."""
+        """The module that the kind reads; it must have `in_features` and `out_features`, and may have a `bias`."""
         return self._layer
 
     @property
