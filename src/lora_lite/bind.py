@@ -109,6 +109,22 @@ def read_params(module: nn.Module, shapes: Shapes, get: Callable[[Tensor], Tenso
     return {path: {name: get(getattr(layers[path], attribute_of(name))) for name in names} for path, names in shapes.items()}
 
 
+def bare(module: nn.Module) -> nn.Module:
+    """Take off the wrappers of DDP, DataParallel and `torch.compile`."""
+    while True:
+        wrapper = "module" if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel) else "_orig_mod"
+        inner = getattr(module, wrapper, None)
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
+
+
+def whole(param: Tensor) -> Tensor:
+    """Copy a param out of a module; one that FSDP2 has split is gathered, by all processes together."""
+    param = param.detach()
+    return param.full_tensor() if hasattr(param, "full_tensor") else param.clone()
+
+
 _SMALL = 2**16
 
 

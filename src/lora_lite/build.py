@@ -26,6 +26,7 @@ def build(
     *,
     calibration: Iterable[Any] | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
+    group: Any = None,
     remat: str | None = None,
     progress: bool = True,
     kinds: Sequence[type[FrozenLinear]] = (),
@@ -37,6 +38,8 @@ def build(
         cfg: a variant's config, or several that claim different layers.
         calibration: batches as `adapt` takes them, for variants whose start depends on data; they run once, in evaluation mode.
         loss: `(output, batch) -> scalar`, for variants whose start depends on the gradient of a loss; None for the output's own `.loss`.
+        group: a `torch.distributed` process group, e.g. `torch.distributed.group.WORLD`: the statistics are those of the batches of all its
+            processes, each of which calls this with batches of its own. None for those of this process alone, whatever is initialised.
         remat: regular expression of the paths of blocks whose activations are recomputed in the backward pass instead of kept,
             e.g. `r"layers\\.\\d+$"`.
         progress: show a progress bar on stderr when it takes more than a second.
@@ -63,7 +66,7 @@ def build(
     require_data(entries, calibration, loss)
     base = clone_module(model, kinds)
     check_pattern(base, remat)
-    stats = {} if calibration is None else gather(base, entries, calibration, progress, loss)
+    stats = {} if calibration is None else gather(base, entries, calibration, progress, loss, group)
     return Adapt(derive(base, allocated(entries, stats), remat, stats, progress))
 
 
