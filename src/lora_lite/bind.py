@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite._check import in_dtype
-from lora_lite._tree import Tree, join
+from lora_lite._tree import AnyTree, Tree, join
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import CONSTANT, PARAM, Frozen, FrozenLinear
 from lora_lite.targets import Target
@@ -107,6 +107,15 @@ def read_params(module: nn.Module, shapes: Shapes, get: Callable[[Tensor], Tenso
     """Read a params tree out of a bound module."""
     layers = {path: module.get_submodule(path) for path in shapes}
     return {path: {name: get(getattr(layers[path], attribute_of(name))) for name in names} for path, names in shapes.items()}
+
+
+@torch.no_grad()
+def write_params(module: nn.Module, params: AnyTree) -> None:
+    """Write the values of a params tree into a bound module, in place."""
+    for path, leaves in params.items():
+        layer = bare(module).get_submodule(path)
+        for name, leaf in leaves.items():
+            getattr(layer, PARAM + name).copy_(leaf)
 
 
 def bare(module: nn.Module) -> nn.Module:
