@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_lite._errors import several, tree_faults
 from lora_lite._tree import AnyTree, Tree, join
-from lora_lite.bind import Shapes, adapt_layer, bare, layer_at, placed, read_params, rebind, volatile_buffers, whole
+from lora_lite.bind import Shapes, adapt_layer, bare, fits, layer_at, placed, read_params, rebind, volatile_buffers, whole
 from lora_lite.clone import clone_module
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import Constants
@@ -275,7 +275,7 @@ class Adapt:
     def _require(self, params: Any, caller: str, shapes: Shapes | None = None) -> None:
         shapes = shapes or self.shapes
         try:
-            if len(params) == len(shapes) and all(_fits(params[path], leaves) for path, leaves in shapes.items()):
+            if fits(params, shapes):
                 return
         except (KeyError, TypeError, AttributeError):
             pass  # whatever is wrong is found again below, and named
@@ -295,12 +295,6 @@ class Adapt:
         W = layer_at(self._clone, target.path)._lora_lite.W
         params, _ = cfg.init(W, generator_for(seed, target.path))
         return {name: p.to(W.device, cfg.dtype, copy=True) for name, p in params.items()}
-
-
-def _fits(leaves: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    return len(leaves) == len(shapes) and all(
-        leaves[name].shape == shape and leaves[name].is_floating_point() for name, shape in shapes.items()
-    )
 
 
 def _bound_clone(plan: Plan) -> nn.Module:

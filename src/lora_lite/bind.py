@@ -98,9 +98,29 @@ def rebind(clone: nn.Module) -> None:
             layer._lora_lite = layer._lora_lite._replace(W=type(W)(layer, W.constant_names))
 
 
+def fits(params: AnyTree, shapes: Shapes) -> bool:
+    """Tell whether a params tree has these paths, names and shapes. Plain loops: every call passes here, with hundreds of targets."""
+    if len(params) != len(shapes):
+        return False
+    for path, expected in shapes.items():
+        leaves = params[path]
+        if len(leaves) != len(expected):
+            return False
+        for name, shape in expected.items():
+            leaf = leaves[name]
+            if leaf.shape != shape or not leaf.is_floating_point():
+                return False
+    return True
+
+
 def placed(params: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Name the leaves of a params tree as the clone's placeholders are named."""
-    return {join(path, attribute_of(name)): leaf for path, leaves in params.items() for name, leaf in leaves.items()}
+    found = {}
+    for path, leaves in params.items():
+        prefix = join(path, "")
+        for name, leaf in leaves.items():
+            found[prefix + attribute_of(name)] = leaf
+    return found
 
 
 def read_params(module: nn.Module, shapes: Shapes, get: Callable[[Tensor], Tensor]) -> Tree:

@@ -11,6 +11,7 @@ from lora_lite.audit import refuse_uncalled
 from lora_lite.calibrate import gather, require_data
 from lora_lite.clone import clone_module
 from lora_lite.config import AdapterConfig, as_config
+from lora_lite.dispatched import refuse_offloaded
 from lora_lite.frozen import NEEDS, FrozenLinear
 from lora_lite.kinds import kind_of, own_forward
 from lora_lite.modules import refuse_nested
@@ -102,7 +103,8 @@ def allocated(entries: Entries, stats: Mapping[str, Any]) -> Entries:
 
 
 def check_entries(model: nn.Module, entries: Entries) -> None:
-    """Refuse what cannot be adapted: layers never called, with a forward of their own, or of a kind that lacks what is needed."""
+    """Refuse what cannot be adapted: layers offloaded, never called, with their own forward, or of a kind that lacks what is needed."""
+    refuse_offloaded(model)
     refuse_uncalled(model, [target.path for target, _ in entries])
     strange = [t.path for t, cfg in entries if cfg.adapts == "linear" and own_forward(model.get_submodule(t.path), t.kind)]
     if strange:
