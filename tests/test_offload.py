@@ -84,7 +84,7 @@ def test_offloaded_layers_are_refused_by_name(tiny, tmp_path, place):
         accelerate.dispatch_model(model, {**SPLIT, "model.layers.1": "disk"}, main_device="cpu", offload_dir=str(tmp_path))
     else:
         accelerate.cpu_offload(model, execution_device="cpu")
-    with pytest.raises(ValueError, match=r"(?s)build: expected weights in memory, found.*"model\.layers\.[01].*remove_hook_from_module"):
+    with pytest.raises(ValueError, match=r"build: expected weights in memory, found.*model\.layers\.[01].*remove_hook_from_module"):
         ll.build(model, ll.LoRAConfig(layers=1))
     accelerate.hooks.remove_hook_from_module(model, recurse=True)
     adapt = ll.build(model, FIVE[0])
