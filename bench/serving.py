@@ -144,9 +144,8 @@ def main() -> None:
         "throughput": throughput(width, layers, requests=16 if quick else 32, tokens=16, threads=2, repeats=max(3, repeats // 3)),
     }
     ours, theirs = results["switching"]["switch_ms"], results["switching"]["peft_switch_ms"]
-    print(
-        f"switching {results['switching']['targets']} targets: {ours['median']:.3f} [{ours['low']:.3f}, {ours['high']:.3f}] ms beyond the call"
-    )
+    targets, spread = results["switching"]["targets"], f"[{ours['low']:.3f}, {ours['high']:.3f}]"
+    print(f"switching {targets} targets: {ours['median']:.3f} {spread} ms beyond the call")
     print(f"  PEFT's set_adapter: {theirs['median']:.3f} [{theirs['low']:.3f}, {theirs['high']:.3f}] ms")
     for name, rate in results["throughput"]["requests_per_second"].items():
         print(f"{rate:8.1f} requests/s  {name}")

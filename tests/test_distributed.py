@@ -1,6 +1,10 @@
 """More than one process: DDP, FSDP2 by function and by module, calibration, saving. Two gloo processes on the CPU against one."""
 
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 import lora_lite as ll
 from cases import FIVE, TOLERANCE, assert_trees_equal, move, tiny_models
-from two_processes import run_jobs
+from two_processes import PATIENCE, run_jobs
 
 STEPS = 3
 CONFIGS = (*FIVE, ll.VeRAConfig(r=8), ll.OFTConfig(block_size=8))
@@ -416,6 +420,23 @@ def test_average_is_one_collective_and_keeps_dtypes(of):
         assert torch.equal(mean["a"]["B"], torch.tensor(2.0))
         assert torch.equal(mean["b"][0], torch.ones(1, dtype=torch.bfloat16))
         assert torch.equal(given, torch.full((2, 3), 1.0 + rank, dtype=torch.float64)), "what was given is not written to"
+
+
+def test_script_of_the_documentation_runs_under_torchrun(tmp_path):
+    """The loss that two processes report is the one that a process alone reaches on the same rows."""
+    script = Path(__file__).parent.parent / "docs" / "examples" / "train_sharded.py"
+    losses = []
+    for processes in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script)]
+        settings = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        file = tmp_path / f"{processes}.safetensors"
+        done = subprocess.run([*command, str(file)], capture_output=True, text=True, env=settings, timeout=PATIENCE, check=False)
+        assert done.returncode == 0, done.stderr
+        losses.append(float(done.stdout.split()[-1]))
+        torch.manual_seed(0)
+        params = ll.load(tiny_models["llama"]()[0], file)[1]
+        assert sum(leaf.numel() for leaf in ll.tree_leaves(params)) > 1000
+    assert losses[1] == pytest.approx(losses[0], abs=2e-4)
 
 
 def test_average_without_a_group_is_an_error():

@@ -135,7 +135,7 @@ def write_params(module: nn.Module, params: AnyTree) -> None:
     for path, leaves in params.items():
         layer = bare(module).get_submodule(path)
         for name, leaf in leaves.items():
-            getattr(layer, PARAM + name).copy_(leaf)
+            getattr(layer, attribute_of(name)).copy_(leaf)
 
 
 def bare(module: nn.Module) -> nn.Module:
