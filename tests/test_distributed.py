@@ -18,7 +18,14 @@ from cases import FIVE, TOLERANCE, assert_trees_equal, move, tiny_models
 from two_processes import PATIENCE, run_jobs
 
 STEPS = 3
-CONFIGS = (*FIVE, ll.VeRAConfig(r=8), ll.OFTConfig(block_size=8))
+CONFIGS = (
+    *FIVE,
+    ll.VeRAConfig(r=8),
+    ll.OFTConfig(block_size=8),
+    ll.LNTuningConfig(),
+    ll.LoReFTConfig(r=4),
+    ll.FullConfig(target_names=r"(norm|layers\.1)$"),
+)
 
 
 def whole_model(**overrides):
@@ -243,6 +250,11 @@ def _calibration(rank=None):
     return batches if rank is None else batches[:2] if rank == 0 else batches[2:]
 
 
+def calibration_by_gradients(rank):
+    batches = [{**batch, "labels": batch["input_ids"]} for batch in _calibration(rank)]
+    return start(ll.LoRAGAConfig(r=4), calibration=batches, group=dist.group.WORLD)[1].constants
+
+
 def calibration_of_one_process(rank):
     """Rank 1 has nothing, so there all layers hold the one empty statistic."""
     return start(ll.EVAConfig(r=4), calibration=_calibration() if rank == 0 else [], group=dist.group.WORLD)[1].constants
@@ -271,6 +283,7 @@ JOBS = {
         refusals,
         saving,
         calibration,
+        calibration_by_gradients,
         calibration_of_one_process,
         collectives,
     )
@@ -400,6 +413,14 @@ def test_calibration_over_processes_is_that_of_all_batches(of):
     assert max(float((a - b).abs().max()) for a, b in zip(ll.tree_leaves(alone.constants), ll.tree_leaves(constants))) > 1e-2
     assert_trees_equal(params, adapt.init(), 1e-4)  # directions of a decomposition: rounding moves them more than what they are made of
     assert_trees_equal(constants, adapt.constants, 1e-4)
+
+
+def test_gradients_over_processes_are_those_of_all_batches(of):
+    batches = [{**batch, "labels": batch["input_ids"]} for batch in _calibration()]
+    _, adapt, _ = start(ll.LoRAGAConfig(r=4), calibration=batches)
+    first, second = of(calibration_by_gradients)
+    assert_trees_equal(first, second)
+    assert_trees_equal(first, adapt.constants, 1e-3)
 
 
 def test_calibration_over_processes_is_the_same_in_each(of):
