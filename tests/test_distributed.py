@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -26,6 +28,29 @@ CONFIGS = (
     ll.LoReFTConfig(r=4),
     ll.FullConfig(target_names=r"(norm|layers\.1)$"),
 )
+
+
+class Count:
+    """A statistic that one process can gather and several cannot merge."""
+
+    def __init__(self, count=0):
+        self.count = count
+
+    def add(self, x):
+        return Count(self.count + len(x))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counting(ll.AdapterConfig):
+    name: ClassVar[str] = "counting"
+    calibrated: ClassVar[bool] = True
+    statistic: ClassVar[type] = Count
+
+    def init(self, W, generator, stats=None):
+        return {"g": torch.zeros(W.out_features)}, {}
+
+    def forward(self, params, W, x):
+        return W(x) + params["g"]
 
 
 def whole_model(**overrides):
@@ -214,6 +239,7 @@ def refusals(rank):
         "mesh": lambda: adapt.shard(2),
         "mesh axes": lambda: adapt.shard(init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b"))),
         "packed": lambda: ll.build(integers, ll.LoRAConfig(target_names="0")).shard(mesh(), blocks="1"),
+        "not mergeable": lambda: start(Counting(), calibration=_calibration(), group=dist.group.WORLD),
         "not floating": lambda: ll.all_reduce_mean({"n": torch.tensor(3)}),
         "in a transform": lambda: torch.func.grad(lambda x: ll.all_reduce_mean(x).sum())(torch.ones(2)),
     }
@@ -392,6 +418,7 @@ def test_calls_and_transforms_of_a_sharded_adapt_are_exact(of):
         ("mesh", ("TypeError: shard: expected mesh as a DeviceMesh, found int", "init_device_mesh")),
         ("mesh axes", ("ValueError: shard: expected a mesh of one axis, found 2",)),
         ("packed", ("ValueError: shard: expected plain floating weights", '"1.packed"')),
+        ("not mergeable", ("ValueError: build: expected statistics with merge(other)", 'found none in "Count"', "leave group out")),
         ("not floating", ("TypeError: all_reduce_mean: expected floating tensors, found torch.int64",)),
         ("in a transform", ("RuntimeError: all_reduce_mean: expected plain tensors", "what the transform returns")),
     ],

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import types
 from pathlib import Path
 
 import accelerate
@@ -152,6 +153,18 @@ def test_foreign_checkpoint_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"(?s)AdapterTrainer: expected params that fit.*expected shape \(2, 32\), found \(4, 32\)"):
         trainer.train(resume_from_checkpoint=True)
     assert_trees_equal(trainer.params(), fresh)
+
+
+def test_model_that_calls_itself_quantised_is_trained(tmp_path):
+    model, _, _ = started()
+    model.is_quantized, model.hf_quantizer = True, types.SimpleNamespace(is_trainable=True)
+    adapt = ll.build(model, FIVE[0])
+    with pytest.raises(ValueError, match="purely quantized"):
+        tf.Trainer(adapt.module(adapt.init()), args=arguments(tmp_path), train_dataset=rows(), eval_dataset=rows(4))
+    trainer = trainer_of("adapter", adapt, adapt.init(), arguments(tmp_path))
+    trainer.train()
+    assert distance(trainer.params(), adapt.init()) > 1e-2
+    assert "_hf_peft_config_loaded" not in vars(model)
 
 
 def test_other_engines_are_refused(tmp_path):

@@ -71,6 +71,8 @@ def gather(
     run = Replica(clone.eval(), [])
     calibrated = {target.path: cfg for target, cfg in entries if cfg.calibrated}
     watch = Watch({path: statistic_of(cfg) for path, cfg in calibrated.items()})
+    if group is not None:
+        _require_mergeable(watch.states)
     with_loss = [path for path, cfg in calibrated.items() if needs_loss(cfg)]
     probe = torch.zeros((), device=next(clone.parameters()).device, requires_grad=True)
     for path in calibrated:
@@ -94,6 +96,15 @@ def gather(
     states, seen = (watch.states, seen) if group is None else _of_all(watch.states, seen, clone, group)
     _check(states, seen)
     return states
+
+
+def _require_mergeable(states: Mapping[str, Any]) -> None:
+    lacking = sorted({type(state).__name__ for state in states.values() if not (hasattr(state, "merge") and hasattr(state, "to"))})
+    if lacking:
+        raise ValueError(
+            f"build: expected statistics with merge(other) and to(device) for a group of processes, found none in {listed(lacking)}. Add "
+            "them, or leave group out."
+        )
 
 
 def _of_all(states: Mapping[str, Any], seen: int, clone: nn.Module, group: Any) -> tuple[dict[str, Any], int]:

@@ -48,7 +48,10 @@ class AdapterSaving:
                 "AdapterTrainer: expected one process or several under DDP, found fsdp or deepspeed in the arguments. Train on "
                 "adapt.shard(mesh) in a loop of your own, or give adapt.module(params) to Trainer itself."
             )
-        super().__init__(model=adapt.module(params), **options)  # type: ignore[call-arg]
+        module = adapt.module(params)
+        if getattr(module, "is_quantized", False):
+            vars(module)["_hf_peft_config_loaded"] = True  # how Trainer asks whether a quantised model has something to train
+        super().__init__(model=module, **options)  # type: ignore[call-arg]
 
     def params(self) -> Tree:
         """Give the params as they are now; copies."""
