@@ -114,13 +114,21 @@ def ddp(rank):
     return trained, all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def _asleep(sharded):
+    weights = [p for name, p in sharded._adapted.main.module.named_parameters() if "adapter_" not in name]
+    return all(isinstance(p, DTensor) for p in weights)
+
+
 def fsdp_by_function(rank):
     model, adapt, params = start()
     before = weights_of(model)
     sharded = adapt.shard(mesh())
     grads, trained = train_tree(sharded, params, batch_for(rank), ll.all_reduce_mean)
     held = sum(p.to_local().numel() for p in sharded._plan.base.parameters())
-    asleep = all(isinstance(p, DTensor) for name, p in sharded._adapted.main.module.named_parameters() if "adapter_" not in name)
+    asleep = [_asleep(sharded)]
+    with torch.no_grad():
+        sharded(params, batch_for(rank))
+    asleep.append(_asleep(sharded))  # the root too, whose weights no backward gives back here
     untouched = all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     ours = {p.untyped_storage().data_ptr() for p in model.parameters()}
     shared = any(p.to_local().untyped_storage().data_ptr() in ours for p in sharded._plan.base.parameters())
@@ -370,8 +378,8 @@ def test_each_process_holds_half_of_the_base(of):
     assert max(halves) < 0.51 * total
 
 
-def test_weights_are_given_back_after_a_step(of):
-    assert all(asleep for _, _, _, asleep, *_ in of(fsdp_by_function))
+def test_weights_are_given_back_after_a_step_and_after_a_forward(of):
+    assert [asleep for _, _, _, asleep, *_ in of(fsdp_by_function)] == [[True, True]] * 2
 
 
 def test_sharding_leaves_the_model_alone(of):
