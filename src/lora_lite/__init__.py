@@ -8,6 +8,7 @@ from lora_lite._tree import tree_leaves as tree_leaves
 from lora_lite._tree import tree_map as tree_map
 from lora_lite.adapt import Adapt as Adapt
 from lora_lite.build import build as build
+from lora_lite.collectives import all_reduce_mean as all_reduce_mean
 from lora_lite.config import AdapterConfig as AdapterConfig
 from lora_lite.curvature import fisher_diag as fisher_diag
 from lora_lite.curvature import ggn_vp as ggn_vp

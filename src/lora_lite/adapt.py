@@ -1,16 +1,17 @@
 """`Adapt`: what `build` returns. A function of params and batch over a private clone of the model, and what can be asked of it."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_lite._errors import several, tree_faults
 from lora_lite._tree import AnyTree, Tree, join
-from lora_lite.bind import Shapes, adapt_layer, layer_at, placed, read_params, rebind, volatile_buffers
+from lora_lite.bind import Shapes, adapt_layer, bare, fits, layer_at, placed, read_params, rebind, volatile_buffers, whole
 from lora_lite.clone import clone_module
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import Constants
@@ -22,7 +23,11 @@ from lora_lite.prompt import note_prompts
 from lora_lite.remat import install
 from lora_lite.replica import Replicas
 from lora_lite.report import count_all, macs_by_target, table
+from lora_lite.shard import ShardedReplicas, Sharding, shard_plan
 from lora_lite.targets import Target, Targets
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Adapt:
@@ -44,9 +49,11 @@ class Adapt:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._clone = _bound_clone(plan)
-        self._adapted = Replicas(self._clone, _copy, [target.path for target, _ in plan.entries])
-        self._mixed = Replicas(self._clone, lambda clone: make_mixed(_copy(clone)), [target.path for target, _ in plan.entries])
-        self._base = Replicas(plan.base, _plain_copy, [])
+        paths = [target.path for target, _ in plan.entries]
+        replicas = Replicas if plan.sharding is None else functools.partial(ShardedReplicas, sharding=plan.sharding)
+        self._adapted = replicas(self._clone, _copy, paths)
+        self._mixed = replicas(self._clone, lambda clone: make_mixed(_copy(clone)), paths)
+        self._base = replicas(plan.base, _plain_copy, [])
 
     def __call__(self, params: Mapping[str, Mapping[str, Tensor]], batch: Any, **kwargs: Any) -> Any:
         """Run the adapted model.
@@ -115,6 +122,7 @@ class Adapt:
         Raises:
             ValueError: where `params` does not fit.
         """
+        self._require_whole("module")
         self._require(params, "module")
         module = _copy(self._clone)
         for name, buffer in volatile_buffers(module).items():
@@ -129,12 +137,15 @@ class Adapt:
     def params(self, module: nn.Module) -> Tree:
         """Read the params out of a module that `module` made; detached copies.
 
+        It may be wrapped by DDP, DataParallel, `torch.compile` or accelerate. Params that FSDP2 has split are gathered, so that every
+        process must call this.
+
         Raises:
             ValueError: where `module` is not one.
         """
-        module = getattr(module, "module", module) if isinstance(module, nn.parallel.DistributedDataParallel) else module
+        module = bare(module)
         try:
-            return read_params(module, self._plan.shapes, lambda t: t.detach().clone())
+            return read_params(module, self._plan.shapes, whole)
         except AttributeError as e:
             raise ValueError(
                 f"adapt.params: expected a module made by this adapt.module(params), found {type(module).__name__} without its "
@@ -156,6 +167,7 @@ class Adapt:
             ValueError: where `params` does not fit, a variant is not linear, the adapter moves a bias that the layer lacks, or a weight is
                 shared with another module.
         """
+        self._require_whole("merge")
         self._require(params, "merge")
         return merge(self._clone, self._plan.entries, params, dtype)
 
@@ -195,6 +207,28 @@ class Adapt:
     def eval(self) -> "Adapt":
         """Give an `adapt` in evaluation mode; this one stays as it is."""
         return self.train(False)
+
+    def shard(self, mesh: "DeviceMesh", blocks: str = r"layers\.\d+$") -> "Adapt":
+        """Give an `adapt` whose frozen base is split over the processes of a mesh by torch's `fully_shard`; this one stays as it is.
+
+        Every process calls this on a model with the same weights. It copies its own part of each weight to the mesh's device, and
+        nothing of the model is shared: the model and this `adapt` may be deleted. Params stay whole, a plain tree on every process;
+        average their gradients with `all_reduce_mean`. Each call of the result is one of all processes together.
+
+        Calls, `mixed` and `base` work as ever, under `value_and_grad` and under transforms. Refused are two reverse-mode transforms in one
+        another, `torch.compile` and other threads; and `merge` and `module`, which need whole weights.
+
+        Args:
+            mesh: a mesh of one axis, `torch.distributed.device_mesh.init_device_mesh(device, (processes,))`.
+            blocks: regular expression of the paths of blocks whose weights are gathered one at a time.
+
+        Raises:
+            ValueError: where `blocks` matches nothing, the mesh has more than one axis, or a weight cannot be split, such as a
+                quantised one.
+            TypeError: where `mesh` is of another type.
+        """
+        self._require_whole("shard")
+        return Adapt(shard_plan(self._plan, Sharding(mesh, blocks)))
 
     @property
     def targets(self) -> Targets:
@@ -241,7 +275,7 @@ class Adapt:
     def _require(self, params: Any, caller: str, shapes: Shapes | None = None) -> None:
         shapes = shapes or self.shapes
         try:
-            if len(params) == len(shapes) and all(_fits(params[path], leaves) for path, leaves in shapes.items()):
+            if fits(params, shapes):
                 return
         except (KeyError, TypeError, AttributeError):
             pass  # whatever is wrong is found again below, and named
@@ -250,16 +284,17 @@ class Adapt:
             "Use adapt.init(...), or load(...) with the file that the params were saved to."
         )
 
+    def _require_whole(self, caller: str) -> None:
+        if self._plan.sharding is not None:
+            raise ValueError(
+                f"adapt.{caller}: expected whole weights, found a base that is sharded over {self._plan.sharding.mesh.size()} processes. "
+                "Call it on an adapt that is not; the params fit both."
+            )
+
     def _init_target(self, target: Target, cfg: AdapterConfig, seed: int) -> dict[str, Tensor]:
         W = layer_at(self._clone, target.path)._lora_lite.W
         params, _ = cfg.init(W, generator_for(seed, target.path))
         return {name: p.to(W.device, cfg.dtype, copy=True) for name, p in params.items()}
-
-
-def _fits(leaves: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    return len(leaves) == len(shapes) and all(
-        leaves[name].shape == shape and leaves[name].is_floating_point() for name, shape in shapes.items()
-    )
 
 
 def _bound_clone(plan: Plan) -> nn.Module:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite._check import in_dtype
-from lora_lite._tree import Tree, join
+from lora_lite._tree import AnyTree, Tree, join
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import CONSTANT, PARAM, Frozen, FrozenLinear
 from lora_lite.targets import Target
@@ -98,15 +98,60 @@ def rebind(clone: nn.Module) -> None:
             layer._lora_lite = layer._lora_lite._replace(W=type(W)(layer, W.constant_names))
 
 
+def fits(params: AnyTree, shapes: Shapes) -> bool:
+    """Tell whether a params tree has these paths, names and shapes. Plain loops: every call passes here, with hundreds of targets."""
+    if len(params) != len(shapes):
+        return False
+    for path, expected in shapes.items():
+        leaves = params[path]
+        if len(leaves) != len(expected):
+            return False
+        for name, shape in expected.items():
+            leaf = leaves[name]
+            if leaf.shape != shape or not leaf.is_floating_point():
+                return False
+    return True
+
+
 def placed(params: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Name the leaves of a params tree as the clone's placeholders are named."""
-    return {join(path, attribute_of(name)): leaf for path, leaves in params.items() for name, leaf in leaves.items()}
+    found = {}
+    for path, leaves in params.items():
+        prefix = join(path, "")
+        for name, leaf in leaves.items():
+            found[prefix + attribute_of(name)] = leaf
+    return found
 
 
 def read_params(module: nn.Module, shapes: Shapes, get: Callable[[Tensor], Tensor]) -> Tree:
     """Read a params tree out of a bound module."""
     layers = {path: module.get_submodule(path) for path in shapes}
     return {path: {name: get(getattr(layers[path], attribute_of(name))) for name in names} for path, names in shapes.items()}
+
+
+@torch.no_grad()
+def write_params(module: nn.Module, params: AnyTree) -> None:
+    """Write the values of a params tree into a bound module, in place."""
+    for path, leaves in params.items():
+        layer = bare(module).get_submodule(path)
+        for name, leaf in leaves.items():
+            getattr(layer, attribute_of(name)).copy_(leaf)
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """Take off the wrappers of DDP, DataParallel and `torch.compile`."""
+    while True:
+        wrapper = "module" if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel) else "_orig_mod"
+        inner = getattr(module, wrapper, None)
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
+
+
+def whole(param: Tensor) -> Tensor:
+    """Copy a param out of a module; one that FSDP2 has split is gathered, by all processes together."""
+    param = param.detach()
+    return param.full_tensor() if hasattr(param, "full_tensor") else param.clone()
 
 
 _SMALL = 2**16

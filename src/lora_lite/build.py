@@ -11,6 +11,7 @@ from lora_lite.audit import refuse_uncalled
 from lora_lite.calibrate import gather, require_data
 from lora_lite.clone import clone_module
 from lora_lite.config import AdapterConfig, as_config
+from lora_lite.dispatched import refuse_offloaded
 from lora_lite.frozen import NEEDS, FrozenLinear
 from lora_lite.kinds import kind_of, own_forward
 from lora_lite.modules import refuse_nested
@@ -27,6 +28,7 @@ def build(
     *,
     calibration: Iterable[Any] | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
+    group: Any = None,
     remat: str | None = None,
     progress: bool = True,
     kinds: Sequence[type[FrozenLinear]] = (),
@@ -39,6 +41,8 @@ def build(
         cfg: a variant's config, or several that claim different layers.
         calibration: batches as `adapt` takes them, for variants whose start depends on data; they run once, in evaluation mode.
         loss: `(output, batch) -> scalar`, for variants whose start depends on the gradient of a loss; None for the output's own `.loss`.
+        group: a `torch.distributed` process group, e.g. `torch.distributed.group.WORLD`: the statistics are those of the batches of all its
+            processes, each of which calls this with batches of its own. None for those of this process alone, whatever is initialised.
         remat: regular expression of the paths of blocks whose activations are recomputed in the backward pass instead of kept,
             e.g. `r"layers\\.\\d+$"`.
         progress: show a progress bar on stderr when it takes more than a second.
@@ -67,7 +71,7 @@ def build(
     originals = read_originals(entries, original)
     base = clone_module(model, kinds)
     check_pattern(base, remat)
-    stats = originals if calibration is None else originals | gather(base, entries, calibration, progress, loss)
+    stats = originals if calibration is None else originals | gather(base, entries, calibration, progress, loss, group)
     return Adapt(derive(base, allocated(entries, stats), remat, stats, progress))
 
 
@@ -103,7 +107,8 @@ def allocated(entries: Entries, stats: Mapping[str, Any]) -> Entries:
 
 
 def check_entries(model: nn.Module, entries: Entries) -> None:
-    """Refuse what cannot be adapted: layers never called, with a forward of their own, or of a kind that lacks what is needed."""
+    """Refuse what cannot be adapted: layers offloaded, never called, with their own forward, or of a kind that lacks what is needed."""
+    refuse_offloaded(model)
     refuse_uncalled(model, [target.path for target, _ in entries])
     strange = [t.path for t, cfg in entries if cfg.adapts == "linear" and own_forward(model.get_submodule(t.path), t.kind)]
     if strange:

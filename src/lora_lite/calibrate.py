@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from lora_lite._errors import listed
 from lora_lite._progress import shown
 from lora_lite.clone import clone_module
+from lora_lite.collectives import merged_over_ranks
 from lora_lite.frozen import first_of
 from lora_lite.plan import Entries
 from lora_lite.prompt import IGNORED
@@ -49,7 +50,9 @@ def require_data(entries: Entries, calibration: Any, loss: Loss | None) -> None:
 
 
 @torch.no_grad()
-def gather(base: nn.Module, entries: Entries, batches: Iterable[Any], progress: bool = True, loss: Loss | None = None) -> dict[str, Any]:
+def gather(
+    base: nn.Module, entries: Entries, batches: Iterable[Any], progress: bool = True, loss: Loss | None = None, group: Any = None
+) -> dict[str, Any]:
     """Run the batches through a clone of `base` and give the statistics of each calibrated target, by path.
 
     Args:
@@ -58,6 +61,7 @@ def gather(base: nn.Module, entries: Entries, batches: Iterable[Any], progress: 
         batches: as `adapt` takes them.
         progress: show a progress bar.
         loss: `(output, batch) -> scalar`, for statistics of gradients; None for the output's own `.loss`.
+        group: a process group, for the statistics of the batches of all its processes; None for those of this one.
 
     Raises:
         ValueError: for no batch, a target that saw no token, a missing loss, or values that are not finite; it names the targets.
@@ -67,6 +71,8 @@ def gather(base: nn.Module, entries: Entries, batches: Iterable[Any], progress: 
     run = Replica(clone.eval(), [])
     calibrated = {target.path: cfg for target, cfg in entries if cfg.calibrated}
     watch = Watch({path: statistic_of(cfg) for path, cfg in calibrated.items()})
+    if group is not None:
+        _require_mergeable(watch.states)
     with_loss = [path for path, cfg in calibrated.items() if needs_loss(cfg)]
     probe = torch.zeros((), device=next(clone.parameters()).device, requires_grad=True)
     for path in calibrated:
@@ -87,8 +93,29 @@ def gather(base: nn.Module, entries: Entries, batches: Iterable[Any], progress: 
             e.add_note(f"in batch {seen} of the calibration data")
             raise
         seen += 1
-    _check(watch.states, seen)
-    return watch.states
+    states, seen = (watch.states, seen) if group is None else _of_all(watch.states, seen, clone, group)
+    _check(states, seen)
+    return states
+
+
+def _require_mergeable(states: Mapping[str, Any]) -> None:
+    lacking = sorted({type(state).__name__ for state in states.values() if not (hasattr(state, "merge") and hasattr(state, "to"))})
+    if lacking:
+        raise ValueError(
+            f"build: expected statistics with merge(other) and to(device) for a group of processes, found none in {listed(lacking)}. Add "
+            "them, or leave group out."
+        )
+
+
+def _of_all(states: Mapping[str, Any], seen: int, clone: nn.Module, group: Any) -> tuple[dict[str, Any], int]:
+    """Merge over the processes of a group; each statistic lies on its layers' device again, held once."""
+    merged, seen = merged_over_ranks(states, seen, group)
+    devices = {path: next(iter(clone.get_submodule(path).parameters())).device for path in merged}
+    placed: dict[Any, Any] = {}
+    for path, state in merged.items():
+        key = id(state), devices[path]
+        placed[key] = placed.get(key) or state.to(devices[path])
+    return {path: placed[id(state), devices[path]] for path, state in merged.items()}, seen
 
 
 @torch.enable_grad()

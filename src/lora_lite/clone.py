@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lora_lite._errors import listed, several
+from lora_lite.dispatched import carry, moves_inputs, runs_class_forward
 from lora_lite.frozen import FrozenLinear
 from lora_lite.kinds import kind_of
 from lora_lite.quantised import FrozenQuantised, hold, kind_held
@@ -75,7 +76,9 @@ def _refuse_unreadable(model: nn.Module, kinds: dict[int, type[FrozenLinear]]) -
 
 def _patched(module: nn.Module) -> bool:
     forward = vars(module).get("forward")
-    return forward is not None and not (isinstance(forward, types.MethodType) and forward.__self__ is module)
+    if forward is None or moves_inputs(module):
+        return False
+    return not (isinstance(forward, types.MethodType) and forward.__self__ is module)
 
 
 def _alias(tensor: Tensor | None, tensors: dict[int, Tensor]) -> Tensor | None:
@@ -111,6 +114,10 @@ def _bare_copy(module: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
             state[name] = value.copy()
     state["_compiled_call_impl"] = None  # model.compile() leaves the user's own compiled call here
     vars(copy).update(state)
+    if moves_inputs(module):
+        carry(copy)
+    elif runs_class_forward(module):
+        vars(copy).pop("forward", None)  # set on the instance it would hide that of the class which a target takes
     return copy
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from lora_lite.bnb import FrozenLinear4bit, FrozenLinear8bit
+from lora_lite.dispatched import moves_inputs, runs_class_forward
 from lora_lite.frozen import FrozenConv1D, FrozenLinear
 
 KINDS: tuple[type[FrozenLinear], ...] = (FrozenLinear4bit, FrozenLinear8bit, FrozenLinear, FrozenConv1D)
@@ -31,4 +32,4 @@ def kind_of(layer: nn.Module, kinds: Sequence[type[FrozenLinear]] = ()) -> type[
 
 def own_forward(layer: nn.Module, kind: type[FrozenLinear]) -> bool:
     """Tell whether a module computes something else than its kind does."""
-    return "forward" in vars(layer) or not kind.faithful(layer)
+    return not (runs_class_forward(layer) or moves_inputs(layer)) or not kind.faithful(layer)

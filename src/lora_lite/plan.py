@@ -28,6 +28,7 @@ class Plan:
     constants: Mapping[str, Constants]
     remat: str | None = None
     shared: Mapping[str, Constants] = field(default_factory=dict)
+    sharding: Any = None  # shard.Sharding, where the base is split over processes
 
     def constants_at(self, path: str, cfg: AdapterConfig) -> Constants:
         """Give the constants that reach one target: its own, and those that all targets of its config share."""

@@ -1,7 +1,7 @@
 """Statistics of a layer's inputs: sums alone, so that memory does not grow with the data. A statistic is a value: adding gives another."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -32,6 +32,18 @@ class Means:
         wide = torch.float32 if x.device.type == "mps" else torch.float64  # mps has no float64
         means = {"mean": x.mean(0, dtype=wide), "mean_abs": x.abs().mean(0, dtype=wide)}
         return replace(self, count=count, **{k: (m - getattr(self, k)) * (len(x) / count) + getattr(self, k) for k, m in means.items()})
+
+    def merge(self, other: Self) -> Self:
+        """Give the statistics of the rows of both, as one pass over all of them would up to rounding."""
+        if not self.count or not other.count:
+            return self if self.count else other
+        count, names = self.count + other.count, ("mean", "mean_abs")
+        share = other.count / count
+        return replace(self, count=count, **{k: getattr(self, k) + (getattr(other, k) - getattr(self, k)) * share for k in names})
+
+    def to(self, device: torch.device | str) -> Self:
+        """Give the statistics on a device."""
+        return replace(self, **_tensors_on(self, device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +78,17 @@ class Statistics(Means):
             scatter = rows.t() @ rows
         scatter.add_(self.scatter).addr_(shift, shift, alpha=self.count * len(x) / new.count)
         return replace(new, scatter=scatter, _known={})
+
+    def merge(self, other: Self) -> Self:
+        new = super().merge(other)
+        if not self.count or not other.count:
+            return new
+        shift = (other.mean - self.mean).to(self.scatter.dtype)
+        scatter = (self.scatter + other.scatter).addr_(shift, shift, alpha=self.count * other.count / new.count)  # Chan et al., as in `add`
+        return replace(new, scatter=scatter, _known={})
+
+    def to(self, device: torch.device | str) -> Self:
+        return replace(super().to(device), _known={})
 
     @property
     def covariance(self) -> Tensor:
@@ -116,6 +139,22 @@ class Gradient:
             new = dy.to(dtype).t() @ x.to(dtype)
         count = self.count + 1
         return replace(self, count=count, gradient=new.sub_(self.gradient).div_(count).add_(self.gradient))
+
+    def merge(self, other: Self) -> Self:
+        """Give the statistic of the batches of both."""
+        if not self.count or not other.count:
+            return self if self.count else other
+        count = self.count + other.count
+        return replace(self, count=count, gradient=self.gradient + (other.gradient - self.gradient) * (other.count / count))
+
+    def to(self, device: torch.device | str) -> Self:
+        """Give the statistic on a device."""
+        return replace(self, **_tensors_on(self, device))
+
+
+def _tensors_on(statistic: Any, device: torch.device | str) -> dict[str, Any]:
+    values = {f.name: getattr(statistic, f.name) for f in fields(statistic)}
+    return {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def exact(tensor: Tensor) -> Tensor:

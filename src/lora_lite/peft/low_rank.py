@@ -45,6 +45,7 @@ def to_lora(
         >>> errors["0"] < 1e-6
         True
     """
+    adapt._require_whole("to_lora")
     adapt._require(params, "to_lora")
     cfg = LoRAConfig(
         r=r,

@@ -1,0 +1,158 @@
+"""Measure serving beside PEFT: switching adapters between calls, many adapters over one base, and generation; write a results file.
+
+One run, interleaved rounds: ratios and differences within a round are compared, never times of different runs. Every timed result is
+checked first: the ways of serving must give the same answers, and both libraries the same tokens.
+
+    python bench/serving.py            # the sizes of the documentation
+    python bench/serving.py --quick    # a minute
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from typing import Any
+
+import torch
+
+import lora_lite as ll
+from common import NAMES, batch_of, interleaved, llama, machine, moved, pairs, peft_model, ratios, write
+
+ADAPTERS = 8
+
+
+def served(model: Any, r: int, adapters: int) -> tuple[ll.Adapt, list[Any], Any]:
+    """Build both libraries on one model: an `Adapt`, its trees, and PEFT's model with adapters `"0"`, `"1"`, ... of the same values."""
+    adapt = ll.build(model, ll.LoRAConfig(r=r, alpha=r, target_names=NAMES)).eval()
+    trees = [moved(adapt.init(seed=k)) for k in range(adapters)]
+    theirs, _ = peft_model(model, pairs(r)["lora"][1])
+    for k in range(adapters):
+        theirs.add_adapter(str(k), pairs(r)["lora"][1])
+        for path, leaves in trees[k].items():
+            layer = theirs.base_model.model.get_submodule(path)
+            layer.lora_A[str(k)].weight.data.copy_(leaves["A"])
+            layer.lora_B[str(k)].weight.data.copy_(leaves["B"])
+    return adapt, trees, theirs.eval()
+
+
+def differences(times: dict[str, list[float]], of: str, over: str) -> dict[str, float]:
+    """Give by how much one call takes longer than another, pair by pair within a round: median and quartiles in milliseconds."""
+    low, mid, high = statistics.quantiles([(a - b) * 1e3 for a, b in zip(times[of], times[over])], n=4)
+    return {"median": mid, "low": low, "high": high, "n": len(times[of])}
+
+
+@torch.inference_mode()
+def switching(layers: int, repeats: int) -> dict[str, Any]:
+    """Time a call with another adapter than the last one's, beside a call with the same one, on a tiny and deep model."""
+    model, batch = llama(16, layers, vocab=64).eval(), batch_of(1, 2, vocab=64)
+    adapt, trees, theirs = served(model, r=4, adapters=2)
+    theirs.set_adapter("0")
+    turn = count()
+
+    def switch() -> Any:
+        return adapt(trees[next(turn) % 2], batch)
+
+    def peft_switch() -> Any:
+        theirs.set_adapter(str(next(turn) % 2))
+        return theirs(**batch)
+
+    calls = {"same": lambda: adapt(trees[0], batch), "switch": switch, "peft same": lambda: theirs(**batch), "peft switch": peft_switch}
+    times = interleaved(calls, repeats)
+    return {
+        "targets": len(adapt.targets),
+        "switch_ms": differences(times, "switch", "same"),
+        "peft_switch_ms": differences(times, "peft switch", "peft same"),
+        "over_peft": ratios(times, "peft switch")["switch"],
+    }
+
+
+@torch.inference_mode()
+def throughput(width: int, layers: int, requests: int, tokens: int, threads: int, repeats: int) -> dict[str, Any]:
+    """Time a queue of requests, each with its adapter: one by one, in threads, as one mixed batch, and by PEFT's `set_adapter`."""
+    model = llama(width, layers).eval()
+    adapt, trees, theirs = served(model, r=16, adapters=ADAPTERS)
+    ids = batch_of(requests, tokens)["input_ids"]
+    index, stacked = [k % ADAPTERS for k in range(requests)], ll.stack(trees)
+
+    @torch.inference_mode()
+    def one(k: int) -> torch.Tensor:
+        return adapt(trees[index[k]], {"input_ids": ids[k : k + 1], "use_cache": False}).logits
+
+    def by_peft() -> torch.Tensor:
+        answers = []
+        for k in range(requests):
+            theirs.set_adapter(str(index[k]))
+            answers.append(theirs(input_ids=ids[k : k + 1], use_cache=False).logits)
+        return torch.cat(answers)
+
+    with ThreadPoolExecutor(threads) as pool:
+        calls: dict[str, Callable[[], torch.Tensor]] = {
+            "one by one": lambda: torch.cat([one(k) for k in range(requests)]),
+            "threads": lambda: torch.cat(list(pool.map(one, range(requests)))),
+            "mixed": lambda: adapt.mixed(stacked, {"input_ids": ids, "use_cache": False}, index).logits,
+            "peft set_adapter": by_peft,
+        }
+        _agree(calls)
+        times = interleaved(calls, repeats)
+    per_second = {name: requests / statistics.median(values) for name, values in times.items()}
+    sizes = {"width": width, "layers": layers, "requests": requests, "tokens": tokens, "adapters": ADAPTERS, "threads": threads}
+    return {**sizes, "requests_per_second": per_second, "over_peft": ratios(times, "peft set_adapter")}
+
+
+def _agree(calls: dict[str, Callable[[], torch.Tensor]]) -> None:
+    answers = {name: call() for name, call in calls.items()}
+    want = answers["one by one"]
+    for name, answer in answers.items():
+        error = float((answer - want).abs().max() / want.abs().max())
+        if error > 1e-4:
+            raise SystemExit(f"serving: expected every way to give the same answers, found {name} {error:.1e} off.")
+
+
+@torch.inference_mode()
+def generation(width: int, layers: int, tokens: int, repeats: int) -> dict[str, Any]:
+    """Time greedy generation with the module, with the frozen model and with PEFT's."""
+    model = llama(width, layers).eval()
+    adapt, trees, theirs = served(model, r=16, adapters=1)
+    theirs.set_adapter("0")
+    module, prompt = adapt.module(trees[0]), batch_of(1, 16)["input_ids"]
+    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    calls = {
+        "module": lambda: module.generate(input_ids=prompt, **settings),
+        "peft": lambda: theirs.generate(input_ids=prompt, **settings),
+        "frozen": lambda: model.generate(input_ids=prompt, **settings),
+    }
+    if not torch.equal(calls["module"](), calls["peft"]()):
+        raise SystemExit("serving: expected both libraries to generate the same tokens, found others.")
+    times = interleaved(calls, repeats)
+    sizes = {"width": width, "layers": layers, "tokens": tokens}
+    return {**sizes, "over_peft": ratios(times, "peft")["module"], "over_frozen": ratios(times, "frozen")["module"]}
+
+
+def main() -> None:
+    """Run the measurements, print them and write the results file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few repetitions of small sizes")
+    parser.add_argument("--repeats", type=int, default=30)
+    options = parser.parse_args()
+    quick, repeats = options.quick, 5 if options.quick else options.repeats
+    width, layers = (128, 2) if quick else (512, 4)
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {
+        "switching": switching(layers=10 if quick else 43, repeats=2 * repeats),
+        "generation": generation(width, layers, tokens=16 if quick else 32, repeats=repeats),
+        "throughput": throughput(width, layers, requests=16 if quick else 32, tokens=16, threads=2, repeats=max(3, repeats // 3)),
+    }
+    ours, theirs = results["switching"]["switch_ms"], results["switching"]["peft_switch_ms"]
+    targets, spread = results["switching"]["targets"], f"[{ours['low']:.3f}, {ours['high']:.3f}]"
+    print(f"switching {targets} targets: {ours['median']:.3f} {spread} ms beyond the call")
+    print(f"  PEFT's set_adapter: {theirs['median']:.3f} [{theirs['low']:.3f}, {theirs['high']:.3f}] ms")
+    for name, rate in results["throughput"]["requests_per_second"].items():
+        print(f"{rate:8.1f} requests/s  {name}")
+    beside = results["generation"]["over_peft"]
+    print(f"generate: {beside['median']:.3f} [{beside['low']:.3f}, {beside['high']:.3f}] of PEFT's time")
+    print(f"wrote {write('serving-quick' if quick else 'serving', machine(threads=1), results).name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""`AdapterTrainer`: transformers' `Trainer` whose checkpoints hold the adapter, not the base model.
+
+`Trainer(adapt.module(params))` trains, saves and resumes as it is, but each of its checkpoints holds the base model too, and
+`from_pretrained` on one would drop the adapter. Here a checkpoint holds what `lora_lite.save` writes, beside the state of the optimizer,
+the schedule and the random numbers, so that a resumed run goes on as if it had not stopped.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from lora_lite._tree import Tree
+from lora_lite.adapt import Adapt
+from lora_lite.bind import write_params
+from lora_lite.io import load, save
+
+ADAPTER_FILE = "adapter.safetensors"
+"""The name of the adapter's file in a checkpoint; `lora_lite.load` reads it."""
+
+
+class AdapterSaving:
+    """The part of `AdapterTrainer` that saves and loads, to be put before another subclass of `Trainer` in a class of your own.
+
+    Args:
+        adapt: the adapted model.
+        params: where training starts; they are copied.
+        options: keywords of the `Trainer`, `model` excepted.
+
+    Raises:
+        ValueError: where `params` does not fit, or the arguments ask for FSDP or DeepSpeed, which save in their own way.
+    """
+
+    model: Any
+    args: Any
+    state: Any
+    processing_class: Any
+
+    def __init__(self, adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], **options: Any) -> None:
+        self.adapt = adapt
+        args = options.get("args")
+        if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
+            raise ValueError(
+                "AdapterTrainer: expected one process or several under DDP, found fsdp or deepspeed in the arguments. Train on "
+                "adapt.shard(mesh) in a loop of your own, or give adapt.module(params) to Trainer itself."
+            )
+        module = adapt.module(params)
+        if getattr(module, "is_quantized", False):
+            vars(module)["_hf_peft_config_loaded"] = True  # how Trainer asks whether a quantised model has something to train
+        super().__init__(model=module, **options)  # type: ignore[call-arg]
+
+    def params(self) -> Tree:
+        """Give the params as they are now; copies."""
+        return self.adapt.params(self.model)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write the adapter where `Trainer` would write the model."""
+        folder = Path(output_dir or self.args.output_dir)
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        save(self.adapt, self.params(), folder / ADAPTER_FILE)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Fill the module with the adapter of a checkpoint."""
+        _, params = load(self.adapt._plan.base, Path(resume_from_checkpoint) / ADAPTER_FILE, variants=list(map(type, self.adapt.configs)))
+        self.adapt._require(params, "AdapterTrainer")
+        write_params(self.model, params)
+
+    def _load_best_model(self) -> None:
+        """Fill the module with the adapter of the best checkpoint."""
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class AdapterTrainer(AdapterSaving, transformers.Trainer):
+    """transformers' `Trainer` on an adapted model; its checkpoints hold the adapter alone.
+
+    Everything else is `Trainer`'s: arguments, evaluation, callbacks, mixed precision, DDP under `torchrun`. `trainer.params()` reads
+    the params at any time.
+
+    Example:
+        >>> import tempfile, torch, transformers, lora_lite as ll
+        >>> from lora_lite.integrations.trainer import AdapterTrainer
+        >>> config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16, n_positions=8)
+        >>> adapt = ll.build(transformers.GPT2LMHeadModel(config), ll.LoRAConfig(r=2))
+        >>> rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 4
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     args = transformers.TrainingArguments(folder, max_steps=2, report_to="none", disable_tqdm=True, use_cpu=True)
+        ...     trainer = AdapterTrainer(adapt, adapt.init(seed=0), args=args, train_dataset=rows)
+        ...     trainer.remove_callback(transformers.PrinterCallback)  # its log
+        ...     steps = trainer.train().global_step
+        >>> steps, list(trainer.params()["transformer.h.0.mlp.c_fc"])
+        (2, ['A', 'B'])
+    """

@@ -1,0 +1,255 @@
+"""The module in transformers' Trainer and pipeline, in accelerate's loop, wrapped and compiled."""
+
+import copy
+import functools
+import json
+import types
+from pathlib import Path
+
+import accelerate
+import pytest
+import safetensors.torch
+import torch
+import transformers as tf
+
+import lora_lite as ll
+from cases import FIVE, assert_trees_equal, by_name, move, tiny_models
+from lora_lite.integrations.trainer import ADAPTER_FILE, AdapterSaving, AdapterTrainer
+
+STEPS = 6
+
+
+def rows(count=12, seed=1):
+    ids = torch.randint(3, 64, (count, 7), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def arguments(folder, **options):
+    settings = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "max_steps": STEPS, "learning_rate": 0.05}
+    saving = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 2}
+    return tf.TrainingArguments(str(folder), per_device_train_batch_size=3, **{**settings, **saving, **options})
+
+
+def started(cfg=FIVE[0], model="llama", **overrides):
+    model = tiny_models[model](**overrides)[0]
+    adapt = ll.build(model, cfg)
+    return model, adapt, move(adapt.init())
+
+
+def trainer_of(kind, adapt, params, args, **options):
+    data = {"args": args, "train_dataset": rows(), "eval_dataset": rows(4, seed=2), **options}
+    return AdapterTrainer(adapt, params, **data) if kind == "adapter" else tf.Trainer(adapt.module(params), **data)
+
+
+def trained_by(adapt, trainer):
+    return adapt.params(trainer.model)
+
+
+def distance(a, b):
+    return max(float((x - y).abs().max()) for x, y in zip(ll.tree_leaves(a), ll.tree_leaves(b)))
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    capsys.readouterr()  # the logs that Trainer prints
+
+
+@pytest.mark.parametrize("kind", ["plain", "adapter"])
+@pytest.mark.parametrize(
+    "cfg", [FIVE[0], FIVE[2], ll.LoRAConfig(r=4, dropout=0.2)], ids=lambda cfg: f"{cfg.name}{getattr(cfg, 'dropout', '')}"
+)
+def test_resumed_run_ends_where_an_unbroken_one_does(tmp_path, kind, cfg):
+    model, adapt, params = started(cfg)
+    before = copy.deepcopy(model.state_dict())
+    whole = trainer_of(kind, adapt, params, arguments(tmp_path / "whole"))
+    whole.train()
+    broken = trainer_of(kind, adapt, params, arguments(tmp_path / "whole"))
+    broken.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert broken.state.global_step == STEPS
+    assert_trees_equal(trained_by(adapt, broken), trained_by(adapt, whole))
+    assert distance(trained_by(adapt, whole), params) > 1e-2
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_checkpoint_holds_the_adapter_alone(tmp_path):
+    model, adapt, params = started()
+    trainer = trainer_of("adapter", adapt, params, arguments(tmp_path))
+    trainer.train()
+    folder = tmp_path / f"checkpoint-{STEPS}"
+    files = {path.name for path in folder.iterdir()}
+    assert {ADAPTER_FILE, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= files
+    assert not {name for name in files if name.startswith("model")}
+    tensors = safetensors.torch.load_file(folder / ADAPTER_FILE)
+    assert sum(t.numel() for t in tensors.values()) == adapt.num_params
+    assert_trees_equal(ll.load(model, folder / ADAPTER_FILE)[1], trainer.params())
+    trainer.save_model(str(tmp_path / "final"))
+    assert_trees_equal(ll.load(model, tmp_path / "final" / ADAPTER_FILE)[1], trainer.params())
+
+
+def test_evaluation_is_of_the_adapted_model(tmp_path):
+    _, adapt, params = started()
+    trainer = trainer_of("adapter", adapt, params, arguments(tmp_path, per_device_eval_batch_size=4))
+    batch = tf.default_data_collator(rows(4, seed=2))
+    want = float(adapt(params, batch).loss)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(want, rel=1e-5)
+    assert want != pytest.approx(float(adapt.base(batch).loss), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["plain", "adapter"])
+def test_best_checkpoint_comes_back(tmp_path, kind):
+    _, adapt, params = started()
+    # The highest loss is called the best: it is not that of the last checkpoint, which would show nothing.
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = trainer_of(kind, adapt, params, arguments(tmp_path, **best))
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert max(losses) > 1.001 * losses[-1]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(max(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_gradient_checkpointing_of_the_arguments_changes_nothing(tmp_path, model):
+    _, adapt, params = started(model=model)
+    plain = trainer_of("adapter", adapt, params, arguments(tmp_path / "plain"))
+    plain.train()
+    lean = trainer_of("adapter", adapt, params, arguments(tmp_path / "lean", gradient_checkpointing=True))  # it seeds again
+    lean.train()
+    assert lean.model.is_gradient_checkpointing
+    assert_trees_equal(lean.params(), plain.params(), 1e-5)
+
+
+def test_custom_variant_resumes(tmp_path):
+    from cases import ShiftConfig
+
+    _, adapt, params = started(ShiftConfig())
+    trainer = trainer_of("adapter", adapt, params, arguments(tmp_path))
+    trainer.train()
+    resumed = trainer_of("adapter", adapt, params, arguments(tmp_path))
+    resumed.train(resume_from_checkpoint=True)
+    assert_trees_equal(resumed.params(), trainer.params())
+
+
+def test_saving_fits_another_trainer(tmp_path):
+    class Scaled(tf.Trainer):
+        def compute_loss(self, *args, **kwargs):
+            return 0.5 * super().compute_loss(*args, **kwargs)
+
+    class Both(AdapterSaving, Scaled):
+        pass
+
+    _, adapt, params = started()
+    trainer = Both(adapt, params, args=arguments(tmp_path, eval_strategy="no"), train_dataset=rows())
+    trainer.train()
+    assert (tmp_path / f"checkpoint-{STEPS}" / ADAPTER_FILE).is_file()
+
+
+def test_foreign_checkpoint_is_an_error(tmp_path):
+    _, adapt, params = started()
+    trainer_of("adapter", adapt, params, arguments(tmp_path)).train()
+    _, other, fresh = started(ll.LoRAConfig(r=2))
+    trainer = trainer_of("adapter", other, fresh, arguments(tmp_path))
+    with pytest.raises(ValueError, match=r"(?s)AdapterTrainer: expected params that fit.*expected shape \(2, 32\), found \(4, 32\)"):
+        trainer.train(resume_from_checkpoint=True)
+    assert_trees_equal(trainer.params(), fresh)
+
+
+def test_model_that_calls_itself_quantised_is_trained(tmp_path):
+    model, _, _ = started()
+    model.is_quantized, model.hf_quantizer = True, types.SimpleNamespace(is_trainable=True)
+    adapt = ll.build(model, FIVE[0])
+    with pytest.raises(ValueError, match="purely quantized"):
+        tf.Trainer(adapt.module(adapt.init()), args=arguments(tmp_path), train_dataset=rows(), eval_dataset=rows(4))
+    trainer = trainer_of("adapter", adapt, adapt.init(), arguments(tmp_path))
+    trainer.train()
+    assert distance(trainer.params(), adapt.init()) > 1e-2
+    assert "_hf_peft_config_loaded" not in vars(model)
+
+
+def test_other_engines_are_refused(tmp_path):
+    _, adapt, params = started()
+    args = arguments(tmp_path)
+    args.deepspeed = {"zero_optimization": {"stage": 2}}
+    with pytest.raises(ValueError, match=r"AdapterTrainer: expected one process.*found fsdp or deepspeed.*adapt\.shard"):
+        AdapterTrainer(adapt, params, args=args)
+
+
+# accelerate
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accelerate_accumulates_to_the_step_of_the_whole_batch(precision):
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    _, adapt, params = started(FIVE[2])
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
+    module = adapt.module(params)
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
+    loader = torch.utils.data.DataLoader(rows(4), batch_size=2)
+    module, optimizer, loader = accelerator.prepare(module, optimizer, loader)
+    module.train()
+    for batch in loader:
+        with accelerator.accumulate(module):
+            accelerator.backward(module(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    grads = ll.value_and_grad(lambda p: adapt(p, tf.default_data_collator(rows(4))).loss)(params)[1]
+    want = ll.tree_map(lambda p, g: p - 0.1 * g, params, grads)
+    got = adapt.params(module)
+    step = distance(want, params)
+    assert step > 1e-3
+    assert distance(got, want) <= (1e-6 if precision == "no" else 0.05 * step)
+    assert_trees_equal(adapt.params(accelerator.unwrap_model(module)), got)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, functools.partial(torch.compile, backend="eager"), copy.deepcopy])
+def test_params_are_read_from_a_wrapped_module(wrap):
+    _, adapt, params = started()
+    assert_trees_equal(adapt.params(wrap(adapt.module(params))), params)
+
+
+def test_deep_copy_stands_on_its_own():
+    _, adapt, params = started(FIVE[1])
+    batch = tf.default_data_collator(rows(2))
+    module = adapt.module(params)
+    twin = copy.deepcopy(module)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:  # the rest is the model's
+                p.zero_()
+    torch.testing.assert_close(twin(**batch).logits, adapt(params, batch).logits)
+
+
+# what the module holds
+
+
+@pytest.mark.parametrize("cfg", FIVE, ids=by_name)
+def test_state_dict_has_the_model_and_the_adapter_and_no_placeholder(cfg):
+    model, adapt, params = started(cfg, tie_word_embeddings=True)
+    module = adapt.module(params)
+    state = module.state_dict()
+    assert not any(t.is_meta for t in (*module.parameters(), *module.buffers(), *state.values()))
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    extra = {name.rpartition(".")[2].partition("_")[0] for name in state.keys() - model.state_dict().keys()}
+    assert extra <= {"adapter", "constant"}
+    assert module.lm_head.weight is module.model.embed_tokens.weight
+    assert {name for name, p in module.named_parameters() if p.requires_grad} == {
+        f"{path}.adapter_{name}" for path, leaves in params.items() for name in leaves
+    }
+
+
+def test_state_dict_carries_over_to_another_module():
+    _, adapt, params = started()
+    other = adapt.module(adapt.init(seed=5))
+    other.load_state_dict(adapt.module(params).state_dict())
+    assert_trees_equal(adapt.params(other), params)
+
+
+def test_save_pretrained_writes_the_base_beside_the_adapter(tmp_path):
+    model, adapt, params = started()
+    adapt.module(params).save_pretrained(tmp_path)
+    saved = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert json.loads((Path(tmp_path) / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert set(model.state_dict()) <= set(saved)
+    assert sum("adapter_" in name for name in saved) == len(ll.tree_leaves(params))
