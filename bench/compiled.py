@@ -20,7 +20,8 @@ def compiled(width: int, r: int, names: Iterable[str], repeats: int) -> dict[str
     ids = batch_of(4, 64)["input_ids"].to(device())
     batch = {"input_ids": ids, "labels": ids, "use_cache": False}
     rows = {name: _one(model, batch, pairs(r)[name]) for name in tqdm(list(names), desc="compiled", mininterval=5)}
-    return {"width": width, "layers": 1, "rows": 4, "tokens": 64, "r": r, "variants": {n: _ratios(c, s, repeats) for n, (c, s) in rows.items()}}
+    found = {n: _ratios(calls, took, repeats) for n, (calls, took) in rows.items()}
+    return {"width": width, "layers": 1, "rows": 4, "tokens": 64, "r": r, "variants": found}
 
 
 def _one(model: Any, batch: dict[str, Any], pair: Any) -> tuple[dict[str, Call], dict[str, float]]:

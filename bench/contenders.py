@@ -48,9 +48,7 @@ def _alone(model: nn.Module, pair: Pair, batch: Mapping[str, Any]) -> Contender:
 
 
 @torch.no_grad()
-def _read(
-    model: nn.Module, pair: Pair, theirs: Any, trained: Sequence[Tensor], batch: Mapping[str, Any]
-) -> tuple[ll.Adapt, Any] | None:
+def _read(model: nn.Module, pair: Pair, theirs: Any, trained: Sequence[Tensor], batch: Mapping[str, Any]) -> tuple[ll.Adapt, Any] | None:
     """Move PEFT's tensors and read them as ours; None where PEFT's file does not hold the method, as with CorDA's changed base."""
     generator = torch.Generator().manual_seed(3)
     for p in trained:

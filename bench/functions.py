@@ -1,4 +1,4 @@
-"""Time the variants' pure functions by themselves, on bare tensors: forward, `grad`, `vmap`, compiled. A part of what `speed.py` measures."""
+"""Time the variants' pure functions by themselves, on bare tensors: forward, `grad` and `vmap`. A part of what `speed.py` measures."""
 
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace

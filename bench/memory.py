@@ -77,8 +77,8 @@ def main() -> None:
     o = parser.parse_args()
     warnings.filterwarnings("ignore", module="(transformers|peft|torch)")
     torch.set_num_threads(1)
-    sizes = {"width": 64, "layers": 1, "rows": 2, "tokens": 32} if o.quick else {"width": o.width, "layers": o.layers, "rows": 8, "tokens": 64}
-    results = memory(sizes, 8 if o.quick else 16, o.variants)
+    small, full = {"width": 64, "layers": 1, "rows": 2, "tokens": 32}, {"width": o.width, "layers": o.layers, "rows": 8, "tokens": 64}
+    results = memory(small if o.quick else full, 8 if o.quick else 16, o.variants)
     for name, row in results["variants"].items():
         step = row["step"]
         beside = f"; {step['ours'] / step['peft']:.3f} of PEFT's" if "peft" in step else ""

@@ -112,9 +112,10 @@ def wrapped(base: torch.nn.Module, config: peft.PeftConfig, batches: Sequence[Ma
         preprocess_corda(base, config, run_model=lambda: _run(base, batches))
     if start == "lora_ga":
         preprocess_loraga(base.requires_grad_(), config, train_step=lambda: [base(**b).loss.backward() for b in batches])
-    adapted = peft.get_peft_model(base, config)
+    adapted = peft.get_peft_model(base, config, low_cpu_mem_usage=start == "eva")  # what PEFT advises for EVA
     if start == "eva":
-        peft.initialize_lora_eva_weights(adapted, list(batches), show_progress_bar=False)
+        tensors = [{name: value for name, value in batch.items() if torch.is_tensor(value)} for batch in batches]
+        peft.initialize_lora_eva_weights(adapted, tensors, show_progress_bar=False)
     return adapted, [p for p in adapted.parameters() if p.requires_grad]
 
 

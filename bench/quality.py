@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import get_context
 from typing import Any
 
@@ -30,7 +31,7 @@ from demo import load_base, settings
 from learning import evaluate, train_full, train_ours, train_peft
 from pairs import build, theirs
 
-LONGEST = 100  # characters of a question: short ones train at a fraction of the time
+LONGEST = 84  # characters of a question: short ones train at a fraction of the time
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,11 @@ class Setting:
     test: int
 
 
+@cache
 def short(split: str, n: int, seed: int) -> list[Row]:
-    """Give the short problems with two operations among the first `4 n`, `n` of them at most."""
-    return [row for row in problems(split, 4 * n, seed) if len(row.question) <= LONGEST and len(row.steps) == 2][:n]
+    """Give `n` short problems with two operations."""
+    found = [row for row in problems(split, 10 * n, seed) if len(row.question) <= LONGEST and len(row.steps) == 2]
+    return found[:n]
 
 
 def rate_of(name: str, steps: int) -> tuple[ll.AdapterConfig, float]:
@@ -82,7 +85,8 @@ def outcome(job: tuple[str, str, Setting]) -> dict[str, Any]:
 def summary(members: Sequence[tuple[float, float]]) -> dict[str, Any]:
     """Give the mean exact share and loss of `(exact, loss, test size)` members with the standard error over seeds and problems."""
     exact, losses, sizes = zip(*members, strict=True)
-    return {"exact": statistics.mean(exact), "error": standard_error(exact, sizes[0]), "loss": statistics.mean(losses), "members": list(exact)}
+    error = standard_error(exact, sizes[0])
+    return {"exact": statistics.mean(exact), "error": error, "loss": statistics.mean(losses), "members": list(exact)}
 
 
 def standard_error(exact: Sequence[float], n: int) -> float:

@@ -125,7 +125,7 @@ def main() -> None:
         "overhead": overhead(layers=4 if o.quick else 43, repeats=max(repeats, 10)),
     }
     torch.set_num_threads(2)
-    results["populations"] = populations(64 if o.quick else sizes["width"], 1 if o.quick else sizes["layers"], r=r, repeats=max(3, repeats // 3))
+    results["populations"] = populations(sizes["width"], sizes["layers"], r=r, repeats=max(3, repeats // 3))
     show(results)
     write("speed", machine(threads=1), results, o.quick)
 
