@@ -29,7 +29,7 @@ from arithmetic import exact_match
 from common import batch_of, llama
 from demo import load_base
 from gsm8k_settings import config
-from learning import evaluate, joined, train_ours
+from learning import evaluate, joined, train_ours, updated
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -111,7 +111,7 @@ def test_peak_memory_is_what_is_held_at_once():
         torch.zeros(500) + 1  # 500 and their sum, gone before the next
         return kept.sum()
 
-    assert memory.peak_bytes(call) == 4 * (1000 + 500 + 500)
+    assert 0 <= memory.peak_bytes(call) - 4 * (1000 + 500 + 500) < 64  # the sum, and what it needs
 
 
 def test_teacher_forced_share_is_the_share_of_greedy_answers():
@@ -131,16 +131,27 @@ def test_teacher_forced_share_is_the_share_of_greedy_answers():
     assert evaluate(lambda b: model(**b), sums)[0] == greedy > 0
 
 
-@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=4), ll.AdaLoRAConfig(init_r=4, target_r=2, total_step=2)], ids=lambda cfg: cfg.name)
-def test_members_train_as_they_would_alone(cfg):
+def test_members_train_as_they_would_alone():
     rows = quality.short("train", 24, seed=0)
     streams = [[demo_batch(rows[k : k + 4]) for k in (0, 8)], [demo_batch(rows[k : k + 4]) for k in (4, 16)]]
     assert len({part["input_ids"].shape for stream in streams for part in stream}) > 1  # padding takes part
-    adapt = ll.build(load_base(), cfg)
+    adapt = ll.build(load_base(), ll.LoRAConfig(r=4))
     together = train_ours(adapt, [iter(s) for s in streams], rows[:6], 2, 0.3)
     alone = train_ours(adapt, [iter(streams[0])], rows[:6], 2, 0.3)
     assert together[0] == pytest.approx(alone[0], rel=1e-3)
     assert together[0][1] != pytest.approx(together[1][1], rel=1e-2)
+
+
+def test_each_member_is_updated_as_the_method_says():
+    cfg = ll.AdaLoRAConfig(init_r=4, target_r=2, total_step=4)
+    adapt = ll.build(load_base(), cfg)
+    trees, grads = ([ll.tree_map(torch.randn_like, adapt.init(seed=0)) for _ in range(2)] for _ in range(2))
+    want = [cfg.update(p, g) for p, g in zip(trees, grads, strict=True)]
+    params = ll.stack(trees)
+    state = updated(cfg, params, ll.stack(grads), [None, None])
+    assert all(torch.equal(a, b) for a, b in zip(ll.tree_leaves(params), ll.tree_leaves(ll.stack([p for p, _ in want])), strict=True))
+    assert not torch.equal(ll.tree_leaves(params)[2], ll.tree_leaves(ll.stack(trees))[2])  # it has pruned
+    assert [s["step"] for s in state] == [1, 1]
 
 
 def test_joined_batches_keep_each_members_rows():
