@@ -76,8 +76,8 @@ class Pair(NamedTuple):
 
 
 def theirs(cfg: ll.AdapterConfig) -> peft.PeftConfig | None:
-    """Give PEFT's config of a variant."""
-    return THEIRS[cfg.name](cfg) if cfg.name in THEIRS else None
+    """Give PEFT's config of a variant, or None where PEFT lacks the method, or DeLoRA's start from a frozen copy."""
+    return THEIRS[cfg.name](cfg) if cfg.name in THEIRS and getattr(cfg, "start", None) != "copy" else None
 
 
 def pairs(r: int) -> dict[str, Pair]:
