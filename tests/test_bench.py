@@ -23,6 +23,7 @@ import memory
 import metamath
 import pairs
 import quality
+import report
 import timing
 from arithmetic import batch as demo_batch
 from arithmetic import exact_match
@@ -116,11 +117,11 @@ def test_peak_memory_is_what_is_held_at_once():
 
 def test_teacher_forced_share_is_the_share_of_greedy_answers():
     model, test = load_base(), quality.short("test", 12, seed=2)
-    rows = quality.short("train", 200, seed=0)
+    rows = quality.short("train", 96, seed=0)
     adapt = ll.build(model, ll.LoRAConfig(r=8))
-    data = [iter([demo_batch(rows[k : k + 20]) for k in range(0, 200, 20)] * 2)]
+    data = [iter([demo_batch(rows[k : k + 8]) for k in range(0, 96, 8)])]
     params = adapt.init(seed=0)
-    reached = train_ours(adapt, data, test, 20, 1e-2)
+    reached = train_ours(adapt, data, test, 12, 1e-2)
     assert reached[0][1] < evaluate(lambda b: adapt(params, b), test)[1] / 2  # it learns
     sums = [
         dataclasses.replace(row, question=f"{a}{op}{b}=", answer=str(a + b if op == "+" else a - b))
@@ -324,6 +325,106 @@ def test_state_comes_back_as_it_was(tmp_path):
     assert (found["a"][:2], float(found["step"]), found["d"], found["e"]) == ([1, None], 3.0, {}, "text")
     assert torch.equal(found["tensor"], shared)
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+RATIO = {"median": 1.1, "low": 1.0, "high": 1.2, "n": 4}
+SLOW = {"median": 1.3, "low": 1.21, "high": 1.4, "n": 4}
+
+
+def results(kind, **found):
+    return {"date": "2030-01-02", "commit": "abc", "machine": "2-core x86 CPU", "threads": 1, "results": found}
+
+
+def timed(ratio, **more):
+    part = {"over_frozen": RATIO, "by_arithmetic": 1.05, "over_peft": ratio, "peft_over_frozen": RATIO, "ms": {"ours": 30.0}}
+    init = {"over_peft": RATIO, "ms": {"ours": 20.0}}
+    checked = {"against": "peft", "change": 1.0, "error": 1e-6}
+    step = {**part, "ms": {"ours": 50.0}}
+    return {"r": 16, "params": 81920, "macs_per_token": 2.5e6, "checked": checked, "forward": part, "step": step, "init": init, **more}
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Write a results file of each kind: LoRA as fast as PEFT's, DoRA slower, PiSSA beyond its margin in memory, BitFit alone."""
+    alone = timed(None, checked={"against": "base", "change": 1.0}, r=None)
+    for part in ("forward", "step", "init"):
+        alone[part] = {key: value for key, value in alone[part].items() if "peft" not in key}
+    sizes = {"width": 512, "layers": 4, "rows": 4, "tokens": 64}
+    models = {**sizes, "variants": {"lora": timed(RATIO), "dora": timed(SLOW), "pissa": timed(RATIO), "bitfit": alone}}
+    member = {"exact": 0.5, "error": 0.03, "loss": 0.1, "members": [0.5, 0.5]}
+    functions = {"variants": {"lora": dict.fromkeys(("forward", "grad", "vmap", "vmap of grad"), RATIO), "bitfit": {"left_out": "a norm"}}}
+    speed = {
+        "models": models,
+        "functions": functions,
+        "compiled": {"variants": {"lora": {"over_frozen": RATIO}}},
+        "populations": {"8": RATIO},
+    }
+    peaks = {
+        name: {"forward": {"ours": 8, "frozen": 8, "peft": 8}, "step": {"ours": n, "frozen": 90, "peft": 100}}
+        for name, n in (("lora", 100), ("pissa", 120))
+    }
+    beside = {"lora": {"ours": {**member, "params": 81920}, "peft": member, "agree": True}}
+    beside |= {"dora": {"ours": {**member, "params": 90000}, "peft": {**member, "exact": 0.9}, "agree": False}}
+    quality = {"steps": 80, "rows": 12, "members": 2, "test": 200, "frozen": {"exact": 0.0}, "full": member, "variants": beside}
+    axes = {axis: {"lora": {"4": RATIO, "8": SLOW}} for axis in ("rank", "width", "rows", "members")}
+    kinds = {"speed": speed, "memory": {"variants": peaks, "lora": {"value_and_grad": 100}}, "quality": quality, "scaling": {"axes": axes}}
+    for kind, found in kinds.items():
+        (tmp_path / f"2030-01-02-abc-{kind}.json").write_text(json.dumps(results(kind, **found)))
+    (tmp_path / "2029-01-02-abc-speed.json").write_text("an older one, which is not read")
+    return tmp_path
+
+
+def test_report_has_the_lineages_columns_and_pefts_ratio(files):
+    text = report.overview(files)
+    head, line = (next(row for row in text.splitlines() if row.startswith(start)) for start in ("| variant", "| LoRA |"))
+    assert head == (
+        "| variant | r | accuracy | params | added MACs/token | forward, ms | backward, ms | init, s | step / PEFT's | peak / PEFT's |"
+    )
+    assert line == "| LoRA | 16 | 50.0% ± 3.0% | 81.9k | 2.50M | 30 | 20 | 0.02 | 1.10 [1.00, 1.20] | 1.00 |"
+    assert "| BitFit | - | - | 81.9k | 2.50M | 30 | 20 | 0.02 | - | - |" in text
+    assert "2030-01-02-abc-speed.json`](bench/results/2030-01-02-abc-speed.json), 2-core x86 CPU, 1 thread" in text
+
+
+def test_report_says_plainly_what_is_worse_than_pefts(files):
+    text = report.overview(files)
+    assert "Costlier than PEFT's beyond the spread: DoRA's forward takes 1.30 [1.21, 1.40] of PEFT's time; DoRA's step" in text
+    assert "PiSSA's step takes 1.20 of PEFT's peak memory." in text
+    assert "LoRA's" not in text.split("Costlier")[1].split("Costs:")[0]
+    assert "another accuracy, beyond two standard errors: DoRA." in text
+    memory = json.loads((files / "2030-01-02-abc-memory.json").read_text())
+    del memory["results"]["variants"]["pissa"]
+    assert "No variant is slower or larger" in report.verdict(None, memory, None)
+
+
+def test_page_has_every_part_and_no_figure_without_a_file(files, tmp_path):
+    text = (BENCH.parent / "docs" / "results.md").read_text("utf-8")
+    page = report.page(text, files)
+    assert page.count("2030-01-02-abc-") > 6
+    assert report.page(page, files) == page
+    (tmp_path / "empty").mkdir()
+    empty = report.page(text, tmp_path / "empty")
+    assert empty.count(report.NONE) == 10
+    assert "%" not in "".join(line for line in empty.splitlines() if line.startswith("|"))
+    with pytest.raises(ValueError, match='expected a line "<!-- other -->"'):
+        report.between(text, "other", "new")
+
+
+def test_runs_are_compared_by_the_spread_that_they_state(files):
+    near, far = {"a": {"b": RATIO}, "n": 3}, {"a": {"b": SLOW}, "n": 4}
+    assert list(report.disagreements(near, {"a": {"b": {**RATIO, "median": 1.15}}})) == []
+    assert list(report.disagreements(near, far)) == ["/a/b: 1.10 [1.00, 1.20] and 1.30 [1.21, 1.40]"]
+
+
+def test_plots_come_out_the_same_from_the_same_results(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    plots = importlib.import_module("plots")
+    first, second = (plots.draw(files, tmp_path / name) for name in ("one", "two"))
+    assert [p.name for p in first] == ["accuracy.svg", "arithmetic.svg", "scaling.svg"]
+    for a, b in zip(first, second, strict=True):
+        assert a.read_bytes() == b.read_bytes()
+        assert a.stat().st_size < 60_000
+    assert "LoRA" in first[0].read_text()
+    assert plots.draw(tmp_path / "one", tmp_path / "three") == []
 
 
 def test_modules_of_the_benchmarks_can_be_imported():
