@@ -22,7 +22,7 @@ from contenders import frozen_step
 from pairs import build, pairs
 from timing import interleaved, ratio
 
-TELLING = ("lora", "pissa", "dora", "hra", "oft")
+TELLING = ("lora", "dora", "hra", "oft")
 CENTRE = {"rank": 16, "width": 256, "rows": 4, "members": 4}
 POINTS: dict[str, tuple[int, ...]] = {
     "rank": (4, 8, 16, 32, 64),
@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few points and repetitions")
     parser.add_argument("--variants", nargs="+", choices=list(ll.VARIANTS), default=list(TELLING), metavar="NAME")
-    parser.add_argument("--repeats", type=int, default=12)
+    parser.add_argument("--repeats", type=int, default=10)
     o = parser.parse_args()
     warnings.filterwarnings("ignore", module="(transformers|peft|torch)")
     torch.set_num_threads(1)
