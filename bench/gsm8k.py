@@ -50,7 +50,8 @@ def run(s: Settings, out: Path) -> dict[str, Any]:
 def run_name(s: Settings) -> str:
     """Name a run's folder."""
     own = "".join(f"-{k}={v}" for k, v in s.fields)
-    return re.sub(r"[^\w.=-]+", "--", f"{s.model.strip('/')}-{s.variant}{own}-{s.steps}x{s.rows * s.accumulate}-seed{s.seed}")
+    model = Path(s.model).name if Path(s.model).is_dir() else s.model  # a folder's place says nothing
+    return re.sub(r"[^\w.=-]+", "--", f"{model}-{s.variant}{own}-{s.steps}x{s.rows * s.accumulate}-seed{s.seed}")
 
 
 def probe(s: Settings, out: Path) -> dict[str, Any]:
