@@ -53,5 +53,6 @@ def config(s: Settings) -> ll.AdapterConfig:
     """Make the variant's config: the run's rank and targets, the lineage's choices for it, then what the run sets."""
     cls = ll.VARIANTS[s.variant]
     known = {f.name for f in dataclasses.fields(cls)}
-    general = {"r": s.r, "alpha": s.alpha, "init_r": s.r * 3 // 2, "target_r": s.r, "total_step": s.steps, "target_names": s.targets}
+    general: dict[str, Any] = {"r": s.r, "alpha": s.alpha, "init_r": s.r * 3 // 2, "target_r": s.r, "total_step": s.steps}
+    general |= {"target_names": s.targets} if cls.adapts in ("linear", "module") else {}  # norms and blocks have names of their own
     return cls(**{**{k: v for k, v in general.items() if k in known}, **FIELDS.get(s.variant, {}), **dict(s.fields)})

@@ -26,6 +26,7 @@ OPTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
     "vera": lambda r: {"r": 4 * r},
     "oft": lambda r: {"block_size": max(2, min(32, 2 * r))},
     "road": lambda r: {"group_size": 32},
+    "full": lambda r: {"target_names": r"(q|v)_proj$"},
 }
 """Fields in which a variant differs, from the rank that LoRA has."""
 
@@ -80,15 +81,18 @@ def theirs(cfg: ll.AdapterConfig) -> peft.PeftConfig | None:
     return THEIRS[cfg.name](cfg) if cfg.name in THEIRS and getattr(cfg, "start", None) != "copy" else None
 
 
+def config_of(name: str, r: int) -> ll.AdapterConfig:
+    """Make a variant's config at LoRA's rank `r`, or what comes close."""
+    cls = ll.VARIANTS[name]
+    fields = {f.name for f in dataclasses.fields(cls)}
+    values = {k: v for k, v in {"r": r, "alpha": float(r)}.items() if k in fields}
+    return cls(**values | OPTIONS.get(name, lambda r: {})(r))
+
+
 def pairs(r: int) -> dict[str, Pair]:
-    """Pair each variant, at LoRA's rank `r` or what comes close, with PEFT's config of the same method on the same layers."""
-    found = {}
-    for name, cls in ll.VARIANTS.items():
-        fields = {f.name for f in dataclasses.fields(cls)}
-        values = {k: v for k, v in {"r": r, "alpha": float(r)}.items() if k in fields} | OPTIONS.get(name, lambda r: {})(r)
-        cfg = cls(**values)
-        found[name] = Pair(cfg, theirs(cfg))
-    return found
+    """Pair each variant with PEFT's config of the same method on the same layers."""
+    configs = [config_of(name, r) for name in ll.VARIANTS]
+    return {cfg.name: Pair(cfg, theirs(cfg)) for cfg in configs}
 
 
 def build(model: torch.nn.Module, cfg: ll.AdapterConfig, batches: Sequence[Mapping[str, Any]]) -> ll.Adapt:

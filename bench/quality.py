@@ -29,9 +29,10 @@ from arithmetic import Row, batch, batches, problems
 from common import machine, write
 from demo import load_base, settings
 from learning import evaluate, train_full, train_ours, train_peft
-from pairs import build, theirs
+from pairs import build, config_of, theirs
 
 KINDS = ("more", "fewer")  # two of the demo's eight kinds of problem, short ones: training on them takes a tenth of the time
+RATES = {"full": 1e-3, "ln_tuning": 2e-2}  # of variants that the demo does not know, where they are not LoRA's
 FASTER = 2.0  # times the demo's rates, whose training is longer
 
 
@@ -53,8 +54,8 @@ def short(split: str, n: int, seed: int) -> list[Row]:
 
 
 def rate_of(name: str, steps: int) -> tuple[ll.AdapterConfig, float]:
-    """Give a variant's config and learning rate: the demo's, or defaults for one that the demo does not know."""
-    cfg, rate = settings(steps).get(name) or (ll.VARIANTS[name](), 5e-3)
+    """Give a variant's config and learning rate: the demo's, or the benchmarks' for one that the demo does not know."""
+    cfg, rate = settings(steps).get(name) or (config_of(name, 8), RATES.get(name, 5e-3))
     return cfg, FASTER * rate
 
 

@@ -88,7 +88,8 @@ def test_every_variant_has_a_config_and_pefts_has_its_numbers():
         assert found[name].peft.r == found[name].cfg.r
 
 
-@pytest.mark.parametrize("name", ["lora", "oft", "eva", "lora_xs"])
+@pytest.mark.filterwarnings("ignore:Full backward hook", "ignore:Unsupported layer type")  # PEFT's, of LoRA-GA and of norms
+@pytest.mark.parametrize("name", ["lora", "oft", "eva", "lora_xs", "lora_ga", "ln_tuning", "loreft", "full"])
 def test_what_is_timed_is_pefts_output(name):
     model, batch = llama(32, 1, vocab=64), batch_of(2, 8, vocab=64)
     pair = pairs.pairs(4)[name]
@@ -211,6 +212,7 @@ def test_published_settings_are_the_tables():
 def test_every_variant_has_a_config_of_the_published_settings(name):
     cfg = config(dataclasses.replace(gsm8k.TABLES["qwen3"], variant=name))
     assert cfg.name == name
+    assert len(ll.find_targets(llama(32, 2), cfg)) in (2, 4, 5)  # blocks, q and v of each, norms
     if name == "lora":
         assert (cfg.r, cfg.alpha) == (32, 64.0)
 
