@@ -15,6 +15,7 @@ import transformers
 import lora_lite as ll
 from pairs import pairs as pairs
 from pairs import peft_model as peft_model
+from peak import peak_bytes as peak_bytes
 from timing import interleaved as interleaved
 from timing import ratios as ratios
 

@@ -15,8 +15,8 @@ import lora_lite as ll
 from checkpoint import load_state, save_state
 from contenders import frozen_step
 from gsm8k_settings import CALIBRATION, Settings, config
-from memory import peak_bytes
 from metamath import PROMPT, Example, batch, examples, read, right
+from peak import peak_bytes
 from timing import interleaved, spread
 
 

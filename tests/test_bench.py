@@ -19,7 +19,6 @@ import contenders
 import finetune
 import gsm8k
 import lora_lite as ll
-import memory
 import metamath
 import pairs
 import quality
@@ -31,6 +30,7 @@ from common import batch_of, llama
 from demo import load_base
 from gsm8k_settings import config
 from learning import evaluate, joined, train_ours, updated
+from peak import peak_bytes
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -113,7 +113,7 @@ def test_peak_memory_is_what_is_held_at_once():
         torch.zeros(500) + 1  # 500 and their sum, gone before the next
         return kept.sum()
 
-    assert 0 <= memory.peak_bytes(call) - 4 * (1000 + 500 + 500) < 64  # the sum, and what it needs
+    assert 0 <= peak_bytes(call) - 4 * (1000 + 500 + 500) < 64  # the sum, and what it needs
 
 
 def test_teacher_forced_share_is_the_share_of_greedy_answers():
