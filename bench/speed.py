@@ -112,10 +112,10 @@ def main() -> None:
     for size, meaning in {"width": "features", "layers": "blocks", "rows": "of a batch", "tokens": "of a row", "rank": "of LoRA"}.items():
         parser.add_argument(f"--{size}", type=int, help=meaning)
     o = parser.parse_args()
-    default = {"width": 64, "layers": 1, "rows": 2, "tokens": 32} if o.quick else {"width": 512, "layers": 4, "rows": 4, "tokens": 64}
+    default = {"width": 64, "layers": 1, "rows": 2, "tokens": 32} if o.quick else {"width": 512, "layers": 2, "rows": 4, "tokens": 64}
     sizes = {name: getattr(o, name) or value for name, value in default.items()}
     r, repeats = o.rank or (8 if o.quick else 16), o.repeats or (4 if o.quick else 20)
-    chosen = o.compiled if o.compiled is not None else [n for n in (("lora",) if o.quick else ("lora", "dora", "oft")) if n in o.variants]
+    chosen = o.compiled if o.compiled is not None else [n for n in (("lora",) if o.quick else ("lora", "dora")) if n in o.variants]
     warnings.filterwarnings("ignore", module="(transformers|peft|torch)")
     torch.set_num_threads(1)
     results: dict[str, Any] = {
