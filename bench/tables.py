@@ -27,6 +27,8 @@ def title(name: str) -> str:
 
 def table(rows: list[dict[str, str]]) -> str:
     """Lay out rows with the same headings as a Markdown table."""
+    if not rows:
+        return "Nothing was measured."
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 

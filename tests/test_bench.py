@@ -411,6 +411,10 @@ def test_page_has_every_part_and_no_figure_without_a_file(files, tmp_path):
         report.between(text, "other", "new")
 
 
+def test_a_part_that_was_left_out_is_said_to_be():
+    assert report.t.table([]) == "Nothing was measured."
+
+
 def test_runs_are_compared_by_the_spread_that_they_state(files):
     near, far = {"a": {"b": RATIO}, "n": 3}, {"a": {"b": SLOW}, "n": 4}
     assert list(report.disagreements(near, {"a": {"b": {**RATIO, "median": 1.15}}})) == []
