@@ -1,42 +1,90 @@
-"""Measure one training step and the call overhead of each variant beside the frozen base and PEFT, and write a results file.
+"""Measure what each variant costs in time beside the frozen base, PEFT's same method and its own arithmetic, and write a results file.
 
-One run, one thread, interleaved rounds: ratios within a round are compared, never times of different runs. The timed step is checked
-first: moved params must give a loss and gradients that are finite and not zero.
+Forward, training step and init on a Llama; the same compiled; the pure functions by themselves; calls of a deep and tiny model; many
+adapters in one batch. Ratios are taken within rounds of one run, never between runs. What is timed is checked first.
 
-    python bench/speed.py            # the sizes of the documentation
-    python bench/speed.py --quick    # a minute
+    python bench/speed.py                            # the sizes of the documentation
+    python bench/speed.py --quick                    # a minute
+    python bench/speed.py --variants lora oft --width 1024 --layers 8
 """
 
 import argparse
+import copy
 import time
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 import lora_lite as ll
-from common import batch_of, interleaved, llama, machine, moved, pairs, peak_bytes, peft_model, ratios, steps, write
+from common import batch_of, device, llama, machine, moved, write
+from compiled import compiled
+from contenders import Contender, contender, forwards, steps
+from functions import functions
+from pairs import Pair, build, pairs, peft_model, wrapped
+from populations import populations
+from timing import Times, interleaved, ratio, ratios, spread
 
 
-def step_ratios(width: int, layers: int, rows: int, tokens: int, r: int, repeats: int) -> dict[str, Any]:
-    """Time a training step of every variant, as a ratio to the frozen base's step and to PEFT's."""
-    model, batch = llama(width, layers), batch_of(rows, tokens)
-    calls = steps(model, batch, r)
-    for name, call in calls.items():
-        leaves = torch.utils._pytree.tree_leaves(call())
-        if not all(leaf.isfinite().all() for leaf in leaves) or not any(leaf.abs().max() > 0 for leaf in leaves):
-            raise SystemExit(f"speed: expected finite gradients that are not all zero from {name}, found others. The step is broken.")
-    times = interleaved(calls, repeats)
-    base = ratios(times, "frozen")
-    beside = {name: ratios(times, f"peft {name}")[name] for name in pairs(r)}
-    arithmetic = {}
-    for name, (cfg, _) in pairs(r).items():
-        adapt = ll.build(model, cfg)
-        frozen = sum(t.i * t.o for t in adapt.targets)
-        # The frozen step runs each product twice, forward and to the input; the adapter's three times, to its params as well.
-        arithmetic[name] = 1 + 1.5 * adapt.macs_per_token / frozen
-    sizes = {"width": width, "layers": layers, "rows": rows, "tokens": tokens, "r": r}
-    dora = ratios(times, "lora")["dora"]
-    return {**sizes, "over_frozen": base, "over_peft": beside, "dora_over_lora": dora, "by_arithmetic": arithmetic}
+def compared(times: Times) -> dict[str, Any]:
+    """Give the ratios of ours, and of PEFT's where it takes part, with the median times in milliseconds."""
+    found: dict[str, Any] = {"ms": {name: spread(values)["median"] * 1e3 for name, values in times.items()}}
+    if "frozen" in times:
+        found["over_frozen"] = ratio(times, "ours", "frozen")
+    if "peft" in times:
+        found["over_peft"] = ratio(times, "ours", "peft")
+        found |= {"peft_over_frozen": ratio(times, "peft", "frozen")} if "frozen" in times else {}
+    return found
+
+
+def macs_per_token(model: nn.Module, batch: Mapping[str, Any]) -> float:
+    """Count the frozen model's multiply-adds for one token."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**batch)
+    return counter.get_total_flops() / 2 / batch["input_ids"].numel()
+
+
+def models(sizes: Mapping[str, int], r: int, names: Iterable[str], repeats: int) -> dict[str, Any]:
+    """Time forward, step and init of each variant on a Llama of the sizes."""
+    where = device()
+    model = llama(sizes["width"], sizes["layers"]).to(where)
+    batch = {k: v.to(where) if torch.is_tensor(v) else v for k, v in batch_of(sizes["rows"], sizes["tokens"]).items()}
+    block = llama(sizes["width"], 1).to(where)
+    frozen, rows = macs_per_token(model, batch), {}
+    for name in tqdm(list(names), desc="forward, step, init", mininterval=5):
+        pair = pairs(r)[name]
+        c = contender(model, pair, batch)
+        added = c.adapt.macs_per_token / frozen
+        forward = compared(interleaved(forwards(model, c, batch), repeats, device=where))
+        step = compared(interleaved(steps(model, c, batch), repeats, device=where))
+        rows[name] = {
+            **counts(pair, c),
+            "forward": {**forward, "by_arithmetic": 1 + added},
+            # The frozen step runs each product twice, forward and to the input; the adapter's three times, to its params as well.
+            "step": {**step, "by_arithmetic": 1 + 1.5 * added},
+            "init": compared(inits(block, pair, batch, max(3, repeats // 4))),
+        }
+    return {**sizes, "r": r, "frozen_macs_per_token": frozen, "device": str(where), "variants": rows}
+
+
+def counts(pair: Pair, c: Contender) -> dict[str, Any]:
+    """Say what a variant is: its rank, what it trains, what it adds, and how its output was checked."""
+    rank = next((getattr(pair.cfg, field) for field in ("r", "init_r", "block_size", "group_size") if hasattr(pair.cfg, field)), None)
+    found = {"r": rank, "params": c.adapt.num_params, "macs_per_token": c.adapt.macs_per_token, "checked": c.checked}
+    return found | ({"params_peft": sum(t.numel() for t in c.trained)} if c.theirs is not None else {})
+
+
+def inits(block: nn.Module, pair: Pair, batch: Mapping[str, Any], repeats: int) -> Times:
+    """Time build and init on a model of one block, calibration included, and PEFT's on copies made beforehand."""
+    calls: dict[str, Any] = {"ours": lambda: build(block, pair.cfg, [batch]).init(seed=0)}
+    if pair.peft is not None:
+        copies = [copy.deepcopy(block) for _ in range(repeats + 1)]  # PEFT changes the model that it adapts
+        calls["peft"] = lambda: wrapped(copies.pop(), copy.deepcopy(pair.peft), [batch])
+    return interleaved(calls, repeats, warmup=1, device=device())
 
 
 def overhead(layers: int, repeats: int) -> dict[str, Any]:
@@ -46,103 +94,48 @@ def overhead(layers: int, repeats: int) -> dict[str, Any]:
     adapt = ll.build(model, ll.LoRAConfig(r=4))
     seconds = time.perf_counter() - start
     params = moved(adapt.init(seed=0))
-    theirs, _ = peft_model(model, pairs(4)["lora"][1])
+    theirs, _ = peft_model(model, pairs(4)["lora"].peft)
     with torch.no_grad():
-        calls = {"frozen": lambda: model(**batch), "lora": lambda: adapt(params, batch), "peft lora": lambda: theirs(**batch)}
+        calls = {"frozen": lambda: model(**batch), "ours": lambda: adapt(params, batch), "peft": lambda: theirs(**batch)}
         times = interleaved(calls, repeats)
-    return {
-        "targets": len(adapt.targets),
-        "build_seconds": seconds,
-        "over_frozen": ratios(times, "frozen"),
-        "over_peft": ratios(times, "peft lora")["lora"],
-    }
-
-
-def populations(width: int, layers: int, r: int, repeats: int) -> dict[str, Any]:
-    """Time one step of many adapters, and gradients by row, against a loop over them: two threads, LoRA on all linear layers."""
-    model = llama(width, layers)
-    adapt = ll.build(model, pairs(r)["lora"][0])
-    found = {}
-    for members, tokens in ((32, 16), (8, 32)):
-        batch = batch_of(members, tokens)
-        ids = batch["input_ids"]
-        trees = [moved(adapt.init(seed=k)) for k in range(members)]
-        stacked = ll.stack(trees)
-
-        def together(stacked: Any = stacked, batch: Any = batch) -> Any:
-            return ll.value_and_grad(lambda p: _row_losses(adapt.mixed(p, batch), batch).sum())(stacked)
-
-        def loop(trees: Any = trees, ids: Any = ids) -> Any:
-            one = [{"input_ids": row[None], "use_cache": False} for row in ids]
-            return [ll.value_and_grad(lambda p, b=b: _row_losses(adapt(p, b), b).sum())(tree) for tree, b in zip(trees, one)]
-
-        _agree(together()[1], [grads for _, grads in loop()])
-        found[f"{members} members of {tokens} tokens"] = ratios(interleaved({"together": together, "loop": loop}, repeats), "loop")[
-            "together"
-        ]
-    batch, params = batch_of(16, 16), moved(adapt.init())
-    by_row = ll.per_example_grad(adapt, _row_losses)
-
-    def one_by_one() -> Any:
-        rows = [{"input_ids": row[None], "use_cache": False} for row in batch["input_ids"]]
-        return [ll.value_and_grad(lambda p, b=b: _row_losses(adapt(p, b), b).sum())(params)[1] for b in rows]
-
-    _agree(by_row(params, batch), one_by_one())
-    times = interleaved({"by row": lambda: by_row(params, batch), "loop": one_by_one}, repeats)
-    return {**found, "gradients of 16 rows of 16 tokens": ratios(times, "loop")["by row"]}
-
-
-def _row_losses(output: Any, batch: Any) -> torch.Tensor:
-    logits, labels = output.logits[:, :-1], batch["input_ids"][:, 1:]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
-
-
-def _agree(stacked: Any, trees: list[Any]) -> None:
-    for member, tree in zip(ll.unstack(stacked), trees):
-        for a, b in zip(ll.tree_leaves(member), ll.tree_leaves(tree)):
-            if float((a - b).abs().max()) > 1e-5:
-                raise SystemExit("speed: expected the step of many adapters to equal the loop, found other gradients.")
-
-
-def memory(width: int, layers: int, rows: int, tokens: int, r: int) -> dict[str, Any]:
-    """Give peak bytes of a step: value_and_grad, torch.func.grad, PEFT, and with rematerialised blocks."""
-    model, batch = llama(width, layers), batch_of(rows, tokens)
-    found = {name: peak_bytes(call) for name, call in steps(model, batch, r).items()}
-    cfg = pairs(r)["lora"][0]
-    adapt, remat = ll.build(model, cfg).train(), ll.build(model, cfg, remat=r"layers\.\d+$").train()
-    params = moved(adapt.init(seed=0))
-    found["lora, torch.func.grad"] = peak_bytes(lambda: torch.func.grad(lambda p: adapt(p, batch).loss)(params))
-    found["lora, remat"] = peak_bytes(lambda: ll.value_and_grad(lambda p: remat(p, batch).loss)(params))
-    return {"width": width, "layers": layers, "rows": rows, "tokens": tokens, "r": r, "peak_bytes": found}
+    found = {"over_frozen": ratios(times, "frozen"), "over_peft": ratio(times, "ours", "peft")}
+    return {"targets": len(adapt.targets), "build_seconds": seconds, **found}
 
 
 def main() -> None:
     """Run the measurements, print the ratios and write the results file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few repetitions of small sizes")
-    parser.add_argument("--repeats", type=int, default=30)
-    quick = parser.parse_args().quick
-    repeats = 5 if quick else parser.parse_args().repeats
+    parser.add_argument("--variants", nargs="+", choices=list(ll.VARIANTS), default=list(ll.VARIANTS), metavar="NAME")
+    parser.add_argument("--compiled", nargs="*", choices=list(ll.VARIANTS), default=None, metavar="NAME", help="which to compile")
+    parser.add_argument("--repeats", type=int, help="rounds of each measurement")
+    for size, meaning in {"width": "features", "layers": "blocks", "rows": "of a batch", "tokens": "of a row", "rank": "of LoRA"}.items():
+        parser.add_argument(f"--{size}", type=int, help=meaning)
+    o = parser.parse_args()
+    default = {"width": 64, "layers": 1, "rows": 2, "tokens": 32} if o.quick else {"width": 512, "layers": 2, "rows": 4, "tokens": 64}
+    sizes = {name: getattr(o, name) or value for name, value in default.items()}
+    r, repeats = o.rank or (8 if o.quick else 16), o.repeats or (4 if o.quick else 20)
+    chosen = o.compiled if o.compiled is not None else [n for n in (("lora",) if o.quick else ("lora", "dora")) if n in o.variants]
+    warnings.filterwarnings("ignore", module="(transformers|peft|torch)")
     torch.set_num_threads(1)
-    width, layers = (128, 2) if quick else (512, 4)
     results: dict[str, Any] = {
-        "step": step_ratios(width, layers, rows=4, tokens=64, r=16, repeats=repeats),
-        "overhead": overhead(layers=10 if quick else 43, repeats=repeats),
-        "memory": memory(128 if quick else 256, 12, rows=8, tokens=64, r=16),
+        "models": models(sizes, r, o.variants, repeats),
+        "functions": functions(sizes["width"], 64, r, o.variants, repeats),
+        "compiled": compiled(sizes["width"], r, chosen, repeats),
+        "overhead": overhead(layers=4 if o.quick else 43, repeats=max(repeats, 10)),
     }
-    for name, ratio in results["step"]["over_peft"].items():
-        over = results["step"]["over_frozen"][name]["median"]
-        print(f"{name:8} {over:.3f} of the frozen step; {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}] of PEFT's")
-    lora, call = results["step"]["dora_over_lora"], results["overhead"]["over_peft"]
-    print(f"DoRA {lora['median']:.3f} of LoRA's step; call of {results['overhead']['targets']} targets {call['median']:.3f} of PEFT's")
-    print(f"build of {results['overhead']['targets']} targets: {results['overhead']['build_seconds'] * 1e3:.0f} ms")
     torch.set_num_threads(2)
-    results["populations"] = populations(width, layers, r=16, repeats=max(3, repeats // 3))
-    for name, ratio in results["populations"].items():
-        print(f"{name}: {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}] of the loop, two threads")
-    for name, size in results["memory"]["peak_bytes"].items():
-        print(f"peak {size / 2**20:8.1f} MiB  {name}")
-    print(f"wrote {write('quick' if quick else 'cpu', machine(threads=1), results).name}")
+    results["populations"] = populations(sizes["width"], sizes["layers"], r=r, repeats=max(3, repeats // 3))
+    show(results)
+    write("speed", machine(threads=1), results, o.quick)
+
+
+def show(results: Mapping[str, Any]) -> None:
+    """Print the ratios of a step, a line each."""
+    for name, row in results["models"]["variants"].items():
+        over, beside = row["step"]["over_frozen"]["median"], row["step"].get("over_peft")
+        peft = f"; {beside['median']:.3f} [{beside['low']:.3f}, {beside['high']:.3f}] of PEFT's" if beside else ""
+        print(f"{name:10} {over:.3f} of the frozen step, {row['step']['by_arithmetic']:.3f} by arithmetic{peft}")
 
 
 if __name__ == "__main__":

@@ -117,6 +117,11 @@ def test_readme_table_is_what_the_code_gives(generate):
     assert generate.renewed(readme) == readme, "run python docs/generate.py"
 
 
+def test_results_page_is_what_the_results_files_give(generate):
+    text = (DOCS / "results.md").read_text("utf-8")
+    assert generate.page(text) == text, "run python docs/generate.py"
+
+
 def test_readme_has_a_row_for_each_variant(generate):
     rows = generate.variants_table("docs/variants/").splitlines()[2:]
     assert [row.split("](")[1].split(")")[0] for row in rows] == [f"docs/variants/{name}.md" for name in ll.VARIANTS]

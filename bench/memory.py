@@ -1,0 +1,70 @@
+"""Measure the peak memory of each variant's step beside the frozen base's and PEFT's, and write a results file.
+
+Bytes that a call held at once beyond what was held before it: on a CPU from the allocator's own events, on a GPU from its statistics.
+These are counted, not sampled, so a second run gives the same numbers.
+
+    python bench/memory.py
+    python bench/memory.py --quick
+"""
+
+import argparse
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import lora_lite as ll
+from common import batch_of, device, llama, machine, moved, write
+from contenders import contender, forwards, steps
+from pairs import build, pairs
+from peak import peak_bytes
+
+
+def memory(sizes: Mapping[str, int], r: int, names: Iterable[str]) -> dict[str, Any]:
+    """Give the peak bytes of a forward pass and of a step of the frozen base, each variant and PEFT's."""
+    model, batch = llama(sizes["width"], sizes["layers"]).to(device()), batch_of(sizes["rows"], sizes["tokens"])
+    batch = {k: v.to(device()) if torch.is_tensor(v) else v for k, v in batch.items()}
+    rows = {}
+    for name in tqdm(list(names), desc="memory", mininterval=5):
+        c = contender(model, pairs(r)[name], batch)
+        forward = {who: peak_bytes(call) for who, call in forwards(model, c, batch).items()}
+        rows[name] = {"forward": forward, "step": {who: peak_bytes(call) for who, call in steps(model, c, batch).items()}}
+    return {**sizes, "r": r, "variants": rows, "lora": ways(model, batch, r)}
+
+
+def ways(model: Any, batch: Mapping[str, Any], r: int) -> dict[str, int]:
+    """Give the peak bytes of LoRA's step by each way to its gradient, with blocks recomputed and without."""
+    cfg = pairs(r)["lora"].cfg
+    adapt, remat = build(model, cfg, ()).train(), ll.build(model, cfg, remat=r"layers\.\d+$").train()
+    params = moved(adapt.init(seed=0))
+    return {
+        "value_and_grad": peak_bytes(lambda: ll.value_and_grad(lambda p: adapt(p, batch).loss)(params)),
+        "torch.func.grad": peak_bytes(lambda: torch.func.grad(lambda p: adapt(p, batch).loss)(params)),
+        "value_and_grad, remat": peak_bytes(lambda: ll.value_and_grad(lambda p: remat(p, batch).loss)(params)),
+        "torch.func.grad, remat": peak_bytes(lambda: torch.func.grad(lambda p: remat(p, batch).loss)(params)),
+    }
+
+
+def main() -> None:
+    """Run the measurements, print them and write the results file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes")
+    parser.add_argument("--variants", nargs="+", choices=list(ll.VARIANTS), default=list(ll.VARIANTS), metavar="NAME")
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=8)
+    o = parser.parse_args()
+    warnings.filterwarnings("ignore", module="(transformers|peft|torch)")
+    torch.set_num_threads(1)
+    small, full = {"width": 64, "layers": 1, "rows": 2, "tokens": 32}, {"width": o.width, "layers": o.layers, "rows": 8, "tokens": 64}
+    results = memory(small if o.quick else full, 8 if o.quick else 16, o.variants)
+    for name, row in results["variants"].items():
+        step = row["step"]
+        beside = f"; {step['ours'] / step['peft']:.3f} of PEFT's" if "peft" in step else ""
+        print(f"{name:10} {step['ours'] / step['frozen']:.3f} of the frozen step's peak{beside}")
+    write("memory", machine(threads=1), results, o.quick)
+
+
+if __name__ == "__main__":
+    main()

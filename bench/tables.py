@@ -1,0 +1,214 @@
+"""Results files as Markdown tables, one function a table."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import lora_lite as ll
+
+RESULTS = Path(__file__).parent / "results"
+
+Found = dict[str, Any]
+
+
+def newest(kind: str, folder: Path = RESULTS) -> Found | None:
+    """Read the newest results file of a kind; its date comes first in the name. None where there is none."""
+    files = sorted(folder.glob(f"*-{kind}.json"), key=lambda p: (p.name[:10], p.stat().st_mtime))
+    return {"file": files[-1].name, **json.loads(files[-1].read_text("utf-8"))} if files else None
+
+
+def title(name: str) -> str:
+    """Give a variant's name as it is written in prose: the first words of its module."""
+    cls = ll.VARIANTS.get(name)
+    doc = sys.modules[cls.__module__].__doc__ if cls else None
+    return (doc or name).strip().partition(":")[0]
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Lay out rows with the same headings as a Markdown table."""
+    if not rows:
+        return "Nothing was measured."
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def spread(ratio: Found | None) -> str:
+    """Write a ratio with its quartiles."""
+    return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio else "-"
+
+
+def count(n: float) -> str:
+    """Write a number of parameters or operations."""
+    return f"{n / 1e6:.2f}M" if n >= 1e6 else f"{n / 1e3:.1f}k" if n >= 1e3 else f"{n:.0f}"
+
+
+def share(found: Found | None) -> str:
+    """Write an accuracy with its standard error."""
+    return f"{found['exact']:.1%} ± {found['error']:.1%}" if found else "-"
+
+
+def source(found: Found, up: str) -> str:
+    """Say where figures come from: file, machine, threads."""
+    where = found.get("machine", "CPU")
+    return f"[`{found['file']}`]({up}bench/results/{found['file']}), {where}, {found['threads']} thread{'s' * (found['threads'] > 1)}"
+
+
+def main_table(speed: Found | None, memory: Found | None, quality: Found | None) -> str:
+    """Give the lineage's columns for each variant, and the ratios to PEFT's same method."""
+    rows = []
+    timed = speed["results"]["models"]["variants"] if speed else {}
+    held = memory["results"]["variants"] if memory else {}
+    learned = quality["results"]["variants"] if quality else {}
+    for name, row in timed.items():
+        peak = held.get(name, {}).get("step", {})
+        rows.append(
+            {
+                "variant": title(name),
+                "r": str(row["r"] or "-"),
+                "accuracy": share(learned.get(name, {}).get("ours")),
+                "params": count(row["params"]),
+                "added MACs/token": count(row["macs_per_token"]),
+                "forward, ms": f"{row['forward']['ms']['ours']:.0f}",
+                "backward, ms": f"{row['step']['ms']['ours'] - row['forward']['ms']['ours']:.0f}",
+                "init, s": f"{row['init']['ms']['ours'] / 1e3:.2f}",
+                "step / PEFT's": spread(row["step"].get("over_peft")),
+                "peak / PEFT's": f"{peak['ours'] / peak['peft']:.2f}" if "peft" in peak else "-",
+            }
+        )
+    return table(rows)
+
+
+def conditions(speed: Found | None, quality: Found | None, up: str) -> str:
+    """Say under which conditions the main table's figures were found."""
+    words = []
+    if speed:
+        m = speed["results"]["models"]
+        rounds = next(iter(m["variants"].values()))["step"]["over_frozen"]["n"]
+        words.append(
+            f"Costs: one step of a {m['layers']}-layer Llama of width {m['width']}, all linear layers, {m['rows']} rows of {m['tokens']} "
+            f"tokens; init of one block; medians of {rounds} interleaved rounds, in "
+            f"brackets quartiles of the ratio within a round ({source(speed, up)}). "
+            "`r` is the rank, or where there is none the block or group size."
+        )
+    if quality:
+        q = quality["results"]
+        words.append(
+            f"Accuracy: unseen word problems answered exactly after {q['steps']} steps of {q['rows']} rows, mean of {q['members']} seeds ± "
+            f"standard error over seeds and {q['test']} problems; the frozen base {q['frozen']['exact']:.1%}, full fine-tuning "
+            f"{share(q['full'])} ({source(quality, up)})."
+        )
+    return "\n\n".join(words)
+
+
+def step_table(speed: Found) -> str:
+    """Give each variant's forward and step over the frozen base's, beside arithmetic and PEFT's."""
+    rows = []
+    for name, row in speed["results"]["models"]["variants"].items():
+        cells = {"variant": title(name)}
+        for what in ("forward", "step"):
+            part = row[what]
+            cells |= {
+                f"{what} / frozen": spread(part["over_frozen"]),
+                f"{what} by arithmetic": f"{part['by_arithmetic']:.2f}",
+                f"{what} / PEFT's": spread(part.get("over_peft")),
+            }
+        checked = row["checked"]
+        cells |= {"init / PEFT's": spread(row["init"].get("over_peft"))}
+        cells |= {
+            "output checked against": f"PEFT's, to {checked['error']:.0e}" if checked["against"] == "peft" else "the base: it differs"
+        }
+        rows.append(cells)
+    return table(rows)
+
+
+def quality_table(quality: Found) -> str:
+    """Give what each variant learned beside PEFT's training of the same method."""
+    rows = []
+    for name, row in quality["results"]["variants"].items():
+        ours, peft = row["ours"], row.get("peft")
+        equal = {True: "equal", False: "not equal"}.get(row.get("agree"), "-")
+        rows.append(
+            {
+                **{"variant": title(name), "params": count(ours["params"]), "accuracy": share(ours), "loss": f"{ours['loss']:.3f}"},
+                **{"PEFT's accuracy": share(peft), "PEFT's loss": f"{peft['loss']:.3f}" if peft else "-"},
+                "within two standard errors": equal,
+            }
+        )
+    return table(rows)
+
+
+def memory_table(memory: Found) -> str:
+    """Give peaks of forward and step beside the frozen base's and PEFT's."""
+    rows = []
+    for name, row in memory["results"]["variants"].items():
+        cells = {"variant": title(name)}
+        for what in ("forward", "step"):
+            part = row[what]
+            cells |= {f"{what}, MiB": f"{part['ours'] / 2**20:.1f}", f"{what} / frozen": f"{part['ours'] / part['frozen']:.2f}"}
+            cells |= {f"{what} / PEFT's": f"{part['ours'] / part['peft']:.2f}" if "peft" in part else "-"}
+        rows.append(cells)
+    ways = [{"LoRA's step by": name, "peak, MiB": f"{size / 2**20:.1f}"} for name, size in memory["results"]["lora"].items()]
+    return f"{table(rows)}\n\n{table(ways)}"
+
+
+def functions_table(speed: Found) -> str:
+    """Give the pure functions' ratios on bare tensors."""
+    found = speed["results"]["functions"]
+    heads = {"forward": "forward / W x", "grad": "grad / its grad", "vmap": "vmap / loop", "vmap of grad": "vmap of grad / loop"}
+    kept = {n: row for n, row in found["variants"].items() if "left_out" not in row}
+    return table([{"variant": title(n)} | {head: spread(row[key]) for key, head in heads.items()} for n, row in kept.items()])
+
+
+def compiled_table(speed: Found) -> str:
+    """Give the compiled steps' ratios."""
+    heads = {"over_frozen": "step / compiled frozen step", "over_peft": "step / PEFT's compiled", "over_eager": "step / ours in eager mode"}
+    found = speed["results"]["compiled"]["variants"]
+    return table([{"variant": title(n)} | {head: spread(row.get(key)) for key, head in heads.items()} for n, row in found.items()])
+
+
+def populations_table(speed: Found) -> str:
+    """Give the time of many adapters in one mixed batch over a loop's."""
+    found = speed["results"]["populations"]
+    return table([{"one step, LoRA, two threads": name, "time / a loop's": spread(ratio)} for name, ratio in found.items()])
+
+
+def gsm8k_table(folder: Path = RESULTS, up: str = "../") -> str:
+    """Give every result on GSM8K; empty where there is none."""
+    rows = []
+    for path in sorted(folder.glob("*-gsm8k-*.json")):
+        found = json.loads(path.read_text("utf-8"))
+        r, s = found["results"], found["results"]["settings"]
+        rows.append(
+            {
+                **{
+                    "variant": title(s["variant"]),
+                    "model": s["model"],
+                    "r": str(s["r"]),
+                    "test": share(r["test"]),
+                    "valid": share(r["valid"]),
+                },
+                **{"params": count(r["params"]), "added MACs/token": count(r["macs_per_token"])},
+                "forward / step, ms": f"{r['ms']['forward']['median']:.0f} / {r['ms']['step']['median']:.0f}",
+                **{
+                    "init, s": f"{r['init_seconds']:.2f}",
+                    "peak, GiB": f"{r['peak_bytes'] / 2**30:.2f}",
+                    "file": source({**found, "file": path.name}, up),
+                },
+            }
+        )
+    return table(rows) if rows else ""
+
+
+def demo_table(demo: Found) -> str:
+    """Give the demo's outcome: what each variant learned, and what its step cost."""
+    return table(
+        [
+            {
+                **{"variant": title(o["variant"]), "trained": f"{o['trained']:,}", "exact before": f"{o['before']:.1%}"},
+                **{"exact after": f"{o['after']:.1%} ± {o['error']:.1%}", "step / frozen step": f"{o['ratio']:.2f}"},
+                "init, s": f"{o['init']:.2f}",
+            }
+            for o in demo["results"]["outcomes"]
+        ]
+    )

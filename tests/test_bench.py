@@ -1,0 +1,438 @@
+"""The benchmarks measure what they say: answers, statistics, checks of what is timed, runs that stop and go on, tables from files."""
+
+import dataclasses
+import importlib
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import tokenizers
+import torch
+import transformers as tf
+
+import checkpoint
+import contenders
+import finetune
+import gsm8k
+import lora_lite as ll
+import metamath
+import pairs
+import quality
+import report
+import timing
+from arithmetic import batch as demo_batch
+from arithmetic import exact_match
+from common import batch_of, llama
+from demo import load_base
+from gsm8k_settings import config
+from learning import evaluate, joined, train_ours, updated
+from peak import peak_bytes
+
+BENCH = Path(__file__).parent.parent / "bench"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("#### 42", "42"),
+        ("He has 3 and 4.\n#### 1,234", "1234"),
+        ("The answer is: -17", "-17"),
+        ("The answer is 1,234.", "1234"),
+        ("#### 5 was said. But it is 6.", "6"),
+        ("first #### 5, then #### 7 apples", "7"),
+        ("7 before #### none after", None),
+        ("It costs $2.50", "2.50"),
+        ("no number", None),
+        ("", None),
+    ],
+)
+def test_answer_is_the_last_number_after_the_last_mark(text, number):
+    assert metamath.answer_of(text) == number
+
+
+def test_predictions_are_scored_by_the_number_alone():
+    reference = "3 + 4 = <<3+4=7>>7\n#### 1,007"
+    assert metamath.right("so 1007", reference)
+    assert not metamath.right("so 7", reference)
+    assert not metamath.right("no idea", reference)
+    with pytest.raises(ValueError, match=r"expected a number in the reference.*found 'none'.*42"):
+        metamath.right("7", "none")
+
+
+def test_ratios_are_taken_within_rounds():
+    drifting = {"a": [2.0, 4.0, 6.0, 8.0, 10.0], "b": [1.0, 2.0, 3.0, 4.0, 5.0]}
+    assert timing.ratio(drifting, "a", "b") == {"median": 2.0, "low": 2.0, "high": 2.0, "n": 5}
+    found = timing.spread([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert (found["median"], found["low"], found["n"]) == (3.0, 1.5, 5)
+    assert timing.spread([2.0]) == {"median": 2.0, "low": 2.0, "high": 2.0, "n": 1}
+
+
+def test_rounds_interleave_the_calls_and_start_with_each_in_turn():
+    seen = []
+    times = timing.interleaved({name: lambda name=name: seen.append(name) for name in "abc"}, repeats=2, warmup=1)
+    assert "".join(seen) == "abcbcacab"
+    assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2, "c": 2}
+
+
+def test_every_variant_has_a_config_and_pefts_has_its_numbers():
+    found = pairs.pairs(8)
+    assert set(found) == set(ll.VARIANTS)
+    assert {"lora", "dora", "pissa", "eva", "corda", "ia3", "ia3_ff", "delora", "hra", "road", "oft", "vera", "adalora"} <= {
+        name for name, pair in found.items() if pair.peft is not None
+    }
+    for name in ("lora", "hra", "delora", "vera"):
+        assert found[name].peft.r == found[name].cfg.r
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook", "ignore:Unsupported layer type")  # PEFT's, of LoRA-GA and of norms
+@pytest.mark.parametrize("name", ["lora", "oft", "eva", "lora_xs", "lora_ga", "ln_tuning", "loreft", "full"])
+def test_what_is_timed_is_pefts_output(name):
+    model, batch = llama(32, 1, vocab=64), batch_of(2, 8, vocab=64)
+    pair = pairs.pairs(4)[name]
+    c = contenders.contender(model, pair, batch)
+    assert c.checked["against"] == ("base" if pair.peft is None or name == "lora_ga" else "peft")  # LoRA-GA's file is of a changed base
+    assert sum(t.numel() for t in c.trained) == (0 if pair.peft is None else c.adapt.num_params)
+    for calls in (contenders.forwards(model, c, batch), contenders.steps(model, c, batch)):
+        assert set(calls) == {"frozen", "ours"} | ({"peft"} if pair.peft is not None else set())
+        assert all(call() is not None for call in calls.values())
+
+
+def test_a_variant_that_departs_from_pefts_is_not_timed(monkeypatch):
+    monkeypatch.setattr(ll.LoRAConfig, "scale", property(lambda cfg: 1.1 * cfg.alpha / cfg.r))
+    with pytest.raises(SystemExit, match=r"expected lora to give PEFT's output"):
+        contenders.contender(llama(32, 1, vocab=64), pairs.pairs(4)["lora"], batch_of(2, 8, vocab=64))
+
+
+def test_peak_memory_is_what_is_held_at_once():
+    def call():
+        kept = torch.zeros(1000)
+        torch.zeros(500) + 1  # 500 and their sum, gone before the next
+        return kept.sum()
+
+    assert 0 <= peak_bytes(call) - 4 * (1000 + 500 + 500) < 64  # the sum, and what it needs
+
+
+def test_teacher_forced_share_is_the_share_of_greedy_answers():
+    model, test = load_base(), quality.short("test", 12, seed=2)
+    rows = quality.short("train", 96, seed=0)
+    adapt = ll.build(model, ll.LoRAConfig(r=8))
+    data = [iter([demo_batch(rows[k : k + 8]) for k in range(0, 96, 8)])]
+    params = adapt.init(seed=0)
+    reached = train_ours(adapt, data, test, 12, 1e-2)
+    assert reached[0][1] < evaluate(lambda b: adapt(params, b), test)[1] / 2  # it learns
+    sums = [
+        dataclasses.replace(row, question=f"{a}{op}{b}=", answer=str(a + b if op == "+" else a - b))
+        for row in test
+        for a, op, b in row.steps
+    ]
+    greedy, _ = exact_match(lambda b: model(**b), sums)
+    assert evaluate(lambda b: model(**b), sums)[0] == greedy > 0
+
+
+def test_members_train_as_they_would_alone():
+    rows = quality.short("train", 24, seed=0)
+    streams = [[demo_batch(rows[k : k + 4]) for k in (0, 8)], [demo_batch(rows[k : k + 4]) for k in (4, 16)]]
+    assert len({part["input_ids"].shape for stream in streams for part in stream}) > 1  # padding takes part
+    adapt = ll.build(load_base(), ll.LoRAConfig(r=4))
+    together = train_ours(adapt, [iter(s) for s in streams], rows[:6], 2, 0.3)
+    alone = train_ours(adapt, [iter(streams[0])], rows[:6], 2, 0.3)
+    assert together[0] == pytest.approx(alone[0], rel=1e-3)
+    assert together[0][1] != pytest.approx(together[1][1], rel=1e-2)
+
+
+def test_each_member_is_updated_as_the_method_says():
+    cfg = ll.AdaLoRAConfig(init_r=4, target_r=2, total_step=4)
+    adapt = ll.build(load_base(), cfg)
+    trees, grads = ([ll.tree_map(torch.randn_like, adapt.init(seed=0)) for _ in range(2)] for _ in range(2))
+    want = [cfg.update(p, g) for p, g in zip(trees, grads, strict=True)]
+    params = ll.stack(trees)
+    state = updated(cfg, params, ll.stack(grads), [None, None])
+    assert all(torch.equal(a, b) for a, b in zip(ll.tree_leaves(params), ll.tree_leaves(ll.stack([p for p, _ in want])), strict=True))
+    assert not torch.equal(ll.tree_leaves(params)[2], ll.tree_leaves(ll.stack(trees))[2])  # it has pruned
+    assert [s["step"] for s in state] == [1, 1]
+
+
+def test_joined_batches_keep_each_members_rows():
+    parts = [{"input_ids": torch.ones(1, n, dtype=torch.long), "labels": torch.ones(1, n, dtype=torch.long)} for n in (2, 3)]
+    found = joined(parts)
+    assert found["input_ids"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert found["labels"].tolist() == [[1, 1, -100], [1, 1, 1]]
+
+
+def test_standard_error_counts_seeds_and_problems():
+    assert quality.standard_error([0.5, 0.5], 100) == pytest.approx(0.05)
+    assert quality.standard_error([0.4, 0.6], 100) == pytest.approx(math.sqrt(0.01 + 0.0025))
+    assert quality.standard_error([0.0], 100) > 0
+    assert quality.agree({"exact": 0.5, "error": 0.03}, {"exact": 0.58, "error": 0.03})
+    assert not quality.agree({"exact": 0.5, "error": 0.03}, {"exact": 0.6, "error": 0.03})
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """Write a tiny model with a tokenizer of characters, and a few rows of both data sets in the Hub's fields."""
+    folder = tmp_path_factory.mktemp("local")
+    characters = sorted({*"Question: Think step by step.\nAnswer: It is W####0123456789+=?abcdefghijklmnopqrstuvwxyz"})
+    vocab = {c: k for k, c in enumerate(["<unk>", "</s>", *characters])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>").save_pretrained(folder / "model")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=len(vocab), eos_token_id=1, bos_token_id=None, **sizes)).save_pretrained(folder / "model")
+    train = [{"query": f"What is {k} + 1?", "response": f"The answer is: {k + 1}", "type": "GSM_Rephrased"} for k in range(40)]
+    (folder / "metamath.jsonl").write_text("".join(json.dumps(row) + "\n" for row in train))
+    gsm = [{"question": f"What is {k} + 2?", "answer": f"{k} + 2 = <<{k}+2={k + 2}>>{k + 2}\n#### {k + 2}"} for k in range(7)]
+    (folder / "gsm8k").mkdir()
+    (folder / "gsm8k" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gsm))
+    datasets.Dataset.from_list(gsm).to_parquet(folder / "gsm8k" / "test.parquet")
+    return folder
+
+
+@pytest.fixture
+def settings(local):
+    data = {"train_data": str(local / "metamath.jsonl"), "test_data": str(local / "gsm8k")}
+    small = {"steps": 4, "rows": 2, "accumulate": 2, "r": 4, "alpha": 8.0, "longest": 96, "new_tokens": 4, "eval_rows": 3, "valid": 4}
+    return gsm8k.Settings(model=str(local / "model"), dtype="float32", rate=1e-2, **small, **data)
+
+
+def test_published_settings_are_the_tables():
+    first, second = gsm8k.TABLES["qwen3"], gsm8k.TABLES["qwen3.5"]
+    assert (first.model, first.r, first.steps, first.rows * first.accumulate) == ("Qwen/Qwen3-0.6B-Base", 32, 5000, 4)
+    assert (second.model, second.r, second.steps, second.rows * second.accumulate) == ("Qwen/Qwen3.5-0.8B-Base", 32, 2500, 8)
+    assert re.search(first.targets, "model.layers.0.self_attn.q_proj")
+    assert re.search(second.targets, "model.layers.0.mlp.down_proj")
+
+
+@pytest.mark.parametrize("name", list(ll.VARIANTS))
+def test_every_variant_has_a_config_of_the_published_settings(name):
+    cfg = config(dataclasses.replace(gsm8k.TABLES["qwen3"], variant=name))
+    assert cfg.name == name
+    assert len(ll.find_targets(llama(32, 2), cfg)) in (2, 4, 5)  # blocks, q and v of each, norms
+    if name == "lora":
+        assert (cfg.r, cfg.alpha) == (32, 64.0)
+
+
+def test_options_change_the_tables_settings(monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["gsm8k.py", "--variant", "antipasto", "--table", "qwen3.5", "--set", "core=gain", "r=64", "--steps", "7"]
+    )
+    s = gsm8k.settings_of(gsm8k.options())
+    assert (s.rate, s.steps, s.targets, s.fields) == (5e-3, 7, r"down_proj$", (("core", "gain"), ("r", 64)))
+    assert (config(s).r, config(s).core) == (64, "gain")
+
+
+def test_only_the_response_is_labelled(local):
+    tokenizer = tf.AutoTokenizer.from_pretrained(local / "model")
+    example = metamath.encode(tokenizer, "What is 1 + 1?", "It is 2", longest=96)
+    labelled = [t for t, label in zip(example["input_ids"], example["labels"], strict=True) if label != -100]
+    assert tokenizer.decode(labelled) == " It is 2</s>"
+    assert tokenizer.decode(example["input_ids"]).startswith("Question: What is 1 + 1? Think step by step.\nAnswer: It")
+    assert len(metamath.encode(tokenizer, "What?", "2" * 200, longest=96)["input_ids"]) == 96
+    assert metamath.encode(tokenizer, "What?" * 50, "2", longest=96) is None
+    with pytest.raises(ValueError, match=r"expected 3 training examples of at most 96 tokens, found 1\. Lower --steps"):
+        metamath.examples(tokenizer, [{"query": "a", "response": "1"}], 96, 3)
+    stacked = metamath.batch([{"input_ids": [5], "labels": [5]}, {"input_ids": [6, 7], "labels": [-100, 7]}], 1, torch.device("cpu"))
+    assert stacked["input_ids"].tolist() == [[1, 5], [6, 7]]
+    assert stacked["labels"].tolist() == [[-100, 5], [-100, 7]]
+    assert stacked["attention_mask"].tolist() == [[0, 1], [1, 1]]
+
+
+@pytest.mark.parametrize("variant", ["lora", "eva", "adalora"])
+def test_a_run_on_local_files_reaches_a_result(settings, tmp_path, variant):
+    found = gsm8k.run(dataclasses.replace(settings, variant=variant), tmp_path)
+    assert (found["valid"]["n"], found["test"]["n"]) == (4, 7)
+    assert 0 <= found["test"]["exact"] <= 1
+    assert 0 < found["last_loss"] < 5
+    assert found["ms"]["step"]["n"] == 5
+    assert found["peak_bytes"] > 0
+    json.dumps(found)
+
+
+class Stopped(Exception):
+    """What a killed run is like to the code that was running."""
+
+
+@pytest.mark.parametrize("variant", ["lora", "adalora"])
+def test_a_stopped_run_goes_on_to_the_same_params(settings, tmp_path, monkeypatch, variant):
+    fields = {"init_r": 4, "target_r": 2, "total_step": 4} if variant == "adalora" else {"dropout": 0.5}
+    s = dataclasses.replace(settings, variant=variant, fields=tuple(fields.items()))
+    model, tokenizer = finetune.load_model(s, torch.device("cpu"))
+    data = finetune.training_examples(s, tokenizer)
+
+    def train(folder):
+        folder.mkdir(exist_ok=True)
+        adapt = finetune.start(s, model, data, 1, folder / "adapter.safetensors").train()
+        return finetune.train(s, adapt, data, 1, folder / "state.safetensors", every=1)
+
+    want, want_losses = train(tmp_path / "whole")
+    real, steps = finetune.gradients, []
+
+    def stops(*args):
+        steps.append(1)
+        if len(steps) == 3:
+            raise Stopped
+        return real(*args)
+
+    monkeypatch.setattr(finetune, "gradients", stops)
+    with pytest.raises(Stopped):
+        train(tmp_path / "stopped")
+    got, losses = train(tmp_path / "stopped")
+    assert len(steps) == 3 + 2  # two steps were kept
+    assert losses == want_losses
+    assert all(torch.equal(a, b) for a, b in zip(ll.tree_leaves(got), ll.tree_leaves(want), strict=True))
+    s = dataclasses.replace(s, rate=0.5)
+    with pytest.raises(ValueError, match=r"expected the state in .* of this run, found rate=0.01 instead of 0.5"):
+        train(tmp_path / "stopped")
+
+
+def test_answers_that_are_there_are_not_made_again(settings, tmp_path):
+    model, tokenizer = finetune.load_model(settings, torch.device("cpu"))
+    rows = metamath.read(settings.test_data, "test")
+    place = tmp_path / "test.jsonl"
+    want = finetune.evaluate(settings, model, tokenizer, rows, place)
+    lines = place.read_text().splitlines(keepends=True)
+    assert len(lines) == want["n"] == 7
+    known = json.dumps({"prediction": "kept", "right": True}) + "\n"
+    place.write_text(known * 3 + lines[3][:9])  # three answers, and one cut short by the stop
+    found = finetune.evaluate(settings, model, tokenizer, rows, place)
+    assert place.read_text() == known * 3 + "".join(lines[3:])
+    assert found["exact"] == (3 + sum(json.loads(line)["right"] for line in lines[3:])) / 7
+
+
+def test_probe_gives_a_row_of_facts(settings, tmp_path):
+    row = gsm8k.probe(dataclasses.replace(settings, steps=3), tmp_path)
+    assert list(row) == [
+        *("variant", "targets", "trained", "identity error", "perturbation", "first loss", "last loss", "gradient norm", "moved"),
+        *("base gradients", "reload error"),
+    ]
+    assert (row["targets"], row["trained"], row["identity error"]) == (4, 4 * (32 + 32 + 32 + 16) * 2, 0.0)
+    with pytest.raises(SystemExit, match=r"found reload error to be wrong"):
+        gsm8k.require({**row, "reload error": 0.1})
+    with pytest.raises(SystemExit, match=r"found last loss to be wrong"):
+        gsm8k.require({**row, "last loss": row["first loss"]})
+
+
+def test_state_comes_back_as_it_was(tmp_path):
+    shared = torch.arange(6.0)
+    state = {"a": [1, None, {"b": shared[::2], "c": shared.bfloat16()}], "step": torch.tensor(3.0), "d": {}, "e": "text", "tensor": shared}
+    checkpoint.save_state(tmp_path / "state", state)
+    found = checkpoint.load_state(tmp_path / "state")
+    assert torch.equal(found["a"][2]["b"], shared[::2])
+    assert found["a"][2]["c"].dtype == torch.bfloat16
+    assert (found["a"][:2], float(found["step"]), found["d"], found["e"]) == ([1, None], 3.0, {}, "text")
+    assert torch.equal(found["tensor"], shared)
+    assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+RATIO = {"median": 1.1, "low": 1.0, "high": 1.2, "n": 4}
+SLOW = {"median": 1.3, "low": 1.21, "high": 1.4, "n": 4}
+
+
+def results(kind, **found):
+    return {"date": "2030-01-02", "commit": "abc", "machine": "2-core x86 CPU", "threads": 1, "results": found}
+
+
+def timed(ratio, **more):
+    part = {"over_frozen": RATIO, "by_arithmetic": 1.05, "over_peft": ratio, "peft_over_frozen": RATIO, "ms": {"ours": 30.0}}
+    init = {"over_peft": RATIO, "ms": {"ours": 20.0}}
+    checked = {"against": "peft", "change": 1.0, "error": 1e-6}
+    step = {**part, "ms": {"ours": 50.0}}
+    return {"r": 16, "params": 81920, "macs_per_token": 2.5e6, "checked": checked, "forward": part, "step": step, "init": init, **more}
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Write a results file of each kind: LoRA as fast as PEFT's, DoRA slower, PiSSA beyond its margin in memory, BitFit alone."""
+    alone = timed(None, checked={"against": "base", "change": 1.0}, r=None)
+    for part in ("forward", "step", "init"):
+        alone[part] = {key: value for key, value in alone[part].items() if "peft" not in key}
+    sizes = {"width": 512, "layers": 4, "rows": 4, "tokens": 64}
+    models = {**sizes, "variants": {"lora": timed(RATIO), "dora": timed(SLOW), "pissa": timed(RATIO), "bitfit": alone}}
+    member = {"exact": 0.5, "error": 0.03, "loss": 0.1, "members": [0.5, 0.5]}
+    functions = {"variants": {"lora": dict.fromkeys(("forward", "grad", "vmap", "vmap of grad"), RATIO), "bitfit": {"left_out": "a norm"}}}
+    speed = {
+        "models": models,
+        "functions": functions,
+        "compiled": {"variants": {"lora": {"over_frozen": RATIO}}},
+        "populations": {"8": RATIO},
+    }
+    peaks = {
+        name: {"forward": {"ours": 8, "frozen": 8, "peft": 8}, "step": {"ours": n, "frozen": 90, "peft": 100}}
+        for name, n in (("lora", 100), ("pissa", 120))
+    }
+    beside = {"lora": {"ours": {**member, "params": 81920}, "peft": member, "agree": True}}
+    beside |= {"dora": {"ours": {**member, "params": 90000}, "peft": {**member, "exact": 0.9}, "agree": False}}
+    quality = {"steps": 80, "rows": 12, "members": 2, "test": 200, "frozen": {"exact": 0.0}, "full": member, "variants": beside}
+    axes = {axis: {"lora": {"4": RATIO, "8": SLOW}} for axis in ("rank", "width", "rows", "members")}
+    kinds = {"speed": speed, "memory": {"variants": peaks, "lora": {"value_and_grad": 100}}, "quality": quality, "scaling": {"axes": axes}}
+    for kind, found in kinds.items():
+        (tmp_path / f"2030-01-02-abc-{kind}.json").write_text(json.dumps(results(kind, **found)))
+    (tmp_path / "2029-01-02-abc-speed.json").write_text("an older one, which is not read")
+    return tmp_path
+
+
+def test_report_has_the_lineages_columns_and_pefts_ratio(files):
+    text = report.overview(files)
+    head, line = (next(row for row in text.splitlines() if row.startswith(start)) for start in ("| variant", "| LoRA |"))
+    assert head == (
+        "| variant | r | accuracy | params | added MACs/token | forward, ms | backward, ms | init, s | step / PEFT's | peak / PEFT's |"
+    )
+    assert line == "| LoRA | 16 | 50.0% ± 3.0% | 81.9k | 2.50M | 30 | 20 | 0.02 | 1.10 [1.00, 1.20] | 1.00 |"
+    assert "| BitFit | - | - | 81.9k | 2.50M | 30 | 20 | 0.02 | - | - |" in text
+    assert "2030-01-02-abc-speed.json`](bench/results/2030-01-02-abc-speed.json), 2-core x86 CPU, 1 thread" in text
+
+
+def test_report_says_plainly_what_is_worse_than_pefts(files):
+    text = report.overview(files)
+    assert "Costlier than PEFT's beyond the spread: DoRA's forward takes 1.30 [1.21, 1.40] of PEFT's time; DoRA's step" in text
+    assert "PiSSA's step takes 1.20 of PEFT's peak memory." in text
+    assert "LoRA's" not in text.split("Costlier")[1].split("Costs:")[0]
+    assert "another accuracy, beyond two standard errors: DoRA." in text
+    memory = json.loads((files / "2030-01-02-abc-memory.json").read_text())
+    del memory["results"]["variants"]["pissa"]
+    assert "No variant is slower or larger" in report.verdict(None, memory, None)
+
+
+def test_page_has_every_part_and_no_figure_without_a_file(files, tmp_path):
+    text = (BENCH.parent / "docs" / "results.md").read_text("utf-8")
+    page = report.page(text, files)
+    assert page.count("2030-01-02-abc-") > 6
+    assert report.page(page, files) == page
+    (tmp_path / "empty").mkdir()
+    empty = report.page(text, tmp_path / "empty")
+    assert empty.count(report.NONE) == 10
+    assert "%" not in "".join(line for line in empty.splitlines() if line.startswith("|"))
+    with pytest.raises(ValueError, match='expected a line "<!-- other -->"'):
+        report.between(text, "other", "new")
+
+
+def test_a_part_that_was_left_out_is_said_to_be():
+    assert report.t.table([]) == "Nothing was measured."
+
+
+def test_runs_are_compared_by_the_spread_that_they_state(files):
+    near, far = {"a": {"b": RATIO}, "n": 3}, {"a": {"b": SLOW}, "n": 4}
+    assert list(report.disagreements(near, {"a": {"b": {**RATIO, "median": 1.15}}})) == []
+    assert list(report.disagreements(near, far)) == ["/a/b: 1.10 [1.00, 1.20] and 1.30 [1.21, 1.40]"]
+
+
+def test_plots_come_out_the_same_from_the_same_results(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    plots = importlib.import_module("plots")
+    first, second = (plots.draw(files, tmp_path / name) for name in ("one", "two"))
+    assert [p.name for p in first] == ["accuracy.svg", "arithmetic.svg", "scaling.svg"]
+    for a, b in zip(first, second, strict=True):
+        assert a.read_bytes() == b.read_bytes()
+        assert a.stat().st_size < 60_000
+    assert "LoRA" in first[0].read_text()
+    assert plots.draw(tmp_path / "one", tmp_path / "three") == []
+
+
+def test_modules_of_the_benchmarks_can_be_imported():
+    for path in BENCH.glob("*.py"):
+        importlib.import_module(path.stem)
