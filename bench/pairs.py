@@ -90,8 +90,11 @@ def config_of(name: str, r: int) -> ll.AdapterConfig:
 
 
 def pairs(r: int) -> dict[str, Pair]:
-    """Pair each variant with PEFT's config of the same method on the same layers."""
-    configs = [config_of(name, r) for name in ll.VARIANTS]
+    """Pair each variant with PEFT's config of the same method on the same layers.
+
+    Left out is what starts from a weight before it was quantised: these bases are dense, and it runs as LoRA.
+    """
+    configs = [config_of(name, r) for name, variant in ll.VARIANTS.items() if not variant.original]
     return {cfg.name: Pair(cfg, theirs(cfg)) for cfg in configs}
 
 

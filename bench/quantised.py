@@ -92,7 +92,7 @@ def main() -> None:
         print(f"{bits}: {lora['median']:.3f} of the frozen step; {over['median']:.3f} [{over['low']:.3f}, {over['high']:.3f}] of PEFT's")
         for name, size in found["peak_bytes"].items():
             print(f"  peak {size / 2**20:8.1f} MiB  {name}")
-    print(f"wrote {write('quantised-quick' if args.quick else 'quantised', machine(threads=1), results).name}")
+    write("quantised", machine(threads=1), results, args.quick)
 
 
 if __name__ == "__main__":

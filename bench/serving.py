@@ -17,18 +17,19 @@ from typing import Any
 import torch
 
 import lora_lite as ll
-from common import NAMES, batch_of, interleaved, llama, machine, moved, pairs, peft_model, ratios, write
+from common import batch_of, interleaved, llama, machine, moved, pairs, peft_model, ratios, write
 
 ADAPTERS = 8
 
 
 def served(model: Any, r: int, adapters: int) -> tuple[ll.Adapt, list[Any], Any]:
     """Build both libraries on one model: an `Adapt`, its trees, and PEFT's model with adapters `"0"`, `"1"`, ... of the same values."""
-    adapt = ll.build(model, ll.LoRAConfig(r=r, alpha=r, target_names=NAMES)).eval()
+    pair = pairs(r)["lora"]
+    adapt = ll.build(model, pair.cfg).eval()
     trees = [moved(adapt.init(seed=k)) for k in range(adapters)]
-    theirs, _ = peft_model(model, pairs(r)["lora"][1])
+    theirs, _ = peft_model(model, pair.peft)
     for k in range(adapters):
-        theirs.add_adapter(str(k), pairs(r)["lora"][1])
+        theirs.add_adapter(str(k), pair.peft)
         for path, leaves in trees[k].items():
             layer = theirs.base_model.model.get_submodule(path)
             layer.lora_A[str(k)].weight.data.copy_(leaves["A"])
@@ -151,7 +152,7 @@ def main() -> None:
         print(f"{rate:8.1f} requests/s  {name}")
     beside = results["generation"]["over_peft"]
     print(f"generate: {beside['median']:.3f} [{beside['low']:.3f}, {beside['high']:.3f}] of PEFT's time")
-    print(f"wrote {write('serving-quick' if quick else 'serving', machine(threads=1), results).name}")
+    write("serving", machine(threads=1), results, quick)
 
 
 if __name__ == "__main__":

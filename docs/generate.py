@@ -5,6 +5,7 @@ The table of variants is read from `VARIANTS`, the facts of the config classes a
 each build.
 """
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -79,6 +80,23 @@ def variants_table(pages: str) -> str:
     """Give the table of variants; `pages` is the way to the folder of their pages."""
     variants = ll.VARIANTS.items()
     return table([{"variant": f"[{title(v)}]({pages}{n}.md): {summary(v)}", **facts(v), "paper": paper(v)} for n, v in variants])
+
+
+def costs_table(width: int = 4096) -> str:
+    """Give what each variant trains and adds on one square layer, from the formulas that its class declares."""
+    rows = []
+    for name, variant in ll.VARIANTS.items():
+        if variant.trained is None or variant.adapts != "linear":
+            continue
+        fields = {f.name for f in dataclasses.fields(variant)}
+        ranked = {"r": 16} if "r" in fields and variant().r < 64 else {}
+        cfg = variant(**ranked)
+        known = {**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}, "i": width, "o": width}
+        trained, macs = (eval(formula, {"__builtins__": {"min": min, "max": max}}, known) for formula in (cfg.trained, cfg.macs))
+        rank = next((f"{field}={getattr(cfg, field)}" for field in ("r", "init_r", "block_size", "group_size") if field in fields), "")
+        rows.append({"variant": f"[{title(variant)}](variants/{name}.md)", "at": rank, "trained": trained, "added": macs / width**2})
+    rows.sort(key=lambda row: -row["trained"])
+    return table([{**row, "trained": f"{row['trained']:,}", "added": f"{row['added']:.2%}"} for row in rows])
 
 
 def variant_page(name: str) -> str:

@@ -34,6 +34,12 @@ class Variants(FromCode):
     text = staticmethod(lambda: generate.variants_table("variants/"))
 
 
+class Costs(FromCode):
+    """The table of what each variant trains and adds on one layer."""
+
+    text = staticmethod(generate.costs_table)
+
+
 class Checks(FromCode):
     """The table of the conformance kit's checks."""
 
@@ -42,6 +48,6 @@ class Checks(FromCode):
 
 def setup(app: Any) -> dict[str, bool]:
     """Register the directives."""
-    for name, directive in {"variant": Variant, "variants": Variants, "checks": Checks}.items():
+    for name, directive in {"variant": Variant, "variants": Variants, "costs": Costs, "checks": Checks}.items():
         app.add_directive(name, directive)
     return {"parallel_read_safe": True}
