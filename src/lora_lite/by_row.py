@@ -43,7 +43,7 @@ def per_example_grad(adapt: Adapt, loss_rows: LossRows, chunk_size: int | None =
         for part, rows in chunks(batch, chunk_size):
             members = tree_map(lambda p, rows=rows: _each_row(p, rows), params)
             parts.append(value_and_grad(_total(adapt, loss_rows, part, rows))(members)[1])
-        return parts[0] if len(parts) == 1 else tree_map(lambda *grads: torch.cat(grads), *parts)
+        return parts[0] if len(parts) == 1 else _joined(parts)
 
     return grads_by_row
 
@@ -88,26 +88,35 @@ def per_example_norm(adapt: Adapt, loss_rows: LossRows, chunk_size: int | None =
     return norms
 
 
+def _joined(parts: list[Tree]) -> Tree:
+    """Put the rows of the parts together, a leaf at a time, letting go of the parts' own: all at once would hold everything twice."""
+    layout = {path: list(leaves) for path, leaves in parts[0].items()}
+    return {path: {name: torch.cat([part[path].pop(name) for part in parts]) for name in names} for path, names in layout.items()}
+
+
 def _squares_as_made(params: AnyTree, total: Callable[[Tree], Tensor], rows: int) -> list[Tensor]:
     """Give the squared norms by row of each leaf's gradients, taken while the backward pass runs."""
     squares: list[Tensor] = []
 
-    def watched(p: Tensor) -> Tensor:
-        copies = _each_row(p, rows)
-        copies.register_hook(lambda grad: squares.append(_squares(grad)))  # the rows' gradients are freed once summed into p's
-        return copies
+    def taken(leaf: Tensor) -> None:
+        if leaf.grad is not None:
+            squares.append(_squares(leaf.grad))
+        leaf.grad = None
 
-    leaves = tree_map(lambda p: p.detach().requires_grad_(), params)
+    # Leaves of the graph, not views of params in it: autograd hands a leaf its gradient at once, a view's only at the very end.
+    members = tree_map(lambda p: _each_row(p.detach(), rows).requires_grad_(), params)
+    for leaf in tree_leaves(members):
+        leaf.register_post_accumulate_grad_hook(taken)
     with torch.enable_grad():
-        value = total(tree_map(watched, leaves))
+        value = total(members)
     if value.requires_grad:
-        torch.autograd.grad(value, tree_leaves(leaves), allow_unused=True)
+        value.backward(inputs=tree_leaves(members))  # type: ignore[no-untyped-call]
     return squares or [torch.zeros(rows, device=value.device)]
 
 
 def _squares(grad: Tensor) -> Tensor:
     dtype = torch.promote_types(grad.dtype, torch.float32)
-    return torch.linalg.vector_norm(grad.flatten(1), dim=1, dtype=dtype).square()
+    return torch.linalg.vector_norm(grad.reshape(len(grad), -1), dim=1, dtype=dtype).square()
 
 
 def _each_row(p: Tensor, rows: int) -> Tensor:

@@ -122,7 +122,7 @@ def strength_axes(c: float | Tensor, members: int | None) -> tuple[int | None, i
         raise TypeError(f"adapt.steer: expected c as a number or a tensor, found {type(c).__name__}. Wrap a list in torch.tensor(...).")
     shape = tuple(c.shape) if isinstance(c, Tensor) else ()
     if len(shape) > 1 or (members is not None and shape not in ((), (members,))):
-        wanted = "a vector" if members is None else f"of shape ({members},), a strength for each member,"
+        wanted = "a vector," if members is None else f"of shape ({members},), a strength for each member,"
         raise ValueError(
             f"adapt.steer: expected c as a scalar or {wanted} found shape {shape}. For a strength by row, gather the members of the rows "
             "first: ll.tree_map(lambda p: p[index], stacked)."
