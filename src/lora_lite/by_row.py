@@ -110,7 +110,7 @@ def _squares_as_made(params: AnyTree, total: Callable[[Tree], Tensor], rows: int
     with torch.enable_grad():
         value = total(members)
     if value.requires_grad:
-        value.backward(inputs=tree_leaves(members))  # type: ignore[no-untyped-call]
+        value.backward(inputs=tree_leaves(members))
     return squares or [torch.zeros(rows, device=value.device)]
 
 
