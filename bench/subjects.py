@@ -81,7 +81,10 @@ def theirs(config: Callable[[], peft.PeftConfig]) -> Callable[..., Subject]:
 
     def wrap(model: nn.Module, dtype: torch.dtype = torch.float64) -> Subject:
         quantised = any(isinstance(m, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) for m in model.modules())
-        module = peft.get_peft_model(model if quantised else copy.deepcopy(model), config()).eval()
+        double = model.dtype == torch.float64  # to which it is cast once made: PEFT's PiSSA takes no float64
+        base = model if quantised else copy.deepcopy(model).float() if double else copy.deepcopy(model)
+        module = peft.get_peft_model(base, config()).eval()
+        module = module.double() if double else module
         for p in module.parameters():
             if p.requires_grad:
                 p.data = p.data.to(dtype)

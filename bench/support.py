@@ -101,7 +101,7 @@ def mixed(wrap: Wrap) -> None:
 
 
 def _mixed_by_name(s: Subject, index: list[int], one: Params, two: Params) -> None:
-    s.module.add_adapter("second", s.module.peft_config["default"])
+    s.module.float().add_adapter("second", s.module.peft_config["default"])
     s.module.double().eval()
     values = {**one, **{name.replace("default", "second"): leaf for name, leaf in two.items()}}
     s.module.load_state_dict(values, strict=False)
