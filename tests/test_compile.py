@@ -127,11 +127,8 @@ def test_step_of_a_population(tiny, remat):
         return by_row(adapt.mixed(adapt.steer(stacked, strength), batch, index), batch).sum()
 
     index, other_index, strength = torch.tensor([0, 1, 1, 0]), torch.tensor([1, 1, 0, 1]), torch.tensor([0.5, 1.5])
-    same_graph_again(
-        lambda *args: ll.value_and_grad(loss)(*args)[1],
-        (one, strength, batch, index),
-        (two, strength.flip(0), other, torch.tensor([1, 1, 0, 1])),
-    )
+    first, second = (one, strength, batch, index), (two, strength.flip(0), other, other_index)
+    same_graph_again(lambda *args: ll.value_and_grad(loss)(*args)[1], first, second)
 
 
 @pytest.mark.parametrize("cfg", FIVE, ids=by_name)
