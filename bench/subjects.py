@@ -88,9 +88,7 @@ def theirs(config: Callable[[], peft.PeftConfig]) -> Callable[..., Subject]:
         for p in module.parameters():
             if p.requires_grad:
                 p.data = p.data.to(dtype)
-        trained = {
-            name: p.detach() for name, p in module.named_parameters() if p.requires_grad and "ranknum" not in name
-        }  # AdaLoRA's count
+        trained = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad and "ranknum" not in name}  # AdaLoRA counts
 
         def logits(params: Params, ids: Tensor) -> Tensor:
             return torch.func.functional_call(module, params, (ids,), {"use_cache": False}).logits
