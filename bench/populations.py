@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 import lora_lite as ll
-from common import batch_of, interleaved, llama, moved, pairs, ratios
+from common import batch_of, interleaved, llama, moved, pairs, peak_bytes, ratios
 
 
 def populations(width: int, layers: int, r: int, repeats: int) -> dict[str, Any]:
@@ -30,16 +30,37 @@ def populations(width: int, layers: int, r: int, repeats: int) -> dict[str, Any]
         found[f"{members} members of {tokens} tokens"] = ratios(interleaved({"together": together, "loop": loop}, repeats), "loop")[
             "together"
         ]
+    return {**found, **rows_apart(adapt, repeats)}
+
+
+def rows_apart(adapt: ll.Adapt, repeats: int) -> dict[str, Any]:
+    """Time gradients by row against a loop and a whole-model `vmap`, and give the peak bytes of each, and of the norms alone."""
     batch, params = batch_of(16, 16), moved(adapt.init())
-    by_row = ll.per_example_grad(adapt, _row_losses)
+    ids = batch["input_ids"]
 
-    def one_by_one() -> Any:
-        rows = [{"input_ids": row[None], "use_cache": False} for row in batch["input_ids"]]
-        return [ll.value_and_grad(lambda p, b=b: _row_losses(adapt(p, b), b).sum())(params)[1] for b in rows]
+    def loss_of(p: Any, row: Any) -> torch.Tensor:
+        one = {"input_ids": row[None], "use_cache": False}
+        return _row_losses(adapt(p, one), one).sum()
 
-    _agree(by_row(params, batch), one_by_one())
-    times = interleaved({"by row": lambda: by_row(params, batch), "loop": one_by_one}, repeats)
-    return {**found, "gradients of 16 rows of 16 tokens": ratios(times, "loop")["by row"]}
+    calls = {
+        "mixed": lambda: ll.per_example_grad(adapt, _row_losses)(params, batch),
+        "vmap": lambda: torch.vmap(torch.func.grad(loss_of), (None, 0))(params, ids),
+        "loop": lambda: ll.stack([ll.value_and_grad(lambda p, row=row: loss_of(p, row))(params)[1] for row in ids]),
+    }
+    each = ll.unstack(calls["loop"]())
+    for name in ("mixed", "vmap"):
+        _agree(calls[name](), each)
+    times = interleaved(calls, repeats)
+    norms = {
+        "mixed, norms": lambda: ll.per_example_norm(adapt, _row_losses)(params, batch),
+        "mixed, norms, four rows at a time": lambda: ll.per_example_norm(adapt, _row_losses, chunk_size=4)(params, batch),
+    }
+    peaks = {name: peak_bytes(call) for name, call in {**calls, **norms}.items()}
+    what = "gradients of 16 rows of 16 tokens"
+    return {
+        what: {**ratios(times, "loop")["mixed"], "over_vmap": ratios(times, "vmap")["mixed"], "peak_bytes": peaks},
+        f"{what}, by vmap of the whole model": ratios(times, "loop")["vmap"],
+    }
 
 
 def _row_losses(output: Any, batch: Any) -> torch.Tensor:

@@ -76,6 +76,10 @@ FIVE = (ll.LoRAConfig(r=4), ll.PiSSAConfig(r=4), ll.DoRAConfig(r=4), ll.IA3Confi
 """The core variants, for tests over whole models that would take too long for all."""
 
 
+EVERY = (*((row, torch.float64) for row in CASES), *((Row(cfg.name, cfg), torch.float32) for cfg in FIVE))
+"""Every row in float64, where nothing hides in rounding, and the core variants in float32 too."""
+
+
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest error of a value, relative to the largest one it is made of, by dtype."""
 
@@ -83,6 +87,11 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 def by_name(cfg: ll.AdapterConfig) -> str:
     """Name a config in a test's id."""
     return cfg.name
+
+
+def named(part: Row | torch.dtype) -> str:
+    """Name a row and a dtype in a test's id."""
+    return part.id if isinstance(part, Row) else str(part).removeprefix("torch.")
 
 
 def move(params, seed: int = 0, scale: float = 0.1):
@@ -143,6 +152,20 @@ def assert_trees_equal(got, want, tolerance: float = 0.0) -> None:
             error = float((got[path][name] - leaf).abs().max())
             bound = tolerance * max(1.0, float(leaf.abs().max()))
             assert error <= bound, f"{path}.{name}: {error:.1e} off, allowed {bound:.1e}"
+
+
+def in_dtype(params, dtype: torch.dtype):
+    """Give params in float64 for a run in float64, where nothing hides in rounding; else in the config's own dtype."""
+    return ll.tree_map(lambda p: p.to(dtype), params) if dtype == torch.float64 else params
+
+
+def assert_gradients_equal(got, want, dtype: torch.dtype) -> None:
+    """Hold the gradients of a run in `dtype` against each other, relative to the largest of the tree, or to 1 in float32."""
+    largest = max(float(leaf.abs().max()) for leaf in ll.tree_leaves(want))
+    assert largest > 1e-6, "a gradient that is not there proves nothing"
+    rounded = any(leaf.dtype == torch.bfloat16 for leaf in ll.tree_leaves(want))  # as the params are
+    scale, tolerance = (largest, 1e-9) if dtype == torch.float64 else (max(1.0, largest), 1e-2 if rounded else 1e-6)
+    assert_trees_equal(*(ll.tree_map(lambda leaf: leaf / scale, tree) for tree in (got, want)), tolerance)
 
 
 # The models. Each function makes a model with random weights from a config, and a small batch for it.
@@ -267,6 +290,24 @@ tiny_models: dict[str, Callable[..., tuple[nn.Module, dict[str, torch.Tensor]]]]
     ),
 }
 """Model family -> a function giving `(model, batch)`; its keywords override the config's fields."""
+
+
+def padded(tiny, name: str, **overrides):
+    """Give a model that every row of `CASES` fits, and four rows of different lengths without labels."""
+    model, batch = tiny(name, **({"num_key_value_heads": 4} if name == "llama" else {}), **overrides)
+    batch = {k: torch.cat([v, v.flip(0)]) for k, v in batch.items()}
+    labels = batch.pop("labels")
+    if name == "t5":
+        batch["decoder_input_ids"] = labels
+    mask = torch.ones_like(batch["input_ids"])
+    for row in range(len(mask)):
+        mask[row, len(mask[row]) - row :] = 0
+    return model, {**batch, "attention_mask": mask}
+
+
+def row_of(batch, row: int):
+    """Give one row of a batch as a batch."""
+    return {name: value[row : row + 1] for name, value in batch.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

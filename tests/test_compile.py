@@ -96,6 +96,66 @@ def test_recomputed_blocks(tiny):
     assert_trees_equal({path: {name: leaf.grad for name, leaf in found.items()} for path, found in leaves.items()}, grads, 1e-6)
 
 
+REMAT = pytest.mark.parametrize("remat", [None, r"layers\.\d+$"], ids=["kept", "recomputed"])
+
+
+def by_row(output, batch):
+    logits, labels = output.logits[:, :-1], batch["input_ids"][:, 1:]
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
+
+
+def rows(tiny, cfg, remat):
+    model, _ = tiny("llama", num_hidden_layers=1)
+    adapt = ll.build(model, cfg, remat=remat)
+    batches = [{"input_ids": torch.randint(3, 64, (4, 6), generator=torch.Generator().manual_seed(k))} for k in range(2)]
+    return adapt, [ll.stack([move(adapt.init(), seed=2 * n + k) for k in range(2)]) for n in range(2)], batches
+
+
+def same_graph_again(f, first, second, tolerance=1e-6):
+    """Compile `f` in one graph, hold it against itself uncompiled, then again for other arguments without another compilation."""
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    assert_trees_equal(compiled(*first), f(*first), tolerance)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert_trees_equal(compiled(*second), f(*second), tolerance)
+
+
+@REMAT
+def test_step_of_a_population(tiny, remat):
+    adapt, (one, two), (batch, other) = rows(tiny, ll.LoRAConfig(r=4), remat)
+
+    def loss(stacked, strength, batch, index):
+        return by_row(adapt.mixed(adapt.steer(stacked, strength), batch, index), batch).sum()
+
+    index, other_index, strength = torch.tensor([0, 1, 1, 0]), torch.tensor([1, 1, 0, 1]), torch.tensor([0.5, 1.5])
+    first, second = (one, strength, batch, index), (two, strength.flip(0), other, other_index)
+    same_graph_again(lambda *args: ll.value_and_grad(loss)(*args)[1], first, second)
+
+
+@pytest.mark.parametrize("cfg", FIVE, ids=by_name)
+def test_gradients_by_row(tiny, cfg):
+    adapt, (one, two), (batch, other) = rows(tiny, cfg, None)
+    same_graph_again(ll.per_example_grad(adapt, by_row), (ll.unstack(one)[0], batch), (ll.unstack(two)[1], other))
+
+
+@REMAT
+def test_gradients_by_row_in_chunks_and_their_norms(tiny, remat):
+    adapt, (one, two), (batch, other) = rows(tiny, ll.LoRAConfig(r=4), remat)
+    grads, norms = ll.per_example_grad(adapt, by_row, chunk_size=2), ll.per_example_norm(adapt, by_row)
+
+    def both(params, batch):
+        return {**grads(params, batch), "norms": {"": norms(params, batch)}}
+
+    same_graph_again(both, (ll.unstack(one)[0], batch), (ll.unstack(two)[1], other))
+
+
+def test_params_that_require_a_gradient_in_a_mixed_batch_with_remat(tiny):
+    adapt, (one, _), (batch, _) = rows(tiny, ll.LoRAConfig(r=4), r"layers\.\d+$")
+    want = ll.value_and_grad(lambda p: by_row(adapt.mixed(p, batch), batch).sum())(one)[1]
+    leaves = ll.tree_map(lambda p: p.clone().requires_grad_(), one)
+    torch.compile(lambda p: by_row(adapt.mixed(p, batch), batch).sum(), fullgraph=True, backend="aot_eager")(leaves).backward()
+    assert_trees_equal(ll.tree_map(lambda leaf: leaf.grad, leaves), want, 1e-6)
+
+
 def test_compiled_call_leaves_eager_calls_exact(tiny):
     adapt, params, batch = one_layer(tiny, ll.LoRAConfig(r=4))
     before = adapt(params, batch).logits

@@ -68,6 +68,9 @@ def test_no_block_escapes():
             "{toctree}",
             "{variants}",
             "{checks}",
+            "{cells}",
+            "{support} lora_lite",
+            "{support} peft",
             *(f"{{variant}} {name}" for name in ll.VARIANTS),
         }
         assert set(fences) <= known, page.name

@@ -1,34 +1,35 @@
-"""Mixed batches and per-example gradients equal a loop, for every variant, on three families of transformers, with padding."""
+"""Mixed batches equal a loop, values, gradients and strengths, for every variant, on three families of transformers, with padding."""
 
 import pytest
 import torch
 from torch import nn
 
 import lora_lite as ll
-from cases import CASES, FIVE, Blocks, build_any, by_name, move
+from cases import (
+    CASES,
+    EVERY,
+    FIVE,
+    Blocks,
+    assert_gradients_equal,
+    assert_trees_equal,
+    build_any,
+    by_name,
+    in_dtype,
+    move,
+    named,
+    padded,
+    row_of,
+)
 
 ARCHITECTURES = ("llama", "bert", "t5")
+"""Decoder-only, encoder-only, encoder-decoder."""
+
+
+STRENGTHS = {"vector": torch.tensor([0.0, 1.0, -0.5, 1.5]).double(), "scalar": torch.tensor(0.7).double(), "number": 0.7}
 
 
 def _members(adapt, count):
     return [move(adapt.init(seed=k), seed=k) for k in range(count)]
-
-
-def _rows(batch, index):
-    return {name: value[index] if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
-
-
-def _padded(tiny, name):
-    """Give a model and four rows of different lengths."""
-    model, batch = tiny(name)
-    batch = {k: torch.cat([v, v.flip(0)])[:4] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-    labels = batch.pop("labels", None)
-    if name == "t5":
-        batch["decoder_input_ids"] = labels
-    mask = torch.ones_like(batch["input_ids"])
-    for row in range(len(mask)):
-        mask[row, len(mask[row]) - row :] = 0
-    return model, {**batch, "attention_mask": mask}
 
 
 def _close(got, want, tolerance=1e-6):
@@ -40,27 +41,28 @@ def first(output):
     return output.logits if hasattr(output, "logits") else output.last_hidden_state
 
 
-@pytest.mark.parametrize("cfg", FIVE, ids=by_name)
+def _loss(output):
+    return first(output).square().flatten(1).mean(1)
+
+
+def _with_output(output):
+    return _loss(output).sum(), first(output)
+
+
+@pytest.mark.parametrize(("row", "dtype"), EVERY, ids=named)
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_mixed_rows_and_their_gradients_equal_a_loop(tiny, name, cfg):
-    model, batch = _padded(tiny, name)
-    adapt = ll.build(model, cfg)
-    members, index = _members(adapt, 3), [2, 0, 2, 1]
-    stacked = ll.stack(members)
-    with torch.no_grad():
-        got = first(adapt.mixed(stacked, batch, index))
-        for row, k in enumerate(index):
-            _close(got[row], first(adapt(members[k], _rows(batch, [row])))[0])
-    grads = ll.unstack(ll.value_and_grad(lambda p: first(adapt.mixed(p, batch, index)).square().mean())(stacked)[1])
-    for k, member in enumerate(members):
-
-        def loss(p, k=k):
-            rows = [row for row, taken in enumerate(index) if taken == k]
-            return sum(first(adapt(p, _rows(batch, [row]))).square().mean() for row in rows) / len(index)
-
-        want = ll.value_and_grad(loss)(member)[1]
-        for a, b in zip(ll.tree_leaves(grads[k]), ll.tree_leaves(want)):
-            _close(a, b)
+def test_rows_and_gradients_of_a_mixed_batch_equal_a_loop(tiny, name, row, dtype):
+    model, batch = padded(tiny, name)
+    adapt = build_any(model.to(dtype), row.cfg, [batch])
+    members, index = [in_dtype(m, dtype) for m in _members(adapt, 3)], [2, 0, 2, 1]
+    (_, outputs), grads = ll.value_and_grad(lambda p: _with_output(adapt.mixed(p, batch, index)), has_aux=True)(ll.stack(members))
+    want = [ll.tree_map(torch.zeros_like, member) for member in members]
+    for n, k in enumerate(index):
+        (_, output), grad = ll.value_and_grad(lambda p, n=n: _with_output(adapt(p, row_of(batch, n))), has_aux=True)(members[k])
+        _close(outputs[n], output[0], 1e-12 if dtype == torch.float64 else 1e-6)
+        assert (output[0] - first(adapt.base(row_of(batch, n)))[0]).abs().max() > 1e-6  # the members act
+        want[k] = ll.tree_map(torch.add, want[k], grad)
+    assert_gradients_equal(grads, ll.stack(want), dtype)
 
 
 @pytest.mark.parametrize("row", CASES, ids=lambda row: row.id)
@@ -71,24 +73,75 @@ def test_groups_equal_a_loop_for_every_variant(row):
     members = _members(adapt, 3)
     got = adapt.mixed(ll.stack(members), x)
     for k, member in enumerate(members):
-        _close(got[2 * k : 2 * k + 2], adapt(member, x[2 * k : 2 * k + 2]), 2e-2 if row.cfg.dtype == torch.bfloat16 else 1e-6)
+        _close(got[2 * k : 2 * k + 2], adapt(member, x[2 * k : 2 * k + 2]))
+
+
+@pytest.mark.parametrize("row", CASES, ids=lambda row: row.id)
+@pytest.mark.parametrize("strength", STRENGTHS.values(), ids=STRENGTHS)
+def test_members_at_their_own_strength_equal_a_loop(tiny, row, strength):
+    model, batch = padded(tiny, "llama", num_hidden_layers=1)
+    adapt = build_any(model.double(), row.cfg, [batch])
+    members = [in_dtype(member, torch.float64) for member in _members(adapt, 4)]
+    vector = isinstance(strength, torch.Tensor) and strength.dim()
+
+    def losses(c):
+        output = adapt.mixed(adapt.steer(ll.stack(members), c), batch)
+        return output.logits.square().sum(), output.logits
+
+    def alone(n, c):
+        output = adapt(adapt.steer(members[n], c), row_of(batch, n))
+        return output.logits.square().sum(), output.logits
+
+    each = strength if vector else [strength] * 4
+    for n, logits in enumerate(losses(strength)[1]):
+        _close(logits, alone(n, each[n])[1][0], 1e-12)
+    if isinstance(strength, torch.Tensor):
+        slope = torch.func.grad(lambda c: losses(c)[0])(strength)
+        slopes = torch.stack([torch.func.grad(lambda c, n=n: alone(n, c)[0])(each[n]) for n in range(4)])
+        _close(slope, slopes if vector else slopes.sum(), 1e-10)
+        assert slope.abs().max() > 1e-4
+
+
+def test_strength_by_row_where_rows_share_a_member(tiny):
+    model, batch = padded(tiny, "llama", num_hidden_layers=1)
+    adapt = ll.build(model, ll.DoRAConfig(r=2))
+    members, index, c = _members(adapt, 2), torch.tensor([1, 0, 1, 1]), torch.tensor([0.0, 0.5, 1.0, -1.0])
+    rows = ll.tree_map(lambda p: p[index], ll.stack(members))
+    got = first(adapt.mixed(adapt.steer(rows, c), batch))
+    for n, k in enumerate(index.tolist()):
+        _close(got[n], first(adapt(adapt.steer(members[k], float(c[n])), row_of(batch, n)))[0])
+
+
+def test_one_tree_at_several_strengths_is_a_stack(tiny):
+    model, batch = padded(tiny, "llama", num_hidden_layers=1)
+    adapt = ll.build(model, ll.HRAConfig(r=2))
+    (member,), c = _members(adapt, 1), torch.tensor([0.0, 0.5, 1.0, -1.0], dtype=torch.float64)
+    stacked = adapt.steer(member, c)
+    assert {leaf.dtype for leaf in ll.tree_leaves(stacked)} == {torch.float32}  # a strength is a scalar: it promotes nothing
+    for one, strength in zip(ll.unstack(stacked), c.tolist()):
+        assert_trees_equal(one, adapt.steer(member, strength), 1e-6)
+    assert first(adapt.mixed(stacked, batch)).shape[0] == 4
 
 
 @pytest.mark.parametrize("cfg", FIVE, ids=by_name)
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_per_example_gradients_equal_a_loop(tiny, name, cfg):
-    model, batch = _padded(tiny, name)
+def test_steering_and_mixing_compile_in_one_graph(tiny, cfg):
+    model, batch = padded(tiny, "llama", num_hidden_layers=1)
+    batch.pop("attention_mask")
     adapt = ll.build(model, cfg)
-    params = move(adapt.init())
-    got = ll.per_example_grad(adapt, lambda output, _: first(output).square().flatten(1).mean(1))(params, batch)
-    for row in range(4):
-        want = ll.value_and_grad(lambda p, row=row: first(adapt(p, _rows(batch, [row]))).square().mean())(params)[1]
-        for a, b in zip(ll.tree_leaves(got), ll.tree_leaves(want)):
-            _close(a[row], b)
+    stacked, c = ll.stack(_members(adapt, 4)), torch.tensor([0.0, 0.5, 1.0, -1.0])
+
+    def output(p, c):
+        return first(adapt.mixed(adapt.steer(p, c), batch))
+
+    torch.compiler.reset()
+    compiled = torch.compile(output, fullgraph=True, backend="aot_eager")
+    _close(compiled(stacked, c), output(stacked, c))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        _close(compiled(stacked, c.flip(0)), output(stacked, c.flip(0)))
 
 
 def test_a_zero_tree_is_a_base_row(tiny):
-    model, batch = _padded(tiny, "llama")
+    model, batch = padded(tiny, "llama")
     adapt = ll.build(model, ll.LoRAConfig(r=2))
     member = move(adapt.init())
     zeros = ll.tree_map(torch.zeros_like, member)
@@ -125,7 +178,7 @@ def test_mixed_batches_under_remat_and_in_training_mode_with_dropout():
 
 @pytest.mark.parametrize("given", [None, torch.tensor([1, 0, 1, 0])], ids=["groups", "index"])
 def test_mixed_and_its_gradient_compile_in_one_graph(tiny, given):
-    model, batch = _padded(tiny, "llama")
+    model, batch = padded(tiny, "llama")
     batch.pop("attention_mask")
     adapt = ll.build(model, ll.LoRAConfig(r=2))
     one, two = (ll.stack(_members(adapt, 2)) for _ in range(2))
@@ -151,11 +204,19 @@ def test_mixed_and_its_gradient_compile_in_one_graph(tiny, given):
         (lambda a, p, b: a.mixed(a.init(), b), ValueError, r"expected leaves with one leading adapter axis"),
         (lambda a, p, b: ll.stack([]), ValueError, r"expected at least one params tree"),
         (lambda a, p, b: ll.stack([a.init(), {}]), ValueError, r"tree 1 to differ from tree 0"),
-        (lambda a, p, b: ll.per_example_grad(a, lambda o, _: first(o).mean())(a.init(), b), ValueError, r"shape \(4,\), found \(\)"),
+        (
+            lambda a, p, b: a.steer(p, torch.ones(3)),
+            ValueError,
+            r"scalar or of shape \(2,\), a strength for each member, found shape \(3,\)",
+        ),
+        (lambda a, p, b: a.steer(p, torch.ones(2, 1)), ValueError, r"found shape \(2, 1\)\. For a strength by row, gather"),
+        (lambda a, p, b: a.steer(a.init(), torch.ones(2, 2)), ValueError, r"scalar or a vector, found shape \(2, 2\)"),
+        (lambda a, p, b: a.steer(p, [0.5, 1.0]), TypeError, r"expected c as a number or a tensor, found list. Wrap a list"),
+        (lambda a, p, b: a.steer({**p, "x": {}}, 1.0), ValueError, r'steer: .*\n  - unexpected "x"'),
     ],
 )
 def test_bad_input_is_refused(tiny, call, error, match):
-    model, batch = _padded(tiny, "llama")
+    model, batch = padded(tiny, "llama")
     adapt = ll.build(model, ll.LoRAConfig(r=2))
     with pytest.raises(error, match=match):
         call(adapt, ll.stack(_members(adapt, 2)), batch)

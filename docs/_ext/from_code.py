@@ -1,9 +1,11 @@
-"""Directives that pull a page's text out of the code, as Markdown: `{variant} lora`, `{variants}` and `{checks}`."""
+"""Directives that pull a page's text out of the code, as Markdown: `{variant} lora`, `{variants}`, `{checks}`,
+`{support} peft` and `{cells}`."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import generate
+import matrix
 from docutils import nodes
 from docutils.statemachine import StringList
 from sphinx.util.docutils import SphinxDirective
@@ -46,8 +48,22 @@ class Checks(FromCode):
     text = staticmethod(generate.checks_table)
 
 
+class Support(FromCode):
+    """The matrix of variants and transforms of a library, named by the argument."""
+
+    required_arguments = 1
+    text = staticmethod(matrix.support_table)
+
+
+class Cells(FromCode):
+    """What each column of the matrix asks."""
+
+    text = staticmethod(matrix.cells_table)
+
+
 def setup(app: Any) -> dict[str, bool]:
     """Register the directives."""
-    for name, directive in {"variant": Variant, "variants": Variants, "costs": Costs, "checks": Checks}.items():
+    directives = {"variant": Variant, "variants": Variants, "costs": Costs, "checks": Checks, "support": Support, "cells": Cells}
+    for name, directive in directives.items():
         app.add_directive(name, directive)
     return {"parallel_read_safe": True}

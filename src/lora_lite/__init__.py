@@ -8,6 +8,8 @@ from lora_lite._tree import tree_leaves as tree_leaves
 from lora_lite._tree import tree_map as tree_map
 from lora_lite.adapt import Adapt as Adapt
 from lora_lite.build import build as build
+from lora_lite.by_row import per_example_grad as per_example_grad
+from lora_lite.by_row import per_example_norm as per_example_norm
 from lora_lite.collectives import all_reduce_mean as all_reduce_mean
 from lora_lite.config import AdapterConfig as AdapterConfig
 from lora_lite.curvature import fisher_diag as fisher_diag
@@ -28,7 +30,6 @@ from lora_lite.statistics import Statistics as Statistics
 from lora_lite.targets import Target as Target
 from lora_lite.targets import Targets as Targets
 from lora_lite.targets import find_targets as find_targets
-from lora_lite.transforms import per_example_grad as per_example_grad
 from lora_lite.transforms import value_and_grad as value_and_grad
 from lora_lite.variants import VARIANTS as VARIANTS
 from lora_lite.variants.adalora import AdaLoRAConfig as AdaLoRAConfig

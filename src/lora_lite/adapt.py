@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite._errors import several, tree_faults
-from lora_lite._tree import AnyTree, Tree, join
+from lora_lite._tree import AnyTree, Tree, join, tree_map
 from lora_lite.bind import Shapes, adapt_layer, bare, fits, layer_at, placed, read_params, rebind, volatile_buffers, whole
 from lora_lite.clone import clone_module
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import Constants
 from lora_lite.merge import merge, merge_error
-from lora_lite.mixed import INDEX, index_of, make_mixed, member_shapes, stacked_size
+from lora_lite.mixed import INDEX, index_of, is_stacked, make_mixed, member_shapes, stacked_size, strength_axes
 from lora_lite.modules import FrozenBlock
 from lora_lite.plan import Plan, generator_for
 from lora_lite.prompt import note_prompts
@@ -192,11 +192,35 @@ class Adapt:
     def steer(self, params: Mapping[str, Mapping[str, Tensor]], c: float | Tensor) -> Tree:
         """Give the params at strength `c`: 0 is the base model, 1 the adapter; differentiable in `c` and `params`.
 
+        Args:
+            params: a params tree, or a stack of K of them.
+            c: a number or a scalar tensor; or `(K,)`, a strength for each member of the stack. One tree at `(K,)` strengths gives a
+                stack of K.
+
+        Returns:
+            A tree like `params`, stacked where either was.
+
         Raises:
-            ValueError: where `params` does not fit.
+            ValueError: where `params` does not fit, or `c` is neither a scalar nor a strength for each member.
+            TypeError: where `c` is neither a number nor a tensor.
+
+        Example:
+            >>> import torch, lora_lite as ll
+            >>> adapt = ll.build(torch.nn.Sequential(torch.nn.Linear(8, 4)), ll.LoRAConfig(r=2))
+            >>> stacked = ll.stack([adapt.init(seed=0), adapt.init(seed=1)])
+            >>> adapt.mixed(adapt.steer(stacked, torch.tensor([0.5, -1.0])), torch.randn(6, 8)).shape
+            torch.Size([6, 4])
         """
-        self._require(params, "steer")
-        return {target.path: dict(cfg.steer(params[target.path], c)) for target, cfg in self._plan.entries}
+        members = stacked_size(params) if is_stacked(params, self.shapes) else None
+        self._require(params, "steer", None if members is None else member_shapes(self.shapes, members))
+        axes = strength_axes(c, members)
+
+        def steered(params: AnyTree, c: float | Tensor) -> Tree:
+            return {target.path: dict(cfg.steer(params[target.path], c)) for target, cfg in self._plan.entries}
+
+        if axes == (None, None):
+            return steered(params, c)
+        return torch.vmap(steered, in_dims=axes)(tree_map(lambda p: p, params), c)
 
     def train(self, mode: bool = True) -> "Adapt":
         """Give an `adapt` in training mode; this one stays as it is."""

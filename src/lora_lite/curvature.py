@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_lite._tree import AnyTree, Tree, tree_map
 from lora_lite.adapt import Adapt
-from lora_lite.transforms import per_example_grad
+from lora_lite.by_row import LossRows, chunks, per_example_grad, require_size
 
 
 @contextmanager
@@ -71,15 +71,33 @@ def ggn_vp(model_fn: Callable[[Any], Any], loss_fn: Callable[[Any], Tensor]) -> 
     return product
 
 
-def fisher_diag(adapt: Adapt, loss_rows: Callable[[Any, Any], Tensor]) -> Callable[[AnyTree, Any], Tree]:
+def fisher_diag(adapt: Adapt, loss_rows: LossRows, chunk_size: int | None = None) -> Callable[[AnyTree, Any], Tree]:
     """Make `(params, batch) -> mean over rows of the squared gradients`, the diagonal of the empirical Fisher.
 
     Args:
         adapt: the adapted model.
         loss_rows: `(output, batch) -> (rows,)`, a loss for each row, as for `per_example_grad`.
+        chunk_size: how many rows' gradients to hold at once; None for all.
 
     Returns:
         A function of params and batch that gives a tree like `params`.
+
+    Example:
+        >>> import torch, lora_lite as ll
+        >>> adapt = ll.build(torch.nn.Sequential(torch.nn.Linear(8, 4)), ll.LoRAConfig(r=2))
+        >>> fisher = ll.fisher_diag(adapt, lambda output, batch: output.square().sum(-1), chunk_size=2)
+        >>> fisher(adapt.init(seed=0), torch.randn(5, 8))["0"]["B"].shape
+        torch.Size([4, 2])
     """
+    require_size(chunk_size, "fisher_diag")
     grads = per_example_grad(adapt, loss_rows)
-    return lambda params, batch: tree_map(lambda g: g.square().mean(0), grads(params, batch))
+
+    def mean_of_squares(params: AnyTree, batch: Any) -> Tree:
+        total, seen = None, 0
+        for part, rows in chunks(batch, chunk_size):
+            squares = tree_map(lambda g: g.square().sum(0), grads(params, part))
+            total = squares if total is None else tree_map(torch.add, total, squares)
+            seen += rows
+        return tree_map(lambda t: t / seen, total or {})
+
+    return mean_of_squares

@@ -102,6 +102,34 @@ def member_shapes(shapes: Shapes, members: int) -> Shapes:
     return {path: {name: (members, *shape) for name, shape in leaves.items()} for path, leaves in shapes.items()}
 
 
+def is_stacked(params: object, shapes: Shapes) -> bool:
+    """Tell whether a tree looks like a stack: its first leaf has one axis more than a params tree's."""
+    path, leaves = next(iter(shapes.items()))
+    name, shape = next(iter(leaves.items()))
+    found = params.get(path) if isinstance(params, Mapping) else None
+    leaf = found.get(name) if isinstance(found, Mapping) else None
+    return isinstance(leaf, Tensor) and leaf.dim() == len(shape) + 1
+
+
+def strength_axes(c: float | Tensor, members: int | None) -> tuple[int | None, int | None]:
+    """Give the axes that `steer` maps over, of a params tree and of its strength.
+
+    Raises:
+        ValueError: where `c` is neither a scalar nor a strength for each of `members`.
+        TypeError: where `c` is neither a number nor a tensor.
+    """
+    if not isinstance(c, Tensor | int | float):
+        raise TypeError(f"adapt.steer: expected c as a number or a tensor, found {type(c).__name__}. Wrap a list in torch.tensor(...).")
+    shape = tuple(c.shape) if isinstance(c, Tensor) else ()
+    if len(shape) > 1 or (members is not None and shape not in ((), (members,))):
+        wanted = "a vector," if members is None else f"of shape ({members},), a strength for each member,"
+        raise ValueError(
+            f"adapt.steer: expected c as a scalar or {wanted} found shape {shape}. For a strength by row, gather the members of the rows "
+            "first: ll.tree_map(lambda p: p[index], stacked)."
+        )
+    return (None if members is None else 0), (0 if shape else None)
+
+
 def index_of(index: Tensor | Sequence[int] | None, members: int, device: torch.device) -> Tensor | None:
     """Check an index of adapters, a row each, and give it as a tensor.
 
@@ -125,16 +153,3 @@ def index_of(index: Tensor | Sequence[int] | None, members: int, device: torch.d
         found = f"{index.dtype} of shape {tuple(index.shape)}"
         raise TypeError(f"adapt.mixed: expected index as a vector of integers, found {found}. Give each row the number of its adapter.")
     return index.to(device)
-
-
-def rows_of(batch: object) -> int:
-    """Give the number of rows of a batch: the first axis of its first tensor.
-
-    Raises:
-        ValueError: where it holds no tensor.
-    """
-    parts = list(batch.values()) if isinstance(batch, Mapping) else [batch] if isinstance(batch, Tensor) else list(batch)  # type: ignore[call-overload]
-    tensors = [part for part in parts if isinstance(part, Tensor) and part.dim()]
-    if not tensors:
-        raise ValueError("per_example_grad: expected a batch with a tensor whose first axis is its rows, found none.")
-    return int(tensors[0].shape[0])

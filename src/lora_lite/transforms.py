@@ -1,15 +1,11 @@
 """Transforms of functions of a params tree."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-
-from lora_lite._tree import Tree, tree_map
-from lora_lite.adapt import Adapt
-from lora_lite.mixed import rows_of
 
 
 def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[..., tuple[Any, Any]]:
@@ -38,12 +34,17 @@ def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[...
     """
 
     def value_and_grads(params: Any, *args: Any) -> tuple[Any, Any]:
-        if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        if in_transform():
             grads, value = torch.func.grad_and_value(f, has_aux=has_aux)(params, *args)
             return value, grads
         return _plain(f, has_aux, params, args)
 
     return value_and_grads
+
+
+def in_transform() -> bool:
+    """Tell whether a torch.func transform or a compilation is active."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _plain(f: Callable[..., Any], has_aux: bool, params: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -71,42 +72,3 @@ def _plain(f: Callable[..., Any], has_aux: bool, params: Any, args: tuple[Any, .
     if has_aux:
         value = (value, pytree.tree_map_only(Tensor, Tensor.detach, aux))
     return value, pytree.tree_unflatten(list(grads), spec)
-
-
-def per_example_grad(adapt: Adapt, loss_rows: Callable[[Any, Any], Tensor]) -> Callable[[Mapping[str, Mapping[str, Tensor]], Any], Tree]:
-    """Make `(params, batch) -> gradients by row`, in one forward and one backward pass of a mixed batch.
-
-    Args:
-        adapt: the adapted model. Rows must not act on each other: no batch norm in training mode.
-        loss_rows: `(output, batch) -> (rows,)`, a loss for each row.
-
-    Returns:
-        A function of params and batch that gives a tree like `params` with a leading axis of rows.
-
-    Raises:
-        ValueError: where `loss_rows` does not give one loss for each row.
-
-    Example:
-        >>> import torch, lora_lite as ll
-        >>> adapt = ll.build(torch.nn.Sequential(torch.nn.Linear(8, 4)), ll.LoRAConfig(r=2))
-        >>> grads = ll.per_example_grad(adapt, lambda output, batch: output.square().sum(-1))
-        >>> grads(adapt.init(seed=0), torch.randn(5, 8))["0"]["B"].shape
-        torch.Size([5, 4, 2])
-    """
-
-    def grads_by_row(params: Mapping[str, Mapping[str, Tensor]], batch: Any) -> Tree:
-        rows = rows_of(batch)
-
-        def total(stacked: Any) -> Tensor:
-            losses = loss_rows(adapt.mixed(stacked, batch), batch)
-            if losses.shape != (rows,):
-                raise ValueError(
-                    f"per_example_grad: expected loss_rows to return shape ({rows},), found {tuple(losses.shape)}. Give each row its loss."
-                )
-            return losses.sum()
-
-        # Every row its own member: the gradient of the sum to member n is the gradient of row n.
-        members = tree_map(lambda p: p.unsqueeze(0).expand(rows, *p.shape), params)
-        return value_and_grad(total)(members)[1]
-
-    return grads_by_row
