@@ -67,6 +67,8 @@ def ours(cfg: ll.AdapterConfig) -> Callable[..., Subject]:
     def wrap(model: nn.Module, dtype: torch.dtype = torch.float64, **options: Any) -> Subject:
         if cfg.calibrated:
             options["calibration"] = [{"input_ids": tokens(32), "use_cache": False}]
+        if cfg.original:
+            options["original"] = {name: 1.01 * t.to(torch.float32) for name, t in tiny_llama().state_dict().items()}
         if needs_loss(cfg):
             options["loss"] = lambda output, _: output.logits.square().mean()
         adapt = ll.build(model, cfg, **options)

@@ -127,7 +127,8 @@ def build_any(model: nn.Module, cfg: ll.AdapterConfig, batches, **options) -> ll
         cfg = dataclasses.replace(cfg, target_names=f"^{re.escape(path)}$")
     options |= {"calibration": batches} if cfg.calibrated else {}
     if cfg.original:
-        options["original"] = {name: p.detach() + 0.01 * torch.randn_like(p) for name, p in model.named_parameters()}
+        weights = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}  # tied ones under all their names
+        options["original"] = {name: t + 0.01 * torch.randn_like(t) for name, t in weights.items()}
     if needs_loss(cfg):
         options["loss"] = lambda output, batch: tensors_of(output)[0].square().mean()
     return ll.build(model, cfg, **options)
@@ -162,7 +163,7 @@ def in_dtype(params, dtype: torch.dtype):
 def assert_gradients_equal(got, want, dtype: torch.dtype) -> None:
     """Hold the gradients of a run in `dtype` against each other, relative to the largest of the tree, or to 1 in float32."""
     largest = max(float(leaf.abs().max()) for leaf in ll.tree_leaves(want))
-    assert largest > 1e-6, "a gradient that is not there proves nothing"
+    assert largest > 1e-8, "a gradient that is not there proves nothing"
     rounded = any(leaf.dtype == torch.bfloat16 for leaf in ll.tree_leaves(want))  # as the params are
     scale, tolerance = (largest, 1e-9) if dtype == torch.float64 else (max(1.0, largest), 1e-2 if rounded else 1e-6)
     assert_trees_equal(*(ll.tree_map(lambda leaf: leaf / scale, tree) for tree in (got, want)), tolerance)

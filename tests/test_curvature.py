@@ -13,7 +13,7 @@ SMOOTH = {name: cfg for name, cfg in CONFIGS.items() if name != "dora"}
 
 
 def _setup(tiny, cfg):
-    model, batch = tiny("gpt2")
+    model, batch = tiny("opt")
     adapt = build_any(model.double(), cfg, [batch])
     params = ll.tree_map(lambda p: p.double(), move(adapt.init()))
     along = move(ll.tree_map(torch.zeros_like, params), seed=5)

@@ -69,6 +69,7 @@ def test_no_block_escapes():
             "{variants}",
             "{checks}",
             "{cells}",
+            "{costs}",
             "{support} lora_lite",
             "{support} peft",
             *(f"{{variant}} {name}" for name in ll.VARIANTS),
