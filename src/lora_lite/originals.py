@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lora_lite._errors import listed, several
 from lora_lite._tree import join
+from lora_lite.frozen import FrozenConv1D
 from lora_lite.plan import Entries
 
 Originals = Mapping[str, Tensor] | str | os.PathLike[str]
@@ -43,6 +44,8 @@ def read_originals(entries: Entries, original: Originals | None) -> dict[str, Te
         for target, _ in wanting:
             name = join(target.path, "weight")
             weight = weights.get(name)
+            if weight is not None and issubclass(target.kind, FrozenConv1D):
+                weight = weight.t()  # stored (i, o)
             if weight is None or tuple(weight.shape) != (target.o, target.i) or not weight.is_floating_point():
                 what = "none" if weight is None else f"{weight.dtype} of shape {tuple(weight.shape)}"
                 faults.append(f'"{name}": expected a floating weight of shape {(target.o, target.i)}, found {what}')

@@ -1,12 +1,14 @@
 """LoftQ: it starts at the best low-rank approximation of what quantising lost, from weights that only `build` sees."""
 
+import copy
+
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
 import lora_lite as ll
-from cases import assert_trees_equal
+from cases import assert_trees_equal, tiny_models
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install lora-lite[bitsandbytes]")
 from quantised_models import twins
@@ -84,3 +86,15 @@ def test_what_is_missing_is_said(tmp_path):
         ll.build(packed, ll.LoftQConfig(r=4), original=dense.state_dict())
     with pytest.raises(ValueError, match=r"LoftQConfig\.r: expected at most min\(i, o\) = 64"):
         ll.build(packed, ll.LoftQConfig(r=65), original=state)
+
+
+def test_originals_of_a_conv1d_model_are_read_as_it_stores_them():
+    model, batch = tiny_models["gpt2"]()
+    model.eval()
+    rounded = copy.deepcopy(model)
+    for layer in rounded.transformer.h:
+        layer.mlp.c_fc.weight.data = layer.mlp.c_fc.weight.data.mul(8).round().div(8)
+    adapt = ll.build(rounded, ll.LoftQConfig(r=32, target_names=r"c_fc$"), original=model.state_dict())
+    # At full rank it starts at the model before rounding.
+    torch.testing.assert_close(adapt(adapt.init(seed=0), batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(rounded(**batch).logits, model(**batch).logits)
