@@ -52,6 +52,11 @@ def settings(steps: int) -> dict[str, tuple[ll.AdapterConfig, float]]:
         "eva": (ll.EVAConfig(r=8, alpha=16), 5e-3),
         "corda": (ll.CorDAConfig(r=8, alpha=8), 5e-3),
         "asvd": (ll.ASVDConfig(r=8, alpha=8), 5e-3),
+        "lora_ga": (ll.LoRAGAConfig(r=8, alpha=8), 5e-3),
+        "loftq": (ll.LoftQConfig(r=8, alpha=8), 5e-3),
+        "loreft": (ll.LoReFTConfig(r=8, positions="f8+l8"), 1e-2),
+        "ln_tuning": (ll.LNTuningConfig(), 2e-2),
+        "full": (ll.FullConfig(target_names=r"layers\.\d+\.mlp$"), 1e-3),
     }
 
 
@@ -68,9 +73,10 @@ class Outcome:
     init: float
 
 
-def load_base() -> Any:
-    """Load the shipped base model, frozen, in evaluation mode."""
-    return transformers.LlamaForCausalLM.from_pretrained(BASE, local_files_only=True).requires_grad_(False).eval()
+def load_base(quantised: bool = False) -> Any:
+    """Load the shipped base model, frozen, in evaluation mode; or its linear layers in 4 bits."""
+    bits = {"quantization_config": transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")} if quantised else {}
+    return transformers.LlamaForCausalLM.from_pretrained(BASE, local_files_only=True, **bits).requires_grad_(False).eval()
 
 
 def frozen_step(model: Any, rows: dict[str, Any]) -> None:
@@ -114,7 +120,7 @@ def verify(adapt: ll.Adapt, params: Any, rows: dict[str, Any], merge: bool) -> N
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter.safetensors"
         ll.save(adapt, params, path)
-        again, read = ll.load(load_base(), path)
+        again, read = ll.load(load_base(adapt.configs[0].original), path)
     want = adapt(params, rows).logits
     if not torch.equal(again(read, rows).logits, want):
         raise SystemExit("demo: expected the reloaded adapter to give the same logits, found others.")
@@ -129,10 +135,15 @@ def verify(adapt: ll.Adapt, params: Any, rows: dict[str, Any], merge: bool) -> N
 def run(name: str, model: Any, data: list[Row], test: list[Row], steps: int, size: int, before: float) -> Outcome:
     """Adapt the model with one variant."""
     cfg, rate = settings(steps)[name]
+    original = None
+    if cfg.original:  # what starts from the weights before quantisation needs a quantised base
+        model, original = load_base(quantised=True), model.state_dict()
     start = time.perf_counter()
-    adapt = ll.build(model, cfg, calibration=list(batches(data, size, 8, seed=1)) if cfg.calibrated else None)
+    adapt = ll.build(model, cfg, calibration=list(batches(data, size, 8, seed=1)) if cfg.calibrated else None, original=original)
     params = adapt.init(seed=0)
     seconds = time.perf_counter() - start
+    if cfg.original:
+        before, _ = exact_match(adapt.base, test)  # bitsandbytes may round a model's own scales at its first evaluation
     if cfg.identity == 0.0 and not torch.equal(adapt(params, batch(test[:2])).logits, model(**batch(test[:2])).logits):
         raise SystemExit(f"demo: expected {name} to start at the base model exactly, found another output.")
     params, ratio = train(adapt, params, data, steps, size, rate, lambda rows: frozen_step(model, rows))

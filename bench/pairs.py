@@ -19,6 +19,9 @@ import lora_lite as ll
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # what our configs take by default
 
+MEASURED = [name for name, variant in ll.VARIANTS.items() if not variant.original]
+"""The variants that are measured: all but what starts from a weight before it was quantised, for these bases are dense. It runs as LoRA."""
+
 OPTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
     "adalora": lambda r: {"init_r": r * 3 // 2, "target_r": r, "alpha": float(r), "total_step": 1000},
     "antipasto": lambda r: {"r": 4 * r},
@@ -90,11 +93,8 @@ def config_of(name: str, r: int) -> ll.AdapterConfig:
 
 
 def pairs(r: int) -> dict[str, Pair]:
-    """Pair each variant with PEFT's config of the same method on the same layers.
-
-    Left out is what starts from a weight before it was quantised: these bases are dense, and it runs as LoRA.
-    """
-    configs = [config_of(name, r) for name, variant in ll.VARIANTS.items() if not variant.original]
+    """Pair each variant with PEFT's config of the same method on the same layers."""
+    configs = [config_of(name, r) for name in MEASURED]
     return {cfg.name: Pair(cfg, theirs(cfg)) for cfg in configs}
 
 

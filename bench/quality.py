@@ -29,7 +29,7 @@ from arithmetic import Row, batch, batches, problems
 from common import machine, write
 from demo import load_base, settings
 from learning import evaluate, train_full, train_ours, train_peft
-from pairs import build, config_of, theirs
+from pairs import MEASURED, build, config_of, theirs
 
 KINDS = ("more", "fewer")  # two of the demo's eight kinds of problem, short ones: training on them takes a tenth of the time
 RATES = {"full": 1e-3, "ln_tuning": 2e-2}  # of variants that the demo does not know, where they are not LoRA's
@@ -122,7 +122,7 @@ def main() -> None:
     """Train, print and write the results file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few steps of each variant: shows that all train, measures nothing")
-    parser.add_argument("--variants", nargs="+", choices=list(ll.VARIANTS), default=list(ll.VARIANTS), metavar="NAME")
+    parser.add_argument("--variants", nargs="+", choices=MEASURED, default=MEASURED, metavar="NAME")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--rows", type=int, default=10, help="rows of a step, each member")
     parser.add_argument("--members", type=int, default=3, help="seeds, trained at once")

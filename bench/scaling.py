@@ -19,7 +19,7 @@ from tqdm import tqdm
 import lora_lite as ll
 from common import batch_of, device, llama, machine, moved, write
 from contenders import frozen_step
-from pairs import build, pairs
+from pairs import MEASURED, build, pairs
 from timing import interleaved, ratio
 
 TELLING = ("lora", "dora", "hra", "oft")
@@ -78,7 +78,7 @@ def main() -> None:
     """Run the measurements and write the results file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few points and repetitions")
-    parser.add_argument("--variants", nargs="+", choices=list(ll.VARIANTS), default=list(TELLING), metavar="NAME")
+    parser.add_argument("--variants", nargs="+", choices=MEASURED, default=list(TELLING), metavar="NAME")
     parser.add_argument("--repeats", type=int, default=10)
     o = parser.parse_args()
     warnings.filterwarnings("ignore", module="(transformers|peft|torch)")

@@ -25,7 +25,7 @@ from common import batch_of, device, llama, machine, moved, write
 from compiled import compiled
 from contenders import Contender, contender, forwards, steps
 from functions import functions
-from pairs import Pair, build, pairs, peft_model, wrapped
+from pairs import MEASURED, Pair, build, pairs, peft_model, wrapped
 from populations import populations
 from timing import Times, interleaved, ratio, ratios, spread
 
@@ -106,8 +106,8 @@ def main() -> None:
     """Run the measurements, print the ratios and write the results file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few repetitions of small sizes")
-    parser.add_argument("--variants", nargs="+", choices=list(ll.VARIANTS), default=list(ll.VARIANTS), metavar="NAME")
-    parser.add_argument("--compiled", nargs="*", choices=list(ll.VARIANTS), default=None, metavar="NAME", help="which to compile")
+    parser.add_argument("--variants", nargs="+", choices=MEASURED, default=MEASURED, metavar="NAME")
+    parser.add_argument("--compiled", nargs="*", choices=MEASURED, default=None, metavar="NAME", help="which to compile")
     parser.add_argument("--repeats", type=int, help="rounds of each measurement")
     for size, meaning in {"width": "features", "layers": "blocks", "rows": "of a batch", "tokens": "of a row", "rank": "of LoRA"}.items():
         parser.add_argument(f"--{size}", type=int, help=meaning)

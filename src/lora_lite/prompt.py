@@ -94,7 +94,7 @@ def _before_labels(kept: Tensor | None, labels: Any) -> Tensor | None:
 
 def _nothing(given: Mapping[str, Any], names: tuple[str, ...]) -> Tensor | None:
     """Give no position at all where the call continues a cached prefix, else None."""
-    cache: Any = given.get("past_key_values")
+    cache: Any = given.get("past_key_values", given.get("cache"))  # the newer name of transformers 5.24
     if not hasattr(cache, "get_seq_length") or not cache.get_seq_length() > 0:
         return None
     tokens = next((given[name] for name in names if isinstance(given.get(name), Tensor)), None)
