@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from cases import assert_trees_equal, tiny_models
+from cases import assert_trees_equal, move, tiny_models
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install lora-lite[bitsandbytes]")
 from quantised_models import twins
@@ -98,3 +98,14 @@ def test_originals_of_a_conv1d_model_are_read_as_it_stores_them():
     # At full rank it starts at the model before rounding.
     torch.testing.assert_close(adapt(adapt.init(seed=0), batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(rounded(**batch).logits, model(**batch).logits)
+
+
+def test_is_written_as_lora_for_the_quantised_base(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4)).eval()
+    original = {name: t + 0.1 * torch.randn_like(t) for name, t in model.state_dict().items()}
+    adapt, x = ll.build(model, ll.LoftQConfig(r=2, alpha=5.0), original=original), torch.randn(3, 8)
+    params = move(adapt.init(seed=0))
+    ll.to_peft(adapt, params, tmp_path / "a")
+    read, same = ll.from_peft(model, tmp_path / "a")
+    assert {cfg.name for cfg in read.configs} == {"lora"}
+    torch.testing.assert_close(read(same, x) - model(x), adapt(params, x) - model(x))

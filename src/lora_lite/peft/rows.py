@@ -23,6 +23,7 @@ from lora_lite.variants.eva import EVAConfig
 from lora_lite.variants.hra import HRAConfig
 from lora_lite.variants.ia3 import IA3Config
 from lora_lite.variants.ia3_ff import IA3FFConfig
+from lora_lite.variants.loftq import LoftQConfig
 from lora_lite.variants.lora import LoRAConfig
 from lora_lite.variants.lora_ga import LoRAGAConfig
 from lora_lite.variants.oft import OFTConfig
@@ -116,7 +117,7 @@ def _as_lora(cfg: PiSSAConfig, leaves: Leaves, constants: Constants) -> tuple[Lo
     return doubled, {"A": torch.cat([leaves["dA"], A0]), "B": torch.cat([B0 + leaves["dB"], leaves["dB"]], dim=1)}
 
 
-def _plain_lora(cfg: EVAConfig, leaves: Leaves, constants: Constants) -> tuple[LoRAConfig, Leaves]:
+def _plain_lora(cfg: EVAConfig | LoftQConfig, leaves: Leaves, constants: Constants) -> tuple[LoRAConfig, Leaves]:
     return LoRAConfig(r=cfg.r, alpha=cfg.alpha, dtype=cfg.dtype), leaves
 
 
@@ -197,6 +198,7 @@ ROWS: dict[str, Row] = {
     "eva": Row(EVAConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_plain_lora, conv1d=True),
     "corda": Row(CorDAConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_as_lora, conv1d=True),
     "asvd": Row(ASVDConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_as_lora, conv1d=True),
+    "loftq": Row(LoftQConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_plain_lora, conv1d=True),
     "lora_ga": Row(LoRAGAConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_as_lora, conv1d=True),
     "ia3_ff": Row(
         IA3FFConfig,

@@ -23,35 +23,29 @@ there is to do, as in PEFT's `replace_lora_weights_loftq`. The singular values a
 `alpha`. Where quantising lost nothing `A` and `B` would start at zero and learn nothing; that is refused.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite._check import checked
-from lora_lite.config import AdapterConfig, expect, expect_int, expect_number
 from lora_lite.frozen import Constants, Frozen
-from lora_lite.variants._linalg import add_low_rank, truncated_svd
-
-
-class LoftQParams(TypedDict):
-    A: Float[Tensor, "r i"]
-    B: Float[Tensor, "o r"]
+from lora_lite.variants._linalg import truncated_svd
+from lora_lite.variants.lora import LoRAParams, lora
+from lora_lite.variants.pissa import PiSSAConfig
 
 
 @checked
-def loftq(params: LoftQParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float) -> Float[Tensor, "*b o"]:
-    """Give `W_q x + b + scale B A x`; the module's docstring has the formula and the shapes."""
-    return add_low_rank(W(x), F.linear(x, params["A"]), params["B"], scale)
+def loftq(params: LoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float) -> Float[Tensor, "*b o"]:
+    """Give `W_q x + b + scale B A x`, LoRA's own function; the module's docstring has the start."""
+    return lora(params, W, x, scale=scale)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoftQConfig(AdapterConfig):
+class LoftQConfig(PiSSAConfig):
     """Config of LoftQ.
 
     Args:
@@ -60,36 +54,16 @@ class LoftQConfig(AdapterConfig):
     """
 
     name: ClassVar[str] = "loftq"
-    needs: ClassVar[str] = "dense_init"
     original: ClassVar[bool] = True
     identity: ClassVar[float | None] = None
-    trained: ClassVar[str | None] = "r * (i + o)"
     macs: ClassVar[str | None] = "r * (i + o)"
 
-    r: int = 8
-    alpha: float = 16.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect_int(self, "r", 1, "Set r to the rank of the update, e.g. r=8.")
-        expect_number(self, "alpha", 0.0, math.inf, "The update is scaled by alpha / r, e.g. alpha=16.")
-        expect(self, "alpha", self.alpha > 0, "a number > 0", "The singular values are divided by alpha / r.")
-
-    @property
-    def scale(self) -> float:
-        """The factor of the update, `alpha / r`."""
-        return self.alpha / self.r
-
-    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[LoftQParams, Constants]:
-        if self.r > min(W.in_features, W.out_features):
-            raise ValueError(
-                f"LoftQConfig.r: expected at most min(i, o) = {min(W.in_features, W.out_features)} for a layer of shape "
-                f"({W.out_features}, {W.in_features}), found {self.r}. Lower r or leave the layer out."
-            )
-        start = dict(W.constants) or self._start(W, stats)
+    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[LoRAParams, Constants]:
+        _, start = super().init(W, generator, stats)
         return {"A": start["A0"].clone(), "B": start["B0"].clone()}, start
 
-    def _start(self, W: Frozen, original: Any) -> Constants:
+    def start(self, W: Frozen, original: Any, generator: torch.Generator) -> Constants:
+        """Derive `A0` and `B0` from what quantising took away."""
         if original is None:
             raise ValueError(
                 "LoftQConfig: expected the weight from before quantisation, found none. Use build(model, cfg, original=state_dict_of_it)."
