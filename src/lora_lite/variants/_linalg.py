@@ -55,6 +55,23 @@ def leading_eigenpairs(C: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values.flip(0)[:k], vectors.flip(1)[:, :k]
 
 
+def leading_singular_triplets(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Give the top `k` singular triplets as `truncated_svd` does, by way of the smaller Gram matrix in float64.
+
+    For a start whose subspace is all that matters: values below 1e-5 of the largest would have no digits left, and there the SVD is taken.
+    """
+    wide = matrix.to("cpu" if matrix.device.type == "mps" else matrix.device, torch.float64)
+    tall = wide if len(wide) > wide.shape[1] else wide.t()
+    squares, V = leading_eigenpairs(tall.t() @ tall, k)
+    if not squares[-1] > 1e-10 * squares[0]:
+        return truncated_svd(matrix, k)
+    S = squares.sqrt()
+    U = tall @ V / S
+    left, right = (U, V) if tall is wide else (V, U)
+    signs = right.gather(0, right.abs().argmax(0, keepdim=True)).sign()  # (1, k)
+    return (left * signs).to(matrix), S.to(matrix), (right * signs).t().contiguous().to(matrix)
+
+
 def _krylov(C: Tensor, k: int, block: int, blocks: int) -> tuple[Tensor, Tensor, float]:
     start = torch.randn(len(C), block, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     basis = torch.linalg.qr(C @ start.to(C)).Q

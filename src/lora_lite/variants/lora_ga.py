@@ -42,7 +42,7 @@ from lora_lite._errors import listed
 from lora_lite.config import expect, expect_number
 from lora_lite.frozen import Constants, Frozen
 from lora_lite.statistics import Gradient
-from lora_lite.variants._linalg import truncated_svd
+from lora_lite.variants._linalg import leading_singular_triplets
 from lora_lite.variants.corda import require_start
 from lora_lite.variants.pissa import PiSSAConfig, PiSSAParams, pissa
 
@@ -106,7 +106,7 @@ class LoRAGAConfig(PiSSAConfig):
                 f"LoRAGAConfig.r: expected at most half of min(i, o) = {min(gradient.shape)} for a layer of shape "
                 f"{tuple(gradient.shape)}, since A and B take {2 * self.r} singular pairs, found {self.r}. Lower r or leave the layer out."
             )
-        U, S, Vh = truncated_svd(gradient, 2 * self.r)
+        U, S, Vh = leading_singular_triplets(gradient, 2 * self.r)
         official = self.recipe == "official"
         for_A, for_B = (index.to(U.device) for index in components(self.r, self.direction, official, generator))
         a, b = self._sizes(W, S[for_B])
