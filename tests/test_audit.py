@@ -22,11 +22,15 @@ class Attention(nn.Module):
         return self.attn(x, x, x)[0]
 
 
-def test_output_projection_of_multihead_attention_is_refused_by_name(device):
-    with pytest.raises(ValueError, match=r'expected targets that the model calls, found "attn.out_proj".*exclude_names'):
-        ll.build(Attention().to(device), ll.LoRAConfig(r=2))
-    adapt = ll.build(Attention().to(device), ll.LoRAConfig(r=2, exclude_names=("out_proj",)))
-    assert list(adapt.init()) == ["lin"]
+def test_output_projection_of_multihead_attention_is_adapted_or_refused_by_name(device):
+    model, x = Attention().to(device), torch.randn(2, 3, 16, device=device)
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    assert list(adapt.init()) == ["lin", "attn.out_proj"]
+    one = ll.build(model, ll.LoRAConfig(r=2, target_names="out_proj"))
+    assert not torch.allclose(one(move(one.init()), x), model(x))
+    with pytest.raises(ValueError, match=r'expected a variant that reads of the input of "attn.out_proj" only "projection".*exclude_names'):
+        ll.build(model, ll.IA3Config())
+    assert list(ll.build(model, ll.IA3Config(exclude_names=("out_proj",))).init()) == ["lin"]
 
 
 @pytest.mark.parametrize(

@@ -53,16 +53,18 @@ def checked(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(fn)
     def door(params: Any, W: Frozen | Tensor, x: Tensor, **statics: Any) -> Tensor:
         if not (_enabled and not torch.compiler.is_compiling()):
-            return fn(in_dtype(params, x.dtype), as_frozen(W), x, **statics)
+            W = as_frozen(W)
+            return fn(in_dtype(params, W.rows(x).dtype), W, x, **statics)
         with jaxtyped("context"):  # one set of axis sizes for all the tests below
             faults: list[str] = []
             W = _frozen_or_fault(W, faults)  # the layer first: what is given binds the axes, and the params are held to it
-            faults += _fault("x", x, hints["x"])
+            rows = W.rows(x) if isinstance(W, Frozen) and isinstance(x, Tensor) else x
+            faults += _fault("x", rows, hints["x"])
             faults += _field_faults(params, fields)
             faults += [f for name, value in statics.items() for f in _fault(name, value, hints.get(name, Any))]
             given = {**params, "W": W, "x": x} if isinstance(params, Mapping) else {"W": W, "x": x}
             _raise(fn, faults, given)
-            y = fn(in_dtype(params, x.dtype), W, x, **statics)
+            y = fn(in_dtype(params, rows.dtype), W, x, **statics)
             _raise(fn, _fault("the result", y, hints["return"]), given)
             return y
 

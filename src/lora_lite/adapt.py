@@ -15,10 +15,12 @@ from lora_lite.bind import Shapes, adapt_layer, bare, fits, layer_at, placed, re
 from lora_lite.clone import clone_module
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import Constants
+from lora_lite.held import exposed
 from lora_lite.merge import merge, merge_error
 from lora_lite.mixed import INDEX, index_of, is_stacked, make_mixed, member_shapes, stacked_size, strength_axes
 from lora_lite.modules import FrozenBlock
-from lora_lite.plan import Plan, generator_for
+from lora_lite.named import reader_of
+from lora_lite.plan import Plan, generator_for, start
 from lora_lite.prompt import note_prompts
 from lora_lite.remat import install
 from lora_lite.replica import Replicas
@@ -317,7 +319,7 @@ class Adapt:
 
     def _init_target(self, target: Target, cfg: AdapterConfig, seed: int) -> dict[str, Tensor]:
         W = layer_at(self._clone, target.path)._lora_lite.W
-        params, _ = cfg.init(W, generator_for(seed, target.path))
+        params, _ = start(cfg, W, generator_for(seed, target.path))
         return {name: p.to(W.device, cfg.dtype, copy=True) for name, p in params.items()}
 
 
@@ -325,7 +327,7 @@ def _bound_clone(plan: Plan) -> nn.Module:
     clone = clone_module(plan.base)
     for target, cfg in plan.entries:
         path = target.path
-        adapt_layer(clone.get_submodule(path), target, cfg, plan.shapes[path], plan.constants_at(path, cfg))
+        adapt_layer(exposed(clone, path, reader_of(target.kind)), target, cfg, plan.shapes[path], plan.constants_at(path, cfg))
     install(clone, plan.remat)
     note_prompts(clone, [target.path for target, _ in plan.entries if issubclass(target.kind, FrozenBlock)])
     return clone

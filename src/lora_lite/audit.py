@@ -64,17 +64,3 @@ class Audit:
         parts = path.split(".") if path else []
         around = [self._clone.get_submodule(".".join(parts[:k])) for k in range(len(parts))]
         return ".".join("*" if isinstance(m, _CONTAINERS) or part.isdigit() else part for m, part in zip(around, parts))
-
-
-def refuse_uncalled(model: nn.Module, paths: list[str]) -> None:
-    """Refuse the targets known never to be called: the output projection of `nn.MultiheadAttention`.
-
-    Raises:
-        ValueError: it names the targets.
-    """
-    uncalled = [p for p in paths if isinstance(model.get_submodule(p.rpartition(".")[0]), nn.MultiheadAttention)]
-    if uncalled:
-        raise ValueError(
-            f"build: expected targets that the model calls, found {listed(uncalled)} inside nn.MultiheadAttention, which reads "
-            'their weights without calling them. Leave them out with exclude_names=(r"out_proj$", ...).'
-        )

@@ -21,8 +21,14 @@ Shapes = dict[str, dict[str, tuple[int, ...]]]
 
 
 def apply_variant(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
-    """Run a variant on one layer: params take part in the dtype of `x`."""
-    return cfg.forward(in_dtype(params, x.dtype), W, x)
+    """Run a variant on one layer, or on each of the linear maps that it is made of."""
+    return W.over_parts(functools.partial(apply_part, cfg), params, x)
+
+
+def apply_part(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+    """Run a variant on one linear map: params take part in the dtype of `x`, or of the weight where `x` has none."""
+    W, x = W.entered(x, cfg.reads)
+    return cfg.forward(in_dtype(params, W.rows(x).dtype), W, x)
 
 
 class Binding(NamedTuple):

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from lora_lite._errors import listed
 from lora_lite.adapt import Adapt
-from lora_lite.audit import refuse_uncalled
 from lora_lite.calibrate import gather, require_data
 from lora_lite.clone import clone_module
 from lora_lite.config import AdapterConfig, as_config
 from lora_lite.dispatched import refuse_offloaded
-from lora_lite.frozen import NEEDS, FrozenLinear
+from lora_lite.frozen import NEEDS, READS, FrozenLinear
+from lora_lite.held import layer_of
 from lora_lite.kinds import kind_of, own_forward
 from lora_lite.modules import refuse_nested
 from lora_lite.originals import Originals, read_originals
@@ -107,18 +107,18 @@ def allocated(entries: Entries, stats: Mapping[str, Any]) -> Entries:
 
 
 def check_entries(model: nn.Module, entries: Entries) -> None:
-    """Refuse what cannot be adapted: layers offloaded, never called, with their own forward, or of a kind that lacks what is needed."""
+    """Refuse what cannot be adapted: layers offloaded, with their own forward, or of a kind that lacks what is needed."""
     refuse_offloaded(model)
-    refuse_uncalled(model, [target.path for target, _ in entries])
-    strange = [t.path for t, cfg in entries if cfg.adapts == "linear" and own_forward(model.get_submodule(t.path), t.kind)]
+    strange = [t.path for t, cfg in entries if cfg.adapts == "linear" and own_forward(layer_of(model, t.path), t.kind)]
     if strange:
-        cls = type(model.get_submodule(strange[0])).__name__
+        cls = type(layer_of(model, strange[0])).__name__
         raise ValueError(
             f"build: expected layers that compute W x + b, found a forward of its own at {listed(p or 'the model' for p in strange)} "
             f"({cls}). Leave them out with exclude_names, or take a hook library's patch off first."
         )
     _refuse_packed(model, entries)
     for target, cfg in entries:
+        check_reads(target, cfg)
         if cfg.needs not in NEEDS:
             raise ValueError(
                 f'{type(cfg).__name__}.needs: expected one of {listed(NEEDS)}, found "{cfg.needs}". Change the class variable.'
@@ -142,3 +142,22 @@ def _refuse_packed(model: nn.Module, entries: Entries) -> None:
                 f'build: expected modules with floating weights for {type(cfg).__name__} at "{target.path}", found quantised ones at '
                 f"{listed(packed)}, which cannot be trained. Leave them out, or adapt them by a variant of linear layers, e.g. LoRAConfig."
             )
+
+
+def check_reads(target: Target, cfg: AdapterConfig) -> None:
+    """Refuse a variant that uses its input in a way that the target's kind does not allow.
+
+    Raises:
+        ValueError: it names the target, the reason and the way out.
+    """
+    kind, name = target.kind, type(cfg).__name__
+    if cfg.reads not in READS:
+        raise ValueError(f'{name}.reads: expected one of {listed(READS)}, found "{cfg.reads}". Change the class variable.')
+    found = f'{name} reads "{cfg.reads}"' if cfg.reads not in kind.reads else None
+    found = f"{name} is calibrated on rows" if cfg.calibrated and not kind.observed else found
+    found = f"{name} drops inputs" if getattr(cfg, "dropout", 0.0) and not kind.has_input else found
+    if found:
+        raise ValueError(
+            f'build: expected a variant that reads of the input of "{target.path}" only {listed(kind.reads)}, found that {found}. '
+            f"{kind.why} Leave it out with exclude_names, or adapt it by a config of its own, e.g. LoRAConfig without dropout."
+        )

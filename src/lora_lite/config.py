@@ -35,6 +35,7 @@ class AdapterConfig:
 
     - `adapts`: what it adapts, one of `lora_lite.modules.ADAPTS`: linear layers, norms, whole modules or the outputs of blocks.
     - `needs`: what it asks of the weight, one of `lora_lite.frozen.NEEDS`.
+    - `reads`: how its function uses `x`, one of `lora_lite.frozen.READS`. What reads less can adapt more: embeddings have no rows.
     - `calibrated`: whether `init` needs statistics of the inputs. Which ones a class variable `statistic` may say, by default
       `lora_lite.Statistics`; with `label_mask` positions whose label is -100 are left out. `lora_lite.Gradient` is that of the weight's
       gradient, for which `build` needs a loss.
@@ -48,6 +49,7 @@ class AdapterConfig:
     name: ClassVar[str]
     adapts: ClassVar[str] = "linear"
     needs: ClassVar[str] = "nothing"
+    reads: ClassVar[str] = "rows"
     calibrated: ClassVar[bool] = False
     original: ClassVar[bool] = False
     identity: ClassVar[float | None] = 0.0

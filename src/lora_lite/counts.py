@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lite.bind import apply_variant
 from lora_lite.config import AdapterConfig
+from lora_lite.embedding import FrozenEmbedding
 from lora_lite.frozen import Frozen
 
 aten = torch.ops.aten
@@ -49,12 +50,15 @@ def macs_per_token(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen) 
     meta = {name: torch.empty(p.shape, device="meta") for name, p in params.items()}
     constants = {name: torch.empty(c.shape, dtype=c.dtype, device="meta") for name, c in W.constants.items()}
     bias = None if W.bias is None else torch.empty(W.out_features, device="meta")
-    layer = Frozen(torch.empty(W.out_features, W.in_features, device="meta"), bias, constants)
+    layer: Frozen = Frozen(torch.empty(W.out_features, W.in_features, device="meta"), bias, constants)
+    if isinstance(W, FrozenEmbedding):  # a lookup multiplies nothing
+        layer = W.to("meta")
 
     def count(tokens: int) -> int:
+        x = torch.empty(tokens, W.in_features, device="meta")
         with _Counter() as counter, torch.no_grad():
-            apply_variant(cfg, meta, layer, torch.empty(tokens, W.in_features, device="meta"))
+            apply_variant(cfg, meta, layer, x[:, 0].long() if W.one_hot else x)
         return counter.macs
 
     # From 3 tokens to 5: one token alone would turn products with a vector into other operations.
-    return (count(5) - count(3)) // 2 - W.in_features * W.out_features
+    return (count(5) - count(3)) // 2 - (0 if W.one_hot else W.in_features * W.out_features)

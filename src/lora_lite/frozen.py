@@ -2,10 +2,10 @@
 
 A variant sees a layer only through this class: `W(x)` is the layer's own output, `W.matmul(x)` leaves the bias out,
 `W.dense(dtype)` is the weight as an `(o, i)` matrix, `W.constants` holds what the variant derived from it at build.
-A kind says in `offers` which of the variants' `needs` it can meet.
+A kind says in `offers` which of the variants' `needs` it can meet, and in `reads` which uses of the input it allows.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 NEEDS = ("nothing", "product", "norms", "dense_init", "dense")
 """What a variant may ask of a weight: nothing but `W(x)`; `W.matmul`; its row or column norms once; its dense form once; its
 dense form in every forward."""
+
+READS = ("output", "projection", "rows")
+"""How a variant may use a layer's input `x`: only as `W(x)`; also as `W.project(x, A)`, added to `W(x)` by a linear map; in any way."""
 
 Constants = dict[str, Tensor]
 Run = Callable[[Any, Tensor], Tensor]
@@ -35,6 +38,15 @@ class Frozen:
     """
 
     offers: ClassVar[tuple[str, ...]] = NEEDS
+    reads: ClassVar[tuple[str, ...]] = READS
+    one_hot: ClassVar[bool] = False
+    """Whether an input picks one column of the weight, as a token does."""
+    observed: ClassVar[bool] = True
+    """Whether calibration can see its input as rows."""
+    why: ClassVar[str] = ""
+    """Why it refuses what it refuses, in a sentence."""
+    has_input: ClassVar[bool] = True
+    """Whether the layer is called with an input of the batch's rows; else its weight is read by the module around it."""
 
     def __init__(
         self,
@@ -92,6 +104,36 @@ class Frozen:
     def matmul(self, x: Tensor) -> Tensor:
         """`W x` without the bias: `(*b, i) -> (*b, o)`."""
         return F.linear(x, self.weight)
+
+    def project(self, x: Tensor, A: Tensor, dropout: float = 0.0) -> Tensor:
+        """`A drop(x)` for an `(r, i)` matrix: `(*b, i) -> (*b, r)`, with dropout in training mode."""
+        return F.linear(F.dropout(x, dropout, self.training) if dropout else x, A)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Give the input as a tensor of the shape `(*b, i)` and dtype that a variant may take it for; on meta where it is none itself."""
+        return x
+
+    def entered(self, x: Tensor, reads: str) -> "tuple[Frozen, Tensor]":
+        """Give the layer and its input in the form that a variant of these `reads` takes."""
+        return self, x
+
+    @property
+    def stacked(self) -> bool:
+        """Whether params and constants have a first axis of `parts`."""
+        return False
+
+    @property
+    def parts(self) -> "Sequence[Frozen]":
+        """The linear maps that the layer is made of: itself, or one for each expert."""
+        return (self,)
+
+    def split(self, params: Mapping[str, Tensor]) -> Sequence[Mapping[str, Tensor]]:
+        """Give the params of each part."""
+        return (params,)
+
+    def over_parts(self, f: Callable[..., Tensor], params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """Apply `f(params, W, x)` to each part with its share of the input."""
+        return f(params, self, x)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as a plain `(o, i)` matrix in `dtype`, or in its own; detached."""

@@ -18,8 +18,10 @@ from lora_lite.build import check_entries
 from lora_lite.clone import clone_module
 from lora_lite.config import AdapterConfig, from_json, to_json
 from lora_lite.frozen import FrozenLinear
+from lora_lite.held import layer_of
 from lora_lite.kinds import as_kinds
-from lora_lite.modules import WORDS, kind_at
+from lora_lite.modules import WORDS
+from lora_lite.named import kind_here
 from lora_lite.plan import Entries, Plan
 from lora_lite.targets import Target, shared_with, sharing
 from lora_lite.variants import VARIANTS
@@ -183,15 +185,15 @@ def _configs(stored: list[dict[str, Any]], known: Mapping[str, type[AdapterConfi
 def _entries(
     model: nn.Module, targets: Mapping[str, Stored], configs: list[AdapterConfig], kinds: Sequence[type[FrozenLinear]]
 ) -> tuple[Entries, list[str]]:
-    layers, shared = dict(model.named_modules()), sharing(model)
+    modules, shared = dict(model.named_modules()), sharing(model)
     entries, faults = [], []
     for path, stored in targets.items():
-        kind = kind_at(layers[path], configs[stored.config].adapts, kinds) if path in layers else None
+        kind = kind_here(model, path, configs[stored.config].adapts, kinds)
         if kind is None:
-            found = type(layers[path]).__name__ if path in layers else f"nothing; closest: {nearest(path, layers)}"
+            found = type(modules[path]).__name__ if path in modules else f"nothing; closest: {nearest(path, modules)}"
             faults.append(f'"{path}": expected a {WORDS[configs[stored.config].adapts]}, found {found}')
             continue
-        W = kind(layers[path])
+        W = kind(layer_of(model, path))
         if (W.in_features, W.out_features) != (stored.i, stored.o):
             faults.append(f'"{path}": expected a layer of shape {(stored.o, stored.i)}, found {(W.out_features, W.in_features)}')
         target = Target(path, kind, W.in_features, W.out_features, stored.role, shared_with(path, kind, shared))
@@ -211,7 +213,7 @@ def _bind(
     constants: Tree = {}
     for (path, stored), (target, _) in zip(targets.items(), entries):
         # Copied: a mapped file is not aligned, and sums over it would round otherwise than over what was saved.
-        device = target.kind(base.get_submodule(path)).device
+        device = target.kind(layer_of(base, path)).device
         params[path] = {name: tensors[join(path, name)].to(device, copy=True) for name in stored.params}
         constants[path] = {name: tensors[CONSTANT + join(path, name)].to(device, copy=True) for name in stored.constants}
     common = {v: {name: tensors[CONSTANT + join(v, name)].to(device, copy=True) for name in names} for v, names in shared.items()}

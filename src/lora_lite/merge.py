@@ -10,7 +10,9 @@ from lora_lite._errors import several
 from lora_lite._tree import join
 from lora_lite.bind import apply_variant, layer_at
 from lora_lite.config import AdapterConfig
+from lora_lite.embedding import FrozenEmbedding
 from lora_lite.frozen import Frozen
+from lora_lite.held import Held
 from lora_lite.modules import FrozenModule
 from lora_lite.plan import Entries
 from lora_lite.quantised import FrozenQuantised
@@ -29,6 +31,27 @@ def merged_layer(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen) ->
     eye = torch.eye(W.in_features, dtype=dtype, device=weight.device)
     offset = apply_variant(cfg, params, layer, torch.zeros_like(eye[0]))
     return (apply_variant(cfg, params, layer, eye) - offset).t(), offset
+
+
+def merged_table(cfg: AdapterConfig, params: Mapping[str, Tensor], W: FrozenEmbedding) -> tuple[Tensor, Tensor]:
+    """Give the adapted lookup of every token as a weight `(o, vocab)`, in at least float32, and a bias of zeros.
+
+    One-hot inputs sum to one, so what a variant adds to every output is part of the table.
+    """
+    exact = W.to(torch.promote_types(W.dtype, torch.float32))
+    table = apply_variant(cfg, params, exact, torch.arange(W.in_features, device=W.device))
+    return table.t(), table.new_zeros(W.out_features)
+
+
+def merged_target(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen) -> tuple[Tensor, Tensor]:
+    """Give a target's merged weight and bias, stacked where it is several linear maps."""
+    if isinstance(W, FrozenEmbedding):
+        return merged_table(cfg, params, W)
+    merged = [merged_layer(cfg, p, part) for p, part in zip(W.split(params), W.parts)]
+    if not W.stacked:
+        return merged[0]
+    weights, biases = zip(*merged)
+    return torch.stack(weights), torch.stack(biases)
 
 
 def merge(
@@ -60,10 +83,11 @@ def merge(
             merged |= {join(target.path, name): (p + params[target.path][name]).to(dtype or p.dtype) for name, p in W.parameters.items()}
             continue
         with torch.no_grad():
-            weight, bias = merged_layer(cfg, params[target.path], W)
-        merged[join(target.path, "weight")] = W.to_weight(weight).to(dtype or W.dtype).contiguous()
+            weight, bias = merged_target(cfg, params[target.path], W)
+        names = _names(target, layer_at(clone, target.path))
+        merged[names["weight"]] = W.to_weight(weight).to(dtype or W.dtype).contiguous()
         if W.bias is not None:
-            merged[join(target.path, "bias")] = bias.to(dtype or W.bias.dtype)
+            merged[names["bias"]] = bias.to(dtype or W.bias.dtype)
         elif bias.any():
             faults.append(f'"{target.path}": the adapter moves the bias, and the layer has none to hold it')
     if faults:
@@ -72,6 +96,13 @@ def merge(
             "Keep the adapter unmerged, or leave these targets out when building."
         )
     return merged
+
+
+def _names(target: Target, layer: nn.Module) -> dict[str, str]:
+    """Name a target's weight and bias as the model's state dict does; a bare parameter has its own name."""
+    if isinstance(layer, Held):
+        return {"weight": target.path, "bias": f"{target.path}_bias"}
+    return {name: join(target.path, name) for name in ("weight", "bias")}
 
 
 def merge_error(
@@ -95,7 +126,8 @@ def merge_error(
     errors = {}
     for target, _ in entries:
         W = layer_at(clone, target.path)._lora_lite.W
-        before = {join(target.path, n): W.to_weight(p) if n == "weight" else p for n, p in W.parameters.items()}
+        names = {} if isinstance(W, FrozenModule) else _names(target, layer_at(clone, target.path))
+        before = {names.get(n, join(target.path, n)): W.to_weight(p) if n == "weight" else p for n, p in W.parameters.items()}
         missed, update, size = (
             _norm(exact[name] - other[name].double() for name in before) for other in (merged, before, {n: torch.zeros(()) for n in before})
         )

@@ -4,13 +4,15 @@ Only the variant's pure function is vmapped, at each target, over the adapters; 
 wherever the model does, with padding masks and fused attention that a whole-model `vmap` cannot run.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_lite._tree import AnyTree, Tree, tree_map
-from lora_lite.bind import Adapted, Shapes, apply_variant
+from lora_lite.bind import Adapted, Shapes, apply_part, apply_variant
 from lora_lite.frozen import Frozen
 
 INDEX = "mixed_index"
@@ -23,6 +25,14 @@ class _Mixed(Adapted):
         cfg, names, _, path = self._lora_lite
         params = {name: getattr(self, attribute) for name, attribute in names}
         index = getattr(self, INDEX)
+        if not W.has_input:
+            raise ValueError(
+                f'adapt.mixed: expected targets that are called with rows of the batch, found "{path}", whose weight is read by the module '
+                "around it: all rows see the same one. Leave it out, or run the members one by one."
+            )
+        if W.stacked:
+            experts: Any = W
+            return experts.over_members(functools.partial(apply_part, cfg), params, x, None if index.device.type == "meta" else index)
         if index.device.type == "meta":  # not given: equal contiguous groups
             rows = next(iter(params.values())).shape[0]
         else:

@@ -1,18 +1,19 @@
 """`Plan`: all that a build decided, and what each variant's init derived from the frozen layers."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lite._progress import shown
 from lora_lite.bind import Shapes
 from lora_lite.config import AdapterConfig
-from lora_lite.frozen import Constants
+from lora_lite.frozen import Constants, Frozen
+from lora_lite.held import layer_of
 from lora_lite.targets import Target
 
 Entries = tuple[tuple[Target, AdapterConfig], ...]
@@ -43,16 +44,29 @@ def derive(
     shapes: Shapes = {}
     constants: dict[str, Constants] = {}
     for target, cfg in shown(entries, "init", progress):
-        W = target.kind(base.get_submodule(target.path))
+        W = target.kind(layer_of(base, target.path))
         given = (stats[target.path],) if target.path in stats else ()
         try:
-            params, frozen = cfg.init(W, generator_for(0, target.path), *given)
+            params, frozen = start(cfg, W, generator_for(0, target.path), *given)
         except Exception as e:
             e.add_note(f'in {type(cfg).__name__}.init at target "{target.path}"')
             raise
         shapes[target.path] = {name: tuple(p.shape) for name, p in params.items()}
         constants[target.path] = {name: c.detach().to(W.device) for name, c in frozen.items()}
     return Plan(base, entries, shapes, constants, remat, share(base, entries))
+
+
+def start(cfg: AdapterConfig, W: Frozen, generator: torch.Generator, *given: Any) -> tuple[Mapping[str, Tensor], Constants]:
+    """Run a variant's init on a layer; of several linear maps on each, their params and constants stacked."""
+    starts = [cfg.init(part, generator, *given) for part in W.parts]
+    if not W.stacked:
+        return starts[0]
+    params, constants = zip(*starts)
+    return _stacked(params), _stacked(constants)
+
+
+def _stacked(trees: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([tree[name] for tree in trees]) for name in trees[0]}
 
 
 def share(base: nn.Module, entries: Entries) -> dict[str, Constants]:
@@ -64,7 +78,7 @@ def share(base: nn.Module, entries: Entries) -> dict[str, Constants]:
     shared: dict[str, Constants] = {}
     configs = {id(cfg): cfg for _, cfg in entries}
     for key, cfg in configs.items():
-        layers = [target.kind(base.get_submodule(target.path)) for target, other in entries if id(other) == key]
+        layers = [target.kind(layer_of(base, target.path)) for target, other in entries if id(other) == key]
         constants = cfg.share(layers)
         if constants and (cfg.name in shared or any(target.path == cfg.name for target, _ in entries)):
             raise ValueError(

@@ -32,7 +32,7 @@ def macs_by_target(plan: Plan, clone: nn.Module) -> dict[str, int]:
             known[key] = 0  # the module itself runs, or its output is edited at a number of positions that does not grow
         if key not in known:
             params = {name: torch.empty(shape, device="meta") for name, shape in plan.shapes[target.path].items()}
-            known[key] = macs_per_token(cfg, params, W)
+            known[key] = macs_per_token(cfg, W.split(params)[0], W.parts[0])
         counts[target.path] = known[key]
     return counts
 

@@ -11,8 +11,10 @@ from torch import nn
 from lora_lite._errors import listed
 from lora_lite.config import AdapterConfig, as_config
 from lora_lite.frozen import FrozenLinear
+from lora_lite.held import layer_of
 from lora_lite.kinds import as_kinds, kind_of
 from lora_lite.modules import LONGER, WORDS, FrozenBlock, candidates, outermost
+from lora_lite.named import linear_kind, named_kinds, names
 
 _WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "hidden_dim", "embed_dim", "dim", "model_dim")
 _INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -53,7 +55,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[F
     """Find the layers that `cfg` adapts, without building anything.
 
     With no roles and no names, every linear-like layer that is not excluded is taken. Roles, names and layers narrow
-    this down together.
+    this down together. Embeddings, convolutions, experts' weights and bare parameters are taken where a name asks for them.
 
     Args:
         model: any module; it is only read.
@@ -74,7 +76,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[F
         ['2']
     """
     cfg, kinds = as_config(cfg), as_kinds(kinds)
-    known = candidates(model, cfg.adapts, kinds)
+    known = _known(model, cfg, kinds)
     if not known:
         raise ValueError(
             f"find_targets: expected a model with {LONGER[cfg.adapts]}, found none in {type(model).__name__}. "
@@ -89,10 +91,23 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[F
     shared = sharing(model)
     chosen = [path for path in allowed if _selected(path, cfg)]
     chosen = outermost(chosen) if cfg.adapts == "module" else chosen
-    found = [_target(path, known[path], model.get_submodule(path), cfg, d_model, shared) for path in chosen]
+    found = [_target(path, known[path], layer_of(model, path), cfg, d_model, shared) for path in chosen]
     targets = Targets(t for t in found if t is not None)
     _check_roles(cfg, targets, found, d_model)
     return targets
+
+
+def _known(model: nn.Module, cfg: AdapterConfig, kinds: Sequence[type[FrozenLinear]]) -> dict[str, type[FrozenLinear]]:
+    """Find what the config may adapt: what is of its sort, and of what has to be named what it names; in the model's order."""
+    known = candidates(model, cfg.adapts, kinds)
+    if cfg.adapts != "linear":
+        return known
+    known = {path: linear_kind(model, path, kind) for path, kind in known.items()}
+    further = named_kinds(model) if cfg.target_names else {}
+    named = {path: kind for path, kind in further.items() if any(names(pattern, path, known) for pattern in cfg.target_names)}
+    place = {path: k for k, (path, _) in enumerate(model.named_modules())}
+    both = sorted({**known, **named}.items(), key=lambda item: place.get(item[0], place.get(item[0].rpartition(".")[0], 0)))
+    return dict(both)
 
 
 def width_of(model: nn.Module, kinds: Sequence[type[FrozenLinear]] = ()) -> int:

@@ -75,7 +75,11 @@ def _deltas(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]]) -> dict[st
         if not cfg.linear:
             faults.append(f"{at} is not linear in its input")
             continue
-        delta, moved = _change(cfg, params[target.path], layer_at(adapt._clone, target.path)._lora_lite.W)
+        W = layer_at(adapt._clone, target.path)._lora_lite.W
+        if W.one_hot or W.stacked:
+            faults.append(f"{at} is at {'an embedding' if W.one_hot else 'a stack of weights'}, which is not converted")
+            continue
+        delta, moved = _change(cfg, params[target.path], W)
         deltas[target.path] = delta
         if moved:
             faults.append(f"{at} moves the bias, which LoRA cannot")

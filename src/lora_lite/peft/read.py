@@ -18,9 +18,12 @@ from lora_lite.adapt import Adapt
 from lora_lite.build import build
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import Constants
+from lora_lite.held import layer_of
 from lora_lite.kinds import kind_of
+from lora_lite.named import named_kinds
 from lora_lite.peft import whole
 from lora_lite.peft.fields import DEFAULTS, check_fields, resolve
+from lora_lite.peft.layers import as_linear, axes_of
 from lora_lite.peft.rows import Leaf, Row, rows_of
 from lora_lite.variants.oft import project
 
@@ -33,9 +36,9 @@ Chosen = dict[str, tuple[Row, Any]]
 def from_peft(model: nn.Module, directory: str | os.PathLike[str], *, remat: str | None = None) -> tuple[Adapt, Tree]:
     """Read an adapter that PEFT saved and bind it to a model; the package `peft` is not needed.
 
-    LoRA with its patterns and rank-stabilised scale, DoRA, PiSSA, IA3, DeLoRA, HRA, ROAD, OFT, VeRA, AdaLoRA and LN-tuning, with
-    `modules_to_save`, which become targets of `FullConfig`. The layers are those that the file of tensors names. Layers with other
-    hyperparameters get a config of their own.
+    LoRA with its patterns and rank-stabilised scale, on embeddings, convolutions and `target_parameters` too, DoRA, PiSSA, IA3, DeLoRA,
+    HRA, ROAD, OFT, VeRA, AdaLoRA and LN-tuning, with `modules_to_save`, which become targets of `FullConfig`. The layers are those that
+    the file of tensors names. Layers with other hyperparameters get a config of their own.
 
     Args:
         model: the model that the adapter was trained on, as it was before PEFT wrapped it.
@@ -58,7 +61,9 @@ def from_peft(model: nn.Module, directory: str | os.PathLike[str], *, remat: str
     tensors = _read_tensors(folder / WEIGHTS)
     shared = {key: tensors.pop(key) for row in rows_of(fields["peft_type"]) for key in row.shared.values() if key in tensors}
     values, tensors = whole.split(model, fields, tensors, PREFIX)
-    layers, faults = _by_layer(fields["peft_type"], tensors)
+    tensors, faults = as_linear(model, fields, tensors, PREFIX)
+    layers, unplaced = _by_layer(model, fields["peft_type"], tensors)
+    faults += unplaced
     faults = (
         faults or whole.faults_of(model, fields, values) or ([] if layers or values else ["no tensors"]) or _layer_faults(model, layers)
     )
@@ -103,7 +108,7 @@ def _read_tensors(place: Path) -> dict[str, Tensor]:
         raise ValueError(f'from_peft: expected "{place}" to be a whole safetensors file, found {e}. Save the adapter again.') from e
 
 
-def _by_layer(method: str, tensors: Mapping[str, Tensor]) -> tuple[Layers, list[str]]:
+def _by_layer(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> tuple[Layers, list[str]]:
     """Sort tensors by the path of their layer, and list those that have no place."""
     keys: dict[str, Leaf] = {leaf.key: leaf for row in rows_of(method) for leaf in (*row.leaves.values(), *row.constants.values())}
     ending = re.compile(rf"{re.escape(PREFIX)}(?:(.*)\.)?({'|'.join(map(re.escape, keys))})")
@@ -115,15 +120,16 @@ def _by_layer(method: str, tensors: Mapping[str, Tensor]) -> tuple[Layers, list[
             faults.append(f'unexpected "{name}"')
             continue
         path, key = found[1] or "", found[2]
-        if tensor.ndim != keys[key].ndim or not tensor.is_floating_point():
-            faults.append(f'"{name}": expected {keys[key].ndim} axes of a floating dtype, found {tuple(tensor.shape)} of {tensor.dtype}')
+        axes = keys[key].ndim + axes_of(model, path)
+        if tensor.ndim != axes or not tensor.is_floating_point():
+            faults.append(f'"{name}": expected {axes} axes of a floating dtype, found {tuple(tensor.shape)} of {tensor.dtype}')
         layers.setdefault(path, {})[key] = tensor
     return layers, faults
 
 
 def _layer_faults(model: nn.Module, layers: Layers) -> list[str]:
     modules = dict(model.named_modules())
-    linear = [path for path, module in modules.items() if kind_of(module)]
+    linear = [path for path, module in modules.items() if kind_of(module)] + list(named_kinds(model))
     faults = []
     for path in layers:
         if path not in linear:
@@ -214,7 +220,7 @@ def _as_saved(tensor: Tensor, leaf: Leaf) -> Tensor:
 def _ours(adapt: Adapt, model: nn.Module, path: str, row: Row, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     cfg = dict(zip((t.path for t in adapt.targets), adapt.configs))[path]
     constants = adapt.constants[path]
-    device = next(model.get_submodule(path).parameters()).device
+    device = next(layer_of(model, path).parameters()).device
     theirs = {name: t.to(device, cfg.dtype, copy=True) for name, t in theirs.items()}
     signs = row.signs(theirs, constants)
     return {name: (signs.get(name, 1.0) * t - row.leaves[name].origin(cfg, constants)).to(cfg.dtype) for name, t in theirs.items()}

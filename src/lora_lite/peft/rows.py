@@ -85,7 +85,7 @@ class Row(NamedTuple):
 
 def _read_lora(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
     return {
-        "r": tensors["lora_A.weight"].shape[0],
+        "r": tensors["lora_A.weight"].shape[-2],
         "alpha": resolve(fields, "lora_alpha", path),
         "rslora": resolve(fields, "use_rslora", path),
         "dropout": resolve(fields, "lora_dropout", path),

@@ -14,12 +14,13 @@ import safetensors.torch
 from torch import Tensor
 
 from lora_lite._errors import listed, several
-from lora_lite._tree import join
 from lora_lite.adapt import Adapt
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import FrozenConv1D
+from lora_lite.held import Held, layer_of
 from lora_lite.peft import whole
 from lora_lite.peft.fields import PATTERNS
+from lora_lite.peft.layers import as_saved, unsaved
 from lora_lite.peft.read import CONFIG, PREFIX, WEIGHTS
 from lora_lite.peft.rows import ROWS, Leaves, Row
 from lora_lite.targets import Target
@@ -81,7 +82,8 @@ def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory:
     of_method = [(target, cfg) for target, cfg in entries if not isinstance(cfg, FullConfig)]
     _refuse(of_method, as_whole, adapt)
     layers = [_written(target, cfg, dict(params[target.path]), adapt) for target, cfg in of_method]
-    tensors = {PREFIX + join(layer.target.path, key): t for layer in layers for key, t in layer.tensors.items()}
+    saved = [as_saved(adapt._plan.base, layer.target, layer.tensors, adapt.targets) for layer in layers]
+    tensors = {PREFIX + key: t for one in saved for key, t in one.items()}
     for _, cfg in of_method:
         tensors |= {key: adapt.constants[cfg.name][name].cpu() for name, key in ROWS[cfg.name].shared.items()}
     for target, cfg in as_whole:
@@ -106,6 +108,8 @@ def _refuse(entries: Pairs, as_whole: Pairs, adapt: Adapt) -> None:
         faults += [f"{at}.{reason}"] if reason else []
         if issubclass(target.kind, FrozenConv1D) and not row.conv1d:
             faults.append(f"{at} on a Conv1D: PEFT's {row.peft_type} takes nn.Linear alone")
+        unable = unsaved(adapt._plan.base, target, cfg)
+        faults += [f"{at} {unable}"] if unable else []
         if not target.path:
             faults.append("the model itself is the layer: PEFT adapts layers inside a model")
     types = sorted({row.peft_type for _, cfg in entries if (row := _row(cfg))})
@@ -155,7 +159,10 @@ def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs) -> dict[str, A
     method = layers[0].row.peft_type if layers else whole.LN_TUNING
     fields = {"peft_type": method, "peft_version": VERSION, "task_type": None, "inference_mode": True, **OF_TYPE[method]}
     fields["base_model_name_or_path"] = getattr(getattr(adapt._plan.base, "config", None), "_name_or_path", None)
-    fields["target_modules"] = _target_modules(adapt, [layer.target.path for layer in layers] or paths)
+    base, chosen = adapt._plan.base, [layer.target.path for layer in layers] or paths
+    parameters = [path for path in chosen if isinstance(layer_of(base, path), Held)]
+    fields["target_modules"] = _target_modules(adapt, [path for path in chosen if path not in parameters])
+    fields |= {"target_parameters": parameters} if parameters else {}
     if not layers:
         return fields
     fields["modules_to_save"] = paths or None

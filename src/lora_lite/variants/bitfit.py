@@ -48,6 +48,7 @@ class BitFitConfig(AdapterConfig):
     """Config of BitFit; it has no hyperparameters of its own."""
 
     name: ClassVar[str] = "bitfit"
+    reads: ClassVar[str] = "output"
     trained: ClassVar[str | None] = "o"
     macs: ClassVar[str | None] = "0"
 

@@ -84,6 +84,7 @@ class DoRAConfig(LoRAConfig):
     """Config of DoRA: the fields of LoRA, with the same meanings."""
 
     name: ClassVar[str] = "dora"
+    reads: ClassVar[str] = "rows"
     needs: ClassVar[str] = "norms"
     trained: ClassVar[str | None] = "r * (i + o) + o"
     macs: ClassVar[str | None] = "r * (i + o) + o"

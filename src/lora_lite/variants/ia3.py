@@ -48,6 +48,7 @@ class IA3Config(AdapterConfig):
     """Config of IA3's output gate; it has no hyperparameters of its own."""
 
     name: ClassVar[str] = "ia3"
+    reads: ClassVar[str] = "output"
     trained: ClassVar[str | None] = "o"
     macs: ClassVar[str | None] = "o"
 

@@ -2,7 +2,7 @@ r"""LoRA: a low-rank update beside a frozen weight.
 
 $$y = W x + b + s\, B (A\, \mathrm{drop}(x)), \qquad s = \alpha / r \ \text{ or, rank-stabilised, } \ \alpha / \sqrt{r}$$
 
-Identity at init: exact, since `B = 0`.
+Identity at init: exact, since `B = 0` (at an embedding `A = 0`).
 
 Paper: Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen, *LoRA: Low-Rank Adaptation of Large Language Models*, 2021,
 arXiv:2106.09685, eq. (3). Rank-stabilised scale: Kalajdzievski, *A Rank Stabilization Scaling Factor for Fine-Tuning with
@@ -12,6 +12,8 @@ LoRA*, 2023, arXiv:2312.03732.
 |---|---|---|---|
 | `A` | `(r, i)` | yes | uniform within 1/sqrt(i) |
 | `B` | `(o, r)` | yes | zeros |
+
+On an embedding `A` starts at zero and `B` is Gaussian, as in PEFT.
 
 Trained per target: `r (i + o)`. Needs nothing of the weight but its output.
 
@@ -25,7 +27,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypedDict
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -43,8 +44,7 @@ class LoRAParams(TypedDict):
 @checked
 def lora(params: LoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float, dropout: float = 0.0) -> Float[Tensor, "*b o"]:
     """Give `W x + b + scale B A drop(x)`; the module's docstring has the formula and the shapes."""
-    h = F.linear(F.dropout(x, dropout, W.training) if dropout else x, params["A"])
-    return add_low_rank(W(x), h, params["B"], scale)
+    return add_low_rank(W(x), W.project(x, params["A"], dropout), params["B"], scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,7 @@ class LoRAConfig(AdapterConfig):
     """
 
     name: ClassVar[str] = "lora"
+    reads: ClassVar[str] = "projection"
     trained: ClassVar[str | None] = "r * (i + o)"
     macs: ClassVar[str | None] = "r * (i + o)"
 
@@ -80,6 +81,8 @@ class LoRAConfig(AdapterConfig):
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[LoRAParams, Constants]:
+        if W.one_hot:  # tokens that training never sees keep a zero column, and so stay as they were
+            return {"A": torch.zeros(self.r, W.in_features), "B": torch.randn(W.out_features, self.r, generator=generator)}, {}
         A = kaiming(self.r, W.in_features, generator)
         return {"A": A, "B": torch.zeros(W.out_features, self.r)}, {}
 

@@ -82,6 +82,7 @@ class ROADConfig(AdapterConfig):
     """
 
     name: ClassVar[str] = "road"
+    reads: ClassVar[str] = "output"
     trained: ClassVar[str | None] = "{'road_1': 1, 'road_2': 2, 'road_4': 4}[variant] * o"
     macs: ClassVar[str | None] = "2 * o"
 

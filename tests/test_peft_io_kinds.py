@@ -1,0 +1,142 @@
+"""PEFT's files of embeddings, convolutions and parameters: read with PEFT's values, written so that PEFT loads them."""
+
+import copy
+import json
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import lora_lite as ll
+from cases import assert_trees_equal, move, tiny_models
+
+TOLERANCE = 1e-5
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
+    pytest.mark.filterwarnings("ignore:.*target_parameters.*"),
+]
+
+
+def _text(family):
+    def make():
+        model, batch = tiny_models[family]()
+        for p in model.parameters():
+            nn.init.normal_(p, std=0.2)
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")
+        return model.eval(), {"input_ids": batch["input_ids"]}
+
+    return make
+
+
+class Around(nn.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def _images():
+    return Around(nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.Tanh(), nn.Conv2d(6, 4, 1), nn.Flatten(), nn.Linear(64, 5)), torch.randn(
+        2, 3, 8, 8
+    )
+
+
+def _volumes():
+    return Around(nn.Conv3d(2, 4, 2), nn.Tanh(), nn.Conv3d(4, 3, 1)), torch.randn(2, 2, 4, 4, 4)
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+CASES = {
+    "embedding": (_text("llama"), peft.LoraConfig(r=4, lora_alpha=6, target_modules=["embed_tokens", "q_proj"])),
+    "experts": (_text("qwen3_moe"), peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"], target_parameters=EXPERTS)),
+    "experts-down": (_text("qwen3_moe"), peft.LoraConfig(r=3, lora_alpha=5, target_modules=[], target_parameters=EXPERTS[1:])),
+    "images": (_images, peft.LoraConfig(r=2, lora_alpha=3, target_modules=["net.0", "net.2", "net.4"])),
+    "images-dora": (_images, peft.LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=["net.0", "net.2"])),
+    "images-ia3": (_images, peft.IA3Config(target_modules=["net.0", "net.2", "net.4"], feedforward_modules=["net.4"])),
+    "volumes": (_volumes, peft.LoraConfig(r=2, lora_alpha=3, target_modules=["net.0", "net.2"])),
+}
+
+
+def _values(out):
+    return (out if isinstance(out, torch.Tensor) else out.logits).detach()
+
+
+def _run(model, batch):
+    return _values(model(**batch) if isinstance(batch, dict) else model(batch))
+
+
+def _close(got, want):
+    assert want.abs().max() > 1e-3
+    assert float((got - want).abs().max()) <= TOLERANCE * float(want.abs().max())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reads_pefts_files_and_writes_what_peft_reads(name, tmp_path):
+    torch.manual_seed(0)
+    model, batch = CASES[name][0]()
+    model.eval()
+    theirs = peft.get_peft_model(copy.deepcopy(model), copy.deepcopy(CASES[name][1])).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn_like(p))
+    theirs.save_pretrained(tmp_path / "theirs")
+    base, want = _run(model, batch), _run(theirs, batch)
+
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    _close(_values(adapt(params, batch)) - base, want - base)
+
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
+    _close(_run(again, batch) - base, want - base)
+    back, read = ll.from_peft(model, tmp_path / "ours")
+    assert [t.path for t in back.targets] == [t.path for t in adapt.targets]
+    assert_trees_equal(read, params, 1e-6)
+    written, saved = (safetensors.torch.load_file(tmp_path / f / "adapter_model.safetensors") for f in ("ours", "theirs"))
+    assert {k: t.shape for k, t in written.items()} == {k: t.shape for k, t in saved.items() if "base_layer.weight" not in k}
+
+
+def test_embedding_that_was_changed_is_refused(tmp_path):
+    model, _ = CASES["embedding"][0]()
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["embed_tokens"]))
+    theirs.save_pretrained(tmp_path)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.add_(1.0)
+    with pytest.raises(ValueError, match=r"embed_tokens\.base_layer\.weight.*expected the model's own embedding, found another"):
+        ll.from_peft(model, tmp_path)
+
+
+REFUSED = {
+    "attention": (
+        lambda: Around(nn.TransformerEncoderLayer(16, 2, 32)),
+        ll.LoRAConfig(r=2, target_names="in_proj_weight"),
+        "adds the update of its output projection twice",
+    ),
+    "dilated": (lambda: Around(nn.Conv2d(3, 4, 3, dilation=2)), ll.LoRAConfig(r=2, target_names=r"net\.0"), "dilation or a padding mode"),
+    "ia3-1d": (lambda: Around(nn.Conv1d(3, 4, 3)), ll.IA3Config(target_names=r"net\.0"), "takes images and volumes"),
+    "hra": (lambda: Around(nn.Conv2d(3, 4, 3)), ll.HRAConfig(r=2, target_names=r"net\.0"), "another definition"),
+    "ia3-embedding": (lambda: Around(nn.Embedding(5, 4)), ll.IA3Config(target_names=r"net\.0"), "on an embedding: PEFT has LoRA alone"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_peft_has_not_is_refused(name, tmp_path):
+    make, cfg, why = REFUSED[name]
+    adapt = ll.build(make(), cfg)
+    with pytest.raises(ValueError, match=why):
+        ll.to_peft(adapt, move(adapt.init()), tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_config_names_parameters(tmp_path):
+    model, _ = CASES["experts"][0]()
+    adapt = ll.build(model, ll.LoRAConfig(r=2, target_names=(r"experts", r"q_proj$")))
+    ll.to_peft(adapt, adapt.init(), tmp_path / "ours")
+    fields = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert fields["target_parameters"] == [t.path for t in adapt.targets if "experts" in t.path]
+    assert fields["target_modules"] == [f"model.layers.{k}.self_attn.q_proj" for k in range(2)]
