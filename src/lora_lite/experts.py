@@ -69,18 +69,22 @@ class FrozenExperts(FrozenStack):
         return run(type(self)(self._layer, self.constant_names, routes), x)
 
     def over_parts(self, f: Callable[..., Tensor], params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        routes = self._required()
+        if routes.counts is None:
+            return self._row_by_row(f, {name: p[routes.experts] for name, p in params.items()}, x)
+        parts = zip(self.split(params), self.parts, x.split(routes.counts))
+        return torch.cat([f(p, W, rows) for p, W, rows in parts if len(rows)] or [x.new_zeros(0, self.out_features)])
+
+    def _required(self) -> Routes:
         if self.routes is None:
             raise ValueError("FrozenExperts: expected the routes of its rows, found none. Call the experts' module, not its weight.")
-        if self.routes.counts is None:
-            return self._row_by_row(f, {name: p[self.routes.experts] for name, p in params.items()}, x)
-        parts = zip(self.split(params), self.parts, x.split(self.routes.counts))
-        return torch.cat([f(p, W, rows) for p, W, rows in parts if len(rows)] or [x.new_zeros(0, self.out_features)])
+        return self.routes
 
     def _row_by_row(self, f: Callable[..., Tensor], params: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """Gather each row's own weight, as the `batched_mm` implementation does: no shape depends on the routing."""
-        assert self.routes is not None
+        routes = self._required()
         held = {"weight": self.weight, **({} if self.bias is None else {"bias": self.bias})}
-        weights, constants = ({name: t[self.routes.experts] for name, t in tree.items()} for tree in (held, self.constants))
+        weights, constants = ({name: t[routes.experts] for name, t in tree.items()} for tree in (held, self.constants))
 
         def one(params: Mapping[str, Tensor], held: Mapping[str, Tensor], constants: Mapping[str, Tensor], row: Tensor) -> Tensor:
             return f(params, Frozen(held["weight"], held.get("bias"), constants, self.training), row)
@@ -96,20 +100,20 @@ class FrozenExperts(FrozenStack):
             x: the sorted rows.
             index: the member of each row of the batch; None for equal contiguous groups. Rows have equal shares of the tokens, in order.
         """
-        assert self.routes is not None
+        routes = self._required()
         members = next(iter(params.values())).shape[0]
         rows = members if index is None else index.shape[0]
-        if self.routes.total % rows:
-            raise ValueError(f"adapt.mixed: expected tokens of {rows} rows of one length, found {self.routes.total} tokens. Pad the rows.")
-        owner = self.routes.tokens // (self.routes.total // rows)
+        if routes.total % rows:
+            raise ValueError(f"adapt.mixed: expected tokens of {rows} rows of one length, found {routes.total} tokens. Pad the rows.")
+        owner = routes.tokens // (routes.total // rows)
         owner = owner if index is None else index[owner]
-        if self.routes.counts is None:
-            return self._row_by_row(f, {name: p[owner, self.routes.experts] for name, p in params.items()}, x)
+        if routes.counts is None:
+            return self._row_by_row(f, {name: p[owner, routes.experts] for name, p in params.items()}, x)
         each = {name: p.unbind(0) for name, p in params.items()}
         order = owner.argsort(stable=True)
         pieces = []
         for k, mine in enumerate(order.split(_counts(owner, members))):
-            W = type(self)(self._layer, self.constant_names, self.routes.only(mine))
+            W = type(self)(self._layer, self.constant_names, routes.only(mine))
             pieces.append(W.over_parts(f, {name: p[k] for name, p in each.items()}, x[mine]))
         return torch.cat(pieces)[order.argsort()]
 
