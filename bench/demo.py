@@ -91,9 +91,8 @@ def train(
     """Train params and give them with the median ratio of a step's time to the frozen step's on the same batch."""
     leaves = ll.tree_leaves(params)
     optimizer = torch.optim.AdamW(leaves, lr=rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, rate, total_steps=steps, pct_start=max(min(0.1, 20 / steps), min(1.0, 2 / steps))
-    )
+    warmup = max(min(0.1, 20 / steps), min(1.0, 2 / steps))  # share of the steps, two at the least
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=warmup)
     step = ll.value_and_grad(lambda p, rows: adapt(p, rows, use_cache=False).loss)
     ratios, cfg, state = [], adapt.configs[0], None
     bar = tqdm(batches(data, size, steps, seed=0), total=steps, desc=f"{adapt.configs[0].name:7}", mininterval=2)
