@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_lite._errors import several, tree_faults
 from lora_lite._tree import AnyTree, Tree, join, tree_map
 from lora_lite.bind import Shapes, adapt_layer, bare, fits, layer_at, placed, read_params, rebind, volatile_buffers, whole
-from lora_lite.clone import clone_module
+from lora_lite.clone import clone_again
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import Constants
 from lora_lite.held import exposed
@@ -226,7 +226,7 @@ class Adapt:
 
     def train(self, mode: bool = True) -> "Adapt":
         """Give an `adapt` in training mode; this one stays as it is."""
-        base = clone_module(self._plan.base)
+        base = clone_again(self._plan.base)
         base.train(mode)
         return Adapt(dataclasses.replace(self._plan, base=base))
 
@@ -324,7 +324,7 @@ class Adapt:
 
 
 def _bound_clone(plan: Plan) -> nn.Module:
-    clone = clone_module(plan.base)
+    clone = clone_again(plan.base)
     for target, cfg in plan.entries:
         path = target.path
         adapt_layer(exposed(clone, path, reader_of(target.kind)), target, cfg, plan.shapes[path], plan.constants_at(path, cfg))
@@ -334,12 +334,12 @@ def _bound_clone(plan: Plan) -> nn.Module:
 
 
 def _plain_copy(base: nn.Module) -> nn.Module:
-    copy = clone_module(base)
+    copy = clone_again(base)
     install(copy, None)
     return copy
 
 
 def _copy(bound: nn.Module) -> nn.Module:
-    copy = clone_module(bound)
+    copy = clone_again(bound)
     rebind(copy)
     return copy

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lora_lite._errors import listed
 from lora_lite._progress import shown
-from lora_lite.clone import clone_module
+from lora_lite.clone import clone_again
 from lora_lite.collectives import merged_over_ranks
 from lora_lite.frozen import first_of
 from lora_lite.plan import Entries
@@ -66,7 +66,7 @@ def gather(
     Raises:
         ValueError: for no batch, a target that saw no token, a missing loss, or values that are not finite; it names the targets.
     """
-    clone = clone_module(base)
+    clone = clone_again(base)
     install(clone, None)
     run = Replica(clone.eval(), [])
     calibrated = {target.path: cfg for target, cfg in entries if cfg.calibrated}

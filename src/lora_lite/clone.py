@@ -6,7 +6,7 @@ bound methods, lead to the clone: one left behind would run the user's own layer
 """
 
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from lora_lite.frozen import FrozenLinear
 from lora_lite.kinds import kind_of
 from lora_lite.quantised import FrozenQuantised, hold, kind_held
 
-_OWN = frozenset(vars(nn.Module()))  # nn.Module's own bookkeeping: parameters, buffers, modules, hook tables
+_TABLES = frozenset(name for name, value in vars(nn.Module()).items() if hasattr(value, "copy"))  # hooks, and what nn.Module notes
+_PLAIN = frozenset((bool, int, float, str, type(None)))  # most of what modules hold: told first, since every build passes here
 
 
 def clone_module(model: nn.Module, kinds: Sequence[type[FrozenLinear]] = ()) -> nn.Module:
@@ -33,21 +34,28 @@ def clone_module(model: nn.Module, kinds: Sequence[type[FrozenLinear]] = ()) -> 
         ValueError: for modules whose forward cannot be led to the clone (scripted, compiled or patched by a hook library), and
             quantised layers that hold no quantised weight.
     """
-    _refuse_unfaithful(model)
-    quantised = {id(module): kind for module in model.modules() if (kind := kind_held(module) or kind_of(module, kinds)) is not None}
-    _refuse_unreadable(model, quantised)
-    tensors: dict[int, Tensor] = {}
-    copies = {id(module): _bare_copy(module, tensors) for module in model.modules()}
-    for module in model.modules():
-        _lead_to_clone(copies[id(module)], copies)
-    for key, kind in quantised.items():
-        hold(copies[key], kind)
-    _keep_slow_path(copies[id(model)])
+    named = dict(model.named_modules())
+    _refuse_unfaithful(model, named)
+    found = {path: kind_held(module) or kind_of(module, kinds) for path, module in named.items()}
+    quantised = {path: kind for path, kind in found.items() if kind is not None and issubclass(kind, FrozenQuantised)}
+    _refuse_unreadable(named, quantised)
+    copies = _copied(named.values())
+    for path, kind in quantised.items():
+        hold(copies[id(named[path])], kind)
+    _keep_slow_path(copies.values())
     return copies[id(model)]
 
 
-def _refuse_unfaithful(model: nn.Module) -> None:
-    scripted = [path or "the model" for path, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+def clone_again(clone: nn.Module) -> nn.Module:
+    """Copy a clone: what `clone_module` checked of the model holds for it too, and its quantised layers are known."""
+    copies = _copied(list(clone.modules()))
+    for module in copies.values():
+        hold(module, kind_held(module))
+    return copies[id(clone)]
+
+
+def _refuse_unfaithful(model: nn.Module, named: Mapping[str, nn.Module]) -> None:
+    scripted = [path or "the model" for path, m in named.items() if isinstance(m, torch.jit.ScriptModule)]
     if scripted:
         raise ValueError(
             f"build: expected ordinary modules, found TorchScript at {listed(scripted)}. Build on the model before scripting it."
@@ -55,7 +63,7 @@ def _refuse_unfaithful(model: nn.Module) -> None:
     lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
     if lazy:
         raise ValueError(f"build: expected parameters with shapes, found lazy ones at {listed(lazy)}. Run the model on one batch first.")
-    patched = [path or "the model" for path, m in model.named_modules() if _patched(m)]
+    patched = [path or "the model" for path, m in named.items() if _patched(m)]
     if patched:
         raise ValueError(
             f"build: expected modules that run the forward of their class, found one set on the instance at {listed(patched)}. "
@@ -64,12 +72,9 @@ def _refuse_unfaithful(model: nn.Module) -> None:
         )
 
 
-def _refuse_unreadable(model: nn.Module, kinds: dict[int, type[FrozenLinear]]) -> None:
-    faults = []
-    for path, module in model.named_modules():
-        kind = kinds.get(id(module))
-        fault = kind.fault(module) if kind is not None and issubclass(kind, FrozenQuantised) else None
-        faults += [f'"{path}" ({type(module).__name__}) {fault}'] if fault else []
+def _refuse_unreadable(named: Mapping[str, nn.Module], kinds: Mapping[str, type[FrozenQuantised]]) -> None:
+    found = {path: fault for path, kind in kinds.items() if (fault := kind.fault(named[path]))}
+    faults = [f'"{path}" ({type(named[path]).__name__}) {fault}' for path, fault in found.items()]
     if faults:
         raise ValueError(f"build: expected quantised layers that hold their weight quantised, found:\n{several(faults)}")
 
@@ -102,29 +107,33 @@ def _parameter(tensor: nn.Parameter, alias: Tensor) -> nn.Parameter:
     return parameter
 
 
-def _bare_copy(module: nn.Module, tensors: dict[int, Tensor]) -> nn.Module:
-    copy = module.__class__.__new__(module.__class__)
-    state = dict(vars(module))
-    for name, value in state.items():
-        if name in ("_parameters", "_buffers"):
+def _copied(modules: Collection[nn.Module]) -> dict[int, nn.Module]:
+    """Copy all modules of a tree; by the `id` of the original."""
+    copies = {id(module): module.__class__.__new__(module.__class__) for module in modules}
+    tensors: dict[int, Tensor] = {}
+    for module in modules:
+        _fill(copies[id(module)], module, copies, tensors)
+    return copies
+
+
+def _fill(copy: nn.Module, module: nn.Module, copies: dict[int, nn.Module], tensors: dict[int, Tensor]) -> None:
+    state = vars(copy)
+    for name, value in vars(module).items():
+        if type(value) in _PLAIN:
+            state[name] = value
+        elif name in ("_parameters", "_buffers"):
             state[name] = {k: _alias(t, tensors) for k, t in value.items()}
-        elif isinstance(value, Tensor):
-            state[name] = _alias(value, tensors)
-        elif name in _OWN and hasattr(value, "copy"):
-            state[name] = value.copy()
+        elif name == "_modules":
+            state[name] = {k: _led(m, copies) for k, m in value.items()}
+        elif name in _TABLES:
+            state[name] = value.copy() if value else type(value)()
+        else:
+            state[name] = _alias(value, tensors) if isinstance(value, Tensor) else _led(value, copies)
     state["_compiled_call_impl"] = None  # model.compile() leaves the user's own compiled call here
-    vars(copy).update(state)
     if moves_inputs(module):
         carry(copy)
     elif runs_class_forward(module):
-        vars(copy).pop("forward", None)  # set on the instance it would hide that of the class which a target takes
-    return copy
-
-
-def _lead_to_clone(copy: nn.Module, copies: dict[int, nn.Module]) -> None:
-    state = vars(copy)
-    for name in [n for n in state if n not in _OWN or n == "_modules"]:
-        state[name] = _led(state[name], copies)
+        state.pop("forward", None)  # set on the instance it would hide that of the class which a target takes
 
 
 def _led(value: Any, copies: dict[int, nn.Module]) -> Any:
@@ -141,9 +150,9 @@ def _led(value: Any, copies: dict[int, nn.Module]) -> Any:
     return value
 
 
-def _keep_slow_path(clone: nn.Module) -> None:
+def _keep_slow_path(modules: Iterable[nn.Module]) -> None:
     """Keep torch's fused encoder path off: it reads the layers' weights without calling them."""
-    for module in clone.modules():
+    for module in modules:
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0
         elif isinstance(module, nn.TransformerEncoder):

@@ -52,12 +52,17 @@ class _Mixed(Adapted):
         return y.flatten(0, 1)
 
 
+@functools.cache
+def _mixed_class(cls: Any) -> Any:
+    """Make the class of a mixed target from that of a target; the same one for the same class."""
+    return type(cls.__name__, (_Mixed, *(b for b in cls.__bases__ if b is not Adapted)), {"__module__": cls.__module__})
+
+
 def make_mixed(clone: nn.Module) -> nn.Module:
     """Turn the targets of a bound clone into mixed ones."""
     for layer in clone.modules():
         if isinstance(layer, Adapted):
-            bases = (_Mixed, *(b for b in type(layer).__bases__ if b is not Adapted))
-            layer.__class__ = type(type(layer).__name__, bases, {"__module__": type(layer).__module__})
+            layer.__class__ = _mixed_class(type(layer))  # type: ignore[arg-type]
             layer.register_buffer(INDEX, torch.empty((), device="meta"), persistent=False)
     return clone
 

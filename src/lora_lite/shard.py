@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite._errors import listed, nearest
-from lora_lite.clone import clone_module
+from lora_lite.clone import clone_again
 from lora_lite.frozen import PARAM
 from lora_lite.plan import Plan
 from lora_lite.replica import Replica, Replicas
@@ -54,7 +54,7 @@ def shard_base(base: nn.Module, sharding: Sharding) -> nn.Module:
             f"shard: expected plain floating weights with data and at least one axis, found others at {listed(odd)}. Quantised, offloaded "
             "and already sharded layers cannot be split here."
         )
-    clone = clone_module(base)
+    clone = clone_again(base)
     parts: dict[int, nn.Parameter] = {}
     for module in clone.modules():
         for name, weight in module._parameters.items():
