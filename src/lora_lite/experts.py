@@ -55,6 +55,14 @@ def _counts(experts: Tensor, n: int) -> list[int]:
     return counts
 
 
+class _Expert(Frozen):
+    """One expert's linear map. Its bias is added to a finished product, as the experts' own forward does: fused, it may round otherwise."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.matmul(x)
+        return y if self.bias is None else y + self.bias
+
+
 class FrozenExperts(FrozenStack):
     """The kind of a weight of experts: its input holds the rows of all experts, sorted, and `routes` says which are whose."""
 
@@ -67,6 +75,9 @@ class FrozenExperts(FrozenStack):
     def call(self, run: Run, own: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         x, routes = args
         return run(type(self)(self._layer, self.constant_names, routes), x)
+
+    def _part(self, weight: Tensor, bias: Tensor | None, constants: Mapping[str, Tensor]) -> Frozen:
+        return _Expert(weight, bias, constants, self.training)
 
     def over_parts(self, f: Callable[..., Tensor], params: Mapping[str, Tensor], x: Tensor) -> Tensor:
         routes = self._required()
