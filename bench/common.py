@@ -13,28 +13,25 @@ import torch
 import transformers
 
 import lora_lite as ll
-from pairs import pairs as pairs
-from pairs import peft_model as peft_model
-from peak import peak_bytes as peak_bytes
-from timing import interleaved as interleaved
-from timing import ratios as ratios
+from processes import without_rounds
+from timing import device
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = RESULTS / "quick"  # what --quick writes: shows that all works, never a figure of the documentation
 
 
 def llama(width: int, layers: int, vocab: int = 512) -> transformers.LlamaForCausalLM:
-    """Build a Llama with random frozen weights: width in features, eight heads at most."""
+    """Build a Llama with random frozen weights where the benchmarks run: width in features, eight heads at most."""
     torch.manual_seed(0)
     heads = min(8, width // 8)
     sizes = {"hidden_size": width, "intermediate_size": width * 8 // 3 // 64 * 64 or 2 * width, "num_hidden_layers": layers}
     config = transformers.LlamaConfig(vocab_size=vocab, num_attention_heads=heads, num_key_value_heads=heads, **sizes)
-    return transformers.LlamaForCausalLM(config).requires_grad_(False)
+    return transformers.LlamaForCausalLM(config).requires_grad_(False).to(device())
 
 
 def batch_of(rows: int, tokens: int, vocab: int = 512) -> dict[str, Any]:
     """Draw a batch of token ids that are their own labels."""
-    ids = torch.randint(vocab, (rows, tokens), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(vocab, (rows, tokens), generator=torch.Generator().manual_seed(1)).to(device())
     return {"input_ids": ids, "labels": ids, "use_cache": False}
 
 
@@ -44,16 +41,12 @@ def moved(params: dict[str, dict[str, torch.Tensor]], scale: float = 0.01) -> di
     return {p: {n: t + scale * torch.randn(t.shape, generator=g).to(t) for n, t in leaves.items()} for p, leaves in params.items()}
 
 
-def device() -> torch.device:
-    """Give the device that the benchmarks run on: the GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """Name what the figures depend on: commit, versions, class of machine, threads."""
+def machine(threads: int, processes: int = 1) -> dict[str, Any]:
+    """Name what the figures depend on: commit, versions, class of machine, threads, fresh processes that were pooled."""
     versions = {m.__name__: m.__version__ for m in (torch, transformers, peft, ll)}
     kind = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()}-core {platform.machine()} CPU"
-    return {"commit": _commit(), "versions": versions, "machine": kind, "threads": threads, "python": platform.python_version()}
+    counts = {"threads": threads, "processes": processes}
+    return {"commit": _commit(), "versions": versions, "machine": kind, **counts, "python": platform.python_version()}
 
 
 def _commit() -> str:
@@ -75,6 +68,6 @@ def write(name: str, facts: dict[str, Any], results: dict[str, Any], quick: bool
     folder = QUICK if quick else RESULTS
     folder.mkdir(exist_ok=True, parents=True)
     path = folder / f"{date}-{facts['commit']}-{name}.json"
-    path.write_text(json.dumps({"date": date, **facts, "results": results}, indent=1) + "\n", "utf-8")
+    path.write_text(json.dumps({"date": date, **facts, "results": without_rounds(results)}, indent=1) + "\n", "utf-8")
     print(f"wrote {path.relative_to(RESULTS.parent.parent)}", flush=True)
     return path

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 import lora_lite as ll
-from common import batch_of, device, llama
+from common import batch_of, llama
 from contenders import contender
 from pairs import pairs
 from timing import Call, interleaved, ratio
@@ -16,9 +16,8 @@ from timing import Call, interleaved, ratio
 
 def compiled(width: int, r: int, names: Iterable[str], repeats: int) -> dict[str, Any]:
     """Compile a model of one block: forward and step of ours over the compiled base's, over PEFT's, and over ours in eager mode."""
-    model = llama(width, 1).to(device())
-    ids = batch_of(4, 64)["input_ids"].to(device())
-    batch = {"input_ids": ids, "labels": ids, "use_cache": False}
+    model = llama(width, 1)
+    batch = batch_of(4, 64)
     rows = {name: _one(model, batch, pairs(r)[name]) for name in tqdm(list(names), desc="compiled", mininterval=5)}
     found = {n: _ratios(calls, took, repeats) for n, (calls, took) in rows.items()}
     return {"width": width, "layers": 1, "rows": 4, "tokens": 64, "r": r, "variants": found}
@@ -53,6 +52,6 @@ def _one(model: Any, batch: dict[str, Any], pair: Any) -> tuple[dict[str, Call],
 
 
 def _ratios(calls: dict[str, Call], seconds: dict[str, float], repeats: int) -> dict[str, Any]:
-    times = interleaved(calls, repeats, device=device())
+    times = interleaved(calls, repeats)
     found = {f"over_{name}": ratio(times, "ours", name) for name in ("frozen", "peft", "eager") if name in times}
     return {**found, "compile_seconds": seconds}

@@ -144,5 +144,5 @@ def costs(adapt: ll.Adapt, params: Any, model: Any, rows: Mapping[str, Any]) -> 
 
     calls = {"forward": torch.no_grad()(lambda: adapt(params, rows, use_cache=False)), "step": step}
     calls["frozen step"] = lambda: frozen_step(model, rows)
-    times = interleaved(calls, 5, device=model.device)
+    times = interleaved(calls, 5, where=model.device)
     return {"ms": {name: spread([1e3 * t for t in values]) for name, values in times.items()}, "peak_bytes": peak_bytes(step)}

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import lora_lite as ll
-from common import device, moved
+from common import moved
 from pairs import build, pairs
-from timing import Call, interleaved, ratio
+from timing import Call, device, interleaved, ratio
 
 MEMBERS = 8
 
@@ -70,6 +70,6 @@ def _times(cfg: ll.AdapterConfig, params: Mapping[str, Tensor], W: ll.Frozen, x:
         "grads in a loop": lambda: [grad(p, row) for p, row in zip(members, x, strict=True)],
         "vmap of grad": lambda: torch.vmap(grad)(stacked, x),
     }
-    times = interleaved(calls, 3 * repeats, warmup=3, device=device())
+    times = interleaved(calls, 3 * repeats, warmup=3)
     over = {"forward": "frozen", "grad": "frozen grad", "vmap": "loop", "vmap of grad": "grads in a loop"}
     return {name: ratio(times, name, beside) for name, beside in over.items()}

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import lora_lite as ll
-from common import batch_of, device, llama, machine, moved, write
+from common import batch_of, llama, machine, moved, write
 from contenders import contender, forwards, steps
 from pairs import MEASURED, build, pairs
 from peak import peak_bytes
@@ -24,8 +24,7 @@ from peak import peak_bytes
 
 def memory(sizes: Mapping[str, int], r: int, names: Iterable[str]) -> dict[str, Any]:
     """Give the peak bytes of a forward pass and of a step of the frozen base, each variant and PEFT's."""
-    model, batch = llama(sizes["width"], sizes["layers"]).to(device()), batch_of(sizes["rows"], sizes["tokens"])
-    batch = {k: v.to(device()) if torch.is_tensor(v) else v for k, v in batch.items()}
+    model, batch = llama(sizes["width"], sizes["layers"]), batch_of(sizes["rows"], sizes["tokens"])
     rows = {}
     for name in tqdm(list(names), desc="memory", mininterval=5):
         c = contender(model, pairs(r)[name], batch)

@@ -5,7 +5,10 @@ from typing import Any
 import torch
 
 import lora_lite as ll
-from common import batch_of, interleaved, llama, moved, pairs, peak_bytes, ratios
+from common import batch_of, llama, moved
+from pairs import pairs
+from peak import peak_bytes
+from timing import interleaved, ratios
 
 
 def populations(width: int, layers: int, r: int, repeats: int) -> dict[str, Any]:

@@ -17,7 +17,11 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from common import batch_of, interleaved, llama, machine, moved, pairs, peak_bytes, peft_model, ratios, write
+from common import batch_of, llama, machine, moved, write
+from pairs import pairs, peft_model
+from peak import peak_bytes
+from processes import measured
+from timing import device, interleaved, ratio, ratios
 
 LAYERS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "4-bit": lambda layer: bnb.nn.Linear4bit(
@@ -34,7 +38,7 @@ def quantised(model: Any, bits: str) -> Any:
         if isinstance(layer, nn.Linear) and name != "lm_head":
             packed = LAYERS[bits](layer)
             packed.load_state_dict(layer.state_dict())
-            model.set_submodule(name, packed.to("cpu"))
+            model.set_submodule(name, packed.to(device()))
     setattr(model, {"4-bit": "is_loaded_in_4bit", "8-bit": "is_loaded_in_8bit"}[bits], True)  # where PEFT looks
     return model.requires_grad_(False).train()
 
@@ -66,33 +70,40 @@ def _agree(ours: Any, theirs: Any) -> None:
             raise SystemExit("quantised: expected the same gradients from both libraries, found others.")
 
 
-def measure(bits: str, width: int, layers: int, rows: int, tokens: int, r: int, repeats: int) -> dict[str, Any]:
+def compared(bits: str, sizes: dict[str, int], r: int, repeats: int) -> dict[str, Any]:
     """Time the steps and take their peak memory."""
-    calls = steps(quantised(llama(width, layers), bits), batch_of(rows, tokens), r)
+    calls = steps(quantised(llama(sizes["width"], sizes["layers"]), bits), batch_of(sizes["rows"], sizes["tokens"]), r)
     times = interleaved(calls, repeats)
     return {
-        **{"width": width, "layers": layers, "rows": rows, "tokens": tokens, "r": r},
+        **sizes,
+        "r": r,
         "over_frozen": ratios(times, "frozen"),
-        "over_peft": ratios(times, "peft lora")["lora"],
+        "over_peft": ratio(times, "lora", "peft lora"),
         "peak_bytes": {name: peak_bytes(call) for name, call in calls.items()},
     }
+
+
+def measure(sizes: dict[str, int], repeats: int) -> dict[str, Any]:
+    """Do all measurements once, in this process."""
+    torch.set_num_threads(1)
+    return {bits: compared(bits, sizes, r=16, repeats=repeats) for bits in LAYERS}
 
 
 def main() -> None:
     """Run the measurements, print the ratios and write the results file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few repetitions of small sizes")
-    parser.add_argument("--repeats", type=int, default=20)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    width, layers, repeats = (256, 2, 5) if args.quick else (512, 4, args.repeats)
-    results = {bits: measure(bits, width, layers, rows=4, tokens=64, r=16, repeats=repeats) for bits in LAYERS}
+    parser.add_argument("--repeats", type=int, default=8, help="rounds of each measurement in each process")
+    parser.add_argument("--processes", type=int, default=3, help="fresh processes, one after another")
+    o = parser.parse_args()
+    width, layers, repeats, processes = (256, 2, 5, 1) if o.quick else (512, 4, o.repeats, o.processes)
+    results = measured(measure, processes, {"width": width, "layers": layers, "rows": 4, "tokens": 64}, repeats)
     for bits, found in results.items():
         lora, over = found["over_frozen"]["lora"], found["over_peft"]
         print(f"{bits}: {lora['median']:.3f} of the frozen step; {over['median']:.3f} [{over['low']:.3f}, {over['high']:.3f}] of PEFT's")
         for name, size in found["peak_bytes"].items():
             print(f"  peak {size / 2**20:8.1f} MiB  {name}")
-    write("quantised", machine(threads=1), results, args.quick)
+    write("quantised", machine(1, processes), results, o.quick)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ the time of as many separate steps.
 
 import argparse
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,11 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import lora_lite as ll
-from common import batch_of, device, llama, machine, moved, write
+from common import batch_of, llama, machine, moved, write
 from contenders import frozen_step
 from pairs import MEASURED, build, pairs
-from timing import interleaved, ratio
+from processes import measured
+from timing import Spread, interleaved, ratio
 
 TELLING = ("lora", "dora", "hra", "oft")
 CENTRE = {"rank": 16, "width": 256, "rows": 4, "members": 4}
@@ -33,18 +34,18 @@ POINTS: dict[str, tuple[int, ...]] = {
 QUICK: dict[str, tuple[int, ...]] = {"rank": (4, 8), "width": (64, 128), "rows": (1, 2), "members": (1, 2)}
 
 
-def step_ratio(name: str, at: Mapping[str, int], repeats: int) -> dict[str, float]:
+def step_ratio(name: str, at: Mapping[str, int], repeats: int) -> Spread:
     """Give one variant's step over the frozen step."""
-    model, batch = llama(at["width"], 2).to(device()), _batch(at["rows"], 64)
+    model, batch = llama(at["width"], 2), batch_of(at["rows"], 64)
     adapt = build(model, pairs(at["rank"])[name].cfg, [batch])
     params = moved(adapt.init(seed=0))
     step = ll.value_and_grad(lambda p: adapt(p, batch).loss)
     return ratio(interleaved({"frozen": lambda: frozen_step(model, batch), "ours": lambda: step(params)}, repeats), "ours", "frozen")
 
 
-def members_ratio(name: str, at: Mapping[str, int], repeats: int) -> dict[str, float]:
+def members_ratio(name: str, at: Mapping[str, int], repeats: int) -> Spread:
     """Give the time of one step of many adapters, a row each, over that of a loop over them."""
-    model, batch = llama(at["width"], 2).to(device()), _batch(at["members"], 32)
+    model, batch = llama(at["width"], 2), batch_of(at["members"], 32)
     adapt = build(model, pairs(at["rank"])[name].cfg, [batch])
     trees = [moved(adapt.init(seed=k)) for k in range(at["members"])]
     stacked, rows = ll.stack(trees), [{"input_ids": row[None], "use_cache": False} for row in batch["input_ids"]]
@@ -55,10 +56,6 @@ def members_ratio(name: str, at: Mapping[str, int], repeats: int) -> dict[str, f
     return ratio(interleaved(calls, repeats), "mixed", "loop")
 
 
-def _batch(rows: int, tokens: int) -> dict[str, Any]:
-    return {k: v.to(device()) if torch.is_tensor(v) else v for k, v in batch_of(rows, tokens).items()}
-
-
 def _loss(output: Any, batch: Mapping[str, Any]) -> torch.Tensor:
     logits, labels = output.logits[:, :-1], batch["input_ids"][:, 1:]
     return cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
@@ -66,7 +63,7 @@ def _loss(output: Any, batch: Mapping[str, Any]) -> torch.Tensor:
 
 def scaling(names: Iterable[str], points: Mapping[str, tuple[int, ...]], repeats: int) -> dict[str, Any]:
     """Walk along each axis from the centre: `{axis: {variant: {value: ratio}}}`."""
-    measure: dict[str, Callable[..., dict[str, float]]] = {axis: members_ratio if axis == "members" else step_ratio for axis in points}
+    measure: dict[str, Callable[..., Spread]] = {axis: members_ratio if axis == "members" else step_ratio for axis in points}
     work = [(axis, name, value) for axis, values in points.items() for name in names for value in values]
     found: dict[str, Any] = {axis: {name: {} for name in names} for axis in points}
     for axis, name, value in tqdm(work, desc="scaling", mininterval=5):
@@ -74,18 +71,23 @@ def scaling(names: Iterable[str], points: Mapping[str, tuple[int, ...]], repeats
     return found
 
 
+def measure(names: Sequence[str], points: Mapping[str, tuple[int, ...]], repeats: int) -> dict[str, Any]:
+    """Do all measurements once, in this process."""
+    warnings.filterwarnings("ignore", module="(transformers|peft|torch)")
+    torch.set_num_threads(1)
+    return {"centre": CENTRE, "layers": 2, "tokens": 64, "axes": scaling(names, points, repeats)}
+
+
 def main() -> None:
     """Run the measurements and write the results file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few points and repetitions")
     parser.add_argument("--variants", nargs="+", choices=MEASURED, default=list(TELLING), metavar="NAME")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of each measurement in each process")
+    parser.add_argument("--processes", type=int, default=3, help="fresh processes, one after another")
     o = parser.parse_args()
-    warnings.filterwarnings("ignore", module="(transformers|peft|torch)")
-    torch.set_num_threads(1)
-    names, repeats = (o.variants[:2], 3) if o.quick else (o.variants, o.repeats)
-    results = {"centre": CENTRE, "layers": 2, "tokens": 64, "axes": scaling(names, QUICK if o.quick else POINTS, repeats)}
-    write("scaling", machine(threads=1), results, o.quick)
+    names, points, repeats, processes = (o.variants[:2], QUICK, 3, 1) if o.quick else (o.variants, POINTS, o.repeats, o.processes)
+    write("scaling", machine(1, processes), measured(measure, processes, names, points, repeats), o.quick)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ checked first: the ways of serving must give the same answers, and both librarie
 """
 
 import argparse
-import statistics
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -17,7 +16,10 @@ from typing import Any
 import torch
 
 import lora_lite as ll
-from common import batch_of, interleaved, llama, machine, moved, pairs, peft_model, ratios, write
+from common import batch_of, llama, machine, moved, write
+from pairs import pairs, peft_model
+from processes import measured
+from timing import Spread, interleaved, milliseconds, ratios, spread
 
 ADAPTERS = 8
 
@@ -37,10 +39,9 @@ def served(model: Any, r: int, adapters: int) -> tuple[ll.Adapt, list[Any], Any]
     return adapt, trees, theirs.eval()
 
 
-def differences(times: dict[str, list[float]], of: str, over: str) -> dict[str, float]:
-    """Give by how much one call takes longer than another, pair by pair within a round: median and quartiles in milliseconds."""
-    low, mid, high = statistics.quantiles([(a - b) * 1e3 for a, b in zip(times[of], times[over])], n=4)
-    return {"median": mid, "low": low, "high": high, "n": len(times[of])}
+def differences(times: dict[str, list[float]], of: str, over: str) -> Spread:
+    """Give by how much one call takes longer than another, pair by pair within a round, in milliseconds."""
+    return milliseconds([a - b for a, b in zip(times[of], times[over])])
 
 
 @torch.inference_mode()
@@ -96,7 +97,7 @@ def throughput(width: int, layers: int, requests: int, tokens: int, threads: int
         }
         _agree(calls)
         times = interleaved(calls, repeats)
-    per_second = {name: requests / statistics.median(values) for name, values in times.items()}
+    per_second = {name: spread([requests / seconds for seconds in values]) for name, values in times.items()}
     sizes = {"width": width, "layers": layers, "requests": requests, "tokens": tokens, "adapters": ADAPTERS, "threads": threads}
     return {**sizes, "requests_per_second": per_second, "over_peft": ratios(times, "peft set_adapter")}
 
@@ -130,29 +131,34 @@ def generation(width: int, layers: int, tokens: int, repeats: int) -> dict[str, 
     return {**sizes, "over_peft": ratios(times, "peft")["module"], "over_frozen": ratios(times, "frozen")["module"]}
 
 
+def measure(width: int, layers: int, deep: int, tokens: int, requests: int, repeats: int) -> dict[str, Any]:
+    """Do all measurements once, in this process; `deep` is how many blocks the model has whose adapters are switched."""
+    torch.set_num_threads(1)
+    return {
+        "switching": switching(deep, 2 * repeats),
+        "generation": generation(width, layers, tokens, repeats),
+        "throughput": throughput(width, layers, requests, tokens=16, threads=2, repeats=max(4, repeats // 2)),
+    }
+
+
 def main() -> None:
     """Run the measurements, print them and write the results file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few repetitions of small sizes")
-    parser.add_argument("--repeats", type=int, default=30)
-    options = parser.parse_args()
-    quick, repeats = options.quick, 5 if options.quick else options.repeats
-    width, layers = (128, 2) if quick else (512, 4)
-    torch.set_num_threads(1)
-    results: dict[str, Any] = {
-        "switching": switching(layers=10 if quick else 43, repeats=2 * repeats),
-        "generation": generation(width, layers, tokens=16 if quick else 32, repeats=repeats),
-        "throughput": throughput(width, layers, requests=16 if quick else 32, tokens=16, threads=2, repeats=max(3, repeats // 3)),
-    }
-    ours, theirs = results["switching"]["switch_ms"], results["switching"]["peft_switch_ms"]
-    targets, spread = results["switching"]["targets"], f"[{ours['low']:.3f}, {ours['high']:.3f}]"
-    print(f"switching {targets} targets: {ours['median']:.3f} {spread} ms beyond the call")
-    print(f"  PEFT's set_adapter: {theirs['median']:.3f} [{theirs['low']:.3f}, {theirs['high']:.3f}] ms")
+    parser.add_argument("--repeats", type=int, default=8, help="rounds of each measurement in each process")
+    parser.add_argument("--processes", type=int, default=3, help="fresh processes, one after another")
+    o = parser.parse_args()
+    processes = 1 if o.quick else o.processes
+    sizes = (128, 2, 10, 16, 16) if o.quick else (512, 4, 43, 32, 32)
+    results = measured(measure, processes, *sizes, 5 if o.quick else o.repeats)
+    print(f"switching {results['switching']['targets']} targets, in ms beyond the call:")
+    for name, took in (("adapt", results["switching"]["switch_ms"]), ("PEFT's set_adapter", results["switching"]["peft_switch_ms"])):
+        print(f"  {took['median']:.3f} [{took['low']:.3f}, {took['high']:.3f}]  {name}")
     for name, rate in results["throughput"]["requests_per_second"].items():
-        print(f"{rate:8.1f} requests/s  {name}")
+        print(f"{rate['median']:8.1f} requests/s  {name}")
     beside = results["generation"]["over_peft"]
     print(f"generate: {beside['median']:.3f} [{beside['low']:.3f}, {beside['high']:.3f}] of PEFT's time")
-    write("serving", machine(threads=1), results, quick)
+    write("serving", machine(1, processes), results, o.quick)
 
 
 if __name__ == "__main__":

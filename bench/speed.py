@@ -12,7 +12,7 @@ import argparse
 import copy
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,18 +21,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import lora_lite as ll
-from common import batch_of, device, llama, machine, moved, write
+from common import batch_of, llama, machine, moved, write
 from compiled import compiled
 from contenders import Contender, contender, forwards, steps
 from functions import functions
 from pairs import MEASURED, Pair, build, pairs, peft_model, wrapped
 from populations import populations
-from timing import Times, interleaved, ratio, ratios, spread
+from processes import measured
+from timing import Times, device, interleaved, milliseconds, ratio, ratios
 
 
 def compared(times: Times) -> dict[str, Any]:
-    """Give the ratios of ours, and of PEFT's where it takes part, with the median times in milliseconds."""
-    found: dict[str, Any] = {"ms": {name: spread(values)["median"] * 1e3 for name, values in times.items()}}
+    """Give the ratios of ours, and of PEFT's where it takes part, with the times in milliseconds."""
+    found: dict[str, Any] = {"ms": {name: milliseconds(values) for name, values in times.items()}}
     if "frozen" in times:
         found["over_frozen"] = ratio(times, "ours", "frozen")
     if "peft" in times:
@@ -50,17 +51,14 @@ def macs_per_token(model: nn.Module, batch: Mapping[str, Any]) -> float:
 
 def models(sizes: Mapping[str, int], r: int, names: Iterable[str], repeats: int) -> dict[str, Any]:
     """Time forward, step and init of each variant on a Llama of the sizes."""
-    where = device()
-    model = llama(sizes["width"], sizes["layers"]).to(where)
-    batch = {k: v.to(where) if torch.is_tensor(v) else v for k, v in batch_of(sizes["rows"], sizes["tokens"]).items()}
-    block = llama(sizes["width"], 1).to(where)
+    model, block, batch = llama(sizes["width"], sizes["layers"]), llama(sizes["width"], 1), batch_of(sizes["rows"], sizes["tokens"])
     frozen, rows = macs_per_token(model, batch), {}
     for name in tqdm(list(names), desc="forward, step, init", mininterval=5):
         pair = pairs(r)[name]
         c = contender(model, pair, batch)
         added = c.adapt.macs_per_token / frozen
-        forward = compared(interleaved(forwards(model, c, batch), repeats, device=where))
-        step = compared(interleaved(steps(model, c, batch), repeats, device=where))
+        forward = compared(interleaved(forwards(model, c, batch), repeats))
+        step = compared(interleaved(steps(model, c, batch), repeats))
         rows[name] = {
             **counts(pair, c),
             "forward": {**forward, "by_arithmetic": 1 + added},
@@ -68,7 +66,7 @@ def models(sizes: Mapping[str, int], r: int, names: Iterable[str], repeats: int)
             "step": {**step, "by_arithmetic": 1 + 1.5 * added},
             "init": compared(inits(block, pair, batch, max(3, repeats // 4))),
         }
-    return {**sizes, "r": r, "frozen_macs_per_token": frozen, "device": str(where), "variants": rows}
+    return {**sizes, "r": r, "frozen_macs_per_token": frozen, "device": str(device()), "variants": rows}
 
 
 def counts(pair: Pair, c: Contender) -> dict[str, Any]:
@@ -84,7 +82,7 @@ def inits(block: nn.Module, pair: Pair, batch: Mapping[str, Any], repeats: int) 
     if pair.peft is not None:
         copies = [copy.deepcopy(block) for _ in range(repeats + 1)]  # PEFT changes the model that it adapts
         calls["peft"] = lambda: wrapped(copies.pop(), copy.deepcopy(pair.peft), [batch])
-    return interleaved(calls, repeats, warmup=1, device=device())
+    return interleaved(calls, repeats, warmup=1)
 
 
 def overhead(layers: int, repeats: int) -> dict[str, Any]:
@@ -102,32 +100,38 @@ def overhead(layers: int, repeats: int) -> dict[str, Any]:
     return {"targets": len(adapt.targets), "build_seconds": seconds, **found}
 
 
+def measure(sizes: Mapping[str, int], r: int, names: Sequence[str], chosen: Sequence[str], repeats: int, blocks: int) -> dict[str, Any]:
+    """Do all measurements once, in this process; `blocks` is the depth of the model whose calls are timed."""
+    warnings.filterwarnings("ignore", module="(transformers|peft|torch)")
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {
+        "models": models(sizes, r, names, repeats),
+        "functions": functions(sizes["width"], 64, r, names, repeats),
+        "compiled": compiled(sizes["width"], r, chosen, repeats),
+        "overhead": overhead(blocks, max(repeats, 10)),
+    }
+    torch.set_num_threads(2)
+    return results | {"populations": populations(sizes["width"], sizes["layers"], r=r, repeats=max(3, repeats // 2))}
+
+
 def main() -> None:
     """Run the measurements, print the ratios and write the results file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few repetitions of small sizes")
     parser.add_argument("--variants", nargs="+", choices=MEASURED, default=MEASURED, metavar="NAME")
     parser.add_argument("--compiled", nargs="*", choices=MEASURED, default=None, metavar="NAME", help="which to compile")
-    parser.add_argument("--repeats", type=int, help="rounds of each measurement")
+    parser.add_argument("--repeats", type=int, help="rounds of each measurement in each process")
+    parser.add_argument("--processes", type=int, help="fresh processes, one after another")
     for size, meaning in {"width": "features", "layers": "blocks", "rows": "of a batch", "tokens": "of a row", "rank": "of LoRA"}.items():
         parser.add_argument(f"--{size}", type=int, help=meaning)
     o = parser.parse_args()
     default = {"width": 64, "layers": 1, "rows": 2, "tokens": 32} if o.quick else {"width": 512, "layers": 2, "rows": 4, "tokens": 64}
     sizes = {name: getattr(o, name) or value for name, value in default.items()}
-    r, repeats = o.rank or (8 if o.quick else 16), o.repeats or (4 if o.quick else 20)
+    r, repeats, processes = o.rank or (8 if o.quick else 16), o.repeats or (4 if o.quick else 8), o.processes or (1 if o.quick else 3)
     chosen = o.compiled if o.compiled is not None else [n for n in (("lora",) if o.quick else ("lora", "dora")) if n in o.variants]
-    warnings.filterwarnings("ignore", module="(transformers|peft|torch)")
-    torch.set_num_threads(1)
-    results: dict[str, Any] = {
-        "models": models(sizes, r, o.variants, repeats),
-        "functions": functions(sizes["width"], 64, r, o.variants, repeats),
-        "compiled": compiled(sizes["width"], r, chosen, repeats),
-        "overhead": overhead(layers=4 if o.quick else 43, repeats=max(repeats, 10)),
-    }
-    torch.set_num_threads(2)
-    results["populations"] = populations(sizes["width"], sizes["layers"], r=r, repeats=max(3, repeats // 3))
+    results = measured(measure, processes, sizes, r, o.variants, chosen, repeats, 4 if o.quick else 43)
     show(results)
-    write("speed", machine(threads=1), results, o.quick)
+    write("speed", machine(threads=1, processes=processes), results, o.quick)
 
 
 def show(results: Mapping[str, Any]) -> None:

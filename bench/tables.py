@@ -69,9 +69,9 @@ def main_table(speed: Found | None, memory: Found | None, quality: Found | None)
                 "accuracy": share(learned.get(name, {}).get("ours")),
                 "params": count(row["params"]),
                 "added MACs/token": count(row["macs_per_token"]),
-                "forward, ms": f"{row['forward']['ms']['ours']:.0f}",
-                "backward, ms": f"{row['step']['ms']['ours'] - row['forward']['ms']['ours']:.0f}",
-                "init, s": f"{row['init']['ms']['ours'] / 1e3:.2f}",
+                "forward, ms": f"{row['forward']['ms']['ours']['median']:.0f}",
+                "backward, ms": f"{row['step']['ms']['ours']['median'] - row['forward']['ms']['ours']['median']:.0f}",
+                "init, s": f"{row['init']['ms']['ours']['median'] / 1e3:.3f}",
                 "step / PEFT's": spread(row["step"].get("over_peft")),
                 "peak / PEFT's": f"{peak['ours'] / peak['peft']:.2f}" if "peft" in peak else "-",
             }

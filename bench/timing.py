@@ -10,17 +10,23 @@ import torch
 
 Call = Callable[[], Any]
 Times = dict[str, list[float]]
-Ratio = dict[str, float]
+Spread = dict[str, Any]
+ROUNDS = "rounds"
 
 
-def seconds(call: Call, device: torch.device) -> float:
+def device() -> torch.device:
+    """Give the device that the benchmarks run on: the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def seconds(call: Call, where: torch.device) -> float:
     """Time one call: by the clock on a CPU, by events on a GPU, whose work runs on after the call has returned."""
-    if device.type != "cuda":
+    if where.type != "cuda":
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    with torch.cuda.device(device):
+    with torch.cuda.device(where):
         torch.cuda.synchronize()
         begin.record()
         call()
@@ -29,13 +35,13 @@ def seconds(call: Call, device: torch.device) -> float:
     return begin.elapsed_time(end) / 1e3  # milliseconds
 
 
-def interleaved(calls: Mapping[str, Call], repeats: int, warmup: int = 2, device: torch.device | None = None) -> Times:
+def interleaved(calls: Mapping[str, Call], repeats: int, warmup: int = 2, where: torch.device | None = None) -> Times:
     """Time every call once a round, for `repeats` rounds: seconds, in order.
 
     Each round starts with another call, since a call runs faster after one that leaves its weights in the cache. The collector
     of garbage waits between rounds: within one it would strike some calls and not others.
     """
-    device = device or torch.device("cpu")
+    where = where or device()
     times: Times = {name: [] for name in calls}
     order, collects = list(calls), gc.isenabled()
     gc.collect()
@@ -45,7 +51,7 @@ def interleaved(calls: Mapping[str, Call], repeats: int, warmup: int = 2, device
         for round_ in range(warmup + repeats):
             gc.collect()
             for name in order:
-                took = seconds(calls[name], device)
+                took = seconds(calls[name], where)
                 if round_ >= warmup:
                     times[name].append(took)
             order = order[1:] + order[:1]
@@ -56,17 +62,22 @@ def interleaved(calls: Mapping[str, Call], repeats: int, warmup: int = 2, device
     return times
 
 
-def spread(values: list[float]) -> Ratio:
-    """Give the median and the quartiles of values, and how many there are."""
-    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return {"median": median, "low": low, "high": high, "n": len(values)}
+def spread(values: list[float]) -> Spread:
+    """Give the median of values, between what bounds the middle 80 % of them lie, how many there are, and the values themselves."""
+    cuts = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values * 2
+    return {"median": statistics.median(values), "low": cuts[0], "high": cuts[-1], "n": len(values), ROUNDS: values}
 
 
-def ratio(times: Times, name: str, over: str) -> Ratio:
+def ratio(times: Times, name: str, over: str) -> Spread:
     """Give the ratio of a call's time to another's, round by round."""
     return spread([a / b for a, b in zip(times[name], times[over], strict=True)])
 
 
-def ratios(times: Times, over: str) -> dict[str, Ratio]:
-    """Give each call's ratio to `over`, and its median time in milliseconds."""
-    return {name: {**ratio(times, name, over), "ms": statistics.median(values) * 1e3} for name, values in times.items()}
+def ratios(times: Times, over: str) -> dict[str, Spread]:
+    """Give each call's ratio to `over`, and its time in milliseconds."""
+    return {name: {**ratio(times, name, over), "ms": milliseconds(values)} for name, values in times.items()}
+
+
+def milliseconds(seconds: list[float]) -> Spread:
+    """Give the spread of times in milliseconds."""
+    return spread([1e3 * value for value in seconds])
