@@ -18,7 +18,7 @@ def evaluate(s: Settings, model: Any, tokenizer: Any, rows: Any, place: Path) ->
     lines = place.read_text("utf-8").split("\n")[:-1] if place.is_file() else []  # a line cut short by a stop has no end
     if len(lines) < len(rows):
         del lines[len(lines) // s.eval_rows * s.eval_rows :]  # a batch cut short: in another batch answers may be rounded otherwise
-    done = [json.loads(line) for line in lines]
+    done = [json.loads(line) for line in lines[: len(rows)]]
     place.write_text("".join(f"{line}\n" for line in lines), "utf-8")
     # The end that it was taught, whatever the model's own generation config says.
     ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}

@@ -5,7 +5,7 @@ stopped goes on where it was when it is started again. `--probe` takes a few ste
 
     python bench/gsm8k.py --variant lora                               # Qwen3-0.6B-Base, q and v, 5000 steps of 4
     python bench/gsm8k.py --variant dora --table qwen3.5               # Qwen3.5-0.8B-Base, down_proj, 2500 steps of 8
-    python bench/gsm8k.py --variant antipasto --set core=gain basis=corda --table qwen3.5
+    python bench/gsm8k.py --variant antipasto --set basis=corda --table qwen3.5
     python bench/gsm8k.py --variant hra --probe --steps 8 --rate 5e-3
 """
 
