@@ -1,7 +1,8 @@
-"""One run of `gsm8k.py`: load, build, train from where it was, answer, score. Everything that takes long is kept as it comes."""
+"""The training of `gsm8k.py`: load, build, train from where it was. What takes long is kept as it comes."""
 
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,50 +10,89 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from tqdm import tqdm
 
 import lora_lite as ll
 from checkpoint import load_state, save_state
 from contenders import frozen_step
 from gsm8k_settings import CALIBRATION, Settings, config
-from metamath import PROMPT, Example, batch, examples, read, right
+from lora_lite.variants.adalora import orthogonality
+from metamath import Example, batch, examples, read, reason
 from peak import peak_bytes
 from timing import interleaved, spread
 
+STATE, ADAPTER = "state.safetensors", "adapter.safetensors"
+
 
 def load_model(s: Settings, where: torch.device) -> tuple[Any, Any]:
-    """Load the model, in evaluation mode, and its tokenizer, padded left with its end token."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(s.model)
+    """Load the model, in evaluation mode, and its tokenizer, padded left with its end token.
+
+    Raises:
+        ValueError: where there is no such model, or its tokenizer has no end token.
+    """
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(s.model)
+        model = transformers.AutoModelForCausalLM.from_pretrained(s.model, dtype=getattr(torch, s.dtype)).to(where).eval()
+    except (OSError, ValueError, KeyError) as e:  # transformers' answers to a wrong name and to another kind of model
+        raise ValueError(
+            f'gsm8k: expected a causal language model and its tokenizer, of the Hub or a folder, at "{s.model}", '
+            f"found none ({reason(e)}). Correct --model."
+        ) from None  # their own chain is long
     if tokenizer.eos_token is None:
-        raise ValueError(f"gsm8k: expected a tokenizer with an end token at {s.model}, found none. Answers end with it; use another.")
+        raise ValueError(f'gsm8k: expected a tokenizer with an end token at "{s.model}", found none. Answers end with it; use another.')
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
-    return transformers.AutoModelForCausalLM.from_pretrained(s.model, dtype=getattr(torch, s.dtype)).to(where).eval(), tokenizer
+    return model, tokenizer
 
 
 def training_examples(s: Settings, tokenizer: Any) -> list[Example]:
     """Give the examples that the run trains on, in their order."""
-    rows = read(s.train_data, "train").shuffle(seed=s.seed)
+    rows = read(s.train_data, "train", ("query", "response")).shuffle(seed=s.seed)
     return examples(tokenizer, rows, s.longest, s.steps * s.accumulate * s.rows)
 
 
-def start(s: Settings, model: Any, data: Sequence[Example], pad: int, place: Path) -> ll.Adapt:
-    """Give the `adapt` of a run: built, with calibration where the variant needs it, or read from where it was kept."""
-    if place.is_file():
-        return ll.load(model, place)[0]
-    cfg = config(s)
-    count = CALIBRATION.get(s.variant, 64)
+def build(s: Settings, model: Any, data: Sequence[Example], pad: int) -> ll.Adapt:
+    """Give the run's `adapt`, calibrated on the first examples where the variant needs it."""
+    cfg, count = config(s), CALIBRATION.get(s.variant, 64)
     parts = [data[k : k + s.rows] for k in range(0, min(len(data), count * s.rows), s.rows)]
-    adapt = ll.build(model, cfg, calibration=(batch(part, pad, model.device) for part in parts) if cfg.calibrated else None)
-    ll.save(adapt, adapt.init(seed=s.seed), place)
-    return adapt
+    return ll.build(model, cfg, calibration=(batch(part, pad, model.device) for part in parts) if cfg.calibrated else None)
+
+
+def start(s: Settings, model: Any, data: Sequence[Example], pad: int, folder: Path) -> tuple[ll.Adapt, dict[str, Any]]:
+    """Give the `adapt` of a run and the state of its training: as they were kept in `folder`, or new ones, which are kept there.
+
+    Raises:
+        ValueError: where the folder's run has other settings.
+    """
+    place, adapter = folder / STATE, folder / ADAPTER
+    if place.is_file():
+        state = load_state(place)
+        require_same(state["settings"], s, folder)
+        return ll.load(model, adapter)[0], state
+    begin = time.perf_counter()
+    adapt = build(s, model, data, pad)
+    params = adapt.init(seed=s.seed)
+    facts = {"init_seconds": time.perf_counter() - begin, **costs(adapt, params, model, batch(data[: s.rows], pad, model.device))}
+    state = {"settings": asdict(s), "facts": facts, "params": params, "adam": None, "update": None, "losses": []}
+    folder.mkdir(parents=True, exist_ok=True)
+    for answers in folder.glob("*.jsonl"):
+        answers.unlink()  # of a run whose state was removed
+    ll.save(adapt, params, adapter)
+    save_state(place, state)
+    return adapt, state
 
 
 def gradients(adapt: ll.Adapt, params: Any, parts: Sequence[Mapping[str, Any]]) -> tuple[float, Any]:
-    """Give the mean loss and gradients of several passes."""
-    step = ll.value_and_grad(lambda p, rows: adapt(p, rows, use_cache=False).loss / len(parts))
-    total, grads = 0.0, None
+    """Give the mean loss of several passes, and the mean gradients of what is minimised: AdaLoRA's has a penalty besides."""
+    weight = getattr(adapt.configs[0], "orth_reg_weight", 0.0)
+
+    def objective(p: Any, rows: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        loss = adapt(p, rows, use_cache=False).loss / len(parts)
+        return loss + weight * orthogonality(p) / len(parts) if weight else loss, loss
+
+    step, total, grads = ll.value_and_grad(objective, has_aux=True), 0.0, None
     for rows in parts:
-        loss, new = step(params, rows)
+        (_, loss), new = step(params, rows)
         total, grads = total + float(loss), new if grads is None else ll.tree_map(torch.add, grads, new)
     return total, grads
 
@@ -62,23 +102,16 @@ def norm(tree: Any) -> float:
     return math.sqrt(sum(float(leaf.detach().float().square().sum()) for leaf in ll.tree_leaves(tree)))
 
 
-def train(s: Settings, adapt: ll.Adapt, data: Sequence[Example], pad: int, place: Path, every: int = 100) -> tuple[Any, list[float]]:
-    """Train, from the state in `place` where there is one; give the params and the loss of each step.
-
-    Raises:
-        ValueError: where the state is of a run with other settings.
-    """
-    params, losses, update = adapt.init(seed=s.seed), [], None
-    where = ll.tree_leaves(params)[0].device
-    leaves, moments = ll.tree_leaves(params), []
-    adam = torch.optim.AdamW(leaves, lr=s.rate, weight_decay=0.1)
-    if place.is_file():
-        kept = load_state(place)
-        require_same(kept["settings"], s, place)
-        losses, update, moments = kept["losses"], to_device(kept["update"], where), to_device(kept["adam"], where)
-        with torch.no_grad():
-            ll.tree_map(lambda p, old: p.copy_(old), params, kept["params"])
-        adam.state.update({leaf: moment for leaf, moment in zip(leaves, moments, strict=True)})
+def train(
+    s: Settings, adapt: ll.Adapt, data: Sequence[Example], pad: int, state: dict[str, Any], folder: Path, every: int = 100
+) -> tuple[Any, list[float]]:
+    """Train from a state on, which is kept in `folder` every so many steps; give the params and the loss of each step."""
+    adapt = adapt.train()
+    params = ll.tree_map(lambda new, kept: kept.to(new.device, copy=True), adapt.init(seed=s.seed), state["params"])
+    leaves, losses, where = ll.tree_leaves(params), list(state["losses"]), ll.tree_leaves(params)[0].device
+    adam, update = torch.optim.AdamW(leaves, lr=s.rate, weight_decay=0.1), to_device(state["update"], where)
+    if state["adam"] is not None:
+        adam.state.update({leaf: moments for leaf, moments in zip(leaves, to_device(state["adam"], where), strict=True)})
     for step in (bar := tqdm(range(len(losses), s.steps), initial=len(losses), total=s.steps, desc=f"train {s.variant}", mininterval=5)):
         torch.manual_seed(s.seed + step)  # dropout, where there is any: the same whether the run was stopped or not
         first = step * s.accumulate * s.rows
@@ -95,8 +128,8 @@ def train(s: Settings, adapt: ll.Adapt, data: Sequence[Example], pad: int, place
         losses.append(loss)
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if len(losses) % every == 0 or len(losses) == s.steps:
-            moments = [adam.state[leaf] for leaf in leaves]
-            save_state(place, {"settings": asdict(s), "params": params, "adam": moments, "update": update, "losses": losses})
+            now = {"params": params, "adam": [adam.state[leaf] for leaf in leaves], "update": update, "losses": losses}
+            save_state(folder / STATE, {**state, **now})
     return params, losses
 
 
@@ -105,35 +138,13 @@ def to_device(state: Any, where: torch.device) -> Any:
     return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to(where) if t.dim() else t, state)
 
 
-def require_same(kept: Mapping[str, Any], s: Settings, place: Path) -> None:
-    """Refuse to go on with a run of other settings."""
+def require_same(kept: Mapping[str, Any], s: Settings, folder: Path) -> None:
+    """Refuse to go on with a run of other settings; how many problems are answered may change."""
     now = json.loads(json.dumps(asdict(s)))
-    other = sorted(k for k in now if now[k] != kept.get(k))
+    other = sorted(k for k in now if now[k] != kept.get(k) and k not in ("valid", "test"))
     if other:
         found = ", ".join(f"{k}={kept.get(k)!r} instead of {now[k]!r}" for k in other)
-        raise ValueError(f'gsm8k: expected the state in "{place}" to be of this run, found {found}. Use another --out, or remove it.')
-
-
-@torch.no_grad()
-def evaluate(s: Settings, model: Any, tokenizer: Any, rows: Any, place: Path) -> dict[str, Any]:
-    """Answer the questions greedily and score them; answers are kept as they come, and those that are there are not made again."""
-    lines = place.read_text("utf-8").split("\n")[:-1] if place.is_file() else []  # a line cut short by a stop has no end
-    done = [json.loads(line) for line in lines]
-    place.write_text("".join(f"{line}\n" for line in lines), "utf-8")
-    with place.open("a", encoding="utf-8") as file:
-        for k in tqdm(range(len(done), len(rows), s.eval_rows), desc=f"evaluate {place.stem}", mininterval=5):
-            part = rows.select(range(k, min(k + s.eval_rows, len(rows))))
-            prompts = [PROMPT.format(query=q) for q in part["question"]]
-            inputs = tokenizer(prompts, return_tensors="pt", padding=True, truncation=True, max_length=s.longest).to(model.device)
-            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-            out = model.generate(**inputs, max_new_tokens=s.new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-            texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            new = [{"prediction": text, "right": right(text, answer)} for text, answer in zip(texts, part["answer"], strict=True)]
-            file.write("".join(json.dumps(line) + "\n" for line in new))
-            file.flush()
-            done += new
-    share = sum(line["right"] for line in done) / len(done)
-    return {"exact": share, "error": math.sqrt(share * (1 - share) / len(done)), "n": len(done)}
+        raise ValueError(f'gsm8k: expected the run in "{folder}" to be this one, found {found}. Use another --out, or remove the folder.')
 
 
 def costs(adapt: ll.Adapt, params: Any, model: Any, rows: Mapping[str, Any]) -> dict[str, Any]:

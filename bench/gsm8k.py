@@ -5,7 +5,7 @@ stopped goes on where it was when it is started again. `--probe` takes a few ste
 
     python bench/gsm8k.py --variant lora                               # Qwen3-0.6B-Base, q and v, 5000 steps of 4
     python bench/gsm8k.py --variant dora --table qwen3.5               # Qwen3.5-0.8B-Base, down_proj, 2500 steps of 8
-    python bench/gsm8k.py --variant antipasto --set core=gain basis=corda --table qwen3.5
+    python bench/gsm8k.py --variant antipasto --set basis=corda --table qwen3.5
     python bench/gsm8k.py --variant hra --probe --steps 8 --rate 5e-3
 """
 
@@ -13,45 +13,49 @@ import argparse
 import ast
 import dataclasses
 import re
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import lora_lite as ll
+from answers import evaluate
 from common import device, machine, write
-from finetune import costs, evaluate, gradients, load_model, norm, start, train, training_examples
-from gsm8k_settings import RATES, TABLES, TARGETS, Settings
-from metamath import batch, read
+from finetune import ADAPTER, build, gradients, load_model, norm, start, train, training_examples
+from gsm8k_settings import TABLES, Settings, config, published, rank
+from metamath import batch, problems
 
 
 def run(s: Settings, out: Path) -> dict[str, Any]:
-    """Train and test one variant, with everything that a stopped run needs in `out`; give its results."""
+    """Train and test one variant, with everything that a stopped run needs in a folder in `out`; give its results.
+
+    Raises:
+        ValueError, TypeError: where a setting, the model, the data or what is in the folder doesn't fit, before anything is written.
+    """
     folder = out / run_name(s)
-    folder.mkdir(parents=True, exist_ok=True)
+    tests = problems(s.test_data, s.valid, s.test, s.seed)
     model, tokenizer = load_model(s, device())
-    data = training_examples(s, tokenizer)
-    begin = time.perf_counter()
-    adapt = start(s, model, data, tokenizer.pad_token_id, folder / "adapter.safetensors")
-    seconds = time.perf_counter() - begin
-    cost = costs(adapt, adapt.init(seed=s.seed), model, batch(data[: s.rows], tokenizer.pad_token_id, model.device))
-    params, losses = train(s, adapt, data, tokenizer.pad_token_id, folder / "state.safetensors")
-    ll.save(adapt, params, folder / "adapter.safetensors")
+    data, pad = training_examples(s, tokenizer), tokenizer.pad_token_id
+    adapt, state = start(s, model, data, pad, folder)
+    params, losses = train(s, adapt, data, pad, state, folder)
+    ll.save(adapt, params, folder / ADAPTER)
     module = adapt.module(params).eval()
-    valid = read(s.test_data, "train", "main").shuffle(seed=s.seed)
-    test = read(s.test_data, "test", "main")
-    splits = {"valid": valid.select(range(min(s.valid, len(valid)))), "test": test.select(range(min(s.test or len(test), len(test))))}
-    found = {name: evaluate(s, module, tokenizer, rows, folder / f"{name}.jsonl") for name, rows in splits.items()}
-    facts = {"params": adapt.num_params, "macs_per_token": adapt.macs_per_token, "init_seconds": seconds, **cost}
-    return {"settings": dataclasses.asdict(s), **found, **facts, "first_loss": losses[0], "last_loss": losses[-1]}
+    found = {name: evaluate(s, module, tokenizer, rows, folder / f"{name}.jsonl") for name, rows in tests.items()}
+    facts = {"r": rank(config(s)), "params": adapt.num_params, "macs_per_token": adapt.macs_per_token, **state["facts"]}
+    return {"settings": shown(s), **found, **facts, "first_loss": losses[0], "last_loss": losses[-1]}
+
+
+def shown(s: Settings) -> dict[str, Any]:
+    """Give the settings as a results file has them: of what is on this machine the name, since its place says nothing."""
+    sources = {field: getattr(s, field) for field in ("model", "train_data", "test_data")}
+    return dataclasses.asdict(s) | {field: Path(x).resolve().name if Path(x).exists() else x for field, x in sources.items()}
 
 
 def run_name(s: Settings) -> str:
-    """Name a run's folder."""
-    own = "".join(f"-{k}={v}" for k, v in s.fields)
-    model = Path(s.model).name if Path(s.model).is_dir() else s.model  # a folder's place says nothing
-    return re.sub(r"[^\w.=-]+", "--", f"{model}-{s.variant}{own}-{s.steps}x{s.rows * s.accumulate}-seed{s.seed}")
+    """Name a run's folder and its results file."""
+    own = {"r": rank(config(s)), "rate": s.rate, **dict(s.fields)}
+    words = "".join(f"-{name}={value}" for name, value in own.items() if value is not None)
+    return re.sub(r"[^\w.=-]+", "--", f"{shown(s)['model']}-{s.variant}{words}-{s.steps}x{s.rows * s.accumulate}-seed{s.seed}")
 
 
 def probe(s: Settings, out: Path) -> dict[str, Any]:
@@ -61,17 +65,16 @@ def probe(s: Settings, out: Path) -> dict[str, Any]:
         SystemExit: where a perturbation has no effect, the loss does not fall, a base weight got a gradient, or reloading changes logits.
     """
     model, tokenizer = load_model(s, device())
-    short = dataclasses.replace(s, steps=1, accumulate=1)
-    rows = batch(training_examples(short, tokenizer), tokenizer.pad_token_id, model.device)
-    out.mkdir(parents=True, exist_ok=True)
-    place = out / f"probe-{s.variant}.safetensors"
-    place.unlink(missing_ok=True)
-    adapt = start(s, model, training_examples(short, tokenizer), tokenizer.pad_token_id, place)
+    data = training_examples(dataclasses.replace(s, steps=1, accumulate=1), tokenizer)
+    rows = batch(data, tokenizer.pad_token_id, model.device)
+    adapt = build(s, model, data, tokenizer.pad_token_id)
     params = adapt.init(seed=s.seed)
     begin = ll.tree_map(torch.clone, params)
+    torch.manual_seed(s.seed)
     with torch.no_grad():
         base, fresh = adapt.base(rows, use_cache=False).logits, adapt(params, rows, use_cache=False).logits
-        perturbed = adapt(ll.tree_map(lambda p: p + 0.25, params), rows, use_cache=False).logits
+        # By noise: what moves all entries alike is lost on HRA, whose reflections start as pairs that cancel.
+        perturbed = adapt(ll.tree_map(lambda p: p + 0.25 * torch.randn_like(p), params), rows, use_cache=False).logits
     leaves = ll.tree_leaves(params)
     adam = torch.optim.AdamW(leaves, lr=s.rate)
     losses, norms = [], []
@@ -83,6 +86,8 @@ def probe(s: Settings, out: Path) -> dict[str, Any]:
             leaf.grad = grad
         adam.step()
     losses.append(gradients(adapt, params, [rows])[0])
+    out.mkdir(parents=True, exist_ok=True)
+    place = out / f"probe-{s.variant}.safetensors"
     ll.save(adapt, params, place)
     again, kept = ll.load(load_model(s, device())[0], place)
     with torch.no_grad():
@@ -112,25 +117,30 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", choices=list(TABLES), default="qwen3", help="whose settings to take")
     parser.add_argument("--probe", action="store_true", help="a few steps on one batch, and a row of facts")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the variant's config")
+    parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="FIELD=VALUE", help="fields of the variant's config")
     parser.add_argument("--out", type=Path, default=Path("outputs/gsm8k"), help="where the run is kept")
+    choices = {"variant": list(ll.VARIANTS), "dtype": ["bfloat16", "float16", "float32"]}
     for field in dataclasses.fields(Settings):
         if field.name != "fields":
             kind = int if field.name in ("test", "valid") else type(field.default)
-            parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, help=f"default {field.default} (table qwen3)")
+            more = {"type": kind, "choices": choices.get(field.name), "help": f"default {field.default} (LoRA, table qwen3)"}
+            parser.add_argument(f"--{field.name.replace('_', '-')}", **more)
     return parser.parse_args()
 
 
 def settings_of(o: argparse.Namespace) -> Settings:
-    """Give the table's settings with the variant's rate and targets, changed by the options."""
+    """Give the variant's settings in the table, changed by the options.
+
+    Raises:
+        ValueError: for a number out of range, or a word of --set that sets nothing.
+    """
     given = {f.name: getattr(o, f.name) for f in dataclasses.fields(Settings) if f.name != "fields"}
     given = {name: value for name, value in given.items() if value is not None}
-    variant = given.get("variant", "lora")
-    own = {"rate": RATES.get(variant, 1e-4), "targets": TARGETS.get(variant, TABLES[o.table].targets)}
-    if o.probe:
-        own |= {"steps": 8, "rate": 5e-3}
-    pairs = [word.partition("=")[::2] for word in o.set]
-    return dataclasses.replace(TABLES[o.table], **own | given, fields=tuple((name, _value(text)) for name, text in pairs))
+    bare = [word for word in o.set if "=" not in word]
+    if bare:
+        raise ValueError(f"gsm8k: expected --set FIELD=VALUE, found {bare}. Write e.g. --set core=gain.")
+    given["fields"] = tuple((name, _value(text)) for name, _, text in (word.partition("=") for word in o.set))
+    return published(o.table, **({"steps": 8, "rate": 5e-3} if o.probe else {}) | given)
 
 
 def _value(text: str) -> Any:
@@ -143,14 +153,18 @@ def _value(text: str) -> Any:
 def main() -> None:
     """Run or probe, print and, for a run, write a results file."""
     o = options()
-    s = settings_of(o)
+    try:
+        s = settings_of(o)
+        config(s)
+    except (ValueError, TypeError) as e:
+        raise SystemExit(str(e)) from e
     if o.probe:
         row = probe(s, o.out)
         print("\n".join(f"{name:16} {value:.4g}" if isinstance(value, float) else f"{name:16} {value}" for name, value in row.items()))
         return
-    results = run(s, o.out)
-    print(f"{s.variant}: {results['test']['exact']:.1%} ± {results['test']['error']:.1%} of {results['test']['n']} test problems")
-    write(f"gsm8k-{run_name(s)}", machine(torch.get_num_threads()), results)
+    found = run(s, o.out)
+    print(f"{s.variant}: {found['test']['exact']:.1%} ± {found['test']['error']:.1%} of {found['test']['n']} test problems")
+    write(f"gsm8k-{run_name(s)}", machine(torch.get_num_threads()), found)
 
 
 if __name__ == "__main__":

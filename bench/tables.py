@@ -182,9 +182,9 @@ def gsm8k_table(folder: Path = RESULTS, up: str = "../") -> str:
         rows.append(
             {
                 **{
-                    "variant": title(s["variant"]),
+                    "variant": " ".join([title(s["variant"]), *(f"{name}={value}" for name, value in s["fields"])]),
                     "model": s["model"],
-                    "r": str(s["r"]),
+                    "r": str(r["r"] or "-"),
                     "test": share(r["test"]),
                     "valid": share(r["valid"]),
                 },

@@ -40,3 +40,13 @@ def tiny(device):
         return model.to(device).eval(), {key: value.to(device) for key, value in batch.items()}
 
     return make
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory):
+    """Give a folder with small models and data sets as the Hub lays them out."""
+    from hub_files import write_hub  # not above, for the same reason
+
+    folder = tmp_path_factory.mktemp("hub")
+    write_hub(folder)
+    return folder

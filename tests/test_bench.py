@@ -1,25 +1,16 @@
-"""The benchmarks measure what they say: answers, statistics, checks of what is timed, runs that stop and go on, tables from files."""
+"""The benchmarks measure what they say: statistics, checks of what is timed, training loops, tables from files."""
 
 import dataclasses
 import importlib
 import json
 import math
-import re
-import sys
 from pathlib import Path
 
-import datasets
 import pytest
-import tokenizers
 import torch
-import transformers as tf
 
-import checkpoint
 import contenders
-import finetune
-import gsm8k
 import lora_lite as ll
-import metamath
 import pairs
 import quality
 import report
@@ -28,39 +19,10 @@ from arithmetic import batch as demo_batch
 from arithmetic import exact_match
 from common import batch_of, llama
 from demo import load_base
-from gsm8k_settings import config
 from learning import evaluate, joined, train_ours, updated
 from peak import peak_bytes
 
 BENCH = Path(__file__).parent.parent / "bench"
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("#### 42", "42"),
-        ("He has 3 and 4.\n#### 1,234", "1234"),
-        ("The answer is: -17", "-17"),
-        ("The answer is 1,234.", "1234"),
-        ("#### 5 was said. But it is 6.", "6"),
-        ("first #### 5, then #### 7 apples", "7"),
-        ("7 before #### none after", None),
-        ("It costs $2.50", "2.50"),
-        ("no number", None),
-        ("", None),
-    ],
-)
-def test_answer_is_the_last_number_after_the_last_mark(text, number):
-    assert metamath.answer_of(text) == number
-
-
-def test_predictions_are_scored_by_the_number_alone():
-    reference = "3 + 4 = <<3+4=7>>7\n#### 1,007"
-    assert metamath.right("so 1007", reference)
-    assert not metamath.right("so 7", reference)
-    assert not metamath.right("no idea", reference)
-    with pytest.raises(ValueError, match=r"expected a number in the reference.*found 'none'.*42"):
-        metamath.right("7", "none")
 
 
 def test_ratios_are_taken_within_rounds():
@@ -169,164 +131,6 @@ def test_standard_error_counts_seeds_and_problems():
     assert quality.standard_error([0.0], 100) > 0
     assert quality.agree({"exact": 0.5, "error": 0.03}, {"exact": 0.58, "error": 0.03})
     assert not quality.agree({"exact": 0.5, "error": 0.03}, {"exact": 0.6, "error": 0.03})
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory):
-    """Write a tiny model with a tokenizer of characters, and a few rows of both data sets in the Hub's fields."""
-    folder = tmp_path_factory.mktemp("local")
-    characters = sorted({*"Question: Think step by step.\nAnswer: It is W####0123456789+=?abcdefghijklmnopqrstuvwxyz"})
-    vocab = {c: k for k, c in enumerate(["<unk>", "</s>", *characters])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = tokenizers.decoders.Fuse()
-    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>").save_pretrained(folder / "model")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    torch.manual_seed(0)
-    tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=len(vocab), eos_token_id=1, bos_token_id=None, **sizes)).save_pretrained(folder / "model")
-    train = [{"query": f"What is {k} + 1?", "response": f"The answer is: {k + 1}", "type": "GSM_Rephrased"} for k in range(40)]
-    (folder / "metamath.jsonl").write_text("".join(json.dumps(row) + "\n" for row in train))
-    gsm = [{"question": f"What is {k} + 2?", "answer": f"{k} + 2 = <<{k}+2={k + 2}>>{k + 2}\n#### {k + 2}"} for k in range(7)]
-    (folder / "gsm8k").mkdir()
-    (folder / "gsm8k" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in gsm))
-    datasets.Dataset.from_list(gsm).to_parquet(folder / "gsm8k" / "test.parquet")
-    return folder
-
-
-@pytest.fixture
-def settings(local):
-    data = {"train_data": str(local / "metamath.jsonl"), "test_data": str(local / "gsm8k")}
-    small = {"steps": 4, "rows": 2, "accumulate": 2, "r": 4, "alpha": 8.0, "longest": 96, "new_tokens": 4, "eval_rows": 3, "valid": 4}
-    return gsm8k.Settings(model=str(local / "model"), dtype="float32", rate=1e-2, **small, **data)
-
-
-def test_published_settings_are_the_tables():
-    first, second = gsm8k.TABLES["qwen3"], gsm8k.TABLES["qwen3.5"]
-    assert (first.model, first.r, first.steps, first.rows * first.accumulate) == ("Qwen/Qwen3-0.6B-Base", 32, 5000, 4)
-    assert (second.model, second.r, second.steps, second.rows * second.accumulate) == ("Qwen/Qwen3.5-0.8B-Base", 32, 2500, 8)
-    assert re.search(first.targets, "model.layers.0.self_attn.q_proj")
-    assert re.search(second.targets, "model.layers.0.mlp.down_proj")
-
-
-@pytest.mark.parametrize("name", list(ll.VARIANTS))
-def test_every_variant_has_a_config_of_the_published_settings(name):
-    cfg = config(dataclasses.replace(gsm8k.TABLES["qwen3"], variant=name))
-    assert cfg.name == name
-    assert len(ll.find_targets(llama(32, 2), cfg)) in (2, 4, 5)  # blocks, q and v of each, norms
-    if name == "lora":
-        assert (cfg.r, cfg.alpha) == (32, 64.0)
-
-
-def test_options_change_the_tables_settings(monkeypatch):
-    monkeypatch.setattr(
-        sys, "argv", ["gsm8k.py", "--variant", "antipasto", "--table", "qwen3.5", "--set", "core=gain", "r=64", "--steps", "7"]
-    )
-    s = gsm8k.settings_of(gsm8k.options())
-    assert (s.rate, s.steps, s.targets, s.fields) == (5e-3, 7, r"down_proj$", (("core", "gain"), ("r", 64)))
-    assert (config(s).r, config(s).core) == (64, "gain")
-
-
-def test_only_the_response_is_labelled(local):
-    tokenizer = tf.AutoTokenizer.from_pretrained(local / "model")
-    example = metamath.encode(tokenizer, "What is 1 + 1?", "It is 2", longest=96)
-    labelled = [t for t, label in zip(example["input_ids"], example["labels"], strict=True) if label != -100]
-    assert tokenizer.decode(labelled) == " It is 2</s>"
-    assert tokenizer.decode(example["input_ids"]).startswith("Question: What is 1 + 1? Think step by step.\nAnswer: It")
-    assert len(metamath.encode(tokenizer, "What?", "2" * 200, longest=96)["input_ids"]) == 96
-    assert metamath.encode(tokenizer, "What?" * 50, "2", longest=96) is None
-    with pytest.raises(ValueError, match=r"expected 3 training examples of at most 96 tokens, found 1\. Lower --steps"):
-        metamath.examples(tokenizer, [{"query": "a", "response": "1"}], 96, 3)
-    stacked = metamath.batch([{"input_ids": [5], "labels": [5]}, {"input_ids": [6, 7], "labels": [-100, 7]}], 1, torch.device("cpu"))
-    assert stacked["input_ids"].tolist() == [[1, 5], [6, 7]]
-    assert stacked["labels"].tolist() == [[-100, 5], [-100, 7]]
-    assert stacked["attention_mask"].tolist() == [[0, 1], [1, 1]]
-
-
-@pytest.mark.parametrize("variant", ["lora", "eva", "adalora"])
-def test_a_run_on_local_files_reaches_a_result(settings, tmp_path, variant):
-    found = gsm8k.run(dataclasses.replace(settings, variant=variant), tmp_path)
-    assert (found["valid"]["n"], found["test"]["n"]) == (4, 7)
-    assert 0 <= found["test"]["exact"] <= 1
-    assert 0 < found["last_loss"] < 5
-    assert found["ms"]["step"]["n"] == 5
-    assert found["peak_bytes"] > 0
-    json.dumps(found)
-
-
-class Stopped(Exception):
-    """What a killed run is like to the code that was running."""
-
-
-@pytest.mark.parametrize("variant", ["lora", "adalora"])
-def test_a_stopped_run_goes_on_to_the_same_params(settings, tmp_path, monkeypatch, variant):
-    fields = {"init_r": 4, "target_r": 2, "total_step": 4} if variant == "adalora" else {"dropout": 0.5}
-    s = dataclasses.replace(settings, variant=variant, fields=tuple(fields.items()))
-    model, tokenizer = finetune.load_model(s, torch.device("cpu"))
-    data = finetune.training_examples(s, tokenizer)
-
-    def train(folder):
-        folder.mkdir(exist_ok=True)
-        adapt = finetune.start(s, model, data, 1, folder / "adapter.safetensors").train()
-        return finetune.train(s, adapt, data, 1, folder / "state.safetensors", every=1)
-
-    want, want_losses = train(tmp_path / "whole")
-    real, steps = finetune.gradients, []
-
-    def stops(*args):
-        steps.append(1)
-        if len(steps) == 3:
-            raise Stopped
-        return real(*args)
-
-    monkeypatch.setattr(finetune, "gradients", stops)
-    with pytest.raises(Stopped):
-        train(tmp_path / "stopped")
-    got, losses = train(tmp_path / "stopped")
-    assert len(steps) == 3 + 2  # two steps were kept
-    assert losses == want_losses
-    assert all(torch.equal(a, b) for a, b in zip(ll.tree_leaves(got), ll.tree_leaves(want), strict=True))
-    s = dataclasses.replace(s, rate=0.5)
-    with pytest.raises(ValueError, match=r"expected the state in .* of this run, found rate=0.01 instead of 0.5"):
-        train(tmp_path / "stopped")
-
-
-def test_answers_that_are_there_are_not_made_again(settings, tmp_path):
-    model, tokenizer = finetune.load_model(settings, torch.device("cpu"))
-    rows = metamath.read(settings.test_data, "test")
-    place = tmp_path / "test.jsonl"
-    want = finetune.evaluate(settings, model, tokenizer, rows, place)
-    lines = place.read_text().splitlines(keepends=True)
-    assert len(lines) == want["n"] == 7
-    known = json.dumps({"prediction": "kept", "right": True}) + "\n"
-    place.write_text(known * 3 + lines[3][:9])  # three answers, and one cut short by the stop
-    found = finetune.evaluate(settings, model, tokenizer, rows, place)
-    assert place.read_text() == known * 3 + "".join(lines[3:])
-    assert found["exact"] == (3 + sum(json.loads(line)["right"] for line in lines[3:])) / 7
-
-
-def test_probe_gives_a_row_of_facts(settings, tmp_path):
-    row = gsm8k.probe(dataclasses.replace(settings, steps=3), tmp_path)
-    assert list(row) == [
-        *("variant", "targets", "trained", "identity error", "perturbation", "first loss", "last loss", "gradient norm", "moved"),
-        *("base gradients", "reload error"),
-    ]
-    assert (row["targets"], row["trained"], row["identity error"]) == (4, 4 * (32 + 32 + 32 + 16) * 2, 0.0)
-    with pytest.raises(SystemExit, match=r"found reload error to be wrong"):
-        gsm8k.require({**row, "reload error": 0.1})
-    with pytest.raises(SystemExit, match=r"found last loss to be wrong"):
-        gsm8k.require({**row, "last loss": row["first loss"]})
-
-
-def test_state_comes_back_as_it_was(tmp_path):
-    shared = torch.arange(6.0)
-    state = {"a": [1, None, {"b": shared[::2], "c": shared.bfloat16()}], "step": torch.tensor(3.0), "d": {}, "e": "text", "tensor": shared}
-    checkpoint.save_state(tmp_path / "state", state)
-    found = checkpoint.load_state(tmp_path / "state")
-    assert torch.equal(found["a"][2]["b"], shared[::2])
-    assert found["a"][2]["c"].dtype == torch.bfloat16
-    assert (found["a"][:2], float(found["step"]), found["d"], found["e"]) == ([1, None], 3.0, {}, "text")
-    assert torch.equal(found["tensor"], shared)
-    assert [p.name for p in tmp_path.iterdir()] == ["state"]
 
 
 RATIO = {"median": 1.1, "low": 1.0, "high": 1.2, "n": 4}
