@@ -49,11 +49,11 @@ def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {k: torch.cat([pad(part[k], (0, width - part[k].shape[1]), value=v) for part in parts]) for k, v in fill.items()}
 
 
-def train_ours(adapt: ll.Adapt, data: Sequence[Iterator[Any]], test: Sequence[Row], steps: int, rate: float) -> list[Reached]:
-    """Train a member on each stream of batches, all in one mixed batch a step, and evaluate each."""
+def train_ours(adapt: ll.Adapt, data: Sequence[Iterator[Any]], test: Sequence[Row], steps: int, rates: Sequence[float]) -> list[Reached]:
+    """Train a member on each stream of batches at its own rate, all in one mixed batch a step, and evaluate each."""
     params, members = ll.stack([adapt.init(seed=k) for k in range(len(data))]), len(data)
     leaves = ll.tree_leaves(params)
-    adam, schedule = optimiser(leaves, rate, steps)
+    adam, schedule = optimiser(leaves, 1.0, steps)  # each member goes its rate's part of the way, which without decay is the rate's step
     state: list[Any] = [None] * members
 
     def total(params: Any, rows: Mapping[str, Tensor]) -> Tensor:
@@ -67,11 +67,19 @@ def train_ours(adapt: ll.Adapt, data: Sequence[Iterator[Any]], test: Sequence[Ro
         by_leaf = ll.tree_leaves(grads)
         norm = torch.stack([g.reshape(members, -1).square().sum(1) for g in by_leaf]).sum(0).sqrt()  # (members,)
         for leaf, grad in zip(leaves, by_leaf, strict=True):
-            leaf.grad = grad / norm.clamp(min=1.0).view(-1, *[1] * (grad.dim() - 1))
+            leaf.grad = grad / _along(norm.clamp(min=1.0), grad)
+        before = [leaf.clone() for leaf in leaves]
         adam.step()
         schedule.step()
+        for leaf, old in zip(leaves, before, strict=True):
+            leaf.copy_(torch.lerp(old, leaf, _along(torch.tensor(rates), leaf)))
         state = updated(adapt.configs[0], params, grads, state)
     return [evaluate(lambda rows, p=member: adapt(p, rows), test) for member in ll.unstack(params)]
+
+
+def _along(values: Tensor, leaf: Tensor) -> Tensor:
+    """Lay a number of each member along a stacked leaf's other axes."""
+    return values.view(-1, *[1] * (leaf.dim() - 1))
 
 
 @torch.no_grad()

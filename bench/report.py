@@ -10,9 +10,9 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import tables as t
+from agreement import compared, told
 from tables import RESULTS, Found, newest
 
 ROOT = Path(__file__).parent.parent
@@ -69,6 +69,7 @@ def sections(folder: Path = RESULTS, up: str = "../") -> Iterator[tuple[str, str
         ("functions", "speed", t.functions_table),
         ("compiled", "speed", t.compiled_table),
         ("populations", "speed", t.populations_table),
+        ("agreement", "agreement", t.agreement_table),
         ("demo", "demo", t.demo_table),
     ]
     for marker, kind, make in makers:
@@ -102,21 +103,9 @@ def page(text: str, folder: Path = RESULTS) -> str:
     return text
 
 
-def disagreements(a: Any, b: Any, path: str = "") -> Iterator[str]:
-    """Walk two results and give each ratio whose medians lie outside of each other's quartiles."""
-    if isinstance(a, dict) and {"median", "low", "high"} <= a.keys():
-        if not (a["low"] <= b["median"] <= a["high"] or b["low"] <= a["median"] <= b["high"]):
-            yield f"{path}: {t.spread(a)} and {t.spread(b)}"
-    elif isinstance(a, dict):
-        for key in a.keys() & b.keys():
-            yield from disagreements(a[key], b[key], f"{path}/{key}")
-
-
 def compare(a: Path, b: Path) -> None:
     """Print where two runs differ beyond the spread that they state."""
-    first, second = (json.loads(p.read_text("utf-8"))["results"] for p in (a, b))
-    found = sorted(disagreements(first, second))
-    print("\n".join(found) or "Every ratio agrees within the stated spread.")
+    print(told(compared(*(json.loads(path.read_text("utf-8"))["results"] for path in (a, b)))))
 
 
 def main() -> None:

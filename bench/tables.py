@@ -34,7 +34,7 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def spread(ratio: Found | None) -> str:
-    """Write a ratio with its quartiles."""
+    """Write a ratio with what bounds the middle 80 % of its rounds."""
     return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio else "-"
 
 
@@ -85,10 +85,11 @@ def conditions(speed: Found | None, quality: Found | None, up: str) -> str:
     if speed:
         m = speed["results"]["models"]
         rounds = next(iter(m["variants"].values()))["step"]["over_frozen"]["n"]
+        processes = f" in {n} processes" if (n := speed.get("processes", 1)) > 1 else ""
         words.append(
             f"Costs: one step of a {m['layers']}-layer Llama of width {m['width']}, all linear layers, {m['rows']} rows of {m['tokens']} "
-            f"tokens; init of one block; medians of {rounds} interleaved rounds, in "
-            f"brackets quartiles of the ratio within a round ({source(speed, up)}). "
+            f"tokens; init of one block; medians of {rounds} interleaved rounds{processes}, in "
+            f"brackets the middle 80 % of the ratios within a round ({source(speed, up)}). "
             "`r` is the rank, or where there is none the block or group size."
         )
     if quality:
@@ -171,6 +172,14 @@ def populations_table(speed: Found) -> str:
     """Give the time of many adapters in one mixed batch over a loop's."""
     found = speed["results"]["populations"]
     return table([{"one step, LoRA, two threads": name, "time / a loop's": spread(ratio)} for name, ratio in found.items()])
+
+
+def agreement_table(found: Found) -> str:
+    """Give on how many figures two runs agree, and the figures on which they do not."""
+    kinds = found["results"]
+    rows = [{"measured": kind, "figures": str(f["figures"]), "agree": str(f["figures"] - len(f["apart"]))} for kind, f in kinds.items()]
+    apart = [f"- {kind}{line}" for kind, f in kinds.items() for line in f["apart"]]
+    return "\n\n".join([table(rows), *(["Apart:", "\n".join(apart)] if apart else [])])
 
 
 def gsm8k_table(folder: Path = RESULTS, up: str = "../") -> str:

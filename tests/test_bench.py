@@ -4,14 +4,17 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+import agreement
 import contenders
 import lora_lite as ll
 import pairs
+import processes
 import quality
 import report
 import timing
@@ -27,10 +30,22 @@ BENCH = Path(__file__).parent.parent / "bench"
 
 def test_ratios_are_taken_within_rounds():
     drifting = {"a": [2.0, 4.0, 6.0, 8.0, 10.0], "b": [1.0, 2.0, 3.0, 4.0, 5.0]}
-    assert timing.ratio(drifting, "a", "b") == {"median": 2.0, "low": 2.0, "high": 2.0, "n": 5}
-    found = timing.spread([1.0, 2.0, 3.0, 4.0, 100.0])
-    assert (found["median"], found["low"], found["n"]) == (3.0, 1.5, 5)
-    assert timing.spread([2.0]) == {"median": 2.0, "low": 2.0, "high": 2.0, "n": 1}
+    assert timing.ratio(drifting, "a", "b") == {"median": 2.0, "low": 2.0, "high": 2.0, "n": 5, "rounds": [2.0] * 5}
+    found = timing.spread([1000.0, *map(float, range(1, 10)), -1000.0])
+    assert (found["median"], found["low"], found["high"], found["n"]) == (5.0, 1.0, 9.0, 11)
+    assert timing.spread([2.0]) == {"median": 2.0, "low": 2.0, "high": 2.0, "n": 1, "rounds": [2.0]}
+
+
+def scaled(factor):
+    return {"a": {"b": timing.spread([factor * 1.0, factor * 2.0, factor * 3.0]), "facts": {"width": 8}}, "process": os.getpid()}
+
+
+def test_rounds_of_fresh_processes_are_pooled():
+    found = processes.measured(scaled, 2, 2.0)
+    assert found["a"]["b"] == timing.spread([2.0, 4.0, 6.0] * 2)
+    assert found["process"] != os.getpid()
+    assert processes.without_rounds(found)["a"] == {"b": {"median": 4.0, "low": 2.0, "high": 6.0, "n": 6}, "facts": {"width": 8}}
+    assert processes.pooled([scaled(1.0), scaled(2.0)])["a"]["b"]["median"] == 2.5  # of 1, 2, 3, 2, 4, 6
 
 
 def test_rounds_interleave_the_calls_and_start_with_each_in_turn():
@@ -79,12 +94,12 @@ def test_peak_memory_is_what_is_held_at_once():
 
 
 def test_teacher_forced_share_is_the_share_of_greedy_answers():
-    model, test = load_base(), quality.short("test", 12, seed=2)
-    rows = quality.short("train", 96, seed=0)
+    model, test = load_base(), quality.drawn("test", 12, seed=2)
+    rows = quality.drawn("train", 96, seed=0)
     adapt = ll.build(model, ll.LoRAConfig(r=8))
     data = [iter([demo_batch(rows[k : k + 8]) for k in range(0, 96, 8)])]
     params = adapt.init(seed=0)
-    reached = train_ours(adapt, data, test, 12, 1e-2)
+    reached = train_ours(adapt, data, test, 12, [1e-2])
     assert reached[0][1] < evaluate(lambda b: adapt(params, b), test)[1] / 2  # it learns
     sums = [
         dataclasses.replace(row, question=f"{a}{op}{b}=", answer=str(a + b if op == "+" else a - b))
@@ -96,14 +111,16 @@ def test_teacher_forced_share_is_the_share_of_greedy_answers():
 
 
 def test_members_train_as_they_would_alone():
-    rows = quality.short("train", 24, seed=0)
+    rows = quality.drawn("train", 24, seed=0)
     streams = [[demo_batch(rows[k : k + 4]) for k in (0, 8)], [demo_batch(rows[k : k + 4]) for k in (4, 16)]]
     assert len({part["input_ids"].shape for stream in streams for part in stream}) > 1  # padding takes part
     adapt = ll.build(load_base(), ll.LoRAConfig(r=4))
-    together = train_ours(adapt, [iter(s) for s in streams], rows[:6], 2, 0.3)
-    alone = train_ours(adapt, [iter(streams[0])], rows[:6], 2, 0.3)
+    together = train_ours(adapt, [iter(s) for s in streams], rows[:6], 2, [0.3, 0.1])
+    alone = train_ours(adapt, [iter(streams[0])], rows[:6], 2, [0.3])
+    slow = train_ours(adapt, [iter(streams[1])], rows[:6], 2, [0.1])
     assert together[0] == pytest.approx(alone[0], rel=1e-3)
-    assert together[0][1] != pytest.approx(together[1][1], rel=1e-2)
+    assert together[1][2] == slow[0][2] == 6
+    assert together[1][1] != pytest.approx(together[0][1], rel=1e-2)
 
 
 def test_each_member_is_updated_as_the_method_says():
@@ -142,10 +159,10 @@ def results(kind, **found):
 
 
 def timed(ratio, **more):
-    part = {"over_frozen": RATIO, "by_arithmetic": 1.05, "over_peft": ratio, "peft_over_frozen": RATIO, "ms": {"ours": 30.0}}
-    init = {"over_peft": RATIO, "ms": {"ours": 20.0}}
+    part = {"over_frozen": RATIO, "by_arithmetic": 1.05, "over_peft": ratio, "peft_over_frozen": RATIO, "ms": {"ours": {"median": 30.0}}}
+    init = {"over_peft": RATIO, "ms": {"ours": {"median": 20.0}}}
     checked = {"against": "peft", "change": 1.0, "error": 1e-6}
-    step = {**part, "ms": {"ours": 50.0}}
+    step = {**part, "ms": {"ours": {"median": 50.0}}}
     return {"r": 16, "params": 81920, "macs_per_token": 2.5e6, "checked": checked, "forward": part, "step": step, "init": init, **more}
 
 
@@ -186,8 +203,8 @@ def test_report_has_the_lineages_columns_and_pefts_ratio(files):
     assert head == (
         "| variant | r | accuracy | params | added MACs/token | forward, ms | backward, ms | init, s | step / PEFT's | peak / PEFT's |"
     )
-    assert line == "| LoRA | 16 | 50.0% ± 3.0% | 81.9k | 2.50M | 30 | 20 | 0.02 | 1.10 [1.00, 1.20] | 1.00 |"
-    assert "| BitFit | - | - | 81.9k | 2.50M | 30 | 20 | 0.02 | - | - |" in text
+    assert line == "| LoRA | 16 | 50.0% ± 3.0% | 81.9k | 2.50M | 30 | 20 | 0.020 | 1.10 [1.00, 1.20] | 1.00 |"
+    assert "| BitFit | - | - | 81.9k | 2.50M | 30 | 20 | 0.020 | - | - |" in text
     assert "2030-01-02-abc-speed.json`](bench/results/2030-01-02-abc-speed.json), 2-core x86 CPU, 1 thread" in text
 
 
@@ -209,7 +226,7 @@ def test_page_has_every_part_and_no_figure_without_a_file(files, tmp_path):
     assert report.page(page, files) == page
     (tmp_path / "empty").mkdir()
     empty = report.page(text, tmp_path / "empty")
-    assert empty.count(report.NONE) == 10
+    assert empty.count(report.NONE) == 11
     assert "%" not in "".join(line for line in empty.splitlines() if line.startswith("|"))
     with pytest.raises(ValueError, match='expected a line "<!-- other -->"'):
         report.between(text, "other", "new")
@@ -221,8 +238,16 @@ def test_a_part_that_was_left_out_is_said_to_be():
 
 def test_runs_are_compared_by_the_spread_that_they_state(files):
     near, far = {"a": {"b": RATIO}, "n": 3}, {"a": {"b": SLOW}, "n": 4}
-    assert list(report.disagreements(near, {"a": {"b": {**RATIO, "median": 1.15}}})) == []
-    assert list(report.disagreements(near, far)) == ["/a/b: 1.10 [1.00, 1.20] and 1.30 [1.21, 1.40]"]
+    assert agreement.compared(near, {"a": {"b": {**RATIO, "median": 1.15}}}) == {"figures": 1, "apart": []}
+    found = agreement.compared(near, far)
+    assert found == {"figures": 1, "apart": ["/a/b: 1.10 [1.00, 1.20] and 1.30 [1.21, 1.40]"]}
+    assert agreement.told(found).startswith("0 of 1 figures agree within the spread that both state.\n/a/b")
+    assert agreement.compared({"ms": RATIO}, {"ms": SLOW})["figures"] == 0  # a time is not compared
+    peaks = [{"step": {"ours": n, "frozen": 100, "peft": 200}} for n in (100, 110)]
+    assert len(agreement.compared(*peaks)["apart"]) == agreement.compared(*peaks)["figures"] == 2
+    shares = [{"exact": exact, "error": 0.03} for exact in (0.5, 0.58, 0.6)]
+    assert [len(agreement.compared(shares[0], other)["apart"]) for other in shares] == [0, 0, 1]
+    assert "| speed | 1 | 0 |" in report.t.agreement_table({"results": {"speed": found}})
 
 
 def test_plots_come_out_the_same_from_the_same_results(files, tmp_path, monkeypatch):

@@ -1,0 +1,81 @@
+"""Hold two runs of the benchmarks at one commit against each other: every ratio and every accuracy by the spread that both state.
+
+Run the benchmarks, move what they wrote to a folder, run them again, then:
+
+    python bench/agreement.py FOLDER    # the newest results against those in the folder; writes a results file
+"""
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common import write
+from tables import newest, share, spread
+
+KINDS = ("speed", "memory", "scaling", "quality", "quantised", "serving")
+ABSOLUTE = ("ms", "switch_ms", "peft_switch_ms", "requests_per_second")  # times and rates, which are the machine's of that hour
+
+
+class Pair(NamedTuple):
+    """One figure of two runs: where it stands, whether the runs agree on it, and both in words."""
+
+    place: str
+    agree: bool
+    words: str
+
+
+def figures(a: Any, b: Any, place: str = "") -> Iterator[Pair]:
+    """Walk two results of one shape: ratios agree where a median lies in the other's spread, accuracies within two standard errors."""
+    if not isinstance(a, dict):
+        return
+    if {"median", "low", "high"} <= a.keys():
+        agree = a["low"] <= b["median"] <= a["high"] or b["low"] <= a["median"] <= b["high"]
+        yield Pair(place, agree, f"{spread(a)} and {spread(b)}")
+    elif {"exact", "error"} <= a.keys():
+        agree = abs(a["exact"] - b["exact"]) <= 2 * math.hypot(a["error"], b["error"])
+        yield Pair(place, agree, f"{share(a)} and {share(b)}")
+    elif a.keys() >= {"ours", "frozen"} and isinstance(a["ours"], int):  # peak bytes, which are counted
+        for over in a.keys() - {"ours"}:
+            first, second = a["ours"] / a[over], b["ours"] / b[over]
+            yield Pair(f"{place}/over_{over}", abs(first - second) <= 0.005, f"{first:.3f} and {second:.3f}")
+    for key in a.keys() & b.keys() - {*ABSOLUTE}:
+        yield from figures(a[key], b[key], f"{place}/{key}")
+
+
+def compared(a: Any, b: Any) -> dict[str, Any]:
+    """Give how many figures two results share, and those on which they do not agree."""
+    pairs = sorted(figures(a, b))
+    return {"figures": len(pairs), "apart": [f"{pair.place}: {pair.words}" for pair in pairs if not pair.agree]}
+
+
+def told(found: dict[str, Any]) -> str:
+    """Say what came of a comparison."""
+    apart: Sequence[str] = found["apart"]
+    return "\n".join([f"{found['figures'] - len(apart)} of {found['figures']} figures agree within the spread that both state.", *apart])
+
+
+def main() -> None:
+    """Compare, print, and write the results file.
+
+    Raises:
+        SystemExit: where there is nothing to compare, or the runs are of other commits.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="results of another run")
+    o = parser.parse_args()
+    both = {kind: (found, again) for kind in KINDS if (found := newest(kind)) and (again := newest(kind, o.folder))}
+    commits = {run["commit"] for runs in both.values() for run in runs}
+    if len(commits) != 1:
+        raise SystemExit(f"agreement: expected results of one commit in both places, found those of {sorted(commits) or 'none'}.")
+    results = {kind: compared(*(run["results"] for run in runs)) for kind, runs in both.items()}
+    for kind, found in results.items():
+        print(f"{kind}: {told(found)}")
+    facts = next(iter(both.values()))[0]
+    kept = {key: facts[key] for key in ("commit", "versions", "machine", "threads", "processes", "python") if key in facts}
+    write("agreement", kept, results)
+
+
+if __name__ == "__main__":
+    main()
