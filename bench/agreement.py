@@ -27,7 +27,7 @@ class Pair(NamedTuple):
 
 
 def figures(a: Any, b: Any, place: str = "") -> Iterator[Pair]:
-    """Walk two results of one shape: ratios agree where a median lies in the other's spread, accuracies within two standard errors."""
+    """Walk two results: ratios agree where a median lies in the other run's spread, accuracies within two standard errors."""
     if not isinstance(a, dict):
         return
     if {"median", "low", "high"} <= a.keys():
