@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypedDict
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -53,7 +52,8 @@ class AdaLoRAParams(TypedDict):
 @checked
 def adalora(params: AdaLoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float, dropout: float = 0.0) -> Float[Tensor, "*b o"]:
     """Give `W x + b + scale B (E (A drop(x)))`; the module's docstring has the formula and the shapes."""
-    h = F.linear(F.dropout(x, dropout, W.training) if dropout else x, params["A"]) * params["E"]
+    # E scales the rows of A, not the activations: these would be kept twice for the backward pass.
+    h = W.project(x, params["A"] * params["E"][:, None], dropout)
     return add_low_rank(W(x), h, params["B"], scale)
 
 
@@ -86,7 +86,7 @@ class AdaLoRAConfig(AdapterConfig):
 
     name: ClassVar[str] = "adalora"
     trained: ClassVar[str | None] = "init_r * (i + o + 1)"
-    macs: ClassVar[str | None] = "init_r * (i + o) + init_r"
+    macs: ClassVar[str | None] = "init_r * (i + o)"
 
     init_r: int = 12
     target_r: int = 8
