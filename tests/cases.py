@@ -232,6 +232,7 @@ tiny_models: dict[str, Callable[..., tuple[nn.Module, dict[str, torch.Tensor]]]]
     "opt": _text("OPTForCausalLM", "OPTConfig", ffn_dim=64, word_embed_proj_dim=32),
     "gpt_neox": _text("GPTNeoXForCausalLM", "GPTNeoXConfig"),
     "gpt2": _text("GPT2LMHeadModel", "GPT2Config"),
+    "falcon": _text("FalconForCausalLM", "FalconConfig", bias=True),
     "bert": _text("BertForMaskedLM", "BertConfig"),
     "roberta": _text("RobertaForMaskedLM", "RobertaConfig"),
     "deberta_v2": _text("DebertaV2ForMaskedLM", "DebertaV2Config", relative_attention=True, pos_att_type=["c2p", "p2c"]),

@@ -54,6 +54,7 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 CASES = {
     "embedding": (_text("llama"), peft.LoraConfig(r=4, lora_alpha=6, target_modules=["embed_tokens", "q_proj"])),
     "head": (_text("llama"), peft.LoraConfig(r=4, lora_alpha=6, target_modules=["lm_head", "q_proj"])),
+    "falcon": (_text("falcon"), peft.LoraConfig(r=4, lora_alpha=6, target_modules=["query_key_value", "dense_4h_to_h"])),
     "experts": (_text("qwen3_moe"), peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"], target_parameters=EXPERTS)),
     "experts-down": (_text("qwen3_moe"), peft.LoraConfig(r=3, lora_alpha=5, target_modules=[], target_parameters=EXPERTS[1:])),
     "images": (_images, peft.LoraConfig(r=2, lora_alpha=3, target_modules=["net.0", "net.2", "net.4"])),

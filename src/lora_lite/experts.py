@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_lite.frozen import Frozen, Run
+from lora_lite.frozen import Frozen, Run, plus
 from lora_lite.held import FrozenStack
 
 _PROTOCOL = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
@@ -55,6 +55,13 @@ def _counts(experts: Tensor, n: int) -> list[int]:
     return counts
 
 
+class _Expert(Frozen):
+    """One expert's weight, with its bias added after the product, as transformers does."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return plus(self.matmul(x), self.bias)
+
+
 class FrozenExperts(FrozenStack):
     """The kind of a weight of experts: its input holds the rows of all experts, sorted, and `routes` says which are whose."""
 
@@ -75,6 +82,9 @@ class FrozenExperts(FrozenStack):
         parts = zip(self.split(params), self.parts, x.split(routes.counts))
         return torch.cat([f(p, W, rows) for p, W, rows in parts if len(rows)] or [x.new_zeros(0, self.out_features)])
 
+    def _part(self, weight: Tensor, bias: Tensor | None, constants: Mapping[str, Tensor]) -> Frozen:
+        return _Expert(weight, bias, constants, self.training)
+
     def _required(self) -> Routes:
         if self.routes is None:
             raise ValueError("FrozenExperts: expected the routes of its rows, found none. Call the experts' module, not its weight.")
@@ -87,7 +97,7 @@ class FrozenExperts(FrozenStack):
         weights, constants = ({name: t[routes.experts] for name, t in tree.items()} for tree in (held, self.constants))
 
         def one(params: Mapping[str, Tensor], held: Mapping[str, Tensor], constants: Mapping[str, Tensor], row: Tensor) -> Tensor:
-            return f(params, Frozen(held["weight"], held.get("bias"), constants, self.training), row)
+            return f(params, self._part(held["weight"], held.get("bias"), constants), row)
 
         return torch.vmap(one, randomness="different")(params, weights, constants, x)
 
