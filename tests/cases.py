@@ -228,6 +228,12 @@ tiny_models: dict[str, Callable[..., tuple[nn.Module, dict[str, torch.Tensor]]]]
         moe_intermediate_size=16,
     ),
     "gemma3": _text("Gemma3ForCausalLM", "Gemma3TextConfig", num_key_value_heads=2, head_dim=8, sliding_window=4),
+    "gemma3n": _text(
+        *("Gemma3nForCausalLM", "Gemma3nTextConfig"),
+        **{"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "num_kv_shared_layers": 2},
+        **{"layer_types": ["sliding_attention", "full_attention"] * 2, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8},
+        **{"altup_num_inputs": 4, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4},
+    ),
     "phi": _text("PhiForCausalLM", "PhiConfig"),
     "opt": _text("OPTForCausalLM", "OPTConfig", ffn_dim=64, word_embed_proj_dim=32),
     "gpt_neox": _text("GPTNeoXForCausalLM", "GPTNeoXConfig"),

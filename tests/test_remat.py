@@ -1,5 +1,7 @@
 """Recomputing named blocks: the same gradients, to the bit or nearly, and the activations really not kept."""
 
+from collections import UserDict
+
 import pytest
 import torch
 import transformers as tf
@@ -11,6 +13,7 @@ from cases import FIVE, assert_trees_equal, by_name, move
 BLOCKS = {
     "llama": r"layers\.\d+$",
     "gemma3": r"layers\.\d+$",
+    "gemma3n": r"model\.layers\.\d+$",
     "gpt2": r"\.h\.\d+$",
     "t5": r"block\.\d+$",
     "bert": r"layer\.\d+$",
@@ -99,6 +102,50 @@ def test_random_state_goes_on_as_without(tiny):
         value_and_grad(adapt, params, batch)
         after.append(torch.rand(3))
     assert torch.equal(*after)
+
+
+class _Noting(nn.Module):
+    """A block that writes into a mapping what later ones read."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x, notes, last=None):
+        h = self.proj(x)
+        noted = {**notes, f"h{len(notes)}": (h, h.square())}
+        notes.update(noted)
+        return h.tanh() + notes["h0"][1]
+
+
+class _Noted(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.blocks, self.kind = nn.ModuleList(_Noting() for _ in range(3)), kind
+
+    def forward(self, x):
+        notes = self.kind()
+        for block in self.blocks:
+            x = block(x, notes)
+        return x.sum() + sum(h.sum() + square.sin().sum() for h, square in notes.values())
+
+
+@pytest.mark.parametrize("how", ["value_and_grad", "grad", "vmap", "jvp"])
+@pytest.mark.parametrize("kind", [dict, UserDict])
+def test_what_blocks_write_into_a_mapping_keeps_its_gradient(kind, how):
+    model, x = _Noted(kind), torch.randn(4, 8)
+    plain, remat = (ll.build(model, ll.LoRAConfig(r=2), remat=pattern) for pattern in (None, r"^blocks\.\d+$"))
+    params = move(plain.init())
+    results = []
+    for adapt in (plain, remat):
+        f = lambda p, x=x, adapt=adapt: adapt(p, x)  # noqa: E731
+        if how == "jvp":
+            results.append({"": {"": torch.func.jvp(f, (params,), (params,))[1]}})
+        elif how == "vmap":
+            results.append(torch.vmap(torch.func.grad(f), in_dims=(None, 0))(params, x[:, None]))
+        else:
+            results.append(ll.value_and_grad(f)(params)[1] if how == "value_and_grad" else torch.func.grad(f)(params))
+    assert_trees_equal(results[1], results[0], 1e-6)
 
 
 @pytest.mark.parametrize("use_cache", [None, True, False])

@@ -7,8 +7,10 @@ not saved; `value_and_grad` saves it. `torch.compile` cannot trace such a Functi
 and inside a transform the compiler decides what to recompute.
 """
 
+import copy
 import functools
 import re
+from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,7 +118,8 @@ def recompute(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], k
         return fn(*args, **kwargs)
     if torch.compiler.is_compiling():
         return _compiled(fn, block, args, kwargs)
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    notes, args, kwargs = _without_notes(args, kwargs)
+    leaves, spec = pytree.tree_flatten((args, kwargs, [dict(note) for note in notes]))
     places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     slots = [(table, name) for table, name in _slots(block)]
     inputs = [leaves[k] for k in places] + [table[name] for table, name in slots]
@@ -127,8 +130,11 @@ def recompute(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], k
         for k, tensor in zip(places, tensors):
             filled[k] = tensor
         with _in_place(slots, tensors[len(places) :]):
-            a, k = pytree.tree_unflatten(filled, spec)
-            out, tree = pytree.tree_flatten(fn(*a, **k))
+            a, k, before = pytree.tree_unflatten(filled, spec)
+            own = [_with_content(note, dict(content)) for note, content in zip(notes, before)]
+            result = fn(*(_read(v, own) for v in a), **{name: _read(v, own) for name, v in k.items()})
+            written = [{key: v for key, v in n.items() if v is not b.get(key, n)} for n, b in zip(own, before)]
+            out, tree = pytree.tree_flatten((result, written))
         known = {id(t): n for n, t in enumerate(tensors)}
         # An input handed through is not an output of the Function: autograd would take it for a copy.
         shape[:] = [tree, [known.get(id(t)) if isinstance(t, Tensor) else t for t in out], [isinstance(t, Tensor) for t in out]]
@@ -138,7 +144,43 @@ def recompute(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], k
     fresh = iter(_Recompute.apply(recipe, *inputs))
     tree, sources, tensors = shape
     out = [source if not tensor else next(fresh) if source is None else inputs[source] for source, tensor in zip(sources, tensors)]
-    return pytree.tree_unflatten(out, tree)
+    result, written = pytree.tree_unflatten(out, tree)
+    for note, values in zip(notes, written):
+        note.update(values)
+    return result
+
+
+@dataclass(frozen=True)
+class _Note:
+    """The place of a mapping among a block's inputs. Blocks may write into one what later blocks read, as Gemma 3n's do with keys."""
+
+    number: int
+
+
+def _without_notes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], tuple[Any, ...], dict[str, Any]]:
+    """Take mappings out of a block's inputs: what they hold is an input, and what is written into them a result."""
+    notes: list[Any] = []
+
+    def taken(value: Any) -> Any:
+        if type(value) is not dict and not isinstance(value, UserDict):
+            return value
+        notes.append(value)
+        return _Note(len(notes) - 1)
+
+    args, kwargs = tuple(taken(v) for v in args), {name: taken(v) for name, v in kwargs.items()}
+    return notes, args, kwargs
+
+
+def _with_content(note: Any, content: dict[Any, Any]) -> Any:
+    if type(note) is dict:
+        return content
+    note = copy.copy(note)
+    note.data = content
+    return note
+
+
+def _read(value: Any, notes: list[Any]) -> Any:
+    return notes[value.number] if isinstance(value, _Note) else value
 
 
 def _compiled(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
