@@ -148,6 +148,50 @@ def test_what_blocks_write_into_a_mapping_keeps_its_gradient(kind, how):
     assert_trees_equal(results[1], results[0], 1e-6)
 
 
+def _losses(adapt, params, x):
+    """Every way to a gradient of `params`."""
+    f = lambda p, x=x: adapt(p, x).square().sum()  # noqa: E731
+    yield "value_and_grad", lambda: ll.value_and_grad(f)(params)
+    yield "grad", lambda: torch.func.grad(f)(params)
+    yield "hessian", lambda: ll.hvp(f)(params, params)
+    yield "jvp", lambda: torch.func.jvp(f, (params,), (params,))
+    yield "vmap", lambda: torch.vmap(torch.func.grad(f), in_dims=(None, 0))(params, x[:, None])
+    yield "mixed", lambda: ll.value_and_grad(lambda p: adapt.mixed(p, x).square().sum())(ll.stack([params, params]))
+
+
+def test_hook_that_keeps_what_has_no_gradient_is_refused_by_name():
+    model, x, kept = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))), torch.randn(4, 8), []
+    model[0][1].register_forward_hook(lambda module, args, output: kept.append(output))
+    adapt = ll.build(model, ll.LoRAConfig(r=2), remat="^0$")
+    params = move(adapt.init())
+    for _, run in _losses(adapt, params, x):
+        with pytest.raises(ValueError, match=r'a hook that keeps an output of "1", which would have no gradient.*without remat'):
+            run()
+    with torch.no_grad():
+        adapt(params, x)
+
+
+def test_hooks_that_look_on_change_nothing():
+    model, x, norms = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))), torch.randn(4, 8), []
+    for layer in model[0]:
+        layer.register_forward_hook(lambda module, args, output: norms.append(output.detach().norm()))
+        layer.register_forward_hook(lambda module, args, output: 2 * output)
+    plain, remat = (ll.build(model, ll.LoRAConfig(r=2), remat=pattern) for pattern in (None, "^0$"))
+    params = move(plain.init())
+    for (_, want), (_, got) in zip(_losses(plain, params, x), _losses(remat, params, x)):
+        torch.testing.assert_close(got(), want(), rtol=1e-5, atol=1e-6)
+
+
+def test_losses_of_a_router_are_refused_or_whole(tiny):
+    plain, remat, params, batch = pair(tiny, "qwen3_moe", ll.LoRAConfig(r=4), pattern=r"layers\.\d+$", experts_implementation="eager")
+    with torch.no_grad():
+        assert remat(params, {**batch, "output_router_logits": True}).aux_loss > 0
+    with pytest.raises(ValueError, match=r'keeps an output of "mlp\.gate".*output_router_logits'):
+        value_and_grad(remat, params, {**batch, "output_router_logits": True})
+    for how in (value_and_grad, func_grad):  # the hooks are there, and nothing asks
+        assert_trees_equal(how(remat, params, batch), how(plain, params, batch), 1e-6)
+
+
 @pytest.mark.parametrize("use_cache", [None, True, False])
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe", "gpt_neox", "opt"])

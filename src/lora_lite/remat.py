@@ -7,10 +7,8 @@ not saved; `value_and_grad` saves it. `torch.compile` cannot trace such a Functi
 and inside a transform the compiler decides what to recompute.
 """
 
-import copy
 import functools
 import re
-from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_lite._errors import nearest
 from lora_lite.frozen import CONSTANT, PARAM
+from lora_lite.passages import require_no_escape, watched, with_notes, without_notes, written
 
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
 
@@ -118,69 +117,40 @@ def recompute(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], k
         return fn(*args, **kwargs)
     if torch.compiler.is_compiling():
         return _compiled(fn, block, args, kwargs)
-    notes, args, kwargs = _without_notes(args, kwargs)
+    notes, args, kwargs = without_notes(args, kwargs)
     leaves, spec = pytree.tree_flatten((args, kwargs, [dict(note) for note in notes]))
     places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     slots = [(table, name) for table, name in _slots(block)]
     inputs = [leaves[k] for k in places] + [table[name] for table, name in slots]
     shape: list[Any] = []  # of the output: its tree, and for each leaf where it comes from
+    kept: set[int] = set()  # ids of the tensors of outputs, of each run: derivatives forward run it again
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
         filled = list(leaves)
         for k, tensor in zip(places, tensors):
             filled[k] = tensor
         with _in_place(slots, tensors[len(places) :]):
-            a, k, before = pytree.tree_unflatten(filled, spec)
-            own = [_with_content(note, dict(content)) for note, content in zip(notes, before)]
-            result = fn(*(_read(v, own) for v in a), **{name: _read(v, own) for name, v in k.items()})
-            written = [{key: v for key, v in n.items() if v is not b.get(key, n)} for n, b in zip(own, before)]
-            out, tree = pytree.tree_flatten((result, written))
+            *given, contents = pytree.tree_unflatten(filled, spec)
+            own, a, kw = with_notes(notes, contents, *given)
+            out, tree = pytree.tree_flatten((fn(*a, **kw), written(own, contents)))
         known = {id(t): n for n, t in enumerate(tensors)}
         # An input handed through is not an output of the Function: autograd would take it for a copy.
         shape[:] = [tree, [known.get(id(t)) if isinstance(t, Tensor) else t for t in out], [isinstance(t, Tensor) for t in out]]
-        return [t for t in out if isinstance(t, Tensor) and id(t) not in known]
+        fresh = [t for t in out if isinstance(t, Tensor) and id(t) not in known]
+        kept.update(map(id, fresh))
+        return fresh
 
     recipe = _Recipe(run, _random_state(inputs) if block.training else None)
-    fresh = iter(_Recompute.apply(recipe, *inputs))
+    with watched(block) as seen:
+        results = _Recompute.apply(recipe, *inputs)
     tree, sources, tensors = shape
+    require_no_escape(seen, kept)
+    fresh = iter(results)
     out = [source if not tensor else next(fresh) if source is None else inputs[source] for source, tensor in zip(sources, tensors)]
-    result, written = pytree.tree_unflatten(out, tree)
-    for note, values in zip(notes, written):
+    result, news = pytree.tree_unflatten(out, tree)
+    for note, values in zip(notes, news):
         note.update(values)
     return result
-
-
-@dataclass(frozen=True)
-class _Note:
-    """The place of a mapping among a block's inputs. Blocks may write into one what later blocks read, as Gemma 3n's do with keys."""
-
-    number: int
-
-
-def _without_notes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], tuple[Any, ...], dict[str, Any]]:
-    """Take mappings out of a block's inputs: what they hold is an input, and what is written into them a result."""
-    notes: list[Any] = []
-
-    def taken(value: Any) -> Any:
-        if type(value) is not dict and not isinstance(value, UserDict):
-            return value
-        notes.append(value)
-        return _Note(len(notes) - 1)
-
-    args, kwargs = tuple(taken(v) for v in args), {name: taken(v) for name, v in kwargs.items()}
-    return notes, args, kwargs
-
-
-def _with_content(note: Any, content: dict[Any, Any]) -> Any:
-    if type(note) is dict:
-        return content
-    note = copy.copy(note)
-    note.data = content
-    return note
-
-
-def _read(value: Any, notes: list[Any]) -> Any:
-    return notes[value.number] if isinstance(value, _Note) else value
 
 
 def _compiled(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
