@@ -1,6 +1,7 @@
 """What `build` returns: calls, modules, modes, counts, starts, dtypes, transforms of a whole model."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -324,3 +325,22 @@ def test_derivatives_of_a_whole_model_are_finite_differences(tiny, name, cfg):
     assert abs(reverse - want) < bound
     assert abs(float(forward[1]) - want) < bound
     assert torch.allclose(forward[0], value, rtol=1e-12)
+
+
+COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda adapt: pickle.loads(pickle.dumps(adapt))}
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("cfg", FIVE, ids=by_name)
+def test_copies_compute_the_same_and_only_the_shallow_one_shares_the_weights(tiny, cfg, how):
+    model, batch = tiny("llama")
+    adapt = ll.build(model, cfg, remat=r"layers\.\d+$")
+    params = move(adapt.init())
+    again, want = COPIES[how](adapt), adapt(params, batch).logits
+    assert torch.equal(again(params, batch).logits, want)
+    assert_trees_equal(again.init(seed=3), adapt.init(seed=3))
+    assert again.summary() == adapt.summary()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert torch.equal(again(params, batch).logits, want) == (how != "copy")

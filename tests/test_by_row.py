@@ -76,6 +76,24 @@ def test_chunks_of_every_form_of_batch(wrap):
     assert seen == [5, 2, 2, 1]
 
 
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_no_rows_have_no_gradients(gpt2, chunk_size):
+    adapt, params, batch = gpt2
+    none = {key: value[:0] for key, value in batch.items()}
+    grads = ll.per_example_grad(adapt, losses, chunk_size)(params, none)
+    assert all(g.shape == (0, *p.shape) for g, p in zip(ll.tree_leaves(grads), ll.tree_leaves(params)))
+    assert ll.per_example_norm(adapt, losses, chunk_size)(params, none).shape == (0,)
+
+
+@pytest.mark.parametrize("make", [ll.per_example_grad, ll.per_example_norm])
+def test_inference_mode_outside_does_not_matter(gpt2, make):
+    adapt, params, batch = gpt2
+    want = make(adapt, losses)(params, batch)
+    with torch.inference_mode():
+        got = make(adapt, losses)(params, batch)
+    torch.testing.assert_close(got, want)
+
+
 def test_norms_hold_no_gradients_of_all_targets():
     """While the backward pass runs, the gradients by row of one layer at a time are alive."""
     torch.manual_seed(0)

@@ -207,6 +207,10 @@ BAD = {
         IsADirectoryError, "save: expected the path of a file", "the directory .*folder", "Name a file"),
     "a variant that is no list": (lambda w: ll.load(w.model, w.good, variants=LoRA),
         TypeError, "load: expected variants as a sequence", "LoRAConfig", r"Write \[ItsConfig\]"),
+    "variants that are no classes": (lambda w: ll.load(w.model, w.good, variants=[LoRA()]),
+        TypeError, "load: expected variants as a sequence", "LoRAConfig", r"Write \[ItsConfig\]"),
+    "variants by name that are no classes": (lambda w: ll.load(w.model, w.good, variants={"lora": LoRA()}),
+        TypeError, "load: expected variants as a sequence", "LoRAConfig", r"Write \[ItsConfig\]"),
 }  # fmt: skip
 
 
@@ -334,6 +338,10 @@ FILES = {
         "one of the variants", '"loraa".*Closest: "lora"', r"load\(..., variants="),
     "unknown field": (header("configs", lambda c: c[0].update(rank=4)),
         "LoRAConfig: expected the fields", '"rank"', "Load the file with the version"),
+    "a field of another type": (header("configs", lambda c: c[0].update(r="4")), "LoRAConfig.r: expected an integer", "'4'", "Set r to"),
+    "a dtype that is none": (header("configs", lambda c: c[0].update(dtype="load")),
+        "LoRAConfig.dtype: expected a floating torch.dtype", "'load'", "Use torch.float32"),
+    "a header too deep": (rewritten(lambda _, h: h.update(configs="[" * 100_000)), "configs", "a damaged header", "Save it again"),
     "missing tensor": (rewritten(lambda t, _: t.pop(A)), FIT, f'missing "{A}"', AGAIN),
     "extra tensor": (rewritten(swapped("head.A", torch.ones(2))), FIT, 'unexpected "head.A"', AGAIN),
     "wrong shape": (rewritten(swapped(A, torch.ones(3, 16))), FIT, rf'"{A}": expected shape \(4, 16\), found \(3, 16\)', AGAIN),

@@ -375,3 +375,10 @@ def test_a_variant_from_outside_comes_back(tmp_path, cfg, variants):
     assert_same(read, params)
     assert vars(again.configs[0]) == vars(adapt.configs[0])
     assert torch.equal(again(read, x), adapt(params, x))
+
+
+def test_a_field_that_a_file_cannot_hold_is_named_and_nothing_is_written(tmp_path):
+    adapt = ll.build(fresh_model(), PlainConfig(power=torch.relu))
+    with pytest.raises(TypeError, match=r"PlainConfig\.power: expected a value that a file can hold, found <built-in.*Keep the name"):
+        ll.save(adapt, adapt.init(), tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())

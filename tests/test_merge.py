@@ -13,7 +13,7 @@ from cases import FIVE, ShiftConfig, by_name, move
 
 
 @pytest.mark.parametrize("cfg", FIVE, ids=by_name)
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon"])
 def test_merged_copy_computes_what_adapt_computes(tiny, name, cfg):
     model, batch = tiny(name)
     model.double()

@@ -194,10 +194,27 @@ def test_mixed_and_its_gradient_compile_in_one_graph(tiny, given):
         compiled(two, None if given is None else given.flip(0))
 
 
+@pytest.mark.parametrize("index", [None, [], torch.tensor([], dtype=torch.long)], ids=["groups", "list", "tensor"])
+@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=2), ll.HRAConfig(r=2), ll.DoRAConfig(r=2)])
+def test_batch_without_rows_keeps_its_shape(cfg, index):
+    adapt = ll.build(torch.nn.Linear(8, 4), cfg)
+    assert adapt.mixed(ll.stack(_members(adapt, 2)), torch.ones(0, 3, 8), index).shape == (0, 3, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_index_may_be_of_any_integer_dtype(dtype):
+    adapt = ll.build(torch.nn.Linear(8, 4), ll.LoRAConfig(r=2))
+    stacked, x, index = ll.stack(_members(adapt, 2)), torch.randn(3, 8), [1, 0, 1]
+    assert torch.equal(adapt.mixed(stacked, x, torch.tensor(index, dtype=dtype)), adapt.mixed(stacked, x, index))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
         (lambda a, p, b: a.mixed(p, b, [0, 5, 0, 1]), ValueError, r"expected index in 0..1, found 5"),
+        (lambda a, p, b: a.mixed(p, b, torch.tensor([0, 2, 0, 1])), ValueError, r"expected index in 0..1, found 2"),
+        (lambda a, p, b: a.mixed(p, b, torch.tensor([0, -1, 0, 1])), ValueError, r"expected index in 0..1, found -1"),
+        (lambda a, p, b: a.mixed(p, b, []), ValueError, r"expected the input of .* to have a multiple of 0 rows"),
         (lambda a, p, b: a.mixed(p, b, [0.5, 1, 0, 1]), TypeError, r"expected index as integers, a row each, found 0.5"),
         (lambda a, p, b: a.mixed(p, b, torch.zeros(4)), TypeError, r"expected index as a vector of integers, found torch.float32"),
         (lambda a, p, b: a.mixed(p, b, [0, 1, 0]), ValueError, r"expected the input of .* to have a multiple of 3 rows"),

@@ -53,6 +53,8 @@ def _volumes():
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 CASES = {
     "embedding": (_text("llama"), peft.LoraConfig(r=4, lora_alpha=6, target_modules=["embed_tokens", "q_proj"])),
+    "head": (_text("llama"), peft.LoraConfig(r=4, lora_alpha=6, target_modules=["lm_head", "q_proj"])),
+    "falcon": (_text("falcon"), peft.LoraConfig(r=4, lora_alpha=6, target_modules=["query_key_value", "dense_4h_to_h"])),
     "experts": (_text("qwen3_moe"), peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"], target_parameters=EXPERTS)),
     "experts-down": (_text("qwen3_moe"), peft.LoraConfig(r=3, lora_alpha=5, target_modules=[], target_parameters=EXPERTS[1:])),
     "images": (_images, peft.LoraConfig(r=2, lora_alpha=3, target_modules=["net.0", "net.2", "net.4"])),
@@ -101,13 +103,17 @@ def test_reads_pefts_files_and_writes_what_peft_reads(name, tmp_path):
     assert {k: t.shape for k, t in written.items()} == {k: t.shape for k, t in saved.items() if "base_layer.weight" not in k}
 
 
-def test_embedding_that_was_changed_is_refused(tmp_path):
-    model, _ = CASES["embedding"][0]()
-    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["embed_tokens"]))
-    theirs.save_pretrained(tmp_path)
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["lm_head"], ["q_proj"]])
+def test_own_weights_saved_beside_the_adapter_are_held_to_the_model(targets, tmp_path):
+    model, batch = CASES["embedding"][0]()
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=targets))
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)  # as PEFT does by itself where tokens were added
+    adapt, params = ll.from_peft(model, tmp_path)
+    assert torch.equal(_run(lambda **b: adapt(params, b), batch), _run(model, batch))
     with torch.no_grad():
         model.model.embed_tokens.weight.add_(1.0)
-    with pytest.raises(ValueError, match=r"embed_tokens\.base_layer\.weight.*expected the model's own embedding, found another"):
+        model.lm_head.weight.add_(1.0)
+    with pytest.raises(ValueError, match=r"(embed_tokens|lm_head)\..*weight\": it differs from the model's own"):
         ll.from_peft(model, tmp_path)
 
 

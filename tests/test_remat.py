@@ -1,5 +1,7 @@
 """Recomputing named blocks: the same gradients, to the bit or nearly, and the activations really not kept."""
 
+from collections import UserDict
+
 import pytest
 import torch
 import transformers as tf
@@ -11,6 +13,7 @@ from cases import FIVE, assert_trees_equal, by_name, move
 BLOCKS = {
     "llama": r"layers\.\d+$",
     "gemma3": r"layers\.\d+$",
+    "gemma3n": r"model\.layers\.\d+$",
     "gpt2": r"\.h\.\d+$",
     "t5": r"block\.\d+$",
     "bert": r"layer\.\d+$",
@@ -99,6 +102,94 @@ def test_random_state_goes_on_as_without(tiny):
         value_and_grad(adapt, params, batch)
         after.append(torch.rand(3))
     assert torch.equal(*after)
+
+
+class _Noting(nn.Module):
+    """A block that writes into a mapping what later ones read."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x, notes, last=None):
+        h = self.proj(x)
+        noted = {**notes, f"h{len(notes)}": (h, h.square())}
+        notes.update(noted)
+        return h.tanh() + notes["h0"][1]
+
+
+class _Noted(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.blocks, self.kind = nn.ModuleList(_Noting() for _ in range(3)), kind
+
+    def forward(self, x):
+        notes = self.kind()
+        for block in self.blocks:
+            x = block(x, notes)
+        return x.sum() + sum(h.sum() + square.sin().sum() for h, square in notes.values())
+
+
+@pytest.mark.parametrize("how", ["value_and_grad", "grad", "vmap", "jvp"])
+@pytest.mark.parametrize("kind", [dict, UserDict])
+def test_what_blocks_write_into_a_mapping_keeps_its_gradient(kind, how):
+    model, x = _Noted(kind), torch.randn(4, 8)
+    plain, remat = (ll.build(model, ll.LoRAConfig(r=2), remat=pattern) for pattern in (None, r"^blocks\.\d+$"))
+    params = move(plain.init())
+    results = []
+    for adapt in (plain, remat):
+        f = lambda p, x=x, adapt=adapt: adapt(p, x)  # noqa: E731
+        if how == "jvp":
+            results.append({"": {"": torch.func.jvp(f, (params,), (params,))[1]}})
+        elif how == "vmap":
+            results.append(torch.vmap(torch.func.grad(f), in_dims=(None, 0))(params, x[:, None]))
+        else:
+            results.append(ll.value_and_grad(f)(params)[1] if how == "value_and_grad" else torch.func.grad(f)(params))
+    assert_trees_equal(results[1], results[0], 1e-6)
+
+
+def _losses(adapt, params, x):
+    """Every way to a gradient of `params`."""
+    f = lambda p, x=x: adapt(p, x).square().sum()  # noqa: E731
+    yield "value_and_grad", lambda: ll.value_and_grad(f)(params)
+    yield "grad", lambda: torch.func.grad(f)(params)
+    yield "hessian", lambda: ll.hvp(f)(params, params)
+    yield "jvp", lambda: torch.func.jvp(f, (params,), (params,))
+    yield "vmap", lambda: torch.vmap(torch.func.grad(f), in_dims=(None, 0))(params, x[:, None])
+    yield "mixed", lambda: ll.value_and_grad(lambda p: adapt.mixed(p, x).square().sum())(ll.stack([params, params]))
+
+
+def test_hook_that_keeps_what_has_no_gradient_is_refused_by_name():
+    model, x, kept = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))), torch.randn(4, 8), []
+    model[0][1].register_forward_hook(lambda module, args, output: kept.append(output))
+    adapt = ll.build(model, ll.LoRAConfig(r=2), remat="^0$")
+    params = move(adapt.init())
+    for _, run in _losses(adapt, params, x):
+        with pytest.raises(ValueError, match=r'a hook that keeps an output of "1", which would have no gradient.*without remat'):
+            run()
+    with torch.no_grad():
+        adapt(params, x)
+
+
+def test_hooks_that_look_on_change_nothing():
+    model, x, norms = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))), torch.randn(4, 8), []
+    for layer in model[0]:
+        layer.register_forward_hook(lambda module, args, output: norms.append(output.detach().norm()))
+        layer.register_forward_hook(lambda module, args, output: 2 * output)
+    plain, remat = (ll.build(model, ll.LoRAConfig(r=2), remat=pattern) for pattern in (None, "^0$"))
+    params = move(plain.init())
+    for (_, want), (_, got) in zip(_losses(plain, params, x), _losses(remat, params, x)):
+        torch.testing.assert_close(got(), want(), rtol=1e-5, atol=1e-6)
+
+
+def test_losses_of_a_router_are_refused_or_whole(tiny):
+    plain, remat, params, batch = pair(tiny, "qwen3_moe", ll.LoRAConfig(r=4), pattern=r"layers\.\d+$", experts_implementation="eager")
+    with torch.no_grad():
+        assert remat(params, {**batch, "output_router_logits": True}).aux_loss > 0
+    with pytest.raises(ValueError, match=r'keeps an output of "mlp\.gate".*output_router_logits'):
+        value_and_grad(remat, params, {**batch, "output_router_logits": True})
+    for how in (value_and_grad, func_grad):  # the hooks are there, and nothing asks
+        assert_trees_equal(how(remat, params, batch), how(plain, params, batch), 1e-6)
 
 
 @pytest.mark.parametrize("use_cache", [None, True, False])

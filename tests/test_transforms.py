@@ -86,7 +86,7 @@ def test_params_that_require_grad_get_no_grad_of_their_own(x):
     expect((value, grads), pytree.tree_map(torch.detach, reference(f)(params, x)))
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 def test_grad_mode_outside_does_not_matter(context, x):
     params = tree()
     want = reference(f)(params, x)

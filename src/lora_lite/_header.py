@@ -57,7 +57,7 @@ def read_header(metadata: Mapping[str, str]) -> tuple[list[dict[str, Any]], dict
         shared = {variant: _described(facts) for variant, facts in json.loads(metadata["shared"]).items()}
         if not all(isinstance(config["name"], str) for config in configs):
             raise TypeError("a config names no variant")
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as e:
         raise ValueError(f"{type(e).__name__}: {e}") from e
     return configs, targets, shared
 

@@ -298,6 +298,9 @@ class Adapt:
         variants = ", ".join(sorted({cfg.name for cfg in self.configs}))
         return f"Adapt({type(self._plan.base).__name__}, {variants}, {len(self.shapes)} targets, {self.num_params:,} params)"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Adapt, (self._plan,)  # copied and pickled as what was decided: the clones follow from it, and are of this process' threads
+
     def _require(self, params: Any, caller: str, shapes: Shapes | None = None) -> None:
         shapes = shapes or self.shapes
         try:

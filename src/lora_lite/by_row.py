@@ -1,5 +1,6 @@
 """Gradients by row of a batch, and their norms: a mixed batch in which every row is a member of its own."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -24,7 +25,8 @@ def per_example_grad(adapt: Adapt, loss_rows: LossRows, chunk_size: int | None =
             cut, and `loss_rows` is given the part: it must take labels from there.
 
     Returns:
-        A function of params and batch that gives a tree like `params` with a leading axis of rows.
+        A function of params and batch that gives a tree like `params` with a leading axis of rows; of no rows, as a sampler that draws each
+        row by chance may give, one of length 0.
 
     Raises:
         ValueError: where `loss_rows` does not give one loss for each row, or `chunk_size` is not positive.
@@ -42,7 +44,7 @@ def per_example_grad(adapt: Adapt, loss_rows: LossRows, chunk_size: int | None =
         parts = []
         for part, rows in chunks(batch, chunk_size):
             members = tree_map(lambda p, rows=rows: _each_row(p, rows), params)
-            parts.append(value_and_grad(_total(adapt, loss_rows, part, rows))(members)[1])
+            parts.append(value_and_grad(_total(adapt, loss_rows, part, rows))(members)[1] if rows else tree_map(torch.zeros_like, members))
         return parts[0] if len(parts) == 1 else _joined(parts)
 
     return grads_by_row
@@ -78,7 +80,7 @@ def per_example_norm(adapt: Adapt, loss_rows: LossRows, chunk_size: int | None =
     def norms(params: AnyTree, batch: Any) -> Tensor:
         found = []
         for part, rows in chunks(batch, chunk_size):
-            if in_transform():
+            if in_transform() or not rows:
                 squares = [_squares(grad) for grad in tree_leaves(grads(params, part))]
             else:
                 squares = _squares_as_made(params, _total(adapt, loss_rows, part, rows), rows)
@@ -116,7 +118,7 @@ def _squares_as_made(params: AnyTree, total: Callable[[Tree], Tensor], rows: int
 
 def _squares(grad: Tensor) -> Tensor:
     dtype = torch.promote_types(grad.dtype, torch.float32)
-    return torch.linalg.vector_norm(grad.reshape(len(grad), -1), dim=1, dtype=dtype).square()
+    return torch.linalg.vector_norm(grad.reshape(len(grad), math.prod(grad.shape[1:])), dim=1, dtype=dtype).square()
 
 
 def _each_row(p: Tensor, rows: int) -> Tensor:

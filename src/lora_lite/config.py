@@ -6,6 +6,7 @@ are what it does.
 
 import copy
 import dataclasses
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -208,11 +209,22 @@ def with_fields(cfg: AdapterConfig, **values: Any) -> AdapterConfig:
 
 
 def to_json(cfg: AdapterConfig) -> dict[str, Any]:
-    """Write a config as plain values: its variant's name, every field, and what its instance holds besides."""
+    """Write a config as plain values: its variant's name, every field, and what its instance holds besides.
+
+    Raises:
+        TypeError: for a value that JSON cannot hold.
+    """
     names = [*(f.name for f in dataclasses.fields(cfg)), *vars(cfg)]
     fields = {name: getattr(cfg, name) for name in names}
-    dtypes = {name: str(value).removeprefix("torch.") for name, value in fields.items() if isinstance(value, torch.dtype)}
-    return {**fields, **dtypes, "name": cfg.name}
+    fields |= {name: str(value).removeprefix("torch.") for name, value in fields.items() if isinstance(value, torch.dtype)}
+    for name, value in fields.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as e:
+            raise TypeError(
+                f"{_at(cfg, name)} a value that a file can hold, found {value!r} ({e}). Keep the name of it in the field."
+            ) from e
+    return {**fields, "name": cfg.name}
 
 
 def from_json(cls: type, fields: Mapping[str, Any]) -> AdapterConfig:

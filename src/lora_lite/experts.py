@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_lite.frozen import Frozen, Run
+from lora_lite.frozen import Frozen, Run, plus
 from lora_lite.held import FrozenStack
 
 _PROTOCOL = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
@@ -56,11 +56,10 @@ def _counts(experts: Tensor, n: int) -> list[int]:
 
 
 class _Expert(Frozen):
-    """One expert's linear map. Its bias is added to a finished product, as the experts' own forward does: fused, it may round otherwise."""
+    """One expert's linear map. Its bias is added to a finished product, as transformers does: fused, it may round otherwise."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self.matmul(x)
-        return y if self.bias is None else y + self.bias
+        return plus(self.matmul(x), self.bias)
 
 
 class FrozenExperts(FrozenStack):
@@ -76,15 +75,15 @@ class FrozenExperts(FrozenStack):
         x, routes = args
         return run(type(self)(self._layer, self.constant_names, routes), x)
 
-    def _part(self, weight: Tensor, bias: Tensor | None, constants: Mapping[str, Tensor]) -> Frozen:
-        return _Expert(weight, bias, constants, self.training)
-
     def over_parts(self, f: Callable[..., Tensor], params: Mapping[str, Tensor], x: Tensor) -> Tensor:
         routes = self._required()
         if routes.counts is None:
             return self._row_by_row(f, {name: p[routes.experts] for name, p in params.items()}, x)
         parts = zip(self.split(params), self.parts, x.split(routes.counts))
         return torch.cat([f(p, W, rows) for p, W, rows in parts if len(rows)] or [x.new_zeros(0, self.out_features)])
+
+    def _part(self, weight: Tensor, bias: Tensor | None, constants: Mapping[str, Tensor]) -> Frozen:
+        return _Expert(weight, bias, constants, self.training)
 
     def _required(self) -> Routes:
         if self.routes is None:
@@ -98,7 +97,7 @@ class FrozenExperts(FrozenStack):
         weights, constants = ({name: t[routes.experts] for name, t in tree.items()} for tree in (held, self.constants))
 
         def one(params: Mapping[str, Tensor], held: Mapping[str, Tensor], constants: Mapping[str, Tensor], row: Tensor) -> Tensor:
-            return f(params, Frozen(held["weight"], held.get("bias"), constants, self.training), row)
+            return f(params, self._part(held["weight"], held.get("bias"), constants), row)
 
         return torch.vmap(one, randomness="different")(params, weights, constants, x)
 

@@ -198,17 +198,31 @@ class FrozenLinear(Frozen):
         return run(self, first_of(args, kwargs))
 
 
+class FrozenFalconLinear(FrozenLinear):
+    """The kind of transformers' `FalconLinear`: an `nn.Linear` whose bias is added after the product has been rounded."""
+
+    @classmethod
+    def fits(cls, layer: nn.Module) -> bool:
+        return _of_transformers(layer, "FalconLinear")
+
+    @classmethod
+    def faithful(cls, layer: nn.Module) -> bool:
+        return _forward_of(layer) == "FalconLinear"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return plus(self.matmul(x), self.bias)
+
+
 class FrozenConv1D(FrozenLinear):
     """The kind of transformers' `Conv1D`, which stores `(i, o)`."""
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        # Told by name: importing transformers to ask would make it a dependency.
-        return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(layer).__mro__)
+        return _of_transformers(layer, "Conv1D")
 
     @classmethod
     def faithful(cls, layer: nn.Module) -> bool:
-        return next(c for c in type(layer).__mro__ if "forward" in vars(c)).__name__ == "Conv1D"
+        return _forward_of(layer) == "Conv1D"
 
     @property
     def weight(self) -> Tensor:
@@ -220,6 +234,20 @@ class FrozenConv1D(FrozenLinear):
 
     def to_weight(self, dense: Tensor) -> Tensor:
         return dense.t().contiguous()
+
+
+def _of_transformers(layer: nn.Module, name: str) -> bool:
+    # Told by name: importing transformers to ask would make it a dependency.
+    return any(c.__name__ == name and c.__module__.startswith("transformers.") for c in type(layer).__mro__)
+
+
+def _forward_of(layer: nn.Module) -> str:
+    return next(c for c in type(layer).__mro__ if "forward" in vars(c)).__name__
+
+
+def plus(y: Tensor, bias: Tensor | None) -> Tensor:
+    """Add a bias, where there is one, as an operation of its own; `F.linear` adds it before it rounds."""
+    return y if bias is None else y + bias
 
 
 def first_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -136,13 +136,12 @@ def _shapes(tree: Tree) -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def _known(variants: Any) -> dict[str, type[AdapterConfig]]:
-    if isinstance(variants, Mapping):
-        return {**VARIANTS, **variants}
-    if isinstance(variants, type | str) or not isinstance(variants, Sequence) or not all(hasattr(cls, "name") for cls in variants):
+    classes = list(variants.values()) if isinstance(variants, Mapping) else variants
+    if not isinstance(classes, Sequence) or not all(isinstance(c, type) and hasattr(c, "name") for c in classes):
         raise TypeError(
             f"load: expected variants as a sequence of config classes or a mapping by name, found {variants!r}. Write [ItsConfig]."
         )
-    return {**VARIANTS, **{cls.name: cls for cls in variants}}
+    return {**VARIANTS, **(variants if isinstance(variants, Mapping) else {cls.name: cls for cls in classes})}
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -179,7 +178,10 @@ def _configs(stored: list[dict[str, Any]], known: Mapping[str, type[AdapterConfi
             f'load: expected "{path}" to hold one of the variants {listed(known, 40)}, found {listed(missing)}. Closest: '
             f"{nearest(missing[0], known, 1)}. Pass a variant from outside the package as load(..., variants=[ItsConfig])."
         )
-    return [from_json(known[config["name"]], config) for config in stored]
+    try:
+        return [from_json(known[config["name"]], config) for config in stored]
+    except (TypeError, ValueError) as e:
+        raise ValueError(f'load: expected "{path}" to hold configs that their variants take. {e}') from e
 
 
 def _entries(

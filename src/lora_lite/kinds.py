@@ -7,9 +7,9 @@ from torch import nn
 
 from lora_lite.bnb import FrozenLinear4bit, FrozenLinear8bit
 from lora_lite.dispatched import moves_inputs, runs_class_forward
-from lora_lite.frozen import FrozenConv1D, FrozenLinear
+from lora_lite.frozen import FrozenConv1D, FrozenFalconLinear, FrozenLinear
 
-KINDS: tuple[type[FrozenLinear], ...] = (FrozenLinear4bit, FrozenLinear8bit, FrozenLinear, FrozenConv1D)
+KINDS: tuple[type[FrozenLinear], ...] = (FrozenLinear4bit, FrozenLinear8bit, FrozenFalconLinear, FrozenLinear, FrozenConv1D)
 """The kinds that ship, the first that fits a module being its kind; `build(..., kinds=)` puts a user's own before them."""
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_lite._tree import AnyTree, Tree, tree_map
 from lora_lite.bind import Adapted, Shapes, apply_part, apply_variant
 from lora_lite.frozen import Frozen
+from lora_lite.transforms import in_transform
 
 INDEX = "mixed_index"
 
@@ -38,7 +39,7 @@ class _Mixed(Adapted):
         else:
             rows = index.shape[0]
             params = {name: p.index_select(0, index) for name, p in params.items()}
-        if x.shape[0] % rows:
+        if x.shape[0] % rows if rows else x.shape[0]:
             raise ValueError(
                 f'adapt.mixed: expected the input of "{path}" to have a multiple of {rows} rows, found shape {tuple(x.shape)}. The model '
                 "regroups rows before this layer (routed experts do), so they cannot be followed; leave the layer out."
@@ -48,6 +49,8 @@ class _Mixed(Adapted):
                 f'adapt.mixed: expected "{path}" to be called with one tensor, found several, whose rows cannot be told from '
                 "what rows share. Train a part of it that takes one."
             )
+        if not rows:  # vmap takes no empty axis
+            params, rows = {name: p.new_zeros(1, *p.shape[1:]) for name, p in params.items()}, 1
         y = torch.vmap(lambda p, rows: apply_variant(cfg, p, W, rows), randomness="different")(params, x.unflatten(0, (rows, -1)))
         return y.flatten(0, 1)
 
@@ -149,7 +152,8 @@ def index_of(index: Tensor | Sequence[int] | None, members: int, device: torch.d
     """Check an index of adapters, a row each, and give it as a tensor.
 
     Raises:
-        ValueError: where it names a member that is not there. Values of a tensor are not read under a transform or while compiling.
+        ValueError: where it names a member that is not there. Values of a tensor are read on the CPU alone, where nothing waits for them,
+            and not under a transform or while compiling.
         TypeError: where it holds no integers.
     """
     if index is None:
@@ -160,11 +164,17 @@ def index_of(index: Tensor | Sequence[int] | None, members: int, device: torch.d
             raise TypeError(
                 f"adapt.mixed: expected index as integers, a row each, found {wrong[0]!r}. Give each row the number of its adapter."
             )
-        outside = [k for k in index if not 0 <= k < members]
-        if outside:
-            raise ValueError(f"adapt.mixed: expected index in 0..{members - 1}, found {outside[0]}. The stack has {members} members.")
+        _require_members(index, members)
         return torch.tensor(list(index), dtype=torch.long, device=device)
     if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
         found = f"{index.dtype} of shape {tuple(index.shape)}"
         raise TypeError(f"adapt.mixed: expected index as a vector of integers, found {found}. Give each row the number of its adapter.")
-    return index.to(device)
+    if index.device.type == "cpu" and not in_transform():
+        _require_members(index.tolist(), members)
+    return index.to(device, torch.long)
+
+
+def _require_members(index: Sequence[int], members: int) -> None:
+    outside = [k for k in index if not 0 <= k < members]
+    if outside:
+        raise ValueError(f"adapt.mixed: expected index in 0..{members - 1}, found {outside[0]}. The stack has {members} members.")

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_lite._errors import nearest
 from lora_lite.frozen import CONSTANT, PARAM
+from lora_lite.passages import require_no_escape, watched, with_notes, without_notes, written
 
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
 
@@ -116,29 +117,40 @@ def recompute(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], k
         return fn(*args, **kwargs)
     if torch.compiler.is_compiling():
         return _compiled(fn, block, args, kwargs)
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    notes, args, kwargs = without_notes(args, kwargs)
+    leaves, spec = pytree.tree_flatten((args, kwargs, [dict(note) for note in notes]))
     places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     slots = [(table, name) for table, name in _slots(block)]
     inputs = [leaves[k] for k in places] + [table[name] for table, name in slots]
     shape: list[Any] = []  # of the output: its tree, and for each leaf where it comes from
+    kept: set[int] = set()  # ids of the tensors of outputs, of each run: derivatives forward run it again
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
         filled = list(leaves)
         for k, tensor in zip(places, tensors):
             filled[k] = tensor
         with _in_place(slots, tensors[len(places) :]):
-            a, k = pytree.tree_unflatten(filled, spec)
-            out, tree = pytree.tree_flatten(fn(*a, **k))
+            *given, contents = pytree.tree_unflatten(filled, spec)
+            own, a, kw = with_notes(notes, contents, *given)
+            out, tree = pytree.tree_flatten((fn(*a, **kw), written(own, contents)))
         known = {id(t): n for n, t in enumerate(tensors)}
         # An input handed through is not an output of the Function: autograd would take it for a copy.
         shape[:] = [tree, [known.get(id(t)) if isinstance(t, Tensor) else t for t in out], [isinstance(t, Tensor) for t in out]]
-        return [t for t in out if isinstance(t, Tensor) and id(t) not in known]
+        fresh = [t for t in out if isinstance(t, Tensor) and id(t) not in known]
+        kept.update(map(id, fresh))
+        return fresh
 
     recipe = _Recipe(run, _random_state(inputs) if block.training else None)
-    fresh = iter(_Recompute.apply(recipe, *inputs))
+    with watched(block) as seen:
+        results = _Recompute.apply(recipe, *inputs)
     tree, sources, tensors = shape
+    require_no_escape(seen, kept)
+    fresh = iter(results)
     out = [source if not tensor else next(fresh) if source is None else inputs[source] for source, tensor in zip(sources, tensors)]
-    return pytree.tree_unflatten(out, tree)
+    result, news = pytree.tree_unflatten(out, tree)
+    for note, values in zip(notes, news):
+        note.update(values)
+    return result
 
 
 def _compiled(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

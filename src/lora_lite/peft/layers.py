@@ -29,8 +29,9 @@ def as_linear(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str,
     found, faults = dict(tensors), list[str]()
     for path, module in model.named_modules():
         at = prefix + join(path, "")
+        faults += _own(found, at, module)
         if isinstance(module, nn.Embedding):
-            faults += _embedding(found, at, module)
+            _embedding(found, at)
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             _convolution(found, at)
         else:
@@ -38,14 +39,21 @@ def as_linear(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str,
     return found, faults
 
 
-def _embedding(found: Tensors, at: str, module: nn.Embedding) -> list[str]:
+def _own(found: Tensors, at: str, module: nn.Module) -> list[str]:
+    """Take out a module's own tensors, which PEFT saves beside adapted embeddings and heads, in case tokens were added."""
+    faults = []
+    for name, own in module._parameters.items():
+        for key in (at + _WRAPPER + name, at + name):
+            saved = found.pop(key, None)
+            if saved is not None and not (own is not None and saved.shape == own.shape and torch.equal(saved.to(own), own)):
+                faults.append(f'unexpected "{key}": it differs from the model\'s own. Load it into the model first')
+    return faults
+
+
+def _embedding(found: Tensors, at: str) -> None:
     for theirs, ours in _EMBEDDING.items():
         if at + theirs in found:
             found[at + ours] = found.pop(at + theirs)
-    table = found.pop(at + "base_layer.weight", None)  # saved beside the adapter, in case tokens were added
-    if table is None or (table.shape == module.weight.shape and torch.equal(table.to(module.weight), module.weight)):
-        return []
-    return [f'"{at}base_layer.weight": expected the model\'s own embedding, found another. Load it into the model first']
 
 
 def _convolution(found: Tensors, at: str) -> None:
