@@ -21,6 +21,12 @@ README, PAGE, PLOTS = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "
 MARGIN = {"pissa": 1.15, "corda": 1.15, "lora_ga": 1.15, "asvd": 1.15}
 """How far the increment form may lie above PEFT's residual form: two products instead of one, for an exact start and quantised bases."""
 
+WHY = {
+    ("lora_ga", "init"): "its singular vectors are exact, PEFT's those of a randomised iteration",
+    ("ln_tuning", "init"): "about a millisecond, in which the module tree is copied where PEFT changes the model that it is given",
+}
+"""Why a variant is costlier where it is."""
+
 
 def costlier(speed: Found | None, memory: Found | None) -> list[str]:
     """Say which variants are slower or larger than PEFT's beyond the spread, and beyond the margin of increment forms."""
@@ -30,7 +36,8 @@ def costlier(speed: Found | None, memory: Found | None) -> list[str]:
         for what in ("forward", "step", "init"):
             ratio = row[what].get("over_peft")
             if ratio and ratio["low"] > limit:
-                said.append(f"{t.title(name)}'s {what} takes {t.spread(ratio)} of PEFT's time")
+                why = f" ({WHY[name, what]})" if (name, what) in WHY else ""
+                said.append(f"{t.title(name)}'s {what} takes {t.spread(ratio)} of PEFT's time{why}")
     for name, row in (memory["results"]["variants"] if memory else {}).items():
         step = row["step"]
         if "peft" in step and step["ours"] > 1.005 * MARGIN.get(name, 1.0) * step["peft"]:
