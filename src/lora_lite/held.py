@@ -141,7 +141,7 @@ class FrozenHeld(FrozenStack):
         return self.joined([f(p, W, x).t() for p, W in zip(self.split(params), self.parts)])
 
     def call(self, run: Run, own: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        return self.to_weight(run(self, self.weight))
+        return self.to_weight(run(self, self.weight)).contiguous()  # as the parameter lies: another layout may round otherwise
 
 
 class Reader:
