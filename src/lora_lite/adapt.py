@@ -323,7 +323,8 @@ class Adapt:
     def _init_target(self, target: Target, cfg: AdapterConfig, seed: int) -> dict[str, Tensor]:
         W = layer_at(self._clone, target.path)._lora_lite.W
         params, _ = start(cfg, W, generator_for(seed, target.path))
-        return {name: p.to(W.device, cfg.dtype, copy=True) for name, p in params.items()}
+        # Dense in memory, as params read from a file are: products of another layout may round otherwise.
+        return {name: p.to(W.device, cfg.dtype, copy=True, memory_format=torch.contiguous_format) for name, p in params.items()}
 
 
 def _bound_clone(plan: Plan) -> nn.Module:

@@ -35,7 +35,7 @@ def layer_of(model: nn.Module, path: str) -> nn.Module:
     module = model.get_submodule(parent)
     weight = module._parameters.get(name)
     if weight is None:
-        return module._modules.get(name) or model.get_submodule(path)
+        return model.get_submodule(path)
     return Held(weight, module._parameters.get(f"{name}_bias"), bool(getattr(module, "is_transposed", False)))
 
 
@@ -141,7 +141,7 @@ class FrozenHeld(FrozenStack):
         return self.joined([f(p, W, x).t() for p, W in zip(self.split(params), self.parts)])
 
     def call(self, run: Run, own: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        return self.to_weight(run(self, self.weight)).contiguous()  # a product with another layout rounds otherwise on some processors
+        return self.to_weight(run(self, self.weight)).contiguous()  # as the parameter lies: another layout may round otherwise
 
 
 class Reader:

@@ -127,6 +127,16 @@ def test_gradients_with_remat_and_under_compile_are_those_without():
             torch.testing.assert_close(got, leaf, rtol=1e-4, atol=1e-7)
 
 
+def test_identity_from_a_file_is_as_exact(tmp_path):
+    model, batch = tiny_models["llama"]()
+    model.eval()
+    adapt = ll.build(model, ll.LoReFTConfig(r=4, start="identity"))
+    ll.save(adapt, adapt.init(seed=0), tmp_path / "a.safetensors")
+    again, read = ll.load(model, tmp_path / "a.safetensors")
+    with torch.no_grad():
+        assert torch.equal(again(read, batch).logits, model(**batch).logits)
+
+
 def test_beside_lora_and_in_a_file(tmp_path):
     model, batch = tiny_models["llama"]()
     model.eval()

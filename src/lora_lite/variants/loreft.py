@@ -132,7 +132,7 @@ class LoReFTConfig(AdapterConfig):
         n, d = self.interventions, W.out_features
         if self.r > d:
             raise ValueError(f"LoReFTConfig.r: expected at most {d}, the width of the hidden states, found {self.r}. Lower r.")
-        R = orthonormal(torch.randn(n, self.r, d, generator=generator))
+        R = orthonormal(torch.randn(n, self.r, d, generator=generator)).contiguous()  # as it is read from a file: W equals it to the bit
         if self.start == "identity":
             return {"R": R, "W": orthonormal(R), "b": torch.zeros(n, self.r)}, {}
         bound = 1 / math.sqrt(d)
