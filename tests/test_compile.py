@@ -4,9 +4,11 @@ import shutil
 
 import pytest
 import torch
+from torch import nn
 
 import lora_lite as ll
 from cases import FIVE, assert_trees_equal, by_name, move
+from peak import peak_bytes
 
 INDUCTOR = pytest.param("inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++, found none"))
 
@@ -94,6 +96,26 @@ def test_recomputed_blocks(tiny):
     got.backward()
     assert torch.allclose(got, want, rtol=1e-6)
     assert_trees_equal({path: {name: leaf.grad for name, leaf in found.items()} for path, found in leaves.items()}, grads, 1e-6)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 128), nn.Linear(128, 32)
+
+    def forward(self, x):
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+def test_recomputed_blocks_are_not_kept():
+    model = nn.Sequential(*(Residual() for _ in range(8)))
+    x, peaks = torch.randn(256, 32), []
+    for remat in (None, r"^\d+$"):
+        adapt = ll.build(model, ll.LoRAConfig(r=4), remat=remat)
+        leaves = ll.tree_map(lambda t: t.requires_grad_(), move(adapt.init()))
+        loss = torch.compile(lambda p, x, a=adapt: a(p, x).square().sum(), fullgraph=True, backend="aot_eager")
+        peaks.append(peak_bytes(lambda loss=loss, p=leaves: torch.autograd.grad(loss(p, x), ll.tree_leaves(p))))
+    assert peaks[1] < 0.5 * peaks[0]
 
 
 REMAT = pytest.mark.parametrize("remat", [None, r"layers\.\d+$"], ids=["kept", "recomputed"])

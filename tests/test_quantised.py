@@ -8,6 +8,7 @@ from torch import nn
 
 import lora_lite as ll
 from cases import assert_trees_equal, move
+from peak import peak_bytes
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install lora-lite[bitsandbytes]")
 from quantised_models import BACKENDS, quantised_layer, twins  # noqa: E402
@@ -38,6 +39,11 @@ def compiled(f):
     return torch.compile(f, fullgraph=True, backend="aot_eager")
 
 
+def autograd(f, params, x):
+    params = ll.tree_map(lambda t: t.detach().requires_grad_(), params)
+    return torch.autograd.grad(f(params, x), ll.tree_leaves(params))
+
+
 TRANSFORMS = {
     "value_and_grad": lambda f: lambda p, x: ll.value_and_grad(f)(p, x)[1],
     "grad": torch.func.grad,
@@ -52,6 +58,10 @@ TRANSFORMS = {
     "compile": compiled,
     "compile of grad": lambda f: compiled(torch.func.grad(f)),
     "compile of vmap": lambda f: compiled(torch.vmap(f, in_dims=(None, 0))),
+    "compile of jacrev": lambda f: compiled(lambda p, x: torch.func.jacrev(lambda t: f(p, t))(x)),
+    "compile of jvp of grad": lambda f: compiled(TRANSFORMS["jvp of grad"](f)),
+    "autograd of compile": lambda f: lambda p, x: autograd(compiled(f), p, x),
+    "autograd of compile of vmap": lambda f: lambda p, x: autograd(compiled(lambda p, x: torch.vmap(f, (None, 0))(p, x).sum()), p, x),
 }
 
 
@@ -59,7 +69,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_transform_gives_what_it_gives_on_the_dequantised_base(backend, how):
     x = torch.randn(3, 2, 64)
-    for cfg in (ll.PiSSAConfig(r=4), ll.DoRAConfig(r=4)) if how != "jvp of grad" else (ll.PiSSAConfig(r=4),):
+    for cfg in (ll.PiSSAConfig(r=4), ll.DoRAConfig(r=4)) if not how.endswith("jvp of grad") else (ll.PiSSAConfig(r=4),):
         packed, dense = adapts(mlp(), backend, cfg)
         params = move(dense.init())
         results = [TRANSFORMS[how](lambda p, x, a=a: a(p, x).square().sum())(params, x) for a in (packed, dense)]
@@ -128,6 +138,29 @@ def test_no_dense_weight_is_kept_for_the_backward_pass(backend):
 
     assert largest_kept(dense) >= 4 * 64 * 96, "a dense layer keeps its weight, so this test sees it"
     assert largest_kept(packed) < 64 * 96
+
+
+STEPS = {
+    "autograd": lambda a, wrap: (lambda f: lambda p, x: autograd(f, p, x))(wrap(lambda p, x: a(p, x).sum())),
+    "autograd of a mixed batch": lambda a, wrap: (lambda f: lambda p, x: autograd(f, ll.stack([p, p]), x))(
+        wrap(lambda p, x: a.mixed(p, x).sum())
+    ),
+    "grad": lambda a, wrap: wrap(torch.func.grad(lambda p, x: a(p, x).sum())),
+    "value_and_grad": lambda a, wrap: wrap(ll.value_and_grad(lambda p, x: a(p, x).sum())),
+}
+
+
+@pytest.mark.parametrize("how", STEPS)
+@pytest.mark.parametrize(("backend", "dtype"), [("nf4", torch.float32), ("nf4", torch.bfloat16), ("8-bit", torch.float32)])
+def test_compiled_step_keeps_no_dense_weights(backend, dtype, how):
+    layers = [quantised_layer(nn.Linear(256, 256), backend, dtype) for _ in range(8)]
+    adapt, x = ll.build(nn.Sequential(*layers), ll.LoRAConfig(r=2)), torch.randn(2, 256, dtype=dtype)
+    step, params = STEPS[how](adapt, compiled), move(adapt.init())
+    dense = 8 * 256 * 256 * dtype.itemsize
+    assert peak_bytes(lambda: step(params, x)) < dense / 2
+    with torch.compiler.set_stance("fail_on_recompile"):
+        got = step(move(adapt.init(seed=1), seed=1), x)
+    close(got, STEPS[how](adapt, lambda f: f)(move(adapt.init(seed=1), seed=1), x), 1e-5 if dtype == torch.float32 else 2e-2)
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16, None])

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lite.frozen import FrozenLinear
+from lora_lite.traced import traced_product
 
 _HELD = "_lora_lite_held"
 
@@ -157,8 +158,8 @@ class FrozenQuantised(FrozenLinear):
         return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
 
     def _product(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # which cannot trace a Function with a jvp, and needs none
-            return F.linear(x, self.dequantise(x.dtype))
+        if torch.compiler.is_compiling():  # which cannot trace a Function with a jvp
+            return traced_product(self.dequantise, x)
         return _Product.apply(self, x, False)
 
 

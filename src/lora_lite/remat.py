@@ -218,7 +218,7 @@ class _Recompute(torch.autograd.Function):
 
 def _plain() -> bool:
     """Tell whether no torch.func transform is active."""
-    return torch._C._functorch.peek_interpreter_stack() is None
+    return not torch._C._are_functorch_transforms_active()  # `peek_interpreter_stack() is None` is never true while compiling
 
 
 def _plain_vjp(f: Callable[..., tuple[Tensor, ...]], chosen: list[Tensor], grads: Sequence[Tensor]) -> Sequence[Tensor | None]:
