@@ -344,3 +344,13 @@ def test_copies_compute_the_same_and_only_the_shallow_one_shares_the_weights(tin
         for p in model.parameters():
             p.zero_()
     assert torch.equal(again(params, batch).logits, want) == (how != "copy")
+
+
+def test_params_without_data_are_refused(tiny):
+    model, batch = tiny("llama", num_hidden_layers=1)
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    empty = ll.tree_map(lambda p: p.to("meta"), adapt.init())
+    with pytest.raises(RuntimeError, match=r'expected params with data at ".*q_proj", found them on meta.*remat='):
+        adapt(empty, batch)
+    with pytest.raises(RuntimeError, match="expected params with data at"):
+        adapt.mixed(ll.stack([empty, empty]), batch)

@@ -57,8 +57,18 @@ class Adapted:
             raise
 
     def _run(self, W: Frozen, x: Tensor) -> Tensor:
-        cfg, names, _, _ = self._lora_lite
-        return apply_variant(cfg, {name: getattr(self, attribute) for name, attribute in names}, W, x)
+        return apply_variant(self._lora_lite.cfg, self._params_in_place(W), W, x)
+
+    def _params_in_place(self, W: Frozen) -> dict[str, Tensor]:
+        """Give the params of this call; a placeholder is refused here, since products on a CPU take one without a word."""
+        params = {name: getattr(self, attribute) for name, attribute in self._lora_lite.names}
+        if any(p.is_meta for p in params.values()) and W.device.type != "meta":
+            path = self._lora_lite.path
+            raise RuntimeError(
+                f'adapt: expected params with data at "{path}", found them on meta. Pass params on its device; where the model recomputes '
+                "blocks by a checkpoint of its own, leave that to build(..., remat=) instead."
+            )
+        return params
 
 
 @functools.cache

@@ -23,8 +23,8 @@ class _Mixed(Adapted):
     """A target whose params have a leading adapter axis; its index says which adapter each row takes."""
 
     def _run(self, W: Frozen, x: Tensor) -> Tensor:
-        cfg, names, _, path = self._lora_lite
-        params = {name: getattr(self, attribute) for name, attribute in names}
+        cfg, _, _, path = self._lora_lite
+        params = self._params_in_place(W)
         index = getattr(self, INDEX)
         if not W.has_input:
             raise ValueError(
