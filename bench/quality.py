@@ -35,7 +35,7 @@ KIND = " gap"  # the demo's problems that ask for a difference: one skill, so th
 RATES = {
     **{"lora": 1.25e-3, "dora": 1.25e-3, "eva": 1.25e-3, "pissa": 1.25e-3, "asvd": 1.25e-3, "oft": 1.25e-3},
     **{"road": 1e-2, "ia3": 2.5e-2, "hra": 5e-3, "lora_xs": 2.5e-3, "ssvd": 2.5e-3, "antipasto": 1e-2},
-    **{"vera": 8e-2, "bitfit": 4e-2, "ln_tuning": 1.6e-1, "full": 5e-4, "corda": 2.5e-5},
+    **{"vera": 8e-2, "bitfit": 4e-2, "ln_tuning": 1.6e-1, "full": 5e-4, "corda": 2e-4},
 }
 """Peak learning rates for this training alone: the best of `--rates` on validation problems, where that is not the demo's own."""
 FULL_RATE = 2.5e-4
@@ -69,6 +69,11 @@ def data_of(setting: Setting) -> tuple[list[Iterator[Any]], list[Row]]:
     return [batches(train, setting.rows, setting.steps, seed=k) for k in range(setting.members)], drawn("test", setting.test, seed=2)
 
 
+def calibration() -> list[dict[str, Any]]:
+    """Give the batches for starts that depend on data: of one row each, which is what PEFT's CorDA takes, whose start depends on it."""
+    return [batch([row]) for row in drawn("train", 64, seed=0)]
+
+
 def outcome(job: tuple[str, str, Setting]) -> dict[str, Any]:
     """Do one training: `("ours" | "peft" | "full" | "frozen", variant, setting)`, and say what the members reached."""
     who, name, setting = job
@@ -81,11 +86,12 @@ def outcome(job: tuple[str, str, Setting]) -> dict[str, Any]:
         found = [train_full(load_base(), rows, test, setting.steps, FULL_RATE) for rows in data]
         return summary(found) | {"params": model.num_parameters()}
     cfg, rate = rate_of(name, setting.steps)
-    calibration = [batch(drawn("train", 64, seed=0))]
     if who == "peft":
-        found = [train_peft(load_base(), theirs(cfg), calibration, rows, test, setting.steps, rate, seed) for seed, rows in enumerate(data)]
+        found = [
+            train_peft(load_base(), theirs(cfg), calibration(), rows, test, setting.steps, rate, seed) for seed, rows in enumerate(data)
+        ]
         return summary(found)
-    adapt = build(model, cfg, calibration)
+    adapt = build(model, cfg, calibration())
     found = train_ours(adapt, data, test, setting.steps, [rate] * setting.members)
     return summary(found) | {"params": adapt.num_params, "rate": rate}
 
@@ -93,7 +99,7 @@ def outcome(job: tuple[str, str, Setting]) -> dict[str, Any]:
 def at_rates(name: str, setting: Setting, multiples: Sequence[float]) -> list[tuple[float, float, float]]:
     """Train a variant at multiples of its rate; give each rate with the exact share and the loss on validation problems."""
     cfg, rate = rate_of(name, setting.steps)
-    adapt, rates = build(load_base(), cfg, [batch(drawn("train", 64, seed=0))]), [m * rate for m in multiples]
+    adapt, rates = build(load_base(), cfg, calibration()), [m * rate for m in multiples]
     data, _ = data_of(replace(setting, members=len(rates)))
     reached = train_ours(adapt, data, drawn("test", setting.test, seed=9), setting.steps, rates)
     return [(rate, exact, loss) for rate, (exact, loss, _) in zip(rates, reached, strict=True)]

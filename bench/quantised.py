@@ -93,8 +93,8 @@ def main() -> None:
     """Run the measurements, print the ratios and write the results file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few repetitions of small sizes")
-    parser.add_argument("--repeats", type=int, default=8, help="rounds of each measurement in each process")
-    parser.add_argument("--processes", type=int, default=3, help="fresh processes, one after another")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds of each measurement in each process")
+    parser.add_argument("--processes", type=int, default=2, help="fresh processes, one after another")
     o = parser.parse_args()
     width, layers, repeats, processes = (256, 2, 5, 1) if o.quick else (512, 4, o.repeats, o.processes)
     results = measured(measure, processes, {"width": width, "layers": layers, "rows": 4, "tokens": 64}, repeats)

@@ -21,9 +21,10 @@ README, PAGE, PLOTS = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "
 MARGIN = {"pissa": 1.15, "corda": 1.15, "lora_ga": 1.15, "asvd": 1.15}
 """How far the increment form may lie above PEFT's residual form: two products instead of one, for an exact start and quantised bases."""
 
+COPIED = "some two milliseconds, most of which go into copies of the module tree; PEFT changes the model that it is given"
 WHY = {
+    **{(name, "init"): COPIED for name in ("ia3", "ia3_ff", "hra", "road", "ln_tuning", "bitfit", "oft", "vera")},
     ("lora_ga", "init"): "its singular vectors are exact, PEFT's those of a randomised iteration",
-    ("ln_tuning", "init"): "about a millisecond, in which the module tree is copied where PEFT changes the model that it is given",
 }
 """Why a variant is costlier where it is."""
 

@@ -145,8 +145,8 @@ def main() -> None:
     """Run the measurements, print them and write the results file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few repetitions of small sizes")
-    parser.add_argument("--repeats", type=int, default=8, help="rounds of each measurement in each process")
-    parser.add_argument("--processes", type=int, default=3, help="fresh processes, one after another")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds of each measurement in each process")
+    parser.add_argument("--processes", type=int, default=2, help="fresh processes, one after another")
     o = parser.parse_args()
     processes = 1 if o.quick else o.processes
     sizes = (128, 2, 10, 16, 16) if o.quick else (512, 4, 43, 32, 32)

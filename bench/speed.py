@@ -127,7 +127,7 @@ def main() -> None:
     o = parser.parse_args()
     default = {"width": 64, "layers": 1, "rows": 2, "tokens": 32} if o.quick else {"width": 512, "layers": 2, "rows": 4, "tokens": 64}
     sizes = {name: getattr(o, name) or value for name, value in default.items()}
-    r, repeats, processes = o.rank or (8 if o.quick else 16), o.repeats or (4 if o.quick else 8), o.processes or (1 if o.quick else 3)
+    r, repeats, processes = o.rank or (8 if o.quick else 16), o.repeats or (4 if o.quick else 9), o.processes or (1 if o.quick else 2)
     chosen = o.compiled if o.compiled is not None else [n for n in (("lora",) if o.quick else ("lora", "dora")) if n in o.variants]
     results = measured(measure, processes, sizes, r, o.variants, chosen, repeats, 4 if o.quick else 43)
     show(results)
