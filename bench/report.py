@@ -21,29 +21,29 @@ README, PAGE, PLOTS = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "
 MARGIN = {"pissa": 1.15, "corda": 1.15, "lora_ga": 1.15, "asvd": 1.15}
 """How far the increment form may lie above PEFT's residual form: two products instead of one, for an exact start and quantised bases."""
 
-COPIED = "some two milliseconds, most of which go into copies of the module tree; PEFT changes the model that it is given"
+COPIED = "each a few milliseconds, most of which go into copies of the module tree; PEFT changes the model that it is given"
 WHY = {
-    **{(name, "init"): COPIED for name in ("ia3", "ia3_ff", "hra", "road", "ln_tuning", "bitfit", "oft", "vera")},
+    **{(name, "init"): COPIED for name in ("ia3", "ia3_ff", "hra", "road", "ln_tuning")},
     ("lora_ga", "init"): "its singular vectors are exact, PEFT's those of a randomised iteration",
 }
 """Why a variant is costlier where it is."""
 
 
 def costlier(speed: Found | None, memory: Found | None) -> list[str]:
-    """Say which variants are slower or larger than PEFT's beyond the spread, and beyond the margin of increment forms."""
-    said = []
+    """Say which variants are slower or larger than PEFT's beyond the spread, and beyond the margin of increment forms; and why."""
+    said: dict[str, list[str]] = {"": []}
     for name, row in (speed["results"]["models"]["variants"] if speed else {}).items():
         limit = MARGIN.get(name, 1.0)
         for what in ("forward", "step", "init"):
             ratio = row[what].get("over_peft")
             if ratio and ratio["low"] > limit:
-                why = f" ({WHY[name, what]})" if (name, what) in WHY else ""
-                said.append(f"{t.title(name)}'s {what} takes {t.spread(ratio)} of PEFT's time{why}")
+                claim = f"{t.title(name)}'s {what} takes {t.spread(ratio)} of PEFT's time"
+                said.setdefault(WHY.get((name, what), ""), []).append(claim)
     for name, row in (memory["results"]["variants"] if memory else {}).items():
         step = row["step"]
         if "peft" in step and step["ours"] > 1.005 * MARGIN.get(name, 1.0) * step["peft"]:
-            said.append(f"{t.title(name)}'s step takes {step['ours'] / step['peft']:.2f} of PEFT's peak memory")
-    return said
+            said[""].append(f"{t.title(name)}'s step takes {step['ours'] / step['peft']:.2f} of PEFT's peak memory")
+    return said.pop("") + [f"{', '.join(claims)} ({why})" for why, claims in said.items()]
 
 
 def verdict(speed: Found | None, memory: Found | None, quality: Found | None) -> str:
@@ -77,6 +77,8 @@ def sections(folder: Path = RESULTS, up: str = "../") -> Iterator[tuple[str, str
         ("functions", "speed", t.functions_table),
         ("compiled", "speed", t.compiled_table),
         ("populations", "speed", t.populations_table),
+        ("quantised", "quantised", t.quantised_table),
+        ("serving", "serving", t.serving_table),
         ("agreement", "agreement", t.agreement_table),
         ("demo", "demo", t.demo_table),
     ]

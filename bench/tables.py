@@ -174,6 +174,37 @@ def populations_table(speed: Found) -> str:
     return table([{"one step, LoRA, two threads": name, "time / a loop's": spread(ratio)} for name, ratio in found.items()])
 
 
+def quantised_table(found: Found) -> str:
+    """Give LoRA's step on quantised bases over the frozen base's and PEFT's, in time and in peak memory."""
+    rows = []
+    for bits, f in found["results"].items():
+        held = f["peak_bytes"]
+        rows.append(
+            {
+                **{"base": bits, "step / frozen": spread(f["over_frozen"]["lora"]), "step / PEFT's": spread(f["over_peft"])},
+                **{"peak, MiB": f"{held['lora'] / 2**20:.1f}", "peak / PEFT's": f"{held['lora'] / held['peft lora']:.2f}"},
+            }
+        )
+    return table(rows)
+
+
+def serving_table(found: Found) -> str:
+    """Give what switching, generation and many requests cost, beside PEFT's."""
+    f = found["results"]
+    switching, generation, throughput = f["switching"], f["generation"], f["throughput"]
+    rows = [
+        {"": f"another adapter than in the last call, {switching['targets']} targets, ms", "ours": spread(switching["switch_ms"])},
+        {"": f"generating {generation['tokens']} tokens / PEFT's time", "ours": spread(generation["over_peft"])},
+    ]
+    rows[0] |= {"PEFT's `set_adapter`": spread(switching["peft_switch_ms"])}
+    rows[1] |= {"PEFT's `set_adapter`": "1"}
+    for name, ratio in throughput["over_peft"].items():
+        if not name.startswith("peft"):
+            what = f"{throughput['requests']} requests for {throughput['adapters']} adapters, {name} / PEFT's time"
+            rows.append({"": what, "ours": spread(ratio), "PEFT's `set_adapter`": "1"})
+    return table(rows)
+
+
 def agreement_table(found: Found) -> str:
     """Give on how many figures two runs agree, and the figures on which they do not."""
     kinds = found["results"]
