@@ -50,7 +50,7 @@ def settings(steps: int) -> dict[str, tuple[ll.AdapterConfig, float]]:
         "vera": (ll.VeRAConfig(r=64), 2e-2),
         "adalora": (ll.AdaLoRAConfig(**pruned, alpha=24.0), 1e-2),
         "eva": (ll.EVAConfig(r=8, alpha=16), 5e-3),
-        "corda": (ll.CorDAConfig(r=8, alpha=8), 5e-3),
+        "corda": (ll.CorDAConfig(r=8, alpha=8), 5e-5),
         "asvd": (ll.ASVDConfig(r=8, alpha=8), 5e-3),
         "lora_ga": (ll.LoRAGAConfig(r=8, alpha=8), 5e-3),
         "loftq": (ll.LoftQConfig(r=8, alpha=8), 5e-3),
