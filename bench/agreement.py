@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import write
 from tables import newest, share, spread
 
 KINDS = ("speed", "memory", "scaling", "quality", "quantised", "serving")
@@ -62,6 +61,8 @@ def main() -> None:
     Raises:
         SystemExit: where there is nothing to compare, or the runs are of other commits.
     """
+    from common import write  # here, since the documentation's tables are made where no PEFT is installed
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="results of another run")
     o = parser.parse_args()

@@ -5,6 +5,8 @@ import importlib
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -265,3 +267,9 @@ def test_plots_come_out_the_same_from_the_same_results(files, tmp_path, monkeypa
 def test_modules_of_the_benchmarks_can_be_imported():
     for path in BENCH.glob("*.py"):
         importlib.import_module(path.stem)
+
+
+def test_report_needs_no_peft():
+    """The documentation is built where PEFT is not installed."""
+    code = f"import sys; sys.modules['peft'] = None; sys.path.append({str(BENCH)!r}); import report"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
