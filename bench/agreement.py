@@ -25,16 +25,20 @@ class Pair(NamedTuple):
     words: str
 
 
+def agree(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Say whether two accuracies are equal within two standard errors of their difference."""
+    return abs(a["exact"] - b["exact"]) <= 2 * math.hypot(a["error"], b["error"])
+
+
 def figures(a: Any, b: Any, place: str = "") -> Iterator[Pair]:
     """Walk two results: ratios agree where a median lies in the other run's spread, accuracies within two standard errors."""
     if not isinstance(a, dict):
         return
     if {"median", "low", "high"} <= a.keys():
-        agree = a["low"] <= b["median"] <= a["high"] or b["low"] <= a["median"] <= b["high"]
-        yield Pair(place, agree, f"{spread(a)} and {spread(b)}")
+        inside = a["low"] <= b["median"] <= a["high"] or b["low"] <= a["median"] <= b["high"]
+        yield Pair(place, inside, f"{spread(a)} and {spread(b)}")
     elif {"exact", "error"} <= a.keys():
-        agree = abs(a["exact"] - b["exact"]) <= 2 * math.hypot(a["error"], b["error"])
-        yield Pair(place, agree, f"{share(a)} and {share(b)}")
+        yield Pair(place, agree(a, b), f"{share(a)} and {share(b)}")
     elif a.keys() >= {"ours", "frozen"} and isinstance(a["ours"], int):  # peak bytes, which are counted
         for over in a.keys() - {"ours"}:
             first, second = a["ours"] / a[over], b["ours"] / b[over]

@@ -25,6 +25,7 @@ import torch
 from tqdm import tqdm
 
 import lora_lite as ll
+from agreement import agree
 from arithmetic import Row, batch, batches, problems
 from common import machine, write
 from demo import load_base, settings
@@ -117,11 +118,6 @@ def standard_error(exact: Sequence[float], n: int) -> float:
     p = min(max(statistics.mean(exact), 0.5 / n), 1 - 0.5 / n)  # no share is known exactly from n problems
     between = statistics.variance(exact) / len(exact) if len(exact) > 1 else 0.0
     return math.sqrt(between + p * (1 - p) / n)
-
-
-def agree(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Say whether two outcomes are equal within two standard errors of their difference."""
-    return abs(a["exact"] - b["exact"]) <= 2 * math.hypot(a["error"], b["error"])
 
 
 def quality(names: Sequence[str], setting: Setting, workers: int) -> dict[str, Any]:

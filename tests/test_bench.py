@@ -119,9 +119,9 @@ def test_members_train_as_they_would_alone():
     adapt = ll.build(load_base(), ll.LoRAConfig(r=4))
     together = train_ours(adapt, [iter(s) for s in streams], rows[:6], 2, [0.3, 0.1])
     alone = train_ours(adapt, [iter(streams[0])], rows[:6], 2, [0.3])
-    slow = train_ours(adapt, [iter(streams[1])], rows[:6], 2, [0.1])
+    _, still = train_ours(adapt, [iter(s) for s in streams], rows[:6], 2, [0.3, 0.0])
     assert together[0] == pytest.approx(alone[0], rel=1e-3)
-    assert together[1][2] == slow[0][2] == 6
+    assert still == pytest.approx(evaluate(lambda b: adapt.base(b), rows[:6]), rel=1e-6)
     assert together[1][1] != pytest.approx(together[0][1], rel=1e-2)
 
 

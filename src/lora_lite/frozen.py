@@ -198,31 +198,33 @@ class FrozenLinear(Frozen):
         return run(self, first_of(args, kwargs))
 
 
-class FrozenFalconLinear(FrozenLinear):
-    """The kind of transformers' `FalconLinear`: an `nn.Linear` whose bias is added after the product has been rounded."""
+class _OfTransformers(FrozenLinear):
+    """A linear layer of transformers' own, told by the name of its class: importing transformers to ask would make it a dependency."""
+
+    told_by: ClassVar[str]
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        return _of_transformers(layer, "FalconLinear")
+        return any(c.__name__ == cls.told_by and c.__module__.startswith("transformers.") for c in type(layer).__mro__)
 
     @classmethod
     def faithful(cls, layer: nn.Module) -> bool:
-        return _forward_of(layer) == "FalconLinear"
+        return next(c for c in type(layer).__mro__ if "forward" in vars(c)).__name__ == cls.told_by
+
+
+class FrozenFalconLinear(_OfTransformers):
+    """The kind of transformers' `FalconLinear`: an `nn.Linear` whose bias is added after the product has been rounded."""
+
+    told_by = "FalconLinear"
 
     def __call__(self, x: Tensor) -> Tensor:
         return plus(self.matmul(x), self.bias)
 
 
-class FrozenConv1D(FrozenLinear):
+class FrozenConv1D(_OfTransformers):
     """The kind of transformers' `Conv1D`, which stores `(i, o)`."""
 
-    @classmethod
-    def fits(cls, layer: nn.Module) -> bool:
-        return _of_transformers(layer, "Conv1D")
-
-    @classmethod
-    def faithful(cls, layer: nn.Module) -> bool:
-        return _forward_of(layer) == "Conv1D"
+    told_by = "Conv1D"
 
     @property
     def weight(self) -> Tensor:
@@ -234,15 +236,6 @@ class FrozenConv1D(FrozenLinear):
 
     def to_weight(self, dense: Tensor) -> Tensor:
         return dense.t().contiguous()
-
-
-def _of_transformers(layer: nn.Module, name: str) -> bool:
-    # Told by name: importing transformers to ask would make it a dependency.
-    return any(c.__name__ == name and c.__module__.startswith("transformers.") for c in type(layer).__mro__)
-
-
-def _forward_of(layer: nn.Module) -> str:
-    return next(c for c in type(layer).__mro__ if "forward" in vars(c)).__name__
 
 
 def plus(y: Tensor, bias: Tensor | None) -> Tensor:

@@ -44,7 +44,7 @@ def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[...
 
 def in_transform() -> bool:
     """Tell whether a torch.func transform, a compilation or inference mode is active: plain autograd records nothing in the last."""
-    return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or torch._C._functorch.peek_interpreter_stack() is not None
+    return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or torch._C._are_functorch_transforms_active()
 
 
 def _plain(f: Callable[..., Any], has_aux: bool, params: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
