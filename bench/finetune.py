@@ -20,7 +20,7 @@ from gsm8k_settings import CALIBRATION, Settings, config
 from lora_lite.variants.adalora import orthogonality
 from metamath import Example, batch, examples, read, reason
 from peak import peak_bytes
-from timing import interleaved, spread
+from timing import interleaved, milliseconds
 
 STATE, ADAPTER = "state.safetensors", "adapter.safetensors"
 
@@ -156,4 +156,4 @@ def costs(adapt: ll.Adapt, params: Any, model: Any, rows: Mapping[str, Any]) -> 
     calls = {"forward": torch.no_grad()(lambda: adapt(params, rows, use_cache=False)), "step": step}
     calls["frozen step"] = lambda: frozen_step(model, rows)
     times = interleaved(calls, 5, where=model.device)
-    return {"ms": {name: spread([1e3 * t for t in values]) for name, values in times.items()}, "peak_bytes": peak_bytes(step)}
+    return {"ms": {name: milliseconds(values) for name, values in times.items()}, "peak_bytes": peak_bytes(step)}

@@ -22,8 +22,9 @@ import lora_lite as ll
 from answers import evaluate
 from common import device, machine, write
 from finetune import ADAPTER, build, gradients, load_model, norm, start, train, training_examples
-from gsm8k_settings import TABLES, Settings, config, published, rank
+from gsm8k_settings import TABLES, Settings, config, published
 from metamath import batch, problems
+from pairs import rank
 
 
 def run(s: Settings, out: Path) -> dict[str, Any]:

@@ -97,8 +97,3 @@ def config(s: Settings) -> ll.AdapterConfig:
     general: dict[str, Any] = {"r": s.r, "alpha": s.alpha, "init_r": s.r * 3 // 2, "target_r": s.r, "total_step": s.steps}
     general |= {"target_names": s.targets} if cls.adapts in ("linear", "module") else {}  # norms and blocks have names of their own
     return cls(**{**{k: v for k, v in general.items() if k in known}, **FIELDS.get(s.variant, {}), **dict(s.fields)})
-
-
-def rank(cfg: ll.AdapterConfig) -> int | None:
-    """Give a config's rank, or where there is none its block or group size."""
-    return next((getattr(cfg, field) for field in ("r", "init_r", "block_size", "group_size") if hasattr(cfg, field)), None)

@@ -92,6 +92,11 @@ def config_of(name: str, r: int) -> ll.AdapterConfig:
     return cls(**values | OPTIONS.get(name, lambda r: {})(r))
 
 
+def rank(cfg: ll.AdapterConfig) -> int | None:
+    """Give a config's rank, or where there is none its block or group size."""
+    return next((getattr(cfg, field) for field in ("r", "init_r", "block_size", "group_size") if hasattr(cfg, field)), None)
+
+
 def pairs(r: int) -> dict[str, Pair]:
     """Pair each variant with PEFT's config of the same method on the same layers."""
     configs = [config_of(name, r) for name in MEASURED]

@@ -25,7 +25,7 @@ from common import batch_of, llama, machine, moved, write
 from compiled import compiled
 from contenders import Contender, contender, forwards, steps
 from functions import functions
-from pairs import MEASURED, Pair, build, pairs, peft_model, wrapped
+from pairs import MEASURED, Pair, build, pairs, peft_model, rank, wrapped
 from populations import populations
 from processes import measured
 from timing import Times, device, interleaved, milliseconds, ratio, ratios
@@ -71,8 +71,7 @@ def models(sizes: Mapping[str, int], r: int, names: Iterable[str], repeats: int)
 
 def counts(pair: Pair, c: Contender) -> dict[str, Any]:
     """Say what a variant is: its rank, what it trains, what it adds, and how its output was checked."""
-    rank = next((getattr(pair.cfg, field) for field in ("r", "init_r", "block_size", "group_size") if hasattr(pair.cfg, field)), None)
-    found = {"r": rank, "params": c.adapt.num_params, "macs_per_token": c.adapt.macs_per_token, "checked": c.checked}
+    found = {"r": rank(pair.cfg), "params": c.adapt.num_params, "macs_per_token": c.adapt.macs_per_token, "checked": c.checked}
     return found | ({"params_peft": sum(t.numel() for t in c.trained)} if c.theirs is not None else {})
 
 
