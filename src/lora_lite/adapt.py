@@ -11,18 +11,14 @@ from torch import Tensor, nn
 
 from lora_lite._errors import several, tree_faults
 from lora_lite._tree import AnyTree, Tree, join, tree_map
-from lora_lite.bind import Shapes, adapt_layer, bare, fits, layer_at, placed, read_params, rebind, volatile_buffers, whole
+from lora_lite.bind import Shapes, bare, fits, layer_at, placed, read_params, volatile_buffers, whole
+from lora_lite.bound import bound_clone, bound_copy, plain_copy
 from lora_lite.clone import clone_again
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import Constants
-from lora_lite.held import exposed
 from lora_lite.merge import merge, merge_error
 from lora_lite.mixed import INDEX, index_of, is_stacked, make_mixed, member_shapes, stacked_size, strength_axes
-from lora_lite.modules import FrozenBlock
-from lora_lite.named import reader_of
 from lora_lite.plan import Plan, generator_for, start
-from lora_lite.prompt import note_prompts
-from lora_lite.remat import install
 from lora_lite.replica import Replicas
 from lora_lite.report import count_all, macs_by_target, table
 from lora_lite.shard import ShardedReplicas, Sharding, shard_plan
@@ -50,12 +46,12 @@ class Adapt:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._clone = _bound_clone(plan)
+        self._clone = bound_clone(plan)
         paths = [target.path for target, _ in plan.entries]
         replicas = Replicas if plan.sharding is None else functools.partial(ShardedReplicas, sharding=plan.sharding)
-        self._adapted = replicas(self._clone, _copy, paths)
-        self._mixed = replicas(self._clone, lambda clone: make_mixed(_copy(clone)), paths)
-        self._base = replicas(plan.base, _plain_copy, [])
+        self._adapted = replicas(self._clone, bound_copy, paths)
+        self._mixed = replicas(self._clone, lambda clone: make_mixed(bound_copy(clone)), paths)
+        self._base = replicas(plan.base, plain_copy, [])
 
     def __call__(self, params: Mapping[str, Mapping[str, Tensor]], batch: Any, **kwargs: Any) -> Any:
         """Run the adapted model.
@@ -126,7 +122,7 @@ class Adapt:
         """
         self._require_whole("module")
         self._require(params, "module")
-        module = _copy(self._clone)
+        module = bound_copy(self._clone)
         for name, buffer in volatile_buffers(module).items():
             where, _, attribute = name.rpartition(".")
             module.get_submodule(where)._buffers[attribute] = buffer.clone()  # its own state, not the user's
@@ -325,25 +321,3 @@ class Adapt:
         params, _ = start(cfg, W, generator_for(seed, target.path))
         # Dense in memory, as params read from a file are: products of another layout may round otherwise.
         return {name: p.to(W.device, cfg.dtype, copy=True, memory_format=torch.contiguous_format) for name, p in params.items()}
-
-
-def _bound_clone(plan: Plan) -> nn.Module:
-    clone = clone_again(plan.base)
-    for target, cfg in plan.entries:
-        path = target.path
-        adapt_layer(exposed(clone, path, reader_of(target.kind)), target, cfg, plan.shapes[path], plan.constants_at(path, cfg))
-    install(clone, plan.remat)
-    note_prompts(clone, [target.path for target, _ in plan.entries if issubclass(target.kind, FrozenBlock)])
-    return clone
-
-
-def _plain_copy(base: nn.Module) -> nn.Module:
-    copy = clone_again(base)
-    install(copy, None)
-    return copy
-
-
-def _copy(bound: nn.Module) -> nn.Module:
-    copy = clone_again(bound)
-    rebind(copy)
-    return copy

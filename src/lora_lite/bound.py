@@ -1,0 +1,37 @@
+"""The clones that an `Adapt` runs on: one whose targets run their variants, copies of it, and one of the frozen model."""
+
+from torch import nn
+
+from lora_lite.bind import adapt_layer, rebind
+from lora_lite.clone import clone_again
+from lora_lite.held import exposed
+from lora_lite.modules import FrozenBlock
+from lora_lite.named import reader_of
+from lora_lite.plan import Plan
+from lora_lite.prompt import note_prompts
+from lora_lite.remat import install
+
+
+def bound_clone(plan: Plan) -> nn.Module:
+    """Give a clone whose targets run their variants; it is a template, and never called itself."""
+    clone = clone_again(plan.base)
+    for target, cfg in plan.entries:
+        path = target.path
+        adapt_layer(exposed(clone, path, reader_of(target.kind)), target, cfg, plan.shapes[path], plan.constants_at(path, cfg))
+    install(clone, plan.remat)
+    note_prompts(clone, [target.path for target, _ in plan.entries if issubclass(target.kind, FrozenBlock)])
+    return clone
+
+
+def plain_copy(base: nn.Module) -> nn.Module:
+    """Give a clone that runs the frozen model."""
+    copy = clone_again(base)
+    install(copy, None)
+    return copy
+
+
+def bound_copy(bound: nn.Module) -> nn.Module:
+    """Copy a bound clone, its targets reading the copy."""
+    copy = clone_again(bound)
+    rebind(copy)
+    return copy
