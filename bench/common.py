@@ -41,11 +41,15 @@ def moved(params: dict[str, dict[str, torch.Tensor]], scale: float = 0.01) -> di
     return {p: {n: t + scale * torch.randn(t.shape, generator=g).to(t) for n, t in leaves.items()} for p, leaves in params.items()}
 
 
-def machine(threads: int, processes: int = 1) -> dict[str, Any]:
-    """Name what the figures depend on: commit, versions, class of machine, threads, fresh processes that were pooled."""
+def machine(threads: int, processes: int = 1, where: torch.device | None = None) -> dict[str, Any]:
+    """Name what the figures depend on: commit, versions, class of machine, threads, fresh processes that were pooled.
+
+    `where` is the device that was measured, a CPU if not given.
+    """
     versions = {m.__name__: m.__version__ for m in (torch, transformers, peft, ll)}
-    kind = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()}-core {platform.machine()} CPU"
-    counts = {"threads": threads, "processes": processes}
+    gpu = where is not None and where.type == "cuda"
+    kind = torch.cuda.get_device_name(where) if gpu else f"{os.cpu_count()}-core {platform.machine()} CPU"
+    counts = {"device": "cuda" if gpu else "cpu", "threads": threads, "processes": processes}
     return {"commit": _commit(), "versions": versions, "machine": kind, **counts, "python": platform.python_version()}
 
 
@@ -63,11 +67,12 @@ def _commit() -> str:
 
 
 def write(name: str, facts: dict[str, Any], results: dict[str, Any], quick: bool = False) -> Path:
-    """Write a results file, dated and named by commit, and say so."""
+    """Write a results file, dated and named by commit and kind, on a GPU `<kind>-cuda`, and say so."""
     date = datetime.date.today().isoformat()
     folder = QUICK if quick else RESULTS
     folder.mkdir(exist_ok=True, parents=True)
-    path = folder / f"{date}-{facts['commit']}-{name}.json"
+    kind = f"{name}-cuda" if facts.get("device") == "cuda" else name  # never in the place of a CPU's
+    path = folder / f"{date}-{facts['commit']}-{kind}.json"
     path.write_text(json.dumps({"date": date, **facts, "results": without_rounds(results)}, indent=1) + "\n", "utf-8")
     print(f"wrote {path.relative_to(RESULTS.parent.parent)}", flush=True)
     return path

@@ -165,7 +165,7 @@ def main() -> None:
         return
     found = run(s, o.out)
     print(f"{s.variant}: {found['test']['exact']:.1%} ± {found['test']['error']:.1%} of {found['test']['n']} test problems")
-    write(f"gsm8k-{run_name(s)}", machine(torch.get_num_threads()), found)
+    write(f"gsm8k-{run_name(s)}", machine(torch.get_num_threads(), where=device()), found)
 
 
 if __name__ == "__main__":

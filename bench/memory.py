@@ -20,6 +20,13 @@ from common import batch_of, llama, machine, moved, write
 from contenders import contender, forwards, steps
 from pairs import MEASURED, build, pairs
 from peak import peak_bytes
+from timing import device
+
+SIZES = {
+    "quick": {"width": 64, "layers": 1, "rows": 2, "tokens": 32},
+    "cpu": {"width": 256, "layers": 8, "rows": 8, "tokens": 64},
+    "cuda": {"width": 1024, "layers": 4, "rows": 16, "tokens": 512},
+}
 
 
 def memory(sizes: Mapping[str, int], r: int, names: Iterable[str]) -> dict[str, Any]:
@@ -51,18 +58,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--variants", nargs="+", choices=MEASURED, default=MEASURED, metavar="NAME")
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, help="features")
+    parser.add_argument("--layers", type=int, help="blocks")
     o = parser.parse_args()
     warnings.filterwarnings("ignore", module="(transformers|peft|torch)")
     torch.set_num_threads(1)
-    small, full = {"width": 64, "layers": 1, "rows": 2, "tokens": 32}, {"width": o.width, "layers": o.layers, "rows": 8, "tokens": 64}
-    results = memory(small if o.quick else full, 8 if o.quick else 16, o.variants)
+    sizes = {name: getattr(o, name, None) or value for name, value in SIZES["quick" if o.quick else device().type].items()}
+    results = memory(sizes, 8 if o.quick else 16, o.variants)
     for name, row in results["variants"].items():
         step = row["step"]
         beside = f"; {step['ours'] / step['peft']:.3f} of PEFT's" if "peft" in step else ""
         print(f"{name:10} {step['ours'] / step['frozen']:.3f} of the frozen step's peak{beside}")
-    write("memory", machine(threads=1), results, o.quick)
+    write("memory", machine(1, where=device()), results, o.quick)
 
 
 if __name__ == "__main__":

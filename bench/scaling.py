@@ -21,7 +21,7 @@ from common import batch_of, llama, machine, moved, write
 from contenders import frozen_step
 from pairs import MEASURED, build, pairs
 from processes import measured
-from timing import Spread, interleaved, ratio
+from timing import Spread, device, interleaved, ratio
 
 TELLING = ("lora", "dora", "hra", "oft")
 CENTRE = {"rank": 16, "width": 256, "rows": 4, "members": 4}
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="fresh processes, one after another")
     o = parser.parse_args()
     names, points, repeats, processes = (o.variants[:2], QUICK, 3, 1) if o.quick else (o.variants, POINTS, o.repeats, o.processes)
-    write("scaling", machine(1, processes), measured(measure, processes, names, points, repeats), o.quick)
+    write("scaling", machine(1, processes, device()), measured(measure, processes, names, points, repeats), o.quick)
 
 
 if __name__ == "__main__":

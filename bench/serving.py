@@ -19,7 +19,7 @@ import lora_lite as ll
 from common import batch_of, llama, machine, moved, write
 from pairs import pairs, peft_model
 from processes import measured
-from timing import Spread, interleaved, milliseconds, ratios, spread
+from timing import Spread, device, interleaved, milliseconds, ratios, spread
 
 ADAPTERS = 8
 
@@ -158,7 +158,7 @@ def main() -> None:
         print(f"{rate['median']:8.1f} requests/s  {name}")
     beside = results["generation"]["over_peft"]
     print(f"generate: {beside['median']:.3f} [{beside['low']:.3f}, {beside['high']:.3f}] of PEFT's time")
-    write("serving", machine(1, processes), results, o.quick)
+    write("serving", machine(1, processes, device()), results, o.quick)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,12 @@ from populations import populations
 from processes import measured
 from timing import Times, device, interleaved, milliseconds, ratio, ratios
 
+SIZES = {
+    "quick": {"width": 64, "layers": 1, "rows": 2, "tokens": 32},
+    "cpu": {"width": 512, "layers": 2, "rows": 4, "tokens": 64},
+    "cuda": {"width": 512, "layers": 2, "rows": 32, "tokens": 1024},  # enough arithmetic for the calls of kernels to hide behind
+}
+
 
 def compared(times: Times) -> dict[str, Any]:
     """Give the ratios of ours, and of PEFT's where it takes part, with the times in milliseconds."""
@@ -124,13 +130,12 @@ def main() -> None:
     for size, meaning in {"width": "features", "layers": "blocks", "rows": "of a batch", "tokens": "of a row", "rank": "of LoRA"}.items():
         parser.add_argument(f"--{size}", type=int, help=meaning)
     o = parser.parse_args()
-    default = {"width": 64, "layers": 1, "rows": 2, "tokens": 32} if o.quick else {"width": 512, "layers": 2, "rows": 4, "tokens": 64}
-    sizes = {name: getattr(o, name) or value for name, value in default.items()}
+    sizes = {name: getattr(o, name) or value for name, value in SIZES["quick" if o.quick else device().type].items()}
     r, repeats, processes = o.rank or (8 if o.quick else 16), o.repeats or (4 if o.quick else 9), o.processes or (1 if o.quick else 2)
     chosen = o.compiled if o.compiled is not None else [n for n in (("lora",) if o.quick else ("lora", "dora")) if n in o.variants]
     results = measured(measure, processes, sizes, r, o.variants, chosen, repeats, 4 if o.quick else 43)
     show(results)
-    write("speed", machine(threads=1, processes=processes), results, o.quick)
+    write("speed", machine(1, processes, device()), results, o.quick)
 
 
 def show(results: Mapping[str, Any]) -> None:

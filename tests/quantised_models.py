@@ -18,7 +18,7 @@ def quantised_layer(layer: nn.Linear, backend: str, compute_dtype: torch.dtype |
         how = {"quant_type": backend[:3], "compress_statistics": backend.endswith("nested")}
         packed = bnb.nn.Linear4bit(*sizes, bias=bias, compute_dtype=compute_dtype, **how)
     packed.load_state_dict(layer.state_dict())
-    return packed.to("cpu")
+    return packed.to(layer.weight.device)  # which quantises it
 
 
 def dequantised(layer: nn.Module) -> torch.Tensor:
