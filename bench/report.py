@@ -35,7 +35,7 @@ def costlier(speed: Found | None, memory: Found | None) -> list[str]:
     for name, row in (speed["results"]["models"]["variants"] if speed else {}).items():
         limit = MARGIN.get(name, 1.0)
         for what in ("forward", "step", "init"):
-            ratio = row[what].get("over_peft")
+            ratio = row.get(what, {}).get("over_peft")
             if ratio and ratio["low"] > limit:
                 claim = f"{t.title(name)}'s {what} takes {t.spread(ratio)} of PEFT's time"
                 said.setdefault(WHY.get((name, what), ""), []).append(claim)
@@ -79,6 +79,9 @@ def sections(folder: Path = RESULTS, up: str = "../") -> Iterator[tuple[str, str
         ("populations", "speed", t.populations_table),
         ("quantised", "quantised", t.quantised_table),
         ("serving", "serving", t.serving_table),
+        ("gpu", "speed-cuda", lambda f: f"{t.gpu_table(f)}\n\n{verdict(f, None, None)}"),
+        ("gpu-quantised", "quantised-cuda", t.quantised_table),
+        ("gpu-serving", "serving-cuda", t.serving_table),
         ("agreement", "agreement", t.agreement_table),
         ("demo", "demo", t.demo_table),
     ]

@@ -34,8 +34,11 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def spread(ratio: Found | None) -> str:
-    """Write a ratio with what bounds the middle 80 % of its rounds."""
-    return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio else "-"
+    """Write a ratio with what bounds the middle 80 % of its rounds, where the file has that."""
+    if not ratio:
+        return "-"
+    bounds = f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if "low" in ratio else ""
+    return f"{ratio['median']:.2f}{bounds}"
 
 
 def count(n: float) -> str:
@@ -120,6 +123,16 @@ def step_table(speed: Found) -> str:
             "output checked against": f"PEFT's, to {checked['error']:.0e}" if checked["against"] == "peft" else "the base: it differs"
         }
         rows.append(cells)
+    return table(rows)
+
+
+def gpu_table(speed: Found) -> str:
+    """Give each variant's step on a GPU over the frozen base's, beside arithmetic and PEFT's."""
+    rows = []
+    for name, row in speed["results"]["models"]["variants"].items():
+        step = row["step"]
+        cells = {"variant": title(name), "step / frozen": spread(step["over_frozen"]), "by arithmetic": f"{step['by_arithmetic']:.2f}"}
+        rows.append(cells | {"step / PEFT's": spread(step.get("over_peft"))})
     return table(rows)
 
 

@@ -155,6 +155,8 @@ def test_standard_error_counts_seeds_and_problems():
 RATIO = {"median": 1.1, "low": 1.0, "high": 1.2, "n": 4}
 SLOW = {"median": 1.3, "low": 1.21, "high": 1.4, "n": 4}
 
+SLOW_STEP = {"over_frozen": {"median": 1.5, "n": 4}, "by_arithmetic": 1.05, "over_peft": SLOW}
+
 
 def results(kind, **found):
     return {"date": "2030-01-02", "commit": "abc", "machine": "2-core x86 CPU", "threads": 1, "results": found}
@@ -193,6 +195,7 @@ def files(tmp_path):
     quality = {"steps": 80, "rows": 12, "members": 2, "test": 200, "frozen": {"exact": 0.0}, "full": member, "variants": beside}
     axes = {axis: {"lora": {"4": RATIO, "8": SLOW}} for axis in ("rank", "width", "rows", "members")}
     kinds = {"speed": speed, "memory": {"variants": peaks, "lora": {"value_and_grad": 100}}, "quality": quality, "scaling": {"axes": axes}}
+    kinds["speed-cuda"] = {"models": {**sizes, "variants": {"dora": {"step": SLOW_STEP}}}}
     for kind, found in kinds.items():
         (tmp_path / f"2030-01-02-abc-{kind}.json").write_text(json.dumps(results(kind, **found)))
     (tmp_path / "2029-01-02-abc-speed.json").write_text("an older one, which is not read")
@@ -221,6 +224,13 @@ def test_report_says_plainly_what_is_worse_than_pefts(files):
     assert "No variant is slower or larger" in report.verdict(None, memory, None)
 
 
+def test_what_a_gpu_gave_has_a_part_of_its_own(files):
+    parts = dict(report.sections(files))
+    assert "| DoRA | 1.50 | 1.05 | 1.30 [1.21, 1.40] |" in parts["gpu"]
+    assert "DoRA's step takes 1.30 [1.21, 1.40] of PEFT's time." in parts["gpu"]
+    assert "cuda" not in parts["overview"] + parts["steps"]
+
+
 def test_page_has_every_part_and_no_figure_without_a_file(files, tmp_path):
     text = (BENCH.parent / "docs" / "results.md").read_text("utf-8")
     page = report.page(text, files)
@@ -228,7 +238,7 @@ def test_page_has_every_part_and_no_figure_without_a_file(files, tmp_path):
     assert report.page(page, files) == page
     (tmp_path / "empty").mkdir()
     empty = report.page(text, tmp_path / "empty")
-    assert empty.count(report.NONE) == 13
+    assert empty.count(report.NONE) == 16
     assert "%" not in "".join(line for line in empty.splitlines() if line.startswith("|"))
     with pytest.raises(ValueError, match='expected a line "<!-- other -->"'):
         report.between(text, "other", "new")

@@ -107,6 +107,7 @@ def test_bfloat16_follows_float32(row, device, tmp_path):
     assert float((got - want).abs().max()) <= 2 * TOLERANCE[torch.bfloat16] * float(want.abs().max())
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # the compiler's advice
 @pytest.mark.parametrize("cfg", [*FIVE, ll.OFTConfig(block_size=8), ll.HRAConfig(r=4), ll.VeRAConfig(r=8)], ids=by_name)
 def test_compiled_equals_eager(cfg, device):
     model, x = blocks(torch.float32)
@@ -131,7 +132,8 @@ def test_quantised_equals_dequantised(row, backend, device, tmp_path):
         assert build_any(packed, row.cfg, batches(x)).shapes == adapt.shapes
     got, want = again(params, x) - again.base(x), adapt(params, x) - adapt.base(x)
     assert torch.allclose(got, want, rtol=0, atol=1e-4 * float(want.abs().max()))
-    assert_close_to_largest(gradients(again, params, x), gradients(adapt, params, x))
+    rounded = 1e-2 if row.cfg.dtype == torch.bfloat16 else 1e-5  # a gradient has its param's dtype
+    assert_close_to_largest(gradients(again, params, x), gradients(adapt, params, x), rounded)
 
 
 def test_dropout_with_remat_draws_the_same(tiny, device):
