@@ -70,6 +70,6 @@ def _times(cfg: ll.AdapterConfig, params: Mapping[str, Tensor], W: ll.Frozen, x:
         "grads in a loop": lambda: [grad(p, row) for p, row in zip(members, x, strict=True)],
         "vmap of grad": lambda: torch.vmap(grad)(stacked, x),
     }
-    times = interleaved(calls, 3 * repeats, warmup=3)
+    times = interleaved(calls, repeats, warmup=3)
     over = {"forward": "frozen", "grad": "frozen grad", "vmap": "loop", "vmap of grad": "grads in a loop"}
     return {name: ratio(times, name, beside) for name, beside in over.items()}

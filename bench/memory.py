@@ -9,7 +9,9 @@ These are counted, not sampled, so a second run gives the same numbers.
 
 import argparse
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -29,15 +31,25 @@ SIZES = {
 }
 
 
-def memory(sizes: Mapping[str, int], r: int, names: Iterable[str]) -> dict[str, Any]:
-    """Give the peak bytes of a forward pass and of a step of the frozen base, each variant and PEFT's."""
+def one(job: tuple[str | None, Mapping[str, int], int]) -> dict[str, Any]:
+    """Give the peak bytes of a forward pass and of a step of the frozen base, one variant and PEFT's; without a name, LoRA's `ways`."""
+    name, sizes, r = job
+    warnings.filterwarnings("ignore", module="(transformers|peft|torch)")
+    torch.set_num_threads(1)
     model, batch = llama(sizes["width"], sizes["layers"]), batch_of(sizes["rows"], sizes["tokens"])
-    rows = {}
-    for name in tqdm(list(names), desc="memory", mininterval=5):
-        c = contender(model, pairs(r)[name], batch)
-        forward = {who: peak_bytes(call) for who, call in forwards(model, c, batch).items()}
-        rows[name] = {"forward": forward, "step": {who: peak_bytes(call) for who, call in steps(model, c, batch).items()}}
-    return {**sizes, "r": r, "variants": rows, "lora": ways(model, batch, r)}
+    if name is None:
+        return ways(model, batch, r)
+    c = contender(model, pairs(r)[name], batch)
+    forward = {who: peak_bytes(call) for who, call in forwards(model, c, batch).items()}
+    return {"forward": forward, "step": {who: peak_bytes(call) for who, call in steps(model, c, batch).items()}}
+
+
+def memory(sizes: Mapping[str, int], r: int, names: Sequence[str], workers: int) -> dict[str, Any]:
+    """Give the peaks of each variant, some at once: they are counted, and the processes do not share what they count."""
+    jobs = [(name, sizes, r) for name in (*names, None)]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        *rows, lora = tqdm(pool.map(one, jobs), total=len(jobs), desc="memory", mininterval=5)
+    return {**sizes, "r": r, "variants": dict(zip(names, rows, strict=True)), "lora": lora}
 
 
 def ways(model: Any, batch: Mapping[str, Any], r: int) -> dict[str, int]:
@@ -60,11 +72,10 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=MEASURED, default=MEASURED, metavar="NAME")
     parser.add_argument("--width", type=int, help="features")
     parser.add_argument("--layers", type=int, help="blocks")
+    parser.add_argument("--workers", type=int, default=2, help="variants at once, a thread each")
     o = parser.parse_args()
-    warnings.filterwarnings("ignore", module="(transformers|peft|torch)")
-    torch.set_num_threads(1)
     sizes = {name: getattr(o, name, None) or value for name, value in SIZES["quick" if o.quick else device().type].items()}
-    results = memory(sizes, 8 if o.quick else 16, o.variants)
+    results = memory(sizes, 8 if o.quick else 16, o.variants, o.workers)
     for name, row in results["variants"].items():
         step = row["step"]
         beside = f"; {step['ours'] / step['peft']:.3f} of PEFT's" if "peft" in step else ""

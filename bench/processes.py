@@ -1,24 +1,36 @@
 """Measure in several fresh processes and pool their rounds.
 
 Where a process happens to lay out its memory makes some of its calls faster and others slower for as long as it lives, by more than its
-rounds differ among themselves. A spread over the rounds of several processes holds that too, so that another run falls into it.
+rounds differ among themselves; and over minutes the machine drifts. So each measurement is taken in several processes that lie far apart:
+a spread over the rounds of all of them holds both, and another run falls into it.
 """
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, NamedTuple
 
 from timing import ROUNDS, spread
 
 
-def measured(measure: Callable[..., Any], processes: int, *args: Any) -> Any:
-    """Call `measure(*args)`, a function of a module, in `processes` fresh processes, one after another; give its results, pooled."""
-    parts = []
-    for _ in range(processes):
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-            parts.append(fresh.submit(measure, *args).result())
-    return pooled(parts)
+class Job(NamedTuple):
+    """A measurement: a function of a module, what it is called with, and in how many processes."""
+
+    measure: Callable[..., dict[str, Any]]
+    args: tuple[Any, ...]
+    processes: int
+
+
+def measured(jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """Do all jobs in turn, each time in a fresh process and one at a time; give the results of each, pooled."""
+    turns = max(job.processes for job in jobs)
+    parts: list[list[dict[str, Any]]] = [[] for _ in jobs]
+    for turn in range(turns):
+        for job, found in zip(jobs, parts, strict=True):
+            if len(found) * turns <= turn * job.processes:  # those with few processes are spread over the turns
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+                    found.append(fresh.submit(job.measure, *job.args).result())
+    return [pooled(found) for found in parts]
 
 
 def pooled(parts: Sequence[Any]) -> Any:

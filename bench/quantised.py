@@ -9,7 +9,7 @@ the same map; that their losses and gradients agree is checked first.
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import bitsandbytes as bnb
@@ -17,10 +17,11 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from common import batch_of, llama, machine, moved, write
+from common import batch_of, llama, moved
 from pairs import pairs, peft_model
+from parts import Part, run
 from peak import peak_bytes
-from processes import measured
+from processes import Job
 from timing import device, interleaved, ratio, ratios
 
 LAYERS: dict[str, Callable[[nn.Linear], nn.Module]] = {
@@ -98,22 +99,25 @@ def measure(sizes: dict[str, int], repeats: int) -> dict[str, Any]:
     return {bits: compared(bits, sizes, r=16, repeats=repeats) for bits in LAYERS}
 
 
-def main() -> None:
-    """Run the measurements, print the ratios and write the results file."""
+def part(options: Sequence[str] | None = None) -> Part:
+    """Read the options, the command line's if not given, and say what is to be measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few repetitions of small sizes")
-    parser.add_argument("--repeats", type=int, default=9, help="rounds of each measurement in each process")
-    parser.add_argument("--processes", type=int, default=2, help="fresh processes, one after another")
-    o = parser.parse_args()
+    parser.add_argument("--repeats", type=int, default=6, help="rounds of each measurement in each process")
+    parser.add_argument("--processes", type=int, default=3, help="fresh processes")
+    o = parser.parse_args(options)
     repeats, processes = (5, 1) if o.quick else (o.repeats, o.processes)
-    results = measured(measure, processes, SIZES["quick" if o.quick else device().type], repeats)
+    return Part("quantised", [Job(measure, (SIZES["quick" if o.quick else device().type], repeats), processes)], show, o.quick)
+
+
+def show(results: Mapping[str, Any]) -> None:
+    """Print the ratios and the peaks."""
     for bits, found in results.items():
         lora, over = found["over_frozen"]["lora"], found["over_peft"]
         print(f"{bits}: {lora['median']:.3f} of the frozen step; {over['median']:.3f} [{over['low']:.3f}, {over['high']:.3f}] of PEFT's")
         for name, size in found["peak_bytes"].items():
             print(f"  peak {size / 2**20:8.1f} MiB  {name}")
-    write("quantised", machine(1, processes, device()), results, o.quick)
 
 
 if __name__ == "__main__":
-    main()
+    run([part()])

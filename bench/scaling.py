@@ -17,11 +17,12 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import lora_lite as ll
-from common import batch_of, llama, machine, moved, write
+from common import batch_of, llama, moved
 from contenders import frozen_step
 from pairs import MEASURED, build, pairs
-from processes import measured
-from timing import Spread, device, interleaved, ratio
+from parts import Part, run
+from processes import Job
+from timing import Spread, interleaved, ratio
 
 TELLING = ("lora", "dora", "hra", "oft")
 CENTRE = {"rank": 16, "width": 256, "rows": 4, "members": 4}
@@ -78,17 +79,24 @@ def measure(names: Sequence[str], points: Mapping[str, tuple[int, ...]], repeats
     return {"centre": CENTRE, "layers": 2, "tokens": 64, "axes": scaling(names, points, repeats)}
 
 
-def main() -> None:
-    """Run the measurements and write the results file."""
+def part(options: Sequence[str] | None = None) -> Part:
+    """Read the options, the command line's if not given, and say what is to be measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few points and repetitions")
     parser.add_argument("--variants", nargs="+", choices=MEASURED, default=list(TELLING), metavar="NAME")
-    parser.add_argument("--repeats", type=int, default=6, help="rounds of each measurement in each process")
-    parser.add_argument("--processes", type=int, default=2, help="fresh processes, one after another")
-    o = parser.parse_args()
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of each measurement in each process")
+    parser.add_argument("--processes", type=int, default=6, help="fresh processes")
+    o = parser.parse_args(options)
     names, points, repeats, processes = (o.variants[:2], QUICK, 3, 1) if o.quick else (o.variants, POINTS, o.repeats, o.processes)
-    write("scaling", machine(1, processes, device()), measured(measure, processes, names, points, repeats), o.quick)
+    return Part("scaling", [Job(measure, (names, points, repeats), processes)], show, o.quick)
+
+
+def show(results: Mapping[str, Any]) -> None:
+    """Print the ratios along each axis, a variant a line."""
+    for axis, lines in results["axes"].items():
+        for name, line in lines.items():
+            print(f"{axis:8} {name:8} " + ", ".join(f"{value}: {ratio['median']:.2f}" for value, ratio in line.items()))
 
 
 if __name__ == "__main__":
-    main()
+    run([part()])

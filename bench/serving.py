@@ -8,7 +8,7 @@ checked first: the ways of serving must give the same answers, and both librarie
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import Any
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 import lora_lite as ll
-from common import batch_of, llama, machine, moved, write
+from common import batch_of, llama, moved
 from pairs import pairs, peft_model
-from processes import measured
-from timing import Spread, device, interleaved, milliseconds, ratios, spread
+from parts import Part, run
+from processes import Job
+from timing import Spread, interleaved, milliseconds, ratios, spread
 
 ADAPTERS = 8
 
@@ -141,16 +142,19 @@ def measure(width: int, layers: int, deep: int, tokens: int, requests: int, repe
     }
 
 
-def main() -> None:
-    """Run the measurements, print them and write the results file."""
+def part(options: Sequence[str] | None = None) -> Part:
+    """Read the options, the command line's if not given, and say what is to be measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few repetitions of small sizes")
-    parser.add_argument("--repeats", type=int, default=9, help="rounds of each measurement in each process")
-    parser.add_argument("--processes", type=int, default=2, help="fresh processes, one after another")
-    o = parser.parse_args()
-    processes = 1 if o.quick else o.processes
+    parser.add_argument("--repeats", type=int, default=6, help="rounds of each measurement in each process")
+    parser.add_argument("--processes", type=int, default=3, help="fresh processes")
+    o = parser.parse_args(options)
     sizes = (128, 2, 10, 16, 16) if o.quick else (512, 4, 43, 32, 32)
-    results = measured(measure, processes, *sizes, 5 if o.quick else o.repeats)
+    return Part("serving", [Job(measure, (*sizes, 5 if o.quick else o.repeats), 1 if o.quick else o.processes)], show, o.quick)
+
+
+def show(results: Mapping[str, Any]) -> None:
+    """Print what switching costs, the rates and the ratio of generation."""
     print(f"switching {results['switching']['targets']} targets, in ms beyond the call:")
     for name, took in (("adapt", results["switching"]["switch_ms"]), ("PEFT's set_adapter", results["switching"]["peft_switch_ms"])):
         print(f"  {took['median']:.3f} [{took['low']:.3f}, {took['high']:.3f}]  {name}")
@@ -158,8 +162,7 @@ def main() -> None:
         print(f"{rate['median']:8.1f} requests/s  {name}")
     beside = results["generation"]["over_peft"]
     print(f"generate: {beside['median']:.3f} [{beside['low']:.3f}, {beside['high']:.3f}] of PEFT's time")
-    write("serving", machine(1, processes, device()), results, o.quick)
 
 
 if __name__ == "__main__":
-    main()
+    run([part()])

@@ -21,13 +21,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import lora_lite as ll
-from common import batch_of, llama, machine, moved, write
+from common import batch_of, llama, moved
 from compiled import compiled
 from contenders import Contender, contender, forwards, steps
 from functions import functions
 from pairs import MEASURED, Pair, build, pairs, peft_model, rank, wrapped
+from parts import Part, run
 from populations import populations
-from processes import measured
+from processes import Job
 from timing import Times, device, interleaved, milliseconds, ratio, ratios
 
 SIZES = {
@@ -70,7 +71,7 @@ def models(sizes: Mapping[str, int], r: int, names: Iterable[str], repeats: int)
             "forward": {**forward, "by_arithmetic": 1 + added},
             # The frozen step runs each product twice, forward and to the input; the adapter's three times, to its params as well.
             "step": {**step, "by_arithmetic": 1 + 1.5 * added},
-            "init": compared(inits(block, pair, batch, max(3, repeats // 4))),
+            "init": compared(inits(block, pair, batch, max(3, repeats // 2))),
         }
     return {**sizes, "r": r, "frozen_macs_per_token": frozen, "device": str(device()), "variants": rows}
 
@@ -105,37 +106,41 @@ def overhead(layers: int, repeats: int) -> dict[str, Any]:
     return {"targets": len(adapt.targets), "build_seconds": seconds, **found}
 
 
-def measure(sizes: Mapping[str, int], r: int, names: Sequence[str], chosen: Sequence[str], repeats: int, blocks: int) -> dict[str, Any]:
-    """Do all measurements once, in this process; `blocks` is the depth of the model whose calls are timed."""
+def costs(sizes: Mapping[str, int], r: int, names: Sequence[str], chosen: Sequence[str], repeats: int) -> dict[str, Any]:
+    """Measure the variants on models, once, in this process; `chosen` are compiled too."""
     warnings.filterwarnings("ignore", module="(transformers|peft|torch)")
     torch.set_num_threads(1)
-    results: dict[str, Any] = {
-        "models": models(sizes, r, names, repeats),
-        "functions": functions(sizes["width"], 64, r, names, repeats),
-        "compiled": compiled(sizes["width"], r, chosen, repeats),
-        "overhead": overhead(blocks, max(repeats, 10)),
-    }
+    return {"models": models(sizes, r, names, repeats), "compiled": compiled(sizes["width"], r, chosen, repeats)}
+
+
+def calls(sizes: Mapping[str, int], r: int, names: Sequence[str], repeats: int, blocks: int) -> dict[str, Any]:
+    """Measure what takes little time, once, in this process; `blocks` is the depth of the model whose calls are timed."""
+    warnings.filterwarnings("ignore", module="(transformers|peft|torch)")
+    torch.set_num_threads(1)
+    found = {"functions": functions(sizes["width"], 64, r, names, 3 * repeats), "overhead": overhead(blocks, 2 * repeats)}
     torch.set_num_threads(2)
-    return results | {"populations": populations(sizes["width"], sizes["layers"], r=r, repeats=max(3, repeats // 2))}
+    return {**found, "populations": populations(sizes["width"], sizes["layers"], r=r, repeats=repeats)}
 
 
-def main() -> None:
-    """Run the measurements, print the ratios and write the results file."""
+def part(options: Sequence[str] | None = None) -> Part:
+    """Read the options, the command line's if not given, and say what is to be measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few repetitions of small sizes")
     parser.add_argument("--variants", nargs="+", choices=MEASURED, default=MEASURED, metavar="NAME")
     parser.add_argument("--compiled", nargs="*", choices=MEASURED, default=None, metavar="NAME", help="which to compile")
     parser.add_argument("--repeats", type=int, help="rounds of each measurement in each process")
-    parser.add_argument("--processes", type=int, help="fresh processes, one after another")
+    parser.add_argument("--processes", type=int, help="fresh processes; what takes little time is measured in twice as many")
     for size, meaning in {"width": "features", "layers": "blocks", "rows": "of a batch", "tokens": "of a row", "rank": "of LoRA"}.items():
         parser.add_argument(f"--{size}", type=int, help=meaning)
-    o = parser.parse_args()
+    o = parser.parse_args(options)
     sizes = {name: getattr(o, name) or value for name, value in SIZES["quick" if o.quick else device().type].items()}
-    r, repeats, processes = o.rank or (8 if o.quick else 16), o.repeats or (4 if o.quick else 9), o.processes or (1 if o.quick else 2)
+    r, repeats, processes = o.rank or (8 if o.quick else 16), o.repeats or (3 if o.quick else 6), o.processes or (1 if o.quick else 3)
     chosen = o.compiled if o.compiled is not None else [n for n in (("lora",) if o.quick else ("lora", "dora")) if n in o.variants]
-    results = measured(measure, processes, sizes, r, o.variants, chosen, repeats, 4 if o.quick else 43)
-    show(results)
-    write("speed", machine(1, processes, device()), results, o.quick)
+    jobs = [
+        Job(costs, (sizes, r, o.variants, chosen, repeats), processes),
+        Job(calls, (sizes, r, o.variants, max(2, 2 * repeats // 3), 4 if o.quick else 43), 1 if o.quick else 2 * processes),
+    ]
+    return Part("speed", jobs, show, o.quick)
 
 
 def show(results: Mapping[str, Any]) -> None:
@@ -147,4 +152,4 @@ def show(results: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run([part()])

@@ -34,7 +34,7 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def spread(ratio: Found | None) -> str:
-    """Write a ratio with what bounds the middle 80 % of its rounds, where the file has that."""
+    """Write a ratio with what bounds the middle 90 % of its rounds, where the file has that."""
     if not ratio:
         return "-"
     bounds = f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if "low" in ratio else ""
@@ -92,7 +92,7 @@ def conditions(speed: Found | None, quality: Found | None, up: str) -> str:
         words.append(
             f"Costs: one step of a {m['layers']}-layer Llama of width {m['width']}, all linear layers, {m['rows']} rows of {m['tokens']} "
             f"tokens; init of one block; medians of {rounds} interleaved rounds{processes}, in "
-            f"brackets the middle 80 % of the ratios within a round ({source(speed, up)}). "
+            f"brackets the middle 90 % of the ratios within a round ({source(speed, up)}). "
             "`r` is the rank, or where there is none the block or group size."
         )
     if quality:

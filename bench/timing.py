@@ -35,7 +35,7 @@ def seconds(call: Call, where: torch.device) -> float:
     return begin.elapsed_time(end) / 1e3  # milliseconds
 
 
-def interleaved(calls: Mapping[str, Call], repeats: int, warmup: int = 2, where: torch.device | None = None) -> Times:
+def interleaved(calls: Mapping[str, Call], repeats: int, warmup: int = 1, where: torch.device | None = None) -> Times:
     """Time every call once a round, for `repeats` rounds: seconds, in order.
 
     Each round starts with another call, since a call runs faster after one that leaves its weights in the cache. The collector
@@ -63,8 +63,8 @@ def interleaved(calls: Mapping[str, Call], repeats: int, warmup: int = 2, where:
 
 
 def spread(values: list[float]) -> Spread:
-    """Give the median of values, between what bounds the middle 80 % of them lie, how many there are, and the values themselves."""
-    cuts = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values * 2
+    """Give the median of values, between what bounds the middle 90 % of them lie, how many there are, and the values themselves."""
+    cuts = statistics.quantiles(values, n=20, method="inclusive") if len(values) > 1 else values * 2
     return {"median": statistics.median(values), "low": cuts[0], "high": cuts[-1], "n": len(values), ROUNDS: values}
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,8 @@ BENCH = Path(__file__).parent.parent / "bench"
 def test_ratios_are_taken_within_rounds():
     drifting = {"a": [2.0, 4.0, 6.0, 8.0, 10.0], "b": [1.0, 2.0, 3.0, 4.0, 5.0]}
     assert timing.ratio(drifting, "a", "b") == {"median": 2.0, "low": 2.0, "high": 2.0, "n": 5, "rounds": [2.0] * 5}
-    found = timing.spread([1000.0, *map(float, range(1, 10)), -1000.0])
-    assert (found["median"], found["low"], found["high"], found["n"]) == (5.0, 1.0, 9.0, 11)
+    found = timing.spread([1000.0, *map(float, range(1, 20)), -1000.0])
+    assert (found["median"], found["low"], found["high"], found["n"]) == (10.0, 1.0, 19.0, 21)
     assert timing.spread([2.0]) == {"median": 2.0, "low": 2.0, "high": 2.0, "n": 1, "rounds": [2.0]}
 
 
@@ -42,12 +43,24 @@ def scaled(factor):
     return {"a": {"b": timing.spread([factor * 1.0, factor * 2.0, factor * 3.0]), "facts": {"width": 8}}, "process": os.getpid()}
 
 
+def when():
+    return {"at": timing.spread([time.monotonic()]), "process": timing.spread([os.getpid()])}
+
+
 def test_rounds_of_fresh_processes_are_pooled():
-    found = processes.measured(scaled, 2, 2.0)
+    [found] = processes.measured([processes.Job(scaled, (2.0,), 2)])
     assert found["a"]["b"] == timing.spread([2.0, 4.0, 6.0] * 2)
     assert found["process"] != os.getpid()
-    assert processes.without_rounds(found)["a"] == {"b": {"median": 4.0, "low": 2.0, "high": 6.0, "n": 6}, "facts": {"width": 8}}
+    low, high = (pytest.approx(bound) for bound in (2.0, 6.0))
+    assert processes.without_rounds(found)["a"] == {"b": {"median": 4.0, "low": low, "high": high, "n": 6}, "facts": {"width": 8}}
     assert processes.pooled([scaled(1.0), scaled(2.0)])["a"]["b"]["median"] == 2.5  # of 1, 2, 3, 2, 4, 6
+
+
+def test_jobs_take_turns_and_those_with_few_processes_lie_far_apart():
+    found = processes.measured([processes.Job(when, (), count) for count in (4, 2, 1)])
+    order = sorted((at, job) for job, part in enumerate(found) for at in part["at"][timing.ROUNDS])
+    assert [job for _, job in order] == [0, 1, 2, 0, 0, 1, 0]
+    assert len({pid for part in found for pid in part["process"][timing.ROUNDS]}) == 7
 
 
 def test_rounds_interleave_the_calls_and_start_with_each_in_turn():
