@@ -3,6 +3,9 @@
 Where a process happens to lay out its memory makes some of its calls faster and others slower for as long as it lives, by more than its
 rounds differ among themselves; and over minutes the machine drifts. So each measurement is taken in several processes that lie far apart:
 a spread over the rounds of all of them holds both, and another run falls into it.
+
+A new process on Linux gives memory back to the system and asks for it again, page by page, until it has once freed a large block: glibc
+then keeps as much. What ran before would so decide what a call costs. Each process here frees such a block first, as a training long has.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +13,11 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any, NamedTuple
 
+import torch
+
 from timing import ROUNDS, spread
+
+LARGE = 31 << 20  # bytes; the most from which glibc learns is 32 MiB
 
 
 class Job(NamedTuple):
@@ -29,8 +36,14 @@ def measured(jobs: Sequence[Job]) -> list[dict[str, Any]]:
         for job, found in zip(jobs, parts, strict=True):
             if len(found) * turns <= turn * job.processes:  # those with few processes are spread over the turns
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-                    found.append(fresh.submit(job.measure, *job.args).result())
+                    found.append(fresh.submit(settled, job.measure, *job.args).result())
     return [pooled(found) for found in parts]
+
+
+def settled(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """Call `measure(*args)` in a process whose allocator keeps what is freed."""
+    torch.empty(LARGE, dtype=torch.uint8)
+    return measure(*args)
 
 
 def pooled(parts: Sequence[Any]) -> Any:

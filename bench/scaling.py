@@ -26,12 +26,7 @@ from timing import Spread, interleaved, ratio
 
 TELLING = ("lora", "dora", "hra", "oft")
 CENTRE = {"rank": 16, "width": 256, "rows": 4, "members": 4}
-POINTS: dict[str, tuple[int, ...]] = {
-    "rank": (4, 8, 16, 32, 64),
-    "width": (128, 256, 512),
-    "rows": (1, 2, 4, 8, 16),
-    "members": (1, 2, 4, 8, 16),
-}
+POINTS: dict[str, tuple[int, ...]] = {"rank": (4, 16, 64), "width": (128, 256, 512), "rows": (1, 2, 4, 8), "members": (1, 2, 4, 8)}
 QUICK: dict[str, tuple[int, ...]] = {"rank": (4, 8), "width": (64, 128), "rows": (1, 2), "members": (1, 2)}
 
 
@@ -85,7 +80,7 @@ def part(options: Sequence[str] | None = None) -> Part:
     parser.add_argument("--quick", action="store_true", help="few points and repetitions")
     parser.add_argument("--variants", nargs="+", choices=MEASURED, default=list(TELLING), metavar="NAME")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of each measurement in each process")
-    parser.add_argument("--processes", type=int, default=6, help="fresh processes")
+    parser.add_argument("--processes", type=int, default=5, help="fresh processes")
     o = parser.parse_args(options)
     names, points, repeats, processes = (o.variants[:2], QUICK, 3, 1) if o.quick else (o.variants, POINTS, o.repeats, o.processes)
     return Part("scaling", [Job(measure, (names, points, repeats), processes)], show, o.quick)

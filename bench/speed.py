@@ -71,7 +71,7 @@ def models(sizes: Mapping[str, int], r: int, names: Iterable[str], repeats: int)
             "forward": {**forward, "by_arithmetic": 1 + added},
             # The frozen step runs each product twice, forward and to the input; the adapter's three times, to its params as well.
             "step": {**step, "by_arithmetic": 1 + 1.5 * added},
-            "init": compared(inits(block, pair, batch, max(3, repeats // 2))),
+            "init": compared(inits(block, pair, batch, 3)),
         }
     return {**sizes, "r": r, "frozen_macs_per_token": frozen, "device": str(device()), "variants": rows}
 
@@ -134,11 +134,11 @@ def part(options: Sequence[str] | None = None) -> Part:
         parser.add_argument(f"--{size}", type=int, help=meaning)
     o = parser.parse_args(options)
     sizes = {name: getattr(o, name) or value for name, value in SIZES["quick" if o.quick else device().type].items()}
-    r, repeats, processes = o.rank or (8 if o.quick else 16), o.repeats or (3 if o.quick else 6), o.processes or (1 if o.quick else 3)
+    r, repeats, processes = o.rank or (8 if o.quick else 16), o.repeats or (3 if o.quick else 5), o.processes or (1 if o.quick else 3)
     chosen = o.compiled if o.compiled is not None else [n for n in (("lora",) if o.quick else ("lora", "dora")) if n in o.variants]
     jobs = [
         Job(costs, (sizes, r, o.variants, chosen, repeats), processes),
-        Job(calls, (sizes, r, o.variants, max(2, 2 * repeats // 3), 4 if o.quick else 43), 1 if o.quick else 2 * processes),
+        Job(calls, (sizes, r, o.variants, max(2, repeats - 1), 4 if o.quick else 43), 1 if o.quick else 2 * processes),
     ]
     return Part("speed", jobs, show, o.quick)
 
