@@ -346,6 +346,25 @@ def test_copies_compute_the_same_and_only_the_shallow_one_shares_the_weights(tin
     assert torch.equal(again(params, batch).logits, want) == (how != "copy")
 
 
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("cfg", [*FIVE, ll.LoReFTConfig(r=4), ll.LNTuningConfig()], ids=by_name)
+def test_a_module_can_be_copied_and_pickled(tiny, cfg, how):
+    model, batch = tiny("llama")
+    adapt = ll.build(model, cfg, remat=r"layers\.\d+$")
+    params = move(adapt.init())
+    module = adapt.module(params)
+    again = COPIES[how](module)
+    assert type(again) is type(module)
+    assert torch.equal(again(**batch).logits, module(**batch).logits)
+    assert_trees_equal(adapt.params(again), params)
+    want = module(**batch).logits
+    with torch.no_grad():
+        for p in module.parameters():
+            p.zero_()  # the user's weights and this module's params
+    assert torch.equal(again(**batch).logits, want)
+    assert_trees_equal(adapt.params(again), params)
+
+
 def test_params_without_data_are_refused(tiny):
     model, batch = tiny("llama", num_hidden_layers=1)
     adapt = ll.build(model, ll.LoRAConfig(r=2))

@@ -1,5 +1,6 @@
 """Mixed batches equal a loop, values, gradients and strengths, for every variant, on three families of transformers, with padding."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -157,6 +158,25 @@ def test_stack_and_unstack_undo_each_other(tiny):
     members = _members(ll.build(model, ll.LoRAConfig(r=2)), 3)
     for member, again in zip(members, ll.unstack(ll.stack(members)), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ll.tree_leaves(member), ll.tree_leaves(again)))
+
+
+def test_stack_takes_any_iterable_of_trees():
+    adapt = ll.build(nn.Sequential(nn.Linear(8, 4)), ll.LoRAConfig(r=2))
+    trees = [adapt.init(seed=k) for k in range(3)]
+    assert_trees_equal(ll.stack(tree for tree in trees), ll.stack(trees))
+    for wrong, found in (([], "none"), (iter(()), "none"), (trees[0], "one tree")):
+        with pytest.raises(ValueError, match=f"stack: expected .* at least one, in a list, found {found}. Pass a list"):
+            ll.stack(wrong)
+
+
+def test_seeds_and_indices_may_be_numpys():
+    model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(2, 8)
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    assert_trees_equal(adapt.init(seed=np.int64(3)), adapt.init(seed=3))
+    stacked = ll.stack(_members(adapt, 2))
+    assert torch.equal(adapt.mixed(stacked, x, np.array([1, 0])), adapt.mixed(stacked, x, [1, 0]))
+    with pytest.raises(TypeError, match="expected index as integers"):
+        adapt.mixed(stacked, x, np.array([1.0, 0.0]))
 
 
 def test_mixed_batches_under_remat_and_in_training_mode_with_dropout():

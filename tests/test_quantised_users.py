@@ -1,6 +1,7 @@
 """The user's quantised model: it works before, between and after, in either order, and nothing of it is changed."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -151,7 +152,8 @@ def test_module_can_be_copied_and_moved(model):
     params = move(adapt.init())
     module = adapt.module(params)
     before = facts(model)
-    assert torch.equal(copy.deepcopy(module)(x), adapt(params, x))
+    for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(again(x), adapt(params, x))
     assert torch.equal(module.to("cpu")(x), adapt(params, x))
     module._apply(torch.clone)  # as a move to another device does: weights in other memory
     for layer in (module[0], module[2]):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite._check import in_dtype
+from lora_lite._derived import derived
 from lora_lite._tree import AnyTree, Tree, join
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import CONSTANT, PARAM, Frozen, FrozenLinear
@@ -74,7 +75,7 @@ class Adapted:
 @functools.cache
 def adapted_class(cls: Any) -> Any:
     """Make the subclass of a layer's class that a target takes in the clone; the same one for the same class."""
-    return type(cls.__name__, (Adapted, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    return derived(adapted_class, cls, Adapted)
 
 
 def attribute_of(name: str) -> str:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_lite._derived import derived
 from lora_lite.frozen import Frozen, Run, plus
 from lora_lite.held import FrozenStack
 
@@ -178,4 +179,4 @@ def routed_class(cls: Any) -> Any:
     """Make the subclass of an experts' class that runs adapted experts; the same one for the same class."""
     if issubclass(cls, Routed):
         return cls
-    return type(cls.__name__, (Routed, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    return derived(routed_class, cls, Routed)

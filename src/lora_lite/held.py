@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lora_lite._derived import derived
 from lora_lite.frozen import Frozen, FrozenLinear, Run
 
 
@@ -157,7 +158,7 @@ def reader_class(cls: Any) -> Any:
     """Make the subclass of a class that reads adapted weights; the same one for the same class."""
     if issubclass(cls, Reader):
         return cls
-    return type(cls.__name__, (Reader, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    return derived(reader_class, cls, Reader)
 
 
 @contextmanager

@@ -5,7 +5,8 @@ wherever the model does, with padding masks and fused attention that a whole-mod
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def make_mixed(clone: nn.Module) -> nn.Module:
     return clone
 
 
-def stack(trees: Sequence[AnyTree]) -> Tree:
+def stack(trees: Iterable[AnyTree]) -> Tree:
     """Stack params trees along a leading adapter axis.
 
     Args:
@@ -88,8 +89,9 @@ def stack(trees: Sequence[AnyTree]) -> Tree:
         >>> ll.stack([adapt.init(seed=0), adapt.init(seed=1)])["0"]["A"].shape
         torch.Size([2, 2, 8])
     """
-    if not trees:
-        raise ValueError("stack: expected at least one params tree, found none. Pass a list of trees.")
+    if isinstance(trees, Mapping) or not (trees := list(trees)):
+        found = "one tree" if isinstance(trees, Mapping) else "none"
+        raise ValueError(f"stack: expected params trees, at least one, in a list, found {found}. Pass a list of trees.")
     layouts = [{path: {name: tuple(leaf.shape) for name, leaf in leaves.items()} for path, leaves in tree.items()} for tree in trees]
     for k, layout in enumerate(layouts):
         if layout != layouts[0]:
@@ -159,7 +161,7 @@ def index_of(index: Tensor | Sequence[int] | None, members: int, device: torch.d
     if index is None:
         return None
     if not isinstance(index, Tensor):
-        wrong = [k for k in index if isinstance(k, bool) or not isinstance(k, int)]
+        wrong = [k for k in index if isinstance(k, bool) or not isinstance(k, Integral)]
         if wrong:
             raise TypeError(
                 f"adapt.mixed: expected index as integers, a row each, found {wrong[0]!r}. Give each row the number of its adapter."

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from types import MappingProxyType
 from typing import Any
 
@@ -96,7 +97,7 @@ def generator_for(seed: int, path: str) -> torch.Generator:
     Raises:
         TypeError: where `seed` is not an integer.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"adapt.init: expected seed as an integer, found {seed!r}. Use e.g. adapt.init(seed=0).")
-    digest = hashlib.blake2b(f"{seed}:{path}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{int(seed)}:{path}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lite._derived import derived
+
 PROMPT = "prompt"
 """The buffer of a target block that holds which positions are prompt during a call: `(b, t)`, or None for all."""
 IGNORED = -100
@@ -57,7 +59,7 @@ def prompted_class(cls: Any) -> Any:
         with _noted([self.get_submodule(path) for path in paths], [masks["decoder" in path] for path in paths]):
             return cls.forward(self, *args, **kwargs)
 
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    return derived(prompted_class, cls, forward=forward)
 
 
 def note_prompts(clone: nn.Module, paths: Sequence[str]) -> None:

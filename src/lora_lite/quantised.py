@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_lite._derived import derived
 from lora_lite.frozen import FrozenLinear
 from lora_lite.traced import traced_product
 
@@ -177,7 +178,7 @@ class Held(nn.Module):
 
 @functools.cache
 def _held_class(cls: Any) -> Any:
-    return type(cls.__name__, (Held, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    return derived(_held_class, cls, Held)
 
 
 def kind_held(layer: nn.Module) -> type[FrozenLinear] | None:

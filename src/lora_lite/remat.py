@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from lora_lite._derived import derived
 from lora_lite._errors import nearest
 from lora_lite.frozen import CONSTANT, PARAM
 from lora_lite.passages import require_no_escape, watched, with_notes, without_notes, written
@@ -73,7 +74,7 @@ class _Rematerialised:
 
 @functools.cache
 def _rematerialised_class(cls: type) -> type:
-    return type(cls.__name__, (_Rematerialised, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    return derived(_rematerialised_class, cls, _Rematerialised)
 
 
 def _model_checkpoint(fn: Callable[..., Any], *args: Any, **_: Any) -> Any:
