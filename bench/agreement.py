@@ -65,21 +65,20 @@ def main() -> None:
     Raises:
         SystemExit: where there is nothing to compare, or the runs are of other commits.
     """
-    from common import write  # here, since the documentation's tables are made where no PEFT is installed
+    from common import machine, write  # here, since the documentation's tables are made where no PEFT is installed
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="results of another run")
     o = parser.parse_args()
     both = {kind: (found, again) for kind in KINDS if (found := newest(kind)) and (again := newest(kind, o.folder))}
-    commits = {run["commit"] for runs in both.values() for run in runs}
-    if len(commits) != 1:
-        raise SystemExit(f"agreement: expected results of one commit in both places, found those of {sorted(commits) or 'none'}.")
+    apart = {kind: [run["commit"] for run in runs] for kind, runs in both.items() if runs[0]["commit"] != runs[1]["commit"]}
+    if apart or not both:
+        raise SystemExit(f"agreement: expected results of one commit in both places, found {apart or 'none'}.")
     results = {kind: compared(*(run["results"] for run in runs)) for kind, runs in both.items()}
     for kind, found in results.items():
         print(f"{kind}: {told(found)}")
-    facts = next(iter(both.values()))[0]
-    kept = {key: facts[key] for key in ("commit", "versions", "machine", "threads", "processes", "python") if key in facts}
-    write("agreement", kept, results)
+    commits = {kind: run["commit"] for kind, (run, _) in both.items()}
+    write("agreement", {**machine(threads=1), "commits": commits}, results)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few steps of each variant: shows that all train, measures nothing")
     parser.add_argument("--variants", nargs="+", choices=MEASURED, default=MEASURED, metavar="NAME")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--rows", type=int, default=4, help="rows of a step, each member")
     parser.add_argument("--members", type=int, default=3, help="seeds, trained at once")
     parser.add_argument("--test", type=int, default=200, help="test problems")
