@@ -27,8 +27,8 @@ def _reduced(module: Any, protocol: int) -> tuple[Any, ...]:
     while _MADE in vars(cls):
         maker, cls = vars(cls)[_MADE]
         makers.append(maker)
-    _, _, *state = object.__reduce_ex__(module, max(protocol, 2))  # type: ignore[misc]
-    return _empty, (cls, *reversed(makers)), *state
+    parts: tuple[Any, ...] = tuple(object.__reduce_ex__(module, max(protocol, 2)))
+    return _empty, (cls, *reversed(makers)), *parts[2:]  # in place of the class and its arguments
 
 
 def _empty(cls: Any, *makers: Callable[[Any], Any]) -> Any:
