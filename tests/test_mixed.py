@@ -165,7 +165,7 @@ def test_stack_takes_any_iterable_of_trees():
     trees = [adapt.init(seed=k) for k in range(3)]
     assert_trees_equal(ll.stack(tree for tree in trees), ll.stack(trees))
     for wrong, found in (([], "none"), (iter(()), "none"), (trees[0], "one tree")):
-        with pytest.raises(ValueError, match=f"stack: expected .* at least one, in a list, found {found}. Pass a list"):
+        with pytest.raises(ValueError, match=f"stack: expected at least one params tree, in a list, found {found}. Pass a list"):
             ll.stack(wrong)
 
 

@@ -91,7 +91,7 @@ def stack(trees: Iterable[AnyTree]) -> Tree:
     """
     if isinstance(trees, Mapping) or not (trees := list(trees)):
         found = "one tree" if isinstance(trees, Mapping) else "none"
-        raise ValueError(f"stack: expected params trees, at least one, in a list, found {found}. Pass a list of trees.")
+        raise ValueError(f"stack: expected at least one params tree, in a list, found {found}. Pass a list of trees.")
     layouts = [{path: {name: tuple(leaf.shape) for name, leaf in leaves.items()} for path, leaves in tree.items()} for tree in trees]
     for k, layout in enumerate(layouts):
         if layout != layouts[0]:
