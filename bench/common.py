@@ -1,10 +1,12 @@
 """What the benchmarks share: the model, the batch, facts about the machine, results files."""
 
+import argparse
 import datetime
 import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,11 @@ def batch_of(rows: int, tokens: int, vocab: int = 512) -> dict[str, Any]:
     """Draw a batch of token ids that are their own labels."""
     ids = torch.randint(vocab, (rows, tokens), generator=torch.Generator().manual_seed(1)).to(device())
     return {"input_ids": ids, "labels": ids, "use_cache": False}
+
+
+def sizes_of(table: Mapping[str, Mapping[str, int]], o: argparse.Namespace) -> dict[str, int]:
+    """Give the sizes of a run, of a table's rows for `quick` and each sort of device, but those that the options give."""
+    return {name: getattr(o, name, None) or value for name, value in table["quick" if o.quick else device().type].items()}
 
 
 def moved(params: dict[str, dict[str, torch.Tensor]], scale: float = 0.01) -> dict[str, dict[str, torch.Tensor]]:

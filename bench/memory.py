@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 import lora_lite as ll
-from common import batch_of, llama, machine, moved, write
+from common import batch_of, llama, machine, moved, sizes_of, write
 from contenders import contender, forwards, steps
 from pairs import MEASURED, build, pairs
 from peak import peak_bytes
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="blocks")
     parser.add_argument("--workers", type=int, default=2, help="variants at once, a thread each")
     o = parser.parse_args()
-    sizes = {name: getattr(o, name, None) or value for name, value in SIZES["quick" if o.quick else device().type].items()}
+    sizes = sizes_of(SIZES, o)
     results = memory(sizes, 8 if o.quick else 16, o.variants, o.workers)
     for name, row in results["variants"].items():
         step = row["step"]

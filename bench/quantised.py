@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from common import batch_of, llama, moved
+from common import batch_of, llama, moved, sizes_of
 from pairs import pairs, peft_model
 from parts import Part, run
 from peak import peak_bytes
@@ -107,7 +107,7 @@ def part(options: Sequence[str] | None = None) -> Part:
     parser.add_argument("--processes", type=int, default=3, help="fresh processes")
     o = parser.parse_args(options)
     repeats, processes = (5, 1) if o.quick else (o.repeats, o.processes)
-    return Part("quantised", [Job(measure, (SIZES["quick" if o.quick else device().type], repeats), processes)], show, o.quick)
+    return Part("quantised", [Job(measure, (sizes_of(SIZES, o), repeats), processes)], show, o.quick)
 
 
 def show(results: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import lora_lite as ll
-from common import batch_of, llama, moved
+from common import batch_of, llama, moved, sizes_of
 from compiled import compiled
 from contenders import Contender, contender, forwards, steps
 from functions import functions
@@ -133,7 +133,7 @@ def part(options: Sequence[str] | None = None) -> Part:
     for size, meaning in {"width": "features", "layers": "blocks", "rows": "of a batch", "tokens": "of a row", "rank": "of LoRA"}.items():
         parser.add_argument(f"--{size}", type=int, help=meaning)
     o = parser.parse_args(options)
-    sizes = {name: getattr(o, name) or value for name, value in SIZES["quick" if o.quick else device().type].items()}
+    sizes = sizes_of(SIZES, o)
     r, repeats, processes = o.rank or (8 if o.quick else 16), o.repeats or (3 if o.quick else 5), o.processes or (1 if o.quick else 3)
     chosen = o.compiled if o.compiled is not None else [n for n in (("lora",) if o.quick else ("lora", "dora")) if n in o.variants]
     jobs = [

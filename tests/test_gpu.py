@@ -16,10 +16,9 @@ from cases import (
     build_any,
     by_name,
     move,
+    named,
 )
 from quantised_models import BACKENDS, twins
-
-ROWS = [pytest.param(row, id=row.id) for row in CASES]
 
 
 def blocks(dtype=torch.float64):
@@ -35,8 +34,8 @@ def as_dtype(tree, dtype):
     return ll.tree_map(lambda t: t.to(dtype), tree)
 
 
-def gradients(adapt, params, x, loss=lambda y: y.square().sum()):
-    return ll.value_and_grad(lambda p: loss(adapt(p, x)))(params)[1]
+def gradients(adapt, params, x):
+    return ll.value_and_grad(lambda p: adapt(p, x).square().sum())(params)[1]
 
 
 def assert_close_to_largest(got, want, tolerance=1e-5):
@@ -54,7 +53,7 @@ def batches(x):
     return [x[:2], x[2:]]
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", CASES, ids=named)
 def test_saved_on_a_cpu_it_computes_the_same_on_a_gpu(row, device, tmp_path):
     model, x = blocks()
     adapt = build_any(model, row.cfg, batches(x))
@@ -69,7 +68,7 @@ def test_saved_on_a_cpu_it_computes_the_same_on_a_gpu(row, device, tmp_path):
     assert_close_to_largest(got, want)
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", CASES, ids=named)
 def test_built_on_a_gpu(row, device):
     model, x = blocks()
     model, x = model.to(device), x.to(device)
@@ -86,7 +85,7 @@ def test_built_on_a_gpu(row, device):
     assert list(model.state_dict()) == list(before)
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.values[0].cfg.adapts != "module"])
+@pytest.mark.parametrize("row", [row for row in CASES if row.cfg.adapts != "module"], ids=named)
 def test_mixed_rows_equal_a_loop(row, device):
     model, x = blocks()
     model, x = model.to(device), x.to(device)
@@ -96,7 +95,7 @@ def test_mixed_rows_equal_a_loop(row, device):
     assert torch.allclose(adapt.mixed(ll.stack(trees), x), loop, rtol=0, atol=1e-9 * float(loop.abs().max()))
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", CASES, ids=named)
 def test_bfloat16_follows_float32(row, device, tmp_path):
     model, x = blocks(torch.float32)
     model, x = model.to(device), x.to(device)
@@ -120,7 +119,7 @@ def test_compiled_equals_eager(cfg, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("row", [row for row in ROWS if row.values[0].cfg.adapts == "linear"])
+@pytest.mark.parametrize("row", [row for row in CASES if row.cfg.adapts == "linear"], ids=named)
 def test_quantised_equals_dequantised(row, backend, device, tmp_path):
     torch.manual_seed(0)
     model, x = Blocks(64, 128).to(device).eval(), torch.randn(4, 5, 64, device=device)

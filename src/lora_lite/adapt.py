@@ -9,20 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite._errors import several, tree_faults
-from lora_lite._tree import AnyTree, Tree, join, tree_map
-from lora_lite.bind import Shapes, bare, fits, layer_at, placed, read_params, volatile_buffers, whole
-from lora_lite.bound import bound_clone, bound_copy, plain_copy
+from lora_lite._tree import AnyTree, Tree, join
+from lora_lite.bind import Shapes, bare, layer_at, placed, read_params, require_fit, whole
+from lora_lite.bound import bound_clone, bound_copy, plain_copy, trainable_copy
 from lora_lite.clone import clone_again
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import Constants
 from lora_lite.merge import merge, merge_error
-from lora_lite.mixed import INDEX, index_of, is_stacked, make_mixed, member_shapes, stacked_size, strength_axes
-from lora_lite.plan import Plan, generator_for, start
+from lora_lite.mixed import INDEX, index_of, is_stacked, make_mixed, member_shapes, stacked_size, steered
+from lora_lite.plan import Plan, generator_for, start_params
 from lora_lite.replica import Replicas
 from lora_lite.report import count_all, macs_by_target, table
 from lora_lite.shard import ShardedReplicas, Sharding, shard_plan
-from lora_lite.targets import Target, Targets
+from lora_lite.targets import Targets
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -110,7 +109,8 @@ class Adapt:
         Returns:
             `{target path: {name: tensor}}` in the config's dtype, on the layers' devices. The global random state is not used.
         """
-        return {target.path: self._init_target(target, cfg, seed) for target, cfg in self._plan.entries}
+        layers = ((target.path, cfg, layer_at(self._clone, target.path)._lora_lite.W) for target, cfg in self._plan.entries)
+        return {path: start_params(cfg, W, generator_for(seed, path)) for path, cfg, W in layers}
 
     def module(self, params: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
         """Give an `nn.Module` of the model's own class with copies of `params` as its only trainable parameters.
@@ -122,15 +122,7 @@ class Adapt:
         """
         self._require_whole("module")
         self._require(params, "module")
-        module = bound_copy(self._clone)
-        for name, buffer in volatile_buffers(module).items():
-            where, _, attribute = name.rpartition(".")
-            module.get_submodule(where)._buffers[attribute] = buffer.clone()  # its own state, not the user's
-        for path, leaves in params.items():
-            layer = layer_at(module, path)
-            for name, attribute in layer._lora_lite.names:
-                layer.register_parameter(attribute, nn.Parameter(leaves[name].detach().clone()))
-        return module
+        return trainable_copy(self._clone, params)
 
     def params(self, module: nn.Module) -> Tree:
         """Read the params out of a module that `module` made; detached copies.
@@ -211,14 +203,7 @@ class Adapt:
         """
         members = stacked_size(params) if is_stacked(params, self.shapes) else None
         self._require(params, "steer", None if members is None else member_shapes(self.shapes, members))
-        axes = strength_axes(c, members)
-
-        def steered(params: AnyTree, c: float | Tensor) -> Tree:
-            return {target.path: dict(cfg.steer(params[target.path], c)) for target, cfg in self._plan.entries}
-
-        if axes == (None, None):
-            return steered(params, c)
-        return torch.vmap(steered, in_dims=axes)(tree_map(lambda p: p, params), c)
+        return steered(self._plan.entries, params, c, members)
 
     def train(self, mode: bool = True) -> "Adapt":
         """Give an `adapt` in training mode; this one stays as it is."""
@@ -298,16 +283,7 @@ class Adapt:
         return Adapt, (self._plan,)  # copied and pickled as what was decided: the clones follow from it, and are of this process' threads
 
     def _require(self, params: Any, caller: str, shapes: Shapes | None = None) -> None:
-        shapes = shapes or self.shapes
-        try:
-            if fits(params, shapes):
-                return
-        except (KeyError, TypeError, AttributeError):
-            pass  # whatever is wrong is found again below, and named
-        raise ValueError(
-            f"{caller}: expected params that fit this model and config, found:\n{several(tree_faults(params, shapes))}\n"
-            "Use adapt.init(...), or load(...) with the file that the params were saved to."
-        )
+        require_fit(params, shapes or self.shapes, caller)
 
     def _require_whole(self, caller: str) -> None:
         if self._plan.sharding is not None:
@@ -315,9 +291,3 @@ class Adapt:
                 f"adapt.{caller}: expected whole weights, found a base that is sharded over {self._plan.sharding.mesh.size()} processes. "
                 "Call it on an adapt that is not; the params fit both."
             )
-
-    def _init_target(self, target: Target, cfg: AdapterConfig, seed: int) -> dict[str, Tensor]:
-        W = layer_at(self._clone, target.path)._lora_lite.W
-        params, _ = start(cfg, W, generator_for(seed, target.path))
-        # Dense in memory, as params read from a file are: products of another layout may round otherwise.
-        return {name: p.to(W.device, cfg.dtype, copy=True, memory_format=torch.contiguous_format) for name, p in params.items()}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_lite._check import in_dtype
 from lora_lite._derived import derived
+from lora_lite._errors import several, tree_faults
 from lora_lite._tree import AnyTree, Tree, join
 from lora_lite.config import AdapterConfig
 from lora_lite.frozen import CONSTANT, PARAM, Frozen, FrozenLinear
@@ -128,6 +129,23 @@ def fits(params: AnyTree, shapes: Shapes) -> bool:
             if leaf.shape != shape or not leaf.is_floating_point():
                 return False
     return True
+
+
+def require_fit(params: Any, shapes: Shapes, caller: str) -> None:
+    """Refuse a params tree of other paths, names or shapes.
+
+    Raises:
+        ValueError: it lists each departure.
+    """
+    try:
+        if fits(params, shapes):
+            return
+    except (KeyError, TypeError, AttributeError):
+        pass  # whatever is wrong is found again below, and named
+    raise ValueError(
+        f"{caller}: expected params that fit this model and config, found:\n{several(tree_faults(params, shapes))}\n"
+        "Use adapt.init(...), or load(...) with the file that the params were saved to."
+    )
 
 
 def placed(params: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

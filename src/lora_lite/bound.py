@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from lora_lite.bind import adapt_layer, rebind
+from lora_lite._tree import AnyTree
+from lora_lite.bind import adapt_layer, layer_at, rebind, volatile_buffers
 from lora_lite.clone import clone_again
 from lora_lite.held import exposed
 from lora_lite.modules import FrozenBlock
@@ -35,3 +36,16 @@ def bound_copy(bound: nn.Module) -> nn.Module:
     copy = clone_again(bound)
     rebind(copy)
     return copy
+
+
+def trainable_copy(bound: nn.Module, params: AnyTree) -> nn.Module:
+    """Copy a bound clone as a module to be trained: copies of `params` are its trainable parameters, and its small state is its own."""
+    module = bound_copy(bound)
+    for name, buffer in volatile_buffers(module).items():
+        where, _, attribute = name.rpartition(".")
+        module.get_submodule(where)._buffers[attribute] = buffer.clone()  # its own state, not the user's
+    for path, leaves in params.items():
+        layer = layer_at(module, path)
+        for name, attribute in layer._lora_lite.names:
+            layer.register_parameter(attribute, nn.Parameter(leaves[name].detach().clone()))
+    return module

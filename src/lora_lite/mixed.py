@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from lora_lite._tree import AnyTree, Tree, tree_map
 from lora_lite.bind import Adapted, Shapes, apply_part, apply_variant
+from lora_lite.config import AdapterConfig
 from lora_lite.frozen import Frozen
+from lora_lite.targets import Target
 from lora_lite.transforms import in_transform
 
 INDEX = "mixed_index"
@@ -129,6 +131,16 @@ def is_stacked(params: object, shapes: Shapes) -> bool:
     found = params.get(path) if isinstance(params, Mapping) else None
     leaf = found.get(name) if isinstance(found, Mapping) else None
     return isinstance(leaf, Tensor) and leaf.dim() == len(shape) + 1
+
+
+def steered(entries: Iterable[tuple[Target, AdapterConfig]], params: AnyTree, c: float | Tensor, members: int | None) -> Tree:
+    """Give params at strength `c`, those of a stack of `members` where there is one; each member at its own where `c` has several."""
+
+    def one(params: AnyTree, c: float | Tensor) -> Tree:
+        return {target.path: dict(cfg.steer(params[target.path], c)) for target, cfg in entries}
+
+    axes = strength_axes(c, members)
+    return one(params, c) if axes == (None, None) else torch.vmap(one, in_dims=axes)(tree_map(lambda p: p, params), c)
 
 
 def strength_axes(c: float | Tensor, members: int | None) -> tuple[int | None, int | None]:

@@ -66,6 +66,13 @@ def start(cfg: AdapterConfig, W: Frozen, generator: torch.Generator, *given: Any
     return _stacked(params), _stacked(constants)
 
 
+def start_params(cfg: AdapterConfig, W: Frozen, generator: torch.Generator) -> dict[str, Tensor]:
+    """Give the params that a variant's init makes for a layer, in the config's dtype and on the layer's device."""
+    params, _ = start(cfg, W, generator)
+    # Dense in memory, as params read from a file are: products of another layout may round otherwise.
+    return {name: p.to(W.device, cfg.dtype, copy=True, memory_format=torch.contiguous_format) for name, p in params.items()}
+
+
 def _stacked(trees: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([tree[name] for tree in trees]) for name in trees[0]}
 
