@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 import lora_lite as ll
-from lora_lite.statistics import needs_loss
+from lora_lite.core.statistics import needs_loss
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Params = dict[str, Any]

@@ -14,7 +14,7 @@ import transformers as tf
 from torch import nn
 
 import lora_lite as ll
-from lora_lite.statistics import needs_loss
+from lora_lite.core.statistics import needs_loss
 
 
 @dataclass(frozen=True)

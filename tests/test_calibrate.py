@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from lora_lite import _progress
+from lora_lite.core import progress as _progress
 from lora_lite.build import choose
-from lora_lite.calibrate import gather
-from lora_lite.statistics import Statistics
+from lora_lite.core.statistics import Statistics
+from lora_lite.prepare.calibrate import gather
 
 CALIBRATED = [
     ll.EVAConfig(r=4),

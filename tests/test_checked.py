@@ -192,7 +192,7 @@ def test_under_compile_the_raw_function_runs_in_one_graph(checks):
 
 def test_a_checked_function_keeps_its_name_signature_and_docstring():
     assert (gain.__name__, gain.__doc__) == ("gain", "One vector in, one vector out: a further axis is a fault.")
-    assert str(lf.lora.__signature__).startswith("(params: lora_lite.variants.lora.LoRAParams, W: lora_lite.frozen.Frozen, x:")
+    assert str(lf.lora.__signature__).startswith("(params: lora_lite.variants.lora.LoRAParams, W: lora_lite.core.frozen.Frozen, x:")
 
 
 @pytest.mark.parametrize(("on", "error"), [(True, TypeError), (False, RuntimeError)], ids=["checked", "raw"])

@@ -9,7 +9,7 @@ from torch import nn
 
 import lora_lite as ll
 from cases import assert_trees_equal, move
-from lora_lite.convolution import FrozenConv
+from lora_lite.layers.convolution import FrozenConv
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")  # torch's own, of the layer itself
 TOLERANCE = 1e-5

@@ -10,7 +10,7 @@ from torch import nn
 
 import lora_lite as ll
 from cases import assert_trees_equal, move, tiny_models
-from lora_lite.embedding import FrozenEmbedding
+from lora_lite.layers.embedding import FrozenEmbedding
 
 LORA = ll.LoRAConfig(r=4, target_names=r"embed_tokens$", exclude_names=())
 VARIANTS = (

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import lora_lite as ll
 from cases import assert_trees_equal, move, tiny_models
-from lora_lite.experts import FrozenExperts
+from lora_lite.layers.experts import FrozenExperts
 
 TOLERANCE = 1e-5
 _SIZES = {

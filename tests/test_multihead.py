@@ -10,7 +10,7 @@ from torch import nn
 
 import lora_lite as ll
 from cases import assert_trees_equal, move
-from lora_lite.held import FrozenHeld
+from lora_lite.layers.parameter import FrozenHeld
 
 TOLERANCE = 1e-5
 ATTENTION = ll.LoRAConfig(r=2, alpha=3.0, target_names=(r"in_proj_weight$", r"out_proj$"))

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_lite as ll
-from lora_lite.peft.rows import ROWS
+from lora_lite.files.peft.rows import ROWS
 
 TOLERANCE = 1e-5  # float32, relative to the largest entry of the update
 EXACT = {

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite._tree import AnyTree, Tree, join
-from lora_lite.bind import Shapes, bare, layer_at, placed, read_params, require_fit, whole
-from lora_lite.bound import bound_clone, bound_copy, plain_copy, trainable_copy
-from lora_lite.clone import clone_again
-from lora_lite.config import AdapterConfig
-from lora_lite.frozen import Constants
-from lora_lite.merge import merge, merge_error
-from lora_lite.mixed import INDEX, index_of, is_stacked, make_mixed, member_shapes, stacked_size, steered
-from lora_lite.plan import Plan, generator_for, start_params
-from lora_lite.replica import Replicas
-from lora_lite.report import count_all, macs_by_target, table
-from lora_lite.shard import ShardedReplicas, Sharding, shard_plan
-from lora_lite.targets import Targets
+from lora_lite.clone.assemble import bound_clone, bound_copy, plain_copy, trainable_copy
+from lora_lite.clone.bind import Shapes, bare, layer_at, placed, read_params, require_fit, whole
+from lora_lite.clone.fsdp import ShardedReplicas, Sharding, shard_plan
+from lora_lite.clone.per_thread import Replicas
+from lora_lite.clone.structure import clone_again
+from lora_lite.core.config import AdapterConfig
+from lora_lite.core.frozen import Constants
+from lora_lite.core.plan import Plan, generator_for, start_params
+from lora_lite.core.tree import AnyTree, Tree, join
+from lora_lite.derived.merge import merge, merge_error
+from lora_lite.derived.mixed import INDEX, index_of, is_stacked, make_mixed, member_shapes, stacked_size, steered
+from lora_lite.derived.report import count_all, macs_by_target, table
+from lora_lite.prepare.targets import Targets
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -5,21 +5,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lite._errors import listed
 from lora_lite.adapt import Adapt
-from lora_lite.calibrate import gather, require_data
-from lora_lite.clone import clone_module
-from lora_lite.config import AdapterConfig, as_config
-from lora_lite.dispatched import refuse_offloaded
-from lora_lite.frozen import NEEDS, READS, FrozenLinear
-from lora_lite.held import layer_of
-from lora_lite.kinds import kind_of, own_forward
-from lora_lite.modules import refuse_nested
-from lora_lite.originals import Originals, read_originals
-from lora_lite.plan import Entries, derive
-from lora_lite.quantised import FrozenQuantised
-from lora_lite.remat import check_pattern
-from lora_lite.targets import Target, find_targets
+from lora_lite.clone.accelerate import refuse_offloaded
+from lora_lite.clone.checkpointing import check_pattern
+from lora_lite.clone.structure import clone_module
+from lora_lite.core.config import AdapterConfig, as_config
+from lora_lite.core.errors import listed
+from lora_lite.core.frozen import NEEDS, READS, FrozenLinear
+from lora_lite.core.plan import Entries, derive
+from lora_lite.layers.kinds import kind_of, own_forward
+from lora_lite.layers.module import refuse_nested
+from lora_lite.layers.parameter import layer_of
+from lora_lite.layers.quantised import FrozenQuantised
+from lora_lite.prepare.calibrate import gather, require_data
+from lora_lite.prepare.originals import Originals, read_originals
+from lora_lite.prepare.targets import Target, find_targets
 
 
 def build(

@@ -155,7 +155,7 @@ def test_refusals():
 
 @pytest.mark.parametrize("shape", [(300, 640), (640, 300), (12, 20)])
 def test_leading_triplets_are_those_of_the_svd(shape):
-    from lora_lite.variants._linalg import leading_singular_triplets, truncated_svd
+    from lora_lite.core.linalg import leading_singular_triplets, truncated_svd
 
     decay = 0.9 ** torch.arange(min(shape))
     matrix = torch.linalg.qr(torch.randn(shape[0], min(shape)))[0] * decay @ torch.linalg.qr(torch.randn(shape[1], min(shape)))[0].t()

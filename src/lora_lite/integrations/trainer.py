@@ -14,10 +14,10 @@ import transformers
 from torch import Tensor, nn
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from lora_lite._tree import Tree
 from lora_lite.adapt import Adapt
-from lora_lite.bind import write_params
-from lora_lite.io import load, save
+from lora_lite.clone.bind import write_params
+from lora_lite.core.tree import Tree
+from lora_lite.files.adapter_file import load, save
 
 ADAPTER_FILE = "adapter.safetensors"
 """The name of the adapter's file in a checkpoint; `lora_lite.load` reads it."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-from lora_lite.config import AdapterConfig, as_config
+from lora_lite.core.config import AdapterConfig, as_config
 from lora_lite.testing._case import Case as Case
 from lora_lite.testing._case import make_cases as make_cases
 from lora_lite.testing._derivatives import forward_mode, gradients

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lite.bind import apply_variant
-from lora_lite.config import AdapterConfig, as_config, with_fields
-from lora_lite.frozen import Frozen
-from lora_lite.statistics import needs_loss, statistic_of
+from lora_lite.clone.bind import apply_variant
+from lora_lite.core.config import AdapterConfig, as_config, with_fields
+from lora_lite.core.frozen import Frozen
+from lora_lite.core.statistics import needs_loss, statistic_of
 
 VALUES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest error of a value, relative to the largest entry of what it is compared with, by dtype."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lora_lite.config import AdapterConfig
+from lora_lite.core.config import AdapterConfig
 from lora_lite.testing._case import GRADIENTS, Case, close, fail, float64
 
 

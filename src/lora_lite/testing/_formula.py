@@ -5,11 +5,11 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from lora_lite._check import set_typecheck
-from lora_lite.config import AdapterConfig, with_fields
-from lora_lite.counts import macs_per_token
-from lora_lite.frozen import NEEDS
-from lora_lite.merge import merged_layer
+from lora_lite.core.checked import set_typecheck
+from lora_lite.core.config import AdapterConfig, with_fields
+from lora_lite.core.frozen import NEEDS
+from lora_lite.derived.cost import macs_per_token
+from lora_lite.derived.merge import merged_layer
 from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32, float64, make_cases
 
 

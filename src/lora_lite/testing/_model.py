@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lora_lite._tree import Tree, tree_leaves, tree_map
 from lora_lite.adapt import Adapt
 from lora_lite.build import build
-from lora_lite.config import AdapterConfig, with_fields
-from lora_lite.io import load, save
-from lora_lite.mixed import stack, unstack
-from lora_lite.statistics import needs_loss
+from lora_lite.core.config import AdapterConfig, with_fields
+from lora_lite.core.statistics import needs_loss
+from lora_lite.core.tree import Tree, tree_leaves, tree_map
+from lora_lite.derived.mixed import stack, unstack
+from lora_lite.files.adapter_file import load, save
 from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32, inputs, unquantised
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lora_lite.adapt import Adapt
-from lora_lite.config import AdapterConfig
+from lora_lite.core.config import AdapterConfig
 from lora_lite.testing._case import VALUES, close, fail, float32
 from lora_lite.testing._model import _build, _model
 

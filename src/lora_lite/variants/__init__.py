@@ -1,6 +1,6 @@
 """The variants that ship. `VARIANTS` is the only list of them; loading a file looks names up here."""
 
-from lora_lite.config import AdapterConfig
+from lora_lite.core.config import AdapterConfig
 from lora_lite.variants.adalora import AdaLoRAConfig
 from lora_lite.variants.antipasto import AntiPaSTOConfig
 from lora_lite.variants.asvd import ASVDConfig

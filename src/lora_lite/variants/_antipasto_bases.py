@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lite.frozen import Constants, Frozen
-from lora_lite.variants._linalg import truncated_svd
+from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.core.linalg import truncated_svd
 from lora_lite.variants.ssvd import singular_triplets
 
 BASES = ("svd", "wanda", "corda", "asvd")

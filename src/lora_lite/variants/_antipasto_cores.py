@@ -15,9 +15,9 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite._check import checked
-from lora_lite.frozen import Constants, Frozen
-from lora_lite.variants._linalg import add_low_rank
+from lora_lite.core.checked import checked
+from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.core.linalg import add_low_rank
 from lora_lite.variants._rotation import cayley_excess, skew
 from lora_lite.variants.ssvd import singular_triplets
 

@@ -33,11 +33,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite._check import checked
-from lora_lite.config import AdapterConfig, expect, expect_int, expect_number
-from lora_lite.frozen import Constants, Frozen
+from lora_lite.core.checked import checked
+from lora_lite.core.config import AdapterConfig, expect, expect_int, expect_number
+from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.core.linalg import add_low_rank
 from lora_lite.variants._allocation import allocate
-from lora_lite.variants._linalg import add_low_rank
 
 AnyTree = Mapping[str, Mapping[str, Tensor]]
 NAMES = {"A", "B", "E"}

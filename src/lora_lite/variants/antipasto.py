@@ -54,12 +54,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lora_lite._errors import listed
-from lora_lite.config import AdapterConfig, expect, expect_int, expect_number
-from lora_lite.frozen import Constants, Frozen
+from lora_lite.core.config import AdapterConfig, expect, expect_int, expect_number
+from lora_lite.core.errors import listed
+from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.core.linalg import kaiming
 from lora_lite.variants import _antipasto_cores as cores
 from lora_lite.variants._antipasto_bases import BASES, derive_basis
-from lora_lite.variants._linalg import kaiming
 
 CORES = {
     "rotation": cores.antipasto_additive,  # where a side is rotated, antipasto_rotation

@@ -35,10 +35,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite._check import checked
-from lora_lite.config import expect_number
-from lora_lite.frozen import Constants, Frozen
-from lora_lite.statistics import Means, exact, require_stats
+from lora_lite.core.checked import checked
+from lora_lite.core.config import expect_number
+from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.core.statistics import Means, exact, require_stats
 from lora_lite.variants.corda import oriented_factors, require_start
 from lora_lite.variants.pissa import PiSSAConfig, PiSSAParams, pissa
 

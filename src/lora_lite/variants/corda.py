@@ -37,12 +37,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite._check import checked
-from lora_lite._errors import listed
-from lora_lite.config import expect, expect_bool
-from lora_lite.frozen import Constants, Frozen
-from lora_lite.statistics import Statistics, exact, require_stats
-from lora_lite.variants._linalg import truncated_svd
+from lora_lite.core.checked import checked
+from lora_lite.core.config import expect, expect_bool
+from lora_lite.core.errors import listed
+from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.core.linalg import truncated_svd
+from lora_lite.core.statistics import Statistics, exact, require_stats
 from lora_lite.variants.pissa import PiSSAConfig, PiSSAParams, pissa
 
 METHODS = ("ipm", "kpm")

@@ -40,10 +40,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite._check import checked
-from lora_lite.config import AdapterConfig, expect, expect_int, expect_number
-from lora_lite.frozen import Constants, Frozen
-from lora_lite.variants._linalg import add_low_rank, kaiming
+from lora_lite.core.checked import checked
+from lora_lite.core.config import AdapterConfig, expect, expect_int, expect_number
+from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.core.linalg import add_low_rank, kaiming
 
 STARTS, NORMS = ("zeros", "copy"), ("channel", "scalar", "none")
 FLOOR = 1e-8  # of squared norms, as in PEFT

@@ -36,9 +36,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite._check import checked
-from lora_lite.frozen import Constants, Frozen
-from lora_lite.variants._linalg import add_low_rank, gate
+from lora_lite.core.checked import checked
+from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.core.linalg import add_low_rank, gate
 from lora_lite.variants.lora import LoRAConfig
 
 

@@ -36,10 +36,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite._check import checked
-from lora_lite.config import AdapterConfig, expect_bool, expect_int, expect_number
-from lora_lite.frozen import Constants, Frozen
-from lora_lite.statistics import require_stats
+from lora_lite.core.checked import checked
+from lora_lite.core.config import AdapterConfig, expect_bool, expect_int, expect_number
+from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.core.statistics import require_stats
 from lora_lite.variants.lora import LoRAParams, lora
 
 

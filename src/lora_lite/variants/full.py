@@ -28,9 +28,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lora_lite._check import checked
-from lora_lite.config import AdapterConfig
-from lora_lite.frozen import Constants, Frozen
+from lora_lite.core.checked import checked
+from lora_lite.core.config import AdapterConfig
+from lora_lite.core.frozen import Constants, Frozen
 
 
 @checked

@@ -41,10 +41,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite._check import checked
-from lora_lite.config import AdapterConfig, expect, expect_int
-from lora_lite.frozen import Constants, Frozen
-from lora_lite.variants._linalg import add_low_rank, full_precision, kaiming
+from lora_lite.core.checked import checked
+from lora_lite.core.config import AdapterConfig, expect, expect_int
+from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.core.linalg import add_low_rank, full_precision, kaiming
 
 SIDES = ("in", "out")
 """Where the chain acts: on the layer's input or on its output without the bias."""

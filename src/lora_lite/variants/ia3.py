@@ -27,10 +27,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite._check import checked
-from lora_lite.config import AdapterConfig
-from lora_lite.frozen import Constants, Frozen
-from lora_lite.variants._linalg import gate
+from lora_lite.core.checked import checked
+from lora_lite.core.config import AdapterConfig
+from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.core.linalg import gate
 
 
 class IA3Params(TypedDict):

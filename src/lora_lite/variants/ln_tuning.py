@@ -26,8 +26,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lora_lite._check import checked
-from lora_lite.frozen import Frozen
+from lora_lite.core.checked import checked
+from lora_lite.core.frozen import Frozen
 from lora_lite.variants.full import FullConfig, full
 
 

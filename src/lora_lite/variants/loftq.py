@@ -31,9 +31,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite._check import checked
-from lora_lite.frozen import Constants, Frozen
-from lora_lite.variants._linalg import truncated_svd
+from lora_lite.core.checked import checked
+from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.core.linalg import truncated_svd
 from lora_lite.variants.lora import LoRAParams, lora
 from lora_lite.variants.pissa import PiSSAConfig
 

@@ -37,12 +37,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite._check import checked
-from lora_lite._errors import listed
-from lora_lite.config import expect, expect_number
-from lora_lite.frozen import Constants, Frozen
-from lora_lite.statistics import Gradient
-from lora_lite.variants._linalg import leading_singular_triplets
+from lora_lite.core.checked import checked
+from lora_lite.core.config import expect, expect_number
+from lora_lite.core.errors import listed
+from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.core.linalg import leading_singular_triplets
+from lora_lite.core.statistics import Gradient
 from lora_lite.variants.corda import require_start
 from lora_lite.variants.pissa import PiSSAConfig, PiSSAParams, pissa
 

@@ -30,11 +30,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite._check import checked
-from lora_lite._errors import listed
-from lora_lite.config import AdapterConfig, expect, expect_int, expect_number
-from lora_lite.frozen import Constants, Frozen
-from lora_lite.variants._linalg import add_low_rank, truncated_svd
+from lora_lite.core.checked import checked
+from lora_lite.core.config import AdapterConfig, expect, expect_int, expect_number
+from lora_lite.core.errors import listed
+from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.core.linalg import add_low_rank, truncated_svd
 
 STD = 1e-5  # of R at init, in the official code
 STARTS = ("normal", "zeros")

@@ -37,10 +37,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite._check import checked
-from lora_lite.config import AdapterConfig, expect, expect_bool, expect_int
-from lora_lite.frozen import Constants, Frozen
-from lora_lite.variants._linalg import full_precision, kaiming
+from lora_lite.core.checked import checked
+from lora_lite.core.config import AdapterConfig, expect, expect_bool, expect_int
+from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.core.linalg import full_precision, kaiming
 
 STARTS = ("random", "identity")
 _POSITIONS = re.compile(r"(?:f([1-9]\d*))?\+?(?:l([1-9]\d*))?")

@@ -37,10 +37,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite._check import checked
-from lora_lite.config import AdapterConfig, expect, expect_bool, expect_int
-from lora_lite.frozen import Constants, Frozen
-from lora_lite.variants._linalg import full_precision
+from lora_lite.core.checked import checked
+from lora_lite.core.config import AdapterConfig, expect, expect_bool, expect_int
+from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.core.linalg import full_precision
 from lora_lite.variants._rotation import cayley_excess, skew
 
 CAYLEY = ("series", "exact")

@@ -33,10 +33,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite._check import checked
-from lora_lite.config import AdapterConfig, expect, expect_int
-from lora_lite.frozen import Constants, Frozen
-from lora_lite.variants._linalg import gate
+from lora_lite.core.checked import checked
+from lora_lite.core.config import AdapterConfig, expect, expect_int
+from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.core.linalg import gate
 
 SIZES = {"road_1": 1, "road_2": 2, "road_4": 4}
 """Each variant of ROAD, with the number of angles it has for a pair of outputs."""

@@ -37,11 +37,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite._check import checked
-from lora_lite._errors import listed
-from lora_lite.config import AdapterConfig, expect, expect_bool, expect_int
-from lora_lite.frozen import Constants, Frozen
-from lora_lite.variants._linalg import add_low_rank, truncated_svd
+from lora_lite.core.checked import checked
+from lora_lite.core.config import AdapterConfig, expect, expect_bool, expect_int
+from lora_lite.core.errors import listed
+from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.core.linalg import add_low_rank, truncated_svd
 from lora_lite.variants._rotation import cayley_excess, skew
 
 CAYLEY = ("first_order", "exact")

@@ -32,9 +32,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite._check import checked
-from lora_lite.config import AdapterConfig, expect_int, expect_number
-from lora_lite.frozen import Constants, Frozen
+from lora_lite.core.checked import checked
+from lora_lite.core.config import AdapterConfig, expect_int, expect_number
+from lora_lite.core.frozen import Constants, Frozen
 
 
 class VeRAParams(TypedDict):

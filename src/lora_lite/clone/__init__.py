@@ -1,0 +1,1 @@
+"""The private copy of a model that calls run on."""

@@ -1,0 +1,273 @@
+"""Activation checkpointing with explicit params: named blocks keep their inputs and recompute the rest in the backward pass.
+
+torch's own checkpoint recomputes after `functional_call` has handed its tensors back, and so without the params. Here everything that a
+block reads and that is swapped for a call (its inputs, masks, params, buffers) is an explicit input of an autograd Function, put back in
+place for the recomputation. Under `torch.func.grad` the gradients are exact, but since that keeps the graph of the gradient the memory is
+not saved; `value_and_grad` saves it. `torch.compile` cannot trace such a Function: there torch's own checkpoint runs under plain autograd,
+and inside a transform the compiler decides what to recompute.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+from lora_lite.clone.block_inputs import require_no_escape, watched, with_notes, without_notes, written
+from lora_lite.core.errors import nearest
+from lora_lite.core.frozen import CONSTANT, PARAM
+from lora_lite.core.subclass import derived
+
+Run = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+def install(clone: nn.Module, pattern: str | None) -> None:
+    """Make the blocks whose paths match `pattern` recompute, and those of a model whose own checkpointing is on.
+
+    Raises:
+        ValueError: where `pattern` matches no module.
+    """
+    if pattern is not None:
+        blocks = check_pattern(clone, pattern)
+        for block in blocks:
+            block.__class__ = _rematerialised_class(type(block))  # type: ignore[arg-type]
+            vars(block)["gradient_checkpointing"] = False  # ours, not also the model's own
+    for module in clone.modules():
+        if "_gradient_checkpointing_func" in vars(module):
+            vars(module)["_gradient_checkpointing_func"] = _model_checkpoint
+        _drop_grad_hooks(module)
+
+
+def check_pattern(model: nn.Module, pattern: str | None) -> list[nn.Module]:
+    """Give the blocks whose paths match `pattern`, none for None.
+
+    Raises:
+        ValueError: where `pattern` matches no module.
+    """
+    if pattern is None:
+        return []
+    blocks = [m for path, m in model.named_modules() if path and _compile(pattern).search(path)]
+    if not blocks:
+        paths = [path for path, _ in model.named_modules() if path]
+        raise ValueError(f'build: expected remat="{pattern}" to match a block, found none. Closest: {nearest(pattern, paths)}.')
+    return blocks
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as e:
+        raise ValueError(f"build: expected remat as a regular expression, found {pattern!r} ({e}). Write e.g. r'layers\\.\\d+$'.") from e
+
+
+class _Rematerialised:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = _without_caches(args, kwargs)
+        return recompute(super().forward, self, args, kwargs)  # type: ignore[misc, arg-type]
+
+
+@functools.cache
+def _rematerialised_class(cls: type) -> type:
+    return derived(_rematerialised_class, cls, _Rematerialised)
+
+
+def _model_checkpoint(fn: Callable[..., Any], *args: Any, **_: Any) -> Any:
+    """Stand in for the checkpoint function that a transformers model calls: `fn` wraps a block's own forward."""
+    kwargs: dict[str, Any] = {}
+    while isinstance(fn, functools.partial):
+        args, kwargs, fn = (*fn.args, *args), {**fn.keywords, **kwargs}, fn.func
+    block = getattr(fn, "__self__", None)
+    if block is None:  # a plain function with the block as its first argument
+        block, fn, args = args[0], functools.partial(fn, args[0]), args[1:]
+    return recompute(fn, block, args, kwargs)
+
+
+def _drop_grad_hooks(module: nn.Module) -> None:
+    """Leave out transformers' hooks that call `requires_grad_` on activations: not allowed under a transform, and not needed."""
+    for table in (module._forward_hooks, module._forward_pre_hooks):
+        for key, hook in list(table.items()):
+            if getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad"):
+                del table[key]
+
+
+def _without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Take key-value caches away: a recomputed block would fill them twice and so attend to its own past."""
+    caches = [value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")]
+    if not caches or not torch.is_grad_enabled():
+        return args, kwargs
+    if any(int(cache.get_seq_length()) > 0 for cache in caches):
+        raise ValueError(
+            "remat: expected no filled key-value cache where gradients are taken, found one among a block's inputs. Pass use_cache=False, "
+            "or build without remat to differentiate through a cached prefix."
+        )
+    keep = {name: None if hasattr(value, "get_seq_length") else value for name, value in kwargs.items()}
+    if "use_cache" in keep:
+        keep["use_cache"] = False
+    return tuple(None if hasattr(value, "get_seq_length") else value for value in args), keep
+
+
+def recompute(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run `fn(*args, **kwargs)`, the forward of `block`, keeping only its inputs for the backward pass."""
+    if not torch.is_grad_enabled():
+        return fn(*args, **kwargs)
+    if torch.compiler.is_compiling():
+        return _compiled(fn, block, args, kwargs)
+    notes, args, kwargs = without_notes(args, kwargs)
+    leaves, spec = pytree.tree_flatten((args, kwargs, [dict(note) for note in notes]))
+    places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    slots = [(table, name) for table, name in _slots(block)]
+    inputs = [leaves[k] for k in places] + [table[name] for table, name in slots]
+    shape: list[Any] = []  # of the output: its tree, and for each leaf where it comes from
+    kept: set[int] = set()  # ids of the tensors of outputs, of each run: derivatives forward run it again
+
+    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        filled = list(leaves)
+        for k, tensor in zip(places, tensors):
+            filled[k] = tensor
+        with _in_place(slots, tensors[len(places) :]):
+            *given, contents = pytree.tree_unflatten(filled, spec)
+            own, a, kw = with_notes(notes, contents, *given)
+            out, tree = pytree.tree_flatten((fn(*a, **kw), written(own, contents)))
+        known = {id(t): n for n, t in enumerate(tensors)}
+        # An input handed through is not an output of the Function: autograd would take it for a copy.
+        shape[:] = [tree, [known.get(id(t)) if isinstance(t, Tensor) else t for t in out], [isinstance(t, Tensor) for t in out]]
+        fresh = [t for t in out if isinstance(t, Tensor) and id(t) not in known]
+        kept.update(map(id, fresh))
+        return fresh
+
+    recipe = _Recipe(run, _random_state(inputs) if block.training else None)
+    with watched(block) as seen:
+        results = _Recompute.apply(recipe, *inputs)
+    tree, sources, tensors = shape
+    require_no_escape(seen, kept)
+    fresh = iter(results)
+    out = [source if not tensor else next(fresh) if source is None else inputs[source] for source, tensor in zip(sources, tensors)]
+    result, news = pytree.tree_unflatten(out, tree)
+    for note, values in zip(notes, news):
+        note.update(values)
+    return result
+
+
+def _compiled(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Leave recomputation to the compiler: torch's checkpoint where plain autograd runs, its own partitioning inside a transform."""
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)] + [t[name] for t, name in _slots(block)]
+    if _plain() and any(t.requires_grad for t in tensors):
+        return checkpoint(fn, *args, use_reentrant=False, **kwargs)
+    return fn(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How to run a block again. Opaque to a transform, which would otherwise wrap the random state like an input."""
+
+    run: Run
+    rng: tuple[Tensor, dict[int, Tensor]] | None
+
+
+class _Recompute(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(recipe: _Recipe, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(recipe.run(tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.recipe, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        wanted = [k for k, need in enumerate(ctx.needs_input_grad[1:]) if need]
+
+        def f(*chosen: Tensor) -> tuple[Tensor, ...]:
+            filled = list(tensors)
+            for k, tensor in zip(wanted, chosen):
+                filled[k] = tensor
+            return tuple(ctx.recipe.run(filled))
+
+        with _restored(ctx.recipe.rng):
+            chosen = [tensors[k] for k in wanted]
+            found = _plain_vjp(f, chosen, grads) if _plain() else torch.func.vjp(f, *chosen)[1](grads)
+        out: list[Tensor | None] = [None] * len(tensors)
+        for k, grad in zip(wanted, found):
+            out[k] = grad
+        return None, *out
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        tensors = ctx.saved_tensors
+        moving = [k for k, t in enumerate(tangents) if t is not None]
+
+        def f(*chosen: Tensor) -> tuple[Tensor, ...]:
+            filled = list(tensors)
+            for k, tensor in zip(moving, chosen):
+                filled[k] = tensor
+            return tuple(ctx.recipe.run(filled))
+
+        with _restored(ctx.recipe.rng):
+            return torch.func.jvp(f, tuple(tensors[k] for k in moving), tuple(tangents[k] for k in moving))[1]
+
+
+def _plain() -> bool:
+    """Tell whether no torch.func transform is active."""
+    return not torch._C._are_functorch_transforms_active()  # `peek_interpreter_stack() is None` is never true while compiling
+
+
+def _plain_vjp(f: Callable[..., tuple[Tensor, ...]], chosen: list[Tensor], grads: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    twice = torch.is_grad_enabled()  # create_graph: stay attached, so that the gradient can be differentiated
+    chosen = chosen if twice else [t.detach().requires_grad_() for t in chosen]
+    with torch.enable_grad():
+        out = f(*chosen)
+    pairs = [(o, g) for o, g in zip(out, grads) if o.requires_grad]
+    return torch.autograd.grad([o for o, _ in pairs], chosen, [g for _, g in pairs], create_graph=twice, allow_unused=True)
+
+
+def _slots(block: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Find what a call swaps in a block: params and buffers."""
+    for module in block.modules():
+        for name, tensor in module._parameters.items():
+            if name.startswith(PARAM) and tensor is not None:
+                yield module._parameters, name
+        for name, buffer in module._buffers.items():
+            if not name.startswith(CONSTANT) and buffer is not None:
+                yield module._buffers, name
+
+
+@contextmanager
+def _in_place(slots: list[tuple[dict[str, Any], str]], tensors: Sequence[Tensor]) -> Iterator[None]:
+    before = [table[name] for table, name in slots]
+    try:
+        for (table, name), tensor in zip(slots, tensors):
+            table[name] = tensor
+        yield
+    finally:
+        for (table, name), tensor in zip(slots, before):
+            table[name] = tensor
+
+
+def _random_state(tensors: Sequence[Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
+    devices = {t.get_device() for t in tensors if t.is_cuda}
+    return torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices}
+
+
+@contextmanager
+def _restored(rng: tuple[Tensor, dict[int, Tensor]] | None) -> Iterator[None]:
+    """Draw what the forward drew: dropout must fall on the same entries."""
+    if rng is None:
+        yield
+        return
+    cpu, cuda = rng
+    with torch.random.fork_rng(list(cuda)):
+        torch.set_rng_state(cpu)
+        for device, state in cuda.items():
+            torch.cuda.set_rng_state(state, device)
+        yield

@@ -1,0 +1,159 @@
+"""The structural clone: the module tree copied, every parameter and buffer aliased, the user's model untouched.
+
+Tensors keep their storage and lose their autograd state. Hooks come along by reference, since hook objects may hold locks that
+cannot be copied. Whatever else a module holds is shared, but references to modules of the tree, in attributes, lists, dicts and
+bound methods, lead to the clone: one left behind would run the user's own layers, without the adapter and without an error.
+"""
+
+import types
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from lora_lite.clone.accelerate import carry, moves_inputs, runs_class_forward
+from lora_lite.core.errors import listed, several
+from lora_lite.core.frozen import FrozenLinear
+from lora_lite.layers.kinds import kind_of
+from lora_lite.layers.quantised import FrozenQuantised, hold, kind_held
+
+_TABLES = frozenset(name for name, value in vars(nn.Module()).items() if hasattr(value, "copy"))  # hooks, and what nn.Module notes
+_PLAIN = frozenset((bool, int, float, str, type(None)))  # most of what modules hold: told first, since every build passes here
+
+
+def clone_module(model: nn.Module, kinds: Sequence[type[FrozenLinear]] = ()) -> nn.Module:
+    """Copy a module tree without copying a weight; its quantised layers, target or not, run their kind instead of their own forward.
+
+    Args:
+        model: any module, or a clone.
+        kinds: kinds besides those that ship; a clone knows those that it was made with.
+
+    Raises:
+        ValueError: for modules whose forward cannot be led to the clone (scripted, compiled or patched by a hook library), and
+            quantised layers that hold no quantised weight.
+    """
+    named = dict(model.named_modules())
+    _refuse_unfaithful(model, named)
+    found = {path: kind_held(module) or kind_of(module, kinds) for path, module in named.items()}
+    quantised = {path: kind for path, kind in found.items() if kind is not None and issubclass(kind, FrozenQuantised)}
+    _refuse_unreadable(named, quantised)
+    copies = _copied(named.values())
+    for path, kind in quantised.items():
+        hold(copies[id(named[path])], kind)
+    _keep_slow_path(copies.values())
+    return copies[id(model)]
+
+
+def clone_again(clone: nn.Module) -> nn.Module:
+    """Copy a clone: what `clone_module` checked of the model holds for it too, and its quantised layers are known."""
+    copies = _copied(list(clone.modules()))
+    for module in copies.values():
+        hold(module, kind_held(module))
+    return copies[id(clone)]
+
+
+def _refuse_unfaithful(model: nn.Module, named: Mapping[str, nn.Module]) -> None:
+    scripted = [path or "the model" for path, m in named.items() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
+        raise ValueError(
+            f"build: expected ordinary modules, found TorchScript at {listed(scripted)}. Build on the model before scripting it."
+        )
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+    if lazy:
+        raise ValueError(f"build: expected parameters with shapes, found lazy ones at {listed(lazy)}. Run the model on one batch first.")
+    patched = [path or "the model" for path, m in named.items() if _patched(m)]
+    if patched:
+        raise ValueError(
+            f"build: expected modules that run the forward of their class, found one set on the instance at {listed(patched)}. "
+            "Take it off first: accelerate.hooks.remove_hook_from_module(model, recurse=True), or for torch.compile build on the "
+            "model itself and compile the function that calls adapt."
+        )
+
+
+def _refuse_unreadable(named: Mapping[str, nn.Module], kinds: Mapping[str, type[FrozenQuantised]]) -> None:
+    found = {path: fault for path, kind in kinds.items() if (fault := kind.fault(named[path]))}
+    faults = [f'"{path}" ({type(named[path]).__name__}) {fault}' for path, fault in found.items()]
+    if faults:
+        raise ValueError(f"build: expected quantised layers that hold their weight quantised, found:\n{several(faults)}")
+
+
+def _patched(module: nn.Module) -> bool:
+    forward = vars(module).get("forward")
+    if forward is None or moves_inputs(module):
+        return False
+    return not (isinstance(forward, types.MethodType) and forward.__self__ is module)
+
+
+def _alias(tensor: Tensor | None, tensors: dict[int, Tensor]) -> Tensor | None:
+    """Share the storage, not the autograd state; a tensor held twice stays one tensor held twice."""
+    if tensor is None:
+        return None
+    if id(tensor) not in tensors:
+        alias = tensor.detach()
+        tensors[id(tensor)] = _parameter(tensor, alias) if isinstance(tensor, nn.Parameter) else alias
+    return tensors[id(tensor)]
+
+
+def _parameter(tensor: nn.Parameter, alias: Tensor) -> nn.Parameter:
+    """Make `alias` a parameter like `tensor`: a quantised weight's class, and the attributes that it carries."""
+    cls = type(tensor)
+    if issubclass(cls, nn.Parameter):
+        parameter = torch.Tensor._make_subclass(cls, alias, False)
+    else:
+        parameter = nn.Parameter(alias, requires_grad=False)  # a tensor class with data of its own, only marked as a parameter
+    vars(parameter).update(vars(tensor))
+    return parameter
+
+
+def _copied(modules: Collection[nn.Module]) -> dict[int, nn.Module]:
+    """Copy all modules of a tree; by the `id` of the original."""
+    copies = {id(module): module.__class__.__new__(module.__class__) for module in modules}
+    tensors: dict[int, Tensor] = {}
+    for module in modules:
+        _fill(copies[id(module)], module, copies, tensors)
+    return copies
+
+
+def _fill(copy: nn.Module, module: nn.Module, copies: dict[int, nn.Module], tensors: dict[int, Tensor]) -> None:
+    state = vars(copy)
+    for name, value in vars(module).items():
+        if type(value) in _PLAIN:
+            state[name] = value
+        elif name in ("_parameters", "_buffers"):
+            state[name] = {k: _alias(t, tensors) for k, t in value.items()}
+        elif name == "_modules":
+            state[name] = {k: _led(m, copies) for k, m in value.items()}
+        elif name in _TABLES:
+            state[name] = value.copy() if value else type(value)()
+        else:
+            state[name] = _alias(value, tensors) if isinstance(value, Tensor) else _led(value, copies)
+    state["_compiled_call_impl"] = None  # model.compile() leaves the user's own compiled call here
+    if moves_inputs(module):
+        carry(copy)
+    elif runs_class_forward(module):
+        state.pop("forward", None)  # set on the instance it would hide that of the class which a target takes
+
+
+def _led(value: Any, copies: dict[int, nn.Module]) -> Any:
+    if isinstance(value, nn.Module):
+        return copies.get(id(value), value)
+    if isinstance(value, types.MethodType) and id(value.__self__) in copies:
+        return types.MethodType(value.__func__, copies[id(value.__self__)])
+    if type(value) in (list, tuple, set) and any(isinstance(v, nn.Module) for v in value):
+        return type(value)(_led(v, copies) for v in value)
+    if isinstance(value, dict) and any(isinstance(v, nn.Module) for v in value.values()):
+        led = value.copy()
+        led.update({k: _led(v, copies) for k, v in value.items()})
+        return led
+    return value
+
+
+def _keep_slow_path(modules: Iterable[nn.Module]) -> None:
+    """Keep torch's fused encoder path off: it reads the layers' weights without calling them."""
+    for module in modules:
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False

@@ -1,0 +1,1 @@
+"""What variants are written against; it imports nothing else of the package."""

@@ -1,0 +1,127 @@
+"""`checked`: the door of every pure function. It accepts a plain weight and, switched on, tests every shape.
+
+beartype looks at the fields of a `TypedDict` not at all, so the fields of the params are tested one by one here, in
+one jaxtyping context with `W`, `x`, the statics and the result: the axes `o`, `i`, `r` must agree across all of them.
+The switch is the environment variable `LORA_LITE_TYPECHECK`, read at import, or `set_typecheck`.
+"""
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, get_type_hints, is_typeddict
+
+import torch
+from beartype import BeartypeConf
+from beartype.door import is_bearable
+from jaxtyping import Float, jaxtyped
+from torch import Tensor
+
+from lora_lite.core.frozen import Frozen, as_frozen
+
+_CONF = BeartypeConf(is_pep484_tower=True)  # an integer is a float
+_enabled = os.environ.get("LORA_LITE_TYPECHECK", "").lower() not in ("", "0", "false", "no", "off")
+
+
+def set_typecheck(on: bool) -> bool:
+    """Switch shape checking on or off for the whole process and return what it was."""
+    global _enabled
+    before, _enabled = _enabled, on
+    return before
+
+
+def in_dtype(params: Mapping[str, Tensor], dtype: torch.dtype) -> Mapping[str, Tensor]:
+    """Give the params in the dtype that the adapter computes in, the same object where nothing changes."""
+    if all(p.dtype == dtype for p in params.values()) or not dtype.is_floating_point:
+        return params  # of token ids there is no such dtype: an embedding computes in its own
+    return {name: p.to(dtype) for name, p in params.items()}
+
+
+def checked(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Wrap a pure function `(params, W, x, *, statics) -> y`.
+
+    `W` may be a plain `(o, i)` tensor; params take part in the dtype of `x`. With checking on, every field of the
+    params, `W`, `x`, the statics and the result are tested against the annotations of `fn`. Under `torch.compile`
+    the raw function runs, since the checks cannot be traced.
+
+    Raises:
+        TypeError: with checking on; it lists each value that does not fit, what was expected and what was found.
+    """
+    hints = get_type_hints(fn, include_extras=True)
+    fields = get_type_hints(hints["params"], include_extras=True) if is_typeddict(hints["params"]) else None
+
+    @functools.wraps(fn)
+    def door(params: Any, W: Frozen | Tensor, x: Tensor, **statics: Any) -> Tensor:
+        if not (_enabled and not torch.compiler.is_compiling()):
+            W = as_frozen(W)
+            return fn(in_dtype(params, W.rows(x).dtype), W, x, **statics)
+        with jaxtyped("context"):  # one set of axis sizes for all the tests below
+            faults: list[str] = []
+            W = _frozen_or_fault(W, faults)  # the layer first: what is given binds the axes, and the params are held to it
+            rows = W.rows(x) if isinstance(W, Frozen) and isinstance(x, Tensor) else x
+            faults += _fault("x", rows, hints["x"])
+            faults += _field_faults(params, fields)
+            faults += [f for name, value in statics.items() for f in _fault(name, value, hints.get(name, Any))]
+            given = {**params, "W": W, "x": x} if isinstance(params, Mapping) else {"W": W, "x": x}
+            _raise(fn, faults, given)
+            y = fn(in_dtype(params, rows.dtype), W, x, **statics)
+            _raise(fn, _fault("the result", y, hints["return"]), given)
+            return y
+
+    door.__signature__ = inspect.signature(fn)  # type: ignore[attr-defined]
+    return door
+
+
+def _field_faults(params: object, fields: Mapping[str, Any] | None) -> list[str]:
+    if not isinstance(params, Mapping):
+        return [f"params: expected a mapping with {', '.join(fields or ('names',))}, found {type(params).__name__}"]
+    if fields is None:  # a mapping with any names
+        fields = dict.fromkeys(params, Float[Tensor, "..."])
+    faults = [f'params["{name}"]: not expected' for name in params if name not in fields]
+    for name, hint in fields.items():
+        if name in params:
+            faults += _fault(f'params["{name}"]', params[name], hint)
+        else:
+            faults.append(f'params["{name}"]: expected {_show_hint(hint)}, found nothing')
+    return faults
+
+
+def _frozen_or_fault(W: Any, faults: list[str]) -> Any:
+    if not isinstance(W, Frozen):
+        fault = _fault("W", W, Float[Tensor, "o i"])
+        faults += fault
+        return W if fault else as_frozen(W)
+    # A quantised layer has no (o, i) tensor to test; a meta tensor of its shape binds the axes without one.
+    faults += _fault("W", torch.empty(W.out_features, W.in_features, device="meta"), Float[Tensor, "o i"])
+    return W
+
+
+def _fault(name: str, value: object, hint: Any) -> list[str]:
+    if is_bearable(value, hint, conf=_CONF):
+        return []
+    return [f"{name}: expected {_show_hint(hint)}, found {_show(value)}"]
+
+
+def _show_hint(hint: Any) -> str:
+    dims = getattr(hint, "dim_str", None)
+    return f'{hint.__name__.split("[")[0]}["{dims}"]' if dims is not None else getattr(hint, "__name__", str(hint))
+
+
+def _show(value: object) -> str:
+    if isinstance(value, Frozen):
+        return f"({value.out_features}, {value.in_features})"
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def _raise(fn: Callable[..., Tensor], faults: list[str], given: Mapping[str, object]) -> None:
+    if not faults:
+        return
+    lines = "".join(f"\n  - {fault}" for fault in faults)
+    shown = ", ".join(f"{name} {_show(value)}" for name, value in given.items())
+    documented = f"lora_lite.functional.{fn.__name__}" if fn.__module__.startswith("lora_lite.") else f"{fn.__module__}.{fn.__name__}"
+    raise TypeError(
+        f"{fn.__name__}: the shapes of params, W, x and the result must agree:{lines}\n  given: {shown}\n"
+        f"{documented} documents each; W is (o, i), x is (*b, i)."
+    )

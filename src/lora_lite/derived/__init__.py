@@ -1,0 +1,1 @@
+"""What follows from a variant's function: merged weights, mixed batches, counts."""

@@ -1,0 +1,56 @@
+"""What an adapter costs, as counts and as a readable table."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_lite.clone.bind import Shapes, layer_at
+from lora_lite.core.plan import Plan
+from lora_lite.derived.cost import macs_per_token
+from lora_lite.layers.module import FrozenModule
+
+
+def count(shapes: dict[str, tuple[int, ...]]) -> int:
+    """Count the numbers in one target's params."""
+    return sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+def count_all(shapes: Shapes) -> int:
+    """Count the numbers in a params tree."""
+    return sum(count(leaves) for leaves in shapes.values())
+
+
+def macs_by_target(plan: Plan, clone: nn.Module) -> dict[str, int]:
+    """Count each target's multiply-adds per token; layers alike are counted once."""
+    known: dict[Any, int] = {}
+    counts = {}
+    for target, cfg in plan.entries:
+        W = layer_at(clone, target.path)._lora_lite.W
+        key = (id(cfg), target.i, target.o, W.bias is None)
+        if isinstance(W, FrozenModule):
+            known[key] = 0  # the module itself runs, or its output is edited at a number of positions that does not grow
+        if key not in known:
+            params = {name: torch.empty(shape, device="meta") for name, shape in plan.shapes[target.path].items()}
+            known[key] = macs_per_token(cfg, W.split(params)[0], W.parts[0])
+        counts[target.path] = known[key]
+    return counts
+
+
+def table(plan: Plan, macs: dict[str, int]) -> str:
+    """Lay out path, role, shape, variant, params and multiply-adds per token, a target a line, with a total."""
+    rows = [("path", "role", "(o, i)", "variant", "params", "MACs/token")]
+    for target, cfg in plan.entries:
+        path = target.path + (f" (weight shared with {', '.join(target.shared_with)})" if target.shared_with else "")
+        numbers = f"{count(plan.shapes[target.path]):,}", f"{macs[target.path]:,}"
+        rows.append((path, target.role, f"({target.o}, {target.i})", cfg.name, *numbers))
+    total = f"{count_all(plan.shapes):,}", f"{sum(macs.values()):,}"
+    rows.append((f"{len(plan.entries)} targets", "", "", "", *total))
+    widths = [max(len(row[column]) for row in rows) for column in range(6)]
+    return "\n".join(_line(row, widths) for row in rows)
+
+
+def _line(row: tuple[str, ...], widths: list[int]) -> str:
+    words = [cell.ljust(width) for cell, width in zip(row[:4], widths)]
+    numbers = [cell.rjust(width) for cell, width in zip(row[4:], widths[4:])]
+    return "  ".join(words + numbers)

@@ -1,0 +1,1 @@
+"""Adapter files: the library's own and PEFT's."""

@@ -1,0 +1,222 @@
+"""Params and config to one safetensors file and back. Nothing is unpickled, nothing half-written, nothing half-loaded."""
+
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor, nn
+
+from lora_lite.adapt import Adapt
+from lora_lite.build import check_entries
+from lora_lite.clone.structure import clone_module
+from lora_lite.core.config import AdapterConfig, from_json, to_json
+from lora_lite.core.errors import listed, nearest, several, tree_faults
+from lora_lite.core.frozen import FrozenLinear
+from lora_lite.core.plan import Entries, Plan
+from lora_lite.core.tree import Tree, flatten, join
+from lora_lite.files.header import CONSTANT, FORMAT, Described, Stored, describe, read_header, tensor_faults, write_header
+from lora_lite.layers.find import kind_here
+from lora_lite.layers.kinds import as_kinds
+from lora_lite.layers.module import WORDS
+from lora_lite.layers.parameter import layer_of
+from lora_lite.prepare.targets import Target, shared_with, sharing
+from lora_lite.variants import VARIANTS
+
+
+def save(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], path: str | os.PathLike[str]) -> None:
+    """Write params, constants and configs to one safetensors file.
+
+    Params are named `<target path>.<name>`. The file is written beside its place and renamed, so that whatever happens a file already
+    there stays whole.
+
+    Args:
+        adapt: what the params belong to.
+        params: a tree that fits it.
+        path: the file to write; its directory must exist.
+
+    Raises:
+        ValueError: where `params` does not fit `adapt`.
+        FileNotFoundError: where the directory does not exist.
+        IsADirectoryError: where `path` is a directory.
+
+    Example:
+        >>> import os, tempfile, torch, lora_lite as ll
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> adapt = ll.build(model, ll.LoRAConfig(r=2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ll.save(adapt, adapt.init(seed=0), os.path.join(folder, "adapter.safetensors"))
+        ...     again, params = ll.load(model, os.path.join(folder, "adapter.safetensors"))
+        >>> again
+        Adapt(Sequential, lora, 1 targets, 24 params)
+    """
+    adapt._require(params, "save")
+    place = Path(path)
+    if not place.parent.is_dir():
+        raise FileNotFoundError(f'save: expected the directory of "{place}" to exist, found none. Create it first.')
+    if place.is_dir():
+        raise IsADirectoryError(f'save: expected the path of a file, found the directory "{place}". Name a file in it.')
+    tensors = {name: _plain(leaf) for name, leaf in flatten(params).items()}
+    tensors |= {CONSTANT + name: _plain(leaf) for name, leaf in flatten(adapt.constants).items()}
+    configs = list({id(cfg): cfg for cfg in adapt.configs}.values())
+    index = {id(cfg): k for k, cfg in enumerate(configs)}
+    targets = {
+        t.path: Stored(index[id(cfg)], t.i, t.o, t.role, describe(params[t.path]), describe(adapt.constants[t.path]))
+        for t, cfg in zip(adapt.targets, adapt.configs)
+    }
+    shared = {name: describe(constants) for name, constants in adapt.constants.items() if name not in targets}
+    beside = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        safetensors.torch.save_file(tensors, beside, write_header([to_json(cfg) for cfg in configs], targets, shared))
+        os.replace(beside, place)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    variants: Sequence[type[AdapterConfig]] | Mapping[str, type[AdapterConfig]] = (),
+    remat: str | None = None,
+    kinds: Sequence[type[FrozenLinear]] = (),
+) -> tuple[Adapt, Tree]:
+    """Read a file that `save` wrote and bind it to a model. Needs neither calibration data nor an SVD.
+
+    Args:
+        model: the model that the adapter was trained on, or one of the same shapes.
+        path: the file.
+        variants: configs of variants from outside the package, as a sequence of classes or a mapping by name.
+        remat: as in `build`.
+        kinds: as in `build`.
+
+    Returns:
+        `(adapt, params)`; params on the devices of their layers, in the dtypes of the file.
+
+    Raises:
+        FileNotFoundError: where there is no file.
+        ValueError: where the file is damaged, foreign, of another format version or variant, or of another model; it lists each fault.
+        TypeError: where `model` or `variants` is of another type.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load: expected model as a torch.nn.Module, found {type(model).__name__}. Call load(model, path).")
+    known, kinds = _known(variants), as_kinds(kinds)
+    metadata, tensors = _read(Path(path))
+    try:
+        stored_configs, targets, shared = read_header(metadata)
+    except ValueError as e:
+        raise ValueError(
+            f'load: expected "{path}" to describe its configs and targets, found a damaged header ({e}). Save it again.'
+        ) from e
+    configs = _configs(stored_configs, known, path)
+    entries, faults = _entries(model, targets, configs, kinds)
+    faults += tensor_faults(targets, shared, tensors)
+    if not faults:
+        check_entries(model, entries)
+        adapt, params = _bind(clone_module(model, kinds), targets, shared, entries, tensors, remat)
+        # With its constants at hand each variant says what its params must be: no SVD, no data.
+        faults = tree_faults(params, _shapes(adapt.init()))
+    if faults:
+        raise ValueError(
+            f'load: expected "{path}" to fit this {type(model).__name__}, found:\n{several(faults)}\n'
+            "Load it onto the model that it was made for."
+        )
+    return adapt, params
+
+
+def _plain(leaf: Tensor) -> Tensor:
+    return leaf.detach().cpu().contiguous().clone()  # safetensors refuses views and shared storage
+
+
+def _shapes(tree: Tree) -> dict[str, dict[str, tuple[int, ...]]]:
+    return {path: {name: tuple(leaf.shape) for name, leaf in leaves.items()} for path, leaves in tree.items()}
+
+
+def _known(variants: Any) -> dict[str, type[AdapterConfig]]:
+    classes = list(variants.values()) if isinstance(variants, Mapping) else variants
+    if not isinstance(classes, Sequence) or not all(isinstance(c, type) and hasattr(c, "name") for c in classes):
+        raise TypeError(
+            f"load: expected variants as a sequence of config classes or a mapping by name, found {variants!r}. Write [ItsConfig]."
+        )
+    return {**VARIANTS, **(variants if isinstance(variants, Mapping) else {cls.name: cls for cls in classes})}
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if not path.is_file():
+        raise FileNotFoundError(f'load: expected a file at "{path}", found none. Pass the path that was given to save.')
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+    except Exception as e:
+        raise ValueError(
+            f'load: expected "{path}" to be a whole safetensors file, found {_what_is(path)} ({e}). Save it again with ll.save; pickled '
+            "files are never opened."
+        ) from e
+    version = metadata.get("lora_lite_format")
+    if version != str(FORMAT):
+        what = "a safetensors file that ll.save did not write" if version is None else f"format version {version}"
+        raise ValueError(f'load: expected "{path}" to hold lora_lite format {FORMAT}, found {what}. Load a file written by ll.save.')
+    return metadata, tensors
+
+
+def _what_is(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(9)
+    if (head[:2] == b"PK" or head[:1] == b"\x80") and head[8:] != b"{":  # safetensors: eight bytes of length, then JSON
+        return "a pickled file"
+    return "a truncated or foreign one" if head else "an empty file"
+
+
+def _configs(stored: list[dict[str, Any]], known: Mapping[str, type[AdapterConfig]], path: object) -> list[AdapterConfig]:
+    missing = [config["name"] for config in stored if config["name"] not in known]
+    if missing:
+        raise ValueError(
+            f'load: expected "{path}" to hold one of the variants {listed(known, 40)}, found {listed(missing)}. Closest: '
+            f"{nearest(missing[0], known, 1)}. Pass a variant from outside the package as load(..., variants=[ItsConfig])."
+        )
+    try:
+        return [from_json(known[config["name"]], config) for config in stored]
+    except (TypeError, ValueError) as e:
+        raise ValueError(f'load: expected "{path}" to hold configs that their variants take. {e}') from e
+
+
+def _entries(
+    model: nn.Module, targets: Mapping[str, Stored], configs: list[AdapterConfig], kinds: Sequence[type[FrozenLinear]]
+) -> tuple[Entries, list[str]]:
+    modules, shared = dict(model.named_modules()), sharing(model)
+    entries, faults = [], []
+    for path, stored in targets.items():
+        kind = kind_here(model, path, configs[stored.config].adapts, kinds)
+        if kind is None:
+            found = type(modules[path]).__name__ if path in modules else f"nothing; closest: {nearest(path, modules)}"
+            faults.append(f'"{path}": expected a {WORDS[configs[stored.config].adapts]}, found {found}')
+            continue
+        W = kind(layer_of(model, path))
+        if (W.in_features, W.out_features) != (stored.i, stored.o):
+            faults.append(f'"{path}": expected a layer of shape {(stored.o, stored.i)}, found {(W.out_features, W.in_features)}')
+        target = Target(path, kind, W.in_features, W.out_features, stored.role, shared_with(path, kind, shared))
+        entries.append((target, configs[stored.config]))
+    return tuple(entries), faults
+
+
+def _bind(
+    base: nn.Module,
+    targets: Mapping[str, Stored],
+    shared: Mapping[str, Described],
+    entries: Entries,
+    tensors: Mapping[str, Tensor],
+    remat: str | None,
+) -> tuple[Adapt, Tree]:
+    params: Tree = {}
+    constants: Tree = {}
+    for (path, stored), (target, _) in zip(targets.items(), entries):
+        # Copied: a mapped file is not aligned, and sums over it would round otherwise than over what was saved.
+        device = target.kind(layer_of(base, path)).device
+        params[path] = {name: tensors[join(path, name)].to(device, copy=True) for name in stored.params}
+        constants[path] = {name: tensors[CONSTANT + join(path, name)].to(device, copy=True) for name in stored.constants}
+    common = {v: {name: tensors[CONSTANT + join(v, name)].to(device, copy=True) for name in names} for v, names in shared.items()}
+    return Adapt(Plan(base, entries, _shapes(params), constants, remat, common)), params

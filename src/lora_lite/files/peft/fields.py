@@ -1,0 +1,122 @@
+"""The fields of `adapter_config.json`: which are read, which say nothing about the mathematics, and which must be off."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lora_lite.core.errors import listed, several
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "LORA": {"r": 8, "lora_alpha": 8, "use_rslora": False, "lora_dropout": 0.0, "use_dora": False, "init_lora_weights": True},
+    "IA3": {},
+    "DELORA": {"r": 8, "delora_lambda": 15, "module_dropout": 0.0},
+    "HRA": {"r": 8},
+    "ROAD": {"variant": "road_1", "group_size": 64},
+    "VERA": {"r": 256, "projection_prng_key": 0, "d_initial": 0.1, "vera_dropout": 0.0},
+    "ADALORA": {
+        **{"init_r": 12, "target_r": 8, "tinit": 0, "tfinal": 0, "deltaT": 1, "beta1": 0.85, "beta2": 0.85},
+        **{"orth_reg_weight": 0.5, "total_step": None, "lora_alpha": 8, "lora_dropout": 0.0},
+    },
+    "LN_TUNING": {},
+    "OFT": {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "block_share": False, "coft": False, "eps": 6e-5},
+}
+"""The fields that are read, of each PEFT type, with PEFT's defaults."""
+
+PATTERNS = {
+    "LORA": {"r": "rank_pattern", "lora_alpha": "alpha_pattern"},
+    "DELORA": {"r": "rank_pattern", "delora_lambda": "lambda_pattern"},
+}
+"""The fields that a layer may have of its own, with the field that holds the exceptions."""
+
+_ANY = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
+_ANY |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "modules_to_save"}
+_OF_LORA = {"rank_pattern", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
+_OF_LORA |= {"target_parameters", "megatron_config", "megatron_core", "qalora_group_size", "runtime_config"}
+FREE: dict[str, set[str]] = {
+    "LORA": {*_OF_LORA, "alpha_pattern"},
+    "ADALORA": {*_OF_LORA, "r", "init_lora_weights"},  # of the fields that it inherits, it uses neither
+    "VERA": {"save_projection", "init_weights"},
+    "IA3": {"feedforward_modules", "init_ia3_weights"},
+    "DELORA": {"rank_pattern", "lambda_pattern", "init_weights"},
+    "HRA": {"init_weights"},
+    "ROAD": {"init_weights"},
+    "LN_TUNING": set(),
+    "OFT": {"r", "oft_block_size", "module_dropout", "init_weights"},  # PEFT does not apply this dropout; blocks are read off the tensors
+}
+"""The fields that may have any value, of each PEFT type: what they say is in the tensors, or nothing in the mathematics."""
+
+OFF: tuple[Any, ...] = (None, False, "none", [], {}, "")
+
+STARTS = (True, False, "gaussian", "orthogonal", "eva", "pissa")
+"""The values of `init_lora_weights` whose files are understood."""
+
+_CONVERT = "Convert it in PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...) writes a plain LoRA."
+_SHIFTED = {
+    "olora": "the start that it shifts the base by is not in the file",
+    "corda": "the start that it shifts the base by is not in the file, nor can it be derived from the weight alone",
+    "lora_ga": "the start that it shifts the base by is not in the file, nor can it be derived from the weight alone",
+    "pissa_niter": "the start is of a randomised SVD, which cannot be repeated to the bit",
+}
+
+
+def check_fields(fields: Mapping[str, Any], where: object) -> None:
+    """Refuse an unknown method, and every field that changes the mathematics in a way that is not supported.
+
+    Raises:
+        ValueError: it names each field.
+    """
+    method = fields.get("peft_type")
+    if method not in DEFAULTS:
+        raise ValueError(
+            f'from_peft: expected peft_type in "{where}" to be one of {listed(DEFAULTS)}, found "{method}". '
+            "Merge the adapter with PEFT's merge_and_unload and adapt the merged model."
+        )
+    known = _ANY | FREE[method] | set(DEFAULTS[method])
+    faults = [f"{name}: expected it off, found {value!r}" for name, value in fields.items() if name not in known and value not in OFF]
+    if faults:
+        raise ValueError(
+            f'from_peft: expected "{where}" to ask only for what lora_lite computes too, found:\n{several(faults)}\n'
+            "Merge the adapter with PEFT's merge_and_unload and adapt the merged model, or train it with these off."
+        )
+    if method == "LORA":
+        _check_start(fields, where)
+    if method == "OFT" and resolve(fields, "use_cayley_neumann", ""):
+        _check_series(fields, where)
+
+
+def _check_start(fields: Mapping[str, Any], where: object) -> None:
+    start = resolve(fields, "init_lora_weights", "")
+    if not any(start is s or (isinstance(s, str) and start == s) for s in STARTS):
+        why = next((reason for name, reason in _SHIFTED.items() if str(start).startswith(name)), None)
+        fix = _CONVERT if why else "Merge the adapter with PEFT's merge_and_unload and adapt the merged model."
+        raise ValueError(
+            f'from_peft: expected init_lora_weights in "{where}" to be one of {", ".join(map(repr, STARTS))}, found {start!r}'
+            f"{f': {why}' if why else ''}. {fix}"
+        )
+    if start == "pissa" and fields.get("use_dora"):
+        raise ValueError(f'from_peft: expected use_dora in "{where}" off with init_lora_weights="pissa", found True. {_CONVERT}')
+    if start == "pissa" and fields.get("lora_dropout"):
+        raise ValueError(
+            f'from_peft: expected lora_dropout in "{where}" to be 0 with init_lora_weights="pissa", which has no dropout here, found '
+            f"{fields['lora_dropout']}. Set it to 0 in the file: outputs in evaluation mode do not depend on it."
+        )
+
+
+def _check_series(fields: Mapping[str, Any], where: object) -> None:
+    version = str(fields.get("peft_version") or "")
+    numbers = [int(part) for part in re.findall(r"\d+", version)[:2]]
+    if numbers < [0, 18]:
+        raise ValueError(
+            f'from_peft: expected peft_version in "{where}" to be 0.18 or newer with use_cayley_neumann, whose series was another before, '
+            f"found {version or 'none'}. Merge the adapter with the PEFT that trained it and adapt the merged model."
+        )
+
+
+def resolve(fields: Mapping[str, Any], name: str, path: str) -> Any:
+    """Give a field's value for one layer: that of the first pattern that matches its path, as PEFT matches, or the common one."""
+    method = fields["peft_type"]
+    for pattern, value in (fields.get(PATTERNS.get(method, {}).get(name, "")) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    value = fields.get(name)
+    return DEFAULTS[method].get(name) if value is None else value

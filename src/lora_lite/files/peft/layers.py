@@ -1,0 +1,130 @@
+"""Layers that PEFT keeps otherwise than linear ones, as linear ones and back: embeddings, convolutions and parameters.
+
+Keys and shapes alone differ. `lora_embedding_A` is `lora_A.weight`; a convolution's factors have its kernel's axes; of a stack of `n`
+matrices PEFT keeps one `A (n r, i)` and one `B (o, r n)`, whose last axis runs over `n` fastest, in wrappers around the module, the first
+parameter's innermost.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lite.core.config import AdapterConfig
+from lora_lite.core.tree import join
+from lora_lite.layers.convolution import FrozenConv
+from lora_lite.layers.embedding import FrozenEmbedding
+from lora_lite.layers.parameter import FrozenStack, Held, layer_of
+from lora_lite.prepare.targets import Target
+
+Tensors = dict[str, Tensor]
+A, B, MAGNITUDE, GATE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "ia3_l"
+_EMBEDDING = {"lora_embedding_A": A, "lora_embedding_B": B}
+_WRAPPER = "base_layer."
+
+
+def as_linear(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensors, list[str]]:
+    """Give a file's tensors with the keys and shapes that a linear layer at the same path would have, and list what has no such form."""
+    found, faults = dict(tensors), list[str]()
+    for path, module in model.named_modules():
+        at = prefix + join(path, "")
+        faults += _own(found, at, module)
+        if isinstance(module, nn.Embedding):
+            _embedding(found, at)
+        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            _convolution(found, at)
+        else:
+            _parameters(found, at, model, path, fields.get("target_parameters") or [])
+    return found, faults
+
+
+def _own(found: Tensors, at: str, module: nn.Module) -> list[str]:
+    """Take out a module's own tensors, which PEFT saves beside adapted embeddings and heads, in case tokens were added."""
+    faults = []
+    for name, own in module._parameters.items():
+        for key in (at + _WRAPPER + name, at + name):
+            saved = found.pop(key, None)
+            if saved is not None and not (own is not None and saved.shape == own.shape and torch.equal(saved.to(own), own)):
+                faults.append(f'unexpected "{key}": it differs from the model\'s own. Load it into the model first')
+    return faults
+
+
+def _embedding(found: Tensors, at: str) -> None:
+    for theirs, ours in _EMBEDDING.items():
+        if at + theirs in found:
+            found[at + ours] = found.pop(at + theirs)
+
+
+def _convolution(found: Tensors, at: str) -> None:
+    for key in (A, B, GATE, MAGNITUDE):
+        tensor = found.get(at + key)
+        if tensor is not None and tensor.dim() > 2:
+            flat = {GATE: (-1, 1), MAGNITUDE: (-1,)}.get(key, (len(tensor), -1))
+            found[at + key] = tensor.reshape(flat)
+
+
+def _parameters(found: Tensors, at: str, model: nn.Module, path: str, asked: Sequence[str]) -> None:
+    names = [name for name in model.get_submodule(path)._parameters if any(f".{join(path, name)}".endswith(f".{a}") for a in asked)]
+    taken = [found.pop(at + _WRAPPER * k + key, None) for k in reversed(range(len(names))) for key in (A, B)]
+    for name, a, b in zip(names, taken[::2], taken[1::2]):
+        if a is None or b is None:
+            continue
+        weight = model.get_parameter(join(path, name))
+        if weight.dim() == 3:
+            a, b = a.reshape(len(weight), -1, a.shape[-1]), b.reshape(len(b), -1, len(weight)).permute(2, 0, 1)
+        found[f"{at}{name}.{A}"], found[f"{at}{name}.{B}"] = a.contiguous(), b.contiguous()
+
+
+def axes_of(model: nn.Module, path: str) -> int:
+    """Count the axes that params at a path have before those of a linear layer's."""
+    parent, _, name = path.rpartition(".")
+    try:
+        weight = model.get_submodule(parent)._parameters.get(name)
+    except AttributeError:  # a file of another model, which is told elsewhere
+        return 0
+    return int(weight is not None and weight.dim() == 3)
+
+
+def as_saved(model: nn.Module, target: Target, tensors: Mapping[str, Tensor], targets: Sequence[Target]) -> Tensors:
+    """Give the tensors of one target of LoRA or IA3 with the keys, from the model's root, and the shapes that PEFT's file has."""
+    layer = layer_of(model, target.path)
+    if issubclass(target.kind, FrozenEmbedding):
+        keys = {ours: theirs for theirs, ours in _EMBEDDING.items()}
+        return {join(target.path, keys[key]): t for key, t in tensors.items()}
+    if issubclass(target.kind, FrozenConv):
+        kernel: Any = layer.weight
+        ones = [1] * (kernel.dim() - 2)
+        shapes = {A: (-1, *kernel.shape[1:]), B: (len(kernel), -1, *ones), GATE: (1, -1, *ones), MAGNITUDE: (1, -1, *ones)}
+        return {join(target.path, key): t.reshape(shapes[key]) for key, t in tensors.items()}
+    if isinstance(layer, Held):
+        return _wrapped(model, target, tensors, {t.path for t in targets})
+    return {join(target.path, key): t for key, t in tensors.items()}
+
+
+def _wrapped(model: nn.Module, target: Target, tensors: Mapping[str, Tensor], paths: set[str]) -> Tensors:
+    parent, _, own = target.path.rpartition(".")
+    names = [name for name in model.get_submodule(parent)._parameters if join(parent, name) in paths]
+    at = join(parent, _WRAPPER * (len(names) - 1 - names.index(own)))
+    a, b = tensors[A], tensors[B]
+    if a.dim() == 3:
+        a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+    return {at + A: a.contiguous(), at + B: b.contiguous()}
+
+
+def unsaved(model: nn.Module, target: Target, cfg: AdapterConfig) -> str | None:
+    """Say why PEFT cannot keep a variant at a target of these kinds, None where it can."""
+    layer: Any = layer_of(model, target.path)
+    if isinstance(model.get_submodule(target.path.rpartition(".")[0]), nn.MultiheadAttention):
+        return "inside nn.MultiheadAttention: PEFT adds the update of its output projection twice"
+    if issubclass(target.kind, FrozenStack | FrozenEmbedding) and cfg.name != "lora":
+        return f"on {'an embedding' if issubclass(target.kind, FrozenEmbedding) else 'a parameter'}: PEFT has LoRA alone there"
+    if not issubclass(target.kind, FrozenConv):
+        return None
+    if cfg.name == "ia3":
+        return "on a Conv1d: PEFT's IA3 takes images and volumes" if layer.weight.dim() == 3 else None
+    if cfg.name not in ("lora", "dora", "pissa"):
+        return "on a convolution: PEFT has another definition there, or none"
+    if layer.padding_mode != "zeros" or max(layer.dilation) > 1:
+        return "on a convolution with dilation or a padding mode, which PEFT's LoRA leaves out"
+    return None

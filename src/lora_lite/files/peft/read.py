@@ -1,0 +1,226 @@
+"""`from_peft`: PEFT's two files as an `adapt` and its params."""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from lora_lite.adapt import Adapt
+from lora_lite.build import build
+from lora_lite.core.config import AdapterConfig
+from lora_lite.core.errors import nearest, several, tree_faults
+from lora_lite.core.frozen import Constants
+from lora_lite.core.tree import Tree, join
+from lora_lite.files.peft import whole
+from lora_lite.files.peft.fields import DEFAULTS, check_fields, resolve
+from lora_lite.files.peft.layers import as_linear, axes_of
+from lora_lite.files.peft.rows import Leaf, Row, rows_of
+from lora_lite.layers.find import named_kinds
+from lora_lite.layers.kinds import kind_of
+from lora_lite.layers.parameter import layer_of
+from lora_lite.variants.oft import project
+
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+
+Layers = dict[str, dict[str, Tensor]]
+Chosen = dict[str, tuple[Row, Any]]
+
+
+def from_peft(model: nn.Module, directory: str | os.PathLike[str], *, remat: str | None = None) -> tuple[Adapt, Tree]:
+    """Read an adapter that PEFT saved and bind it to a model; the package `peft` is not needed.
+
+    LoRA with its patterns and rank-stabilised scale, on embeddings, convolutions and `target_parameters` too, DoRA, PiSSA, IA3, DeLoRA,
+    HRA, ROAD, OFT, VeRA, AdaLoRA and LN-tuning, with `modules_to_save`, which become targets of `FullConfig`. The layers are those that
+    the file of tensors names. Layers with other hyperparameters get a config of their own.
+
+    Args:
+        model: the model that the adapter was trained on, as it was before PEFT wrapped it.
+        directory: what was given to `save_pretrained`: the folder with `adapter_config.json` and `adapter_model.safetensors`.
+        remat: as in `build`.
+
+    Returns:
+        `(adapt, params)`; params on the devices of their layers, in at least float32, as PEFT keeps them.
+
+    Raises:
+        FileNotFoundError: where a file is missing.
+        ValueError: where a file is damaged, is of another model, or asks for what is not supported; it names each field and tensor.
+        TypeError: where `model` is of another type.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"from_peft: expected model as a torch.nn.Module, found {type(model).__name__}. Call from_peft(model, directory).")
+    folder = Path(directory)
+    fields = _read_fields(folder / CONFIG)
+    check_fields(fields, folder / CONFIG)
+    tensors = _read_tensors(folder / WEIGHTS)
+    shared = {key: tensors.pop(key) for row in rows_of(fields["peft_type"]) for key in row.shared.values() if key in tensors}
+    values, tensors = whole.split(model, fields, tensors, PREFIX)
+    tensors, faults = as_linear(model, fields, tensors, PREFIX)
+    layers, unplaced = _by_layer(model, fields["peft_type"], tensors)
+    faults += unplaced
+    faults = (
+        faults or whole.faults_of(model, fields, values) or ([] if layers or values else ["no tensors"]) or _layer_faults(model, layers)
+    )
+    _require(faults, folder, model)
+    chosen = {path: (row, row.config(**values)) for path, (row, values) in _choose(fields, layers).items()}
+    configs = [*_merged_configs(chosen), *whole.configs_of(fields, values)]
+    adapt = _with_constants(build(model, configs, remat=remat), chosen, layers, shared)
+    theirs = {path: {n: _as_saved(layers[path][leaf.key], leaf) for n, leaf in row.leaves.items()} for path, (row, _) in chosen.items()}
+    theirs = {path: row.completed(cfg, theirs[path]) for path, (row, cfg) in chosen.items()}
+    shapes = {path: adapt.shapes[path] for path in chosen}
+    _require(tree_faults(theirs, shapes) + _field_faults(fields, layers, chosen), folder, model)
+    ours = {path: _ours(adapt, model, path, row, theirs[path]) for path, (row, _) in chosen.items()}
+    return adapt, ours | whole.displacements(model, values)
+
+
+def _require(faults: list[str], folder: Path, model: nn.Module) -> None:
+    if faults:
+        raise ValueError(
+            f'from_peft: expected "{folder}" to fit this {type(model).__name__}, found:\n{several(faults)}\n'
+            "Pass the model that PEFT wrapped, and files as its save_pretrained wrote them."
+        )
+
+
+def _read_fields(place: Path) -> dict[str, Any]:
+    if not place.is_file():
+        raise FileNotFoundError(f'from_peft: expected a file at "{place}", found none. Pass the folder that was given to save_pretrained.')
+    try:
+        return dict(json.loads(place.read_text("utf-8")))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f'from_peft: expected "{place}" to be a JSON object, found a damaged one ({e}). Save the adapter again.') from e
+
+
+def _read_tensors(place: Path) -> dict[str, Tensor]:
+    if not place.is_file():
+        raise FileNotFoundError(
+            f'from_peft: expected a file at "{place}", found none. Save with safe_serialization=True; pickled files are never opened.'
+        )
+    try:
+        with safetensors.safe_open(place, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in list(file.keys())}
+    except Exception as e:
+        raise ValueError(f'from_peft: expected "{place}" to be a whole safetensors file, found {e}. Save the adapter again.') from e
+
+
+def _by_layer(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> tuple[Layers, list[str]]:
+    """Sort tensors by the path of their layer, and list those that have no place."""
+    keys: dict[str, Leaf] = {leaf.key: leaf for row in rows_of(method) for leaf in (*row.leaves.values(), *row.constants.values())}
+    ending = re.compile(rf"{re.escape(PREFIX)}(?:(.*)\.)?({'|'.join(map(re.escape, keys))})")
+    layers: Layers = {}
+    faults = []
+    for name, tensor in tensors.items():
+        found = ending.fullmatch(name)
+        if found is None:
+            faults.append(f'unexpected "{name}"')
+            continue
+        path, key = found[1] or "", found[2]
+        axes = keys[key].ndim + axes_of(model, path)
+        if tensor.ndim != axes or not tensor.is_floating_point():
+            faults.append(f'"{name}": expected {axes} axes of a floating dtype, found {tuple(tensor.shape)} of {tensor.dtype}')
+        layers.setdefault(path, {})[key] = tensor
+    return layers, faults
+
+
+def _layer_faults(model: nn.Module, layers: Layers) -> list[str]:
+    modules = dict(model.named_modules())
+    linear = [path for path, module in modules.items() if kind_of(module)] + list(named_kinds(model))
+    faults = []
+    for path in layers:
+        if path not in linear:
+            found = type(modules[path]).__name__ if path in modules else f"nothing; closest: {nearest(path, linear)}"
+            faults.append(f'"{path}": expected a linear layer, found {found}')
+    return faults
+
+
+def _choose(fields: Mapping[str, Any], layers: Layers) -> dict[str, tuple[Row, dict[str, Any]]]:
+    """Find each layer's variant and its config's values.
+
+    Raises:
+        ValueError: where a layer lacks tensors of its variant, or has others.
+    """
+    chosen, faults = {}, []
+    for path, tensors in layers.items():
+        row = next(row for row in rows_of(fields["peft_type"]) if row.when(fields, tensors))
+        wrong = [f'missing "{join(path, key)}"' for key in sorted(_keys(row) - set(tensors))]
+        wrong += [f'unexpected "{join(path, key)}"' for key in sorted(set(tensors) - _keys(row))]
+        faults += wrong
+        if not wrong:
+            chosen[path] = row, _values(row, fields, path, tensors)
+    if faults:
+        raise ValueError(
+            f"from_peft: expected {WEIGHTS} to hold the tensors that {CONFIG} describes, found:\n{several(faults)}\nSave the adapter again."
+        )
+    return chosen
+
+
+def _keys(row: Row) -> set[str]:
+    return {leaf.key for leaf in (*row.leaves.values(), *row.constants.values())}
+
+
+def _values(row: Row, fields: Mapping[str, Any], path: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    dtypes = [tensors[leaf.key].dtype for leaf in row.leaves.values()]
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32  # PEFT keeps half precision as float32 too
+    return {**row.read(fields, path, tensors), "dtype": dtype, "target_names": (f"^{re.escape(path)}$",), "exclude_names": ()}
+
+
+def _merged_configs(chosen: Chosen) -> list[AdapterConfig]:
+    """Give one config for all layers that agree in everything but their names."""
+    groups: dict[AdapterConfig, list[str]] = {}
+    for _, cfg in chosen.values():
+        groups.setdefault(dataclasses.replace(cfg, target_names=()), []).extend(cfg.target_names)
+    return [dataclasses.replace(cfg, target_names=tuple(names)) for cfg, names in groups.items()]
+
+
+def _with_constants(adapt: Adapt, chosen: Chosen, layers: Layers, shared: Mapping[str, Tensor]) -> Adapt:
+    """Take constants that the file holds from there: the weight may have changed since they were derived."""
+    plan = adapt._plan
+    constants, common = dict(plan.constants), dict(plan.shared)
+    for path, (row, cfg) in chosen.items():
+        loaded = {name: (join(path, leaf.key), layers[path][leaf.key]) for name, leaf in row.constants.items()}
+        constants[path] = _replaced(constants[path], loaded)
+        found = {name: (key, shared[key]) for name, key in row.shared.items() if key in shared}
+        if found:
+            common[cfg.name] = _replaced(common[cfg.name], found)
+    return Adapt(dataclasses.replace(plan, constants=constants, shared=common))
+
+
+def _replaced(derived: Constants, loaded: Mapping[str, tuple[str, Tensor]]) -> Constants:
+    for name, (key, tensor) in loaded.items():
+        if tensor.shape != derived[name].shape:
+            want, found = tuple(derived[name].shape), tuple(tensor.shape)
+            raise ValueError(f'from_peft: expected "{key}" of shape {want}, found {found}. Pass the model that PEFT wrapped.')
+    return {**derived, **{name: tensor.to(derived[name], copy=True) for name, (_, tensor) in loaded.items()}}
+
+
+def _field_faults(fields: Mapping[str, Any], layers: Layers, chosen: Chosen) -> list[str]:
+    """List fields that the tensors contradict."""
+    faults = []
+    for path, (row, cfg) in chosen.items():
+        if "r" in DEFAULTS[row.peft_type] and resolve(fields, "r", path) != cfg.r:
+            faults.append(f'r or rank_pattern: expected {cfg.r} at "{path}", as its tensors have, found {resolve(fields, "r", path)}')
+        if fields.get("coft") and not _within_bound(layers[path]["oft_R.weight"], cfg, resolve(fields, "eps", path)):
+            faults.append(f'coft: expected it off, or rotations within its bound, found "{path}" beyond it: PEFT would change its numbers')
+    return faults
+
+
+def _within_bound(v: Tensor, cfg: Any, eps: float) -> bool:
+    return torch.allclose(project(v, cfg.block_size, eps), v, rtol=1e-5, atol=0.0)
+
+
+def _as_saved(tensor: Tensor, leaf: Leaf) -> Tensor:
+    return tensor.flatten() if leaf.shape else tensor
+
+
+def _ours(adapt: Adapt, model: nn.Module, path: str, row: Row, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    cfg = dict(zip((t.path for t in adapt.targets), adapt.configs))[path]
+    constants = adapt.constants[path]
+    device = next(layer_of(model, path).parameters()).device
+    theirs = {name: t.to(device, cfg.dtype, copy=True) for name, t in theirs.items()}
+    signs = row.signs(theirs, constants)
+    return {name: (signs.get(name, 1.0) * t - row.leaves[name].origin(cfg, constants)).to(cfg.dtype) for name, t in theirs.items()}

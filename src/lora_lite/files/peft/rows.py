@@ -1,0 +1,267 @@
+"""Each variant in PEFT's terms, one row a variant: names of its tensors, neutral values, fields of its config.
+
+Of each trained tensor `theirs = origin + ours`, where the origin is PEFT's neutral value: 0, 1, a row norm, PiSSA's start.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_lite.core.config import AdapterConfig
+from lora_lite.core.frozen import Constants
+from lora_lite.files.peft.fields import resolve
+from lora_lite.variants.adalora import AdaLoRAConfig
+from lora_lite.variants.asvd import ASVDConfig
+from lora_lite.variants.corda import CorDAConfig
+from lora_lite.variants.delora import DeLoRAConfig
+from lora_lite.variants.dora import DoRAConfig
+from lora_lite.variants.eva import EVAConfig
+from lora_lite.variants.hra import HRAConfig
+from lora_lite.variants.ia3 import IA3Config
+from lora_lite.variants.ia3_ff import IA3FFConfig
+from lora_lite.variants.loftq import LoftQConfig
+from lora_lite.variants.lora import LoRAConfig
+from lora_lite.variants.lora_ga import LoRAGAConfig
+from lora_lite.variants.oft import OFTConfig
+from lora_lite.variants.pissa import PiSSAConfig
+from lora_lite.variants.road import ROADConfig
+from lora_lite.variants.vera import VeRAConfig
+
+Fields = Mapping[str, Any]
+Tensors = Mapping[str, Tensor]
+Leaves = dict[str, Tensor]
+
+
+class Leaf(NamedTuple):
+    """One tensor of ours in PEFT's file: its key, its number of axes, its neutral value, its shape where ours is flat."""
+
+    key: str
+    ndim: int
+    origin: Callable[[Any, Constants], Tensor | float] = lambda cfg, constants: 0.0
+    shape: tuple[int, ...] | None = None
+
+
+class Row(NamedTuple):
+    """One variant as PEFT has it.
+
+    Attributes:
+        config: the variant's config class.
+        peft_type: PEFT's name of the method.
+        leaves: our params by name.
+        read: `(fields, path, tensors of the layer)` to our config's values.
+        write: our config to the fields of PEFT's that a layer may have of its own.
+        when: whether a layer of this PEFT type is of this variant; the first row that fits is taken.
+        constants: our constants that the file holds, by name.
+        saved: `(target's input width, constants)` to the constants as the file holds them.
+        shared: keys of the constants that all layers share, by name; a file may lack them.
+        completed: PEFT's tensors with what it leaves out of the file.
+        signs: signs that align PEFT's factors with ours, by param.
+        written: config and params as another variant, where PEFT's files hold them so.
+        refused: what of a config PEFT cannot express, as the field and the reason.
+        lists: PEFT's field that names the layers of this variant among those of its type.
+        conv1d: whether PEFT adapts transformers' `Conv1D` by it.
+    """
+
+    config: type[AdapterConfig]
+    peft_type: str
+    leaves: Mapping[str, Leaf]
+    read: Callable[[Fields, str, Tensors], dict[str, Any]]
+    write: Callable[[Any], dict[str, Any]]
+    when: Callable[[Fields, Tensors], bool] = lambda fields, tensors: True
+    constants: Mapping[str, Leaf] = {}
+    saved: Callable[[int, Constants], Leaves] = lambda i, constants: {}
+    shared: Mapping[str, str] = {}
+    completed: Callable[[Any, Leaves], Leaves] = lambda cfg, theirs: theirs
+    signs: Callable[[Tensors, Constants], Leaves] = lambda theirs, constants: {}
+    written: Callable[[Any, Leaves, Constants], tuple[Any, Leaves]] = lambda cfg, leaves, constants: (cfg, leaves)
+    refused: Callable[[Any], str | None] = lambda cfg: None
+    lists: str | None = None
+    conv1d: bool = False
+
+
+def _read_lora(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
+    return {
+        "r": tensors["lora_A.weight"].shape[-2],
+        "alpha": resolve(fields, "lora_alpha", path),
+        "rslora": resolve(fields, "use_rslora", path),
+        "dropout": resolve(fields, "lora_dropout", path),
+    }
+
+
+def _read_pissa(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
+    lora = _read_lora(fields, path, tensors)
+    return {"r": lora["r"], "alpha": lora["alpha"] * (math.sqrt(lora["r"]) if lora["rslora"] else 1)}
+
+
+def _write_lora(cfg: LoRAConfig) -> dict[str, Any]:
+    alpha = int(cfg.alpha) if float(cfg.alpha).is_integer() else cfg.alpha
+    fixed = {"use_dora": isinstance(cfg, DoRAConfig), "init_lora_weights": True}
+    return {"r": cfg.r, "lora_alpha": alpha, "use_rslora": cfg.rslora, "lora_dropout": cfg.dropout, **fixed}
+
+
+def _pissa_signs(theirs: Tensors, constants: Constants) -> Leaves:
+    # Each pair of singular vectors is free to change its sign; the product does not depend on the choice.
+    same = (theirs["dA"] * constants["A0"]).sum(1) >= 0
+    signs = torch.where(same, 1.0, -1.0)
+    return {"dA": signs[:, None], "dB": signs}
+
+
+def _as_lora(cfg: PiSSAConfig, leaves: Leaves, constants: Constants) -> tuple[LoRAConfig, Leaves]:
+    """Give `B A - B0 A0` as one product of twice the rank, `(B0 + dB) dA + dB A0`: nothing cancels, and the start stays exact."""
+    A0, B0 = constants["A0"], constants["B0"]
+    doubled = LoRAConfig(r=2 * cfg.r, alpha=2 * cfg.alpha, dtype=cfg.dtype)
+    return doubled, {"A": torch.cat([leaves["dA"], A0]), "B": torch.cat([B0 + leaves["dB"], leaves["dB"]], dim=1)}
+
+
+def _plain_lora(cfg: EVAConfig | LoftQConfig, leaves: Leaves, constants: Constants) -> tuple[LoRAConfig, Leaves]:
+    return LoRAConfig(r=cfg.r, alpha=cfg.alpha, dtype=cfg.dtype), leaves
+
+
+def _never(fields: Fields, tensors: Tensors) -> bool:
+    return False  # such a file is one of LoRA
+
+
+def _read_delora(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
+    strength, dropout = resolve(fields, "delora_lambda", path), resolve(fields, "module_dropout", path)
+    return {"r": tensors["delora_A"].shape[0], "lambda0": strength, "dropout": dropout}
+
+
+def _delora_norms(i: int, constants: Constants) -> Leaves:
+    return {"w": constants.get("w", torch.ones(1)).expand(i)}  # PEFT has one norm for each input
+
+
+def _read_oft(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
+    size = (1 + math.isqrt(1 + 8 * tensors["oft_R.weight"].shape[1])) // 2  # PEFT rounds oft_block_size to a divisor in silence
+    series = resolve(fields, "use_cayley_neumann", path)
+    found = {"block_size": size, "block_share": resolve(fields, "block_share", path), "cayley": "series" if series else "exact"}
+    return {**found, "terms": resolve(fields, "num_cayley_neumann_terms", path)} if series else found
+
+
+def _write_oft(cfg: OFTConfig) -> dict[str, Any]:
+    series = {"use_cayley_neumann": cfg.cayley == "series", "num_cayley_neumann_terms": cfg.terms}
+    return {"r": 0, "oft_block_size": cfg.block_size, "block_share": cfg.block_share, **series}
+
+
+_SCHEDULE = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
+
+
+def _read_adalora(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
+    schedule = {name: resolve(fields, name, path) for name in _SCHEDULE}
+    return {**schedule, "alpha": resolve(fields, "lora_alpha", path), "dropout": resolve(fields, "lora_dropout", path)}
+
+
+def _write_adalora(cfg: AdaLoRAConfig) -> dict[str, Any]:
+    return {**{name: getattr(cfg, name) for name in _SCHEDULE}, "lora_alpha": cfg.alpha, "lora_dropout": cfg.dropout}
+
+
+def _pruned(cfg: AdaLoRAConfig, theirs: Leaves) -> Leaves:
+    """Give zeros for the triplets that PEFT cuts out of its files, which are those with `E = 0`."""
+    missing = cfg.init_r - theirs["E"].shape[0]
+    if missing <= 0:
+        return theirs
+    pads = {"A": (0, 0, 0, missing), "B": (0, missing), "E": (0, missing)}
+    return {name: F.pad(t, pads[name]) for name, t in theirs.items()}
+
+
+def _one(cfg: Any, constants: Constants) -> float:
+    return 1.0
+
+
+_LORA = {"A": Leaf("lora_A.weight", 2), "B": Leaf("lora_B.weight", 2)}
+
+ROWS: dict[str, Row] = {
+    "pissa": Row(
+        PiSSAConfig,
+        "LORA",
+        {"dA": Leaf("lora_A.weight", 2, lambda _, c: c["A0"]), "dB": Leaf("lora_B.weight", 2, lambda _, c: c["B0"])},
+        _read_pissa,
+        _write_lora,
+        when=lambda fields, _: fields.get("init_lora_weights") == "pissa",
+        signs=_pissa_signs,
+        written=_as_lora,
+        conv1d=True,
+    ),
+    "dora": Row(
+        DoRAConfig,
+        "LORA",
+        {**_LORA, "m": Leaf("lora_magnitude_vector", 1, lambda _, c: c["sqnorm"].sqrt())},
+        _read_lora,
+        _write_lora,
+        when=lambda fields, _: bool(fields.get("use_dora")),
+        conv1d=True,
+    ),
+    "lora": Row(LoRAConfig, "LORA", _LORA, _read_lora, _write_lora, conv1d=True),
+    "eva": Row(EVAConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_plain_lora, conv1d=True),
+    "corda": Row(CorDAConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_as_lora, conv1d=True),
+    "asvd": Row(ASVDConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_as_lora, conv1d=True),
+    "loftq": Row(LoftQConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_plain_lora, conv1d=True),
+    "lora_ga": Row(LoRAGAConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_as_lora, conv1d=True),
+    "ia3_ff": Row(
+        IA3FFConfig,
+        "IA3",
+        {"g": Leaf("ia3_l", 2, _one, (1, -1))},
+        lambda *_: {},
+        lambda _: {},
+        when=lambda _, tensors: tensors["ia3_l"].shape[0] == 1 < tensors["ia3_l"].shape[1],
+        lists="feedforward_modules",
+        conv1d=True,
+    ),
+    "ia3": Row(IA3Config, "IA3", {"g": Leaf("ia3_l", 2, _one, (-1, 1))}, lambda *_: {}, lambda _: {}, conv1d=True),
+    "delora": Row(
+        DeLoRAConfig,
+        "DELORA",
+        {"A": Leaf("delora_A", 2), "B": Leaf("delora_B", 2), "l": Leaf("delora_lambda", 1, lambda cfg, _: cfg.lambda0)},
+        _read_delora,
+        lambda cfg: {"r": cfg.r, "delora_lambda": cfg.lambda0, "module_dropout": cfg.dropout},
+        constants={"w": Leaf("delora_w_norm", 1)},
+        saved=_delora_norms,
+        refused=lambda cfg: 'start="copy": PEFT has no frozen copy to take off' if cfg.start == "copy" else None,
+    ),
+    "hra": Row(
+        HRAConfig,
+        "HRA",
+        {"U": Leaf("hra_u", 2)},
+        lambda fields, path, tensors: {"r": tensors["hra_u"].shape[1]},
+        lambda cfg: {"r": cfg.r, "apply_GS": False},
+        refused=lambda cfg: 'side="out": PEFT reflects inputs' if cfg.side == "out" else None,
+    ),
+    "road": Row(
+        ROADConfig,
+        "ROAD",
+        {"theta": Leaf("road_theta", 1), "a": Leaf("road_alpha", 1, _one)},
+        lambda fields, path, _: {name: resolve(fields, name, path) for name in ("variant", "group_size")},
+        lambda cfg: {"variant": cfg.variant, "group_size": cfg.group_size},
+    ),
+    "vera": Row(
+        VeRAConfig,
+        "VERA",
+        {"lambda_d": Leaf("vera_lambda_d", 1), "lambda_b": Leaf("vera_lambda_b", 1)},
+        lambda fields, path, tensors: {
+            **{"r": tensors["vera_lambda_d"].shape[0], "seed": resolve(fields, "projection_prng_key", path)},
+            **{"d_initial": resolve(fields, "d_initial", path), "dropout": resolve(fields, "vera_dropout", path)},
+        },
+        lambda cfg: {"r": cfg.r, "projection_prng_key": cfg.seed, "d_initial": cfg.d_initial, "vera_dropout": cfg.dropout},
+        shared={"A": "base_model.vera_A", "B": "base_model.vera_B"},
+        conv1d=True,
+    ),
+    "adalora": Row(
+        AdaLoRAConfig,
+        "ADALORA",
+        {"A": Leaf("lora_A", 2), "B": Leaf("lora_B", 2), "E": Leaf("lora_E", 2, shape=(-1, 1))},
+        _read_adalora,
+        _write_adalora,
+        completed=_pruned,
+        refused=lambda cfg: "total_step=None: PEFT requires a number" if cfg.total_step is None else None,
+        conv1d=True,
+    ),
+    "oft": Row(OFTConfig, "OFT", {"v": Leaf("oft_R.weight", 2)}, _read_oft, _write_oft),
+}
+
+
+def rows_of(peft_type: str) -> list[Row]:
+    """Give the rows of a PEFT type, in the order in which they are tried."""
+    return [row for row in ROWS.values() if row.peft_type == peft_type]

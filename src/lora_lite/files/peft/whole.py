@@ -1,0 +1,94 @@
+"""Modules trained as a whole in PEFT's files: `modules_to_save`, and the norms of LN-tuning. PEFT keeps full values, we displacements."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_lite.core.config import AdapterConfig
+from lora_lite.core.errors import listed, several
+from lora_lite.core.tree import Tree, join
+from lora_lite.layers.module import FrozenModule
+from lora_lite.variants.full import FullConfig
+from lora_lite.variants.ln_tuning import LNTuningConfig
+
+LN_TUNING = "LN_TUNING"
+_NORM = "ln_tuning_layers."
+Values = dict[str, dict[str, Tensor]]
+
+
+def split(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> tuple[Values, dict[str, Tensor]]:
+    """Take the tensors of whole modules out of a file's, by the module's path and the parameter's name; give the rest too."""
+    rest, values = dict(tensors), dict[str, dict[str, Tensor]]()
+    for path, name, key in _keys(model, fields):
+        tensor = rest.pop(prefix + key, None)
+        if tensor is not None:
+            values.setdefault(path, {})[name] = tensor
+    return values, rest
+
+
+def _keys(model: nn.Module, fields: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """List `(path, parameter, key)` of every parameter that a file with these fields may hold in full."""
+    names = fields.get("modules_to_save") or []
+    keys = [(path, name, join(path, name)) for path in _whole(model, names) for name, _ in model.get_submodule(path).named_parameters()]
+    if fields["peft_type"] == LN_TUNING:
+        norms = [(path, name) for path, module in model.named_modules() for name, _ in module.named_parameters(recurse=False)]
+        keys += [(path, name, join(path, _NORM + name)) for path, name in norms]
+    return keys
+
+
+def faults_of(model: nn.Module, fields: Mapping[str, Any], values: Values) -> list[str]:
+    """List what a file says it holds in full and does not."""
+    names = fields.get("modules_to_save") or []
+    missing = [path for path in _whole(model, names) if path not in values]
+    faults = [f'modules_to_save: expected the tensors of "{path}", found none' for path in missing]
+    if names and not values:
+        faults = faults or [f"modules_to_save: expected modules of this model, found {listed(names)}"]
+    return faults
+
+
+def _whole(model: nn.Module, names: list[str]) -> list[str]:
+    return [path for path, _ in model.named_modules() if path and any(path.endswith(name) for name in names)]
+
+
+def configs_of(fields: Mapping[str, Any], values: Values) -> list[AdapterConfig]:
+    """Give the config that adapts the modules of `values`, none where there are none."""
+    names = tuple(f"^{re.escape(path)}$" for path in values)
+    config = LNTuningConfig if fields["peft_type"] == LN_TUNING else FullConfig
+    return [config(target_names=names)] if names else []
+
+
+def displacements(model: nn.Module, values: Values) -> Tree:
+    """Give the params of modules whose full values PEFT saved; parameters that the file leaves out did not move.
+
+    Raises:
+        ValueError: for a tensor of another shape; it lists each.
+    """
+    faults, params = [], dict[str, dict[str, Tensor]]()
+    for path, saved in values.items():
+        own = FrozenModule(model.get_submodule(path)).parameters
+        faults += [
+            f'"{join(path, n)}": expected {tuple(own[n].shape)}, found {tuple(t.shape)}'
+            for n, t in saved.items()
+            if t.shape != own[n].shape
+        ]
+        if not faults:
+            now = {name: saved.get(name, p).detach().to(p.device).float() for name, p in own.items()}
+            params[path] = {name: now[name] - p.detach().float() for name, p in own.items()}
+    if faults:
+        raise ValueError(
+            f"from_peft: expected whole modules as this model has them, found:\n{several(faults)}\nPass the model that PEFT wrapped."
+        )
+    return params
+
+
+def full_values(model: nn.Module, path: str, cfg: AdapterConfig, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give the tensors of one whole module as PEFT's file holds them, by key."""
+    own, mark = FrozenModule(model.get_submodule(path)).parameters, _NORM if isinstance(cfg, LNTuningConfig) else ""
+    return {join(path, mark + name): (own[name] + delta.detach()).to(own[name].dtype).cpu() for name, delta in leaves.items()}
+
+
+def ambiguous(model: nn.Module, path: str) -> list[str]:
+    """Name the modules that PEFT would train too when asked for `path`: it goes by the end of the name."""
+    return [other for other, _ in model.named_modules() if other != path and other.endswith(path)]

@@ -1,0 +1,210 @@
+"""`to_peft`: an adapter and its params as PEFT's two files."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+from torch import Tensor
+
+from lora_lite.adapt import Adapt
+from lora_lite.core.config import AdapterConfig
+from lora_lite.core.errors import listed, several
+from lora_lite.core.frozen import FrozenConv1D
+from lora_lite.files.peft import whole
+from lora_lite.files.peft.fields import PATTERNS
+from lora_lite.files.peft.layers import as_saved, unsaved
+from lora_lite.files.peft.read import CONFIG, PREFIX, WEIGHTS
+from lora_lite.files.peft.rows import ROWS, Leaves, Row
+from lora_lite.layers.parameter import Held, layer_of
+from lora_lite.prepare.targets import Target
+from lora_lite.variants.full import FullConfig
+from lora_lite.variants.ln_tuning import LNTuningConfig
+
+Pairs = list[tuple[Target, AdapterConfig]]
+
+VERSION = "0.18.0"
+"""The oldest PEFT that reads these files as they are meant: OFT's series was another before."""
+
+OF_TYPE: dict[str, dict[str, Any]] = {
+    "LORA": {"bias": "none"},
+    "IA3": {"feedforward_modules": []},
+    "DELORA": {"bias": "none"},
+    "HRA": {"bias": "none"},
+    "ROAD": {},
+    "OFT": {"bias": "none"},
+    "VERA": {"bias": "none", "save_projection": True},
+    "ADALORA": {"bias": "none"},
+    "LN_TUNING": {},
+}
+"""Fields that are the same in every file of a PEFT type."""
+
+
+class Written(NamedTuple):
+    """One layer in PEFT's terms."""
+
+    target: Target
+    row: Row
+    fields: dict[str, Any]
+    tensors: Leaves
+
+
+def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory: str | os.PathLike[str]) -> None:
+    """Write an adapter so that `peft.PeftModel.from_pretrained(model, directory)` gives the same outputs.
+
+    LoRA, DoRA, IA3 with IA3-FF, DeLoRA, HRA, ROAD, OFT, VeRA, AdaLoRA and LN-tuning keep their tensors. EVA and LoftQ are LoRA. PiSSA,
+    CorDA, ASVD and LoRA-GA are written as LoRA of twice the rank, which acts on the weight as it is. Targets of `FullConfig` become
+    `modules_to_save`. Both files are written beside their place and moved, so that neither is ever half-written.
+
+    Args:
+        adapt: what the params belong to.
+        params: a tree that fits it.
+        directory: the folder to write to; it is made where it does not exist, its parent must.
+
+    Raises:
+        ValueError: where `params` does not fit `adapt`, or PEFT cannot express it; it names each target, variant or field.
+        FileNotFoundError: where the parent of the directory does not exist.
+    """
+    adapt._require(params, "to_peft")
+    folder = Path(directory)
+    if not folder.parent.is_dir():
+        raise FileNotFoundError(f'to_peft: expected the parent of "{folder}" to exist, found none. Create it first.')
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f'to_peft: expected a folder, found the file "{folder}". Name a folder.')
+    entries = list(zip(adapt.targets, adapt.configs))
+    as_whole: Pairs = [(target, cfg) for target, cfg in entries if isinstance(cfg, FullConfig)]
+    of_method = [(target, cfg) for target, cfg in entries if not isinstance(cfg, FullConfig)]
+    _refuse(of_method, as_whole, adapt)
+    layers = [_written(target, cfg, dict(params[target.path]), adapt) for target, cfg in of_method]
+    saved = [as_saved(adapt._plan.base, layer.target, layer.tensors, adapt.targets) for layer in layers]
+    tensors = {PREFIX + key: t for one in saved for key, t in one.items()}
+    for _, cfg in of_method:
+        tensors |= {key: adapt.constants[cfg.name][name].cpu() for name, key in ROWS[cfg.name].shared.items()}
+    for target, cfg in as_whole:
+        values = whole.full_values(adapt._plan.base, target.path, cfg, params[target.path])
+        tensors |= {PREFIX + key: t.contiguous().clone() for key, t in values.items()}
+    _write(folder, _fields(adapt, layers, as_whole), tensors)
+
+
+def _row(cfg: AdapterConfig) -> Row | None:
+    row = ROWS.get(cfg.name)
+    return row if row is not None and row.config is type(cfg) else None
+
+
+def _refuse(entries: Pairs, as_whole: Pairs, adapt: Adapt) -> None:
+    faults = _whole_faults(entries, as_whole, adapt)
+    for target, cfg in entries:
+        row, at = _row(cfg), f'"{target.path}": {type(cfg).__name__}'
+        if row is None:
+            faults.append(f"{at} has no class in PEFT")
+            continue
+        reason = row.refused(cfg)
+        faults += [f"{at}.{reason}"] if reason else []
+        if issubclass(target.kind, FrozenConv1D) and not row.conv1d:
+            faults.append(f"{at} on a Conv1D: PEFT's {row.peft_type} takes nn.Linear alone")
+        unable = unsaved(adapt._plan.base, target, cfg)
+        faults += [f"{at} {unable}"] if unable else []
+        if not target.path:
+            faults.append("the model itself is the layer: PEFT adapts layers inside a model")
+    types = sorted({row.peft_type for _, cfg in entries if (row := _row(cfg))})
+    if len(types) > 1:
+        faults.append(f"variants of {len(types)} methods, {listed(types)}: a file of PEFT's holds one")
+    if faults:
+        raise ValueError(
+            f"to_peft: expected an adapter that one of PEFT's configs can express, found:\n{several(faults)}\n"
+            "Keep it with ll.save, or convert linear variants with ll.to_lora first."
+        )
+
+
+def _whole_faults(entries: Pairs, as_whole: Pairs, adapt: Adapt) -> list[str]:
+    norms = [target.path for target, cfg in as_whole if isinstance(cfg, LNTuningConfig)]
+    faults = []
+    if norms and (entries or len(norms) < len(as_whole)):
+        faults.append(f"LN-tuning at {listed(norms)} beside others: a file of PEFT's LN-tuning holds nothing else")
+    if as_whole and not entries and not norms:
+        faults.append("nothing but modules trained as a whole: PEFT has them beside a method only")
+    for target, cfg in as_whole:
+        others = whole.ambiguous(adapt._plan.base, target.path)
+        if others:
+            faults.append(f'"{target.path}": {type(cfg).__name__}: PEFT goes by the end of a name and would take {listed(others)} too')
+    return faults
+
+
+def _written(target: Target, cfg: AdapterConfig, leaves: Leaves, adapt: Adapt) -> Written:
+    path = target.path
+    constants = adapt._plan.constants_at(path, cfg)
+    cfg, leaves = ROWS[cfg.name].written(cfg, leaves, constants)
+    row = ROWS[cfg.name]
+    tensors = {}
+    for name, leaf in row.leaves.items():
+        value = leaves[name].detach() + leaf.origin(cfg, constants)
+        tensors[leaf.key] = value.reshape(leaf.shape) if leaf.shape else value
+    tensors |= {row.constants[name].key: t for name, t in row.saved(target.i, constants).items()}
+    return Written(target, row, row.write(cfg), {key: t.cpu().contiguous().clone() for key, t in tensors.items()})
+
+
+def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs) -> dict[str, Any]:
+    """Give the fields of PEFT's config: what layers agree in, and patterns for what they may differ in.
+
+    Raises:
+        ValueError: where layers differ in a field that PEFT has once.
+    """
+    paths = [target.path for target, _ in as_whole]
+    method = layers[0].row.peft_type if layers else whole.LN_TUNING
+    fields = {"peft_type": method, "peft_version": VERSION, "task_type": None, "inference_mode": True, **OF_TYPE[method]}
+    fields["base_model_name_or_path"] = getattr(getattr(adapt._plan.base, "config", None), "_name_or_path", None)
+    base, chosen = adapt._plan.base, [layer.target.path for layer in layers] or paths
+    parameters = [path for path in chosen if isinstance(layer_of(base, path), Held)]
+    fields["target_modules"] = _target_modules(adapt, [path for path in chosen if path not in parameters])
+    fields |= {"target_parameters": parameters} if parameters else {}
+    if not layers:
+        return fields
+    fields["modules_to_save"] = paths or None
+    if any(layer.row.conv1d for layer in layers):
+        fields["fan_in_fan_out"] = any(issubclass(layer.target.kind, FrozenConv1D) for layer in layers)
+    for lists in {layer.row.lists for layer in layers if layer.row.lists}:
+        fields[lists] = _expression([layer.target.path for layer in layers if layer.row.lists == lists])
+    patterns, faults = PATTERNS.get(method, {}), []
+    for name in layers[0].fields:
+        values = {layer.target.path: layer.fields[name] for layer in layers}
+        fields[name] = Counter(values.values()).most_common(1)[0][0]
+        others = {path: value for path, value in values.items() if value != fields[name]}
+        if name in patterns:
+            fields[patterns[name]] = {f"^{re.escape(path)}": value for path, value in others.items()}
+        elif others:
+            faults.append(f"{name}: {fields[name]!r} and {next(iter(others.values()))!r} at {listed(others)}")
+    if faults:
+        raise ValueError(
+            f"to_peft: expected configs that agree in what PEFT has once for all layers, found:\n{several(faults)}\n"
+            "Keep the adapter with ll.save, or convert it with ll.to_lora first."
+        )
+    return fields
+
+
+def _expression(paths: list[str]) -> str:
+    return "|".join(map(re.escape, paths))  # PEFT matches an expression in full
+
+
+def _target_modules(adapt: Adapt, paths: list[str]) -> list[str] | str:
+    """Name the layers in a list, which other readers of these files expect; by an expression where a suffix would match others too."""
+    others = [path for path, _ in adapt._plan.base.named_modules() if path not in set(paths)]
+    ends = tuple(f".{path}" for path in paths)
+    return _expression(paths) if any(path.endswith(ends) for path in others) else paths
+
+
+def _write(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+    try:
+        safetensors.torch.save_file(dict(tensors), beside / WEIGHTS, {"format": "pt"})
+        (beside / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
+        folder.mkdir(exist_ok=True)
+        for name in (WEIGHTS, CONFIG):
+            os.replace(beside / name, folder / name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

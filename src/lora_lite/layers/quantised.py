@@ -1,0 +1,198 @@
+"""Kinds of layers whose weight is stored packed: the base class, and how such a layer runs in a clone.
+
+A kind says how to dequantise; the products are derived, differentiable under every torch.func transform. The dense weight lives for one
+product: nothing of it is kept for the backward pass, which dequantises again.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_lite.core.frozen import FrozenLinear
+from lora_lite.core.subclass import derived
+from lora_lite.layers.compiled_product import traced_product
+
+_HELD = "_lora_lite_held"
+
+
+class _Product(torch.autograd.Function):
+    """`x -> x W^T`, or with `transposed` `x -> x W`: linear in `x`, so each is the derivative of the other and nothing is saved."""
+
+    @staticmethod
+    def forward(W: "FrozenQuantised", x: Tensor, transposed: bool) -> Tensor:
+        return W.transpose_product(x) if transposed else W.product(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.W, _, ctx.transposed = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        return None, _Product.apply(ctx.W, grad, not ctx.transposed), None
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, tangent: Tensor, __: None) -> Tensor:
+        return _Product.apply(ctx.W, tangent, ctx.transposed)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], W: "FrozenQuantised", x: Tensor, transposed: bool) -> tuple[Tensor, int]:
+        return _Product.apply(W, x.movedim(in_dims[1], 0), transposed), 0  # type: ignore[arg-type]
+
+
+class FrozenQuantised(FrozenLinear):
+    """Base of the kinds whose weight is stored packed; write a subclass for a backend of your own.
+
+    A subclass gives `fits` and `dequantise`. `product` and `transpose_product` are derived from it and may be overridden by fused
+    kernels, which need no derivative. `build`, `load` and `find_targets` take the class as `kinds=(MyKind,)`. In a clone, every layer
+    that the kind fits runs the kind, target or not, so that the layer's own forward need not work under torch.func.
+
+    Example:
+        >>> import torch, lora_lite as ll
+        >>> class Ternary(torch.nn.Module):
+        ...     def __init__(self, o, i):
+        ...         super().__init__()
+        ...         self.in_features, self.out_features, self.bias = i, o, None
+        ...         self.register_buffer("q", torch.randint(-1, 2, (o, i), dtype=torch.int8))
+        ...
+        ...     def forward(self, x):
+        ...         return x @ self.q.to(x.dtype).t()
+        >>> class FrozenTernary(ll.FrozenQuantised):
+        ...     @classmethod
+        ...     def fits(cls, layer):
+        ...         return isinstance(layer, Ternary)
+        ...
+        ...     def dequantise(self, dtype):
+        ...         return self.layer.q.to(dtype)
+        >>> ll.build(torch.nn.Sequential(Ternary(4, 8)), ll.PiSSAConfig(r=2), kinds=(FrozenTernary,))
+        Adapt(Sequential, pissa, 1 targets, 24 params)
+    """
+
+    @classmethod
+    def fits(cls, layer: nn.Module) -> bool:
+        """Tell whether this kind reads a module."""
+        raise NotImplementedError(f"{cls.__name__}.fits(layer) -> bool is not defined")
+
+    @classmethod
+    def faithful(cls, layer: nn.Module) -> bool:
+        """Tell whether the layer's class computes what the kind does; the base trusts `fits`."""
+        return True
+
+    @classmethod
+    def fault(cls, layer: nn.Module) -> str | None:
+        """Say why a layer that fits cannot be read as it is, and the way out; None where it can."""
+        return None
+
+    @classmethod
+    def isolate(cls, layer: Any) -> None:
+        """Give a layer of a clone bookkeeping of its own where the backend rewrites it in place; weights stay shared."""
+
+    def dequantise(self, dtype: torch.dtype) -> Tensor:
+        """Give the weight as a new dense `(o, i)` matrix in a floating `dtype`, by operations that `torch.compile` can trace."""
+        raise NotImplementedError(f"{type(self).__name__}.dequantise(dtype) -> (o, i) is not defined")
+
+    def product(self, x: Tensor) -> Tensor:
+        """Give `x W^T` in the dtype of `x`: `(*b, i) -> (*b, o)`."""
+        return F.linear(x, self.dequantise(x.dtype))
+
+    def transpose_product(self, y: Tensor) -> Tensor:
+        """Give `y W` in the dtype of `y`: `(*b, o) -> (*b, i)`."""
+        return y @ self.dequantise(y.dtype)
+
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Give the dtype in which an input of `dtype` is multiplied; the output has the input's."""
+        return dtype
+
+    @property
+    def layer(self) -> Any:
+        """The module that the kind reads; it must have `in_features` and `out_features`, and may have a `bias`."""
+        return self._layer
+
+    @property
+    def weight(self) -> Tensor:
+        return self.dense()
+
+    @property
+    def bias(self) -> Tensor | None:
+        return getattr(self._layer, "bias", None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Float32: what `dense()` gives, whatever the layer was before it was quantised."""
+        return torch.float32
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input, `i`."""
+        return self._layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output, `o`."""
+        return self._layer.out_features
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed weight lives."""
+        devices = [t.device for t in (*self._layer.parameters(), *self._layer.buffers())]
+        return next((d for d in devices if d.type != "meta"), torch.device("meta"))  # placeholders of params lie on meta
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._affine(x, self.bias)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self._affine(x, None)
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dequantised weight `(o, i)`, in float32 where no dtype is given."""
+        return self.dequantise(dtype or self.dtype)
+
+    def _affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):  # the layer has a compute dtype of its own, which autocast does not know
+            with torch.autocast(x.device.type, enabled=False):
+                return self._affine(x, bias)
+        dtype = self.compute_dtype(x.dtype)
+        y = self._product(x.to(dtype))
+        return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # which cannot trace a Function with a jvp
+            return traced_product(self.dequantise, x)
+        return _Product.apply(self, x, False)
+
+
+class Held(nn.Module):
+    """The part of a quantised layer's class in a clone that runs its kind instead of the layer's own forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return vars(self)[_HELD](x)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        hold(self, kind_held(self))  # read the weights again from where they have moved
+        return self
+
+
+@functools.cache
+def _held_class(cls: Any) -> Any:
+    return derived(_held_class, cls, Held)
+
+
+def kind_held(layer: nn.Module) -> type[FrozenLinear] | None:
+    """Find the kind that a layer of a clone runs, or None where it runs its own forward."""
+    return type(vars(layer)[_HELD]) if isinstance(layer, Held) else None
+
+
+def hold(layer: Any, kind: type[FrozenLinear] | None) -> None:
+    """Make a layer of a clone run its kind, with the packed weights it has now, whatever becomes of the user's layer."""
+    if kind is None or not issubclass(kind, FrozenQuantised):
+        return
+    kind.isolate(layer)
+    if not isinstance(layer, Held):
+        if not kind.faithful(layer):
+            return
+        layer.__class__ = _held_class(type(layer))  # type: ignore[arg-type]
+    vars(layer)[_HELD] = kind(layer, {})

@@ -1,0 +1,217 @@
+"""Gather the statistics that a variant's start is derived from, where it depends on data.
+
+The batches run through a private clone in evaluation mode, without a graph unless gradients are asked for. Targets that begin with the same
+statistic and are given the same tensors end with the same one, held once: `q`, `k` and `v` of a block.
+"""
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lora_lite.clone.checkpointing import install
+from lora_lite.clone.per_thread import Replica
+from lora_lite.clone.structure import clone_again
+from lora_lite.core.errors import listed
+from lora_lite.core.frozen import first_of
+from lora_lite.core.plan import Entries
+from lora_lite.core.progress import shown
+from lora_lite.core.statistics import needs_loss, statistic_of
+from lora_lite.layers.prompt import IGNORED
+from lora_lite.transforms.all_reduce import merged_over_ranks
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def require_data(entries: Entries, calibration: Any, loss: Loss | None) -> None:
+    """Refuse calibrated configs without data, data or a loss that no config uses, and what is not an iterable of batches."""
+    if loss is not None and not any(needs_loss(cfg) for _, cfg in entries):
+        others = sorted({type(cfg).__name__ for _, cfg in entries})
+        raise ValueError(f"build: expected no loss, since none of {listed(others)} uses its gradient, found one. Leave loss out.")
+    names = sorted({type(cfg).__name__ for _, cfg in entries if cfg.calibrated})
+    if names and calibration is None:
+        raise ValueError(
+            f"build: expected calibration data for {listed(names)}, whose start is derived from the layers' inputs, found none. "
+            "Use build(model, cfg, calibration=batches), an iterable of what adapt takes."
+        )
+    if calibration is None:
+        return
+    if not names:
+        others = sorted({type(cfg).__name__ for _, cfg in entries})
+        raise ValueError(f"build: expected no calibration, since none of {listed(others)} uses data, found some. Leave calibration out.")
+    if isinstance(calibration, Mapping | Tensor | str) or not isinstance(calibration, Iterable):
+        raise TypeError(
+            f"build: expected calibration as an iterable of batches, found {type(calibration).__name__}. Wrap a single batch as [batch]."
+        )
+
+
+@torch.no_grad()
+def gather(
+    base: nn.Module, entries: Entries, batches: Iterable[Any], progress: bool = True, loss: Loss | None = None, group: Any = None
+) -> dict[str, Any]:
+    """Run the batches through a clone of `base` and give the statistics of each calibrated target, by path.
+
+    Args:
+        base: a plain clone of the model.
+        entries: each target with its config.
+        batches: as `adapt` takes them.
+        progress: show a progress bar.
+        loss: `(output, batch) -> scalar`, for statistics of gradients; None for the output's own `.loss`.
+        group: a process group, for the statistics of the batches of all its processes; None for those of this one.
+
+    Raises:
+        ValueError: for no batch, a target that saw no token, a missing loss, or values that are not finite; it names the targets.
+    """
+    clone = clone_again(base)
+    install(clone, None)
+    run = Replica(clone.eval(), [])
+    calibrated = {target.path: cfg for target, cfg in entries if cfg.calibrated}
+    watch = Watch({path: statistic_of(cfg) for path, cfg in calibrated.items()})
+    if group is not None:
+        _require_mergeable(watch.states)
+    with_loss = [path for path, cfg in calibrated.items() if needs_loss(cfg)]
+    probe = torch.zeros((), device=next(clone.parameters()).device, requires_grad=True)
+    for path in calibrated:
+        layer = clone.get_submodule(path)
+        if path in with_loss:
+            layer.register_forward_hook(functools.partial(watch.see_gradient, path, probe), with_kwargs=True)
+        else:
+            layer.register_forward_pre_hook(functools.partial(watch.see, path), with_kwargs=True)
+    seen = 0
+    for batch in shown(batches, "calibration", progress):
+        watch.begin(batch)
+        try:
+            if with_loss:
+                _backward(run, batch, loss, probe)
+            else:
+                run({}, batch, {})
+        except Exception as e:
+            e.add_note(f"in batch {seen} of the calibration data")
+            raise
+        seen += 1
+    states, seen = (watch.states, seen) if group is None else _of_all(watch.states, seen, clone, group)
+    _check(states, seen)
+    return states
+
+
+def _require_mergeable(states: Mapping[str, Any]) -> None:
+    lacking = sorted({type(state).__name__ for state in states.values() if not (hasattr(state, "merge") and hasattr(state, "to"))})
+    if lacking:
+        raise ValueError(
+            f"build: expected statistics with merge(other) and to(device) for a group of processes, found none in {listed(lacking)}. Add "
+            "them, or leave group out."
+        )
+
+
+def _of_all(states: Mapping[str, Any], seen: int, clone: nn.Module, group: Any) -> tuple[dict[str, Any], int]:
+    """Merge over the processes of a group; each statistic lies on its layers' device again, held once."""
+    merged, seen = merged_over_ranks(states, seen, group)
+    devices = {path: next(iter(clone.get_submodule(path).parameters())).device for path in merged}
+    placed: dict[Any, Any] = {}
+    for path, state in merged.items():
+        key = id(state), devices[path]
+        placed[key] = placed.get(key) or state.to(devices[path])
+    return {path: placed[id(state), devices[path]] for path, state in merged.items()}, seen
+
+
+@torch.enable_grad()
+def _backward(run: Replica, batch: Any, loss: Loss | None, probe: Tensor) -> None:
+    """Run forward and back as far as the layers' outputs, whose hooks see the gradients pass."""
+    torch.autograd.grad(_loss_of(run({}, batch, {}), batch, loss), probe, allow_unused=True)
+
+
+def _loss_of(output: Any, batch: Any, loss: Loss | None) -> Tensor:
+    value = getattr(output, "loss", None) if loss is None else loss(output, batch)
+    if not isinstance(value, Tensor) or value.dim():
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else "none" if value is None else type(value).__name__
+        where = "the model's output to have a .loss" if loss is None else "loss(output, batch) to return a scalar tensor"
+        raise ValueError(f"build: expected {where}, found {found}. Put labels into the batches, or pass build(..., loss=f).")
+    if not value.requires_grad:
+        raise ValueError(
+            "build: expected a loss that depends on the calibrated layers, found one without a gradient. Compute it from output."
+        )
+    return value
+
+
+class Watch:
+    """The statistics of some layers while a model runs; `kinds` gives for each path its empty statistic and whether labels mask."""
+
+    def __init__(self, kinds: Mapping[str, tuple[Callable[[], Any], bool]]) -> None:
+        starts = {kind: kind[0]() for kind in kinds.values()}
+        self.states = {path: starts[kind] for path, kind in kinds.items()}
+        self._label_mask = {path: kind[1] for path, kind in kinds.items()}
+        self.begin(None)
+
+    def begin(self, batch: Any) -> None:
+        """Turn to a batch."""
+        self._batch = batch
+        self._next: Any = weakref.WeakKeyDictionary()  # statistic -> the tensor added to it -> (the tensor's version, what that gave)
+
+    def see(self, path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Add a layer's input to its statistic, or take what another layer's addition of the same tensor to the same one gave."""
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        state, version = self.states[path], 0 if x.is_inference() else x._version
+        following = self._next.setdefault(state, WeakIdKeyDictionary())
+        if following.get(x, (None,))[0] != version:  # another tensor, or the same one written to since
+            rows = _unmasked(x, _masks(self._batch, self._label_mask[path]))
+            following[x] = (version, state.add(rows) if len(rows) else state)
+        self.states[path] = following[x][1]
+
+    @torch.no_grad()
+    def see_gradient(
+        self, path: str, probe: Tensor, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor
+    ) -> Tensor:
+        """Let a layer's output carry a gradient, and add that of its weight to its statistic when it passes."""
+        x = first_of(args, kwargs).detach()
+
+        def add(dy: Tensor) -> None:
+            with torch.no_grad():
+                self.states[path] = self.states[path].add(x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]))
+
+        with torch.enable_grad():
+            y = y + probe.to(y.device, y.dtype)
+        y.register_hook(add)
+        return y
+
+
+def _masks(batch: Any, label_mask: bool) -> list[Tensor]:
+    """Give what a batch says of its positions: `(b, t)`, True where one counts."""
+    if not isinstance(batch, Mapping):
+        return []
+    masks = [(batch.get("attention_mask"), lambda m: m != 0), (batch.get("labels") if label_mask else None, lambda m: m != IGNORED)]
+    return [counts(m) for m, counts in masks if isinstance(m, Tensor) and m.dim() == 2]
+
+
+def _unmasked(x: Tensor, masks: list[Tensor]) -> Tensor:
+    """Give the rows `(n, i)` of an input at the positions that count, by the masks that match its leading axes."""
+    keep = None
+    for mask in masks:
+        if x.dim() == 2 and len(x) == mask.numel():
+            mask = mask.reshape(-1)  # tokens in one axis
+        elif x.dim() < 3 or x.shape[:2] != mask.shape:
+            continue
+        mask = mask.to(x.device)
+        keep = mask if keep is None else keep & mask
+    return (x if keep is None else x[keep]).reshape(-1, x.shape[-1])
+
+
+def _check(states: Mapping[str, Any], seen: int) -> None:
+    if not seen:
+        raise ValueError("build: expected at least one batch of calibration data, found none. Was the iterator used up before?")
+    unseen = [path for path, state in states.items() if not state.count]
+    if unseen:
+        raise ValueError(
+            f"build: expected each calibrated layer to see a token, found none in {seen} batches at {listed(unseen)}. Use batches that "
+            "reach it and are not masked as a whole, or leave it out with exclude_names."
+        )
+    infinite = [path for path, state in states.items() if not _finite(state)]
+    if infinite:
+        raise ValueError(f"build: expected finite inputs in calibration, found inf or nan at {listed(infinite)}. Check the batches.")
+
+
+def _finite(state: Any) -> bool:
+    return all(bool(torch.as_tensor(getattr(state, name, 0.0)).isfinite().all()) for name in ("mean_abs", "gradient"))

@@ -1,0 +1,1 @@
+"""Functions of a params tree: gradients, curvature, conversions."""

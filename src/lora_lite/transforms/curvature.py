@@ -1,0 +1,103 @@
+"""Second-order products over a params tree: Hessian, generalised Gauss-Newton, diagonal of the empirical Fisher.
+
+Fused attention has neither a forward-mode nor a double-backward rule, so these products run torch's plain attention for the length of the
+call. A variant that holds a term fixed in its gradient (DoRA's norm) has no Hessian: what comes out is that of the held function.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lora_lite.adapt import Adapt
+from lora_lite.core.tree import AnyTree, Tree, tree_map
+from lora_lite.transforms.per_example import LossRows, chunks, per_example_grad, require_size
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    if torch.compiler.is_compiling():  # the compiler cannot trace the switch: select the backend around the compiled call
+        yield
+        return
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def hvp(f: Callable[[Any], Tensor]) -> Callable[[Any, Any], Any]:
+    """Make `(params, v) -> H v` of a scalar function of params.
+
+    Args:
+        f: gives a scalar tensor.
+
+    Returns:
+        A function of params and a tree `v` like them, that gives the Hessian's product with `v`, by forward over reverse mode.
+
+    Example:
+        >>> import torch, lora_lite as ll
+        >>> params, v = {"0": {"w": torch.tensor([1.0, 2.0])}}, {"0": {"w": torch.tensor([1.0, 0.0])}}
+        >>> ll.hvp(lambda p: (p["0"]["w"] ** 3).sum())(params, v)["0"]["w"].tolist()
+        [6.0, 0.0]
+    """
+
+    def product(params: Any, v: Any) -> Any:
+        with _plain_attention():
+            return torch.func.jvp(torch.func.grad(f), (params,), (v,))[1]
+
+    return product
+
+
+def ggn_vp(model_fn: Callable[[Any], Any], loss_fn: Callable[[Any], Tensor]) -> Callable[[Any, Any], Any]:
+    """Make `(params, v) -> G v`, the generalised Gauss-Newton product of `loss_fn(model_fn(params))`.
+
+    `G = J^T H J` with `J` the model's Jacobian and `H` the Hessian of the loss at its output: positive where the loss is convex.
+
+    Args:
+        model_fn: gives a tensor, or a tree of them.
+        loss_fn: gives a scalar of what `model_fn` gives.
+
+    Returns:
+        A function of params and a tree `v` like them.
+    """
+
+    def product(params: Any, v: Any) -> Any:
+        with _plain_attention():
+            output, along = torch.func.jvp(model_fn, (params,), (v,))[:2]
+            bent = torch.func.jvp(torch.func.grad(loss_fn), (output,), (along,))[1]
+            return torch.func.vjp(model_fn, params)[1](bent)[0]
+
+    return product
+
+
+def fisher_diag(adapt: Adapt, loss_rows: LossRows, chunk_size: int | None = None) -> Callable[[AnyTree, Any], Tree]:
+    """Make `(params, batch) -> mean over rows of the squared gradients`, the diagonal of the empirical Fisher.
+
+    Args:
+        adapt: the adapted model.
+        loss_rows: `(output, batch) -> (rows,)`, a loss for each row, as for `per_example_grad`.
+        chunk_size: how many rows' gradients to hold at once; None for all.
+
+    Returns:
+        A function of params and batch that gives a tree like `params`.
+
+    Example:
+        >>> import torch, lora_lite as ll
+        >>> adapt = ll.build(torch.nn.Sequential(torch.nn.Linear(8, 4)), ll.LoRAConfig(r=2))
+        >>> fisher = ll.fisher_diag(adapt, lambda output, batch: output.square().sum(-1), chunk_size=2)
+        >>> fisher(adapt.init(seed=0), torch.randn(5, 8))["0"]["B"].shape
+        torch.Size([4, 2])
+    """
+    require_size(chunk_size, "fisher_diag")
+    grads = per_example_grad(adapt, loss_rows)
+
+    def mean_of_squares(params: AnyTree, batch: Any) -> Tree:
+        total, seen = None, 0
+        for part, rows in chunks(batch, chunk_size):
+            squares = tree_map(lambda g: g.square().sum(0), grads(params, part))
+            total = squares if total is None else tree_map(torch.add, total, squares)
+            seen += rows
+        return tree_map(lambda t: t / seen, total or {})
+
+    return mean_of_squares

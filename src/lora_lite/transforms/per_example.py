@@ -1,0 +1,178 @@
+"""Gradients by row of a batch, and their norms: a mixed batch in which every row is a member of its own."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lora_lite.adapt import Adapt
+from lora_lite.core.tree import AnyTree, Tree, tree_leaves, tree_map
+from lora_lite.transforms.gradients import in_transform, value_and_grad
+
+LossRows = Callable[[Any, Any], Tensor]
+
+
+def per_example_grad(adapt: Adapt, loss_rows: LossRows, chunk_size: int | None = None) -> Callable[[AnyTree, Any], Tree]:
+    """Make `(params, batch) -> gradients by row`, in one forward and one backward pass of a mixed batch.
+
+    Args:
+        adapt: the adapted model. Rows must not act on each other: no batch norm in training mode.
+        loss_rows: `(output, batch) -> (rows,)`, a loss for each row.
+        chunk_size: how many rows to run at once, to save memory; None for all. Every tensor of the batch whose first axis is its rows is
+            cut, and `loss_rows` is given the part: it must take labels from there.
+
+    Returns:
+        A function of params and batch that gives a tree like `params` with a leading axis of rows; of no rows, as a sampler that draws each
+        row by chance may give, one of length 0.
+
+    Raises:
+        ValueError: where `loss_rows` does not give one loss for each row, or `chunk_size` is not positive.
+
+    Example:
+        >>> import torch, lora_lite as ll
+        >>> adapt = ll.build(torch.nn.Sequential(torch.nn.Linear(8, 4)), ll.LoRAConfig(r=2))
+        >>> grads = ll.per_example_grad(adapt, lambda output, batch: output.square().sum(-1))
+        >>> grads(adapt.init(seed=0), torch.randn(5, 8))["0"]["B"].shape
+        torch.Size([5, 4, 2])
+    """
+    require_size(chunk_size, "per_example_grad")
+
+    def grads_by_row(params: AnyTree, batch: Any) -> Tree:
+        parts = []
+        for part, rows in chunks(batch, chunk_size):
+            members = tree_map(lambda p, rows=rows: _each_row(p, rows), params)
+            parts.append(value_and_grad(_total(adapt, loss_rows, part, rows))(members)[1] if rows else tree_map(torch.zeros_like, members))
+        return parts[0] if len(parts) == 1 else _joined(parts)
+
+    return grads_by_row
+
+
+def per_example_norm(adapt: Adapt, loss_rows: LossRows, chunk_size: int | None = None) -> Callable[[AnyTree, Any], Tensor]:
+    """Make `(params, batch) -> norms of the gradients by row`, over the whole tree, without holding the gradients.
+
+    A leaf's gradients by row are squared, summed and freed as soon as the backward pass has made them, so that those of one target or so
+    are in memory at a time. Inside another transform or a compiled function, which give no such hold, they are all made first.
+
+    Args:
+        adapt: the adapted model, as for `per_example_grad`.
+        loss_rows: `(output, batch) -> (rows,)`, a loss for each row.
+        chunk_size: how many rows to run at once; None for all.
+
+    Returns:
+        A function of params and batch that gives `(rows,)`, at least in float32.
+
+    Raises:
+        ValueError: as `per_example_grad`.
+
+    Example:
+        >>> import torch, lora_lite as ll
+        >>> adapt = ll.build(torch.nn.Sequential(torch.nn.Linear(8, 4)), ll.LoRAConfig(r=2))
+        >>> norms = ll.per_example_norm(adapt, lambda output, batch: output.square().sum(-1))
+        >>> norms(adapt.init(seed=0), torch.randn(5, 8)).shape
+        torch.Size([5])
+    """
+    require_size(chunk_size, "per_example_norm")
+    grads = per_example_grad(adapt, loss_rows)
+
+    def norms(params: AnyTree, batch: Any) -> Tensor:
+        found = []
+        for part, rows in chunks(batch, chunk_size):
+            if in_transform() or not rows:
+                squares = [_squares(grad) for grad in tree_leaves(grads(params, part))]
+            else:
+                squares = _squares_as_made(params, _total(adapt, loss_rows, part, rows), rows)
+            found.append(torch.stack(squares).sum(0).sqrt())
+        return torch.cat(found)
+
+    return norms
+
+
+def _joined(parts: list[Tree]) -> Tree:
+    """Put the rows of the parts together, a leaf at a time, letting go of the parts' own: all at once would hold everything twice."""
+    layout = {path: list(leaves) for path, leaves in parts[0].items()}
+    return {path: {name: torch.cat([part[path].pop(name) for part in parts]) for name in names} for path, names in layout.items()}
+
+
+def _squares_as_made(params: AnyTree, total: Callable[[Tree], Tensor], rows: int) -> list[Tensor]:
+    """Give the squared norms by row of each leaf's gradients, taken while the backward pass runs."""
+    squares: list[Tensor] = []
+
+    def taken(leaf: Tensor) -> None:
+        if leaf.grad is not None:
+            squares.append(_squares(leaf.grad))
+        leaf.grad = None
+
+    # Leaves of the graph, not views of params in it: autograd hands a leaf its gradient at once, a view's only at the very end.
+    members = tree_map(lambda p: _each_row(p.detach(), rows).requires_grad_(), params)
+    for leaf in tree_leaves(members):
+        leaf.register_post_accumulate_grad_hook(taken)
+    with torch.enable_grad():
+        value = total(members)
+    if value.requires_grad:
+        value.backward(inputs=tree_leaves(members))
+    return squares or [torch.zeros(rows, device=value.device)]
+
+
+def _squares(grad: Tensor) -> Tensor:
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    return torch.linalg.vector_norm(grad.reshape(len(grad), math.prod(grad.shape[1:])), dim=1, dtype=dtype).square()
+
+
+def _each_row(p: Tensor, rows: int) -> Tensor:
+    # Every row its own member: the gradient of the sum to member n is the gradient of row n.
+    return p.unsqueeze(0).expand(rows, *p.shape)
+
+
+def _total(adapt: Adapt, loss_rows: LossRows, batch: Any, rows: int) -> Callable[[Tree], Tensor]:
+    def total(members: Tree) -> Tensor:
+        losses = loss_rows(adapt.mixed(members, batch), batch)
+        if losses.shape != (rows,):
+            raise ValueError(
+                f"per_example_grad: expected loss_rows to return shape ({rows},), found {tuple(losses.shape)}. Give each row its "
+                "loss, with labels from the batch that it is given."
+            )
+        return losses.sum()
+
+    return total
+
+
+def chunks(batch: Any, size: int | None) -> Iterator[tuple[Any, int]]:
+    """Cut a batch into parts of at most `size` rows, each with its number of rows; None for the batch itself."""
+    rows = rows_of(batch)
+    if size is None or size >= rows:
+        yield batch, rows
+        return
+    plain = dict(batch) if isinstance(batch, Mapping) else batch  # a mapping of another class is a leaf to pytree
+    for start in range(0, rows, size):
+        stop = min(start + size, rows)
+
+        def cut(t: Tensor, start: int = start, stop: int = stop) -> Tensor:
+            return t[start:stop] if t.dim() and t.shape[0] == rows else t
+
+        yield pytree.tree_map_only(Tensor, cut, plain), stop - start
+
+
+def rows_of(batch: object) -> int:
+    """Give the number of rows of a batch: the first axis of its first tensor.
+
+    Raises:
+        ValueError: where it holds no tensor.
+    """
+    parts = list(batch.values()) if isinstance(batch, Mapping) else [batch] if isinstance(batch, Tensor) else list(batch)  # type: ignore[call-overload]
+    tensors = [part for part in parts if isinstance(part, Tensor) and part.dim()]
+    if not tensors:
+        raise ValueError("per_example_grad: expected a batch with a tensor whose first axis is its rows, found none.")
+    return int(tensors[0].shape[0])
+
+
+def require_size(chunk_size: int | None, caller: str) -> None:
+    """Refuse a number of rows that is not positive.
+
+    Raises:
+        ValueError: where it is neither None nor an integer of at least 1.
+    """
+    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"{caller}: expected chunk_size as an integer >= 1 or None, found {chunk_size!r}. Give the rows to run at once.")
