@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from lora_lite.core import progress as _progress
 from lora_lite.build import choose
+from lora_lite.core import progress as _progress
 from lora_lite.core.statistics import Statistics
 from lora_lite.prepare.calibrate import gather
 

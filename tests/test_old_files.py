@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from files_0_1_0.write import CONFIGS, Model
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import lora_lite as ll
+from files_0_1_0.write import CONFIGS, Model
 
 HERE = Path(__file__).parent / "files_0_1_0"
 

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import torch
-from lora_lite.statistics import needs_loss
 from safetensors.torch import save_file
 from torch import nn
 
@@ -79,7 +78,7 @@ def main() -> None:
         if not cfg.target_names:
             cfg = dataclasses.replace(cfg, exclude_names=("attention",))
         given = {"calibration": [ids, ids.flip(0) + 0]} if cfg.calibrated else {}
-        if needs_loss(cfg):
+        if cfg.name == "lora_ga":
             given["loss"] = lambda output, batch: output.square().mean()
         if cfg.original:
             given["original"] = {n: t + 0.01 * torch.randn_like(t) for n, t in model.state_dict().items()}
