@@ -9,7 +9,7 @@ from torch import nn
 
 import lora_lite as ll
 from cases import assert_trees_equal, move
-from lora_lite.layers.convolution import FrozenConv
+from lora_lite.layers.convolution import ConvKind
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")  # torch's own, of the layer itself
 TOLERANCE = 1e-5
@@ -62,7 +62,7 @@ def test_convolutions_are_taken_only_where_they_are_named():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 2))
     assert [t.path for t in ll.find_targets(model, ll.LoRAConfig())] == ["2"]
     first, second = ll.find_targets(model, ll.LoRAConfig(target_names=r"^\d$"))
-    assert (first.kind, first.i, first.o, second.path) == (FrozenConv, 27, 4, "2")
+    assert (first.kind, first.i, first.o, second.path) == (ConvKind, 27, 4, "2")
 
 
 @pytest.mark.parametrize("cfg", VARIANTS, ids=by_name)
@@ -71,7 +71,7 @@ def test_is_the_variant_on_rows_of_patches(name, cfg):
     """A convolution is a linear layer on unfolded patches: the same params there give the same outputs and gradients."""
     model, x = _make(name, torch.float64)
     conv = model.conv
-    rows = FrozenConv(conv).patches(x)
+    rows = ConvKind(conv).patches(x)
     linear = nn.Sequential()
     linear.add_module("conv", nn.Linear(rows.shape[-1], conv.out_channels).double())
     linear.conv.weight.data, linear.conv.bias.data = conv.weight.data.flatten(1), conv.bias.data

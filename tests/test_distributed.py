@@ -115,7 +115,7 @@ def ddp(rank):
 
 
 def _asleep(sharded):
-    weights = [p for name, p in sharded._adapted.main.module.named_parameters() if "adapter_" not in name]
+    weights = [p for name, p in sharded._replicas.main.module.named_parameters() if ".adapter." not in name]
     return all(isinstance(p, DTensor) for p in weights)
 
 
@@ -139,7 +139,7 @@ def parts_are_held_once(rank):
     sharded = start()[1].shard(mesh())
     clones = [replicas.main.module for replicas in (sharded._adapted, sharded._mixed, sharded._base)]
     clones.append(sharded.train()._adapted.main.module)
-    names = [name for name, p in clones[0].named_parameters() if "adapter_" not in name]
+    names = [name for name, p in clones[0].named_parameters() if ".adapter." not in name]
     return [[clone.get_parameter(name).to_local().data_ptr() for name in names] for clone in clones]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import lora_lite as ll
 from cases import assert_trees_equal, move, tiny_models
-from lora_lite.layers.embedding import FrozenEmbedding
+from lora_lite.layers.embedding import EmbeddingKind
 
 LORA = ll.LoRAConfig(r=4, target_names=r"embed_tokens$", exclude_names=())
 VARIANTS = (
@@ -51,10 +51,10 @@ def test_embeddings_are_taken_only_where_they_are_named():
     kinds = {type(model.get_submodule(t.path)) for t in ll.find_targets(model, ll.LoRAConfig(exclude_names=()))}
     assert kinds == {nn.Linear}
     (target,) = ll.find_targets(model, LORA)
-    assert (target.path, target.kind, target.i, target.o) == ("model.embed_tokens", FrozenEmbedding, 64, 32)
+    assert (target.path, target.kind, target.i, target.o) == ("model.embed_tokens", EmbeddingKind, 64, 32)
     both = ll.find_targets(model, ll.LoRAConfig(target_names=r"(q_proj|embed_tokens)$", exclude_names=()))
     assert [t.path for t in both][:2] == ["model.embed_tokens", "model.layers.0.self_attn.q_proj"]
-    assert all(t.kind is not FrozenEmbedding for t in ll.find_targets(model, ll.LoRAConfig(target_names=r"model\..*", exclude_names=())))
+    assert all(t.kind is not EmbeddingKind for t in ll.find_targets(model, ll.LoRAConfig(target_names=r"model\..*", exclude_names=())))
 
 
 def test_lora_is_the_low_rank_map_of_one_hot_inputs():

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import lora_lite as ll
 from cases import assert_trees_equal, move, tiny_models
-from lora_lite.layers.experts import FrozenExperts
+from lora_lite.layers.experts import ExpertsKind
 
 TOLERANCE = 1e-5
 _SIZES = {
@@ -61,7 +61,7 @@ def _make(name, implementation="eager", **options):
 
 def test_experts_are_taken_only_where_they_are_named():
     model, _ = _make("qwen3_moe")
-    assert not [t for t in ll.find_targets(model, ll.LoRAConfig()) if t.kind is FrozenExperts]
+    assert not [t for t in ll.find_targets(model, ll.LoRAConfig()) if t.kind is ExpertsKind]
     targets = ll.find_targets(model, ll.LoRAConfig(target_names="experts"))
     assert [t.path.rpartition("mlp.")[2] for t in targets] == 2 * ["experts.gate_up_proj", "experts.down_proj"]
     assert [(t.o, t.i, t.role) for t in targets[:2]] == [(32, 32, "reader"), (32, 16, "writer")]

@@ -10,7 +10,7 @@ from torch import nn
 
 import lora_lite as ll
 from cases import assert_trees_equal, move
-from lora_lite.layers.parameter import FrozenHeld
+from lora_lite.layers.parameter import ParameterKind
 
 TOLERANCE = 1e-5
 ATTENTION = ll.LoRAConfig(r=2, alpha=3.0, target_names=(r"in_proj_weight$", r"out_proj$"))
@@ -161,7 +161,7 @@ def test_bare_parameters_are_pefts(names):
     torch.manual_seed(0)
     model, x = Around(), torch.randn(4, 8)
     adapt = ll.build(model, ll.LoRAConfig(r=2, alpha=3.0, target_names=tuple(rf"bare\.{n}$" for n in names)))
-    assert {t.kind for t in adapt.targets} == {FrozenHeld}
+    assert {t.kind for t in adapt.targets} == {ParameterKind}
     config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=[], target_parameters=[f"bare.{n}" for n in names])
     theirs = peft.get_peft_model(copy.deepcopy(model), config)
     wrapped = {m.parameter_name: m for m in theirs.modules() if hasattr(m, "parameter_name")}

@@ -197,7 +197,7 @@ def test_autocast_leaves_the_layers_compute_dtype(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_frozen_reads_a_quantised_layer(backend):
     packed, dense = twins(nn.Sequential(nn.Linear(64, 96)), backend)
-    W = ll.build(packed, ll.LoRAConfig(r=2))._clone[0]._lora_lite.W
+    W = ll.build(packed, ll.LoRAConfig(r=2))._replicas.main.bindings[0][1].W
     x = torch.randn(3, 64)
     assert (W.in_features, W.out_features, W.device.type, W.dtype) == (64, 96, "cpu", torch.float32)
     assert set(W.offers) == {"nothing", "product", "norms", "dense_init", "dense"}

@@ -117,7 +117,7 @@ def test_weight_that_bitsandbytes_repacked_for_evaluation_is_read(nested):
     layer.weight.data, layer.weight.quant_state = bnb.functional._convert_weight_packed_for_cpu(layer.weight.data, scales)
     before = (layer.weight.data.clone(), layer.weight.quant_state.absmax.clone())
     adapt = ll.build(nn.Sequential(layer), ll.LoRAConfig(r=2))
-    assert torch.equal(adapt._clone[0]._lora_lite.W.dense(), bnb.functional.dequantize_4bit(twin.weight.data, state))
+    assert torch.equal(adapt._replicas.main.bindings[0][1].W.dense(), bnb.functional.dequantize_4bit(twin.weight.data, state))
     assert torch.equal(layer.weight.data, before[0])
     assert torch.equal(layer.weight.quant_state.absmax, before[1])
     assert layer.weight.quant_state.packing_format_for_cpu
@@ -134,7 +134,7 @@ def test_clone_keeps_classes_dtypes_and_state_dict(model):
             assert mine.weight.data_ptr() == layer.weight.data_ptr(), "shared, not copied"
             assert not _bookkeeping(mine) & _bookkeeping(layer), "what bitsandbytes writes to is the clone's own"
     own, theirs = module.state_dict(), model.state_dict()
-    assert {key for key in own if "adapter_" not in key} == set(theirs)
+    assert {key for key in own if "adapter" not in key} == set(theirs)
     assert all(torch.equal(own[key], tensor) for key, tensor in theirs.items())
 
 

@@ -252,4 +252,4 @@ def test_save_pretrained_writes_the_base_beside_the_adapter(tmp_path):
     saved = safetensors.torch.load_file(tmp_path / "model.safetensors")
     assert json.loads((Path(tmp_path) / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     assert set(model.state_dict()) <= set(saved)
-    assert sum("adapter_" in name for name in saved) == len(ll.tree_leaves(params))
+    assert sum(".adapter." in name for name in saved) == len(ll.tree_leaves(params))

@@ -8,6 +8,8 @@ from lora_lite.core.checked import checked as checked
 from lora_lite.core.checked import set_typecheck as set_typecheck
 from lora_lite.core.config import AdapterConfig as AdapterConfig
 from lora_lite.core.frozen import Frozen as Frozen
+from lora_lite.core.plan import Target as Target
+from lora_lite.core.plan import Targets as Targets
 from lora_lite.core.statistics import Gradient as Gradient
 from lora_lite.core.statistics import Statistics as Statistics
 from lora_lite.core.tree import tree_leaves as tree_leaves
@@ -18,9 +20,9 @@ from lora_lite.files.adapter_file import load as load
 from lora_lite.files.adapter_file import save as save
 from lora_lite.files.peft import from_peft as from_peft
 from lora_lite.files.peft import to_peft as to_peft
+from lora_lite.layers.fused import FusedKind as FusedKind
+from lora_lite.layers.kind import Kind as Kind
 from lora_lite.layers.quantised import FrozenQuantised as FrozenQuantised
-from lora_lite.prepare.targets import Target as Target
-from lora_lite.prepare.targets import Targets as Targets
 from lora_lite.prepare.targets import find_targets as find_targets
 from lora_lite.transforms.all_reduce import all_reduce_mean as all_reduce_mean
 from lora_lite.transforms.curvature import fisher_diag as fisher_diag

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.clone.assemble import bound_clone, bound_copy, plain_copy, trainable_copy
-from lora_lite.clone.bind import Shapes, bare, layer_at, placed, read_params, require_fit, whole
+from lora_lite.clone.assemble import bound_copy, trainable_copy
+from lora_lite.clone.bind import bare, read_params, require_fit, whole
 from lora_lite.clone.fsdp import ShardedReplicas, Sharding, shard_plan
-from lora_lite.clone.per_thread import Replicas
+from lora_lite.clone.per_call import Replica, Replicas
 from lora_lite.clone.structure import clone_again
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import Constants
-from lora_lite.core.plan import Plan, generator_for, start_params
-from lora_lite.core.tree import AnyTree, Tree, join
+from lora_lite.core.plan import Plan, Shapes, Targets
+from lora_lite.core.tree import AnyTree, Tree
 from lora_lite.derived.merge import merge, merge_error
-from lora_lite.derived.mixed import INDEX, index_of, is_stacked, make_mixed, member_shapes, stacked_size, steered
+from lora_lite.derived.mixed import index_of, is_stacked, member_shapes, stacked_size, steered
 from lora_lite.derived.report import count_all, macs_by_target, table
-from lora_lite.prepare.targets import Targets
+from lora_lite.prepare.derive import layers_of, shared_start
+from lora_lite.prepare.start import generator_for, placed, start_params
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -45,12 +46,10 @@ class Adapt:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._clone = bound_clone(plan)
-        paths = [target.path for target, _ in plan.entries]
-        replicas = Replicas if plan.sharding is None else functools.partial(ShardedReplicas, sharding=plan.sharding)
-        self._adapted = replicas(self._clone, bound_copy, paths)
-        self._mixed = replicas(self._clone, lambda clone: make_mixed(bound_copy(clone)), paths)
-        self._base = replicas(plan.base, plain_copy, [])
+        shared = plan.shared_params()
+        of_shared = {target.path: cfg.name for target, cfg in plan.entries if cfg.name in shared}
+        make = functools.partial(_replica, plan, of_shared)
+        self._replicas = Replicas(make) if plan.sharding is None else ShardedReplicas(make, plan.sharding)
 
     def __call__(self, params: Mapping[str, Mapping[str, Tensor]], batch: Any, **kwargs: Any) -> Any:
         """Run the adapted model.
@@ -64,11 +63,11 @@ class Adapt:
             What the model returns.
 
         Raises:
-            ValueError: where `params` does not fit; it lists each departure. Where the model turns out never to call a target.
+            ValueError: where `params` does not fit; it lists each departure.
             TypeError: for a batch of another type.
         """
         self._require(params, "adapt")
-        return self._adapted.here()(placed(params), batch, kwargs)
+        return self._replicas.here().adapted(params, batch, kwargs)
 
     def mixed(self, stacked: AnyTree, batch: Any, index: Tensor | Sequence[int] | None = None, **kwargs: Any) -> Any:
         """Run each row of a batch through its own adapter, the frozen model once.
@@ -88,15 +87,12 @@ class Adapt:
         """
         members = stacked_size(stacked)
         self._require(stacked, "mixed", member_shapes(self.shapes, members))
-        tensors = placed(stacked)
-        chosen = index_of(index, members, next(iter(tensors.values())).device)
-        if chosen is not None:
-            tensors |= {join(path, INDEX): chosen for path in self.shapes}
-        return self._mixed.here()(tensors, batch, kwargs)
+        leaf = next(leaf for leaves in stacked.values() for leaf in leaves.values())
+        return self._replicas.here().adapted(stacked, batch, kwargs, True, index_of(index, members, leaf.device))
 
     def base(self, batch: Any, **kwargs: Any) -> Any:
         """Run the frozen model, as `adapt` runs the adapted one."""
-        return self._base.here()({}, batch, kwargs)
+        return self._replicas.here().frozen(batch, kwargs)
 
     @torch.no_grad()
     def init(self, seed: int = 0) -> Tree:
@@ -109,11 +105,17 @@ class Adapt:
         Returns:
             `{target path: {name: tensor}}` in the config's dtype, on the layers' devices. The global random state is not used.
         """
-        layers = ((target.path, cfg, layer_at(self._clone, target.path)._lora_lite.W) for target, cfg in self._plan.entries)
-        return {path: start_params(cfg, W, generator_for(seed, path)) for path, cfg, W in layers}
+        plan, tree = self._plan, dict[str, dict[str, Tensor]]()
+        for target, cfg in plan.entries:
+            tree[target.path] = start_params(cfg, plan.layer(target, cfg), generator_for(seed, target.path))
+        for name in plan.shared_params():
+            cfg = next(cfg for _, cfg in plan.entries if cfg.name == name)
+            layers = layers_of(plan.base, plan.entries, cfg)
+            tree[name] = {leaf: placed(p, layers[0].device, cfg.dtype) for leaf, p in shared_start(cfg, layers, seed).items()}
+        return tree
 
     def module(self, params: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
-        """Give an `nn.Module` of the model's own class with copies of `params` as its only trainable parameters.
+        """Return an `nn.Module` of the model's own class with copies of `params` as its only trainable parameters.
 
         For what needs a module: `generate`, `Trainer`, DDP. The frozen weights are shared with the model. `params` reads back.
 
@@ -122,7 +124,7 @@ class Adapt:
         """
         self._require_whole("module")
         self._require(params, "module")
-        return trainable_copy(self._clone, params)
+        return trainable_copy(self._plan, params)
 
     def params(self, module: nn.Module) -> Tree:
         """Read the params out of a module that `module` made; detached copies.
@@ -143,7 +145,7 @@ class Adapt:
             ) from e
 
     def merge(self, params: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Give the merged weights and biases of the targets as a state dict; the model is not touched.
+        """Return the merged weights and biases of the targets as a state dict; the model is not touched.
 
         Args:
             params: a params tree.
@@ -159,10 +161,10 @@ class Adapt:
         """
         self._require_whole("merge")
         self._require(params, "merge")
-        return merge(self._clone, self._plan.entries, params, dtype)
+        return merge(self._plan, params, dtype)
 
     def merge_error(self, params: Mapping[str, Mapping[str, Tensor]], merged: Mapping[str, Tensor]) -> dict[str, float]:
-        """Tell by target how much of the update merged weights miss, for want of digits or through quantising again.
+        """Compute by target how much of the update merged weights miss, for want of digits or through quantising again.
 
         Args:
             params: a params tree.
@@ -177,10 +179,10 @@ class Adapt:
         """
         self._require(params, "merge_error")
         with torch.no_grad():
-            return merge_error(self._clone, self._plan.entries, params, merged)
+            return merge_error(self._plan, params, merged)
 
     def steer(self, params: Mapping[str, Mapping[str, Tensor]], c: float | Tensor) -> Tree:
-        """Give the params at strength `c`: 0 is the base model, 1 the adapter; differentiable in `c` and `params`.
+        """Return the params at strength `c`: 0 is the base model, 1 the adapter; differentiable in `c` and `params`.
 
         Args:
             params: a params tree, or a stack of K of them.
@@ -206,17 +208,17 @@ class Adapt:
         return steered(self._plan.entries, params, c, members)
 
     def train(self, mode: bool = True) -> "Adapt":
-        """Give an `adapt` in training mode; this one stays as it is."""
-        base = clone_again(self._plan.base)
+        """Return an `adapt` in training mode; this one stays as it is."""
+        base = clone_again(self._plan.base, self._plan.kinds)
         base.train(mode)
         return Adapt(dataclasses.replace(self._plan, base=base))
 
     def eval(self) -> "Adapt":
-        """Give an `adapt` in evaluation mode; this one stays as it is."""
+        """Return an `adapt` in evaluation mode; this one stays as it is."""
         return self.train(False)
 
     def shard(self, mesh: "DeviceMesh", blocks: str = r"layers\.\d+$") -> "Adapt":
-        """Give an `adapt` whose frozen base is split over the processes of a mesh by torch's `fully_shard`; this one stays as it is.
+        """Return an `adapt` whose frozen base is split over the processes of a mesh by torch's `fully_shard`; this one stays as it is.
 
         Every process calls this on a model with the same weights. It copies its own part of each weight to the mesh's device, and
         nothing of the model is shared: the model and this `adapt` may be deleted. Params stay whole, a plain tree on every process;
@@ -247,6 +249,13 @@ class Adapt:
         """The configs, one for each of `targets`."""
         return tuple(cfg for _, cfg in self._plan.entries)
 
+    def unused(self) -> list[str]:
+        """Name the targets that no call in the thread that built this has reached yet: their layers were neither called nor read.
+
+        A branch that a batch does not take is no error. A target that took no part in a whole training was never adapted.
+        """
+        return [path for path, binding in self._replicas.main.bindings if not binding.used]
+
     @property
     def shapes(self) -> Shapes:
         """The shape of every leaf of a params tree."""
@@ -269,15 +278,15 @@ class Adapt:
 
     @cached_property
     def _macs(self) -> dict[str, int]:
-        return macs_by_target(self._plan, self._clone)
+        return macs_by_target(self._plan)
 
     def summary(self) -> str:
-        """Give a table of path, role, shape, variant, params and multiply-adds per token, with a total."""
+        """Return a table of path, role, shape, variant, params and multiply-adds per token, with a total."""
         return table(self._plan, self._macs)
 
     def __repr__(self) -> str:
         variants = ", ".join(sorted({cfg.name for cfg in self.configs}))
-        return f"Adapt({type(self._plan.base).__name__}, {variants}, {len(self.shapes)} targets, {self.num_params:,} params)"
+        return f"Adapt({type(self._plan.base).__name__}, {variants}, {len(self._plan.entries)} targets, {self.num_params:,} params)"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Adapt, (self._plan,)  # copied and pickled as what was decided: the clones follow from it, and are of this process' threads
@@ -291,3 +300,8 @@ class Adapt:
                 f"adapt.{caller}: expected whole weights, found a base that is sharded over {self._plan.sharding.mesh.size()} processes. "
                 "Call it on an adapt that is not; the params fit both."
             )
+
+
+def _replica(plan: Plan, shared: Mapping[str, str]) -> Replica:
+    module, bound = bound_copy(plan)
+    return Replica(module, bound, shared)

@@ -6,20 +6,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lite.adapt import Adapt
-from lora_lite.clone.accelerate import refuse_offloaded
 from lora_lite.clone.checkpointing import check_pattern
 from lora_lite.clone.structure import clone_module
 from lora_lite.core.config import AdapterConfig, as_config
-from lora_lite.core.errors import listed
-from lora_lite.core.frozen import NEEDS, READS, FrozenLinear
-from lora_lite.core.plan import Entries, derive
-from lora_lite.layers.kinds import kind_of, own_forward
-from lora_lite.layers.module import refuse_nested
-from lora_lite.layers.parameter import layer_of
-from lora_lite.layers.quantised import FrozenQuantised
+from lora_lite.core.plan import Entries, Target
+from lora_lite.layers.kind import Kind
 from lora_lite.prepare.calibrate import gather, require_data
+from lora_lite.prepare.checks import check_entries
+from lora_lite.prepare.derive import derive
 from lora_lite.prepare.originals import Originals, read_originals
-from lora_lite.prepare.targets import Target, find_targets
+from lora_lite.prepare.targets import find_targets
 
 
 def build(
@@ -31,7 +27,7 @@ def build(
     group: Any = None,
     remat: str | None = None,
     progress: bool = True,
-    kinds: Sequence[type[FrozenLinear]] = (),
+    kinds: Sequence[type[Kind]] = (),
     original: Originals | None = None,
 ) -> Adapt:
     """Adapt a model without touching it.
@@ -46,7 +42,7 @@ def build(
         remat: regular expression of the paths of blocks whose activations are recomputed in the backward pass instead of kept,
             e.g. `r"layers\\.\\d+$"`.
         progress: show a progress bar on stderr when it takes more than a second.
-        kinds: kinds of layers of your own, subclasses of `FrozenQuantised`; the first that fits a module reads it, before those that ship.
+        kinds: kinds of layers of your own, subclasses of `Kind`; the first that fits a module reads it, before those that ship.
         original: for LoftQ, the weights from before quantisation: a state dict, or the path of a safetensors file or of a folder of them.
 
     Returns:
@@ -68,14 +64,14 @@ def build(
         raise TypeError(f"build: expected model as a torch.nn.Module, found {type(model).__name__}. Pass the model itself.")
     entries = choose(model, cfg, kinds)
     require_data(entries, calibration, loss)
-    originals = read_originals(entries, original)
+    originals = read_originals(model, entries, original)
     base = clone_module(model, kinds)
     check_pattern(base, remat)
-    stats = originals if calibration is None else originals | gather(base, entries, calibration, progress, loss, group)
-    return Adapt(derive(base, allocated(entries, stats), remat, stats, progress))
+    stats = originals if calibration is None else originals | gather(base, entries, calibration, progress, loss, group, kinds)
+    return Adapt(derive(base, allocated(entries, stats), remat, stats, progress, kinds))
 
 
-def choose(model: nn.Module, cfg: AdapterConfig | Sequence[AdapterConfig], kinds: Sequence[type[FrozenLinear]] = ()) -> Entries:
+def choose(model: nn.Module, cfg: AdapterConfig | Sequence[AdapterConfig], kinds: Sequence[type[Kind]] = ()) -> Entries:
     """Pair each target with the config that claims it."""
     configs = [as_config(c) for c in cfg] if isinstance(cfg, Sequence) and not isinstance(cfg, str) else [as_config(cfg)]
     if not configs:
@@ -90,7 +86,6 @@ def choose(model: nn.Module, cfg: AdapterConfig | Sequence[AdapterConfig], kinds
                     f"{type(config).__name__}. Narrow target_names of one."
                 )
             claimed[target.path] = (target, config)
-    refuse_nested({path: target.kind for path, (target, _) in claimed.items()})
     check_entries(model, tuple(claimed.values()))
     return tuple(claimed.values())
 
@@ -102,62 +97,5 @@ def allocated(entries: Entries, stats: Mapping[str, Any]) -> Entries:
         own |= cfg.allocate({target.path: stats[target.path] for target, other in entries if other is cfg})
     kept = tuple((target, own.get(target.path, cfg)) for target, cfg in entries if not cfg.calibrated or target.path in own)
     if not kept:
-        raise ValueError("build: expected allocate to keep a target, found none left. Leave at least one its config.")
+        raise ValueError("build: expected allocate to keep a target, found that it dropped every one. It must keep at least one.")
     return kept
-
-
-def check_entries(model: nn.Module, entries: Entries) -> None:
-    """Refuse what cannot be adapted: layers offloaded, with their own forward, or of a kind that lacks what is needed."""
-    refuse_offloaded(model)
-    strange = [t.path for t, cfg in entries if cfg.adapts == "linear" and own_forward(layer_of(model, t.path), t.kind)]
-    if strange:
-        cls = type(layer_of(model, strange[0])).__name__
-        raise ValueError(
-            f"build: expected layers that compute W x + b, found a forward of its own at {listed(p or 'the model' for p in strange)} "
-            f"({cls}). Leave them out with exclude_names, or take a hook library's patch off first."
-        )
-    _refuse_packed(model, entries)
-    for target, cfg in entries:
-        check_reads(target, cfg)
-        if cfg.needs not in NEEDS:
-            raise ValueError(
-                f'{type(cfg).__name__}.needs: expected one of {listed(NEEDS)}, found "{cfg.needs}". Change the class variable.'
-            )
-        if cfg.needs not in target.kind.offers:
-            raise ValueError(
-                f'build: {type(cfg).__name__} at "{target.path}" needs "{cfg.needs}" of the weight, found that {target.kind.__name__} '
-                f"offers {listed(target.kind.offers)}. Leave the layer out or choose another variant."
-            )
-
-
-def _refuse_packed(model: nn.Module, entries: Entries) -> None:
-    """Refuse to train whole modules whose weights are quantised: what is left to train would be a bias."""
-    for target, cfg in entries:
-        if cfg.adapts != "module":
-            continue
-        layers = model.get_submodule(target.path).named_modules(prefix=target.path)
-        packed = [path for path, m in layers if (kind := kind_of(m)) is not None and issubclass(kind, FrozenQuantised)]
-        if packed:
-            raise ValueError(
-                f'build: expected modules with floating weights for {type(cfg).__name__} at "{target.path}", found quantised ones at '
-                f"{listed(packed)}, which cannot be trained. Leave them out, or adapt them by a variant of linear layers, e.g. LoRAConfig."
-            )
-
-
-def check_reads(target: Target, cfg: AdapterConfig) -> None:
-    """Refuse a variant that uses its input in a way that the target's kind does not allow.
-
-    Raises:
-        ValueError: it names the target, the reason and the way out.
-    """
-    kind, name = target.kind, type(cfg).__name__
-    if cfg.reads not in READS:
-        raise ValueError(f'{name}.reads: expected one of {listed(READS)}, found "{cfg.reads}". Change the class variable.')
-    found = f'{name} reads "{cfg.reads}"' if cfg.reads not in kind.reads else None
-    found = f"{name} is calibrated on rows" if cfg.calibrated and not kind.observed else found
-    found = f"{name} drops inputs" if getattr(cfg, "dropout", 0.0) and not kind.has_input else found
-    if found:
-        raise ValueError(
-            f'build: expected a variant that reads of the input of "{target.path}" only {listed(kind.reads)}, found that {found}. '
-            f"{kind.why} Leave it out with exclude_names, or adapt it by a config of its own, e.g. LoRAConfig without dropout."
-        )

@@ -8,7 +8,7 @@ from torch import nn
 
 import lora_lite as ll
 from cases import move, tiny_models
-from lora_lite.layers.prompt import edited
+from lora_lite.core.positions import edited
 from lora_lite.variants.loreft import orthonormal
 
 

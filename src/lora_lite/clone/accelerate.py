@@ -13,10 +13,11 @@ from typing import Any
 from torch import nn
 
 from lora_lite.core.errors import listed
+from lora_lite.layers.kind import ADOPTED
 
 
 def moves_inputs(module: nn.Module) -> bool:
-    """Tell whether a module's own `forward` is accelerate's and does no more than move inputs and outputs between devices."""
+    """Whether a module's own `forward` is accelerate's and does no more than move inputs and outputs between devices."""
     return "forward" in vars(module) and "_old_forward" in vars(module) and _only_moves(vars(module).get("_hf_hook"))
 
 
@@ -29,9 +30,9 @@ def _only_moves(hook: Any) -> bool:
 
 
 def runs_class_forward(module: nn.Module) -> bool:
-    """Tell whether a module runs the forward of its class; taking accelerate's hooks off leaves that one set on the instance."""
+    """Whether a module runs the forward of its class; taking accelerate's hooks off leaves that one set on the instance."""
     forward = vars(module).get("forward")
-    return forward is None or (getattr(forward, "__self__", None) is module and forward.__func__ is type(module).forward)
+    return forward is None or ADOPTED in vars(module) or (getattr(forward, "__self__", None) is module and forward.__func__ is type(module).forward)
 
 
 def refuse_offloaded(model: nn.Module) -> None:

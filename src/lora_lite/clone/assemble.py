@@ -1,51 +1,42 @@
-"""The clones that an `Adapt` runs on: one whose targets run their variants, copies of it, and one of the frozen model."""
+"""The copies that an `Adapt` runs on: bound ones, whose targets run their variants, and modules to be trained."""
 
-from torch import nn
+from collections.abc import Mapping
 
-from lora_lite.clone.bind import adapt_layer, layer_at, rebind, volatile_buffers
+from torch import Tensor, nn
+
+from lora_lite.clone.bind import Adapter, Binding, adapters, bind_target
 from lora_lite.clone.checkpointing import install
+from lora_lite.clone.per_call import volatile_buffers
 from lora_lite.clone.structure import clone_again
 from lora_lite.core.plan import Plan
-from lora_lite.core.tree import AnyTree
-from lora_lite.layers.find import reader_of
-from lora_lite.layers.module import FrozenBlock
-from lora_lite.layers.parameter import exposed
-from lora_lite.layers.prompt import note_prompts
 
 
-def bound_clone(plan: Plan) -> nn.Module:
-    """Give a clone whose targets run their variants; it is a template, and never called itself."""
-    clone = clone_again(plan.base)
+def bound_copy(plan: Plan) -> tuple[nn.Module, dict[str, Binding]]:
+    """Copy a plan's base, its targets bound to their variants; with the bindings by path."""
+    clone = clone_again(plan.base, plan.kinds)
+    shared = {name: _shared(clone, name, plan) for name in plan.shared_params()}
+    bound = {}
     for target, cfg in plan.entries:
         path = target.path
-        adapt_layer(exposed(clone, path, reader_of(target.kind)), target, cfg, plan.shapes[path], plan.constants_at(path, cfg))
+        target.kind.install(clone, path)
+        constants = plan.constants_at(path, cfg)
+        bound[path] = bind_target(clone, path, target.kind, cfg, plan.shapes[path], constants, shared.get(cfg.name))
     install(clone, plan.remat)
-    note_prompts(clone, [target.path for target, _ in plan.entries if issubclass(target.kind, FrozenBlock)])
-    return clone
+    return clone, bound
 
 
-def plain_copy(base: nn.Module) -> nn.Module:
-    """Give a clone that runs the frozen model."""
-    copy = clone_again(base)
-    install(copy, None)
-    return copy
+def _shared(clone: nn.Module, name: str, plan: Plan) -> Adapter:
+    """Give the root of a copy a child with the tensors that all targets of a variant share."""
+    dtype = next(cfg.dtype for _, cfg in plan.entries if cfg.name == name)
+    return Adapter.on(clone, name, f"{name}_shared", plan.shapes[name], dtype)
 
 
-def bound_copy(bound: nn.Module) -> nn.Module:
-    """Copy a bound clone, its targets reading the copy."""
-    copy = clone_again(bound)
-    rebind(copy)
-    return copy
-
-
-def trainable_copy(bound: nn.Module, params: AnyTree) -> nn.Module:
-    """Copy a bound clone as a module to be trained: copies of `params` are its trainable parameters, and its small state is its own."""
-    module = bound_copy(bound)
+def trainable_copy(plan: Plan, params: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
+    """Copy a plan's base as a module to be trained: copies of `params` are its trainable parameters, and its small state is its own."""
+    module, _ = bound_copy(plan)
     for name, buffer in volatile_buffers(module).items():
         where, _, attribute = name.rpartition(".")
         module.get_submodule(where)._buffers[attribute] = buffer.clone()  # its own state, not the user's
-    for path, leaves in params.items():
-        layer = layer_at(module, path)
-        for name, attribute in layer._lora_lite.names:
-            layer.register_parameter(attribute, nn.Parameter(leaves[name].detach().clone()))
+    for adapter in adapters(module):
+        adapter.fill(params[adapter.path])
     return module

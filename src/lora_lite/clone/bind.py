@@ -1,134 +1,266 @@
-"""Bind params to a clone: targets take a class that runs the variant, their params are placeholders filled for one call.
+"""Bind a target of a copy to its variant: the layer keeps its class, its `forward` is the binding, its params lie in a child of their own.
 
-`torch.func.functional_call` does the filling. A placeholder lies on the meta device, so that a stray read of it fails rather than
-computing silently without the adapter.
+A call hands each binding the params of its target. In a module for tools that need one (`adapt.module`) they are the child's parameters;
+else these are placeholders on meta, so that a stray read fails rather than computing silently without the adapter.
 """
 
+import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lora_lite.core.checked import in_dtype
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import several, tree_faults
-from lora_lite.core.frozen import CONSTANT, PARAM, Frozen, FrozenLinear
-from lora_lite.core.subclass import derived
-from lora_lite.core.tree import AnyTree, Tree, join
-from lora_lite.prepare.targets import Target
+from lora_lite.core.frozen import in_dtype
+from lora_lite.core.plan import Shapes
+from lora_lite.core.tree import AnyTree, Tree
+from lora_lite.layers.kind import ADAPTERS, HOST, Kind, Params, ReadTensor, Variant, first_of, place_of, raw
 
-Shapes = dict[str, dict[str, tuple[int, ...]]]
-
-
-def apply_variant(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
-    """Run a variant on one layer, or on each of the linear maps that it is made of."""
-    return W.over_parts(functools.partial(apply_part, cfg), params, x)
+FROZEN: Params = {}
+"""In the place of a call's params: the layer runs without the adapter."""
 
 
-def apply_part(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
-    """Run a variant on one linear map: params take part in the dtype of `x`, or of the weight where `x` has none."""
-    W, x = W.entered(x, cfg.reads)
-    return cfg.forward(in_dtype(params, W.rows(x).dtype), W, x)
+class Adapter(nn.Module):
+    """The params of one target as parameters of a module: a child of the layer that they adapt.
 
+    Called, it is the adapted layer: what wraps modules with trainable parameters of their own (Opacus) finds them here. A module that has
+    children may run through them, as `nn.Sequential` does: there the parameters are registered on the module itself, and nothing is added to
+    its children.
+    """
 
-class Binding(NamedTuple):
-    """What a target layer of a clone knows: its variant, its params' names and attributes, its frozen side, its path."""
+    names: dict[str, str]
+    """The name of each param in `place`."""
 
-    cfg: AdapterConfig
-    names: tuple[tuple[str, str], ...]
-    W: FrozenLinear
-    path: str
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path, self.binding, self.names = path, cast("Binding", None), {}  # tensors that targets share are bound to none
+        vars(self)["place"] = self  # not a child
 
+    @classmethod
+    def on(cls, host: nn.Module, path: str, named: str, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> "Adapter":
+        """Give a module of a copy placeholders for the params of the target at `path`; `named` leads their names where several meet."""
+        self = cls(path)
+        leaf = not any(not isinstance(child, Adapter) for child in host._modules.values()) and not isinstance(host, _CONTAINERS)
+        if leaf:
+            host.add_module(_free_name(host, named), self)
+        else:
+            vars(self)["place"] = host
+            vars(host).setdefault(ADAPTERS, []).append(self)
+        for name, shape in shapes.items():
+            own = name.replace(".", "/")  # no parameter's name has a dot
+            self.names[name] = _free_name(self, own) if leaf else _free_name(host, f"{named}_{own}")
+            placeholder = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+            self.place.register_parameter(self.names[name], placeholder)
+        return self
 
-class Adapted:
-    """The part of a target's class in the clone that runs the variant instead of the layer."""
+    @property
+    def parameters_by_name(self) -> dict[str, Tensor | None]:
+        """The parameters, by the names that the variant has for them."""
+        table = self.place._parameters
+        return {name: table.get(own) for name, own in self.names.items()}
 
-    _lora_lite: Binding
+    def params(self) -> Params:
+        """Return the parameters as params."""
+        place = self.place
+        table = place._parameters
+        return {name: table[own] if own in table else getattr(place, own) for name, own in self.names.items()}  # type: ignore[misc]
+
+    def fill(self, leaves: Mapping[str, Tensor]) -> None:
+        """Make copies of a target's params the parameters, to be trained."""
+        for name, own in self.names.items():
+            self.place.register_parameter(own, nn.Parameter(leaves[name].detach().clone()))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        cfg, _, W, path = self._lora_lite
-        own = super().forward  # type: ignore[misc]
-        if torch.compiler.is_compiling():
-            return W.call(self._run, own, args, kwargs)
+        return self.binding.run(args, kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self.binding is not None:
+            W = self.binding.W
+            W.constants = {name: fn(c) for name, c in W.constants.items()}
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Adapter":
+        alone = self.binding is not None and id(vars(self.binding.W.layer)[HOST]) not in memo
+        return self.twin() if alone else _deep(self, memo)  # alone, as Opacus copies it, it goes on adapting the same layer
+
+    def twin(self) -> "Adapter":
+        """Return an adapter with copies of the parameters, of the same layer."""
+        other = Adapter(self.path)
+        other.names = dict(self.names)
+        for name, p in self._parameters.items():
+            other.register_parameter(name, None if p is None else nn.Parameter(p.detach().clone(), p.requires_grad))
+        other.binding = self.binding.with_adapter(other)
+        return other
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _deep(adapter: Adapter, memo: dict[int, Any]) -> Adapter:
+    other = Adapter.__new__(Adapter)
+    memo[id(adapter)] = other
+    vars(other).update({name: copy.deepcopy(value, memo) for name, value in vars(adapter).items()})
+    return other
+
+
+def _free_name(module: nn.Module, name: str) -> str:
+    while hasattr(module, name):  # names of ours never meet the user's
+        name += "_"
+    return name
+
+
+class Binding:
+    """One target of a copy: its layer, its variant, and the params of the call that runs.
+
+    Attributes:
+        path: the target's path in the model.
+        cfg: its variant.
+        W: its layer, with the variant's constants.
+        adapter: where the params lie as parameters of a module.
+        own: the forward that the layer had.
+        params: those of the call that runs; None outside of one, where the adapter's own parameters stand.
+        mixed: whether `params` have a leading axis of members.
+        index: the member of each row of a mixed batch; None for equal contiguous groups.
+        used: whether a call has reached the target.
+    """
+
+    def __init__(self, path: str, cfg: AdapterConfig, W: Kind, adapter: Adapter, shared: Adapter | None = None) -> None:
+        self.path, self.cfg, self.W, self.adapter, self.shared = path, cfg, W, adapter, shared
+        self.own: Callable[..., Any] = _missing
+        self.variant, self.forward = Variant(cfg), cfg.forward
+        self.direct = type(W).call is Kind.call and type(W).apply is Kind.apply  # what stands between the call and the formula is nothing
+        self.params: Params | None = None
+        self.mixed = False
+        self.index: Tensor | None = None
+        self.used = False
+
+    def with_adapter(self, adapter: Adapter) -> "Binding":
+        """Return the same binding with its params in another adapter."""
+        other = Binding(self.path, self.cfg, self.W, adapter, self.shared)
+        other.own = self.own
+        return other
+
+    def reread(self) -> None:
+        """Read the layer anew, after its packed weight has moved."""
+        layer = vars(self.W.layer)[HOST]
+        self.W = type(self.W)(raw(layer), self.W.constants)
+        for name in self.W.readable():
+            module, own = place_of(layer, name)
+            vars(module)[own] = ReadTensor.of(self, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.params is None and self.adapter.place is self.adapter:  # in a module: its hooks may be those of a tool
+            return self.adapter(*args, **kwargs)
+        return self.run(args, kwargs)
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run the variant where the model calls the layer."""
         try:
-            return W.call(self._run, own, args, kwargs)
+            params, W = self.params, self.W
+            if params is None:
+                params = self.registered()
+            elif params is FROZEN:
+                return W(first_of(args, kwargs)) if self.direct else W.frozen(self.own, args, kwargs)
+            self.used = True
+            if self.direct and not self.mixed:
+                x = args[0] if args else first_of(args, kwargs)
+                return self.forward(in_dtype(params, W, x), W, x)
+            return W.call(functools.partial(self._apply, params), self.own, args, kwargs)
         except Exception as e:
-            e.add_note(f'in {type(cfg).__name__} at target "{path}"')
+            e.add_note(f'in {type(self.cfg).__name__} at target "{self.path}"')
             raise
 
-    def _run(self, W: Frozen, x: Tensor) -> Tensor:
-        return apply_variant(self._lora_lite.cfg, self._params_in_place(W), W, x)
+    def _apply(self, params: Params, W: Any, x: Any) -> Any:
+        if not self.mixed:
+            return W.apply(self.variant, params, x)
+        try:
+            return W.apply_rows(self.variant, params, x, self.index)
+        except ValueError as e:
+            raise ValueError(f'adapt.mixed: at "{self.path}" {e}') from e
 
-    def _params_in_place(self, W: Frozen) -> dict[str, Tensor]:
-        """Give the params of this call; a placeholder is refused here, since products on a CPU take one without a word."""
-        params = {name: getattr(self, attribute) for name, attribute in self._lora_lite.names}
-        if any(p.is_meta for p in params.values()) and W.device.type != "meta":
-            path = self._lora_lite.path
+    def read(self, name: str) -> Tensor:
+        """Return a parameter of the layer as its reader in the model should find it."""
+        params, W = self.params, self.W
+        if params is None:
+            params = self.registered() if not self._hollow() else FROZEN
+        if params is FROZEN:
+            module, own = place_of(W.layer, name)
+            tensor: Tensor = module._parameters[own]  # type: ignore[assignment]
+            return tensor
+        self.used = True
+        if self.mixed and not self._moving():
+            raise ValueError(
+                f'adapt.mixed: at "{self.path}" expected a target that is called with rows of the batch, found a weight that the module around '
+                "it reads: all rows see the same one. Leave it out, or run the members one by one."
+            )
+        if getattr(self.cfg, "dropout", 0.0) and W.training:
+            raise ValueError(
+                f'adapt: at "{self.path}" expected a target that is called with an input, found a weight that the module around it reads, '
+                f"where {type(self.cfg).__name__} has no input to drop. Set its dropout to 0, or leave the layer out."
+            )
+        return W.read(self.variant, params, name)
+
+    def _moving(self) -> bool:
+        return getattr(self.W, "_now", None) is not None
+
+    def _hollow(self) -> bool:
+        return any(p is not None and p.is_meta for p in self.adapter.parameters_by_name.values()) and not self._on_meta()
+
+    def _on_meta(self) -> bool:
+        return self.W.device.type == "meta"
+
+    def registered(self) -> Params:
+        """Return the adapter's parameters as params; a placeholder is refused, since products on a CPU take one without a word."""
+        if self._hollow():
             raise RuntimeError(
-                f'adapt: expected params with data at "{path}", found them on meta. Pass params on its device; where the model recomputes '
+                f'adapt: expected params with data at "{self.path}", found them on meta. Pass params on its device; where the model recomputes '
                 "blocks by a checkpoint of its own, leave that to build(..., remat=) instead."
             )
-        return params
+        found = self.adapter.params()
+        return found if self.shared is None else {**self.shared.params(), **found}
 
 
-@functools.cache
-def adapted_class(cls: Any) -> Any:
-    """Make the subclass of a layer's class that a target takes in the clone; the same one for the same class."""
-    return derived(adapted_class, cls, Adapted)
+def _missing(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("expected a forward of the layer's own, found none")
 
 
-def attribute_of(name: str) -> str:
-    """Name the attribute that holds a param; the params of a whole module have names with dots, which no attribute may have."""
-    return PARAM + name.replace(".", "/")
+def bind_target(
+    clone: nn.Module, path: str, kind: type[Kind], cfg: AdapterConfig, shapes: Mapping[str, tuple[int, ...]], constants: Params, shared: Any
+) -> Binding:
+    """Bind one target of a copy: its adapter, what its model's call reaches, and what stands for its weight where the model reads it."""
+    host = clone.get_submodule(kind.host(path))
+    W = kind.at(clone, path, dict(constants))
+    inside = path[len(kind.host(path)) :].lstrip(".")
+    adapter = Adapter.on(host, path, f"{inside}_adapter" if inside else "adapter", shapes, cfg.dtype)
+    binding = adapter.binding = Binding(path, cfg, W, adapter, shared)
+    binding.own = vars(host).get("forward") or functools.partial(type(host).forward, host)
+    W.bind(host, binding)
+    for name in W.readable():
+        module, own = place_of(host, name)
+        vars(module)[own] = ReadTensor.of(binding, name)
+    return binding
 
 
-def layer_at(clone: nn.Module, path: str) -> Any:
-    """Give a target layer of a bound clone: an `Adapted` that is also the layer's own class."""
-    return clone.get_submodule(path)
+def adapters(module: nn.Module) -> Iterator[Adapter]:
+    """Yield the adapters of a bound copy."""
+    for inner in module.modules():
+        if isinstance(inner, Adapter):
+            yield inner
+        yield from vars(inner).get(ADAPTERS, ())
 
 
-def adapt_layer(
-    layer: nn.Module,
-    target: Target,
-    cfg: AdapterConfig,
-    shapes: Mapping[str, tuple[int, ...]],
-    constants: Mapping[str, Tensor],
-) -> None:
-    """Turn one layer of a clone into a target: its class, its placeholders, its constants."""
-    layer.__class__ = adapted_class(type(layer))  # type: ignore[arg-type]
-    for name, shape in shapes.items():
-        placeholder = torch.empty(shape, dtype=cfg.dtype, device="meta")
-        layer.register_parameter(attribute_of(name), nn.Parameter(placeholder, requires_grad=False))
-    for name, constant in constants.items():
-        layer.register_buffer(CONSTANT + name, constant)
-    W = target.kind(layer, {name: CONSTANT + name for name in constants})
-    names = tuple((name, attribute_of(name)) for name in shapes)
-    vars(layer)["_lora_lite"] = Binding(cfg, names, W, target.path)
+def placeholders(module: nn.Module) -> set[Tensor]:
+    """Return the parameters of a bound copy that are adapters'."""
+    return {p for adapter in adapters(module) for p in adapter.parameters_by_name.values() if p is not None}
 
 
-def rebind(clone: nn.Module) -> None:
-    """Give each target of a copied clone a `Frozen` that reads the copy."""
-    for layer in clone.modules():
-        if isinstance(layer, Adapted):
-            W = layer._lora_lite.W
-            layer._lora_lite = layer._lora_lite._replace(W=type(W)(layer, W.constant_names))
-
-
-def fits(params: AnyTree, shapes: Shapes) -> bool:
-    """Tell whether a params tree has these paths, names and shapes. Plain loops: every call passes here, with hundreds of targets."""
-    if len(params) != len(shapes):
-        return False
-    for path, expected in shapes.items():
-        leaves = params[path]
-        if len(leaves) != len(expected):
-            return False
-        for name, shape in expected.items():
-            leaf = leaves[name]
-            if leaf.shape != shape or not leaf.is_floating_point():
-                return False
-    return True
+def bindings(module: nn.Module) -> dict[str, Binding]:
+    """Return the bindings of a bound copy by the path of their target."""
+    return {a.binding.path: a.binding for a in adapters(module) if a.binding is not None}
 
 
 def require_fit(params: Any, shapes: Shapes, caller: str) -> None:
@@ -148,29 +280,46 @@ def require_fit(params: Any, shapes: Shapes, caller: str) -> None:
     )
 
 
-def placed(params: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Name the leaves of a params tree as the clone's placeholders are named."""
-    found = {}
-    for path, leaves in params.items():
-        prefix = join(path, "")
-        for name, leaf in leaves.items():
-            found[prefix + attribute_of(name)] = leaf
-    return found
+def fits(params: AnyTree, shapes: Shapes) -> bool:
+    """Whether a params tree has these paths, names and shapes. Plain loops: every call passes here, with hundreds of targets."""
+    if len(params) != len(shapes):
+        return False
+    for path, expected in shapes.items():
+        leaves = params[path]
+        if len(leaves) != len(expected):
+            return False
+        for name, shape in expected.items():
+            leaf = leaves[name]
+            if leaf.shape != shape or not leaf.is_floating_point():
+                return False
+    return True
 
 
 def read_params(module: nn.Module, shapes: Shapes, get: Callable[[Tensor], Tensor]) -> Tree:
-    """Read a params tree out of a bound module."""
-    layers = {path: module.get_submodule(path) for path in shapes}
-    return {path: {name: get(getattr(layers[path], attribute_of(name))) for name in names} for path, names in shapes.items()}
+    """Read a params tree out of a bound module.
+
+    Raises:
+        AttributeError: where the module lacks a target's params.
+    """
+    held = params_in(module)
+    for path in shapes:
+        if path not in held:
+            raise AttributeError(f"no adapter of {path!r}")
+    return {path: {name: get(held[path][name]) for name in names} for path, names in shapes.items()}
 
 
 @torch.no_grad()
 def write_params(module: nn.Module, params: AnyTree) -> None:
     """Write the values of a params tree into a bound module, in place."""
+    held = params_in(bare(module))
     for path, leaves in params.items():
-        layer = bare(module).get_submodule(path)
         for name, leaf in leaves.items():
-            getattr(layer, attribute_of(name)).copy_(leaf)
+            held[path][name].copy_(leaf)
+
+
+def params_in(module: nn.Module) -> dict[str, Params]:
+    """Return the parameters of a bound module's adapters as a params tree."""
+    return {adapter.path: adapter.params() for adapter in adapters(module)}
 
 
 def bare(module: nn.Module) -> nn.Module:
@@ -187,39 +336,3 @@ def whole(param: Tensor) -> Tensor:
     """Copy a param out of a module; one that FSDP2 has split is gathered, by all processes together."""
     param = param.detach()
     return param.full_tensor() if hasattr(param, "full_tensor") else param.clone()
-
-
-_SMALL = 2**16
-
-
-def volatile_buffers(clone: nn.Module) -> dict[str, Tensor]:
-    """Find the buffers that a forward may update in place: BatchNorm's statistics, counters and their like.
-
-    They alias the user's, so each call gets copies. Small ones are copied whatever they are; of the large ones those that hold
-    floating numbers in training mode, since large integer buffers are packed weights and masks, which nobody updates.
-    """
-    found = {}
-    for path, module in clone.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is None or buffer.device.type == "meta" or name.startswith(CONSTANT):
-                continue
-            if buffer.numel() <= _SMALL or (module.training and buffer.is_floating_point()):
-                found[join(path, name)] = buffer
-    return found
-
-
-def call(clone: nn.Module, tensors: Mapping[str, Tensor], batch: Any, kwargs: Mapping[str, Any]) -> Any:
-    """Run the clone on a batch with `tensors` in place for the length of the call."""
-    args: tuple[Any, ...] = ()
-    if isinstance(batch, Mapping):
-        kwargs = {**batch, **kwargs}
-    elif isinstance(batch, Tensor):
-        args = (batch,)
-    elif isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
-        args = tuple(batch)
-    else:
-        raise TypeError(
-            f"adapt: expected batch as a mapping (model(**batch)), a tuple or list (model(*batch)) or a tensor, found "
-            f"{type(batch).__name__}. Wrap a single argument as (argument,)."
-        )
-    return torch.func.functional_call(clone, dict(tensors), args, dict(kwargs), tie_weights=False)

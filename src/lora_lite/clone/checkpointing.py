@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from lora_lite.clone.bind import FROZEN, adapters
 from lora_lite.clone.block_inputs import require_no_escape, watched, with_notes, without_notes, written
 from lora_lite.core.errors import nearest
-from lora_lite.core.frozen import CONSTANT, PARAM
-from lora_lite.core.subclass import derived
+from lora_lite.core.tracing import transformed
 
 Run = Callable[[Sequence[Tensor]], list[Tensor]]
 
@@ -33,11 +33,10 @@ def install(clone: nn.Module, pattern: str | None) -> None:
     Raises:
         ValueError: where `pattern` matches no module.
     """
-    if pattern is not None:
-        blocks = check_pattern(clone, pattern)
-        for block in blocks:
-            block.__class__ = _rematerialised_class(type(block))  # type: ignore[arg-type]
-            vars(block)["gradient_checkpointing"] = False  # ours, not also the model's own
+    for block in check_pattern(clone, pattern):
+        own = vars(block).pop("forward", None) or functools.partial(type(block).forward, block)
+        vars(block)["forward"] = functools.partial(_recomputed, block, own)
+        vars(block)["gradient_checkpointing"] = False  # ours, not also the model's own
     for module in clone.modules():
         if "_gradient_checkpointing_func" in vars(module):
             vars(module)["_gradient_checkpointing_func"] = _model_checkpoint
@@ -66,15 +65,9 @@ def _compile(pattern: str) -> re.Pattern[str]:
         raise ValueError(f"build: expected remat as a regular expression, found {pattern!r} ({e}). Write e.g. r'layers\\.\\d+$'.") from e
 
 
-class _Rematerialised:
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = _without_caches(args, kwargs)
-        return recompute(super().forward, self, args, kwargs)  # type: ignore[misc, arg-type]
-
-
-@functools.cache
-def _rematerialised_class(cls: type) -> type:
-    return derived(_rematerialised_class, cls, _Rematerialised)
+def _recomputed(block: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    args, kwargs = _without_caches(args, kwargs)
+    return recompute(own, block, args, kwargs)
 
 
 def _model_checkpoint(fn: Callable[..., Any], *args: Any, **_: Any) -> Any:
@@ -121,8 +114,8 @@ def recompute(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], k
     notes, args, kwargs = without_notes(args, kwargs)
     leaves, spec = pytree.tree_flatten((args, kwargs, [dict(note) for note in notes]))
     places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    slots = [(table, name) for table, name in _slots(block)]
-    inputs = [leaves[k] for k in places] + [table[name] for table, name in slots]
+    held = Held.of(block)
+    inputs = [leaves[k] for k in places] + held.tensors
     shape: list[Any] = []  # of the output: its tree, and for each leaf where it comes from
     kept: set[int] = set()  # ids of the tensors of outputs, of each run: derivatives forward run it again
 
@@ -130,7 +123,7 @@ def recompute(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], k
         filled = list(leaves)
         for k, tensor in zip(places, tensors):
             filled[k] = tensor
-        with _in_place(slots, tensors[len(places) :]):
+        with held.in_place(tensors[len(places) :]):
             *given, contents = pytree.tree_unflatten(filled, spec)
             own, a, kw = with_notes(notes, contents, *given)
             out, tree = pytree.tree_flatten((fn(*a, **kw), written(own, contents)))
@@ -156,8 +149,8 @@ def recompute(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], k
 
 def _compiled(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Leave recomputation to the compiler: torch's checkpoint where plain autograd runs, its own partitioning inside a transform."""
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)] + [t[name] for t, name in _slots(block)]
-    if _plain() and any(t.requires_grad for t in tensors):
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)] + Held.of(block).tensors
+    if not transformed() and any(t.requires_grad for t in tensors):
         return checkpoint(fn, *args, use_reentrant=False, **kwargs)
     return fn(*args, **kwargs)
 
@@ -196,7 +189,7 @@ class _Recompute(torch.autograd.Function):
 
         with _restored(ctx.recipe.rng):
             chosen = [tensors[k] for k in wanted]
-            found = _plain_vjp(f, chosen, grads) if _plain() else torch.func.vjp(f, *chosen)[1](grads)
+            found = _plain_vjp(f, chosen, grads) if not transformed() else torch.func.vjp(f, *chosen)[1](grads)
         out: list[Tensor | None] = [None] * len(tensors)
         for k, grad in zip(wanted, found):
             out[k] = grad
@@ -217,11 +210,6 @@ class _Recompute(torch.autograd.Function):
             return torch.func.jvp(f, tuple(tensors[k] for k in moving), tuple(tangents[k] for k in moving))[1]
 
 
-def _plain() -> bool:
-    """Tell whether no torch.func transform is active."""
-    return not torch._C._are_functorch_transforms_active()  # `peek_interpreter_stack() is None` is never true while compiling
-
-
 def _plain_vjp(f: Callable[..., tuple[Tensor, ...]], chosen: list[Tensor], grads: Sequence[Tensor]) -> Sequence[Tensor | None]:
     twice = torch.is_grad_enabled()  # create_graph: stay attached, so that the gradient can be differentiated
     chosen = chosen if twice else [t.detach().requires_grad_() for t in chosen]
@@ -231,27 +219,50 @@ def _plain_vjp(f: Callable[..., tuple[Tensor, ...]], chosen: list[Tensor], grads
     return torch.autograd.grad([o for o, _ in pairs], chosen, [g for _, g in pairs], create_graph=twice, allow_unused=True)
 
 
-def _slots(block: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
-    """Find what a call swaps in a block: params and buffers."""
-    for module in block.modules():
-        for name, tensor in module._parameters.items():
-            if name.startswith(PARAM) and tensor is not None:
-                yield module._parameters, name
-        for name, buffer in module._buffers.items():
-            if not name.startswith(CONSTANT) and buffer is not None:
-                yield module._buffers, name
+def _now(binding: Any) -> Any:
+    return binding.registered() if binding.params is None else binding.params
 
 
-@contextmanager
-def _in_place(slots: list[tuple[dict[str, Any], str]], tensors: Sequence[Tensor]) -> Iterator[None]:
-    before = [table[name] for table, name in slots]
-    try:
-        for (table, name), tensor in zip(slots, tensors):
-            table[name] = tensor
-        yield
-    finally:
-        for (table, name), tensor in zip(slots, before):
-            table[name] = tensor
+class Held:
+    """What a call puts in place inside a block, params and buffers: explicit inputs of its recomputation."""
+
+    def __init__(self, params: list[tuple[Any, list[str]]], index: Tensor | None, buffers: list[tuple[dict[str, Any], str]]) -> None:
+        self._params, self._index, self._buffers = params, index, buffers
+        self._mixed = any(binding.mixed for binding, _ in params)
+        held = [(_now(binding), names) for binding, names in params]
+        self.tensors: list[Tensor] = [leaves[name] for leaves, names in held for name in names]
+        self.tensors += [] if index is None else [index]
+        self.tensors += [table[name] for table, name in buffers]
+
+    @classmethod
+    def of(cls, block: nn.Module) -> "Held":
+        """Find what a call has put in place inside a block."""
+        bound = [adapter.binding for adapter in adapters(block) if adapter.binding is not None]
+        params = [(b, list(_now(b))) for b in bound]
+        index = next((b.index for b in bound if b.index is not None), None)
+        buffers = [(m._buffers, name) for m in block.modules() for name, buffer in m._buffers.items() if buffer is not None]
+        return cls(params, index, buffers)
+
+    @contextmanager
+    def in_place(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Put tensors where these stood for the length of a run."""
+        given = iter(tensors)
+        before = [(b.params, b.index, b.mixed) for b, _ in self._params]
+        stood = [table[name] for table, name in self._buffers]
+        try:
+            for binding, names in self._params:
+                binding.params = {name: next(given) for name in names} or FROZEN
+            index = None if self._index is None else next(given)
+            for binding, _ in self._params:
+                binding.index, binding.mixed = index, self._mixed
+            for table, name in self._buffers:
+                table[name] = next(given)
+            yield
+        finally:
+            for (binding, _), (params, index, was) in zip(self._params, before):
+                binding.params, binding.index, binding.mixed = params, index, was
+            for (table, name), tensor in zip(self._buffers, stood):
+                table[name] = tensor
 
 
 def _random_state(tensors: Sequence[Tensor]) -> tuple[Tensor, dict[int, Tensor]]:

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.clone.per_thread import Replica, Replicas
+from lora_lite.clone.bind import placeholders
+from lora_lite.clone.per_call import Replica, Replicas
 from lora_lite.clone.structure import clone_again
 from lora_lite.core.errors import listed, nearest
-from lora_lite.core.frozen import PARAM
 from lora_lite.core.plan import Plan
 
 
@@ -72,10 +72,10 @@ def wake(clone: nn.Module, sharding: Sharding) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     parts = _hollowed(clone)
-    placeholders = {p for name, p in clone.named_parameters() if name.rpartition(".")[2].startswith(PARAM)}
+    held_apart = placeholders(clone)
     for block in (*_blocks(clone, sharding.blocks), clone):
         # The root too is resharded: its embeddings would otherwise stay whole in each of the clones.
-        fully_shard(block, mesh=sharding.mesh, reshard_after_forward=True, ignored_params=placeholders)
+        fully_shard(block, mesh=sharding.mesh, reshard_after_forward=True, ignored_params=held_apart)
     for module, name, part in parts:  # before its first forward FSDP takes what it finds in its parameters' places
         module._parameters[name] = part
     return clone
@@ -84,10 +84,11 @@ def wake(clone: nn.Module, sharding: Sharding) -> nn.Module:
 def _hollowed(clone: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
     """Put weights without data in the places of the parts, which `fully_shard` would refuse; give what stood where."""
     parts: list[tuple[nn.Module, str, nn.Parameter]] = []
+    held_apart = placeholders(clone)
     hollow: dict[int, nn.Parameter] = {}
     for module in clone.modules():
         for name, part in module._parameters.items():
-            if part is None or name.startswith(PARAM):
+            if part is None or part in held_apart:
                 continue
             if id(part) not in hollow:  # one for each weight, so that tied ones stay tied
                 hollow[id(part)] = nn.Parameter(torch.empty(part.shape, dtype=part.dtype, device="meta"), requires_grad=False)
@@ -99,12 +100,13 @@ def _hollowed(clone: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
 class ShardedReplicas(Replicas):
     """The one woken clone of a sharded base: collectives have an order, so threads cannot each have their own."""
 
-    def __init__(self, template: nn.Module, copy: Callable[[nn.Module], nn.Module], paths: list[str], sharding: Sharding) -> None:
-        super().__init__(template, lambda clone: wake(copy(clone), sharding), paths)
+    def __init__(self, make: Callable[[], Replica], sharding: Sharding) -> None:
+        super().__init__(make)
         self._thread = threading.get_ident()
+        wake(self.main.module, sharding)
 
     def here(self) -> Replica:
-        """Give the clone.
+        """Return the clone.
 
         Raises:
             RuntimeError: inside two reverse-mode transforms or `torch.compile`, or in another thread than the one that sharded.

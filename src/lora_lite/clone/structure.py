@@ -15,42 +15,37 @@ from torch.nn.parameter import UninitializedParameter
 
 from lora_lite.clone.accelerate import carry, moves_inputs, runs_class_forward
 from lora_lite.core.errors import listed, several
-from lora_lite.core.frozen import FrozenLinear
-from lora_lite.layers.kinds import kind_of
-from lora_lite.layers.quantised import FrozenQuantised, hold, kind_held
+from lora_lite.layers.find import adopt, faults
+from lora_lite.layers.kind import ADOPTED, Kind
 
 _TABLES = frozenset(name for name, value in vars(nn.Module()).items() if hasattr(value, "copy"))  # hooks, and what nn.Module notes
 _PLAIN = frozenset((bool, int, float, str, type(None)))  # most of what modules hold: told first, since every build passes here
 
 
-def clone_module(model: nn.Module, kinds: Sequence[type[FrozenLinear]] = ()) -> nn.Module:
+def clone_module(model: nn.Module, kinds: Sequence[type[Kind]] = ()) -> nn.Module:
     """Copy a module tree without copying a weight; its quantised layers, target or not, run their kind instead of their own forward.
 
     Args:
-        model: any module, or a clone.
-        kinds: kinds besides those that ship; a clone knows those that it was made with.
+        model: any module.
+        kinds: kinds besides those that ship.
 
     Raises:
-        ValueError: for modules whose forward cannot be led to the clone (scripted, compiled or patched by a hook library), and
+        ValueError: for modules whose forward cannot be led to the copy (scripted, compiled or patched by a hook library), and
             quantised layers that hold no quantised weight.
     """
-    named = dict(model.named_modules())
-    _refuse_unfaithful(model, named)
-    found = {path: kind_held(module) or kind_of(module, kinds) for path, module in named.items()}
-    quantised = {path: kind for path, kind in found.items() if kind is not None and issubclass(kind, FrozenQuantised)}
-    _refuse_unreadable(named, quantised)
-    copies = _copied(named.values())
-    for path, kind in quantised.items():
-        hold(copies[id(named[path])], kind)
-    _keep_slow_path(copies.values())
-    return copies[id(model)]
+    _refuse_unfaithful(model, dict(model.named_modules()))
+    unreadable = faults(model, kinds)
+    if unreadable:
+        raise ValueError(f"build: expected quantised layers that hold their weight quantised, found:\n{several(unreadable)}")
+    return clone_again(model, kinds)
 
 
-def clone_again(clone: nn.Module) -> nn.Module:
-    """Copy a clone: what `clone_module` checked of the model holds for it too, and its quantised layers are known."""
+def clone_again(clone: nn.Module, kinds: Sequence[type[Kind]] = ()) -> nn.Module:
+    """Copy a private copy: what `clone_module` checked of the model holds for it too."""
     copies = _copied(list(clone.modules()))
     for module in copies.values():
-        hold(module, kind_held(module))
+        adopt(module, kinds)
+    _keep_slow_path(copies.values())
     return copies[id(clone)]
 
 
@@ -72,16 +67,9 @@ def _refuse_unfaithful(model: nn.Module, named: Mapping[str, nn.Module]) -> None
         )
 
 
-def _refuse_unreadable(named: Mapping[str, nn.Module], kinds: Mapping[str, type[FrozenQuantised]]) -> None:
-    found = {path: fault for path, kind in kinds.items() if (fault := kind.fault(named[path]))}
-    faults = [f'"{path}" ({type(named[path]).__name__}) {fault}' for path, fault in found.items()]
-    if faults:
-        raise ValueError(f"build: expected quantised layers that hold their weight quantised, found:\n{several(faults)}")
-
-
 def _patched(module: nn.Module) -> bool:
     forward = vars(module).get("forward")
-    if forward is None or moves_inputs(module):
+    if forward is None or ADOPTED in vars(module) or moves_inputs(module):
         return False
     return not (isinstance(forward, types.MethodType) and forward.__self__ is module)
 

@@ -17,7 +17,7 @@ from beartype.door import is_bearable
 from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
-from lora_lite.core.frozen import Frozen, as_frozen
+from lora_lite.core.frozen import Frozen, as_frozen, in_dtype
 
 _CONF = BeartypeConf(is_pep484_tower=True)  # an integer is a float
 _enabled = os.environ.get("LORA_LITE_TYPECHECK", "").lower() not in ("", "0", "false", "no", "off")
@@ -28,13 +28,6 @@ def set_typecheck(on: bool) -> bool:
     global _enabled
     before, _enabled = _enabled, on
     return before
-
-
-def in_dtype(params: Mapping[str, Tensor], dtype: torch.dtype) -> Mapping[str, Tensor]:
-    """Give the params in the dtype that the adapter computes in, the same object where nothing changes."""
-    if all(p.dtype == dtype for p in params.values()) or not dtype.is_floating_point:
-        return params  # of token ids there is no such dtype: an embedding computes in its own
-    return {name: p.to(dtype) for name, p in params.items()}
 
 
 def checked(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -52,19 +45,23 @@ def checked(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(fn)
     def door(params: Any, W: Frozen | Tensor, x: Tensor, **statics: Any) -> Tensor:
-        if not (_enabled and not torch.compiler.is_compiling()):
+        if _enabled and not torch.compiler.is_compiling():
+            return tested(params, W, x, statics)
+        if not isinstance(W, Frozen):
             W = as_frozen(W)
-            return fn(in_dtype(params, W.rows(x).dtype), W, x, **statics)
+        return fn(in_dtype(params, W, x), W, x, **statics)
+
+    def tested(params: Any, W: Any, x: Any, statics: Mapping[str, Any]) -> Tensor:
         with jaxtyped("context"):  # one set of axis sizes for all the tests below
             faults: list[str] = []
             W = _frozen_or_fault(W, faults)  # the layer first: what is given binds the axes, and the params are held to it
-            rows = W.rows(x) if isinstance(W, Frozen) and isinstance(x, Tensor) else x
-            faults += _fault("x", rows, hints["x"])
+            vectors = W.vectors(x) if isinstance(W, Frozen) and isinstance(x, Tensor) else x
+            faults += _fault("x", vectors, hints["x"])
             faults += _field_faults(params, fields)
             faults += [f for name, value in statics.items() for f in _fault(name, value, hints.get(name, Any))]
             given = {**params, "W": W, "x": x} if isinstance(params, Mapping) else {"W": W, "x": x}
             _raise(fn, faults, given)
-            y = fn(in_dtype(params, rows.dtype), W, x, **statics)
+            y = fn(in_dtype(params, W, x), W, x, **statics)
             _raise(fn, _fault("the result", y, hints["return"]), given)
             return y
 

@@ -64,6 +64,16 @@ class AdapterConfig:
     exclude_names: tuple[str, ...] = ("lm_head", "embed_tokens")
     layers: tuple[int, ...] | None = None
 
+    @property
+    def uses(self):  # TEMP
+        r = {"output": {"output"}, "projection": {"output", "project"}, "rows": {"output", "project", "vectors"}}[self.reads]
+        return frozenset(
+            r
+            | {"nothing": set(), "product": {"matmul"}, "norms": {"matmul", "dense"}, "dense_init": {"dense"}, "dense": {"dense"}}[
+                self.needs
+            ]
+        )
+
     def __post_init__(self) -> None:
         dtype = getattr(torch, self.dtype, self.dtype) if isinstance(self.dtype, str) else self.dtype
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:

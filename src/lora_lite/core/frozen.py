@@ -1,30 +1,27 @@
-"""`Frozen`: everything about one target layer that is not trained. One class per kind of layer.
+"""`Frozen`: everything about one linear map that is not trained, as a variant sees it.
 
-A variant sees a layer only through this class: `W(x)` is the layer's own output, `W.matmul(x)` leaves the bias out,
-`W.dense(dtype)` is the weight as an `(o, i)` matrix, `W.constants` holds what the variant derived from it at build.
-A kind says in `offers` which of the variants' `needs` it can meet, and in `reads` which uses of the input it allows.
+`W(x)` is the layer's own output, `W.matmul(x)` leaves the bias out, `W.project(x, A)` is `A x`, `W.dense(dtype)` is the weight as an `(o, i)`
+matrix, `W.constants` holds what the variant derived at build. The framework asks more of a layer: that is `lora_lite.Kind`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-NEEDS = ("nothing", "product", "norms", "dense_init", "dense")
-"""What a variant may ask of a weight: nothing but `W(x)`; `W.matmul`; its row or column norms once; its dense form once; its
-dense form in every forward."""
-
-READS = ("output", "projection", "rows")
-"""How a variant may use a layer's input `x`: only as `W(x)`; also as `W.project(x, A)`, added to `W(x)` by a linear map; in any way."""
+from torch import Tensor
 
 Constants = dict[str, Tensor]
-Run = Callable[[Any, Tensor], Tensor]
 
-PARAM, CONSTANT = "adapter_", "constant_"
-"""Prefixes of the attributes that hold a target's params and constants in a clone."""
+USES = {
+    "output": "the layer's own output, `W(x)`",
+    "project": "products of the input with a matrix of its own, `W.project(x, A)`",
+    "vectors": "the input itself, as vectors `(*b, i)`",
+    "matmul": "products with the weight alone, `W.matmul(x)`",
+    "dense": "the weight as a matrix, `W.dense()`",
+}
+"""What a variant may use of a layer, in the words of its fact `uses`; a kind's `gives` are matched with them."""
 
 
 class Frozen:
@@ -37,16 +34,14 @@ class Frozen:
         training: whether the layer is in training mode; dropout asks for it.
     """
 
-    offers: ClassVar[tuple[str, ...]] = NEEDS
-    reads: ClassVar[tuple[str, ...]] = READS
+    gives: ClassVar[frozenset[str]] = frozenset(USES)
     one_hot: ClassVar[bool] = False
     """Whether an input picks one column of the weight, as a token does."""
-    observed: ClassVar[bool] = True
-    """Whether calibration can see its input as rows."""
-    why: ClassVar[str] = ""
-    """Why it refuses what it refuses, in a sentence."""
-    has_input: ClassVar[bool] = True
-    """Whether the layer is called with an input of the batch's rows; else its weight is read by the module around it."""
+
+    constants: Mapping[str, Tensor]
+    """The variant's frozen tensors, by name."""
+    prompt: Tensor | None = None
+    """Of a block in a call, which positions of its hidden states are prompt, `(b, t)`."""
 
     def __init__(
         self,
@@ -55,7 +50,8 @@ class Frozen:
         constants: Mapping[str, Tensor] = MappingProxyType({}),
         training: bool = False,
     ) -> None:
-        self._weight, self._bias, self._constants, self._training = weight, bias, constants, training
+        self._weight, self._bias, self._training = weight, bias, training
+        self.constants = constants
 
     @property
     def weight(self) -> Tensor:
@@ -66,11 +62,6 @@ class Frozen:
     def bias(self) -> Tensor | None:
         """The bias `(o,)`, or None."""
         return self._bias
-
-    @property
-    def constants(self) -> Mapping[str, Tensor]:
-        """The variant's frozen tensors; empty before the variant has derived them."""
-        return self._constants
 
     @property
     def training(self) -> bool:
@@ -98,51 +89,25 @@ class Frozen:
         return self.weight.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The layer's own output, bias included: `(*b, i) -> (*b, o)`."""
+        """Return the layer's own output, bias included: `(*b, i) -> (*b, o)`."""
         return F.linear(x, self.weight, self.bias)
 
     def matmul(self, x: Tensor) -> Tensor:
-        """`W x` without the bias: `(*b, i) -> (*b, o)`."""
+        """Return `W x` without the bias: `(*b, i) -> (*b, o)`."""
         return F.linear(x, self.weight)
 
     def project(self, x: Tensor, A: Tensor, dropout: float = 0.0) -> Tensor:
-        """`A drop(x)` for an `(r, i)` matrix: `(*b, i) -> (*b, r)`, with dropout in training mode."""
+        """Return `A drop(x)` for an `(r, i)` matrix: `(*b, i) -> (*b, r)`, with dropout in training mode."""
         return F.linear(F.dropout(x, dropout, self.training) if dropout else x, A)
 
-    def rows(self, x: Tensor) -> Tensor:
-        """Give the input as a tensor of the shape `(*b, i)` and dtype that a variant may take it for; on meta where it is none itself."""
-        return x
-
-    def entered(self, x: Tensor, reads: str) -> "tuple[Frozen, Tensor]":
-        """Give the layer and its input in the form that a variant of these `reads` takes."""
-        return self, x
-
-    @property
-    def stacked(self) -> bool:
-        """Whether params and constants have a first axis of `parts`."""
-        return False
-
-    @property
-    def parts(self) -> "Sequence[Frozen]":
-        """The linear maps that the layer is made of: itself, or one for each expert."""
-        return (self,)
-
-    def split(self, params: Mapping[str, Tensor]) -> Sequence[Mapping[str, Tensor]]:
-        """Give the params of each part."""
-        return (params,)
-
-    def over_parts(self, f: Callable[..., Tensor], params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        """Apply `f(params, W, x)` to each part with its share of the input."""
-        return f(params, self, x)
-
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight as a plain `(o, i)` matrix in `dtype`, or in its own; detached."""
+        """Return the weight as a plain `(o, i)` matrix in `dtype`, or in its own; detached."""
         weight = self.weight.detach()
         return weight if dtype is None else weight.to(dtype)
 
-    def to_weight(self, dense: Tensor) -> Tensor:
-        """Lay an `(o, i)` matrix out as the layer stores its weight."""
-        return dense
+    def vectors(self, x: Tensor) -> Tensor:
+        """Return the input as vectors `(*b, i)`. Token ids are not vectors: for them, a meta tensor of that shape."""
+        return x
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
@@ -150,92 +115,9 @@ class Frozen:
         return {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
 
     def moved(self, deltas: Mapping[str, Tensor]) -> Callable[[Any], Any]:
-        """Give the layer with `deltas` added to its `parameters`, as a function of its input."""
+        """Return the layer with `deltas` added to its `parameters`, as a function of its input."""
         now = {name: p + deltas[name] if name in deltas else p for name, p in self.parameters.items()}
         return Frozen(now["weight"], now.get("bias"))
-
-
-class FrozenLinear(Frozen):
-    """The kind of `nn.Linear`: reads the layer at each call, so that tensors bound for one call are seen."""
-
-    @classmethod
-    def fits(cls, layer: nn.Module) -> bool:
-        """Tell whether this kind reads a module."""
-        return isinstance(layer, nn.Linear)
-
-    @classmethod
-    def faithful(cls, layer: nn.Module) -> bool:
-        """Tell whether the class of a module that fits computes what the kind does, and not something of its own."""
-        return type(layer).forward is nn.Linear.forward
-
-    def __init__(self, layer: Any, constant_names: Mapping[str, str] = MappingProxyType({})) -> None:
-        self._layer, self.constant_names = layer, constant_names
-
-    @property
-    def weight(self) -> Tensor:
-        return self._layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self._layer.bias
-
-    @property
-    def constants(self) -> Mapping[str, Tensor]:
-        return {name: getattr(self._layer, attribute) for name, attribute in self.constant_names.items()}
-
-    @property
-    def training(self) -> bool:
-        return self._layer.training
-
-    def call(self, run: Run, own: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run a variant where the model calls the layer.
-
-        Args:
-            run: `(W, x) -> y`, the variant with its params.
-            own: the layer's own forward.
-            args, kwargs: what the model calls the layer with.
-        """
-        return run(self, first_of(args, kwargs))
-
-
-class _OfTransformers(FrozenLinear):
-    """A linear layer of transformers' own, told by the name of its class: importing transformers to ask would make it a dependency."""
-
-    told_by: ClassVar[str]
-
-    @classmethod
-    def fits(cls, layer: nn.Module) -> bool:
-        return any(c.__name__ == cls.told_by and c.__module__.startswith("transformers.") for c in type(layer).__mro__)
-
-    @classmethod
-    def faithful(cls, layer: nn.Module) -> bool:
-        return next(c for c in type(layer).__mro__ if "forward" in vars(c)).__name__ == cls.told_by
-
-
-class FrozenFalconLinear(_OfTransformers):
-    """The kind of transformers' `FalconLinear`: an `nn.Linear` whose bias is added after the product has been rounded."""
-
-    told_by = "FalconLinear"
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return plus(self.matmul(x), self.bias)
-
-
-class FrozenConv1D(_OfTransformers):
-    """The kind of transformers' `Conv1D`, which stores `(i, o)`."""
-
-    told_by = "Conv1D"
-
-    @property
-    def weight(self) -> Tensor:
-        return self._layer.weight.t()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        flat = torch.addmm(self._layer.bias, x.reshape(-1, x.shape[-1]), self._layer.weight)  # as the layer itself computes it
-        return flat.view(*x.shape[:-1], -1)
-
-    def to_weight(self, dense: Tensor) -> Tensor:
-        return dense.t().contiguous()
 
 
 def plus(y: Tensor, bias: Tensor | None) -> Tensor:
@@ -243,11 +125,20 @@ def plus(y: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
-def first_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Give the first argument of a call, by place or by name."""
-    return args[0] if args else next(iter(kwargs.values()))
-
-
 def as_frozen(W: Frozen | Tensor) -> Frozen:
     """Wrap a plain `(o, i)` weight; a `Frozen` stays itself."""
     return Frozen(W) if isinstance(W, Tensor) else W
+
+
+def in_dtype(params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Mapping[str, Tensor]:
+    """Return the params in the dtype that the variant computes in: that of `x`, or of the weight where `x` holds token ids.
+
+    The same object where nothing changes: every call of every layer passes here.
+    """
+    dtype = x.dtype
+    if not dtype.is_floating_point:
+        dtype = W.dtype
+    for p in params.values():
+        if p.dtype is not dtype:
+            return {name: p.to(dtype) for name, p in params.items()}
+    return params

@@ -4,21 +4,23 @@ Matrix products count `m n k`, products of two tensors entry by entry count one 
 paid once per forward, whatever the number of tokens, is left out by counting two sizes and taking the difference.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_lite.clone.bind import apply_variant
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import Frozen
-from lora_lite.layers.embedding import FrozenEmbedding
+from lora_lite.layers.kind import Kind, Variant, on_meta
 
 aten = torch.ops.aten
 _MATMULS = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.baddbmm: 1}
 _PRODUCTS = (aten.mul, aten.div, aten.addcmul, aten.addcdiv)
+
+
+Probe = Callable[[Any, int], tuple[Frozen, Tensor, int]]
 
 
 class _Counter(TorchDispatchMode):
@@ -39,26 +41,29 @@ class _Counter(TorchDispatchMode):
         return out
 
 
-def macs_per_token(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen) -> int:
-    """Count what a variant adds to one token of one layer, the layer's own `i o` taken off.
+def macs_per_token(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen, probe: Probe = on_meta) -> int:
+    """Count what a variant adds to one token of one linear map, the map's own multiply-adds taken off.
 
     Args:
         cfg: the variant.
-        params: one target's params; only their shapes are used.
-        W: the frozen layer; only shapes are used.
+        params: the map's params; only their shapes are used.
+        W: the map; only shapes are used.
+        probe: `(W, tokens)` to the map and so many tokens on meta, and the map's own multiply-adds for one.
     """
     meta = {name: torch.empty(p.shape, device="meta") for name, p in params.items()}
-    constants = {name: torch.empty(c.shape, dtype=c.dtype, device="meta") for name, c in W.constants.items()}
-    bias = None if W.bias is None else torch.empty(W.out_features, device="meta")
-    layer: Frozen = Frozen(torch.empty(W.out_features, W.in_features, device="meta"), bias, constants)
-    if isinstance(W, FrozenEmbedding):  # a lookup multiplies nothing
-        layer = W.to("meta")
 
     def count(tokens: int) -> int:
-        x = torch.empty(tokens, W.in_features, device="meta")
+        layer, x, own = probe(W, tokens)
         with _Counter() as counter, torch.no_grad():
-            apply_variant(cfg, meta, layer, x[:, 0].long() if W.one_hot else x)
-        return counter.macs
+            Variant(cfg)(meta, layer, x)
+        return counter.macs - tokens * own
 
-    # From 3 tokens to 5: one token alone would turn products with a vector into other operations.
-    return (count(5) - count(3)) // 2 - (0 if W.one_hot else W.in_features * W.out_features)
+    return (count(5) - count(3)) // 2  # one token alone would turn products with a vector into other operations
+
+
+def macs_of(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Kind) -> int:
+    """Count what a variant adds to one token of a layer, of one linear map or several."""
+    total = 0
+    for k, (name, part, _, _) in enumerate(W.probe(3)):
+        total += macs_per_token(cfg, W.part(params, name), part, lambda _, tokens, k=k: W.probe(tokens)[k][1:])
+    return total

@@ -1,70 +1,32 @@
-"""Merge an adapter into dense weights, derived for every linear variant from its pure function: `b' = f(0)`, `W' = f(I) - b'`."""
+"""Merge an adapter into dense weights, derived for every linear variant from its pure function; each kind knows its own names and layout."""
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_lite.clone.bind import apply_variant, layer_at
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import several
 from lora_lite.core.frozen import Frozen
-from lora_lite.core.plan import Entries
-from lora_lite.core.tree import join
-from lora_lite.layers.embedding import FrozenEmbedding
-from lora_lite.layers.module import FrozenModule
-from lora_lite.layers.parameter import Held
-from lora_lite.layers.quantised import FrozenQuantised
-from lora_lite.prepare.targets import Target
+from lora_lite.core.plan import Plan, Target
+from lora_lite.core.tree import AnyTree, join
+from lora_lite.layers.kind import Variant, at_identity, exact_dtype
 
 
 def merged_layer(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen) -> tuple[Tensor, Tensor]:
-    """Give one layer's merged `(o, i)` weight and `(o,)` bias, in at least float32.
-
-    The function is evaluated on the rows of the identity, in evaluation mode.
-    """
-    weight = W.dense()
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    bias = None if W.bias is None else W.bias.to(dtype)
-    layer = Frozen(weight.to(dtype), bias, W.constants)
-    eye = torch.eye(W.in_features, dtype=dtype, device=weight.device)
-    offset = apply_variant(cfg, params, layer, torch.zeros_like(eye[0]))
-    return (apply_variant(cfg, params, layer, eye) - offset).t(), offset
+    """Return one linear map's merged `(o, i)` weight and `(o,)` bias, in at least float32, in evaluation mode."""
+    weight, bias = (at_identity(Variant(cfg), params, W, role, exact_dtype(W.dtype)) for role in ("weight", "bias"))
+    return weight, bias
 
 
-def merged_table(cfg: AdapterConfig, params: Mapping[str, Tensor], W: FrozenEmbedding) -> tuple[Tensor, Tensor]:
-    """Give the adapted lookup of every token as a weight `(o, vocab)`, in at least float32, and a bias of zeros.
-
-    One-hot inputs sum to one, so what a variant adds to every output is part of the table.
-    """
-    exact = W.to(torch.promote_types(W.dtype, torch.float32))
-    table = apply_variant(cfg, params, exact, torch.arange(W.in_features, device=W.device))
-    return table.t(), table.new_zeros(W.out_features)
-
-
-def merged_target(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen) -> tuple[Tensor, Tensor]:
-    """Give a target's merged weight and bias, stacked where it is several linear maps."""
-    if isinstance(W, FrozenEmbedding):
-        return merged_table(cfg, params, W)
-    merged = [merged_layer(cfg, p, part) for p, part in zip(W.split(params), W.parts)]
-    if not W.stacked:
-        return merged[0]
-    weights, biases = zip(*merged)
-    return torch.stack(weights), torch.stack(biases)
-
-
-def merge(
-    clone: nn.Module,
-    entries: Entries,
-    params: Mapping[str, Mapping[str, Tensor]],
-    dtype: torch.dtype | None = None,
-) -> dict[str, Tensor]:
-    """Give the merged tensors of every target, named as in the model's state dict.
+@torch.no_grad()
+def merge(plan: Plan, params: AnyTree, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Return the merged tensors of every target, named as in the model's state dict.
 
     Args:
-        clone: a bound clone; only its frozen tensors are read.
-        entries: each target with its config.
+        plan: whose targets to merge; only frozen tensors are read.
         params: the params tree.
         dtype: of the merged tensors; None for that of each layer's own, which for a quantised weight is float32.
 
@@ -73,61 +35,63 @@ def merge(
     """
     faults: list[str] = []
     merged: dict[str, Tensor] = {}
-    for target, cfg in entries:
-        W = layer_at(clone, target.path)._lora_lite.W
-        fault = _unmergeable(target, cfg, layer_at(clone, target.path), W)
-        if fault:
-            faults.append(fault)
+    for target, cfg in plan.entries:
+        try:
+            W, found = _merged(plan, target, cfg, params)
+        except _Fault as e:
+            faults.append(f'"{target.path}": {e}')
             continue
-        if isinstance(W, FrozenModule):
-            merged |= {join(target.path, name): (p + params[target.path][name]).to(dtype or p.dtype) for name, p in W.parameters.items()}
-            continue
-        with torch.no_grad():
-            weight, bias = merged_target(cfg, params[target.path], W)
-        names = _names(target, layer_at(clone, target.path))
-        merged[names["weight"]] = W.to_weight(weight).to(dtype or W.dtype).contiguous()
-        if W.bias is not None:
-            merged[names["bias"]] = bias.to(dtype or W.bias.dtype)
-        elif bias.any():
-            faults.append(f'"{target.path}": the adapter moves the bias, and the layer has none to hold it')
+        kept = W.kept()
+        host = target.kind.host(target.path)
+        for name, value in found.items():
+            merged[join(host, name)] = value.to(dtype or kept[name].dtype, memory_format=torch.contiguous_format)
     if faults:
         raise ValueError(
-            f"merge: expected targets whose adapted map is one dense layer, found:\n{several(faults)}\n"
+            f"merge: expected targets whose adapted map a state dict can hold, found:\n{several(faults)}\n"
             "Keep the adapter unmerged, or leave these targets out when building."
         )
     return merged
 
 
-def _names(target: Target, layer: nn.Module) -> dict[str, str]:
-    """Name a target's weight and bias as the model's state dict does; a bare parameter has its own name."""
-    if isinstance(layer, Held):
-        return {"weight": target.path, "bias": f"{target.path}_bias"}
-    return {name: join(target.path, name) for name in ("weight", "bias")}
+class _Fault(Exception):
+    """Why one target cannot be merged."""
 
 
-def merge_error(
-    clone: nn.Module,
-    entries: Entries,
-    params: Mapping[str, Mapping[str, Tensor]],
-    merged: Mapping[str, Tensor],
-) -> dict[str, float]:
-    """Give by target how far the merged tensors are from the adapted map, over the size of the update.
+def _merged(plan: Plan, target: Target, cfg: AdapterConfig, params: AnyTree) -> tuple[Any, dict[str, Tensor]]:
+    if not cfg.linear:
+        raise _Fault(f"{type(cfg).__name__} is not linear in its input")
+    if target.shared_with:
+        raise _Fault(f"its weight is shared with {', '.join(target.shared_with)}, which the merged one would change too")
+    W = plan.layer(target, cfg)
+    try:
+        W.kept()
+        return W, W.merged(Variant(cfg), leaves_at(params, target, cfg))
+    except ValueError as e:
+        raise _Fault(str(e)) from e
+
+
+def leaves_at(params: AnyTree, target: Target, cfg: AdapterConfig) -> Mapping[str, Tensor]:
+    """Return the params that reach one target: its own, and those that it shares."""
+    return {**params[cfg.name], **params[target.path]} if cfg.name in params else params[target.path]
+
+
+def merge_error(plan: Plan, params: AnyTree, merged: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return by target how far the merged tensors are from the adapted map, over the size of the update.
 
     By Frobenius norms; where there is no update, over the size of the weight.
 
     Raises:
         ValueError: for targets that cannot be merged, and where `merged` lacks one of their tensors or holds it in another shape.
     """
-    exact = merge(clone, entries, params, torch.float64)
+    exact = merge(plan, params, torch.float64)
     faults = [name for name, tensor in exact.items() if name not in merged or merged[name].shape != tensor.shape]
     if faults:
         wanted = ", ".join(f'"{name}" of shape {tuple(exact[name].shape)}' for name in faults[:3])
-        raise ValueError(f"merge_error: expected merged tensors {wanted}, found none or others. Pass what merge gave, in any dtype.")
+        raise ValueError(f"merge_error: expected merged tensors {wanted}, found none or others. Pass what merge returned, in any dtype.")
     errors = {}
-    for target, _ in entries:
-        W = layer_at(clone, target.path)._lora_lite.W
-        names = {} if isinstance(W, FrozenModule) else _names(target, layer_at(clone, target.path))
-        before = {names.get(n, join(target.path, n)): W.to_weight(p) if n == "weight" else p for n, p in W.parameters.items()}
+    for target, cfg in plan.entries:
+        host = target.kind.host(target.path)
+        before = {join(host, name): t for name, t in plan.layer(target, cfg).kept().items()}
         missed, update, size = (
             _norm(exact[name] - other[name].double() for name in before) for other in (merged, before, {n: torch.zeros(()) for n in before})
         )
@@ -137,13 +101,3 @@ def merge_error(
 
 def _norm(parts: Iterable[Tensor]) -> float:
     return math.sqrt(sum(float(part.square().sum()) for part in parts))
-
-
-def _unmergeable(target: Target, cfg: AdapterConfig, layer: nn.Module, W: Frozen) -> str | None:
-    if not cfg.linear:
-        return f'"{target.path}": {type(cfg).__name__} is not linear in its input'
-    if target.shared_with:
-        return f'"{target.path}": its weight is shared with {", ".join(target.shared_with)}, which the merged one would change too'
-    if "weight" not in layer._parameters and not isinstance(W, FrozenModule | FrozenQuantised):
-        return f'"{target.path}": its weight is computed by a parametrization, so no entry of a state dict holds it'
-    return None

@@ -1,76 +1,19 @@
-"""Mixed batches: each row of a batch through its own adapter, the frozen model run once.
+"""Mixed batches: stacks of params trees, and which member each row takes.
 
-Only the variant's pure function is vmapped, at each target, over the adapters; everything else sees one ordinary batch. So it works
-wherever the model does, with padding masks and fused attention that a whole-model `vmap` cannot run.
+Only a variant's pure function is vmapped, at each target, over the adapters; everything else sees one ordinary batch. So it works wherever the
+model does, with padding masks and fused attention that a whole-model `vmap` cannot run.
 """
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_lite.clone.bind import Adapted, Shapes, apply_part, apply_variant
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.frozen import Frozen
+from lora_lite.core.plan import Shapes, Target
+from lora_lite.core.tracing import in_transform
 from lora_lite.core.tree import AnyTree, Tree, tree_map
-from lora_lite.prepare.targets import Target
-from lora_lite.transforms.gradients import in_transform
-
-INDEX = "mixed_index"
-
-
-class _Mixed(Adapted):
-    """A target whose params have a leading adapter axis; its index says which adapter each row takes."""
-
-    def _run(self, W: Frozen, x: Tensor) -> Tensor:
-        cfg, _, _, path = self._lora_lite
-        params = self._params_in_place(W)
-        index = getattr(self, INDEX)
-        if not W.has_input:
-            raise ValueError(
-                f'adapt.mixed: expected targets that are called with rows of the batch, found "{path}", whose weight is read by the module '
-                "around it: all rows see the same one. Leave it out, or run the members one by one."
-            )
-        if W.stacked:
-            experts: Any = W
-            return experts.over_members(functools.partial(apply_part, cfg), params, x, None if index.device.type == "meta" else index)
-        if index.device.type == "meta":  # not given: equal contiguous groups
-            rows = next(iter(params.values())).shape[0]
-        else:
-            rows = index.shape[0]
-            params = {name: p.index_select(0, index) for name, p in params.items()}
-        if x.shape[0] % rows if rows else x.shape[0]:
-            raise ValueError(
-                f'adapt.mixed: expected the input of "{path}" to have a multiple of {rows} rows, found shape {tuple(x.shape)}. The model '
-                "regroups rows before this layer (routed experts do), so they cannot be followed; leave the layer out."
-            )
-        if not getattr(W, "alone", True):
-            raise ValueError(
-                f'adapt.mixed: expected "{path}" to be called with one tensor, found several, whose rows cannot be told from '
-                "what rows share. Train a part of it that takes one."
-            )
-        if not rows:  # vmap takes no empty axis
-            params, rows = {name: p.new_zeros(1, *p.shape[1:]) for name, p in params.items()}, 1
-        y = torch.vmap(lambda p, rows: apply_variant(cfg, p, W, rows), randomness="different")(params, x.unflatten(0, (rows, -1)))
-        return y.flatten(0, 1)
-
-
-@functools.cache
-def _mixed_class(cls: Any) -> Any:
-    """Make the class of a mixed target from that of a target; the same one for the same class."""
-    return type(cls.__name__, (_Mixed, *(b for b in cls.__bases__ if b is not Adapted)), {"__module__": cls.__module__})
-
-
-def make_mixed(clone: nn.Module) -> nn.Module:
-    """Turn the targets of a bound clone into mixed ones."""
-    for layer in clone.modules():
-        if isinstance(layer, Adapted):
-            layer.__class__ = _mixed_class(type(layer))  # type: ignore[arg-type]
-            layer.register_buffer(INDEX, torch.empty((), device="meta"), persistent=False)
-    return clone
 
 
 def stack(trees: Iterable[AnyTree]) -> Tree:
@@ -108,7 +51,7 @@ def unstack(stacked: AnyTree) -> list[Tree]:
 
 
 def stacked_size(stacked: AnyTree) -> int:
-    """Give the length of the adapter axis.
+    """Return the length of the adapter axis.
 
     Raises:
         ValueError: where the leaves have none in common.
@@ -120,12 +63,12 @@ def stacked_size(stacked: AnyTree) -> int:
 
 
 def member_shapes(shapes: Shapes, members: int) -> Shapes:
-    """Give the shapes that the leaves of a stacked tree must have."""
+    """Return the shapes that the leaves of a stacked tree must have."""
     return {path: {name: (members, *shape) for name, shape in leaves.items()} for path, leaves in shapes.items()}
 
 
 def is_stacked(params: object, shapes: Shapes) -> bool:
-    """Tell whether a tree looks like a stack: its first leaf has one axis more than a params tree's."""
+    """Whether a tree looks like a stack: its first leaf has one axis more than a params tree's."""
     path, leaves = next(iter(shapes.items()))
     name, shape = next(iter(leaves.items()))
     found = params.get(path) if isinstance(params, Mapping) else None
@@ -133,18 +76,19 @@ def is_stacked(params: object, shapes: Shapes) -> bool:
     return isinstance(leaf, Tensor) and leaf.dim() == len(shape) + 1
 
 
-def steered(entries: Iterable[tuple[Target, AdapterConfig]], params: AnyTree, c: float | Tensor, members: int | None) -> Tree:
-    """Give params at strength `c`, those of a stack of `members` where there is one; each member at its own where `c` has several."""
+def steered(entries: Sequence[tuple[Target, AdapterConfig]], params: AnyTree, c: float | Tensor, members: int | None) -> Tree:
+    """Return params at strength `c`, those of a stack of `members` where there is one; each member at its own where `c` has several."""
 
     def one(params: AnyTree, c: float | Tensor) -> Tree:
-        return {target.path: dict(cfg.steer(params[target.path], c)) for target, cfg in entries}
+        configs = {cfg.name: cfg for _, cfg in entries} | {target.path: cfg for target, cfg in entries}
+        return {path: dict(configs[path].steer(leaves, c)) for path, leaves in params.items()}
 
     axes = strength_axes(c, members)
     return one(params, c) if axes == (None, None) else torch.vmap(one, in_dims=axes)(tree_map(lambda p: p, params), c)
 
 
 def strength_axes(c: float | Tensor, members: int | None) -> tuple[int | None, int | None]:
-    """Give the axes that `steer` maps over, of a params tree and of its strength.
+    """Return the axes that `steer` maps over, of a params tree and of its strength.
 
     Raises:
         ValueError: where `c` is neither a scalar nor a strength for each of `members`.

@@ -3,12 +3,9 @@
 from typing import Any
 
 import torch
-from torch import nn
 
-from lora_lite.clone.bind import Shapes, layer_at
-from lora_lite.core.plan import Plan
-from lora_lite.derived.cost import macs_per_token
-from lora_lite.layers.module import FrozenModule
+from lora_lite.core.plan import Plan, Shapes
+from lora_lite.derived.cost import macs_of
 
 
 def count(shapes: dict[str, tuple[int, ...]]) -> int:
@@ -21,18 +18,16 @@ def count_all(shapes: Shapes) -> int:
     return sum(count(leaves) for leaves in shapes.values())
 
 
-def macs_by_target(plan: Plan, clone: nn.Module) -> dict[str, int]:
+def macs_by_target(plan: Plan) -> dict[str, int]:
     """Count each target's multiply-adds per token; layers alike are counted once."""
     known: dict[Any, int] = {}
     counts = {}
     for target, cfg in plan.entries:
-        W = layer_at(clone, target.path)._lora_lite.W
-        key = (id(cfg), target.i, target.o, W.bias is None)
-        if isinstance(W, FrozenModule):
-            known[key] = 0  # the module itself runs, or its output is edited at a number of positions that does not grow
+        W = plan.layer(target, cfg)
+        key = (id(cfg), target.kind, target.i, target.o, W.bias is None)
         if key not in known:
-            params = {name: torch.empty(shape, device="meta") for name, shape in plan.shapes[target.path].items()}
-            known[key] = macs_per_token(cfg, W.split(params)[0], W.parts[0])
+            shapes = {**plan.shapes.get(cfg.name, {}), **plan.shapes[target.path]}
+            known[key] = macs_of(cfg, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, W)
         counts[target.path] = known[key]
     return counts
 

@@ -11,19 +11,17 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from lora_lite.adapt import Adapt
-from lora_lite.build import check_entries
 from lora_lite.clone.structure import clone_module
 from lora_lite.core.config import AdapterConfig, from_json, to_json
 from lora_lite.core.errors import listed, nearest, several, tree_faults
-from lora_lite.core.frozen import FrozenLinear
-from lora_lite.core.plan import Entries, Plan
+from lora_lite.core.plan import Entries, Plan, Target
 from lora_lite.core.tree import Tree, flatten, join
 from lora_lite.files.header import CONSTANT, FORMAT, Described, Stored, describe, read_header, tensor_faults, write_header
-from lora_lite.layers.find import kind_here
-from lora_lite.layers.kinds import as_kinds
-from lora_lite.layers.module import WORDS
-from lora_lite.layers.parameter import layer_of
-from lora_lite.prepare.targets import Target, shared_with, sharing
+from lora_lite.layers.find import find
+from lora_lite.layers.kind import Kind
+from lora_lite.layers.kinds import SITES, as_kinds
+from lora_lite.prepare.checks import check_entries
+from lora_lite.prepare.targets import sharing
 from lora_lite.variants import VARIANTS
 
 
@@ -68,9 +66,10 @@ def save(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], path: str | o
         for t, cfg in zip(adapt.targets, adapt.configs)
     }
     shared = {name: describe(constants) for name, constants in adapt.constants.items() if name not in targets}
+    shared_params = {name: describe(params[name]) for name in adapt._plan.shared_params()}
     beside = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
     try:
-        safetensors.torch.save_file(tensors, beside, write_header([to_json(cfg) for cfg in configs], targets, shared))
+        safetensors.torch.save_file(tensors, beside, write_header([to_json(cfg) for cfg in configs], targets, shared, shared_params))
         os.replace(beside, place)
     finally:
         beside.unlink(missing_ok=True)
@@ -82,7 +81,7 @@ def load(
     *,
     variants: Sequence[type[AdapterConfig]] | Mapping[str, type[AdapterConfig]] = (),
     remat: str | None = None,
-    kinds: Sequence[type[FrozenLinear]] = (),
+    kinds: Sequence[type[Kind]] = (),
 ) -> tuple[Adapt, Tree]:
     """Read a file that `save` wrote and bind it to a model. Needs neither calibration data nor an SVD.
 
@@ -106,17 +105,17 @@ def load(
     known, kinds = _known(variants), as_kinds(kinds)
     metadata, tensors = _read(Path(path))
     try:
-        stored_configs, targets, shared = read_header(metadata)
+        stored_configs, targets, shared, shared_params = read_header(metadata)
     except ValueError as e:
         raise ValueError(
             f'load: expected "{path}" to describe its configs and targets, found a damaged header ({e}). Save it again.'
         ) from e
     configs = _configs(stored_configs, known, path)
     entries, faults = _entries(model, targets, configs, kinds)
-    faults += tensor_faults(targets, shared, tensors)
+    faults += tensor_faults(targets, shared, shared_params, tensors)
     if not faults:
         check_entries(model, entries)
-        adapt, params = _bind(clone_module(model, kinds), targets, shared, entries, tensors, remat)
+        adapt, params = _bind(clone_module(model, kinds), targets, shared, entries, tensors, remat, kinds, shared_params)
         # With its constants at hand each variant says what its params must be: no SVD, no data.
         faults = tree_faults(params, _shapes(adapt.init()))
     if faults:
@@ -185,20 +184,21 @@ def _configs(stored: list[dict[str, Any]], known: Mapping[str, type[AdapterConfi
 
 
 def _entries(
-    model: nn.Module, targets: Mapping[str, Stored], configs: list[AdapterConfig], kinds: Sequence[type[FrozenLinear]]
+    model: nn.Module, targets: Mapping[str, Stored], configs: list[AdapterConfig], kinds: Sequence[type[Kind]]
 ) -> tuple[Entries, list[str]]:
     modules, shared = dict(model.named_modules()), sharing(model)
+    found_by = {site: find(model, site, kinds) for site in {configs[stored.config].adapts for stored in targets.values()}}
     entries, faults = [], []
     for path, stored in targets.items():
-        kind = kind_here(model, path, configs[stored.config].adapts, kinds)
+        kind = found_by[configs[stored.config].adapts].get(path)
         if kind is None:
             found = type(modules[path]).__name__ if path in modules else f"nothing; closest: {nearest(path, modules)}"
-            faults.append(f'"{path}": expected a {WORDS[configs[stored.config].adapts]}, found {found}')
+            faults.append(f'"{path}": expected a {SITES[configs[stored.config].adapts][0]}, found {found}')
             continue
-        W = kind(layer_of(model, path))
+        W = kind.at(model, path)
         if (W.in_features, W.out_features) != (stored.i, stored.o):
             faults.append(f'"{path}": expected a layer of shape {(stored.o, stored.i)}, found {(W.out_features, W.in_features)}')
-        target = Target(path, kind, W.in_features, W.out_features, stored.role, shared_with(path, kind, shared))
+        target = Target(path, kind, W.in_features, W.out_features, stored.role, kind.holders(path, shared))
         entries.append((target, configs[stored.config]))
     return tuple(entries), faults
 
@@ -210,13 +210,17 @@ def _bind(
     entries: Entries,
     tensors: Mapping[str, Tensor],
     remat: str | None,
+    kinds: Sequence[type[Kind]],
+    shared_params: Mapping[str, Described],
 ) -> tuple[Adapt, Tree]:
     params: Tree = {}
     constants: Tree = {}
     for (path, stored), (target, _) in zip(targets.items(), entries):
         # Copied: a mapped file is not aligned, and sums over it would round otherwise than over what was saved.
-        device = target.kind(layer_of(base, path)).device
+        device = target.kind.at(base, path).device
         params[path] = {name: tensors[join(path, name)].to(device, copy=True) for name in stored.params}
         constants[path] = {name: tensors[CONSTANT + join(path, name)].to(device, copy=True) for name in stored.constants}
     common = {v: {name: tensors[CONSTANT + join(v, name)].to(device, copy=True) for name in names} for v, names in shared.items()}
-    return Adapt(Plan(base, entries, _shapes(params), constants, remat, common)), params
+    for variant, names in shared_params.items():
+        params[variant] = {name: tensors[join(variant, name)].to(device, copy=True) for name in names}
+    return Adapt(Plan(base, entries, _shapes(params), constants, remat, common, kinds=kinds)), params

@@ -1,4 +1,4 @@
-"""The kinds of bitsandbytes' `Linear4bit` and `Linear8bitLt`.
+"""bitsandbytes' `Linear4bit` and `Linear8bitLt`.
 
 bitsandbytes rewrites its layers as they run: `Linear8bitLt` moves its scales from the weight to the layer, `Linear4bit` picks a compute
 dtype and, on some processors, repacks its weight for evaluation. So a layer of a clone gets bookkeeping of its own and keeps the
@@ -52,11 +52,11 @@ class _FrozenBitsandbytes(FrozenQuantised):
 
     @property
     def _packed(self) -> Any:
-        return vars(self._layer)[_PACKED]
+        return vars(self.layer)[_PACKED]
 
 
-class FrozenLinear4bit(_FrozenBitsandbytes):
-    """The kind of bitsandbytes' `Linear4bit`: nf4 or fp4 in blocks, the scales quantised in their turn or not."""
+class Linear4bitKind(_FrozenBitsandbytes):
+    """bitsandbytes' `Linear4bit`: nf4 or fp4 in blocks, with or without double quantisation."""
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
@@ -93,11 +93,11 @@ class FrozenLinear4bit(_FrozenBitsandbytes):
         return torch.ops.bitsandbytes.dequantize_4bit.default(data, absmax, blocksize, quant_type, shape, kernel).to(dtype)
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return self._layer.compute_dtype or dtype
+        return self.layer.compute_dtype or dtype
 
 
-class FrozenLinear8bit(_FrozenBitsandbytes):
-    """The kind of bitsandbytes' `Linear8bitLt`: the map `CB SCB / 127`, in training and evaluation alike.
+class Linear8bitKind(_FrozenBitsandbytes):
+    """bitsandbytes' `Linear8bitLt`: the map `CB SCB / 127`, in training and evaluation alike.
 
     The layer's own forward quantises the activations in evaluation, outliers aside. That is no linear map and has no derivative, so the
     adapted model leaves it out.

@@ -12,21 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lite.core.frozen import Frozen, FrozenLinear, Run, first_of
+from lora_lite.core.frozen import Frozen
+from lora_lite.layers.kind import Kind, Params, Run, Variant, first_of
 
 CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONVS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
 
 
-class FrozenConv(FrozenLinear):
-    """The kind of a convolution whose outputs see all channels: `x` is `(*b, channels, *space)`."""
+class ConvKind(Kind):
+    """A convolution whose outputs see all channels: `x` is `(*b, channels, *space)`."""
 
-    observed: ClassVar[bool] = False
+    by_name: ClassVar[bool] = True
+    gives: ClassVar[frozenset[str]] = Kind.gives - {"inputs"}
     why: ClassVar[str] = "Calibration sees a convolution's images, not their patches."
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        return conv_kind(layer) is cls
+        return isinstance(layer, CLASSES) and layer.groups == 1
 
     @classmethod
     def faithful(cls, layer: nn.Module) -> bool:
@@ -34,15 +36,15 @@ class FrozenConv(FrozenLinear):
 
     @property
     def _dims(self) -> int:
-        return len(self._layer.kernel_size)
+        return len(self.layer.kernel_size)
 
     @property
     def weight(self) -> Tensor:
-        return self._layer.weight.flatten(1)
+        return self.layer.weight.flatten(1)
 
     def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
         """Convolve as the layer does, by another kernel; channels last."""
-        layer = self._layer
+        layer = self.layer
         padding: Any = layer.padding
         if layer.padding_mode != "zeros":
             x, padding = self._padded(x), 0
@@ -50,40 +52,40 @@ class FrozenConv(FrozenLinear):
         return y.movedim(-self._dims - 1, -1)
 
     def _padded(self, x: Tensor) -> Tensor:
-        mode = self._layer.padding_mode
-        return F.pad(x, self._layer._reversed_padding_repeated_twice, "constant" if mode == "zeros" else mode)
+        mode = self.layer.padding_mode
+        return F.pad(x, self.layer._reversed_padding_repeated_twice, "constant" if mode == "zeros" else mode)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Convolve: `(*b, channels, *space)` to `(*b, *space, o)`."""
-        return self._convolve(x, self._layer.weight, self._layer.bias)
+        return self._convolve(x, self.layer.weight, self.layer.bias)
 
     def matmul(self, x: Tensor) -> Tensor:
-        return self._convolve(x, self._layer.weight)
+        return self._convolve(x, self.layer.weight)
 
     def project(self, x: Tensor, A: Tensor, dropout: float = 0.0) -> Tensor:
         x = F.dropout(x, dropout, self.training) if dropout else x
-        return self._convolve(x, A.view(len(A), *self._layer.weight.shape[1:]))
+        return self._convolve(x, A.view(len(A), *self.layer.weight.shape[1:]))
 
-    def rows(self, x: Tensor) -> Tensor:
+    def vectors(self, x: Tensor) -> Tensor:
         return torch.empty((1, self.in_features), dtype=x.dtype, device="meta").expand(*self._space(x), -1)
 
     def _space(self, x: Tensor) -> tuple[int, ...]:
-        """Give the output's axes without its channels."""
-        layer, d = self._layer, self._dims
+        """Return the output's axes without its channels."""
+        layer, d = self.layer, self._dims
         pads = layer._reversed_padding_repeated_twice
         around = [pads[2 * k] + pads[2 * k + 1] for k in reversed(range(d))]
         sizes = zip(x.shape[-d:], around, layer.dilation, layer.kernel_size, layer.stride)
         return (*x.shape[: -d - 1], *((n + p - dil * (k - 1) - 1) // step + 1 for n, p, dil, k, step in sizes))
 
-    def entered(self, x: Tensor, reads: str) -> tuple[Frozen, Tensor]:
-        if reads != "rows":
-            return self, x
+    def apply(self, f: Variant, params: Params, x: Tensor) -> Tensor:
+        if "vectors" not in f.uses:
+            return f(params, self, x)
         patches = self.patches(x)
-        return _Patched(self, x, patches), patches
+        return f(params, _Patched(self, x, patches), patches)
 
     def patches(self, x: Tensor) -> Tensor:
-        """Give what each output sees: `(*b, *space, i)`."""
-        layer, first = self._layer, x.dim() - self._dims  # the first axis of space
+        """Return the patch that each output sees: `(*b, *space, i)`."""
+        layer, first = self.layer, x.dim() - self._dims  # the first axis of space
         x = self._padded(x)
         for k, (size, step, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation)):
             x = x.unfold(first + k, dilation * (size - 1) + 1, step)[..., ::dilation]
@@ -93,22 +95,29 @@ class FrozenConv(FrozenLinear):
         y: Tensor = run(self, first_of(args, kwargs))
         return y.movedim(-1, -self._dims - 1).contiguous()  # models view what a convolution gives
 
+    def original(self, weights: Mapping[str, Tensor], path: str) -> tuple[str, Tensor | None]:
+        name, weight = super().original(weights, path)
+        return name, None if weight is None else weight.flatten(1)
+
     def to_weight(self, dense: Tensor) -> Tensor:
-        return dense.reshape(self._layer.weight.shape)
+        return dense.reshape(self.layer.weight.shape)
 
 
-class FrozenGroupedConv(FrozenConv):
-    """The kind of a convolution in groups: an output sees the channels of its group alone, so that only its outputs are of one map."""
+class GroupedConvKind(ConvKind):
+    """A convolution in groups: an output sees the channels of its group alone, so that only its outputs are of one map."""
 
-    reads: ClassVar[tuple[str, ...]] = ("output",)
+    gives: ClassVar[frozenset[str]] = frozenset({"output"})
     why: ClassVar[str] = "A convolution in groups is one linear map for each group."
-    offers: ClassVar[tuple[str, ...]] = ("nothing",)
+
+    @classmethod
+    def fits(cls, layer: nn.Module) -> bool:
+        return isinstance(layer, CLASSES) and layer.groups > 1
 
 
 class _Patched(Frozen):
-    """A convolution as a linear map of patches; of the layer's own input it gives what the layer itself would."""
+    """A convolution as a linear map of patches; at the layer's own input it runs the layer's own convolution."""
 
-    def __init__(self, conv: FrozenConv, x: Tensor, patches: Tensor) -> None:
+    def __init__(self, conv: ConvKind, x: Tensor, patches: Tensor) -> None:
         super().__init__(conv.weight, conv.bias, conv.constants, conv.training)
         self._conv, self._x, self._patches = conv, x, patches
 
@@ -117,10 +126,3 @@ class _Patched(Frozen):
 
     def matmul(self, x: Tensor) -> Tensor:
         return self._conv.matmul(self._x) if x is self._patches else super().matmul(x)
-
-
-def conv_kind(layer: nn.Module) -> type[FrozenConv] | None:
-    """Find the kind of a convolution, or None; transposed ones are of no kind."""
-    if not isinstance(layer, CLASSES):
-        return None
-    return FrozenConv if layer.groups == 1 else FrozenGroupedConv

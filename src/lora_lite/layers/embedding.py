@@ -1,4 +1,4 @@
-"""`nn.Embedding` as a kind of target: a linear map `W = E^T`, `(d, vocab)`, of one-hot inputs, given as token ids.
+"""`nn.Embedding`: a linear map `W = E^T`, `(d, vocab)`, of one-hot inputs, given as token ids.
 
 Nothing one-hot is ever formed: `W(x)` is the lookup, and `W.project(x, A)` a lookup of `A`'s columns. Models that scale their lookups
 (Gemma's) have the scale in `W`.
@@ -11,17 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lite.core.frozen import FrozenLinear
+from lora_lite.core.frozen import Frozen
+from lora_lite.layers.kind import Kind, Params, Variant
 
 
-class FrozenEmbedding(FrozenLinear):
-    """The kind of `nn.Embedding`: `x` holds ids `(*b)`, `i` is the vocabulary, `o` the width."""
+class EmbeddingKind(Kind):
+    """`nn.Embedding`: `x` holds ids `(*b)`, `i` is the vocabulary, `o` the width."""
 
-    reads: ClassVar[tuple[str, ...]] = ("output", "projection")
-    offers: ClassVar[tuple[str, ...]] = ("nothing",)
+    by_name: ClassVar[bool] = True
+    gives: ClassVar[frozenset[str]] = frozenset({"output", "project", "dropout"})
+    state = {"weight": "weight"}  # noqa: RUF012  # read only
     one_hot: ClassVar[bool] = True
-    observed: ClassVar[bool] = False
-    why: ClassVar[str] = "An embedding is given token ids, which have no rows."
+    why: ClassVar[str] = "An embedding receives token ids, which are no vectors."
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
@@ -35,36 +36,32 @@ class FrozenEmbedding(FrozenLinear):
 
     @property
     def weight(self) -> Tensor:
-        weight = self._layer.weight
+        weight = self.layer.weight
         scale = self._scale(weight)
         return weight.t() if scale is None else (weight * scale).t()
 
     @property
-    def bias(self) -> None:
-        return None
-
-    @property
     def in_features(self) -> int:
-        return self._layer.num_embeddings
+        return self.layer.num_embeddings
 
     @property
     def out_features(self) -> int:
-        return self._layer.embedding_dim
+        return self.layer.embedding_dim
 
     @property
     def device(self) -> torch.device:
-        return self._layer.weight.device
+        return self.layer.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._layer.weight.dtype
+        return self.layer.weight.dtype
 
     def _scale(self, like: Tensor) -> Any:
-        scale = getattr(self._layer, "embed_scale", None)
+        scale = getattr(self.layer, "embed_scale", None)
         return scale.to(like.dtype) if isinstance(scale, Tensor) else scale
 
     def _look_up(self, x: Tensor, table: Tensor) -> Tensor:
-        layer = self._layer  # sparse gradients are for the weight, which has none
+        layer = self.layer  # sparse gradients are for the weight, which has none
         return F.embedding(x, table, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
 
     def _scaled(self, y: Tensor) -> Tensor:
@@ -73,7 +70,7 @@ class FrozenEmbedding(FrozenLinear):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Look tokens up: ids `(*b)` to `(*b, o)`."""
-        return self._scaled(self._look_up(x, self._layer.weight))
+        return self._scaled(self._look_up(x, self.layer.weight))
 
     def project(self, x: Tensor, A: Tensor, dropout: float = 0.0) -> Tensor:
         h = self._scaled(self._look_up(x, A.t()))
@@ -81,15 +78,31 @@ class FrozenEmbedding(FrozenLinear):
             h = h * F.dropout(torch.ones(x.shape, dtype=h.dtype, device=h.device), dropout)[..., None]
         return h
 
-    def rows(self, x: Tensor) -> Tensor:
+    def vectors(self, x: Tensor) -> Tensor:
         return torch.empty((*x.shape, self.in_features), dtype=self.dtype, device="meta")
 
-    def to(self, where: torch.dtype | str) -> "FrozenEmbedding":
-        """Give the same lookup in another dtype or on another device."""
-        names = ("num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq", "training")
-        facts = {name: getattr(self._layer, name) for name in names}
-        scale = getattr(self._layer, "embed_scale", None)
-        return FrozenEmbedding(SimpleNamespace(weight=self._layer.weight.to(where), embed_scale=scale, **facts))
+    def _to(self, where: torch.dtype | str) -> "EmbeddingKind":
+        """Return the same lookup in another dtype or on another device, in evaluation mode."""
+        names = ("num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq")
+        facts = {name: getattr(self.layer, name) for name in names}
+        scale = getattr(self.layer, "embed_scale", None)
+        constants = {name: c.to(where) if isinstance(where, str) else c for name, c in self.constants.items()}
+        return EmbeddingKind(SimpleNamespace(weight=self.layer.weight.to(where), embed_scale=scale, training=False, **facts), constants)
+
+    def adapted(self, f: Variant, params: Params, role: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Look every token up: one-hot inputs sum to one, so what a variant adds to every output is part of the table."""
+        W = self if dtype in (None, self.dtype) else self._to(dtype)
+        return f(params, W, torch.arange(self.in_features, device=self.device)).t()
+
+    def changes(self, f: Variant, params: Params) -> list[tuple[Tensor, Tensor]]:
+        delta = self.adapted(f, params, "weight", torch.float64) - self.dense(torch.float64)
+        return [(delta, delta.new_zeros(len(delta)))]
+
+    def merged(self, f: Variant, params: Params) -> dict[str, Tensor]:
+        return {"weight": self.to_weight(self.adapted(f, params, "weight", torch.promote_types(self.dtype, torch.float32)))}
+
+    def probe(self, tokens: int) -> list[tuple[str, Frozen, Tensor, int]]:
+        return [("", self._to("meta"), torch.empty(tokens, device="meta").long(), 0)]  # a lookup multiplies nothing
 
     def to_weight(self, dense: Tensor) -> Tensor:
         scale = self._scale(dense)

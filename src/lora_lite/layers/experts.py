@@ -1,27 +1,28 @@
 """The experts of a mixture in one module, as transformers keeps them: weights `(n, o, i)`, each adapted by params `(n, ...)`.
 
-In a clone the experts' forward is this file's: tokens are sorted by expert and each expert that is hit runs the variant on its own tokens,
+In a copy the experts' forward is this file's: tokens are sorted by expert and each expert that is hit runs the variant on its own tokens,
 so that no update of a weight is formed, and nothing at all for experts that are not hit. It serves every class that has transformers'
 protocol of experts (`has_gate`, `has_bias`, `is_transposed`, `_apply_gate`), whichever implementation the model's config names.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lora_lite.core.frozen import Frozen, Run, plus
-from lora_lite.core.subclass import derived
-from lora_lite.layers.parameter import FrozenStack
+from lora_lite.core.frozen import Frozen, plus
+from lora_lite.core.tree import join
+from lora_lite.layers.kind import Kind, Params, Run, Variant
+from lora_lite.layers.parameter import ParameterKind
 
 _PROTOCOL = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
 
 
 def has_experts(module: nn.Module) -> bool:
-    """Tell whether a module keeps the weights of experts by transformers' protocol."""
+    """Whether a module keeps the weights of experts by transformers' protocol."""
     return all(hasattr(module, name) for name in _PROTOCOL) and {"down_proj", _first(module)} <= set(module._parameters)
 
 
@@ -45,7 +46,7 @@ class Routes(NamedTuple):
     total: int
 
     def only(self, rows: Tensor) -> "Routes":
-        """Give the routes of some of the rows, in their order."""
+        """Return the routes of some of the rows, in their order."""
         experts = self.experts[rows]
         counts = None if self.counts is None else _counts(experts, len(self.counts))
         return Routes(experts, self.tokens[rows], counts, self.total)
@@ -63,59 +64,81 @@ class _Expert(Frozen):
         return plus(self.matmul(x), self.bias)
 
 
-class FrozenExperts(FrozenStack):
-    """The kind of a weight of experts: its input holds the rows of all experts, sorted, and `routes` says which are whose."""
+class ExpertsKind(ParameterKind):
+    """A weight of experts: its input holds the rows of all experts, sorted, and `routes` says which are whose."""
 
+    gives: ClassVar[frozenset[str]] = Kind.gives - {"inputs"}
     why: ClassVar[str] = "Calibration sees the tokens of all experts at once."
 
-    def __init__(self, layer: Any, constant_names: Mapping[str, str] = MappingProxyType({}), routes: Routes | None = None) -> None:
-        super().__init__(layer, constant_names)
+    def __init__(self, layer: Any, constants: Params = MappingProxyType({}), name: str = "down_proj", routes: Routes | None = None) -> None:
+        super().__init__(layer, constants, name)
         self.routes = routes
+
+    @classmethod
+    def places(cls, path: str, module: nn.Module, linear: Callable[[nn.Module], Any]) -> Iterator[str]:
+        if has_experts(module):
+            yield from (join(path, name) for name in module._parameters if name in ("gate_up_proj", "up_proj", "down_proj"))
+
+    @classmethod
+    def install(cls, clone: nn.Module, path: str) -> None:
+        """Let the experts' module run each expert on its own tokens."""
+        module = clone.get_submodule(cls.host(path))
+        vars(module)["forward"] = functools.partial(_forward, module)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.own("bias") if getattr(self.layer, "has_bias", False) else None
+
+    def one(self, weight: Tensor, bias: Tensor | None, constants: Params) -> Frozen:
+        return _Expert(weight, bias, constants, self.training)
+
+    def bind(self, layer: nn.Module, binding: Any) -> None:
+        vars(layer)[_bound(self.state["weight"])] = binding
 
     def call(self, run: Run, own: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         x, routes = args
-        return run(type(self)(self._layer, self.constant_names, routes), x)
+        return run(self._with(routes), x)
 
-    def over_parts(self, f: Callable[..., Tensor], params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def frozen(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        x, routes = args
+        return self._with(routes).apply(lambda params, W, rows: W(rows), {}, x)
+
+    def _with(self, routes: Routes) -> "ExpertsKind":
+        return type(self)(self.layer, self.constants, self.state["weight"], routes)
+
+    def apply(self, f: Variant | Callable[..., Tensor], params: Params, x: Tensor) -> Tensor:
         routes = self._required()
         if routes.counts is None:
             return self._row_by_row(f, {name: p[routes.experts] for name, p in params.items()}, x)
         parts = zip(self.split(params), self.parts, x.split(routes.counts))
         return torch.cat([f(p, W, rows) for p, W, rows in parts if len(rows)] or [x.new_zeros(0, self.out_features)])
 
-    def _part(self, weight: Tensor, bias: Tensor | None, constants: Mapping[str, Tensor]) -> Frozen:
-        return _Expert(weight, bias, constants, self.training)
-
     def _required(self) -> Routes:
         if self.routes is None:
-            raise ValueError("FrozenExperts: expected the routes of its rows, found none. Call the experts' module, not its weight.")
+            raise ValueError("ExpertsKind: expected the routes of its rows, found none. Call the experts' module, not its weight.")
         return self.routes
 
-    def _row_by_row(self, f: Callable[..., Tensor], params: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def _row_by_row(self, f: Callable[..., Tensor], params: Params, x: Tensor) -> Tensor:
         """Gather each row's own weight, as the `batched_mm` implementation does: no shape depends on the routing."""
         routes = self._required()
-        held = {"weight": self.weight, **({} if self.bias is None else {"bias": self.bias})}
-        weights, constants = ({name: t[routes.experts] for name, t in tree.items()} for tree in (held, self.constants))
+        kept = {"weight": self.weight, **({} if self.bias is None else {"bias": self.bias})}
+        weights, constants = ({name: t[routes.experts] for name, t in tree.items()} for tree in (kept, self.constants))
 
-        def one(params: Mapping[str, Tensor], held: Mapping[str, Tensor], constants: Mapping[str, Tensor], row: Tensor) -> Tensor:
-            return f(params, self._part(held["weight"], held.get("bias"), constants), row)
+        def one(params: Params, kept: Params, constants: Params, row: Tensor) -> Tensor:
+            return f(params, self.one(kept["weight"], kept.get("bias"), constants), row)
 
         return torch.vmap(one, randomness="different")(params, weights, constants, x)
 
-    def over_members(self, f: Callable[..., Tensor], params: Mapping[str, Tensor], x: Tensor, index: Tensor | None) -> Tensor:
-        """Apply `f(params, W, x)` to each expert's rows, those of one member of stacked params `(k, n, ...)` at a time.
+    def apply_rows(self, f: Variant, params: Params, x: Tensor, index: Tensor | None) -> Tensor:
+        """Apply a variant to each expert's rows, those of one member of stacked params `(k, n, ...)` at a time.
 
-        Args:
-            f: a variant on one expert.
-            params: one target's, of all members.
-            x: the sorted rows.
-            index: the member of each row of the batch; None for equal contiguous groups. Rows have equal shares of the tokens, in order.
+        `index` names the member of each row of the batch, None equal contiguous groups. Rows have equal shares of the tokens, in order.
         """
         routes = self._required()
         members = next(iter(params.values())).shape[0]
         rows = members if index is None else index.shape[0]
         if routes.total % rows:
-            raise ValueError(f"adapt.mixed: expected tokens of {rows} rows of one length, found {routes.total} tokens. Pad the rows.")
+            raise ValueError(f"expected tokens of {rows} rows of one length, found {routes.total} tokens. Pad the rows.")
         owner = routes.tokens // (routes.total // rows)
         owner = owner if index is None else index[owner]
         if routes.counts is None:
@@ -124,29 +147,26 @@ class FrozenExperts(FrozenStack):
         order = owner.argsort(stable=True)
         pieces = []
         for k, mine in enumerate(order.split(_counts(owner, members))):
-            W = type(self)(self._layer, self.constant_names, routes.only(mine))
-            pieces.append(W.over_parts(f, {name: p[k] for name, p in each.items()}, x[mine]))
+            W = self._with(routes.only(mine))
+            pieces.append(W.apply(f, {name: p[k] for name, p in each.items()}, x[mine]))
         return torch.cat(pieces)[order.argsort()]
 
 
-class Routed:
-    """The part of the experts' class in a clone that runs each expert on its own tokens."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        x, index, weights = (*args, *kwargs.values())
-        experts: Any = self
-        routes, order = routed(index, experts.num_experts)
-        h = _linear(experts, _first(experts), x[routes.tokens], routes)
-        h = experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)
-        h = _linear(experts, "down_proj", h, routes)
-        if getattr(experts, "has_post_expert_norm", False):
-            h = experts.post_expert_norm(h)
-        h = h * weights.reshape(-1)[order, None]
-        return torch.zeros_like(x).index_add(0, routes.tokens, h.to(x.dtype))
+def _forward(experts: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Run each expert on its own tokens."""
+    x, index, weights = (*args, *kwargs.values())
+    routes, order = routed(index, experts.num_experts)
+    h = _linear(experts, _first(experts), x[routes.tokens], routes)
+    h = experts._apply_gate(h) if experts.has_gate else experts.act_fn(h)
+    h = _linear(experts, "down_proj", h, routes)
+    if getattr(experts, "has_post_expert_norm", False):
+        h = experts.post_expert_norm(h)
+    h = h * weights.reshape(-1)[order, None]
+    return torch.zeros_like(x).index_add(0, routes.tokens, h.to(x.dtype))
 
 
 def routed(index: Tensor, experts: int) -> tuple[Routes, Tensor]:
-    """Sort a router's choices `(tokens, k)` by expert; give them with the place of each in `index`. Indices past the last are left out."""
+    """Sort a router's choices `(tokens, k)` by expert, with the place of each in `index`. Indices past the last are left out."""
     flat, k = index.reshape(-1), index.shape[-1]
     if torch.compiler.is_compiling() or torch._C._functorch.is_batchedtensor(flat):
         order = torch.arange(flat.shape[0], device=flat.device)
@@ -157,26 +177,13 @@ def routed(index: Tensor, experts: int) -> tuple[Routes, Tensor]:
     return Routes(flat[order], order // k, counts, index.shape[0]), order
 
 
+def _bound(name: str) -> str:
+    return f"_lora_lite_{name}"  # the attribute with a target's binding
+
+
 def _linear(experts: Any, name: str, x: Tensor, routes: Routes) -> Tensor:
     """Apply one weight of the experts to sorted rows: a target by its variant, another as it is."""
-    if name in experts._modules:
-        y: Tensor = experts._modules[name](x, routes)
+    if _bound(name) in vars(experts):
+        y: Tensor = vars(experts)[_bound(name)](x, routes)
         return y
-    held = FrozenExperts(_Plain(experts, name), routes=routes)
-    return held.over_parts(lambda params, W, rows: W(rows), {}, x)
-
-
-class _Plain:
-    """A weight of experts that is no target, as `FrozenExperts` reads it."""
-
-    def __init__(self, experts: Any, name: str) -> None:
-        self.weight, self.transposed, self.training = getattr(experts, name), experts.is_transposed, experts.training
-        self.bias = getattr(experts, f"{name}_bias", None) if experts.has_bias else None
-
-
-@functools.cache
-def routed_class(cls: Any) -> Any:
-    """Make the subclass of an experts' class that runs adapted experts; the same one for the same class."""
-    if issubclass(cls, Routed):
-        return cls
-    return derived(routed_class, cls, Routed)
+    return ExpertsKind(experts, name=name, routes=routes).apply(lambda params, W, rows: W(rows), {}, x)

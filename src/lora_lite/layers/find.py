@@ -1,88 +1,73 @@
-"""What can be adapted beside linear layers, where a name asks for it: embeddings, convolutions, experts' weights, bare parameters."""
+"""One finder for all kinds: what a variant of a site can adapt in a model, by path."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import nn
 
-from lora_lite.core.frozen import FrozenLinear
-from lora_lite.core.tree import join
-from lora_lite.layers.convolution import CLASSES, conv_kind
-from lora_lite.layers.embedding import FrozenEmbedding
-from lora_lite.layers.experts import FrozenExperts, has_experts, routed_class
-from lora_lite.layers.kinds import kind_of
-from lora_lite.layers.module import is_norm, kind_at
-from lora_lite.layers.parameter import FrozenHeld, reader_class
+from lora_lite.layers.kind import Kind
+from lora_lite.layers.kinds import KINDS, kind_of
 
-_LAYERS = (nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, *CLASSES)
-"""Classes whose parameters are no targets of their own: their layers are, or keep other references to them."""
+Found = dict[str, type[Kind]]
 
 
-def named_kinds(model: nn.Module) -> dict[str, type[FrozenLinear]]:
-    """Find what can be adapted only by name: the kind of each layer and parameter, by path, in the model's order."""
-    found: dict[str, type[FrozenLinear]] = {}
-    for path, module in model.named_modules():
-        kind = _layer_kind(module)
-        if kind is not None:
-            found[path] = kind
-        for name in _parameters(module):
-            found[join(path, name)] = _parameter_kind(module, name)
-    return found
+def find(model: nn.Module, site: str, kinds: Sequence[type[Kind]] = ()) -> Found:
+    """Find the kind of everything that a variant of `site` can adapt, by path, in the model's order.
 
-
-def _layer_kind(module: nn.Module) -> type[FrozenLinear] | None:
-    return FrozenEmbedding if isinstance(module, nn.Embedding) else conv_kind(module)
-
-
-def _parameters(module: nn.Module) -> Iterator[str]:
-    """Name the parameters that are weights of their own."""
-    if isinstance(module, _LAYERS) or kind_of(module) is not None or is_norm(module):
-        return
-    for name, p in module._parameters.items():
-        if p is not None and p.dim() in (2, 3) and p.is_floating_point() and not name.endswith("bias"):
-            yield name
-
-
-def _parameter_kind(module: nn.Module, name: str) -> type[FrozenLinear]:
-    return FrozenExperts if has_experts(module) and name in ("gate_up_proj", "up_proj", "down_proj") else FrozenHeld
-
-
-def linear_kind(model: nn.Module, path: str, kind: type[FrozenLinear]) -> type[FrozenLinear]:
-    """Give the kind of a linear layer at its place: that of a held weight inside attention that reads it without calling the layer."""
-    around = model.get_submodule(path.rpartition(".")[0]) if path else None
-    return FrozenHeld if isinstance(around, nn.MultiheadAttention) else kind
-
-
-def kind_here(model: nn.Module, path: str, adapts: str, kinds: Sequence[type[FrozenLinear]] = ()) -> type[FrozenLinear] | None:
-    """Find the kind of what stands at a path, for a variant of this sort; None where there is nothing that it adapts."""
-    parent, _, name = path.rpartition(".")
-    try:
-        around = model.get_submodule(parent)
-        layer = None if name in around._parameters else model.get_submodule(path)
-    except AttributeError:
-        return None
-    if layer is None:
-        return _parameter_kind(around, name) if adapts == "linear" and name in _parameters(around) else None
-    kind = kind_at(layer, adapts, kinds)
-    if adapts != "linear":
-        return kind
-    return _layer_kind(layer) if kind is None else linear_kind(model, path, kind)
-
-
-def reader_of(kind: type[FrozenLinear]) -> Callable[[Any], Any] | None:
-    """Give what makes the class of the module around a target of this kind, None where that stays as it is."""
-    if issubclass(kind, FrozenExperts):
-        return routed_class
-    return reader_class if issubclass(kind, FrozenHeld) else None
-
-
-def names(pattern: str, path: str, linear: Mapping[str, object]) -> bool:
-    """Tell whether a pattern names what stands at `path`: by the last part of the path, or because it can mean nothing else.
-
-    `.*` or `layers\\.0` match a whole region, in which the linear layers are meant.
+    Args:
+        model: any module; it is only read.
+        site: a key of `SITES`.
+        kinds: kinds besides those that ship, asked first.
     """
+    asked = [kind for kind in (*kinds, *KINDS) if kind.site == site]
+    found: Found = {}
+    for path, module in model.named_modules():
+        for kind in asked:
+            for place in kind.places(path, module, lambda m: kind_of(m, kinds)):
+                if place == path or path not in found:  # the parameters of a layer are its own affair
+                    found.setdefault(place, kind)
+    return _outermost_blocks(found) if site == "block" else found
+
+
+def _outermost_blocks(found: Found) -> Found:
+    return {path: kind for path, kind in found.items() if not any(path.startswith(f"{other}.") for other in found)}
+
+
+def asked_for(found: Found, patterns: Sequence[str]) -> Found:
+    """Leave out what only a name can ask for and no pattern names.
+
+    `.*` or `layers\\.0` match a whole region, in which the layers that need no naming are meant.
+    """
+    plain = [path for path, kind in found.items() if not kind.by_name]
+    return {path: kind for path, kind in found.items() if not kind.by_name or any(_names(p, path, plain) for p in patterns)}
+
+
+def _names(pattern: str, path: str, plain: Sequence[str]) -> bool:
+    """Whether a pattern asks for what stands at `path` itself rather than for a region that contains it."""
     if not re.search(pattern, path):
         return False
     region = path[: len(path) - len(path.rpartition(".")[2])] + "\0"
-    return not re.search(pattern, region) or not any(re.search(pattern, other) for other in linear)
+    return not re.search(pattern, region) or not any(re.search(pattern, other) for other in plain)
+
+
+def adopt(module: nn.Module, kinds: Sequence[type[Kind]] = ()) -> None:
+    """Prepare a module of a private copy where its own forward would not do, target or not."""
+    kind = kind_of(module, kinds)
+    if kind is not None:
+        kind.adopt(module)
+
+
+def faults(model: nn.Module, kinds: Sequence[type[Kind]] = ()) -> list[str]:
+    """List the layers of a model that their kinds cannot read as they are, each with the way out."""
+    found = [(path, module, kind_of(module, kinds)) for path, module in model.named_modules()]
+    return [
+        f'"{path}" ({type(module).__name__}) {fault}' for path, module, kind in found if kind is not None and (fault := kind.fault(module))
+    ]
+
+
+def packed(module: nn.Module, path: str, kinds: Sequence[type[Kind]] = ()) -> list[str]:
+    """Name the layers inside a module whose weight no gradient reaches, since it is stored packed."""
+    from lora_lite.layers.quantised import FrozenQuantised
+
+    found = [(inner, kind_of(m, kinds)) for inner, m in module.named_modules(prefix=path)]
+    return [inner for inner, kind in found if kind is not None and issubclass(kind, FrozenQuantised)]

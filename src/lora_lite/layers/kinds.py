@@ -1,35 +1,48 @@
-"""The table of the kinds of linear layers, and the one place that maps a module to its kind."""
+"""The table of the kinds that ship; `kinds=` of `build` and the others puts a user's own before them."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from lora_lite.clone.accelerate import moves_inputs, runs_class_forward
-from lora_lite.core.frozen import FrozenConv1D, FrozenFalconLinear, FrozenLinear
-from lora_lite.layers.bitsandbytes import FrozenLinear4bit, FrozenLinear8bit
+from lora_lite.layers.bitsandbytes import Linear4bitKind, Linear8bitKind
+from lora_lite.layers.block import BlockKind
+from lora_lite.layers.convolution import ConvKind, GroupedConvKind
+from lora_lite.layers.embedding import EmbeddingKind
+from lora_lite.layers.experts import ExpertsKind
+from lora_lite.layers.kind import Kind
+from lora_lite.layers.linear import Conv1DKind, FalconKind, LinearKind
+from lora_lite.layers.module import ModuleKind, NormKind
+from lora_lite.layers.parameter import ParameterKind
 
-KINDS: tuple[type[FrozenLinear], ...] = (FrozenLinear4bit, FrozenLinear8bit, FrozenFalconLinear, FrozenLinear, FrozenConv1D)
-"""The kinds that ship, the first that fits a module being its kind; `build(..., kinds=)` puts a user's own before them."""
+KINDS: tuple[type[Kind], ...] = (
+    *(Linear4bitKind, Linear8bitKind, FalconKind, LinearKind, Conv1DKind),
+    *(EmbeddingKind, ConvKind, GroupedConvKind, NormKind, ModuleKind, BlockKind),
+    *(ExpertsKind, ParameterKind),  # last: parameters of modules that no other kind reads
+)
+"""The kinds that ship, in the order in which they are asked."""
+
+SITES = {
+    "linear": ("linear layer", "nn.Linear or Conv1D layers"),
+    "norm": ("norm", "norms with a weight"),
+    "module": ("module", "modules with parameters"),
+    "block": ("block", "blocks of a module list that hold linear layers"),
+}
+"""What a variant's fact `adapts` may name, in the words of messages: one, and what a model should have."""
 
 
-def as_kinds(kinds: Any) -> tuple[type[FrozenLinear], ...]:
+def as_kinds(kinds: Any) -> tuple[type[Kind], ...]:
     """Check the kinds that a user gives.
 
     Raises:
         TypeError: where they are no sequence of kinds.
     """
     listed = kinds if isinstance(kinds, Sequence) and not isinstance(kinds, str) else None
-    if listed is None or not all(isinstance(kind, type) and issubclass(kind, FrozenLinear) for kind in listed):
-        raise TypeError(f"kinds: expected a sequence of subclasses of FrozenQuantised, found {kinds!r}. Write kinds=(ItsKind,).")
+    if listed is None or not all(isinstance(kind, type) and issubclass(kind, Kind) for kind in listed):
+        raise TypeError(f"kinds: expected a sequence of subclasses of ll.Kind, found {kinds!r}. Write kinds=(ItsKind,).")
     return tuple(listed)
 
 
-def kind_of(layer: nn.Module, kinds: Sequence[type[FrozenLinear]] = ()) -> type[FrozenLinear] | None:
-    """Find the kind of a module, or None where it is not linear-like."""
-    return next((kind for kind in (*kinds, *KINDS) if kind.fits(layer)), None)
-
-
-def own_forward(layer: nn.Module, kind: type[FrozenLinear]) -> bool:
-    """Tell whether a module computes something else than its kind does."""
-    return not (runs_class_forward(layer) or moves_inputs(layer)) or not kind.faithful(layer)
+def kind_of(layer: nn.Module, kinds: Sequence[type[Kind]] = ()) -> type[Kind] | None:
+    """Find the kind of a linear layer that a config takes without naming it; None where a module is none."""
+    return next((kind for kind in (*kinds, *KINDS) if kind.site == "linear" and not kind.by_name and kind.fits(layer)), None)

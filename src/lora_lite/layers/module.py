@@ -1,4 +1,4 @@
-"""Kinds of targets beyond linear layers: whole modules, whose own parameters are moved, and blocks, whose output is edited."""
+"""Whole modules, whose own parameters are moved, and norms among them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,29 +8,45 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lora_lite.core.errors import listed
-from lora_lite.core.frozen import PARAM, FrozenLinear, Run, first_of
-from lora_lite.layers.kinds import kind_of
-from lora_lite.layers.prompt import PROMPT, edited
+from lora_lite.core.frozen import Frozen
+from lora_lite.layers.kind import ADAPTERS, Kind, Params, Run, Variant, first_of, place_of
 
 Own = Callable[..., Any]
-Kinds = Sequence[type[FrozenLinear]]
 
 
-class FrozenModule(FrozenLinear):
-    """The kind of any module that has parameters: a norm, a head, an embedding. `W(x)` is the module's own output."""
+class ModuleKind(Kind):
+    """Any module that has parameters: a head, an embedding, an encoder. `W(x)` is the module's own output."""
 
-    offers: ClassVar[tuple[str, ...]] = ("nothing",)
+    site: ClassVar[str] = "module"
+    gives: ClassVar[frozenset[str]] = Frozen.gives | {"moved"}
+    state: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    why: ClassVar[str] = "A module that is trained as a whole is no linear map."
 
-    def __init__(self, layer: Any, constant_names: Mapping[str, str] = MappingProxyType({}), own: Own | None = None) -> None:
-        super().__init__(layer, constant_names)
+    def __init__(self, layer: Any, constants: Params = MappingProxyType({}), own: Own | None = None) -> None:
+        super().__init__(layer, constants)
         self._own = own or layer
+        self._now: Mapping[str, Tensor] | None = None
         self.alone = True
         """Whether one tensor is all that the module is called with."""
 
+    @classmethod
+    def fits(cls, layer: nn.Module) -> bool:
+        return any(p.is_floating_point() for p in layer.parameters())
+
+    @classmethod
+    def places(cls, path: str, module: nn.Module, linear: Callable[[nn.Module], Any]) -> Iterator[str]:
+        if path and cls.fits(module):
+            yield path
+
+    @classmethod
+    def holders(cls, path: str, shared: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+        inside = f"{path}."
+        others = [other for own, paths in shared.items() if own == path or own.startswith(inside) for other in paths]
+        return tuple(other for other in dict.fromkeys(others) if other != path and not other.startswith(inside))
+
     @property
     def parameters(self) -> Mapping[str, Tensor]:
-        named = self._layer.named_parameters()
-        return {name: p for name, p in named if p.is_floating_point() and not name.rpartition(".")[2].startswith(PARAM)}
+        return {name: p for name, p in named_parameters(self.layer) if p.is_floating_point()}
 
     @property
     def weight(self) -> Tensor:
@@ -56,154 +72,159 @@ class FrozenModule(FrozenLinear):
     def call(self, run: Run, own: Own, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         rest = dict(kwargs) if args else dict(list(kwargs.items())[1:])
         first = (first_of(args, kwargs),) if args or kwargs else ()
-        W = type(self)(self._layer, self.constant_names, lambda x: own(x, *args[1:], **rest))
-        W.alone = not any(isinstance(value, Tensor) for value in (*args[1:], *rest.values()))
-        return run(W, *first)
+        self._own, before = (lambda x: own(x, *args[1:], **rest)), (self._own, self.alone)
+        self.alone = not any(isinstance(value, Tensor) for value in (*args[1:], *rest.values()))
+        try:
+            return run(self, *first)
+        finally:
+            self._own, self.alone = before
 
     def moved(self, deltas: Mapping[str, Tensor]) -> Callable[[Any], Any]:
         now = {name: (p + deltas[name]).to(p.dtype) for name, p in self.parameters.items() if name in deltas}
 
         def run(x: Any) -> Any:
-            with _swapped(self._layer, now):
+            with self._swapped(now):
                 return self._own(x)
 
         return run
 
+    @contextmanager
+    def _swapped(self, now: Mapping[str, Tensor]) -> Iterator[None]:
+        """Put tensors in the place of the module's parameters; of the copy's, whose calls are one at a time."""
+        places = [(*place_of(self.layer, name), name) for name in now]
+        tables = [(module._parameters, own, name) for module, own, name in places]
+        tensors = [table[own] for table, own, _ in tables]
+        before, self._now = self._now, now
+        try:
+            for table, own, name in tables:
+                table[own] = now[name]
+            yield
+        finally:
+            self._now = before
+            for (table, own, _), tensor in zip(tables, tensors):
+                table[own] = tensor
 
-class FrozenBlock(FrozenModule):
-    """The kind of a block whose output, hidden states `(b, t, d)`, a variant edits. `W(x) = x`: what there is to edit is the input."""
+    def apply_rows(self, f: Variant, params: Params, x: Any, index: Tensor | None) -> Any:
+        if not self.alone:
+            raise ValueError(
+                "expected it to be called with one tensor, found several, whose rows cannot be told from what rows share. Train a part of it "
+                "that takes one."
+            )
+        return super().apply_rows(f, params, x, index)
 
-    def __init__(self, layer: Any, constant_names: Mapping[str, str] = MappingProxyType({}), width: int = 0) -> None:
-        super().__init__(layer, constant_names)
-        self.width = width or width_of_block(layer)
+    def merged(self, f: Variant, params: Params) -> dict[str, Tensor]:
+        """Run the variant on a module that records what it moves: one that does more has no merged weights."""
+        deltas = self._recorded(f, params)
+        return {name: p + deltas[name] if name in deltas else p for name, p in self.parameters.items()}
+
+    def _recorded(self, f: Variant, params: Params) -> Mapping[str, Tensor]:
+        W = _Recorder(self)
+        f.forward(params, W, self.weight.new_zeros(1, self.in_features))
+        if W.deltas is None or W.called:
+            raise ValueError("the adapter does more than move the module's parameters, which is all that a state dict can hold")
+        return W.deltas
+
+    def kept(self) -> dict[str, Tensor]:
+        return dict(self.parameters)
+
+    def read(self, f: Variant, params: Params, name: str) -> Tensor:
+        if self._now is not None:
+            return self._now[name] if name in self._now else self.parameters[name]
+        p = self.parameters[name]
+        deltas = self._recorded(f, params)
+        return (p + deltas[name]).to(p.dtype) if name in deltas else p
+
+    def readable(self) -> list[str]:
+        return list(self.parameters)
+
+    def changes(self, f: Variant, params: Params) -> list[tuple[Tensor, Tensor]]:
+        raise ValueError("trains a module as a whole, biases and all, which LoRA cannot hold")
+
+    def probe(self, tokens: int) -> list[Any]:
+        return []  # the module itself runs
+
+
+class _Recorder(Frozen):
+    """A module at which a variant shows what it moves; asked for its output otherwise, it notes that too."""
+
+    def __init__(self, W: ModuleKind) -> None:
+        super().__init__(W.weight, None, W.constants, W.training)
+        self._W = W
+        self.deltas: Mapping[str, Tensor] | None = None
+        self.called = False
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        return self._W.parameters
 
     @property
     def in_features(self) -> int:
-        """Width of the hidden states, `d`."""
-        return self.width
+        return self._W.in_features
 
     @property
     def out_features(self) -> int:
-        """Width of the hidden states, `d`."""
-        return self.width
+        return self._W.out_features
 
     def __call__(self, x: Tensor) -> Tensor:
+        self.called = True
         return x
 
-    def call(self, run: Run, own: Own, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        out = own(*args, **kwargs)
-        h = out if isinstance(out, Tensor) else out[0]
-        if not isinstance(h, Tensor) or h.dim() != 3 or h.shape[-1] != self.width:
-            found = f"shape {tuple(h.shape)}" if isinstance(h, Tensor) else type(h).__name__
-            raise ValueError(f"adapt: expected a block to give hidden states (b, t, {self.width}), found {found}. Name blocks that do.")
-        new = edited(lambda z: run(self, z), h, self._layer._buffers[PROMPT], self._layer._lora_lite.cfg.ends)
-        return new if isinstance(out, Tensor) else (new, *out[1:])
+    def moved(self, deltas: Mapping[str, Tensor]) -> Callable[[Any], Any]:
+        self.deltas = dict(deltas)
+        return lambda x: x
 
 
-def width_of_block(layer: nn.Module) -> int:
-    """Give the width of the hidden states that a block passes on: that of its outermost norm, else of its first linear layer's input."""
-    norms = [(name.count("."), module) for name, module in layer.named_modules() if is_norm(module)]
-    if norms:  # the deeper ones may be of single attention heads
-        return min(norms, key=lambda found: found[0])[1].weight.shape[-1]
-    linear = next((kind(module) for module in layer.modules() if (kind := kind_of(module)) is not None), None)
-    if linear is None:
-        raise ValueError("find_targets: expected blocks with a norm or a linear layer, found one with neither. Name other blocks.")
-    return linear.in_features
+class NormKind(ModuleKind):
+    """A norm with a trainable weight, told by its class's name, since each model family has classes of its own."""
+
+    site: ClassVar[str] = "norm"
+
+    @classmethod
+    def fits(cls, layer: nn.Module) -> bool:
+        return is_norm(layer)
+
+    @classmethod
+    def places(cls, path: str, module: nn.Module, linear: Callable[[nn.Module], Any]) -> Iterator[str]:
+        if cls.fits(module):
+            yield path
 
 
 def is_norm(layer: nn.Module) -> bool:
-    """Tell whether a module is a norm with a trainable weight: by its class's name, since each model family has classes of its own."""
+    """Whether a module is a norm with a trainable weight."""
     return "norm" in type(layer).__name__.lower() and getattr(layer, "weight", None) is not None and not list(layer.children())
 
 
-def candidates(model: nn.Module, adapts: str, kinds: Kinds = ()) -> dict[str, type[FrozenLinear]]:
-    """Find what a variant can adapt, by path: the kind of each module of the sort that `adapts` names."""
-    return _FINDERS[adapts](model, kinds)
+def named_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of a module and of those inside by name, but for those of adapters; a shared one once."""
+    ours = {p for inner in module.modules() for p in parameters_of_adapters(inner)}
+    for name, p in module.named_parameters(prefix=prefix):
+        if p not in ours:
+            yield name, p
 
 
-def kind_at(layer: nn.Module, adapts: str, kinds: Kinds = ()) -> type[FrozenLinear] | None:
-    """Find the kind of one module for a variant, or None where it is of another sort."""
-    if adapts == "linear":
-        return kind_of(layer, kinds)
-    if adapts == "norm":
-        return FrozenModule if is_norm(layer) else None
-    return FrozenBlock if adapts == "block" else FrozenModule
+def parameters_of_adapters(module: Any) -> Iterator[Tensor]:
+    """Yield the parameters that adapters have registered on a module, or that a module has as an adapter."""
+    for adapter in (module, *vars(module).get(ADAPTERS, ())):
+        if hasattr(type(adapter), "parameters_by_name"):
+            yield from (p for p in adapter.parameters_by_name.values() if p is not None)
 
 
-def _linear(model: nn.Module, kinds: Kinds) -> dict[str, type[FrozenLinear]]:
-    return {path: kind for path, layer in model.named_modules() if (kind := kind_of(layer, kinds)) is not None}
-
-
-def _norms(model: nn.Module, kinds: Kinds) -> dict[str, type[FrozenLinear]]:
-    return {path: FrozenModule for path, layer in model.named_modules() if is_norm(layer)}
-
-
-def _modules(model: nn.Module, kinds: Kinds) -> dict[str, type[FrozenLinear]]:
-    return {path: FrozenModule for path, layer in model.named_modules() if path and any(p.is_floating_point() for p in layer.parameters())}
-
-
-def _blocks(model: nn.Module, kinds: Kinds) -> dict[str, type[FrozenLinear]]:
-    """The repeated blocks: outermost members of module lists that hold linear layers."""
-    found: dict[str, type[FrozenLinear]] = {}
-    for path, layer in model.named_modules():
-        parent = path.rpartition(".")[0]
-        listed_in = isinstance(model.get_submodule(parent), nn.ModuleList | nn.Sequential) if path and parent else False
-        inside = any(path.startswith(f"{other}.") for other in found)
-        if listed_in and not inside and kind_of(layer, kinds) is None and any(kind_of(m, kinds) for m in layer.modules()):
-            found[path] = FrozenBlock
-    return found
-
-
-_FINDERS: dict[str, Callable[[nn.Module, Kinds], dict[str, type[FrozenLinear]]]] = {
-    "linear": _linear,
-    "norm": _norms,
-    "module": _modules,
-    "block": _blocks,
-}
-ADAPTS = tuple(_FINDERS)
-"""The sorts of modules that a variant may adapt."""
-WORDS = {"linear": "linear layer", "norm": "norm", "module": "module", "block": "block"}
-LONGER = {
-    "linear": "nn.Linear or Conv1D layers",
-    "norm": "norms with a weight",
-    "module": "modules with parameters",
-    "block": "blocks of a module list that hold linear layers",
-}
-"""The sorts in the words of messages."""
-
-
-def outermost(paths: list[str]) -> list[str]:
+def outermost(paths: Sequence[str]) -> list[str]:
     """Leave out the paths of modules inside others of the list."""
     known = set(paths)
     return [path for path in paths if not any(path[:k] in known for k, letter in enumerate(path) if letter == ".")]
 
 
-def refuse_nested(paths: Mapping[str, type[FrozenLinear]]) -> None:
+def refuse_nested(paths: Mapping[str, type[Kind]]) -> None:
     """Refuse targets inside a module that is trained as a whole.
 
     Raises:
         ValueError: it names them.
     """
-    whole = [path for path, kind in paths.items() if issubclass(kind, FrozenModule) and not issubclass(kind, FrozenBlock)]
+    whole = [path for path, kind in paths.items() if "moved" in kind.gives]
     nested = [path for path in paths for other in whole if path.startswith(f"{other}.")]
     if nested:
         raise ValueError(
             f"build: expected no target inside a module that is trained as a whole, found {listed(nested)}. Leave them out with "
             "exclude_names, or train less than the whole module."
         )
-
-
-@contextmanager
-def _swapped(layer: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put tensors in the place of a module's parameters; of the clone's, whose calls are one at a time."""
-    places: list[tuple[Any, str]] = [
-        (layer.get_submodule(name.rpartition(".")[0])._parameters, name.rpartition(".")[2]) for name in tensors
-    ]
-    before = [table[name] for table, name in places]
-    try:
-        for (table, name), tensor in zip(places, tensors.values()):
-            table[name] = tensor
-        yield
-    finally:
-        for (table, name), tensor in zip(places, before):
-            table[name] = tensor

@@ -1,79 +1,72 @@
-"""A parameter of a module as a target: a bare `nn.Parameter`, the packed projection of attention, a layer whose weight is only read.
+"""A bare parameter of a module: attention's packed projection, a matrix in a `ParameterList`, a stack of matrices `(n, o, i)`.
 
-Nobody calls such a weight with an input. The adapted weight is `f(I)`, the variant's function at the identity, `W^T + scale (B A)^T` for
-LoRA; while the module around it runs, that tensor stands in the place of the parameter. In a clone the parameter becomes a module of its
-own, `Held`, that has the variant's params.
+Nobody calls such a weight with an input. Wherever the model reads it, it finds the adapted one: `f(I)`, the variant's function at the
+identity, `W^T + scale (B A)^T` for LoRA.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from lora_lite.core.frozen import Frozen, FrozenLinear, Run
-from lora_lite.core.subclass import derived
+from lora_lite.core.frozen import Frozen
+from lora_lite.core.tree import join
+from lora_lite.layers.kind import Kind, Params, Variant, at_identity, on_meta, raw
+
+UNREAD = (nn.RNNBase, nn.RNNCellBase)
+"""Classes that keep other references to their parameters than attributes."""
 
 
-class Held(nn.Module):
-    """What stands for a parameter of a module: a weight `(o, i)`, or several of them `(n, o, i)`, `(n, i, o)` where they are transposed."""
+class ParameterKind(Kind):
+    """A matrix `(o, i)`, or several `(n, o, i)`, whose params and constants are stacked along a first axis."""
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None, transposed: bool = False) -> None:
-        super().__init__()
-        self.transposed = transposed
-        self.register_parameter("weight", weight)
-        self.register_parameter("bias", bias)
+    by_name: ClassVar[bool] = True
+    gives: ClassVar[frozenset[str]] = Frozen.gives
+    why: ClassVar[str] = "The module around this weight reads it and never calls it with an input."
 
-    def forward(self) -> Any:
-        return self.weight
-
-
-def layer_of(model: nn.Module, path: str) -> nn.Module:
-    """Give the module at a target's path; of a parameter, a `Held` of it."""
-    parent, _, name = path.rpartition(".")
-    module = model.get_submodule(parent)
-    weight = module._parameters.get(name)
-    if weight is None:
-        return model.get_submodule(path)
-    return Held(weight, module._parameters.get(f"{name}_bias"), bool(getattr(module, "is_transposed", False)))
-
-
-def exposed(clone: nn.Module, path: str, reader: Callable[[Any], Any] | None) -> nn.Module:
-    """Give the module at a target's path in a clone; a parameter is made one. `reader` makes the class of the module that uses it."""
-    parent, _, name = path.rpartition(".")
-    layer = layer_of(clone, path)
-    if reader is not None:
-        module = clone.get_submodule(parent)
-        if isinstance(layer, Held) and name in module._parameters:
-            del module._parameters[name]
-            module.add_module(name, layer)
-        module.__class__ = reader(type(module))
-    return layer
-
-
-class FrozenStack(FrozenLinear):
-    """The kind of a `Held` with one weight or several: params and constants of several are stacked along a first axis."""
-
-    observed: ClassVar[bool] = False
+    def __init__(self, layer: Any, constants: Params = MappingProxyType({}), name: str = "weight") -> None:
+        super().__init__(layer, constants)
+        self.state = {"weight": name, "bias": f"{name}_bias"}  # type: ignore[misc]  # each has a name of its own
+        self.transposed = bool(getattr(layer, "is_transposed", False))
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        return isinstance(layer, Held)
+        return False  # it reads parts of modules
 
     @classmethod
-    def faithful(cls, layer: nn.Module) -> bool:
-        return True  # whatever its forward does, nobody calls it
+    def places(cls, path: str, module: nn.Module, linear: Callable[[nn.Module], Any]) -> Iterator[str]:
+        if isinstance(module, UNREAD):
+            return
+        for name, p in module._parameters.items():
+            if p is not None and p.dim() in (2, 3) and p.is_floating_point() and not name.endswith("bias"):
+                yield join(path, name)
+
+    @classmethod
+    def host(cls, path: str) -> str:
+        return path.rpartition(".")[0]
+
+    @classmethod
+    def at(cls, model: nn.Module, path: str, constants: Params = MappingProxyType({})) -> Self:
+        return cls(raw(model.get_submodule(cls.host(path))), constants, path.rpartition(".")[2])
+
+    def bind(self, layer: nn.Module, binding: Any) -> None:
+        """Leave the module's own forward: it reads the weight."""
 
     @property
     def stacked(self) -> bool:
-        return self._layer.weight.dim() == 3
+        """Whether it is several matrices."""
+        return self.own("weight").dim() == 3  # type: ignore[union-attr]
 
     @property
     def weight(self) -> Tensor:
-        weight = self._layer.weight
-        return weight.transpose(-1, -2) if getattr(self._layer, "transposed", False) else weight
+        weight = super().weight
+        return weight.mT if self.transposed else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None  # the module's own affair
 
     @property
     def in_features(self) -> int:
@@ -85,96 +78,46 @@ class FrozenStack(FrozenLinear):
 
     @property
     def parts(self) -> Sequence[Frozen]:
+        """The linear maps that it is made of."""
         if not self.stacked:
-            return (self._part(self.weight, self.bias, self.constants),)
+            return (self.one(self.weight, self.bias, self.constants),)
         constants = {name: c.unbind(0) for name, c in self.constants.items()}
         biases = [None] * len(self.weight) if self.bias is None else self.bias.unbind(0)
         weights = self.weight.unbind(0)
-        return [self._part(w, b, {name: c[n] for name, c in constants.items()}) for n, (w, b) in enumerate(zip(weights, biases))]
+        return [self.one(w, b, {name: c[n] for name, c in constants.items()}) for n, (w, b) in enumerate(zip(weights, biases))]
 
-    def _part(self, weight: Tensor, bias: Tensor | None, constants: Mapping[str, Tensor]) -> Frozen:
+    def one(self, weight: Tensor, bias: Tensor | None, constants: Params) -> Frozen:
+        """Return one linear map."""
         return Frozen(weight, bias, constants, self.training)
 
-    def split(self, params: Mapping[str, Tensor]) -> Sequence[Mapping[str, Tensor]]:
-        """Give each part's params."""
+    def split(self, params: Params) -> Sequence[Params]:
+        """Return the params of each part."""
         if not self.stacked:
             return (params,)
         each = {name: p.unbind(0) for name, p in params.items()}
         return [{name: p[n] for name, p in each.items()} for n in range(len(self.weight))]
 
-    def joined(self, results: Sequence[Tensor]) -> Tensor:
-        """Stack what was computed for each part."""
+    def make(self, tree: Callable[[Frozen], Params]) -> dict[str, Tensor]:
+        trees = [tree(part) for part in self.parts]
+        return {name: self._joined([t[name] for t in trees]) for name in trees[0]}
+
+    def pairs(self, params: Params) -> Sequence[tuple[Frozen, Params]]:
+        return list(zip(self.parts, self.split(params)))
+
+    def _joined(self, results: Sequence[Tensor]) -> Tensor:
         return torch.stack(tuple(results)) if self.stacked else results[0]
 
+    def part(self, tree: Params, name: str) -> Params:
+        return self.split(tree)[0]
+
+    def adapted(self, f: Variant, params: Params, role: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self._joined([at_identity(f, p, W, role, dtype) for W, p in self.pairs(params)])
+
+    def readable(self) -> list[str]:
+        return [self.state["weight"]]
+
+    def probe(self, tokens: int) -> list[tuple[str, Frozen, Tensor, int]]:
+        return [("", *on_meta(self.parts[0], tokens))]  # a token passes through one of them
+
     def to_weight(self, dense: Tensor) -> Tensor:
-        return dense.transpose(-1, -2) if getattr(self._layer, "transposed", False) else dense
-
-
-class _AtIdentity(Frozen):
-    """A linear map at the rows of the identity, which are never formed."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.weight.t()
-
-    def project(self, x: Tensor, A: Tensor, dropout: float = 0.0) -> Tensor:
-        return A.t()
-
-    def rows(self, x: Tensor) -> Tensor:
-        return torch.empty((self.in_features, self.in_features), dtype=self.dtype, device="meta")
-
-
-class FrozenHeld(FrozenStack):
-    """The kind of a weight that the module around it reads."""
-
-    reads: ClassVar[tuple[str, ...]] = ("projection",)
-    offers: ClassVar[tuple[str, ...]] = ("nothing",)
-    has_input: ClassVar[bool] = False
-    why: ClassVar[str] = "The module around this weight reads it and never calls it with an input."
-
-    @property
-    def bias(self) -> None:
-        return None  # the module's own affair
-
-    def _part(self, weight: Tensor, bias: Tensor | None, constants: Mapping[str, Tensor]) -> Frozen:
-        return _AtIdentity(weight, None, constants, self.training)
-
-    def over_parts(self, f: Callable[..., Tensor], params: Mapping[str, Tensor], x: Tensor) -> Tensor:
-        return self.joined([f(p, W, x).t() for p, W in zip(self.split(params), self.parts)])
-
-    def call(self, run: Run, own: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        return self.to_weight(run(self, self.weight)).contiguous()  # as the parameter lies: another layout may round otherwise
-
-
-class Reader:
-    """The part of a module's class in a clone that puts adapted weights in place while the module runs."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with _in_place(self):  # type: ignore[arg-type]
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
-
-
-@functools.cache
-def reader_class(cls: Any) -> Any:
-    """Make the subclass of a class that reads adapted weights; the same one for the same class."""
-    if issubclass(cls, Reader):
-        return cls
-    return derived(reader_class, cls, Reader)
-
-
-@contextmanager
-def _in_place(module: nn.Module) -> Iterator[None]:
-    bound = {name: (child, vars(child)["_lora_lite"].W) for name, child in module._modules.items() if "_lora_lite" in vars(child)}
-    held: dict[str, Any] = {name: child for name, (child, W) in bound.items() if isinstance(W, FrozenHeld)}
-    weights = {name: child() for name, child in held.items()}
-    places: list[tuple[Any, str]] = [(module._parameters, n) if isinstance(c, Held) else (c._parameters, "weight") for n, c in held.items()]
-    before = [table.get(name) for table, name in places]
-    try:
-        for (table, name), weight in zip(places, weights.values()):
-            table[name] = weight  # found before the module of the same name
-        yield
-    finally:
-        for (table, name), tensor in zip(places, before):
-            if tensor is None:
-                table.pop(name, None)
-            else:
-                table[name] = tensor
+        return dense.mT if self.transposed else dense

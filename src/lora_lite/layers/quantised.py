@@ -12,11 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lite.core.frozen import FrozenLinear
-from lora_lite.core.subclass import derived
 from lora_lite.layers.compiled_product import traced_product
-
-_HELD = "_lora_lite_held"
+from lora_lite.layers.kind import ADOPTED, Kind, raw
 
 
 class _Product(torch.autograd.Function):
@@ -43,10 +40,10 @@ class _Product(torch.autograd.Function):
         return _Product.apply(W, x.movedim(in_dims[1], 0), transposed), 0  # type: ignore[arg-type]
 
 
-class FrozenQuantised(FrozenLinear):
+class FrozenQuantised(Kind):
     """Base of the kinds whose weight is stored packed; write a subclass for a backend of your own.
 
-    A subclass gives `fits` and `dequantise`. `product` and `transpose_product` are derived from it and may be overridden by fused
+    A subclass has `fits` and `dequantise`. `product` and `transpose_product` are derived from it and may be overridden by fused
     kernels, which need no derivative. `build`, `load` and `find_targets` take the class as `kinds=(MyKind,)`. In a clone, every layer
     that the kind fits runs the kind, target or not, so that the layer's own forward need not work under torch.func.
 
@@ -72,44 +69,24 @@ class FrozenQuantised(FrozenLinear):
     """
 
     @classmethod
-    def fits(cls, layer: nn.Module) -> bool:
-        """Tell whether this kind reads a module."""
-        raise NotImplementedError(f"{cls.__name__}.fits(layer) -> bool is not defined")
-
-    @classmethod
-    def faithful(cls, layer: nn.Module) -> bool:
-        """Tell whether the layer's class computes what the kind does; the base trusts `fits`."""
-        return True
-
-    @classmethod
-    def fault(cls, layer: nn.Module) -> str | None:
-        """Say why a layer that fits cannot be read as it is, and the way out; None where it can."""
-        return None
-
-    @classmethod
     def isolate(cls, layer: Any) -> None:
-        """Give a layer of a clone bookkeeping of its own where the backend rewrites it in place; weights stay shared."""
+        """Make for a layer of a copy bookkeeping of its own where the backend rewrites it in place; weights stay shared."""
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
-        """Give the weight as a new dense `(o, i)` matrix in a floating `dtype`, by operations that `torch.compile` can trace."""
+        """Return the weight as a new dense `(o, i)` matrix in a floating `dtype`, by operations that `torch.compile` can trace."""
         raise NotImplementedError(f"{type(self).__name__}.dequantise(dtype) -> (o, i) is not defined")
 
     def product(self, x: Tensor) -> Tensor:
-        """Give `x W^T` in the dtype of `x`: `(*b, i) -> (*b, o)`."""
+        """Return `x W^T` in the dtype of `x`: `(*b, i) -> (*b, o)`."""
         return F.linear(x, self.dequantise(x.dtype))
 
     def transpose_product(self, y: Tensor) -> Tensor:
-        """Give `y W` in the dtype of `y`: `(*b, o) -> (*b, i)`."""
+        """Return `y W` in the dtype of `y`: `(*b, o) -> (*b, i)`."""
         return y @ self.dequantise(y.dtype)
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Give the dtype in which an input of `dtype` is multiplied; the output has the input's."""
+        """Return the dtype in which an input of `dtype` is multiplied; the output has the input's."""
         return dtype
-
-    @property
-    def layer(self) -> Any:
-        """The module that the kind reads; it must have `in_features` and `out_features`, and may have a `bias`."""
-        return self._layer
 
     @property
     def weight(self) -> Tensor:
@@ -117,7 +94,7 @@ class FrozenQuantised(FrozenLinear):
 
     @property
     def bias(self) -> Tensor | None:
-        return getattr(self._layer, "bias", None)
+        return getattr(self.layer, "bias", None)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -127,17 +104,17 @@ class FrozenQuantised(FrozenLinear):
     @property
     def in_features(self) -> int:
         """Width of the input, `i`."""
-        return self._layer.in_features
+        return self.layer.in_features
 
     @property
     def out_features(self) -> int:
         """Width of the output, `o`."""
-        return self._layer.out_features
+        return self.layer.out_features
 
     @property
     def device(self) -> torch.device:
         """Where the packed weight lives."""
-        devices = [t.device for t in (*self._layer.parameters(), *self._layer.buffers())]
+        devices = [t.device for t in (*self.layer.parameters(), *self.layer.buffers())]
         return next((d for d in devices if d.type != "meta"), torch.device("meta"))  # placeholders of params lie on meta
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -163,36 +140,34 @@ class FrozenQuantised(FrozenLinear):
             return traced_product(self.dequantise, x)
         return _Product.apply(self, x, False)
 
-
-class Held(nn.Module):
-    """The part of a quantised layer's class in a clone that runs its kind instead of the layer's own forward."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return vars(self)[_HELD](x)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        hold(self, kind_held(self))  # read the weights again from where they have moved
-        return self
-
-
-@functools.cache
-def _held_class(cls: Any) -> Any:
-    return derived(_held_class, cls, Held)
-
-
-def kind_held(layer: nn.Module) -> type[FrozenLinear] | None:
-    """Find the kind that a layer of a clone runs, or None where it runs its own forward."""
-    return type(vars(layer)[_HELD]) if isinstance(layer, Held) else None
-
-
-def hold(layer: Any, kind: type[FrozenLinear] | None) -> None:
-    """Make a layer of a clone run its kind, with the packed weights it has now, whatever becomes of the user's layer."""
-    if kind is None or not issubclass(kind, FrozenQuantised):
-        return
-    kind.isolate(layer)
-    if not isinstance(layer, Held):
-        if not kind.faithful(layer):
+    @classmethod
+    def adopt(cls, layer: nn.Module) -> None:
+        """Make a layer of a copy run its kind, with the packed weights it has now, whatever becomes of the user's layer."""
+        cls.isolate(layer)
+        if not cls.faithful(layer):
             return
-        layer.__class__ = _held_class(type(layer))  # type: ignore[arg-type]
-    vars(layer)[_HELD] = kind(layer, {})
+        vars(layer)[ADOPTED] = True
+        vars(layer)["forward"] = functools.partial(_forward, cls(raw(layer)))
+        vars(layer)["_apply"] = functools.partial(_apply, layer, cls)
+
+    def kept(self) -> dict[str, Tensor]:
+        bias = self.bias
+        return {self.state["weight"]: self.to_weight(self.dense()), **({} if bias is None else {self.state["bias"]: bias})}
+
+    def readable(self) -> list[str]:
+        return []  # a packed weight is read by nobody
+
+
+def _forward(W: FrozenQuantised, x: Tensor) -> Tensor:
+    return W(x)
+
+
+def _apply(layer: Any, kind: type[FrozenQuantised], fn: Any, recurse: bool = True) -> Any:
+    """Move a layer as `to` and its like do, and read its weights again from where they have moved."""
+    type(layer)._apply(layer, fn, recurse)
+    binding = vars(layer).get("forward")
+    kind.adopt(layer)
+    if hasattr(binding, "reread"):
+        binding.reread()
+        vars(layer)["forward"] = binding
+    return layer

@@ -6,7 +6,7 @@ statistic and are given the same tensors end with the same one, held once: `q`, 
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lora_lite.clone.checkpointing import install
-from lora_lite.clone.per_thread import Replica
+from lora_lite.clone.per_call import Replica
 from lora_lite.clone.structure import clone_again
 from lora_lite.core.errors import listed
-from lora_lite.core.frozen import first_of
 from lora_lite.core.plan import Entries
 from lora_lite.core.progress import shown
 from lora_lite.core.statistics import needs_loss, statistic_of
 from lora_lite.layers.prompt import IGNORED
-from lora_lite.transforms.all_reduce import merged_over_ranks
+from lora_lite.prepare.ranks import merged_over_ranks
 
 Loss = Callable[[Any, Any], Tensor]
+Inputs = Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor]
 
 
 def require_data(entries: Entries, calibration: Any, loss: Loss | None) -> None:
@@ -51,7 +51,13 @@ def require_data(entries: Entries, calibration: Any, loss: Loss | None) -> None:
 
 @torch.no_grad()
 def gather(
-    base: nn.Module, entries: Entries, batches: Iterable[Any], progress: bool = True, loss: Loss | None = None, group: Any = None
+    base: nn.Module,
+    entries: Entries,
+    batches: Iterable[Any],
+    progress: bool = True,
+    loss: Loss | None = None,
+    group: Any = None,
+    kinds: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Run the batches through a clone of `base` and give the statistics of each calibrated target, by path.
 
@@ -66,21 +72,22 @@ def gather(
     Raises:
         ValueError: for no batch, a target that saw no token, a missing loss, or values that are not finite; it names the targets.
     """
-    clone = clone_again(base)
+    clone = clone_again(base, kinds)
     install(clone, None)
-    run = Replica(clone.eval(), [])
+    run = Replica(clone.eval(), {}, {})
     calibrated = {target.path: cfg for target, cfg in entries if cfg.calibrated}
     watch = Watch({path: statistic_of(cfg) for path, cfg in calibrated.items()})
     if group is not None:
         _require_mergeable(watch.states)
     with_loss = [path for path, cfg in calibrated.items() if needs_loss(cfg)]
     probe = torch.zeros((), device=next(clone.parameters()).device, requires_grad=True)
+    seen_by = {target.path: target.kind.at(clone, target.path).inputs for target, cfg in entries if cfg.calibrated}
     for path in calibrated:
         layer = clone.get_submodule(path)
         if path in with_loss:
-            layer.register_forward_hook(functools.partial(watch.see_gradient, path, probe), with_kwargs=True)
+            layer.register_forward_hook(functools.partial(watch.see_gradient, path, seen_by[path], probe), with_kwargs=True)
         else:
-            layer.register_forward_pre_hook(functools.partial(watch.see, path), with_kwargs=True)
+            layer.register_forward_pre_hook(functools.partial(watch.see, path, seen_by[path]), with_kwargs=True)
     seen = 0
     for batch in shown(batches, "calibration", progress):
         watch.begin(batch)
@@ -88,7 +95,7 @@ def gather(
             if with_loss:
                 _backward(run, batch, loss, probe)
             else:
-                run({}, batch, {})
+                run.frozen(batch, {})
         except Exception as e:
             e.add_note(f"in batch {seen} of the calibration data")
             raise
@@ -121,7 +128,7 @@ def _of_all(states: Mapping[str, Any], seen: int, clone: nn.Module, group: Any) 
 @torch.enable_grad()
 def _backward(run: Replica, batch: Any, loss: Loss | None, probe: Tensor) -> None:
     """Run forward and back as far as the layers' outputs, whose hooks see the gradients pass."""
-    torch.autograd.grad(_loss_of(run({}, batch, {}), batch, loss), probe, allow_unused=True)
+    torch.autograd.grad(_loss_of(run.frozen(batch, {}), batch, loss), probe, allow_unused=True)
 
 
 def _loss_of(output: Any, batch: Any, loss: Loss | None) -> Tensor:
@@ -151,9 +158,9 @@ class Watch:
         self._batch = batch
         self._next: Any = weakref.WeakKeyDictionary()  # statistic -> the tensor added to it -> (the tensor's version, what that gave)
 
-    def see(self, path: str, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def see(self, path: str, inputs: Inputs, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Add a layer's input to its statistic, or take what another layer's addition of the same tensor to the same one gave."""
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        x = inputs(args, kwargs)
         state, version = self.states[path], 0 if x.is_inference() else x._version
         following = self._next.setdefault(state, WeakIdKeyDictionary())
         if following.get(x, (None,))[0] != version:  # another tensor, or the same one written to since
@@ -163,10 +170,10 @@ class Watch:
 
     @torch.no_grad()
     def see_gradient(
-        self, path: str, probe: Tensor, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor
+        self, path: str, inputs: Inputs, probe: Tensor, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor
     ) -> Tensor:
         """Let a layer's output carry a gradient, and add that of its weight to its statistic when it passes."""
-        x = first_of(args, kwargs).detach()
+        x = inputs(args, kwargs).detach()
 
         def add(dy: Tensor) -> None:
             with torch.no_grad():

@@ -7,20 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_lite.core.errors import listed, several
-from lora_lite.core.frozen import FrozenConv1D
 from lora_lite.core.plan import Entries
-from lora_lite.core.tree import join
 
 Originals = Mapping[str, Tensor] | str | os.PathLike[str]
 
 
-def read_originals(entries: Entries, original: Originals | None) -> dict[str, Tensor]:
-    """Give the original weight of each target whose variant needs it, by path.
+def read_originals(model: nn.Module, entries: Entries, original: Originals | None) -> dict[str, Tensor]:
+    """Return the original weight of each target whose variant needs it, by path.
 
     Args:
+        model: the model.
         entries: each target with its config.
         original: a state dict, or the path of a safetensors file or of a folder of them, read one tensor at a time.
 
@@ -42,10 +41,7 @@ def read_originals(entries: Entries, original: Originals | None) -> dict[str, Te
     found, faults = {}, []
     with _opened(original) as weights:
         for target, _ in wanting:
-            name = join(target.path, "weight")
-            weight = weights.get(name)
-            if weight is not None and issubclass(target.kind, FrozenConv1D):
-                weight = weight.t()  # stored (i, o)
+            name, weight = target.kind.at(model, target.path).original(weights, target.path)
             if weight is None or tuple(weight.shape) != (target.o, target.i) or not weight.is_floating_point():
                 what = "none" if weight is None else f"{weight.dtype} of shape {tuple(weight.shape)}"
                 faults.append(f'"{name}": expected a floating weight of shape {(target.o, target.i)}, found {what}')

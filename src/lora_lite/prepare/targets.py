@@ -3,55 +3,23 @@
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
 from lora_lite.core.config import AdapterConfig, as_config
 from lora_lite.core.errors import listed
-from lora_lite.core.frozen import FrozenLinear
-from lora_lite.layers.find import linear_kind, named_kinds, names
-from lora_lite.layers.kinds import as_kinds, kind_of
-from lora_lite.layers.module import LONGER, WORDS, FrozenBlock, candidates, outermost
-from lora_lite.layers.parameter import layer_of
+from lora_lite.core.plan import Target, Targets
+from lora_lite.layers.find import asked_for, find
+from lora_lite.layers.kind import Kind
+from lora_lite.layers.kinds import SITES, as_kinds, kind_of
+from lora_lite.layers.module import outermost
 
 _WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "hidden_dim", "embed_dim", "dim", "model_dim")
 _INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
-@dataclass(frozen=True)
-class Target:
-    """One layer to adapt.
-
-    Attributes:
-        path: the module's path in the model; empty where the model is itself the layer.
-        kind: the class of `lora_lite.frozen` that reads the layer.
-        i, o: input and output width.
-        role: `"reader"`, `"writer"` or `"inner"`; of a layer that is both, the first that the config asks for.
-        shared_with: paths of other modules that hold the same weight.
-    """
-
-    path: str
-    kind: type[FrozenLinear]
-    i: int
-    o: int
-    role: str
-    shared_with: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        shared = f"  weight shared with {listed(self.shared_with)}" if self.shared_with else ""
-        return f"{self.path}  {self.role}  ({self.o}, {self.i}){shared}"
-
-
-class Targets(tuple[Target, ...]):
-    """The targets of one config, in the model's order; prints as one line a target."""
-
-    def __str__(self) -> str:
-        return "\n".join([f"{len(self)} targets", *(f"  {t}" for t in self)])
-
-
-def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[FrozenLinear]] = ()) -> Targets:
+def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[Kind]] = ()) -> Targets:
     """Find the layers that `cfg` adapts, without building anything.
 
     With no roles and no names, every linear-like layer that is not excluded is taken. Roles, names and layers narrow
@@ -76,10 +44,10 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[F
         ['2']
     """
     cfg, kinds = as_config(cfg), as_kinds(kinds)
-    known = _known(model, cfg, kinds)
+    known = asked_for(find(model, cfg.adapts, kinds), cfg.target_names)
     if not known:
         raise ValueError(
-            f"find_targets: expected a model with {LONGER[cfg.adapts]}, found none in {type(model).__name__}. "
+            f"find_targets: expected a model with {SITES[cfg.adapts][1]}, found none in {type(model).__name__}. "
             "Pass the module that holds them, or the kinds of its own layers as kinds=(ItsKind,)."
         )
     if cfg.adapts == "module" and not cfg.target_names:
@@ -91,26 +59,13 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[F
     shared = sharing(model)
     chosen = [path for path in allowed if _selected(path, cfg)]
     chosen = outermost(chosen) if cfg.adapts == "module" else chosen
-    found = [_target(path, known[path], layer_of(model, path), cfg, d_model, shared) for path in chosen]
+    found = [_target(model, path, known[path], cfg, d_model, shared) for path in chosen]
     targets = Targets(t for t in found if t is not None)
     _check_roles(cfg, targets, found, d_model)
     return targets
 
 
-def _known(model: nn.Module, cfg: AdapterConfig, kinds: Sequence[type[FrozenLinear]]) -> dict[str, type[FrozenLinear]]:
-    """Find what the config may adapt: what is of its sort, and of what has to be named what it names; in the model's order."""
-    known = candidates(model, cfg.adapts, kinds)
-    if cfg.adapts != "linear":
-        return known
-    known = {path: linear_kind(model, path, kind) for path, kind in known.items()}
-    further = named_kinds(model) if cfg.target_names else {}
-    named = {path: kind for path, kind in further.items() if any(names(pattern, path, known) for pattern in cfg.target_names)}
-    place = {path: k for k, (path, _) in enumerate(model.named_modules())}
-    both = sorted({**known, **named}.items(), key=lambda item: place.get(item[0], place.get(item[0].rpartition(".")[0], 0)))
-    return dict(both)
-
-
-def width_of(model: nn.Module, kinds: Sequence[type[FrozenLinear]] = ()) -> int:
+def width_of(model: nn.Module, kinds: Sequence[type[Kind]] = ()) -> int:
     """Give `d_model`: the config's hidden size, else the commonest width among the linear layers."""
     config = getattr(model, "config", None)
     text = getattr(config, "get_text_config", lambda: None)()
@@ -123,7 +78,7 @@ def width_of(model: nn.Module, kinds: Sequence[type[FrozenLinear]] = ()) -> int:
     return max(widths, key=lambda w: (widths[w], w), default=0)
 
 
-def _kinds(model: nn.Module, kinds: Sequence[type[FrozenLinear]]) -> Iterator[FrozenLinear]:
+def _kinds(model: nn.Module, kinds: Sequence[type[Kind]]) -> Iterator[Kind]:
     for layer in model.modules():
         kind = kind_of(layer, kinds)
         if kind is not None:
@@ -154,28 +109,19 @@ def sharing(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _target(
-    path: str, kind: type[FrozenLinear], layer: nn.Module, cfg: AdapterConfig, d_model: int, shared: dict[str, tuple[str, ...]]
+    model: nn.Module, path: str, kind: type[Kind], cfg: AdapterConfig, d_model: int, shared: dict[str, tuple[str, ...]]
 ) -> Target | None:
-    W = kind(layer)
+    W = kind.at(model, path)
     fits = {"reader": W.in_features == d_model, "writer": W.out_features == d_model}
     fits["inner"] = not any(fits.values())
     role = next((r for r, fit in fits.items() if fit and (not cfg.target_roles or r in cfg.target_roles)), None)
     if role is None:
         return None
-    return Target(path, kind, W.in_features, W.out_features, role, shared_with(path, kind, shared))
-
-
-def shared_with(path: str, kind: type[FrozenLinear], shared: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
-    """Give the modules outside a target that hold a weight of it too."""
-    if kind is FrozenBlock:
-        return ()  # its weights are not adapted
-    inside = (path, f"{path}.")
-    holders = [other for own, others in shared.items() if own == path or own.startswith(inside[1]) for other in others]
-    return tuple(other for other in dict.fromkeys(holders) if other != path and not other.startswith(inside[1]))
+    return Target(path, kind, W.in_features, W.out_features, role, kind.holders(path, shared))
 
 
 def _check_names(model: nn.Module, cfg: AdapterConfig, known: list[str], allowed: list[str]) -> None:
-    what = WORDS[cfg.adapts]
+    what = SITES[cfg.adapts][0]
     for pattern in cfg.target_names:
         if any(_matches((pattern,), path) for path in allowed):
             continue
@@ -187,7 +133,7 @@ def _check_names(model: nn.Module, cfg: AdapterConfig, known: list[str], allowed
         others = [(p, type(m).__name__) for p, m in model.named_modules() if p and _matches((pattern,), p)]
         if others:
             kinds = listed(f"{path} ({kind})" for path, kind in others[:3])
-            raise ValueError(f"{where}, found only modules of other kinds: {kinds}. Name {LONGER[cfg.adapts]}.")
+            raise ValueError(f"{where}, found only modules of other kinds: {kinds}. Name {SITES[cfg.adapts][1]}.")
         raise ValueError(f"{where}, found no match among {len(known)} {what}s. Closest: {_closest(pattern, allowed)}.")
 
 
@@ -207,7 +153,7 @@ def _check_layers(cfg: AdapterConfig, allowed: list[str]) -> None:
     if missing:
         span = f"blocks {min(known)} to {max(known)}" if known else "no numbered blocks"
         raise ValueError(
-            f"{type(cfg).__name__}.layers: expected indices of blocks with {WORDS[cfg.adapts]}s, found {missing} in a model with "
+            f"{type(cfg).__name__}.layers: expected indices of blocks with {SITES[cfg.adapts][0]}s, found {missing} in a model with "
             f"{span}. Use indices among {sorted(known)}."
         )
 
@@ -218,7 +164,7 @@ def _check_roles(cfg: AdapterConfig, targets: Targets, found: list[Target | None
     if not targets:
         asked = f"target_names={cfg.target_names}, target_roles={cfg.target_roles}, layers={cfg.layers}, exclude_names={cfg.exclude_names}"
         raise ValueError(
-            f"find_targets: expected at least one {WORDS[cfg.adapts]} for {type(cfg).__name__}({asked}), found none "
+            f"find_targets: expected at least one {SITES[cfg.adapts][0]} for {type(cfg).__name__}({asked}), found none "
             f"({len(found)} layers before roles; d_model={d_model}). Widen one of them."
         )
     for role in cfg.target_roles:

@@ -18,10 +18,14 @@ from lora_lite.testing._case import Case as Case
 from lora_lite.testing._case import make_cases as make_cases
 from lora_lite.testing._derivatives import forward_mode, gradients
 from lora_lite.testing._formula import acts, counts, deterministic, facts, identity, merged, precision, pure, rows, shapes, steered, vmapped
+from lora_lite.testing._kind import KIND_CHECKS as KIND_CHECKS
+from lora_lite.testing._kind import KindCase as KindCase
+from lora_lite.testing._kind import check_kind as check_kind
+from lora_lite.testing._kind import make_kind_case as make_kind_case
 from lora_lite.testing._model import compiles, mixed_batch, saved, untouched
 from lora_lite.testing._quantised import quantised_4bit, quantised_8bit
 
-__all__ = ["CHECKS", "Case", "check_variant", "make_cases"]
+__all__ = ["CHECKS", "KIND_CHECKS", "Case", "KindCase", "check_kind", "check_variant", "make_cases", "make_kind_case"]
 
 CHECKS: dict[str, Callable[[AdapterConfig], None]] = {
     f.__name__: f

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lite.clone.bind import apply_variant
 from lora_lite.core.config import AdapterConfig, as_config, with_fields
 from lora_lite.core.frozen import Frozen
 from lora_lite.core.statistics import needs_loss, statistic_of
+from lora_lite.layers.kind import Variant
 
 VALUES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest error of a value, relative to the largest entry of what it is compared with, by dtype."""
@@ -41,7 +41,7 @@ class Case:
 
     def __call__(self, params: Params, x: Tensor | None = None) -> Tensor:
         """Run the variant on the layer."""
-        return apply_variant(self.cfg, params, self.W, self.x if x is None else x)
+        return Variant(self.cfg)(params, self.W, self.x if x is None else x)
 
     def delta(self, params: Params, x: Tensor | None = None) -> Tensor:
         """What the variant adds to the layer's own output."""
@@ -115,7 +115,7 @@ def fail(expected: str, found: object) -> None:
 def close(what: str, got: Tensor, want: Tensor, tolerance: float) -> None:
     if got.shape != want.shape:
         fail(f"{what} of shape {tuple(want.shape)}", tuple(got.shape))
-    error = float((got.double() - want.double()).abs().max()) if want.numel() else 0.0
-    bound = tolerance * max(1.0, float(want.double().abs().max()) if want.numel() else 1.0)
+    error = float((got.detach().double() - want.detach().double()).abs().max()) if want.numel() else 0.0
+    bound = tolerance * max(1.0, float(want.detach().double().abs().max()) if want.numel() else 1.0)
     if not error <= bound:
         fail(f"{what} within {bound:.1e}", f"{error:.1e} off")

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from lora_lite.core.checked import set_typecheck
 from lora_lite.core.config import AdapterConfig, with_fields
-from lora_lite.core.frozen import NEEDS
 from lora_lite.derived.cost import macs_per_token
 from lora_lite.derived.merge import merged_layer
 from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32, float64, make_cases
@@ -17,8 +16,6 @@ def facts(cfg: AdapterConfig) -> None:
     """The declared facts are of their kinds."""
     if not isinstance(cfg.name, str) or not cfg.name:
         fail("name to be a non-empty string", repr(cfg.name))
-    if cfg.needs not in NEEDS:
-        fail(f"needs to be one of {NEEDS}", repr(cfg.needs))
     if cfg.identity is not None and not 0 <= cfg.identity < 1:
         fail("identity to be None or a tolerance in [0, 1)", repr(cfg.identity))
 

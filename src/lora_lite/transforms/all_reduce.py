@@ -1,12 +1,13 @@
-"""What the processes of a group exchange: averaged gradients, and the sums of statistics. Nothing else here needs a group."""
+"""Gradients averaged over the processes of a group."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from lora_lite.core.tracing import transformed
 
 
 def all_reduce_mean(tree: Any, group: Any = None) -> Any:
@@ -53,39 +54,7 @@ def _require_group() -> None:
             "all_reduce_mean: expected an initialised process group, found none. Call torch.distributed.init_process_group in every "
             "process."
         )
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if transformed():
         raise RuntimeError(
             "all_reduce_mean: expected plain tensors, found a torch.func transform around it. Average what the transform returns."
         )
-
-
-def merged_over_ranks(states: Mapping[str, Any], seen: int, group: Any) -> tuple[dict[str, Any], int]:
-    """Merge each path's statistics over the processes of a group, in order of rank, so that every process gets the same to the bit.
-
-    Args:
-        states: this process's statistics by path, the same paths in every process; what several paths share is exchanged once.
-        seen: batches that this process saw.
-        group: the process group.
-
-    Returns:
-        The merged statistics, on the CPU, and the batches that all processes saw.
-    """
-    first = {id(state): k for k, state in reversed(list(enumerate(states.values())))}
-    notes: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(notes, (seen, [first[id(state)] for state in states.values()]), group)
-    # Paths share a statistic if they do in every process: one that saw no token holds a single empty one for all.
-    shares = list(zip(*(pattern for _, pattern in notes)))
-    merged: dict[tuple[int, ...], Any] = {}
-    for share, state in zip(shares, states.values()):
-        if share not in merged:
-            merged[share] = _merged(state.to("cpu"), group)
-    return {path: merged[share] for path, share in zip(states, shares)}, sum(seen for seen, _ in notes)
-
-
-def _merged(state: Any, group: Any) -> Any:
-    total = None
-    for rank in range(dist.get_world_size(group)):  # one other process's at a time, so that memory does not grow with their number
-        sent = [state if rank == dist.get_rank(group) else None]
-        dist.broadcast_object_list(sent, group=group, group_src=rank)
-        total = sent[0] if total is None else total.merge(sent[0])
-    return total

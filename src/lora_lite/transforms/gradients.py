@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lora_lite.core.tracing import in_transform
+
 
 def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[..., tuple[Any, Any]]:
     """Make `(params, *args) -> (value, grads)` of a scalar function `f(params, *args)`.
@@ -40,11 +42,6 @@ def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[...
         return _plain(f, has_aux, params, args)
 
     return value_and_grads
-
-
-def in_transform() -> bool:
-    """Tell whether a torch.func transform, a compilation or inference mode is active: plain autograd records nothing in the last."""
-    return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or torch._C._are_functorch_transforms_active()
 
 
 def _plain(f: Callable[..., Any], has_aux: bool, params: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:

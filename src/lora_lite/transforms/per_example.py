@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lora_lite.adapt import Adapt
+from lora_lite.core.tracing import in_transform
 from lora_lite.core.tree import AnyTree, Tree, tree_leaves, tree_map
-from lora_lite.transforms.gradients import in_transform, value_and_grad
+from lora_lite.transforms.gradients import value_and_grad
 
 LossRows = Callable[[Any, Any], Tensor]
 

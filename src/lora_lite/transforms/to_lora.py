@@ -1,20 +1,21 @@
 """`to_lora`: any linear variant as LoRA, by the SVD of what it adds to the weight."""
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lora_lite.adapt import Adapt
 from lora_lite.build import build
-from lora_lite.clone.bind import layer_at
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import several
-from lora_lite.core.frozen import Frozen, FrozenLinear
 from lora_lite.core.linalg import truncated_svd
+from lora_lite.core.plan import Target
 from lora_lite.core.tree import Tree
-from lora_lite.derived.merge import merged_layer
+from lora_lite.derived.merge import leaves_at
+from lora_lite.layers.kind import Variant
 from lora_lite.variants.lora import LoRAConfig
 
 
@@ -55,53 +56,50 @@ def to_lora(
     )
     if cfg.alpha <= 0:
         raise ValueError(f"to_lora: expected alpha > 0, found {alpha}. The singular values are divided by alpha / r.")
-    deltas = _deltas(adapt, params)
     tree: Tree = {}
     errors = {}
-    for path, delta in deltas.items():
-        A, B = tree_at = _factors(delta, cfg)
-        tree[path] = dict(zip("AB", tree_at))
-        lost = torch.linalg.matrix_norm(delta - cfg.scale * B.to(delta.dtype) @ A.to(delta.dtype))
-        errors[path] = float(lost / torch.linalg.matrix_norm(delta).clamp_min(torch.finfo(delta.dtype).tiny))
-    return build(adapt._plan.base, cfg, remat=adapt._plan.remat), tree, errors
+    for target, own, deltas in _changes(adapt, params):
+        pairs = [_factors(delta, cfg) for delta in deltas]
+        given = iter(pairs)
+        tree[target.path] = adapt._plan.layer(target, own).make(lambda _, given=given: dict(zip("AB", next(given))))
+        lost = [delta - cfg.scale * B.to(delta.dtype) @ A.to(delta.dtype) for delta, (A, B) in zip(deltas, pairs)]
+        errors[target.path] = _norm(lost) / max(_norm(deltas), torch.finfo(torch.float64).tiny)
+    return build(adapt._plan.base, cfg, remat=adapt._plan.remat, kinds=adapt._plan.kinds), tree, errors
+
+
+def _norm(parts: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(part.square().sum()) for part in parts))
 
 
 @torch.no_grad()
-def _deltas(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Give each target's change of the weight, `(o, i)`, in float64."""
-    faults, deltas = [], {}
-    for target, cfg in zip(adapt.targets, adapt.configs):
+def _changes(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]]) -> list[tuple[Target, AdapterConfig, list[Tensor]]]:
+    """Return what the adapter adds to the weight of each target, `(o, i)` for each linear map that it is made of, in float64."""
+    faults, found = [], []
+    for target, cfg in adapt._plan.entries:
         at = f'"{target.path}": {type(cfg).__name__}'
         if not cfg.linear:
             faults.append(f"{at} is not linear in its input")
             continue
-        W = layer_at(adapt._clone, target.path)._lora_lite.W
-        if W.one_hot or W.stacked:
-            faults.append(f"{at} is at {'an embedding' if W.one_hot else 'a stack of weights'}, which is not converted")
+        W = adapt._plan.layer(target, cfg)
+        try:
+            changes = W.changes(Variant(cfg), leaves_at(params, target, cfg))
+        except ValueError as e:
+            faults.append(f"{at} {e}")
             continue
-        delta, moved = _change(cfg, params[target.path], W)
-        deltas[target.path] = delta
-        if moved:
+        scale = 1.0 if W.bias is None else float(W.bias.detach().abs().max())
+        if any(not torch.allclose(bias, torch.zeros_like(bias), atol=1e-9 + 1e-6 * scale) for _, bias in changes):
             faults.append(f"{at} moves the bias, which LoRA cannot")
+        found.append((target, cfg, [weight for weight, _ in changes]))
     if faults:
         raise ValueError(
             f"to_lora: expected variants that change the weight alone, found:\n{several(faults)}\n"
             "Leave these targets out when building, or keep the adapter as it is."
         )
-    return deltas
-
-
-def _change(cfg: AdapterConfig, params: Mapping[str, Tensor], W: FrozenLinear) -> tuple[Tensor, bool]:
-    weight = W.dense(torch.float64)
-    bias = None if W.bias is None else W.bias.detach().to(torch.float64)
-    exact = Frozen(weight, bias, W.constants)
-    merged, offset = merged_layer(cfg, params, exact)
-    held = torch.zeros_like(offset) if bias is None else bias
-    return merged - weight, not torch.allclose(offset, held, rtol=1e-6, atol=1e-9)
+    return found
 
 
 def _factors(delta: Tensor, cfg: LoRAConfig) -> tuple[Tensor, Tensor]:
-    """Give `A (r, i)` and `B (o, r)`, with zeros where the layer has fewer directions."""
+    """Return `A (r, i)` and `B (o, r)`, with zeros where the layer has fewer directions."""
     U, S, Vh = truncated_svd(delta, cfg.r)
     root = (S / cfg.scale).sqrt()
     A, B = delta.new_zeros(cfg.r, delta.shape[1]), delta.new_zeros(delta.shape[0], cfg.r)

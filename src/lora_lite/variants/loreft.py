@@ -41,6 +41,7 @@ from lora_lite.core.checked import checked
 from lora_lite.core.config import AdapterConfig, expect, expect_bool, expect_int
 from lora_lite.core.frozen import Constants, Frozen
 from lora_lite.core.linalg import full_precision, kaiming
+from lora_lite.core.positions import edited
 
 STARTS = ("random", "identity")
 _POSITIONS = re.compile(r"(?:f([1-9]\d*))?\+?(?:l([1-9]\d*))?")
@@ -62,7 +63,9 @@ def orthonormal(R: Tensor) -> Tensor:
 
 
 @checked
-def loreft(params: LoReFTParams, W: Frozen, x: Float[Tensor, "*b i"], *, first: int = 1, last: int = 1) -> Float[Tensor, "*b d"]:
+def loreft(
+    params: LoReFTParams, W: Frozen, x: Float[Tensor, "*b i"], *, first: int = 1, last: int = 1, prompt: Tensor | None = None
+) -> Float[Tensor, "*b d"]:
     """Give `h = W x` edited at the first and last positions of its second-last axis; the module's docstring has the formula.
 
     Of fewer than `first + last` positions, the first half and the last are edited, the middle one of an odd number as a first one.
@@ -78,6 +81,9 @@ def loreft(params: LoReFTParams, W: Frozen, x: Float[Tensor, "*b i"], *, first: 
     def edit(h: Tensor, n: int) -> Tensor:
         return h + F.linear(h, M[n], b[n]) @ R[n]
 
+    if prompt is not None:
+        slots = max(first, last)
+        return edited(lambda z: torch.cat([edit(z[:, :slots], 0), edit(z[:, slots:], -1)], dim=1), h, prompt, (first, last))
     return torch.cat([edit(h[..., :head, :], 0), h[..., head : t - tail, :], edit(h[..., t - tail :, :], -1)], dim=-2)
 
 
@@ -141,7 +147,7 @@ class LoReFTConfig(AdapterConfig):
 
     def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
         first, last = self.ends
-        return loreft(params, W, x, first=first, last=last)
+        return loreft(params, W, x, first=first, last=last, prompt=W.prompt)
 
     def steer(self, params: Mapping[str, Tensor], c: float | Tensor) -> dict[str, Tensor]:
         R = orthonormal(params["R"]).to(params["W"].dtype)

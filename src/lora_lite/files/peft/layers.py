@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.core.config import AdapterConfig
+from lora_lite.core.plan import Target
 from lora_lite.core.tree import join
-from lora_lite.layers.convolution import FrozenConv
-from lora_lite.layers.embedding import FrozenEmbedding
-from lora_lite.layers.parameter import FrozenStack, Held, layer_of
-from lora_lite.prepare.targets import Target
+from lora_lite.layers.convolution import ConvKind
+from lora_lite.layers.embedding import EmbeddingKind
+from lora_lite.layers.linear import Conv1DKind
+from lora_lite.layers.parameter import ParameterKind
 
 Tensors = dict[str, Tensor]
 A, B, MAGNITUDE, GATE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "ia3_l"
@@ -25,7 +26,7 @@ _WRAPPER = "base_layer."
 
 
 def as_linear(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensors, list[str]]:
-    """Give a file's tensors with the keys and shapes that a linear layer at the same path would have, and list what has no such form."""
+    """Return a file's tensors with the keys and shapes that a linear layer at the same path would have, and list what has no such form."""
     found, faults = dict(tensors), list[str]()
     for path, module in model.named_modules():
         at = prefix + join(path, "")
@@ -87,17 +88,16 @@ def axes_of(model: nn.Module, path: str) -> int:
 
 
 def as_saved(model: nn.Module, target: Target, tensors: Mapping[str, Tensor], targets: Sequence[Target]) -> Tensors:
-    """Give the tensors of one target of LoRA or IA3 with the keys, from the model's root, and the shapes that PEFT's file has."""
-    layer = layer_of(model, target.path)
-    if issubclass(target.kind, FrozenEmbedding):
+    """Return the tensors of one target of LoRA or IA3 with the keys, from the model's root, and the shapes that PEFT's file has."""
+    if issubclass(target.kind, EmbeddingKind):
         keys = {ours: theirs for theirs, ours in _EMBEDDING.items()}
         return {join(target.path, keys[key]): t for key, t in tensors.items()}
-    if issubclass(target.kind, FrozenConv):
-        kernel: Any = layer.weight
+    if issubclass(target.kind, ConvKind):
+        kernel: Any = model.get_submodule(target.path).weight
         ones = [1] * (kernel.dim() - 2)
         shapes = {A: (-1, *kernel.shape[1:]), B: (len(kernel), -1, *ones), GATE: (1, -1, *ones), MAGNITUDE: (1, -1, *ones)}
         return {join(target.path, key): t.reshape(shapes[key]) for key, t in tensors.items()}
-    if isinstance(layer, Held):
+    if is_parameter(target):
         return _wrapped(model, target, tensors, {t.path for t in targets})
     return {join(target.path, key): t for key, t in tensors.items()}
 
@@ -113,13 +113,13 @@ def _wrapped(model: nn.Module, target: Target, tensors: Mapping[str, Tensor], pa
 
 
 def unsaved(model: nn.Module, target: Target, cfg: AdapterConfig) -> str | None:
-    """Say why PEFT cannot keep a variant at a target of these kinds, None where it can."""
-    layer: Any = layer_of(model, target.path)
+    """Return why PEFT cannot keep a variant at a target of these kinds, None where it can."""
+    layer: Any = model.get_submodule(target.kind.host(target.path))
     if isinstance(model.get_submodule(target.path.rpartition(".")[0]), nn.MultiheadAttention):
         return "inside nn.MultiheadAttention: PEFT adds the update of its output projection twice"
-    if issubclass(target.kind, FrozenStack | FrozenEmbedding) and cfg.name != "lora":
-        return f"on {'an embedding' if issubclass(target.kind, FrozenEmbedding) else 'a parameter'}: PEFT has LoRA alone there"
-    if not issubclass(target.kind, FrozenConv):
+    if issubclass(target.kind, ParameterKind | EmbeddingKind) and cfg.name != "lora":
+        return f"on {'an embedding' if issubclass(target.kind, EmbeddingKind) else 'a parameter'}: PEFT has LoRA alone there"
+    if not issubclass(target.kind, ConvKind):
         return None
     if cfg.name == "ia3":
         return "on a Conv1d: PEFT's IA3 takes images and volumes" if layer.weight.dim() == 3 else None
@@ -128,3 +128,13 @@ def unsaved(model: nn.Module, target: Target, cfg: AdapterConfig) -> str | None:
     if layer.padding_mode != "zeros" or max(layer.dilation) > 1:
         return "on a convolution with dilation or a padding mode, which PEFT's LoRA leaves out"
     return None
+
+
+def is_parameter(target: Target) -> bool:
+    """Whether PEFT names the target among `target_parameters`."""
+    return issubclass(target.kind, ParameterKind)
+
+
+def is_conv1d(target: Target) -> bool:
+    """Whether the target is a layer of transformers' `Conv1D`, which PEFT knows by `fan_in_fan_out`."""
+    return issubclass(target.kind, Conv1DKind)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from lora_lite.files.peft import whole
 from lora_lite.files.peft.fields import DEFAULTS, check_fields, resolve
 from lora_lite.files.peft.layers import as_linear, axes_of
 from lora_lite.files.peft.rows import Leaf, Row, rows_of
-from lora_lite.layers.find import named_kinds
-from lora_lite.layers.kinds import kind_of
-from lora_lite.layers.parameter import layer_of
+from lora_lite.layers.find import find
+from lora_lite.layers.kind import Kind
+from lora_lite.layers.kinds import as_kinds
 from lora_lite.variants.oft import project
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -33,7 +33,9 @@ Layers = dict[str, dict[str, Tensor]]
 Chosen = dict[str, tuple[Row, Any]]
 
 
-def from_peft(model: nn.Module, directory: str | os.PathLike[str], *, remat: str | None = None) -> tuple[Adapt, Tree]:
+def from_peft(
+    model: nn.Module, directory: str | os.PathLike[str], *, remat: str | None = None, kinds: Sequence[type[Kind]] = ()
+) -> tuple[Adapt, Tree]:
     """Read an adapter that PEFT saved and bind it to a model; the package `peft` is not needed.
 
     LoRA with its patterns and rank-stabilised scale, on embeddings, convolutions and `target_parameters` too, DoRA, PiSSA, IA3, DeLoRA,
@@ -44,6 +46,7 @@ def from_peft(model: nn.Module, directory: str | os.PathLike[str], *, remat: str
         model: the model that the adapter was trained on, as it was before PEFT wrapped it.
         directory: what was given to `save_pretrained`: the folder with `adapter_config.json` and `adapter_model.safetensors`.
         remat: as in `build`.
+        kinds: as in `build`.
 
     Returns:
         `(adapt, params)`; params on the devices of their layers, in at least float32, as PEFT keeps them.
@@ -55,7 +58,7 @@ def from_peft(model: nn.Module, directory: str | os.PathLike[str], *, remat: str
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"from_peft: expected model as a torch.nn.Module, found {type(model).__name__}. Call from_peft(model, directory).")
-    folder = Path(directory)
+    folder, kinds = Path(directory), as_kinds(kinds)
     fields = _read_fields(folder / CONFIG)
     check_fields(fields, folder / CONFIG)
     tensors = _read_tensors(folder / WEIGHTS)
@@ -65,12 +68,15 @@ def from_peft(model: nn.Module, directory: str | os.PathLike[str], *, remat: str
     layers, unplaced = _by_layer(model, fields["peft_type"], tensors)
     faults += unplaced
     faults = (
-        faults or whole.faults_of(model, fields, values) or ([] if layers or values else ["no tensors"]) or _layer_faults(model, layers)
+        faults
+        or whole.faults_of(model, fields, values)
+        or ([] if layers or values else ["no tensors"])
+        or _layer_faults(model, layers, kinds)
     )
     _require(faults, folder, model)
     chosen = {path: (row, row.config(**values)) for path, (row, values) in _choose(fields, layers).items()}
     configs = [*_merged_configs(chosen), *whole.configs_of(fields, values)]
-    adapt = _with_constants(build(model, configs, remat=remat), chosen, layers, shared)
+    adapt = _with_constants(build(model, configs, remat=remat, kinds=kinds), chosen, layers, shared)
     theirs = {path: {n: _as_saved(layers[path][leaf.key], leaf) for n, leaf in row.leaves.items()} for path, (row, _) in chosen.items()}
     theirs = {path: row.completed(cfg, theirs[path]) for path, (row, cfg) in chosen.items()}
     shapes = {path: adapt.shapes[path] for path in chosen}
@@ -127,9 +133,8 @@ def _by_layer(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> t
     return layers, faults
 
 
-def _layer_faults(model: nn.Module, layers: Layers) -> list[str]:
-    modules = dict(model.named_modules())
-    linear = [path for path, module in modules.items() if kind_of(module)] + list(named_kinds(model))
+def _layer_faults(model: nn.Module, layers: Layers, kinds: Sequence[type[Kind]]) -> list[str]:
+    modules, linear = dict(model.named_modules()), find(model, "linear", kinds)
     faults = []
     for path in layers:
         if path not in linear:
@@ -170,7 +175,7 @@ def _values(row: Row, fields: Mapping[str, Any], path: str, tensors: Mapping[str
 
 
 def _merged_configs(chosen: Chosen) -> list[AdapterConfig]:
-    """Give one config for all layers that agree in everything but their names."""
+    """Return one config for all layers that agree in everything but their names."""
     groups: dict[AdapterConfig, list[str]] = {}
     for _, cfg in chosen.values():
         groups.setdefault(dataclasses.replace(cfg, target_names=()), []).extend(cfg.target_names)
@@ -220,7 +225,7 @@ def _as_saved(tensor: Tensor, leaf: Leaf) -> Tensor:
 def _ours(adapt: Adapt, model: nn.Module, path: str, row: Row, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     cfg = dict(zip((t.path for t in adapt.targets), adapt.configs))[path]
     constants = adapt.constants[path]
-    device = next(layer_of(model, path).parameters()).device
+    device = next(t.kind.at(model, path).device for t in adapt.targets if t.path == path)
     theirs = {name: t.to(device, cfg.dtype, copy=True) for name, t in theirs.items()}
     signs = row.signs(theirs, constants)
     return {name: (signs.get(name, 1.0) * t - row.leaves[name].origin(cfg, constants)).to(cfg.dtype) for name, t in theirs.items()}

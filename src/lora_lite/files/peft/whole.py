@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import listed, several
 from lora_lite.core.tree import Tree, join
-from lora_lite.layers.module import FrozenModule
+from lora_lite.layers.module import ModuleKind
 from lora_lite.variants.full import FullConfig
 from lora_lite.variants.ln_tuning import LNTuningConfig
 
@@ -53,21 +53,21 @@ def _whole(model: nn.Module, names: list[str]) -> list[str]:
 
 
 def configs_of(fields: Mapping[str, Any], values: Values) -> list[AdapterConfig]:
-    """Give the config that adapts the modules of `values`, none where there are none."""
+    """Return the config that adapts the modules of `values`, none where there are none."""
     names = tuple(f"^{re.escape(path)}$" for path in values)
     config = LNTuningConfig if fields["peft_type"] == LN_TUNING else FullConfig
     return [config(target_names=names)] if names else []
 
 
 def displacements(model: nn.Module, values: Values) -> Tree:
-    """Give the params of modules whose full values PEFT saved; parameters that the file leaves out did not move.
+    """Return the params of modules whose full values PEFT saved; parameters that the file leaves out did not move.
 
     Raises:
         ValueError: for a tensor of another shape; it lists each.
     """
     faults, params = [], dict[str, dict[str, Tensor]]()
     for path, saved in values.items():
-        own = FrozenModule(model.get_submodule(path)).parameters
+        own = ModuleKind(model.get_submodule(path)).parameters
         faults += [
             f'"{join(path, n)}": expected {tuple(own[n].shape)}, found {tuple(t.shape)}'
             for n, t in saved.items()
@@ -84,8 +84,8 @@ def displacements(model: nn.Module, values: Values) -> Tree:
 
 
 def full_values(model: nn.Module, path: str, cfg: AdapterConfig, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give the tensors of one whole module as PEFT's file holds them, by key."""
-    own, mark = FrozenModule(model.get_submodule(path)).parameters, _NORM if isinstance(cfg, LNTuningConfig) else ""
+    """Return the tensors of one whole module as PEFT's file holds them, by key."""
+    own, mark = ModuleKind(model.get_submodule(path)).parameters, _NORM if isinstance(cfg, LNTuningConfig) else ""
     return {join(path, mark + name): (own[name] + delta.detach()).to(own[name].dtype).cpu() for name, delta in leaves.items()}
 
 

@@ -16,14 +16,12 @@ from torch import Tensor
 from lora_lite.adapt import Adapt
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import listed, several
-from lora_lite.core.frozen import FrozenConv1D
+from lora_lite.core.plan import Target
 from lora_lite.files.peft import whole
 from lora_lite.files.peft.fields import PATTERNS
-from lora_lite.files.peft.layers import as_saved, unsaved
+from lora_lite.files.peft.layers import as_saved, is_conv1d, is_parameter, unsaved
 from lora_lite.files.peft.read import CONFIG, PREFIX, WEIGHTS
 from lora_lite.files.peft.rows import ROWS, Leaves, Row
-from lora_lite.layers.parameter import Held, layer_of
-from lora_lite.prepare.targets import Target
 from lora_lite.variants.full import FullConfig
 from lora_lite.variants.ln_tuning import LNTuningConfig
 
@@ -106,7 +104,7 @@ def _refuse(entries: Pairs, as_whole: Pairs, adapt: Adapt) -> None:
             continue
         reason = row.refused(cfg)
         faults += [f"{at}.{reason}"] if reason else []
-        if issubclass(target.kind, FrozenConv1D) and not row.conv1d:
+        if is_conv1d(target) and not row.conv1d:
             faults.append(f"{at} on a Conv1D: PEFT's {row.peft_type} takes nn.Linear alone")
         unable = unsaved(adapt._plan.base, target, cfg)
         faults += [f"{at} {unable}"] if unable else []
@@ -159,15 +157,16 @@ def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs) -> dict[str, A
     method = layers[0].row.peft_type if layers else whole.LN_TUNING
     fields = {"peft_type": method, "peft_version": VERSION, "task_type": None, "inference_mode": True, **OF_TYPE[method]}
     fields["base_model_name_or_path"] = getattr(getattr(adapt._plan.base, "config", None), "_name_or_path", None)
-    base, chosen = adapt._plan.base, [layer.target.path for layer in layers] or paths
-    parameters = [path for path in chosen if isinstance(layer_of(base, path), Held)]
+    chosen = [layer.target.path for layer in layers] or paths
+    of_path = {t.path: t for t in adapt.targets}
+    parameters = [path for path in chosen if is_parameter(of_path[path])]
     fields["target_modules"] = _target_modules(adapt, [path for path in chosen if path not in parameters])
     fields |= {"target_parameters": parameters} if parameters else {}
     if not layers:
         return fields
     fields["modules_to_save"] = paths or None
     if any(layer.row.conv1d for layer in layers):
-        fields["fan_in_fan_out"] = any(issubclass(layer.target.kind, FrozenConv1D) for layer in layers)
+        fields["fan_in_fan_out"] = any(is_conv1d(layer.target) for layer in layers)
     for lists in {layer.row.lists for layer in layers if layer.row.lists}:
         fields[lists] = _expression([layer.target.path for layer in layers if layer.row.lists == lists])
     patterns, faults = PATTERNS.get(method, {}), []

@@ -1,0 +1,107 @@
+"""One call on a bound copy: its params and the model's own small state in place for the length of it, in a copy of each thread's own."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lite.clone.bind import FROZEN, Binding
+from lora_lite.core.tree import AnyTree, join
+
+_SMALL = 2**16
+
+
+def volatile_buffers(clone: nn.Module) -> dict[str, Tensor]:
+    """Find the buffers that a forward may update in place: BatchNorm's statistics, counters and their like.
+
+    They alias the user's, so each call gets copies. Small ones are copied whatever they are; of the large ones those that hold
+    floating numbers in training mode, since large integer buffers are packed weights and masks, which nobody updates.
+    """
+    found = {}
+    for path, module in clone.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None or buffer.device.type == "meta":
+                continue
+            if buffer.numel() <= _SMALL or (module.training and buffer.is_floating_point()):
+                found[join(path, name)] = buffer
+    return found
+
+
+class Replica:
+    """One bound copy, which one thread calls.
+
+    Args:
+        module: the copy.
+        bindings: of its targets, by path.
+        shared: the name under which the params tree has tensors that a target shares with others, for those that do.
+    """
+
+    def __init__(self, module: nn.Module, bindings: Mapping[str, Binding], shared: Mapping[str, str]) -> None:
+        self.module, self.bindings = module, list(bindings.items())
+        self._shared = shared
+        self._volatile = volatile_buffers(module)
+
+    def adapted(self, params: AnyTree, batch: Any, kwargs: Mapping[str, Any], mixed: bool = False, index: Tensor | None = None) -> Any:
+        """Run the adapted model; of a mixed batch with the member of each row."""
+        if self._shared:
+            leaves = [{**params[self._shared[p]], **params[p]} if p in self._shared else params[p] for p, _ in self.bindings]
+        else:
+            leaves = [params[path] for path, _ in self.bindings]
+        return self._call(leaves, batch, kwargs, mixed, index)
+
+    def frozen(self, batch: Any, kwargs: Mapping[str, Any]) -> Any:
+        """Run the model without its adapters."""
+        return self._call([FROZEN] * len(self.bindings), batch, kwargs, False, None)
+
+    def _call(self, leaves: Sequence[Any], batch: Any, kwargs: Mapping[str, Any], mixed: bool, index: Tensor | None) -> Any:
+        args, kwargs = arguments(batch, kwargs)
+        before = [(b.params, b.mixed, b.index) for _, b in self.bindings]  # a hook of the model may call it again
+        try:
+            for (_, binding), own in zip(self.bindings, leaves):
+                binding.params, binding.mixed, binding.index = own, mixed, index
+            if not self._volatile:
+                return self.module(*args, **kwargs)
+            state = {name: buffer.clone() for name, buffer in self._volatile.items()}
+            return torch.func.functional_call(self.module, state, args, kwargs, tie_weights=False)
+        finally:
+            for (_, binding), (params, was_mixed, was_index) in zip(self.bindings, before):
+                binding.params, binding.mixed, binding.index = params, was_mixed, was_index
+
+
+class Replicas:
+    """The bound copies of a plan, one for each thread that calls: a call puts its params into the copy that it runs on."""
+
+    def __init__(self, make: Callable[[], Replica]) -> None:
+        self._make = make
+        self.main = make()
+        self._local = threading.local()
+        self._local.replica = self.main  # the thread that builds keeps the first
+
+    def here(self) -> Replica:
+        """Return this thread's copy, made at its first call."""
+        if torch.compiler.is_compiling():
+            return self.main  # tracing swaps nothing in for good, and asking for the thread cannot be traced
+        replica: Replica | None = getattr(self._local, "replica", None)
+        if replica is None:
+            replica = self._local.replica = self._make()
+        return replica
+
+
+def arguments(batch: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of the model's call on a batch.
+
+    Raises:
+        TypeError: for a batch of another type.
+    """
+    if isinstance(batch, Mapping):
+        return (), {**batch, **kwargs}
+    if isinstance(batch, Tensor):
+        return (batch,), dict(kwargs)
+    if isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
+        return tuple(batch), dict(kwargs)
+    raise TypeError(
+        f"adapt: expected batch as a mapping (model(**batch)), a tuple or list (model(*batch)) or a tensor, found "
+        f"{type(batch).__name__}. Wrap a single argument as (argument,)."
+    )

@@ -1,0 +1,74 @@
+"""Linear layers: `nn.Linear`, transformers' `Conv1D` and Falcon's."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_lite.core.frozen import plus
+from lora_lite.layers.kind import Kind
+
+
+class LinearKind(Kind):
+    """`nn.Linear`: reads the layer at each call, so that tensors bound for one call are seen."""
+
+    @classmethod
+    def fits(cls, layer: nn.Module) -> bool:
+        return isinstance(layer, nn.Linear)
+
+    @classmethod
+    def faithful(cls, layer: nn.Module) -> bool:
+        return type(layer).forward is nn.Linear.forward
+
+    def __call__(self, x: Tensor) -> Tensor:
+        table = self.layer._parameters
+        if "weight" in table and "bias" in table:  # as it does but for parametrizations: attributes of modules are slow
+            return F.linear(x, table["weight"], table["bias"])
+        return F.linear(x, self.weight, self.bias)
+
+
+class _OfTransformers(Kind):
+    """A linear layer of transformers' own, told by the name of its class: importing transformers to ask would make it a dependency."""
+
+    told_by: ClassVar[str]
+
+    @classmethod
+    def fits(cls, layer: nn.Module) -> bool:
+        return any(c.__name__ == cls.told_by and c.__module__.startswith("transformers.") for c in type(layer).__mro__)
+
+    @classmethod
+    def faithful(cls, layer: nn.Module) -> bool:
+        return next(c for c in type(layer).__mro__ if "forward" in vars(c)).__name__ == cls.told_by
+
+
+class FalconKind(_OfTransformers):
+    """transformers' `FalconLinear`: an `nn.Linear` whose bias is added after the product has been rounded."""
+
+    told_by = "FalconLinear"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return plus(self.matmul(x), self.bias)
+
+
+class Conv1DKind(_OfTransformers):
+    """transformers' `Conv1D`, which stores `(i, o)`."""
+
+    told_by = "Conv1D"
+
+    @property
+    def weight(self) -> Tensor:
+        return super().weight.t()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        stored = self.layer._parameters
+        flat = torch.addmm(stored["bias"], x.reshape(-1, x.shape[-1]), stored["weight"])  # as the layer itself computes it
+        return flat.view(*x.shape[:-1], -1)
+
+    def to_weight(self, dense: Tensor) -> Tensor:
+        return dense.t()
+
+    def original(self, weights: Mapping[str, Tensor], path: str) -> tuple[str, Tensor | None]:
+        name, weight = super().original(weights, path)
+        return name, None if weight is None else weight.t()

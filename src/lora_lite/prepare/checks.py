@@ -1,0 +1,67 @@
+"""What cannot be adapted is refused before anything is copied, by name and with the way out."""
+
+from torch import nn
+
+from lora_lite.clone.accelerate import moves_inputs, refuse_offloaded, runs_class_forward
+from lora_lite.core.config import AdapterConfig
+from lora_lite.core.errors import listed
+from lora_lite.core.frozen import USES
+from lora_lite.core.plan import Entries, Target
+from lora_lite.layers.find import packed
+from lora_lite.layers.module import refuse_nested
+
+
+def check_entries(model: nn.Module, entries: Entries) -> None:
+    """Refuse targets that their variants cannot adapt.
+
+    Raises:
+        ValueError: for layers that are offloaded, have a forward of their own, stand inside one another, or are of a kind that does not
+            give what the variant uses; it names them.
+    """
+    refuse_offloaded(model)
+    refuse_nested({target.path: target.kind for target, _ in entries})
+    strange = [target.path for target, _ in entries if _strange(model, target)]
+    if strange:
+        cls = type(model.get_submodule(strange[0])).__name__
+        raise ValueError(
+            f"build: expected layers that compute W x + b, found a forward of its own at {listed(p or 'the model' for p in strange)} "
+            f"({cls}). Leave them out with exclude_names, or take a hook library's patch off first."
+        )
+    for target, cfg in entries:
+        _refuse_packed(model, target, cfg)
+        check_uses(target, cfg)
+
+
+def _strange(model: nn.Module, target: Target) -> bool:
+    layer = model.get_submodule(target.kind.host(target.path))
+    return not (runs_class_forward(layer) or moves_inputs(layer)) or not target.kind.faithful(layer)
+
+
+def _refuse_packed(model: nn.Module, target: Target, cfg: AdapterConfig) -> None:
+    """Refuse to train whole modules whose weights are quantised: a bias would be all that is left to train."""
+    inside = packed(model.get_submodule(target.path), target.path) if cfg.adapts == "module" else []
+    if inside:
+        raise ValueError(
+            f'build: expected modules with floating weights for {type(cfg).__name__} at "{target.path}", found quantised ones at '
+            f"{listed(inside)}, which cannot be trained. Leave them out, or adapt them by a variant of linear layers, e.g. LoRAConfig."
+        )
+
+
+def check_uses(target: Target, cfg: AdapterConfig) -> None:
+    """Refuse a variant that uses what the target's kind does not give.
+
+    Raises:
+        ValueError: it names the target, the reason and the way out.
+    """
+    kind, name = target.kind, type(cfg).__name__
+    unknown = sorted(set(cfg.uses) - set(USES))
+    if unknown:
+        raise ValueError(f"{name}.uses: expected words among {listed(USES)}, found {listed(unknown)}. Change the class variable.")
+    wanted = dict(USES) | {"inputs": "the layer's inputs, to be calibrated on", "dropout": "an input of which it can drop entries"}
+    uses = set(cfg.uses) | ({"inputs"} if cfg.calibrated else set()) | ({"dropout"} if getattr(cfg, "dropout", 0.0) else set())
+    lacking = [wanted[use] for use in wanted if use in uses and use not in kind.gives]
+    if lacking:
+        raise ValueError(
+            f'build: {name} cannot adapt "{target.path}" ({kind.__name__}), since it uses {" and ".join(lacking)}. {kind.why} Leave it out '
+            "with exclude_names, or adapt it by a config of its own, e.g. LoRAConfig without dropout."
+        )

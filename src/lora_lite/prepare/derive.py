@@ -1,0 +1,85 @@
+"""From targets to a plan: each variant's constants and the shapes of its params, derived from the frozen layers once."""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_lite.core.config import AdapterConfig
+from lora_lite.core.frozen import Constants
+from lora_lite.core.plan import Entries, Plan, Shapes
+from lora_lite.core.progress import shown
+from lora_lite.prepare.start import generator_for, init_of
+
+
+@torch.no_grad()
+def derive(
+    base: nn.Module,
+    entries: Entries,
+    remat: str | None,
+    stats: Mapping[str, Any] = MappingProxyType({}),
+    progress: bool = False,
+    kinds: Sequence[Any] = (),
+) -> Plan:
+    """Derive each variant's constants, with its statistics where it is calibrated, and from a start the shapes of its params."""
+    shapes: Shapes = {}
+    constants: dict[str, Constants] = {}
+    common, shared_shapes = share(base, entries)
+    for target, cfg in shown(entries, "init", progress):
+        W = target.kind.at(base, target.path, common.get(cfg.name, {}))
+        try:
+            own = W.make(lambda part, cfg=cfg, path=target.path: _constants(cfg, part, generator_for(0, path), stats.get(path)))
+            W = target.kind.at(base, target.path, {**common.get(cfg.name, {}), **own})
+            params = W.make(lambda part, cfg=cfg, path=target.path: init_of(cfg, part, generator_for(0, path)))
+        except Exception as e:
+            e.add_note(f'in {type(cfg).__name__}.init at target "{target.path}"')
+            raise
+        shapes[target.path] = {name: tuple(p.shape) for name, p in params.items()}
+        constants[target.path] = {name: c.detach().to(W.device) for name, c in own.items()}
+    return Plan(base, entries, {**shapes, **shared_shapes}, constants, remat, common, kinds=tuple(kinds))
+
+
+def share(base: nn.Module, entries: Entries) -> tuple[dict[str, Constants], Shapes]:
+    """Ask each config for the constants that all its targets share, and for the shapes of the params that they share.
+
+    Raises:
+        ValueError: where two configs of one variant would share different tensors under one name.
+    """
+    common: dict[str, Constants] = {}
+    shapes: Shapes = {}
+    for cfg in {id(cfg): cfg for _, cfg in entries}.values():
+        layers = layers_of(base, entries, cfg)
+        constants = cfg.share(layers)
+        params = shared_start(cfg, layers, 0)
+        taken = cfg.name in common or cfg.name in shapes or any(target.path == cfg.name for target, _ in entries)
+        if (constants or params) and taken:
+            raise ValueError(
+                f'build: expected the tensors that {type(cfg).__name__} shares to have the name "{cfg.name}" to themselves, found it '
+                "taken by another config of the variant or by a layer. Use one config for all layers of the variant."
+            )
+        if constants:
+            common[cfg.name] = {name: c.to(layers[0].device) for name, c in constants.items()}
+        if params:
+            shapes[cfg.name] = {name: tuple(p.shape) for name, p in params.items()}
+    return common, shapes
+
+
+def layers_of(base: nn.Module, entries: Entries, cfg: AdapterConfig) -> list[Any]:
+    """Read the layers of a config's targets."""
+    return [target.kind.at(base, target.path) for target, other in entries if other is cfg]
+
+
+def shared_start(cfg: AdapterConfig, layers: Sequence[Any], seed: int) -> Mapping[str, torch.Tensor]:
+    """Draw the params that all targets of a config share."""
+    init = getattr(cfg, "share_init", None)
+    return init(layers, generator_for(seed, cfg.name)) if init is not None else {}
+
+
+# TEMPORARY
+def _constants(cfg, part, g, stats):
+    if hasattr(cfg, "constants"):
+        return cfg.constants(part, g, stats)
+    r = cfg.init(part, g) if stats is None else cfg.init(part, g, stats)
+    return r[1]

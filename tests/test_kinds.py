@@ -1,0 +1,412 @@
+"""Kinds of layers: the grid of kinds and checks, kinds written outside the package, and what used to go wrong for them in silence."""
+
+import copy
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+import lora_lite as ll
+from cases import move
+from lora_lite.layers import kinds as table
+from lora_lite.layers.bitsandbytes import Linear4bitKind, Linear8bitKind
+from lora_lite.layers.block import BlockKind
+from lora_lite.layers.convolution import ConvKind, GroupedConvKind
+from lora_lite.layers.embedding import EmbeddingKind
+from lora_lite.layers.experts import ExpertsKind
+from lora_lite.layers.linear import Conv1DKind, FalconKind, LinearKind
+from lora_lite.layers.module import ModuleKind, NormKind
+from lora_lite.layers.parameter import ParameterKind
+from lora_lite.testing import KIND_CHECKS, check_kind, make_kind_case
+
+
+class MyLinear(nn.Module):
+    """y = x W + b with W `(i, o)`."""
+
+    def __init__(self, i, o):
+        super().__init__()
+        self.W, self.b = nn.Parameter(torch.randn(i, o) / i**0.5), nn.Parameter(torch.randn(o))
+
+    def forward(self, x):
+        return x @ self.W + self.b
+
+
+class MyKind(ll.Kind):
+    """`MyLinear`, by the four lines that the documentation shows."""
+
+    state = {"weight": "W", "bias": "b"}  # noqa: RUF012
+    weight = property(lambda self: self.layer.W.t())
+    bias = property(lambda self: self.layer.b)
+
+    @classmethod
+    def fits(cls, layer):
+        return isinstance(layer, MyLinear)
+
+    def to_weight(self, dense):
+        return dense.t()
+
+
+class FusedQKV(ll.FusedKind, LinearKind):
+    """A fused q-k-v projection of grouped queries: three maps of unequal widths."""
+
+    @classmethod
+    def fits(cls, layer):
+        return isinstance(layer, nn.Linear) and layer.out_features == 12
+
+    def widths(self):
+        return {"q": 8, "k": 2, "v": 2}
+
+
+class Int8Linear(nn.Module):
+    """A layer with codes of 8 bits and a scale a row."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        weight = linear.weight.detach()
+        self.register_buffer("scale", weight.abs().amax(1) / 127)
+        self.register_buffer("codes", (weight / self.scale[:, None]).round().to(torch.int8))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.codes * self.scale[:, None], self.bias)
+
+
+class Int8Kind(ll.FrozenQuantised):
+    """`Int8Linear`."""
+
+    @classmethod
+    def fits(cls, layer):
+        return isinstance(layer, Int8Linear)
+
+    def dequantise(self, dtype):
+        return self.layer.codes.to(dtype) * self.layer.scale[:, None].to(dtype)
+
+
+class Matrix(nn.Module):
+    """A bare parameter that its module reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(8, 6))
+
+    def forward(self, x):
+        return x @ self.table.T
+
+
+def experts():
+    config = tf.Qwen3MoeConfig(
+        hidden_size=16, moe_intermediate_size=8, num_experts=4, num_experts_per_tok=2, num_hidden_layers=1, vocab_size=8
+    )
+    return tf.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock(config)
+
+
+class Weights(nn.Module):
+    """A mixture of experts with its router: the layer around the weights that are adapted."""
+
+    def __init__(self):
+        super().__init__()
+        self.moe = experts()
+        for p in self.moe.parameters():
+            nn.init.normal_(p, std=0.3)
+
+    def forward(self, x):
+        out = self.moe(x)
+        return out[0] if isinstance(out, tuple) else out
+
+
+class Block(nn.Module):
+    """A list of blocks that keep the width."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.LayerNorm(8)) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def normed():
+    norm = nn.LayerNorm(8)
+    nn.init.normal_(norm.weight)
+    return norm
+
+
+def conv1d():
+    layer = tf.pytorch_utils.Conv1D(8, 6)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+def falcon():
+    return tf.models.falcon.modeling_falcon.FalconLinear(6, 8)
+
+
+GRID = {
+    "linear": (LinearKind, lambda: nn.Linear(6, 8), {}),
+    "linear without a bias": (LinearKind, lambda: nn.Linear(8, 6, bias=False), {}),
+    "Conv1D": (Conv1DKind, conv1d, {}),
+    "Falcon's": (FalconKind, falcon, {}),
+    "embedding": (EmbeddingKind, lambda: nn.Embedding(8, 6), {}),
+    "Conv1d": (ConvKind, lambda: nn.Conv1d(3, 4, 2), {"make_input": lambda: torch.randn(4, 3, 5)}),
+    "Conv2d": (ConvKind, lambda: nn.Conv2d(3, 4, 2, padding=1), {"make_input": lambda: torch.randn(4, 3, 5, 4)}),
+    "Conv3d": (ConvKind, lambda: nn.Conv3d(2, 4, 2), {"make_input": lambda: torch.randn(4, 2, 3, 3, 3)}),
+    "grouped": (GroupedConvKind, lambda: nn.Conv2d(4, 4, 2, groups=2), {"make_input": lambda: torch.randn(4, 4, 5, 4)}),
+    "parameter": (ParameterKind, Matrix, {"make_input": lambda: torch.randn(4, 3, 6), "names": r"table$"}),
+    "experts": (ExpertsKind, Weights, {"make_input": lambda: torch.randn(4, 3, 16), "names": r"(gate_up|down)_proj$"}),
+    "norm": (NormKind, normed, {"make_input": lambda: torch.randn(4, 3, 8)}),
+    "module": (ModuleKind, lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh()), {"make_input": lambda: torch.randn(4, 3, 6)}),
+    "block": (BlockKind, Block, {"make_input": lambda: torch.randn(4, 5, 8), "names": r"blocks\.\d$"}),
+    "outside: other names": (MyKind, lambda: MyLinear(6, 8), {}),
+    "outside: fused": (FusedQKV, lambda: nn.Linear(6, 12), {}),
+    "outside: packed": (Int8Kind, lambda: Int8Linear(nn.Linear(6, 8)), {"skip": ("merged",)}),
+}
+"""A layer of every kind; `skip` names what has no meaning: a packed layer's merged weights are for a model that is not packed."""
+
+
+@pytest.mark.parametrize("check", KIND_CHECKS)
+@pytest.mark.parametrize("name", GRID)
+def test_grid(name, check):
+    kind, make_layer, options = GRID[name]
+    options = dict(options)
+    if check in options.pop("skip", ()):
+        pytest.skip("a packed layer's merged weights are dense: they are for a model that is not packed")
+    KIND_CHECKS[check](make_kind_case(kind, make_layer, **options))
+
+
+def test_every_kind_that_ships_is_in_the_grid():
+    tried = {kind for kind, _, _ in GRID.values()}
+    assert set(table.KINDS) - tried == {Linear4bitKind, Linear8bitKind}  # tests/test_quantised*.py: bitsandbytes has no float64
+
+
+def test_a_wrong_kind_fails_the_kit_by_name():
+    class Swapped(MyKind):
+        state = {"weight": "b", "bias": "W"}  # noqa: RUF012
+
+    class Unturned(MyKind):
+        def to_weight(self, dense):
+            return dense
+
+    with pytest.raises(AssertionError, match="merged"):
+        check_kind(Swapped, lambda: MyLinear(6, 8))
+    with pytest.raises(AssertionError, match="merged"):
+        check_kind(Unturned, lambda: MyLinear(6, 8))
+
+
+def test_merging_a_kind_that_names_no_parameter_is_refused():  # D1
+    class Nameless(MyKind):
+        state = {"weight": "weight", "bias": "bias"}  # noqa: RUF012
+
+    adapt = ll.build(nn.Sequential(MyLinear(6, 8)), ll.LoRAConfig(r=2), kinds=(Nameless,))
+    with pytest.raises(ValueError, match=r'"0": its weight is .*kept in no parameter'):
+        adapt.merge(adapt.init())
+
+
+@dataclass(frozen=True, kw_only=True)
+class GainNorm(ll.AdapterConfig):
+    """y = norm(x) (1 + weight): a norm variant that is not Full's arithmetic."""
+
+    name = "gain_norm"
+    adapts = "norm"
+
+    def init(self, W, generator):
+        return {"weight": torch.zeros(W.out_features)}
+
+    def forward(self, params, W, x):
+        return W(x) * (1 + params["weight"])
+
+
+def test_a_norm_variant_that_does_more_than_move_is_not_merged_wrong():  # D2
+    model = nn.Sequential(normed()).eval()
+    adapt = ll.build(model, GainNorm())
+    params = move(adapt.init())
+    assert not torch.allclose(adapt(params, torch.ones(2, 8)), model(torch.ones(2, 8)))
+    with pytest.raises(ValueError, match='"0": the adapter does more than move the module'):
+        adapt.merge(params)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteerVec(ll.AdapterConfig):
+    """A trained vector added to a block's output."""
+
+    name = "steer_vec"
+    adapts = "block"
+    linear = False
+
+    def init(self, W, generator):
+        return {"v": torch.zeros(W.out_features)}
+
+    def forward(self, params, W, x):
+        return W(x) + params["v"]
+
+
+def test_a_block_variant_from_outside():  # D3
+    model, x = Block().eval(), torch.randn(2, 5, 8)
+    adapt = ll.build(model, SteerVec())
+    params = move(adapt.init())
+    want = x
+    for k, block in enumerate(model.blocks):
+        want = want + block(want) + params[f"blocks.{k}"]["v"]
+    torch.testing.assert_close(adapt(params, x), want)
+    ll.testing.check_variant(SteerVec())
+
+
+def test_kinds_are_known_wherever_an_adapt_goes(tmp_path):  # D5
+    model = nn.Sequential(Int8Linear(nn.Linear(8, 16)), nn.ReLU(), Int8Linear(nn.Linear(16, 4))).eval()
+    adapt = ll.build(model, ll.PiSSAConfig(r=2), kinds=(Int8Kind,))
+    params, x = move(adapt.init()), torch.randn(3, 8)
+    lora, tree, errors = ll.to_lora(adapt, params, r=4)
+    assert max(errors.values()) < 1e-5
+    torch.testing.assert_close(lora(tree, x), adapt(params, x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(adapt.train().eval()(params, x), adapt(params, x))
+    ll.to_peft(lora, tree, tmp_path / "peft")
+    back, read = ll.from_peft(model, tmp_path / "peft", kinds=(Int8Kind,))
+    torch.testing.assert_close(back(read, x), adapt(params, x), rtol=1e-4, atol=1e-5)
+
+
+def test_fused_maps_merge_into_the_fused_weight():  # D6
+    model = nn.Sequential(nn.Linear(6, 12)).eval()
+    adapt = ll.build(model, ll.LoRAConfig(r=2), kinds=(FusedQKV,))
+    params = move(adapt.init())
+    assert {name: tuple(p.shape) for name, p in params["0"].items()} == {
+        **{"q.A": (2, 6), "q.B": (8, 2), "k.A": (2, 6), "k.B": (2, 2)},
+        **{"v.A": (2, 6), "v.B": (2, 2)},
+    }
+    delta = torch.cat([params["0"][f"{n}.B"] @ params["0"][f"{n}.A"] for n in "qkv"]) * adapt.configs[0].scale
+    torch.testing.assert_close(adapt.merge(params)["0.weight"], model[0].weight + delta)
+    assert adapt.macs_per_token == 2 * (3 * 6 + 12)
+
+
+def test_nobody_else_asks_which_kind_it_is():  # R3
+    source = Path(ll.__file__).parent
+    asks = re.compile(
+        r"(isinstance|issubclass)\([^\n]*(\w*Kind|FrozenQuantised)\b|\bkind (is|==) \w+Kind|\.(one_hot|stacked|by_name|site)\b"
+    )
+    allowed = {"variants/lora.py": 1}  # how LoRA starts on an embedding
+    found = {}
+    for path in source.rglob("*.py"):
+        name = path.relative_to(source).as_posix()
+        if not name.startswith(("layers/", "testing/")) and name != "files/peft/layers.py":
+            found[name] = sum(bool(asks.search(line)) for line in path.read_text("utf-8").splitlines())
+    assert {name: n for name, n in found.items() if n} == allowed
+
+
+def test_the_type_of_every_module_is_kept_and_the_registry_holds_params_alone():  # R9
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4)).eval()
+    adapt = ll.build(model, ll.PiSSAConfig(r=2))
+    module = adapt.module(adapt.init())
+    assert [type(module[k]) for k in range(3)] == [type(model[k]) for k in range(3)]
+    assert set(module.state_dict()) - set(model.state_dict()) == {f"{k}.adapter.{n}" for k in (0, 2) for n in ("dA", "dB")}
+    assert list(module.buffers()) == []
+    assert [name for name, p in module.named_parameters() if p.requires_grad] == [f"{k}.adapter.{n}" for k in (0, 2) for n in ("dA", "dB")]
+
+
+class Readers(nn.Module):
+    """Layers whose weight is read and never called, called and read, and read from outside their module."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.both, self.embed = nn.Linear(8, 8), nn.Linear(8, 8), nn.Embedding(16, 8)
+        self.mats = nn.ParameterList([nn.Parameter(torch.randn(8, 8)) for _ in range(2)])
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        x = x + nn.functional.linear(x, self.read.weight, self.read.bias).tanh()
+        x = x + self.both(x) @ self.both.weight
+        x = x @ self.mats[0] @ self.mats[1].T
+        return x @ self.embed.weight.T
+
+
+@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=2), ll.IA3Config(), ll.DoRAConfig(r=2), ll.HRAConfig(r=2), ll.OFTConfig(block_size=4)])
+def test_the_weight_is_adapted_whoever_reads_it(cfg):  # law 2
+    import dataclasses
+
+    names = ("read$", "both$", r"mats\.0$", *(("embed$",) if cfg.uses <= {"output", "project"} and cfg.name == "lora" else ()))
+    cfg = dataclasses.replace(cfg, target_names=names, exclude_names=(), dtype=torch.float64)
+    model, ids = Readers().double().eval(), torch.randint(0, 16, (3, 5))
+    adapt = ll.build(model, cfg)
+    assert torch.equal(adapt(adapt.init(), ids), model(ids)) or cfg.name in ("hra", "oft")
+    params = move(adapt.init())
+    merged = copy.deepcopy(model)
+    if cfg.name == "ia3":  # a gate on a bare parameter and on layers with biases
+        assert set(adapt.merge(params)) >= {"read.weight", "read.bias", "mats.0"}
+    assert not merged.load_state_dict(adapt.merge(params), strict=False).unexpected_keys
+    want = merged(ids)
+    for got in (adapt(params, ids), adapt.module(params)(ids), torch.vmap(adapt, (0, None))(ll.stack([params]), ids)[0]):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(want, model(ids))
+    grads = ll.value_and_grad(lambda p: adapt(p, ids).square().sum())(params)[1]
+    assert all(g.any() for g in ll.tree_leaves(grads))
+    assert adapt.unused() == []
+    torch.testing.assert_close(adapt.base(ids), model(ids), rtol=0, atol=0)
+
+
+def test_reading_compiles_in_one_graph():
+    model, ids = Readers().eval(), torch.randint(0, 16, (3, 5))
+    adapt = ll.build(model, ll.LoRAConfig(r=2, target_names=("read$", "both$", "embed$"), exclude_names=()))
+    params = move(adapt.init())
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(adapt, fullgraph=True, backend=backend)
+    for k in range(2):
+        other = move(params, seed=k)
+        torch.testing.assert_close(compiled(other, ids), adapt(other, ids), rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("name", ["wavlm", "mamba"])
+def test_models_that_read_weights_train_and_merge(name):
+    torch.manual_seed(0)
+    if name == "wavlm":
+        small = {"conv_dim": (16, 16), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_conv_pos_embeddings": 8}
+        config = tf.WavLMConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_labels=2,
+            num_conv_pos_embedding_groups=4, **small,
+        )  # fmt: skip
+        model, batch = tf.WavLMForSequenceClassification(config).eval(), {"input_values": torch.randn(2, 400)}
+        cfg = ll.LoRAConfig(r=2, target_names=r"((q|v)_proj|intermediate_dense)$")
+    else:
+        config = tf.MambaConfig(vocab_size=64, hidden_size=32, state_size=4, num_hidden_layers=2, time_step_rank=4)
+        model, batch = tf.MambaForCausalLM(config).eval(), {"input_ids": torch.randint(0, 64, (2, 7))}
+        cfg = ll.LoRAConfig(r=2, target_names=r"(dt_proj|x_proj|in_proj)$")
+    adapt = ll.build(model, cfg)
+    assert torch.equal(adapt(adapt.init(), batch).logits, adapt.base(batch).logits)
+    params = move(adapt.init())
+    merged = copy.deepcopy(model)
+    assert not merged.load_state_dict(adapt.merge(params), strict=False).unexpected_keys
+    want = merged(**batch).logits
+    assert (want - model(**batch).logits).abs().max() > 1e-3
+    torch.testing.assert_close(adapt(params, batch).logits, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(adapt.module(params)(**batch).logits, want, rtol=1e-4, atol=1e-4)
+    grads = ll.value_and_grad(lambda p: adapt(p, batch).logits.square().sum())(params)[1]
+    assert all(g.any() for g in ll.tree_leaves(grads))
+    assert adapt.unused() == []
+
+
+@pytest.mark.parametrize("own", ["adapter", "prompt", "mixed_index", "adapter_A", "constant_A"])
+def test_names_of_ours_never_meet_the_users(own):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+            self.register_parameter(own, nn.Parameter(torch.ones(8)))
+
+        def forward(self, x):
+            return self.norm(self.lin(x)) * getattr(self, own)
+
+    model, x = nn.Sequential(nn.ModuleList([Named()])[0]).eval(), torch.randn(2, 8)
+    full = ll.build(model, ll.FullConfig(target_names="^0$"))
+    assert set(full.shapes["0"]) == {name for name, _ in model[0].named_parameters()}
+    for adapt in (full, ll.build(model, ll.LoRAConfig(r=2))):
+        params = move(adapt.init())
+        torch.testing.assert_close(adapt.module(params)(x), adapt(params, x))
+        assert torch.equal(adapt(adapt.init(), x), model(x))
