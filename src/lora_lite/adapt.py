@@ -16,11 +16,12 @@ from lora_lite.clone.per_thread import Replicas
 from lora_lite.clone.structure import clone_again
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import Constants
-from lora_lite.core.plan import Plan, generator_for, start_params
+from lora_lite.core.plan import Plan
 from lora_lite.core.tree import AnyTree, Tree, join
 from lora_lite.derived.merge import merge, merge_error
 from lora_lite.derived.mixed import INDEX, index_of, is_stacked, make_mixed, member_shapes, stacked_size, steered
 from lora_lite.derived.report import count_all, macs_by_target, table
+from lora_lite.prepare.start import generator_for, start_params
 from lora_lite.prepare.targets import Targets
 
 if TYPE_CHECKING:

@@ -11,13 +11,14 @@ from lora_lite.clone.checkpointing import check_pattern
 from lora_lite.clone.structure import clone_module
 from lora_lite.core.config import AdapterConfig, as_config
 from lora_lite.core.errors import listed
-from lora_lite.core.frozen import NEEDS, READS, FrozenLinear
-from lora_lite.core.plan import Entries, derive
+from lora_lite.core.frozen import USES, FrozenLinear
+from lora_lite.core.plan import Entries
 from lora_lite.layers.kinds import kind_of, own_forward
 from lora_lite.layers.module import refuse_nested
 from lora_lite.layers.parameter import layer_of
 from lora_lite.layers.quantised import FrozenQuantised
 from lora_lite.prepare.calibrate import gather, require_data
+from lora_lite.prepare.derive import derive
 from lora_lite.prepare.originals import Originals, read_originals
 from lora_lite.prepare.targets import Target, find_targets
 
@@ -118,16 +119,7 @@ def check_entries(model: nn.Module, entries: Entries) -> None:
         )
     _refuse_packed(model, entries)
     for target, cfg in entries:
-        check_reads(target, cfg)
-        if cfg.needs not in NEEDS:
-            raise ValueError(
-                f'{type(cfg).__name__}.needs: expected one of {listed(NEEDS)}, found "{cfg.needs}". Change the class variable.'
-            )
-        if cfg.needs not in target.kind.offers:
-            raise ValueError(
-                f'build: {type(cfg).__name__} at "{target.path}" needs "{cfg.needs}" of the weight, found that {target.kind.__name__} '
-                f"offers {listed(target.kind.offers)}. Leave the layer out or choose another variant."
-            )
+        check_uses(target, cfg)
 
 
 def _refuse_packed(model: nn.Module, entries: Entries) -> None:
@@ -144,20 +136,24 @@ def _refuse_packed(model: nn.Module, entries: Entries) -> None:
             )
 
 
-def check_reads(target: Target, cfg: AdapterConfig) -> None:
-    """Refuse a variant that uses its input in a way that the target's kind does not allow.
+def check_uses(target: Target, cfg: AdapterConfig) -> None:
+    """Refuse a variant that uses what the kind of a layer does not give.
 
     Raises:
         ValueError: it names the target, the reason and the way out.
     """
     kind, name = target.kind, type(cfg).__name__
-    if cfg.reads not in READS:
-        raise ValueError(f'{name}.reads: expected one of {listed(READS)}, found "{cfg.reads}". Change the class variable.')
-    found = f'{name} reads "{cfg.reads}"' if cfg.reads not in kind.reads else None
-    found = f"{name} is calibrated on rows" if cfg.calibrated and not kind.observed else found
-    found = f"{name} drops inputs" if getattr(cfg, "dropout", 0.0) and not kind.has_input else found
-    if found:
+    unknown = sorted(set(cfg.uses) - set(USES))
+    if unknown:
+        raise ValueError(f"{name}.uses: expected words among {listed(USES)}, found {listed(unknown)}. Change the class variable.")
+    reasons = [words for word, words in USES.items() if word in cfg.uses and word not in kind.gives]
+    reasons += ["is calibrated on input vectors"] if cfg.calibrated and not (kind.observed and kind.has_input) else []
+    reasons += ["drops inputs"] if getattr(cfg, "dropout", 0.0) and not kind.has_input else []
+    reasons += ["changes the layer's output alone"] if not kind.has_input and "project" not in cfg.uses else []
+    if reasons:
+        other = "LoRAConfig without dropout" if "project" in kind.gives else "IA3Config"
         raise ValueError(
-            f'build: expected a variant that reads of the input of "{target.path}" only {listed(kind.reads)}, found that {found}. '
-            f"{kind.why} Leave it out with exclude_names, or adapt it by a config of its own, e.g. LoRAConfig without dropout."
+            f'build: expected at "{target.path}" a variant that uses only {listed(w for w in USES if w in kind.gives)}, found that {name} '
+            f"{'; it '.join(reasons)}. {kind.why or kind.__name__ + ' gives no more.'} Leave the layer out with exclude_names, or adapt it "
+            f"by a config of its own, e.g. {other}."
         )

@@ -29,7 +29,7 @@ def apply_variant(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen, x
 
 def apply_part(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
     """Run a variant on one linear map: params take part in the dtype of `x`, or of the weight where `x` has none."""
-    W, x = W.entered(x, cfg.reads)
+    W, x = W.entered(x, cfg.uses)
     return cfg.forward(in_dtype(params, W.rows(x).dtype), W, x)
 
 

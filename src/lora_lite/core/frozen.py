@@ -2,25 +2,30 @@
 
 A variant sees a layer only through this class: `W(x)` is the layer's own output, `W.matmul(x)` leaves the bias out,
 `W.dense(dtype)` is the weight as an `(o, i)` matrix, `W.constants` holds what the variant derived from it at build.
-A kind says in `offers` which of the variants' `needs` it can meet, and in `reads` which uses of the input it allows.
+A kind says in `gives` which of the words of `USES` it has an answer to; a variant's `uses` must be among them.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NEEDS = ("nothing", "product", "norms", "dense_init", "dense")
-"""What a variant may ask of a weight: nothing but `W(x)`; `W.matmul`; its row or column norms once; its dense form once; its
-dense form in every forward."""
-
-READS = ("output", "projection", "rows")
-"""How a variant may use a layer's input `x`: only as `W(x)`; also as `W.project(x, A)`, added to `W(x)` by a linear map; in any way."""
+USES = {
+    "output": "calls `W(x)`, the layer's own output",
+    "project": "calls `W.project(x, A)`, a projection of the input",
+    "vectors": "takes the input `x` itself, as vectors `(*b, i)`",
+    "matmul": "calls `W.matmul`, the product without the bias, on vectors of its own",
+    "dense": "calls `W.dense()`, the weight as a matrix, at build or in the forward; norms of it too",
+}
+"""The words of a variant's `uses` and a kind's `gives`: which parts of a layer a variant uses, and which a kind of layer has."""
 
 Constants = dict[str, Tensor]
+Params = Mapping[str, Tensor]
 Run = Callable[[Any, Tensor], Tensor]
 
 PARAM, CONSTANT = "adapter_", "constant_"
@@ -37,8 +42,9 @@ class Frozen:
         training: whether the layer is in training mode; dropout asks for it.
     """
 
-    offers: ClassVar[tuple[str, ...]] = NEEDS
-    reads: ClassVar[tuple[str, ...]] = READS
+    gives: ClassVar[AbstractSet[str]] = frozenset(USES)
+    _replaced: Mapping[str, Tensor] | None = None
+    """Constants in place of those that the layer holds."""
     one_hot: ClassVar[bool] = False
     """Whether an input picks one column of the weight, as a token does."""
     observed: ClassVar[bool] = True
@@ -71,6 +77,12 @@ class Frozen:
     def constants(self) -> Mapping[str, Tensor]:
         """The variant's frozen tensors; empty before the variant has derived them."""
         return self._constants
+
+    def with_constants(self, constants: Mapping[str, Tensor]) -> Self:
+        """Return the same layer with other constants."""
+        W = copy.copy(self)
+        W._constants = W._replaced = constants
+        return W
 
     @property
     def training(self) -> bool:
@@ -110,11 +122,11 @@ class Frozen:
         return F.linear(F.dropout(x, dropout, self.training) if dropout else x, A)
 
     def rows(self, x: Tensor) -> Tensor:
-        """Give the input as a tensor of the shape `(*b, i)` and dtype that a variant may take it for; on meta where it is none itself."""
+        """Return the input as vectors `(*b, i)`. Token ids are not vectors: for them, a meta tensor of that shape."""
         return x
 
-    def entered(self, x: Tensor, reads: str) -> "tuple[Frozen, Tensor]":
-        """Give the layer and its input in the form that a variant of these `reads` takes."""
+    def entered(self, x: Tensor, uses: AbstractSet[str]) -> "tuple[Frozen, Tensor]":
+        """Return the layer and its input in the form that a variant of these `uses` takes."""
         return self, x
 
     @property
@@ -128,7 +140,7 @@ class Frozen:
         return (self,)
 
     def split(self, params: Mapping[str, Tensor]) -> Sequence[Mapping[str, Tensor]]:
-        """Give the params of each part."""
+        """Return the params of each part."""
         return (params,)
 
     def over_parts(self, f: Callable[..., Tensor], params: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -150,7 +162,7 @@ class Frozen:
         return {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
 
     def moved(self, deltas: Mapping[str, Tensor]) -> Callable[[Any], Any]:
-        """Give the layer with `deltas` added to its `parameters`, as a function of its input."""
+        """Return the layer with `deltas` added to its `parameters`, as a function of its input."""
         now = {name: p + deltas[name] if name in deltas else p for name, p in self.parameters.items()}
         return Frozen(now["weight"], now.get("bias"))
 
@@ -160,12 +172,12 @@ class FrozenLinear(Frozen):
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        """Tell whether this kind reads a module."""
+        """Whether this kind reads a module."""
         return isinstance(layer, nn.Linear)
 
     @classmethod
     def faithful(cls, layer: nn.Module) -> bool:
-        """Tell whether the class of a module that fits computes what the kind does, and not something of its own."""
+        """Whether the class of a module that fits computes what the kind does, and not something of its own."""
         return type(layer).forward is nn.Linear.forward
 
     def __init__(self, layer: Any, constant_names: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -181,6 +193,8 @@ class FrozenLinear(Frozen):
 
     @property
     def constants(self) -> Mapping[str, Tensor]:
+        if self._replaced is not None:
+            return self._replaced
         return {name: getattr(self._layer, attribute) for name, attribute in self.constant_names.items()}
 
     @property
@@ -244,7 +258,7 @@ def plus(y: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def first_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Give the first argument of a call, by place or by name."""
+    """Return the first argument of a call, by place or by name."""
     return args[0] if args else next(iter(kwargs.values()))
 
 

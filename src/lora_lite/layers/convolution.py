@@ -1,11 +1,12 @@
 """`nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` as a kind of target: a linear map of patches, `W (o, i)` with `i = channels * prod(kernel)`.
 
-A variant that reads its input only by `W.project` gets the input as it is: `A x` is a convolution with the layer's own kernel, stride,
+A variant that uses its input only by `W.project` gets the input as it is: `A x` is a convolution with the layer's own kernel, stride,
 padding and dilation to `r` channels. Any other gets the patches as rows, which take `prod(kernel) / prod(stride)` of the input's memory.
 Outputs have their channels last inside a variant and where the model expects them outside.
 """
 
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any, ClassVar
 
 import torch
@@ -75,8 +76,8 @@ class FrozenConv(FrozenLinear):
         sizes = zip(x.shape[-d:], around, layer.dilation, layer.kernel_size, layer.stride)
         return (*x.shape[: -d - 1], *((n + p - dil * (k - 1) - 1) // step + 1 for n, p, dil, k, step in sizes))
 
-    def entered(self, x: Tensor, reads: str) -> tuple[Frozen, Tensor]:
-        if reads != "rows":
+    def entered(self, x: Tensor, uses: AbstractSet[str]) -> tuple[Frozen, Tensor]:
+        if "vectors" not in uses:
             return self, x
         patches = self.patches(x)
         return _Patched(self, x, patches), patches
@@ -100,9 +101,8 @@ class FrozenConv(FrozenLinear):
 class FrozenGroupedConv(FrozenConv):
     """The kind of a convolution in groups: an output sees the channels of its group alone, so that only its outputs are of one map."""
 
-    reads: ClassVar[tuple[str, ...]] = ("output",)
+    gives: ClassVar[AbstractSet[str]] = frozenset({"output"})
     why: ClassVar[str] = "A convolution in groups is one linear map for each group."
-    offers: ClassVar[tuple[str, ...]] = ("nothing",)
 
 
 class _Patched(Frozen):

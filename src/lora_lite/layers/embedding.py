@@ -4,6 +4,7 @@ Nothing one-hot is ever formed: `W(x)` is the lookup, and `W.project(x, A)` a lo
 (Gemma's) have the scale in `W`.
 """
 
+from collections.abc import Set as AbstractSet
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -17,11 +18,10 @@ from lora_lite.core.frozen import FrozenLinear
 class FrozenEmbedding(FrozenLinear):
     """The kind of `nn.Embedding`: `x` holds ids `(*b)`, `i` is the vocabulary, `o` the width."""
 
-    reads: ClassVar[tuple[str, ...]] = ("output", "projection")
-    offers: ClassVar[tuple[str, ...]] = ("nothing",)
+    gives: ClassVar[AbstractSet[str]] = frozenset({"output", "project"})
     one_hot: ClassVar[bool] = True
     observed: ClassVar[bool] = False
-    why: ClassVar[str] = "An embedding is given token ids, which have no rows."
+    why: ClassVar[str] = "An embedding is given token ids, and has no input vectors."
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,8 +18,6 @@ Kinds = Sequence[type[FrozenLinear]]
 
 class FrozenModule(FrozenLinear):
     """The kind of any module that has parameters: a norm, a head, an embedding. `W(x)` is the module's own output."""
-
-    offers: ClassVar[tuple[str, ...]] = ("nothing",)
 
     def __init__(self, layer: Any, constant_names: Mapping[str, str] = MappingProxyType({}), own: Own | None = None) -> None:
         super().__init__(layer, constant_names)

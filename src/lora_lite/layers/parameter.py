@@ -7,6 +7,7 @@ own, `Held`, that has the variant's params.
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -126,8 +127,7 @@ class _AtIdentity(Frozen):
 class FrozenHeld(FrozenStack):
     """The kind of a weight that the module around it reads."""
 
-    reads: ClassVar[tuple[str, ...]] = ("projection",)
-    offers: ClassVar[tuple[str, ...]] = ("nothing",)
+    gives: ClassVar[AbstractSet[str]] = frozenset({"output", "project"})
     has_input: ClassVar[bool] = False
     why: ClassVar[str] = "The module around this weight reads it and never calls it with an input."
 
