@@ -147,13 +147,14 @@ def check_uses(target: Target, cfg: AdapterConfig) -> None:
     if unknown:
         raise ValueError(f"{name}.uses: expected words among {listed(USES)}, found {listed(unknown)}. Change the class variable.")
     reasons = [words for word, words in USES.items() if word in cfg.uses and word not in kind.gives]
+    gives = f", which gives only {listed(word for word in USES if word in kind.gives)}" if reasons else ""
     reasons += ["is calibrated on input vectors"] if cfg.calibrated and not (kind.observed and kind.has_input) else []
     reasons += ["drops inputs"] if getattr(cfg, "dropout", 0.0) and not kind.has_input else []
     reasons += ["changes the layer's output alone"] if not kind.has_input and "project" not in cfg.uses else []
     if reasons:
         other = "LoRAConfig without dropout" if "project" in kind.gives else "IA3Config"
         raise ValueError(
-            f'build: expected at "{target.path}" a variant that uses only {listed(w for w in USES if w in kind.gives)}, found that {name} '
+            f'build: expected a variant that fits the layer at "{target.path}"{gives}; found that {name} '
             f"{'; it '.join(reasons)}. {kind.why or kind.__name__ + ' gives no more.'} Leave the layer out with exclude_names, or adapt it "
             f"by a config of its own, e.g. {other}."
         )

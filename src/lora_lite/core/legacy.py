@@ -3,6 +3,7 @@
 There `init(W, generator, stats=None)` returned `(params, constants)`, and `needs` and `reads` said what `uses` says.
 """
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Mapping
@@ -31,7 +32,14 @@ def completed(cls: Any, base: Any) -> Any:
     if bases == (cls,) and not members:
         return cls
     members |= {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": _reduced, "_written": cls}
+    if dataclasses.is_dataclass(cls):
+        members |= {"__eq__": _equal, "__hash__": cls.__hash__}
     return type(cls.__name__, bases, members)
+
+
+def _equal(cfg: Any, other: Any) -> bool:
+    """Whether two configs are equal, of which either may have been completed."""
+    return getattr(type(other), "_written", type(other)) is cfg._written and vars(cfg) == vars(other)
 
 
 def _uses(cfg: Any) -> frozenset[str]:

@@ -1,6 +1,7 @@
 """Derive each target's constants, once, and the shapes of its params: config -> `Plan`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -27,16 +28,23 @@ def derive(
     for target, cfg in shown(entries, "init", progress):
         W = target.kind(layer_of(base, target.path))
         given = (stats[target.path],) if target.path in stats else ()
-        try:
+        with _noted(f'in {type(cfg).__name__}.constants at target "{target.path}"'):
             own = constants_of(cfg, W, generator_for(0, target.path), *given)
-            constants[target.path] = {name: c.detach().to(W.device) for name, c in own.items()}
-            filled = W.with_constants({**shared.get(cfg.name, {}), **constants[target.path]})
+        constants[target.path] = {name: c.detach().to(W.device) for name, c in own.items()}
+        filled = W.with_constants({**shared.get(cfg.name, {}), **constants[target.path]})
+        with _noted(f'in {type(cfg).__name__}.init at target "{target.path}"'):
             params = start(cfg, filled, generator_for(0, target.path))
-        except Exception as e:
-            e.add_note(f'in the start of {type(cfg).__name__} at target "{target.path}"')
-            raise
         shapes[target.path] = {name: tuple(p.shape) for name, p in params.items()}
     return Plan(base, entries, shapes, constants, remat, shared)
+
+
+@contextmanager
+def _noted(where: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:
+        e.add_note(where)
+        raise
 
 
 def constants_of(cfg: AdapterConfig, W: Frozen, generator: torch.Generator, *given: Any) -> Constants:
