@@ -36,19 +36,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import (
-    AdapterConfig,
-    Constants,
-    Frozen,
-    Params,
-    Within,
-    add_low_rank,
-    cayley_excess,
-    checked,
-    require_rank,
-    skew,
-    truncated_svd,
-)
+from lora_lite.core import AdapterConfig, Constants, Frozen, Params, Within, checked, require_rank
+from lora_lite.core.linalg import add_low_rank, cayley_excess, skew, truncated_svd
 
 
 class SSVDParams(TypedDict):
