@@ -1,4 +1,6 @@
-"""Write what the documentation takes from the code and from results files: `python docs/generate.py` renews README.md and results.md.
+"""Write what the documentation takes from the code and from results files.
+
+`python docs/generate.py` renews README.md, results.md and a page for each variant.
 
 The table of variants is read from `VARIANTS`, the facts of the config classes and the docstrings of their modules; figures come from
 `bench/report.py`. Both files keep them between markers; the documentation's directives (`_ext/from_code.py`) ask for the variants' at
@@ -14,32 +16,26 @@ import lora_lite as ll
 from lora_lite.testing import CHECKS
 
 ROOT = Path(__file__).parent.parent
-README, RESULTS = ROOT / "README.md", ROOT / "docs" / "results.md"
+README, RESULTS, PAGES = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "variants"
 
 sys.path.append(str(ROOT / "bench"))
 
 from report import between, overview, page  # noqa: E402
 from tables import table  # noqa: E402
 
-NEEDS = {
-    "nothing": "nothing but its output",
-    "product": "products with it",
-    "norms": "its row norms, once",
-    "dense_init": "its dense form, once",
-    "dense": "its dense form, in every forward",
-}
-"""A variant's fact `needs` in words."""
+WORDS = {"dense": "its dense form", "matmul": "products with it"}
+"""A variant's `uses` of the weight, in words; of two the first says more."""
 
 Variant = type[ll.AdapterConfig]
 
 
 def docstring(variant: Variant) -> str:
-    """Give the docstring of the module that a variant is written in: Markdown."""
+    """Return the docstring of the module that a variant is written in: Markdown."""
     return (sys.modules[variant.__module__].__doc__ or "").strip()
 
 
 def title(variant: Variant) -> str:
-    """Give a variant's name as it is written in prose."""
+    """Return a variant's name as it is written in prose."""
     return docstring(variant).partition(":")[0]
 
 
@@ -49,7 +45,7 @@ def summary(variant: Variant) -> str:
 
 
 def paper(variant: Variant) -> str:
-    """Give the title and year of a variant's paper, as a link."""
+    """Return the title and year of a variant's paper, as a link."""
     found = re.search(r"Paper:.*?\*(.+?)\*,\s+(\d{4}),\s+arXiv:([\d.]+\d)", docstring(variant), re.DOTALL)
     if found is None:
         where = variant.__module__
@@ -67,23 +63,23 @@ def start(variant: Variant) -> str:
 
 
 def facts(variant: Variant) -> dict[str, str]:
-    """Give what a variant's class declares, by heading."""
+    """Return what a variant's class declares, by heading."""
     return {
         "trained numbers per layer": f"`{variant.trained}`" if variant.trained else "all that it has",
         "extra MACs per token": f"`{variant.macs}`",
         "identity at init": start(variant),
-        "needs of the weight": NEEDS[variant.needs],
+        "needs of the weight": next((words for use, words in WORDS.items() if use in variant().uses), "nothing but its output"),
     }
 
 
 def variants_table(pages: str) -> str:
-    """Give the table of variants; `pages` is the way to the folder of their pages."""
+    """Return the table of variants; `pages` is the way to the folder of their pages."""
     variants = ll.VARIANTS.items()
     return table([{"variant": f"[{title(v)}]({pages}{n}.md): {summary(v)}", **facts(v), "paper": paper(v)} for n, v in variants])
 
 
 def costs_table(width: int = 4096) -> str:
-    """Give what each variant trains and adds on one square layer, from the formulas that its class declares."""
+    """Return what each variant trains and adds on one square layer, from the formulas that its class declares."""
     rows = []
     for name, variant in ll.VARIANTS.items():
         if variant.trained is None or variant.adapts != "linear":
@@ -99,23 +95,46 @@ def costs_table(width: int = 4096) -> str:
     return table([{**row, "trained": f"{row['trained']:,}", "added": f"{row['added']:.2%}"} for row in rows])
 
 
+def stub(name: str) -> str:
+    """Return the file of a variant's page: its title, and the directive that fills it."""
+    return f"# {title(ll.VARIANTS[name])}\n\n```{{variant}} {name}\n```\n"
+
+
+def configs_api() -> str:
+    """Return the API entries of the variants' configs, each with what it has of its own beside the contract."""
+    contract = set(vars(ll.AdapterConfig)) - {"update"}
+    entries = []
+    for variant in ll.VARIANTS.values():
+        own = [n for n, v in vars(variant).items() if n[0] != "_" and n not in contract and (isinstance(v, property) or callable(v))]
+        members = f"\n   :members: {', '.join(own)}" if own else ""
+        entries.append(f".. autoclass:: lora_lite.{variant.__name__}{members}")
+    return "\n".join(["```{eval-rst}", *entries, "```"])
+
+
+def functions_api() -> str:
+    """Return the API entries of the pure functions."""
+    return "\n".join(["```{eval-rst}", *(f".. autofunction:: lora_lite.functional.{name}" for name in ll.VARIANTS), "```"])
+
+
 def variant_page(name: str) -> str:
-    """Give the body of a variant's page: its docstring, its facts, and the way to its function and config."""
+    """Return the body of a variant's page: its docstring, its facts, and the way to its function and config."""
     variant = ll.VARIANTS[name]
     ways = f"Function: {{py:func}}`lora_lite.functional.{name}`. Config: {{py:class}}`lora_lite.{variant.__name__}`."
     return "\n\n".join([docstring(variant), table([facts(variant)]), ways])
 
 
 def checks_table() -> str:
-    """Give the checks of the conformance kit, a line each."""
+    """Return the checks of the conformance kit, a line each."""
     return table([{"check": f"`{name}`", "what holds": (check.__doc__ or "").strip()} for name, check in CHECKS.items()])
 
 
 def renewed(text: str) -> str:
-    """Give README.md's text with its generated parts renewed."""
+    """Return README.md's text with its generated parts renewed."""
     return between(between(text, "variants", variants_table("docs/variants/")), "results", overview())
 
 
 if __name__ == "__main__":
+    for name in ll.VARIANTS:
+        (PAGES / f"{name}.md").write_text(stub(name), "utf-8")
     README.write_text(renewed(README.read_text("utf-8")), "utf-8")
     RESULTS.write_text(page(RESULTS.read_text("utf-8")), "utf-8")

@@ -120,6 +120,12 @@ class Blocks(nn.Module):
         return x
 
 
+def derived(cfg: ll.AdapterConfig, W: ll.Frozen, *stats):
+    """Return a layer's params at their start, and its constants, as a build derives them."""
+    constants = cfg.constants(W, torch.Generator().manual_seed(0), *stats)
+    return cfg.init(W.with_constants(constants), torch.Generator().manual_seed(0)), constants
+
+
 def build_any(model: nn.Module, cfg: ll.AdapterConfig, batches, **options) -> ll.Adapt:
     """Build any row's variant: on data and with a loss where it needs them; a whole module is one linear layer."""
     if cfg.adapts == "module":
@@ -324,8 +330,8 @@ class ShiftConfig(ll.AdapterConfig):
 
     name: ClassVar[str] = "shift"
 
-    def init(self, W, generator, stats=None):
-        return {"d": torch.zeros(W.out_features)}, {}
+    def init(self, W, generator):
+        return {"d": torch.zeros(W.out_features)}
 
     def forward(self, params, W, x):
         return W(x) + params["d"]

@@ -232,11 +232,11 @@ def test_error_in_a_batch_names_it():
 
 
 @pytest.mark.parametrize("cfg", CALIBRATED, ids=label)
-def test_init_by_hand_says_what_it_lacks(cfg):
+def test_constants_by_hand_says_what_it_lacks(cfg):
     with pytest.raises(ValueError, match=r"expected.*stats\.\w+ of.*found none"):
-        cfg.init(ll.Frozen(torch.randn(12, 12)), torch.Generator())
+        cfg.constants(ll.Frozen(torch.randn(12, 12)), torch.Generator())
     with pytest.raises(ValueError, match=r"expected.*stats\.\w+ of.*12.*found shape"):
-        cfg.init(ll.Frozen(torch.randn(12, 12)), torch.Generator(), Statistics().add(torch.randn(20, 7)))
+        cfg.constants(ll.Frozen(torch.randn(12, 12)), torch.Generator(), Statistics().add(torch.randn(20, 7)))
 
 
 @pytest.mark.parametrize("tqdm", [True, False])

@@ -215,4 +215,4 @@ def test_an_error_inside_an_init_says_at_which_target():
     model = nn.Sequential(nn.Linear(I, 8), nn.Linear(8, 3))
     with pytest.raises(ValueError, match=r"PiSSAConfig\.r") as raised:
         ll.build(model, ll.PiSSAConfig(r=4))
-    assert raised.value.__notes__ == ['in PiSSAConfig.init at target "1"']
+    assert raised.value.__notes__ == ['in PiSSAConfig.constants at target "1"']

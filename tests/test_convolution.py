@@ -9,6 +9,7 @@ from torch import nn
 
 import lora_lite as ll
 from cases import assert_trees_equal, move
+from lora_lite.core.config import with_fields
 from lora_lite.layers.convolution import ConvKind
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")  # torch's own, of the layer itself
@@ -76,7 +77,7 @@ def test_is_the_variant_on_rows_of_patches(name, cfg):
     linear.add_module("conv", nn.Linear(rows.shape[-1], conv.out_channels).double())
     linear.conv.weight.data, linear.conv.bias.data = conv.weight.data.flatten(1), conv.bias.data
     torch.testing.assert_close(linear(rows).movedim(-1, 1).flatten(1), model(x), rtol=1e-10, atol=1e-12)
-    cfg = ll.config.with_fields(cfg, dtype=torch.float64)
+    cfg = with_fields(cfg, dtype=torch.float64)
     adapt, dense = ll.build(model, cfg), ll.build(linear, cfg)
     params = move(adapt.init(seed=0))
     assert_trees_equal(adapt.init(seed=0), dense.init(seed=0))
@@ -222,11 +223,11 @@ def test_groups_take_what_reads_outputs_alone():
     merged = copy.deepcopy(model)
     merged.load_state_dict(adapt.merge(params), strict=False)
     torch.testing.assert_close(merged(x), adapt(params, x))
-    with pytest.raises(ValueError, match=r'reads of the input of "conv" only "output".*LoRAConfig reads "projection".*in groups'):
+    with pytest.raises(ValueError, match=r'fits the layer at "conv", which gives only "output".*LoRAConfig calls `W\.project.*in groups'):
         ll.build(model, ll.LoRAConfig(r=2, target_names="conv"))
 
 
 def test_calibrated_variants_are_refused():
     model, x = _make("2d")
-    with pytest.raises(ValueError, match=r"is calibrated on rows.*not their patches"):
+    with pytest.raises(ValueError, match=r"is calibrated on input vectors.*not their patches"):
         ll.build(model, ll.EVAConfig(r=2, target_names="conv"), calibration=[x])

@@ -199,6 +199,7 @@ def test_parameter_of_the_model_itself():
 
 def test_variants_beyond_projections_are_refused():
     with pytest.raises(
-        ValueError, match=r'reads of the input of "mix" only "projection", found that HRAConfig reads "rows".*never calls it'
+        ValueError,
+        match=r'fits the layer at "mix", which gives only "output", "project"; found that HRAConfig takes.*never calls it',
     ):
         ll.build(Bare(), ll.HRAConfig(r=2, target_names=r"^mix$"))

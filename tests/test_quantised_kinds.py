@@ -65,7 +65,7 @@ class FusedInt8(FrozenInt8):
 
 
 class ProductsOnly(FusedInt8):
-    offers = ("nothing", "product")
+    gives = frozenset({"output", "project", "vectors", "matmul"})
 
 
 def pair():
@@ -149,7 +149,9 @@ def test_targets_saving_loading_and_merging(tmp_path):
 def test_what_a_kind_does_not_offer_is_refused():
     packed, _ = pair()
     ll.build(packed, ll.LoRAConfig(r=2), kinds=(ProductsOnly,))
-    with pytest.raises(ValueError, match=r'PiSSAConfig at "0" needs "dense_init".*ProductsOnly offers "nothing", "product"\. Leave'):
+    with pytest.raises(
+        ValueError, match=r'fits the layer at "0", which gives only "output".*PiSSAConfig calls `W\.dense.*ProductsOnly gives no more\. L'
+    ):
         ll.build(packed, ll.PiSSAConfig(r=2), kinds=(ProductsOnly,))
 
 

@@ -147,7 +147,7 @@ BROKEN = {
     "precision": (("forward", _answers_in_float32),),
     "shapes": (("forward", _wrong_shapes),),
     "counts": (("trained", "i + o"), ("macs", "r * i * o"), ("macs", "i + o")),
-    "facts": (("needs", "everything"), ("identity", 2.0)),
+    "facts": (("uses", {"output", "everything"}), ("identity", 2.0)),
 }
 _ROWS = [(check, attribute, fault) for check, faults in BROKEN.items() for attribute, fault in faults]
 

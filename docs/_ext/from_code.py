@@ -1,5 +1,5 @@
 """Directives that pull a page's text out of the code, as Markdown: `{variant} lora`, `{variants}`, `{checks}`,
-`{support} peft` and `{cells}`."""
+`{configs-api}`, `{functions-api}`, `{support} peft` and `{cells}`."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -48,6 +48,18 @@ class Checks(FromCode):
     text = staticmethod(generate.checks_table)
 
 
+class ConfigsApi(FromCode):
+    """The API entries of the variants' configs."""
+
+    text = staticmethod(generate.configs_api)
+
+
+class FunctionsApi(FromCode):
+    """The API entries of the pure functions."""
+
+    text = staticmethod(generate.functions_api)
+
+
 class Support(FromCode):
     """The matrix of variants and transforms of a library, named by the argument."""
 
@@ -64,6 +76,7 @@ class Cells(FromCode):
 def setup(app: Any) -> dict[str, bool]:
     """Register the directives."""
     directives = {"variant": Variant, "variants": Variants, "costs": Costs, "checks": Checks, "support": Support, "cells": Cells}
+    directives |= {"configs-api": ConfigsApi, "functions-api": FunctionsApi}
     for name, directive in directives.items():
         app.add_directive(name, directive)
     return {"parallel_read_safe": True}

@@ -4,9 +4,19 @@ from lora_lite import functional as functional
 from lora_lite import testing as testing
 from lora_lite.adapt import Adapt as Adapt
 from lora_lite.build import build as build
+from lora_lite.core import linalg as linalg
 from lora_lite.core.checked import checked as checked
 from lora_lite.core.checked import set_typecheck as set_typecheck
 from lora_lite.core.config import AdapterConfig as AdapterConfig
+from lora_lite.core.fields import Count as Count
+from lora_lite.core.fields import Even as Even
+from lora_lite.core.fields import NonNegative as NonNegative
+from lora_lite.core.fields import Positive as Positive
+from lora_lite.core.fields import Probability as Probability
+from lora_lite.core.fields import Rank as Rank
+from lora_lite.core.fields import Size as Size
+from lora_lite.core.fields import Within as Within
+from lora_lite.core.frozen import Constants as Constants
 from lora_lite.core.frozen import Frozen as Frozen
 from lora_lite.core.plan import Target as Target
 from lora_lite.core.plan import Targets as Targets
@@ -33,29 +43,6 @@ from lora_lite.transforms.lora_plus import lora_plus as lora_plus
 from lora_lite.transforms.per_example import per_example_grad as per_example_grad
 from lora_lite.transforms.per_example import per_example_norm as per_example_norm
 from lora_lite.transforms.to_lora import to_lora as to_lora
-from lora_lite.variants import VARIANTS as VARIANTS
-from lora_lite.variants.adalora import AdaLoRAConfig as AdaLoRAConfig
-from lora_lite.variants.antipasto import AntiPaSTOConfig as AntiPaSTOConfig
-from lora_lite.variants.asvd import ASVDConfig as ASVDConfig
-from lora_lite.variants.bitfit import BitFitConfig as BitFitConfig
-from lora_lite.variants.corda import CorDAConfig as CorDAConfig
-from lora_lite.variants.delora import DeLoRAConfig as DeLoRAConfig
-from lora_lite.variants.dora import DoRAConfig as DoRAConfig
-from lora_lite.variants.eva import EVAConfig as EVAConfig
-from lora_lite.variants.full import FullConfig as FullConfig
-from lora_lite.variants.hra import HRAConfig as HRAConfig
-from lora_lite.variants.ia3 import IA3Config as IA3Config
-from lora_lite.variants.ia3_ff import IA3FFConfig as IA3FFConfig
-from lora_lite.variants.ln_tuning import LNTuningConfig as LNTuningConfig
-from lora_lite.variants.loftq import LoftQConfig as LoftQConfig
-from lora_lite.variants.lora import LoRAConfig as LoRAConfig
-from lora_lite.variants.lora_ga import LoRAGAConfig as LoRAGAConfig
-from lora_lite.variants.lora_xs import LoRAXSConfig as LoRAXSConfig
-from lora_lite.variants.loreft import LoReFTConfig as LoReFTConfig
-from lora_lite.variants.oft import OFTConfig as OFTConfig
-from lora_lite.variants.pissa import PiSSAConfig as PiSSAConfig
-from lora_lite.variants.road import ROADConfig as ROADConfig
-from lora_lite.variants.ssvd import SSVDConfig as SSVDConfig
-from lora_lite.variants.vera import VeRAConfig as VeRAConfig
+from lora_lite.variants import *  # noqa: F403
 
 __version__ = "0.1.0"

@@ -11,7 +11,7 @@ f64 = torch.float64
 
 
 def start(cfg, W, x):
-    return cfg.init(W, torch.Generator(), cfg.statistic().add(x))[1]
+    return cfg.constants(W, torch.Generator(), cfg.statistic().add(x))
 
 
 @pytest.mark.parametrize("power", [0.5, 1.0])
@@ -29,14 +29,14 @@ def test_start_is_the_definition(i, o, power):
 
 def test_approximates_the_outputs_of_its_data_better_than_pissa():
     W, x = ll.Frozen(torch.randn(20, 30, dtype=f64)), torch.randn(200, 30, dtype=f64) * torch.logspace(-2, 1, 30, dtype=f64)
-    ours, pissas = start(ASVDConfig(r=6, power=1.0), W, x), ll.PiSSAConfig(r=6).init(W, torch.Generator())[1]
+    ours, pissas = start(ASVDConfig(r=6, power=1.0), W, x), ll.PiSSAConfig(r=6).constants(W, torch.Generator())
     errors = [(x @ (W.weight - 16 / 6 * s["B0"] @ s["A0"]).T).norm() for s in (ours, pissas)]
     assert errors[0] < 0.5 * errors[1]
 
 
 def test_is_pissa_at_power_zero():
     W = ll.Frozen(torch.randn(9, 12, dtype=f64))
-    got, want = start(ASVDConfig(r=3, power=0.0), W, torch.randn(5, 12)), ll.PiSSAConfig(r=3).init(W, torch.Generator())[1]
+    got, want = start(ASVDConfig(r=3, power=0.0), W, torch.randn(5, 12)), ll.PiSSAConfig(r=3).constants(W, torch.Generator())
     assert all(torch.allclose(got[name], want[name], atol=1e-12) for name in want)
 
 
@@ -53,9 +53,9 @@ def test_gathers_no_matrix():
     cfg = ASVDConfig(r=2)
 
     class Spy(ASVDConfig):
-        def init(self, W, generator, stats=None):
+        def constants(self, W, generator, stats=None):
             seen.append(stats)
-            return cfg.init(W, generator, stats)
+            return cfg.constants(W, generator, stats)
 
     ll.build(nn.Sequential(nn.Linear(6, 4)), Spy(r=2), calibration=[torch.randn(9, 6)])
     assert [tuple(v.shape) for v in vars(seen[0]).values() if isinstance(v, torch.Tensor)] == [(6,), (6,)]
@@ -64,9 +64,9 @@ def test_gathers_no_matrix():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"power": -0.5}, r"ASVDConfig\.power: expected a number in \[0\.0, inf\), found -0\.5"),
+        ({"power": -0.5}, r"ASVDConfig\.power: expected a finite number >= 0, found -0\.5"),
         ({"r": 0}, r"ASVDConfig\.r: expected an integer >= 1, found 0"),
-        ({"alpha": 0.0}, r"ASVDConfig\.alpha: expected a number > 0, found 0\.0"),
+        ({"alpha": 0.0}, r"ASVDConfig\.alpha: expected a finite number > 0, found 0\.0"),
     ],
 )
 def test_refuses_fields(fields, message):
@@ -76,5 +76,5 @@ def test_refuses_fields(fields, message):
 
 def test_function_asks_for_the_start_that_the_weight_does_not_give():
     params = {"dA": torch.zeros(2, 6), "dB": torch.zeros(4, 2)}
-    with pytest.raises(ValueError, match=r"asvd: expected W .*constants A0 and B0, found none.*config\.init"):
+    with pytest.raises(ValueError, match=r"asvd: expected W .*constants A0 and B0, found none.*config\.constants"):
         ll.functional.asvd(params, torch.randn(4, 6), torch.randn(3, 6), scale=1.0)

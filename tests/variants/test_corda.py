@@ -61,7 +61,7 @@ def test_start_is_the_definition(method, scaled):
     stats = cfg.statistic()
     for x in batches:
         stats = stats.add(x)
-    _, start = cfg.init(W, torch.Generator(), stats)
+    start = cfg.constants(W, torch.Generator(), stats)
     divided = [x / x.max().abs() if scaled else x / 60**0.5 for x in batches]
     C = sum(x.T @ x for x in divided) / (2 if scaled else 1)
     C = C + 0.01 * C.diagonal().mean() * torch.eye(14, dtype=f64)
@@ -80,10 +80,23 @@ def test_scaled_statistics_divide_by_the_signed_maximum_and_weigh_batches_alike(
     assert ScaledStatistics().add(torch.zeros(2, 2)).second_moment.isfinite().all()
 
 
+@pytest.mark.parametrize("cut", range(5))
+def test_scaled_statistics_of_two_processes_are_those_of_one(cut):
+    batches = [k * torch.randn(6, 3, dtype=f64) + 1 for k in (1, 4, 2, 3)]
+    parts = [ScaledStatistics(), ScaledStatistics()]
+    for k, x in enumerate(batches):
+        parts[k >= cut] = parts[k >= cut].add(x)
+    merged, whole = parts[0].merge(parts[1]), ScaledStatistics()
+    for x in batches:
+        whole = whole.add(x)
+    assert (merged.batches, merged.count) == (whole.batches, whole.count) == (4, 24)
+    assert torch.allclose(merged.second_moment, whole.second_moment, rtol=1e-12)
+
+
 def test_weight_without_full_rank_gives_nothing_along_what_it_lacks():
     weight = torch.randn(8, 3) @ torch.randn(3, 12)
     cfg = CorDAConfig(r=8)
-    _, start = cfg.init(ll.Frozen(weight), torch.Generator(), cfg.statistic().add(torch.randn(50, 12)))
+    start = cfg.constants(ll.Frozen(weight), torch.Generator(), cfg.statistic().add(torch.randn(50, 12)))
     assert torch.allclose(cfg.scale * start["B0"] @ start["A0"], weight, atol=1e-4)
     assert start["A0"].isfinite().all()
     assert start["A0"].abs().max() < 100
@@ -91,7 +104,7 @@ def test_weight_without_full_rank_gives_nothing_along_what_it_lacks():
 
 def test_function_asks_for_the_start_that_the_weight_does_not_give():
     params = {"dA": torch.zeros(2, 6), "dB": torch.zeros(4, 2)}
-    with pytest.raises(ValueError, match=r"corda: expected W .*constants A0 and B0, found none.*config\.init"):
+    with pytest.raises(ValueError, match=r"corda: expected W .*constants A0 and B0, found none.*config\.constants"):
         ll.functional.corda(params, torch.randn(4, 6), torch.randn(3, 6), scale=1.0)
 
 
@@ -101,7 +114,7 @@ def test_function_asks_for_the_start_that_the_weight_does_not_give():
         ({"method": "both"}, r'CorDAConfig\.method: expected one of "ipm", "kpm", found \'both\''),
         ({"scaled": 1}, r"CorDAConfig\.scaled: expected True or False, found 1"),
         ({"r": 0}, r"CorDAConfig\.r: expected an integer >= 1, found 0"),
-        ({"alpha": 0.0}, r"CorDAConfig\.alpha: expected a number > 0, found 0\.0"),
+        ({"alpha": 0.0}, r"CorDAConfig\.alpha: expected a finite number > 0, found 0\.0"),
     ],
 )
 def test_refuses_fields(fields, message):

@@ -49,7 +49,7 @@ def test_whitening_divides_by_the_root_of_the_singular_value():
     x = tokens().double()
     stats = ll.Statistics().add(x)
     W = ll.Frozen(torch.randn(8, 24, dtype=f64))
-    plain, white = (EVAConfig(r=5, whiten=whiten).init(W, torch.Generator(), stats)[0]["A"] for whiten in (False, True))
+    plain, white = (EVAConfig(r=5, whiten=whiten).constants(W, torch.Generator(), stats)["A0"] for whiten in (False, True))
     assert torch.allclose(white * pca(x, 5)[1].sqrt()[:, None], plain, atol=1e-10)
 
 
@@ -155,7 +155,7 @@ def test_needs_as_many_tokens_as_directions(count, center, fits):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rho": 0.5}, r"EVAConfig\.rho: expected a number in \[1\.0, inf\), found 0\.5"),
+        ({"rho": 0.5}, r"EVAConfig\.rho: expected a finite number >= 1, found 0\.5"),
         ({"r": 0}, r"EVAConfig\.r: expected an integer >= 1, found 0"),
         ({"center": 1}, r"EVAConfig\.center: expected True or False, found 1"),
         ({"label_mask": None}, r"EVAConfig\.label_mask: expected True or False, found None"),

@@ -109,12 +109,12 @@ def test_opposite_strengths_undo_each_other_to_first_order():
 
 
 @pytest.mark.parametrize("r", [1, 7])
-def test_odd_r_is_refused_with_the_reason(r):
-    match = rf"HRAConfig.r: expected an (even integer, since an odd number of reflections is never the identity|integer >= 2), found {r}"
+def test_odd_r_is_refused_(r):
+    match = rf"HRAConfig.r: expected an even integer >= 2, found {r}"
     with pytest.raises(ValueError, match=match):
         HRAConfig(r=r)
 
 
 def test_unknown_side_is_refused():
-    with pytest.raises(ValueError, match=r"HRAConfig.side: expected one of \['in', 'out'\], found 'left'"):
+    with pytest.raises(ValueError, match=r"HRAConfig.side: expected one of \"in\", \"out\", found 'left'"):
         HRAConfig(side="left")

@@ -45,8 +45,8 @@ def _gradients(model):
 class Seen(ll.LoRAGAConfig):
     """LoRA-GA that keeps the gradient it is given."""
 
-    def start(self, W, stats, generator):
-        return {**super().start(W, stats, generator), "G": stats.gradient}
+    def constants(self, W, generator, stats=None):
+        return {**super().constants(W, generator, stats), "G": stats.gradient}
 
 
 def test_the_gradient_is_the_mean_over_batches_of_the_weights_own():

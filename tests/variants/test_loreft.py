@@ -34,7 +34,7 @@ def _dense(cfg, params, h, lengths, starts):
 def test_edits_the_papers_positions_by_the_papers_equation(positions, share):
     cfg = ll.LoReFTConfig(r=3, positions=positions, share_weights=share, dtype=torch.float64)
     g = torch.Generator().manual_seed(0)
-    params, _ = cfg.init(ll.Frozen(torch.eye(6)), g)
+    params = cfg.init(ll.Frozen(torch.eye(6)), g)
     params = {name: p.double() + 0.3 * torch.randn(p.shape, generator=g, dtype=torch.float64) for name, p in params.items()}
     h = torch.randn(4, 9, 6, generator=g, dtype=torch.float64)
     starts, lengths = [0, 3, 2, 8], [9, 6, 5, 1]
@@ -151,7 +151,7 @@ def test_beside_lora_and_in_a_file(tmp_path):
 
 @pytest.mark.parametrize("positions", ["", "f0", "l", "f1l", "2", "f1+f2", 3])
 def test_positions_that_name_none_are_refused(positions):
-    with pytest.raises(ValueError, match=r"LoReFTConfig\.positions: expected the numbers of first and last positions"):
+    with pytest.raises((ValueError, TypeError), match=r"LoReFTConfig\.positions: expected (the numbers of|a string)"):
         ll.LoReFTConfig(positions=positions)
 
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from lora_lite.core.linalg import cayley, cayley_excess, skew
 from lora_lite.variants._antipasto_cores import clamped, scaled
-from lora_lite.variants._rotation import cayley, cayley_excess, skew
 
 f64 = torch.float64
 

@@ -92,7 +92,7 @@ def test_opposite_strength_transposes_the_rotation(cayley):
 
 def test_gate_halves_the_shift_at_its_start():
     W, x = torch.randn(7, 12, dtype=f64), torch.randn(3, 12, dtype=f64)
-    start, _ = SSVDConfig(r=5).init(ll.Frozen(W), torch.Generator())
+    start = SSVDConfig(r=5).init(ll.Frozen(W), torch.Generator())
     s = torch.randn(5, dtype=f64)
     top = singular_triplets(ll.Frozen(W), 5)
     got = ssvd({**{n: p.double() for n, p in start.items()}, "s": s}, W, x) - x @ W.T
@@ -105,4 +105,4 @@ def test_errors_name_the_field():
     with pytest.raises(ValueError, match=r"SSVDConfig.r: expected an integer >= 2, found 1"):
         SSVDConfig(r=1)
     with pytest.raises(ValueError, match=r"SSVDConfig.r: expected at most min\(i, o\) = 6 .* found 7. Lower r"):
-        SSVDConfig(r=7).init(ll.Frozen(torch.randn(6, 9)), torch.Generator())
+        SSVDConfig(r=7).constants(ll.Frozen(torch.randn(6, 9)), torch.Generator())

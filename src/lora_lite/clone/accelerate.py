@@ -32,7 +32,11 @@ def _only_moves(hook: Any) -> bool:
 def runs_class_forward(module: nn.Module) -> bool:
     """Whether a module runs the forward of its class; taking accelerate's hooks off leaves that one set on the instance."""
     forward = vars(module).get("forward")
-    return forward is None or ADOPTED in vars(module) or (getattr(forward, "__self__", None) is module and forward.__func__ is type(module).forward)
+    return (
+        forward is None
+        or ADOPTED in vars(module)
+        or (getattr(forward, "__self__", None) is module and forward.__func__ is type(module).forward)
+    )
 
 
 def refuse_offloaded(model: nn.Module) -> None:

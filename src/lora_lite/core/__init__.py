@@ -1,1 +1,32 @@
-"""What variants are written against; it imports nothing else of the package."""
+"""What variants are written against; it imports nothing else of the package. A variant's file takes its names from here."""
+
+from lora_lite.core.checked import another_start as another_start
+from lora_lite.core.checked import checked as checked
+from lora_lite.core.config import AdapterConfig as AdapterConfig
+from lora_lite.core.fields import Count as Count
+from lora_lite.core.fields import Even as Even
+from lora_lite.core.fields import NonNegative as NonNegative
+from lora_lite.core.fields import Positive as Positive
+from lora_lite.core.fields import Probability as Probability
+from lora_lite.core.fields import Rank as Rank
+from lora_lite.core.fields import Size as Size
+from lora_lite.core.fields import Within as Within
+from lora_lite.core.fields import expect as expect
+from lora_lite.core.fields import require_divisor as require_divisor
+from lora_lite.core.fields import require_rank as require_rank
+from lora_lite.core.frozen import Constants as Constants
+from lora_lite.core.frozen import Frozen as Frozen
+from lora_lite.core.frozen import Params as Params
+from lora_lite.core.linalg import add_low_rank as add_low_rank
+from lora_lite.core.linalg import cayley_excess as cayley_excess
+from lora_lite.core.linalg import full_precision as full_precision
+from lora_lite.core.linalg import gate as gate
+from lora_lite.core.linalg import kaiming as kaiming
+from lora_lite.core.linalg import leading_singular_triplets as leading_singular_triplets
+from lora_lite.core.linalg import skew as skew
+from lora_lite.core.linalg import truncated_svd as truncated_svd
+from lora_lite.core.statistics import Gradient as Gradient
+from lora_lite.core.statistics import Means as Means
+from lora_lite.core.statistics import Statistics as Statistics
+from lora_lite.core.statistics import exact as exact
+from lora_lite.core.statistics import require_stats as require_stats

@@ -8,7 +8,7 @@ The switch is the environment variable `LORA_LITE_TYPECHECK`, read at import, or
 import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_type_hints, is_typeddict
 
 import torch
@@ -67,6 +67,29 @@ def checked(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     door.__signature__ = inspect.signature(fn)  # type: ignore[attr-defined]
     return door
+
+
+def another_start(fn: Callable[..., Tensor], name: str, constants: Sequence[str] = ()) -> Callable[..., Tensor]:
+    """Return `fn` under the name of a method that differs from it in the start alone.
+
+    Args:
+        fn: a checked function.
+        name: the method's.
+        constants: the start, where the weight alone does not determine it: a layer without it is refused.
+    """
+
+    @functools.wraps(fn)
+    def same(params: Any, W: Frozen | Tensor, x: Tensor, **statics: Any) -> Tensor:
+        if constants and not as_frozen(W).constants:
+            raise ValueError(
+                f"{name}: expected W as a Frozen with the constants {' and '.join(constants)}, found none. They depend on data: take them "
+                f"from {name}'s config.constants(W, generator, stats), and pass Frozen(weight, bias, constants)."
+            )
+        return fn(params, W, x, **statics)
+
+    same.__name__ = same.__qualname__ = name
+    same.__doc__ = f"Compute `{fn.__name__}`, from a start of its own; the docstring of {name}'s module has it."
+    return same
 
 
 def _field_faults(params: object, fields: Mapping[str, Any] | None) -> list[str]:

@@ -1,7 +1,7 @@
 """`AdapterConfig`: the fields and facts that every variant shares, checked, and written to and read from JSON.
 
-A variant's config is the variant: hyperparameters are fields, facts are class variables, `init`, `forward` and `steer`
-are what it does.
+A variant's config is the variant: hyperparameters are fields, facts are class variables, `constants`, `init` and `forward`
+do the work.
 """
 
 import copy
@@ -9,6 +9,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor
 
 from lora_lite.core.errors import listed, nearest
-from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.core.fields import at, check_fields
+from lora_lite.core.frozen import USES, Constants, Frozen, Params
+from lora_lite.core.legacy import completed
 
 ROLES = ("reader", "writer", "inner")
 
@@ -32,29 +35,31 @@ class AdapterConfig:
         exclude_names: regular expressions of paths to leave alone.
         layers: indices of the blocks to adapt, or None for all. The index is the first integer in the path.
 
-    A subclass gives `name`, `init` and `forward`; the other facts have defaults:
+    A subclass gives `name`, `init` and `forward`, and where it derives tensors from a layer, `constants`. Its fields are checked by their
+    annotations: `r: ll.Rank = 8`. The other facts are class variables with defaults:
 
-    - `adapts`: what it adapts, one of `lora_lite.layers.module.ADAPTS`: linear layers, norms, whole modules or the outputs of blocks.
-    - `needs`: what it asks of the weight, one of `lora_lite.core.frozen.NEEDS`.
-    - `reads`: how its function uses `x`, one of `lora_lite.core.frozen.READS`. What reads less can adapt more: embeddings have no rows.
-    - `calibrated`: whether `init` needs statistics of the inputs. Which ones a class variable `statistic` may say, by default
+    - `adapts`: what it adapts, one of `lora_lite.layers.kinds.SITES`: linear layers, norms, whole modules or the outputs of blocks.
+    - `uses`: which parts of a layer it uses, a set of words of `lora_lite.core.config.USES`, by default all of them. What uses less can
+      adapt more: an embedding has no input vectors, a packed weight may have no dense form.
+    - `calibrated`: whether `constants` needs statistics of the inputs. Which ones a class variable `statistic` may say, by default
       `lora_lite.Statistics`; with `label_mask` positions whose label is -100 are left out. `lora_lite.Gradient` is that of the weight's
       gradient, for which `build` needs a loss.
-    - `original`: whether `init` needs the layer's weight from before it was quantised, given to it as `stats`.
+    - `original`: whether `constants` needs the layer's weight from before it was quantised, given to it as `stats`.
     - `identity`: relative tolerance of the identity at init; 0.0 for exact, None if it does not start at the base model.
     - `linear`: whether the adapted layer is an affine map of `x`, so that it can be merged.
+    - `steered`: names of the params that a strength scales; None for all, which is right where the update is linear in them together.
     - `trained`, `macs`: trained numbers per target and multiply-adds per token, as formulas in `i`, `o` and the fields;
       documentation that the conformance kit holds against the counted ones.
     """
 
     name: ClassVar[str]
     adapts: ClassVar[str] = "linear"
-    needs: ClassVar[str] = "nothing"
-    reads: ClassVar[str] = "rows"
+    uses: ClassVar[AbstractSet[str]] = frozenset(USES)
     calibrated: ClassVar[bool] = False
     original: ClassVar[bool] = False
     identity: ClassVar[float | None] = 0.0
     linear: ClassVar[bool] = True
+    steered: ClassVar[tuple[str, ...] | None] = None
     trained: ClassVar[str | None] = None
     macs: ClassVar[str | None] = None
 
@@ -64,64 +69,77 @@ class AdapterConfig:
     exclude_names: tuple[str, ...] = ("lm_head", "embed_tokens")
     layers: tuple[int, ...] | None = None
 
-    @property
-    def uses(self):  # TEMP
-        r = {"output": {"output"}, "projection": {"output", "project"}, "rows": {"output", "project", "vectors"}}[self.reads]
-        return frozenset(
-            r
-            | {"nothing": set(), "product": {"matmul"}, "norms": {"matmul", "dense"}, "dense_init": {"dense"}, "dense": {"dense"}}[
-                self.needs
-            ]
-        )
-
     def __post_init__(self) -> None:
         dtype = getattr(torch, self.dtype, self.dtype) if isinstance(self.dtype, str) else self.dtype
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"{_at(self, 'dtype')} a floating torch.dtype, found {self.dtype!r}. Use torch.float32.")
+            raise TypeError(f"{at(self, 'dtype')} a floating torch.dtype, found {self.dtype!r}. Use torch.float32.")
         object.__setattr__(self, "dtype", dtype)
         for field in ("target_roles", "target_names", "exclude_names"):
             object.__setattr__(self, field, _strings(self, field))
         for role in self.target_roles:
             if role not in ROLES:
-                where = _at(self, "target_roles")
+                where = at(self, "target_roles")
                 raise ValueError(f'{where} any of {listed(ROLES)}, found "{role}". Did you mean {nearest(role, ROLES, 1)}?')
         for field in ("target_names", "exclude_names"):
             for pattern in getattr(self, field):
                 _compile(self, field, pattern)
         object.__setattr__(self, "layers", _indices(self))
+        check_fields(self)
 
-    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[Mapping[str, Tensor], Constants]:
-        """Derive one target's params and constants.
+    def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
+        """Derive the frozen tensors of one target. Runs once, at `build`: a loaded file holds them.
 
         Args:
-            W: the frozen layer. Its `constants` are empty at build; later calls find there what the first one returned,
-                so that an SVD or a calibration happens once.
+            W: the frozen layer; its own `constants` are empty.
             generator: the only source of randomness, on the CPU.
-            stats: statistics of the layer's input, for calibrated variants.
+            stats: statistics of the layer's input, for calibrated variants; the original weight, for `original` ones.
 
         Returns:
-            `(params, constants)`: new tensors; `adapt.init` moves params to the layer's device and to `dtype`.
+            New tensors by name, of any dtype; `W.constants` holds them from then on.
         """
-        raise NotImplementedError(f"{type(self).__name__}.init(W, generator, stats) -> (params, constants) is not defined")
+        return {}
+
+    def init(self, W: Frozen, generator: torch.Generator) -> Params:
+        """Return the trained tensors of one target at their start.
+
+        Args:
+            W: the frozen layer, its `constants` filled.
+            generator: the only source of randomness, on the CPU.
+
+        Returns:
+            New tensors by name; `adapt.init` moves them to the layer's device and to `dtype`.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.init(W, generator) -> params is not defined")
 
     def allocate(self, stats: Mapping[str, Any]) -> Mapping[str, "AdapterConfig"]:
-        """Give the config of each target by path, from the statistics of all; a target left out is not adapted. For calibrated variants."""
+        """Return the config of each target by path, from the statistics of all targets. A target left out is not adapted."""
         return dict.fromkeys(stats, self)
 
     def share(self, layers: Sequence[Frozen]) -> Constants:
         """Derive the constants that all targets of this config share; they reach each target's `W.constants` like its own."""
         return {}
 
-    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+    def share_init(self, layers: Sequence[Frozen], generator: torch.Generator) -> Params:
+        """Return the trained tensors that all targets of this config share, at their start.
+
+        They stand once in the params tree, under the variant's name, and reach `forward` among each target's own params.
+
+        Args:
+            layers: the frozen layers of all targets.
+            generator: the only source of randomness, on the CPU.
+        """
+        return {}
+
+    def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
         """Apply the variant's pure function to one layer: `(*b, i) -> (*b, o)`."""
         raise NotImplementedError(f"{type(self).__name__}.forward(params, W, x) -> y is not defined")
 
-    def steer(self, params: Mapping[str, Tensor], c: float | Tensor) -> dict[str, Tensor]:
-        """Give one target's params at strength `c`: 0 is the base model, 1 the adapter, -1 the opposite.
+    def steer(self, params: Params, c: float | Tensor) -> Params:
+        """Return one target's params at strength `c`: 0 is the base model, 1 the adapter, -1 the opposite.
 
-        The default scales every param, which is right where the update is linear in them.
+        The default scales the params that `steered` names.
         """
-        return {name: c * p for name, p in params.items()}
+        return {name: c * p if self.steered is None or name in self.steered else p for name, p in params.items()}
 
     def update(self, params: Any, grads: Any, state: Any = None) -> tuple[Any, Any]:
         """Do what the method does to its params after an optimiser's step: `(params tree, gradients, state) -> (params, state)`.
@@ -131,44 +149,11 @@ class AdapterConfig:
         return params, state
 
 
-def _at(cfg: object, field: str) -> str:
-    return f"{type(cfg).__name__}.{field}: expected"
-
-
-def expect(cfg: object, field: str, ok: bool, expected: str, fix: str) -> None:
-    """Raise the three-part error of a config field unless `ok`."""
-    if not ok:
-        raise ValueError(f"{_at(cfg, field)} {expected}, found {getattr(cfg, field)!r}. {fix}")
-
-
-def expect_int(cfg: object, field: str, least: int, fix: str) -> None:
-    """Require an integer field of at least `least`."""
-    value = getattr(cfg, field)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{_at(cfg, field)} an integer >= {least}, found {value!r}. {fix}")
-    expect(cfg, field, value >= least, f"an integer >= {least}", fix)
-
-
-def expect_number(cfg: object, field: str, low: float, high: float, fix: str) -> None:
-    """Require a number in `[low, high)`."""
-    value = getattr(cfg, field)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{_at(cfg, field)} a number in [{low}, {high}), found {value!r}. {fix}")
-    expect(cfg, field, low <= value < high, f"a number in [{low}, {high})", fix)
-
-
-def expect_bool(cfg: object, field: str) -> None:
-    """Require True or False."""
-    value = getattr(cfg, field)
-    if not isinstance(value, bool):
-        raise TypeError(f"{_at(cfg, field)} True or False, found {value!r}. Pass a bool.")
-
-
 def _strings(cfg: AdapterConfig, field: str) -> tuple[str, ...]:
     value = getattr(cfg, field)
     values = (value,) if isinstance(value, str) else value
     if not isinstance(values, Sequence) or not all(isinstance(v, str) for v in values):
-        raise TypeError(f"{_at(cfg, field)} a string or a sequence of strings, found {value!r}. Write it as ({'...'!r},).")
+        raise TypeError(f"{at(cfg, field)} a string or a sequence of strings, found {value!r}. Write it as ({'...'!r},).")
     return tuple(values)
 
 
@@ -176,7 +161,7 @@ def _compile(cfg: AdapterConfig, field: str, pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as e:
-        raise ValueError(f'{_at(cfg, field)} a regular expression, found "{pattern}" ({e}). Escape what is meant literally.') from e
+        raise ValueError(f'{at(cfg, field)} a regular expression, found "{pattern}" ({e}). Escape what is meant literally.') from e
 
 
 def _indices(cfg: AdapterConfig) -> tuple[int, ...] | None:
@@ -186,9 +171,9 @@ def _indices(cfg: AdapterConfig) -> tuple[int, ...] | None:
     values = (value,) if isinstance(value, int) and not isinstance(value, bool) else value
     ok = isinstance(values, Sequence | range) and all(isinstance(v, int) and not isinstance(v, bool) for v in values)
     if not ok:
-        raise TypeError(f"{_at(cfg, 'layers')} block indices or None, found {value!r}. Write e.g. layers=(0, 1).")
+        raise TypeError(f"{at(cfg, 'layers')} block indices or None, found {value!r}. Write e.g. layers=(0, 1).")
     if not values or min(values) < 0:
-        raise ValueError(f"{_at(cfg, 'layers')} block indices >= 0, found {value!r}. Name at least one, or None for all.")
+        raise ValueError(f"{at(cfg, 'layers')} block indices >= 0, found {value!r}. Name at least one, or None for all.")
     return tuple(values)
 
 
@@ -196,17 +181,20 @@ def as_config(cfg: object) -> AdapterConfig:
     """Accept any object with `name`, `init` and `forward`; what it lacks takes the defaults of `AdapterConfig`.
 
     Raises:
-        TypeError: where `cfg` is no such object.
+        TypeError: where `cfg` is no such object, or a field of it holds a value of another type.
+        ValueError: where a field holds a value out of bounds.
     """
     missing = [fact for fact in ("name", "init", "forward") if not hasattr(cfg, fact)]
     if isinstance(cfg, type) or missing:
         lacks = f", which lacks {listed(missing)}" if missing and not isinstance(cfg, type) else ""
         raise TypeError(f"build: expected a variant's config, found {cfg!r}{lacks}. Pass an instance, e.g. LoRAConfig(r=8).")
-    if isinstance(cfg, AdapterConfig):
-        return cfg
-    cls = type(type(cfg).__name__, (type(cfg), AdapterConfig), {"__module__": type(cfg).__module__, "_written": type(cfg)})
-    full: Any = object.__new__(cls)
-    vars(full).update(vars(cfg))
+    written: Any = type(cfg)
+    cls: Any = completed(written, AdapterConfig)
+    full: Any = cfg
+    if cls is not written:
+        full = object.__new__(cls)
+        vars(full).update(vars(cfg))
+    check_fields(full)
     return full
 
 
@@ -232,7 +220,7 @@ def to_json(cfg: AdapterConfig) -> dict[str, Any]:
             json.dumps(value)
         except (TypeError, ValueError) as e:
             raise TypeError(
-                f"{_at(cfg, name)} a value that a file can hold, found {value!r} ({e}). Keep the name of it in the field."
+                f"{at(cfg, name)} a value that a file can hold, found {value!r} ({e}). Keep the name of it in the field."
             ) from e
     return {**fields, "name": cfg.name}
 

@@ -5,6 +5,7 @@ matrix, `W.constants` holds what the variant derived at build. The framework ask
 """
 
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -13,15 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Constants = dict[str, Tensor]
+Params = Mapping[str, Tensor]
 
 USES = {
-    "output": "the layer's own output, `W(x)`",
-    "project": "products of the input with a matrix of its own, `W.project(x, A)`",
-    "vectors": "the input itself, as vectors `(*b, i)`",
-    "matmul": "products with the weight alone, `W.matmul(x)`",
-    "dense": "the weight as a matrix, `W.dense()`",
+    "output": "calls `W(x)`, the layer's own output",
+    "project": "calls `W.project(x, A)`, a projection of the input",
+    "vectors": "takes the input `x` itself, as vectors `(*b, i)`",
+    "matmul": "calls `W.matmul`, the product without the bias, on vectors of its own",
+    "dense": "calls `W.dense()`, the weight as a matrix, at build or in the forward; norms of it too",
 }
-"""What a variant may use of a layer, in the words of its fact `uses`; a kind's `gives` are matched with them."""
+"""The words of a variant's `uses` and a kind's `gives`: which parts of a layer a variant uses, and which a kind of layer has."""
 
 
 class Frozen:
@@ -34,11 +36,11 @@ class Frozen:
         training: whether the layer is in training mode; dropout asks for it.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset(USES)
+    gives: ClassVar[AbstractSet[str]] = frozenset(USES)
     one_hot: ClassVar[bool] = False
     """Whether an input picks one column of the weight, as a token does."""
 
-    constants: Mapping[str, Tensor]
+    constants: Params
     """The variant's frozen tensors, by name."""
     prompt: Tensor | None = None
     """Of a block in a call, which positions of its hidden states are prompt, `(b, t)`."""
@@ -47,7 +49,7 @@ class Frozen:
         self,
         weight: Tensor,
         bias: Tensor | None = None,
-        constants: Mapping[str, Tensor] = MappingProxyType({}),
+        constants: Params = MappingProxyType({}),
         training: bool = False,
     ) -> None:
         self._weight, self._bias, self._training = weight, bias, training

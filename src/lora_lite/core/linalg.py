@@ -1,4 +1,7 @@
-"""Mathematics that several variants share: low-rank products, truncated SVD with fixed signs, uniform draws."""
+"""Tools for the author of a variant: low-rank products, gates, truncated SVD with fixed signs, uniform draws, rotations.
+
+`add_low_rank`, `gate`, `truncated_svd`, `kaiming` and `cayley` are public, as `lora_lite.linalg`.
+"""
 
 import math
 
@@ -7,13 +10,13 @@ from torch import Tensor
 
 
 def add_low_rank(y0: Tensor, h: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
-    """Give `y0 + scale h B^T` in one fused multiply-add: `y0 (*b, o)`, `h (*b, r)`, `B (o, r)`."""
+    """Return `y0 + scale h B^T` in one fused multiply-add: `y0 (*b, o)`, `h (*b, r)`, `B (o, r)`."""
     flat = torch.addmm(y0.reshape(-1, y0.shape[-1]), h.reshape(-1, h.shape[-1]), B.t(), alpha=scale)
     return flat.view(y0.shape)
 
 
 def gate(y: Tensor, g: Tensor, fixed: Tensor | None = None) -> Tensor:
-    """Give `(1 + g) (y - fixed) + fixed`, with `y (*b, k)` and `g`, `fixed` `(k,)`; `y` to the bit where `g = 0`."""
+    """Return `(1 + g) (y - fixed) + fixed`, with `y (*b, k)` and `g`, `fixed` `(k,)`; `y` to the bit where `g = 0`."""
     g = g.to(y.dtype)  # under autocast the layer's output has another dtype than its input
     if torch.finfo(y.dtype).bits < 32:  # 1 + g would round small gates away
         return torch.addcmul(y, y if fixed is None else y - fixed, g)
@@ -27,7 +30,7 @@ def kaiming(rows: int, cols: int, generator: torch.Generator) -> Tensor:
 
 
 def truncated_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the top `r` of the exact SVD, `U (o, r)`, `S (r)`, `Vh (r, i)`, in at least float32.
+    """Compute the top `r` of the exact SVD, `U (o, r)`, `S (r)`, `Vh (r, i)`, in at least float32.
 
     Signs are fixed by the largest entry of each row of `Vh` being positive, so that a recomputed basis is the same one.
     """
@@ -39,7 +42,7 @@ def truncated_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def leading_eigenpairs(C: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Give the largest `k` eigenvalues `(k,)`, descending, and eigenvectors `(n, k)` of a symmetric `C (n, n)`.
+    """Compute the largest `k` eigenvalues `(k,)`, descending, and eigenvectors `(n, k)` of a symmetric `C (n, n)`.
 
     By block Krylov iteration with its own proof: the residuals, over the gap to the next eigenvalue, bound the sine of the angle to the
     true subspace (Davis and Kahan 1970). Where the bound is not met, and for small matrices, the whole decomposition is taken.
@@ -56,7 +59,7 @@ def leading_eigenpairs(C: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def leading_singular_triplets(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the top `k` singular triplets as `truncated_svd` does, by way of the smaller Gram matrix in float64.
+    """Compute the top `k` singular triplets as `truncated_svd` does, by way of the smaller Gram matrix in float64.
 
     For a start whose subspace is all that matters: values below 1e-5 of the largest would have no digits left, and there the SVD is taken.
     """
@@ -92,6 +95,28 @@ def _krylov(C: Tensor, k: int, block: int, blocks: int) -> tuple[Tensor, Tensor,
     return values[:k], vectors[:, :k], float(residual / gap) if gap > 0 and skew < 1e-8 else math.inf
 
 
+def skew(vectors: Tensor, size: int) -> Tensor:
+    """Return skew matrices `(*n, size, size)`: `vectors (*n, size (size - 1) / 2)` above the diagonal by rows, their negatives below."""
+    rows, cols = torch.triu_indices(size, size, 1, device=vectors.device)
+    upper = vectors.new_zeros(*vectors.shape[:-1], size * size).index_copy(-1, rows * size + cols, vectors)  # out of place, for vmap
+    upper = upper.unflatten(-1, (size, size))
+    return upper - upper.mT
+
+
+def cayley_excess(X: Tensor) -> Tensor:
+    """Compute `C(X) - I = 2 (I - X)^{-1} X`, in at least float32: without the identity, small angles keep their digits."""
+    X = X.to(torch.promote_types(X.dtype, torch.float32))
+    eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
+    # I - X is regular for every skew X, so the check for singular ones, for which CUDA would wait, is left out.
+    return 2 * torch.linalg.solve_ex(eye - X, X)[0]
+
+
+def cayley(X: Tensor) -> Tensor:
+    """Compute the rotation `C(X) = (I - X)^{-1} (I + X)` of a skew `X (*n, k, k)`, in at least float32; `C(-X) = C(X)^T`."""
+    excess = cayley_excess(X)
+    return excess + torch.eye(X.shape[-1], dtype=excess.dtype, device=X.device)
+
+
 def full_precision(x: Tensor) -> torch.autocast:
-    """Give a context in which autocast leaves the dtypes of small products and solves alone."""
+    """Return a context in which autocast leaves the dtypes of small products and solves alone."""
     return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # autocast knows no meta device

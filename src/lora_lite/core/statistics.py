@@ -27,14 +27,14 @@ class Means:
     mean_abs: Any = field(default=0.0, repr=False)
 
     def add(self, x: Tensor) -> Self:
-        """Give the statistics with the rows of `x (n, i)` added, n >= 1."""
+        """Return the statistics with the rows of `x (n, i)` added, n >= 1."""
         count = self.count + len(x)
         wide = torch.float32 if x.device.type == "mps" else torch.float64  # mps has no float64
         means = {"mean": x.mean(0, dtype=wide), "mean_abs": x.abs().mean(0, dtype=wide)}
         return replace(self, count=count, **{k: (m - getattr(self, k)) * (len(x) / count) + getattr(self, k) for k, m in means.items()})
 
     def merge(self, other: Self) -> Self:
-        """Give the statistics of the rows of both, as one pass over all of them would up to rounding."""
+        """Return the statistics of the rows of both, as one pass over all of them would up to rounding."""
         if not self.count or not other.count:
             return self if self.count else other
         count, names = self.count + other.count, ("mean", "mean_abs")
@@ -42,7 +42,7 @@ class Means:
         return replace(self, count=count, **{k: getattr(self, k) + (getattr(other, k) - getattr(self, k)) * share for k in names})
 
     def to(self, device: torch.device | str) -> Self:
-        """Give the statistics on a device."""
+        """Return the statistics on a device."""
         return replace(self, **_tensors_on(self, device))
 
 
@@ -102,7 +102,7 @@ class Statistics(Means):
         return self.covariance.addr_(mean, mean)
 
     def directions(self, k: int, center: bool = True) -> tuple[Tensor, Tensor]:
-        """Give the largest `k` variances `(k,)`, descending, and their directions `(i, k)`, about the mean or about zero, in float64.
+        """Compute the largest `k` variances `(k,)`, descending, and their directions `(i, k)`, about the mean or about zero, in float64.
 
         Found once for all layers that share the statistic.
         """
@@ -133,7 +133,7 @@ class Gradient:
     gradient: Any = field(default=0.0, repr=False)
 
     def add(self, x: Tensor, dy: Tensor) -> Self:
-        """Give the statistic with one batch added: inputs `x (n, i)` and the gradient in the outputs `dy (n, o)`."""
+        """Return the statistic with one batch added: inputs `x (n, i)` and the gradient in the outputs `dy (n, o)`."""
         dtype = torch.promote_types(dy.dtype, torch.float32)
         with full_precision(x):
             new = dy.to(dtype).t() @ x.to(dtype)
@@ -141,14 +141,14 @@ class Gradient:
         return replace(self, count=count, gradient=new.sub_(self.gradient).div_(count).add_(self.gradient))
 
     def merge(self, other: Self) -> Self:
-        """Give the statistic of the batches of both."""
+        """Return the statistic of the batches of both."""
         if not self.count or not other.count:
             return self if self.count else other
         count = self.count + other.count
         return replace(self, count=count, gradient=self.gradient + (other.gradient - self.gradient) * (other.count / count))
 
     def to(self, device: torch.device | str) -> Self:
-        """Give the statistic on a device."""
+        """Return the statistic on a device."""
         return replace(self, **_tensors_on(self, device))
 
 
@@ -158,22 +158,22 @@ def _tensors_on(statistic: Any, device: torch.device | str) -> dict[str, Any]:
 
 
 def exact(tensor: Tensor) -> Tensor:
-    """Give a tensor in float64, on the CPU where its device has none."""
+    """Return a tensor in float64, on the CPU where its device has none."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def statistic_of(cfg: AdapterConfig) -> tuple[Callable[[], Any], bool]:
-    """Give what a calibrated config gathers, a class with `count` and `add`, and whether ignored labels are left out."""
+    """Return the class of statistics that a calibrated config gathers, and whether ignored labels are left out."""
     return getattr(cfg, "statistic", Statistics), getattr(cfg, "label_mask", False)
 
 
 def needs_loss(cfg: AdapterConfig) -> bool:
-    """Tell whether a calibrated config gathers gradients of a loss."""
+    """Whether a calibrated config gathers gradients of a loss."""
     return cfg.calibrated and getattr(statistic_of(cfg)[0], "of_loss", False)
 
 
 def require_stats(cfg: AdapterConfig, W: Frozen, stats: Any, name: str) -> Tensor:
-    """Give the statistic `name` of a layer's inputs, or say that it is missing.
+    """Return the statistic `name` of a layer's inputs.
 
     Raises:
         ValueError: where `stats` lacks it or it is of another width.
@@ -182,7 +182,7 @@ def require_stats(cfg: AdapterConfig, W: Frozen, stats: Any, name: str) -> Tenso
     if not isinstance(value, Tensor) or value.shape[-1] != W.in_features:
         found = "none" if value is None else f"shape {tuple(getattr(value, 'shape', ()))}"
         raise ValueError(
-            f"{type(cfg).__name__}.init: expected stats.{name} of the inputs of a layer of width {W.in_features}, found {found}. "
+            f"{type(cfg).__name__}: expected stats.{name} of the inputs of a layer of width {W.in_features}, found {found}. "
             "Use build(model, cfg, calibration=batches), or pass stats=Statistics().add(x)."
         )
     return value

@@ -1,6 +1,7 @@
 """Block outputs: hidden states `(b, t, d)` that a variant edits; `W.prompt` says which positions of each row are its prompt."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ class BlockKind(ModuleKind):
     """A block whose output a variant edits. `W(x) = x`: what there is to edit is the input."""
 
     site: ClassVar[str] = "block"
-    gives: ClassVar[frozenset[str]] = Frozen.gives
+    gives: ClassVar[AbstractSet[str]] = Frozen.gives
     why: ClassVar[str] = "A block's output has no weight of its own."
 
     def __init__(self, layer: Any, constants: Params = MappingProxyType({}), width: int = 0) -> None:

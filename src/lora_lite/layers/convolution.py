@@ -6,6 +6,7 @@ Outputs have their channels last inside a variant and where the model expects th
 """
 
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +24,7 @@ class ConvKind(Kind):
     """A convolution whose outputs see all channels: `x` is `(*b, channels, *space)`."""
 
     by_name: ClassVar[bool] = True
-    gives: ClassVar[frozenset[str]] = Kind.gives - {"inputs"}
+    gives: ClassVar[AbstractSet[str]] = Kind.gives - {"inputs"}
     why: ClassVar[str] = "Calibration sees a convolution's images, not their patches."
 
     @classmethod
@@ -106,7 +107,7 @@ class ConvKind(Kind):
 class GroupedConvKind(ConvKind):
     """A convolution in groups: an output sees the channels of its group alone, so that only its outputs are of one map."""
 
-    gives: ClassVar[frozenset[str]] = frozenset({"output"})
+    gives: ClassVar[AbstractSet[str]] = frozenset({"output"})
     why: ClassVar[str] = "A convolution in groups is one linear map for each group."
 
     @classmethod

@@ -4,6 +4,7 @@ Nothing one-hot is ever formed: `W(x)` is the lookup, and `W.project(x, A)` a lo
 (Gemma's) have the scale in `W`.
 """
 
+from collections.abc import Set as AbstractSet
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ class EmbeddingKind(Kind):
     """`nn.Embedding`: `x` holds ids `(*b)`, `i` is the vocabulary, `o` the width."""
 
     by_name: ClassVar[bool] = True
-    gives: ClassVar[frozenset[str]] = frozenset({"output", "project", "dropout"})
+    gives: ClassVar[AbstractSet[str]] = frozenset({"output", "project", "dropout"})
     state = {"weight": "weight"}  # noqa: RUF012  # read only
     one_hot: ClassVar[bool] = True
     why: ClassVar[str] = "An embedding receives token ids, which are no vectors."

@@ -7,6 +7,7 @@ protocol of experts (`has_gate`, `has_bias`, `is_transposed`, `_apply_gate`), wh
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
@@ -67,7 +68,7 @@ class _Expert(Frozen):
 class ExpertsKind(ParameterKind):
     """A weight of experts: its input holds the rows of all experts, sorted, and `routes` says which are whose."""
 
-    gives: ClassVar[frozenset[str]] = Kind.gives - {"inputs"}
+    gives: ClassVar[AbstractSet[str]] = Kind.gives - {"inputs"}
     why: ClassVar[str] = "Calibration sees the tokens of all experts at once."
 
     def __init__(self, layer: Any, constants: Params = MappingProxyType({}), name: str = "down_proj", routes: Routes | None = None) -> None:

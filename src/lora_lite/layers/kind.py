@@ -7,6 +7,7 @@ merging, mixed batches and counting mean for it. Each method has a default that 
 import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
@@ -14,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.frozen import Frozen, in_dtype, plus
+from lora_lite.core.frozen import Frozen, Params, in_dtype, plus
 from lora_lite.core.tree import join
 
-Params = Mapping[str, Tensor]
 Run = Callable[[Frozen, Any], Any]
 """A variant with its params: `(W, x) -> y`."""
 ADAPTERS = "_lora_lite_adapters"
@@ -77,7 +77,7 @@ class Kind(Frozen):
     """Where it is looked for: `"linear"`, `"norm"`, `"module"` or `"block"`, which a variant's fact `adapts` names."""
     by_name: ClassVar[bool] = False
     """Whether only `target_names` can ask for it."""
-    gives: ClassVar[frozenset[str]] = Frozen.gives | {"inputs", "dropout"}
+    gives: ClassVar[AbstractSet[str]] = Frozen.gives | {"inputs", "dropout"}
     """What it offers to variants, matched with their `uses`; `"inputs"` for calibration, `"dropout"` for dropping inputs."""
     state: ClassVar[Mapping[str, str]] = MappingProxyType({"weight": "weight", "bias": "bias"})
     """Under which names the module keeps its weight and its bias."""

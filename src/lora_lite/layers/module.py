@@ -1,6 +1,7 @@
 """Whole modules, whose own parameters are moved, and norms among them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -18,7 +19,7 @@ class ModuleKind(Kind):
     """Any module that has parameters: a head, an embedding, an encoder. `W(x)` is the module's own output."""
 
     site: ClassVar[str] = "module"
-    gives: ClassVar[frozenset[str]] = Frozen.gives | {"moved"}
+    gives: ClassVar[AbstractSet[str]] = Frozen.gives | {"moved"}
     state: ClassVar[Mapping[str, str]] = MappingProxyType({})
     why: ClassVar[str] = "A module that is trained as a whole is no linear map."
 

@@ -5,6 +5,7 @@ identity, `W^T + scale (B A)^T` for LoRA.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
@@ -23,7 +24,7 @@ class ParameterKind(Kind):
     """A matrix `(o, i)`, or several `(n, o, i)`, whose params and constants are stacked along a first axis."""
 
     by_name: ClassVar[bool] = True
-    gives: ClassVar[frozenset[str]] = Frozen.gives
+    gives: ClassVar[AbstractSet[str]] = Frozen.gives
     why: ClassVar[str] = "The module around this weight reads it and never calls it with an input."
 
     def __init__(self, layer: Any, constants: Params = MappingProxyType({}), name: str = "weight") -> None:

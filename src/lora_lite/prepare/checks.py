@@ -57,11 +57,11 @@ def check_uses(target: Target, cfg: AdapterConfig) -> None:
     unknown = sorted(set(cfg.uses) - set(USES))
     if unknown:
         raise ValueError(f"{name}.uses: expected words among {listed(USES)}, found {listed(unknown)}. Change the class variable.")
-    wanted = dict(USES) | {"inputs": "the layer's inputs, to be calibrated on", "dropout": "an input of which it can drop entries"}
+    wanted = USES | {"inputs": "is calibrated on the layer's inputs", "dropout": "drops inputs"}
     uses = set(cfg.uses) | ({"inputs"} if cfg.calibrated else set()) | ({"dropout"} if getattr(cfg, "dropout", 0.0) else set())
     lacking = [wanted[use] for use in wanted if use in uses and use not in kind.gives]
     if lacking:
         raise ValueError(
-            f'build: {name} cannot adapt "{target.path}" ({kind.__name__}), since it uses {" and ".join(lacking)}. {kind.why} Leave it out '
-            "with exclude_names, or adapt it by a config of its own, e.g. LoRAConfig without dropout."
+            f'build: {name} cannot adapt "{target.path}" ({kind.__name__}): it {"; it ".join(lacking)}. {kind.why or "The kind gives less."} '
+            "Leave the layer out with exclude_names, or adapt it by a config of its own, e.g. LoRAConfig without dropout."
         )

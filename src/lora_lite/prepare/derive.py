@@ -1,6 +1,8 @@
 """From targets to a plan: each variant's constants and the shapes of its params, derived from the frozen layers once."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -8,10 +10,10 @@ import torch
 from torch import nn
 
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.frozen import Constants
+from lora_lite.core.frozen import Constants, Frozen
 from lora_lite.core.plan import Entries, Plan, Shapes
 from lora_lite.core.progress import shown
-from lora_lite.prepare.start import generator_for, init_of
+from lora_lite.prepare.start import generator_for, own_start
 
 
 @torch.no_grad()
@@ -29,13 +31,13 @@ def derive(
     common, shared_shapes = share(base, entries)
     for target, cfg in shown(entries, "init", progress):
         W = target.kind.at(base, target.path, common.get(cfg.name, {}))
-        try:
-            own = W.make(lambda part, cfg=cfg, path=target.path: _constants(cfg, part, generator_for(0, path), stats.get(path)))
-            W = target.kind.at(base, target.path, {**common.get(cfg.name, {}), **own})
-            params = W.make(lambda part, cfg=cfg, path=target.path: init_of(cfg, part, generator_for(0, path)))
-        except Exception as e:
-            e.add_note(f'in {type(cfg).__name__}.init at target "{target.path}"')
-            raise
+        generators = (generator_for(0, target.path) for _ in range(2))  # each as if it were the only one
+        with _noted(f'in {type(cfg).__name__}.constants at target "{target.path}"'):
+            of = functools.partial(own_constants, cfg, generator=next(generators), stats=stats.get(target.path))
+            own = W.make(of)
+        W = target.kind.at(base, target.path, {**common.get(cfg.name, {}), **own})
+        with _noted(f'in {type(cfg).__name__}.init at target "{target.path}"'):
+            params = W.make(functools.partial(own_start, cfg, generator=next(generators)))
         shapes[target.path] = {name: tuple(p.shape) for name, p in params.items()}
         constants[target.path] = {name: c.detach().to(W.device) for name, c in own.items()}
     return Plan(base, entries, {**shapes, **shared_shapes}, constants, remat, common, kinds=tuple(kinds))
@@ -73,13 +75,18 @@ def layers_of(base: nn.Module, entries: Entries, cfg: AdapterConfig) -> list[Any
 
 def shared_start(cfg: AdapterConfig, layers: Sequence[Any], seed: int) -> Mapping[str, torch.Tensor]:
     """Draw the params that all targets of a config share."""
-    init = getattr(cfg, "share_init", None)
-    return init(layers, generator_for(seed, cfg.name)) if init is not None else {}
+    return cfg.share_init(layers, generator_for(seed, cfg.name))
 
 
-# TEMPORARY
-def _constants(cfg, part, g, stats):
-    if hasattr(cfg, "constants"):
-        return cfg.constants(part, g, stats)
-    r = cfg.init(part, g) if stats is None else cfg.init(part, g, stats)
-    return r[1]
+def own_constants(cfg: AdapterConfig, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
+    """Run a variant's `constants` on one linear map, with statistics where there are any."""
+    return cfg.constants(W, generator) if stats is None else cfg.constants(W, generator, stats)
+
+
+@contextmanager
+def _noted(where: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as e:
+        e.add_note(where)
+        raise

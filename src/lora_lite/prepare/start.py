@@ -1,18 +1,22 @@
 """Where training starts: each target's params, from its config and a generator of its own."""
 
 import hashlib
+from collections.abc import Mapping
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_lite.core.config import AdapterConfig
+from lora_lite.core.frozen import Frozen, Params
+from lora_lite.layers.kind import Kind
 
 
-def start_params(cfg: AdapterConfig, W: object, generator: torch.Generator) -> dict[str, Tensor]:
+def start_params(cfg: AdapterConfig, W: Kind, generator: torch.Generator) -> dict[str, Tensor]:
     """Draw a target's params, in the config's dtype and on the layer's device; `W` is its kind, with the constants."""
-    params = W.make(lambda part: init_of(cfg, part, generator))  # type: ignore[attr-defined]
-    return {name: placed(p, W.device, cfg.dtype) for name, p in params.items()}  # type: ignore[attr-defined]
+    params = W.make(lambda part: own_start(cfg, part, generator))
+    return {name: placed(p, W.device, cfg.dtype) for name, p in params.items()}
 
 
 def placed(p: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -32,7 +36,17 @@ def generator_for(seed: int, path: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-# TEMPORARY until the configs have two methods
-def init_of(cfg, W, g):
-    r = cfg.init(W, g)
-    return r[0] if isinstance(r, tuple) else r
+def own_start(cfg: AdapterConfig, W: Frozen, generator: torch.Generator) -> Params:
+    """Run a variant's `init` on one linear map whose constants are filled.
+
+    Raises:
+        TypeError: where `init` returns anything but tensors by name.
+    """
+    params: Any = cfg.init(W, generator)
+    if not isinstance(params, Mapping):
+        found = "two trees" if isinstance(params, tuple) else type(params).__name__
+        raise TypeError(
+            f"{type(cfg).__name__}.init: expected a mapping from names to the tensors to train, found {found}. Return frozen tensors from "
+            "constants(W, generator, stats); init finds them in W.constants."
+        )
+    return params

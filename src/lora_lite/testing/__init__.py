@@ -17,7 +17,21 @@ from lora_lite.core.config import AdapterConfig, as_config
 from lora_lite.testing._case import Case as Case
 from lora_lite.testing._case import make_cases as make_cases
 from lora_lite.testing._derivatives import forward_mode, gradients
-from lora_lite.testing._formula import acts, counts, deterministic, facts, identity, merged, precision, pure, rows, shapes, steered, vmapped
+from lora_lite.testing._formula import (
+    acts,
+    counts,
+    deterministic,
+    facts,
+    identity,
+    merged,
+    precision,
+    pure,
+    rows,
+    shapes,
+    steered,
+    training,
+    vmapped,
+)
 from lora_lite.testing._kind import KIND_CHECKS as KIND_CHECKS
 from lora_lite.testing._kind import KindCase as KindCase
 from lora_lite.testing._kind import check_kind as check_kind
@@ -31,7 +45,7 @@ CHECKS: dict[str, Callable[[AdapterConfig], None]] = {
     f.__name__: f
     for f in (
         *(facts, deterministic, identity, acts, pure, gradients, forward_mode, vmapped, rows),
-        *(merged, steered, precision, shapes, counts, compiles, mixed_batch, saved, untouched),
+        *(merged, steered, training, precision, shapes, counts, compiles, mixed_batch, saved, untouched),
         *(quantised_4bit, quantised_8bit),
     )
 }

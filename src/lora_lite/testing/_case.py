@@ -11,6 +11,8 @@ from lora_lite.core.config import AdapterConfig, as_config, with_fields
 from lora_lite.core.frozen import Frozen
 from lora_lite.core.statistics import needs_loss, statistic_of
 from lora_lite.layers.kind import Variant
+from lora_lite.prepare.derive import own_constants
+from lora_lite.prepare.start import own_start
 
 VALUES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest error of a value, relative to the largest entry of what it is compared with, by dtype."""
@@ -28,7 +30,7 @@ class Case:
     Attributes:
         cfg: the variant, its target fields at their defaults.
         W: the frozen layer, with the variant's constants.
-        start: the params as `init` gives them.
+        start: the params as `share_init` and `init` return them.
         params: the same moved off the start.
         x: an input `(3, 2, i)`.
     """
@@ -44,17 +46,22 @@ class Case:
         return Variant(self.cfg)(params, self.W, self.x if x is None else x)
 
     def delta(self, params: Params, x: Tensor | None = None) -> Tensor:
-        """What the variant adds to the layer's own output."""
+        """Compute what the variant adds to the layer's own output."""
         x = self.x if x is None else x
         return self(params, x) - self.W(x)
 
     def to(self, dtype: torch.dtype) -> "Case":
-        """The same numbers in another dtype."""
+        """Return the same numbers in another dtype; integer and boolean constants stay what they are."""
         W = self.W
         bias = None if W.bias is None else W.bias.to(dtype)
-        frozen = Frozen(W.weight.to(dtype), bias, {k: c.to(dtype) for k, c in W.constants.items()})
+        constants = {k: c.to(dtype) if c.is_floating_point() else c for k, c in W.constants.items()}
+        frozen = Frozen(W.weight.to(dtype), bias, constants, W.training)
         cast = {k: p.to(dtype) for k, p in self.params.items()}
         return Case(self.cfg, frozen, {k: p.to(dtype) for k, p in self.start.items()}, cast, self.x.to(dtype))
+
+    def in_training(self) -> "Case":
+        """Return the same case with the layer in training mode."""
+        return dataclasses.replace(self, W=Frozen(self.W.weight, self.W.bias, self.W.constants, training=True))
 
 
 def make_cases(cfg: AdapterConfig, dtype: torch.dtype) -> list[Case]:
@@ -74,9 +81,10 @@ def _make_case(cfg: AdapterConfig, dtype: torch.dtype, i: int, o: int, *, bias: 
     weight = (torch.randn(o, i, generator=g) / i**0.5).to(dtype)
     W = Frozen(weight, torch.randn(o, generator=g).to(dtype) if bias else None)
     given = (_statistics(cfg, i, o, dtype),) if cfg.calibrated else (unquantised(weight),) if cfg.original else ()
-    params, constants = cfg.init(W, torch.Generator().manual_seed(0), *given)
-    start = {name: p.to(cfg.dtype) for name, p in params.items()}
+    constants = own_constants(cfg, W, torch.Generator().manual_seed(0), *given)
+    shared = cfg.share_init([W], torch.Generator().manual_seed(1))
     W = Frozen(weight, W.bias, {**cfg.share([W]), **constants})
+    start = {name: p.to(cfg.dtype) for name, p in {**shared, **own_start(cfg, W, torch.Generator().manual_seed(0))}.items()}
     moved = {name: p + 0.1 * torch.randn(p.shape, generator=g).to(p.dtype) for name, p in start.items()}
     return Case(cfg, W, start, moved, torch.randn(3, 2, i, generator=g).to(dtype))
 
@@ -89,7 +97,7 @@ def _statistics(cfg: AdapterConfig, i: int, o: int, dtype: torch.dtype) -> Any:
 
 
 def unquantised(weight: Tensor) -> Tensor:
-    """Give what a weight may have been before it was quantised: itself with some noise."""
+    """Return a weight as it may have been before it was quantised: itself with some noise."""
     noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(weight.shape[0]))
     return weight + (0.1 * noise).to(weight.dtype)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lora_lite.core.checked import set_typecheck
 from lora_lite.core.config import AdapterConfig, with_fields
+from lora_lite.core.frozen import USES
 from lora_lite.derived.cost import macs_per_token
 from lora_lite.derived.merge import merged_layer
 from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32, float64, make_cases
@@ -16,15 +17,17 @@ def facts(cfg: AdapterConfig) -> None:
     """The declared facts are of their kinds."""
     if not isinstance(cfg.name, str) or not cfg.name:
         fail("name to be a non-empty string", repr(cfg.name))
+    if not set(cfg.uses) <= set(USES):
+        fail(f"uses to hold words among {list(USES)}", sorted(cfg.uses))
     if cfg.identity is not None and not 0 <= cfg.identity < 1:
         fail("identity to be None or a tolerance in [0, 1)", repr(cfg.identity))
 
 
 def deterministic(cfg: AdapterConfig) -> None:
-    """Init draws from its generator only, and gives new tensors each time."""
+    """Init draws from its generator only, and returns new tensors each time."""
     state = torch.get_rng_state()
     for case in float32(cfg):
-        first, second = (cfg.init(case.W, torch.Generator().manual_seed(7))[0] for _ in range(2))
+        first, second = (case.cfg.init(case.W, torch.Generator().manual_seed(7)) for _ in range(2))
         for name in first:
             if not torch.equal(first[name], second[name]):
                 fail(f"init to give the same {name} for the same generator", "another")
@@ -124,6 +127,26 @@ def steered(cfg: AdapterConfig) -> None:
             fail("a gradient for the strength", float(slope))
 
 
+def training(cfg: AdapterConfig) -> None:
+    """In training mode it computes the same but for dropout, whose shapes, gradients and `vmap` hold."""
+    for evaluated in float32(cfg):
+        case = evaluated.in_training()
+        if hasattr(cfg, "dropout"):
+            case = dataclasses.replace(case, cfg=with_fields(case.cfg, dropout=0.5))
+        elif not torch.equal(case(case.params), evaluated(case.params)):
+            fail("the same output in training mode, for want of a field named dropout", "another")
+
+        def loss(params: Params, x: Tensor, case: Case = case) -> Tensor:
+            return case(params, x).square().mean()
+
+        for name, grad in torch.func.grad(loss)(case.params, case.x).items():
+            if grad.shape != case.params[name].shape or not grad.isfinite().all():
+                fail(f"a finite gradient of {name} in training mode", tuple(grad.shape))
+        each = torch.vmap(case, (None, 0), randomness="different")(case.params, case.x)
+        if each.shape != (3, 2, case.W.out_features) or not each.isfinite().all():
+            fail("finite outputs of a vmap with its own dropout for each row", tuple(each.shape))
+
+
 def precision(cfg: AdapterConfig) -> None:
     """In float32 and bfloat16 the update is that of the same numbers in float64; float32 params serve a bfloat16 layer."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -155,7 +178,8 @@ def counts(cfg: AdapterConfig) -> None:
     """The declared formulas of trained numbers and multiply-adds match the counted ones."""
     for case in float32(cfg):
         known = {**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}, "i": case.W.in_features, "o": case.W.out_features}
-        counted = {"trained": sum(p.numel() for p in case.params.values()), "macs": macs_per_token(cfg, case.params, case.W)}
+        own = case.cfg.init(case.W, torch.Generator())  # what all targets share is not one target's
+        counted = {"trained": sum(p.numel() for p in own.values()), "macs": macs_per_token(cfg, case.params, case.W)}
         for fact, count in counted.items():
             formula = getattr(cfg, fact)
             if formula is not None and eval(formula, {"__builtins__": {"min": min, "max": max}}, known) != count:  # the class's own text

@@ -1,31 +1,31 @@
-"""The variants that ship. `VARIANTS` is the only list of them; loading a file looks names up here."""
+"""The variants that ship. `VARIANTS` is the only list of them: the public names, `functional` and the documentation follow from it."""
 
-from lora_lite.core.config import AdapterConfig
-from lora_lite.variants.adalora import AdaLoRAConfig
-from lora_lite.variants.antipasto import AntiPaSTOConfig
-from lora_lite.variants.asvd import ASVDConfig
-from lora_lite.variants.bitfit import BitFitConfig
-from lora_lite.variants.corda import CorDAConfig
-from lora_lite.variants.delora import DeLoRAConfig
-from lora_lite.variants.dora import DoRAConfig
-from lora_lite.variants.eva import EVAConfig
-from lora_lite.variants.full import FullConfig
-from lora_lite.variants.hra import HRAConfig
-from lora_lite.variants.ia3 import IA3Config
-from lora_lite.variants.ia3_ff import IA3FFConfig
-from lora_lite.variants.ln_tuning import LNTuningConfig
-from lora_lite.variants.loftq import LoftQConfig
-from lora_lite.variants.lora import LoRAConfig
-from lora_lite.variants.lora_ga import LoRAGAConfig
-from lora_lite.variants.lora_xs import LoRAXSConfig
-from lora_lite.variants.loreft import LoReFTConfig
-from lora_lite.variants.oft import OFTConfig
-from lora_lite.variants.pissa import PiSSAConfig
-from lora_lite.variants.road import ROADConfig
-from lora_lite.variants.ssvd import SSVDConfig
-from lora_lite.variants.vera import VeRAConfig
+from lora_lite.core.config import AdapterConfig as _AdapterConfig
+from lora_lite.variants.adalora import AdaLoRAConfig as AdaLoRAConfig
+from lora_lite.variants.antipasto import AntiPaSTOConfig as AntiPaSTOConfig
+from lora_lite.variants.asvd import ASVDConfig as ASVDConfig
+from lora_lite.variants.bitfit import BitFitConfig as BitFitConfig
+from lora_lite.variants.corda import CorDAConfig as CorDAConfig
+from lora_lite.variants.delora import DeLoRAConfig as DeLoRAConfig
+from lora_lite.variants.dora import DoRAConfig as DoRAConfig
+from lora_lite.variants.eva import EVAConfig as EVAConfig
+from lora_lite.variants.full import FullConfig as FullConfig
+from lora_lite.variants.hra import HRAConfig as HRAConfig
+from lora_lite.variants.ia3 import IA3Config as IA3Config
+from lora_lite.variants.ia3_ff import IA3FFConfig as IA3FFConfig
+from lora_lite.variants.ln_tuning import LNTuningConfig as LNTuningConfig
+from lora_lite.variants.loftq import LoftQConfig as LoftQConfig
+from lora_lite.variants.lora import LoRAConfig as LoRAConfig
+from lora_lite.variants.lora_ga import LoRAGAConfig as LoRAGAConfig
+from lora_lite.variants.lora_xs import LoRAXSConfig as LoRAXSConfig
+from lora_lite.variants.loreft import LoReFTConfig as LoReFTConfig
+from lora_lite.variants.oft import OFTConfig as OFTConfig
+from lora_lite.variants.pissa import PiSSAConfig as PiSSAConfig
+from lora_lite.variants.road import ROADConfig as ROADConfig
+from lora_lite.variants.ssvd import SSVDConfig as SSVDConfig
+from lora_lite.variants.vera import VeRAConfig as VeRAConfig
 
-VARIANTS: dict[str, type[AdapterConfig]] = {
+VARIANTS: dict[str, type[_AdapterConfig]] = {
     "lora": LoRAConfig,
     "pissa": PiSSAConfig,
     "dora": DoRAConfig,
@@ -50,3 +50,5 @@ VARIANTS: dict[str, type[AdapterConfig]] = {
     "ln_tuning": LNTuningConfig,
     "full": FullConfig,
 }
+
+__all__ = sorted(["VARIANTS", *(cls.__name__ for cls in VARIANTS.values())])

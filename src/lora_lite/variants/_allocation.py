@@ -14,7 +14,7 @@ AnyTree = Mapping[str, Leaves]
 
 
 def allocate(cfg: Any, params: AnyTree, grads: AnyTree, state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Give params with pruned `E`, and the next state: step, smoothed sensitivity and uncertainty, mask."""
+    """Return params with pruned `E`, and the next state: step, smoothed sensitivity and uncertainty, mask."""
     ours = [path for path, leaves in params.items() if set(leaves) == {"A", "B", "E"}]
     zeros = {path: {name: torch.zeros_like(p) for name, p in params[path].items()} for path in ours}
     state = state or {"step": 0, "sensitivity": zeros, "uncertainty": zeros, "mask": None}
@@ -43,7 +43,7 @@ def _smoothed(cfg: Any, params: AnyTree, grads: AnyTree, sensitivity: Any, uncer
 
 
 def _budget(cfg: Any, step: int, targets: int) -> int | None:
-    """Give how many triplets stay, or None where this step prunes nothing."""
+    """Return the number of triplets that stay, or None where this step prunes nothing."""
     start, end = cfg.init_r * targets, cfg.target_r * targets
     if step <= cfg.tinit or step % cfg.deltaT:
         return None

@@ -5,30 +5,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lite.core.frozen import Constants, Frozen
-from lora_lite.core.linalg import truncated_svd
+from lora_lite.core import AdapterConfig, Constants, Frozen, require_rank, truncated_svd
 from lora_lite.variants.ssvd import singular_triplets
 
-BASES = ("svd", "wanda", "corda", "asvd")
 DAMPING = 1e-3  # added to the second moments, upstream's value
 
 
-def derive_basis(W: Frozen, r: int, basis: str, stats: Any = None) -> Constants:
-    """Give `U (o, r)`, `S (r)`, `Vh (r, i)`; `stats.second_moment` is `E[x x^T] (i, i)` of the layer's inputs.
+def derive_basis(cfg: AdapterConfig, W: Frozen, r: int, basis: str, stats: Any = None) -> Constants:
+    """Compute `U (o, r)`, `S (r)`, `Vh (r, i)`; `stats.second_moment` is `E[x x^T] (i, i)` of the layer's inputs.
 
     Raises:
         ValueError: where the layer has fewer than `r` directions, or the basis needs statistics and gets none that fit.
     """
-    i, o = W.in_features, W.out_features
-    if r > min(i, o):
-        raise ValueError(
-            f"AntiPaSTOConfig.r: expected at most min(i, o) = {min(i, o)} for a layer of shape ({o}, {i}), found {r}. "
-            "Lower r or leave the layer out."
-        )
+    require_rank(cfg, W)
     if basis == "svd":
         return singular_triplets(W, r)
     moment = getattr(stats, "second_moment", None)
-    if moment is None or tuple(moment.shape) != (i, i):
+    if moment is None or tuple(moment.shape) != (W.in_features, W.in_features):
+        i = W.in_features
         found = "none" if moment is None else f"shape {tuple(moment.shape)}"
         raise ValueError(
             f'AntiPaSTOConfig.basis: expected, for "{basis}", stats.second_moment of shape ({i}, {i}), the mean of x x^T over the '
@@ -38,7 +32,7 @@ def derive_basis(W: Frozen, r: int, basis: str, stats: Any = None) -> Constants:
 
 
 def oriented_triplets(W: Frozen, r: int, basis: str, second_moment: Tensor) -> Constants:
-    """Give `U (o, r)`, `S (r)`, `Vh (r, i)` with `U S Vh = U U^T W`, chosen or oriented by `E[x x^T] (i, i)` of the layer's inputs."""
+    """Compute `U (o, r)`, `S (r)`, `Vh (r, i)` with `U S Vh = U U^T W`, chosen or oriented by `E[x x^T] (i, i)` of the layer's inputs."""
     weight = W.dense()
     dtype = torch.promote_types(weight.dtype, torch.promote_types(second_moment.dtype, torch.float32))
     full, G = weight.to(dtype), second_moment.to(weight.device, dtype)

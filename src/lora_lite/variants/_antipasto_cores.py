@@ -6,7 +6,6 @@ per forward, in at least float32, and act on `p`: on the bases they would cost t
 """
 
 import math
-from collections.abc import Mapping
 from typing import TypedDict
 
 import torch
@@ -15,10 +14,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core.checked import checked
-from lora_lite.core.frozen import Constants, Frozen
-from lora_lite.core.linalg import add_low_rank
-from lora_lite.variants._rotation import cayley_excess, skew
+from lora_lite.core import Constants, Frozen, Params, add_low_rank, cayley_excess, checked, skew
 from lora_lite.variants.ssvd import singular_triplets
 
 
@@ -26,16 +22,16 @@ def _basis(W: Frozen, r: int) -> Constants:
     return dict(W.constants) or singular_triplets(W, r)
 
 
-def _coordinates(basis: Mapping[str, Tensor], x: Tensor) -> Tensor:
+def _coordinates(basis: Params, x: Tensor) -> Tensor:
     return F.linear(x, basis["Vh"].to(x.dtype))  # p = Vh x, (*b, r)
 
 
-def _add(W: Frozen, x: Tensor, basis: Mapping[str, Tensor], h: Tensor) -> Tensor:
+def _add(W: Frozen, x: Tensor, basis: Params, h: Tensor) -> Tensor:
     return add_low_rank(W(x), h, basis["U"].to(x.dtype))  # W x + b + U h
 
 
-def _gains(basis: Mapping[str, Tensor], g: Tensor, x: Tensor) -> Tensor:
-    """Give `S ELU(g)`: `S` times 1 + it is positive whatever `g`, at most `S` for `g <= 0`."""
+def _gains(basis: Params, g: Tensor, x: Tensor) -> Tensor:
+    """Compute `S ELU(g)`: `S` times 1 + it is positive whatever `g`, at most `S` for `g <= 0`."""
     S = basis["S"][-g.shape[0] :]  # the arrow has gains for the tail alone
     return (S * F.elu(g.to(S.dtype))).to(x.dtype)
 
@@ -53,14 +49,14 @@ def _sizes(t: Tensor, bound: float, clamp: str) -> Tensor:
 
 
 def clamped(t: Tensor, max_angle: float, clamp: str) -> Tensor:
-    """Give the vectors of `A = skew(t / 2)` bounded smoothly by `a = 2 tan(max_angle / 2)`: `a tanh(A / a)`, or `A a tanh(n / a) / n`."""
+    """Bound the vectors of `A = skew(t / 2)` smoothly by `a = 2 tan(max_angle / 2)`: `a tanh(A / a)`, or `A a tanh(n / a) / n`."""
     bound = 2 * math.tan(max_angle / 2)
     z = _sizes(t, bound, clamp)
     return bound * z.tanh() if clamp == "element" else t / 2 * (z.tanh() / z)
 
 
 def scaled(t: Tensor, c: float | Tensor, max_angle: float, clamp: str) -> Tensor:
-    """Give the `t` whose clamped `A` is `c` times that of `t`: exact while `c A` respects the bound, held at it beyond."""
+    """Compute the `t` whose clamped `A` is `c` times that of `t`: exact while `c A` respects the bound, held at it beyond."""
     full = t.to(torch.promote_types(t.dtype, torch.float32))
     bound = 2 * math.tan(max_angle / 2)
     z = _sizes(full, bound, clamp)
@@ -78,7 +74,7 @@ class RotationParams(TypedDict):
 def antipasto_rotation(
     params: RotationParams, W: Frozen, x: Float[Tensor, "*b i"], *, rotate_basis: str, max_rotation_angle: float, angle_clamp: str
 ) -> Float[Tensor, "*b o"]:
-    """Give `W x + b + U [R_u^T (S + delta_s) R_v p - S p]`; `t` is `(n, pairs)`, and `(2, n, pairs)` for both sides, V first."""
+    """Return `W x + b + U [R_u^T (S + delta_s) R_v p - S p]`; `t` is `(n, pairs)`, and `(2, n, pairs)` for both sides, V first."""
     basis = _basis(W, params["delta_s"].shape[0])
     t = params["t"].to(basis["S"].dtype)
     n = t.shape[-2]
@@ -102,7 +98,7 @@ class AdditiveParams(TypedDict):
 
 @checked
 def antipasto_additive(params: AdditiveParams, W: Frozen, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-    """Give `W x + b + U (delta_s p)`: the rotation core with no side rotated."""
+    """Return `W x + b + U (delta_s p)`: the rotation core with no side rotated."""
     basis = _basis(W, params["delta_s"].shape[0])
     return _add(W, x, basis, _coordinates(basis, x) * params["delta_s"])
 
@@ -113,7 +109,7 @@ class GainParams(TypedDict):
 
 @checked
 def antipasto_gain(params: GainParams, W: Frozen, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-    """Give `W x + b + U (S ELU(g) p)`."""
+    """Return `W x + b + U (S ELU(g) p)`."""
     basis = _basis(W, params["g"].shape[0])
     return _add(W, x, basis, _coordinates(basis, x) * _gains(basis, params["g"], x))
 
@@ -125,7 +121,7 @@ class AblateParams(TypedDict):
 
 @checked
 def antipasto_ablate(params: AblateParams, W: Frozen, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-    """Give `W x + b - (U Chat) alpha (Chat^T S Vh) x`, of rank `k`: the two thin factors cost `r k (i + o)` once per forward."""
+    """Return `W x + b - (U Chat) alpha (Chat^T S Vh) x`, of rank `k`: the two thin factors cost `r k (i + o)` once per forward."""
     basis = _basis(W, params["C"].shape[0])
     C = params["C"].to(basis["S"].dtype)  # no QR in half precision
     # The floor keeps the zero tree, which is the base model, finite.
@@ -143,7 +139,7 @@ class ArrowParams(TypedDict):
 
 @checked
 def antipasto_arrow(params: ArrowParams, W: Frozen, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-    """Give `W x + b + U [M S_b p_b; S_t ELU(g) p_t]`: dense on the first coordinates, gains on the rest."""
+    """Return `W x + b + U [M S_b p_b; S_t ELU(g) p_t]`: dense on the first coordinates, gains on the rest."""
     M, g = params["M"], params["g"]
     k = M.shape[0]
     basis = _basis(W, k + g.shape[0])
@@ -161,7 +157,7 @@ class DPLRParams(TypedDict):
 
 @checked
 def antipasto_dplr(params: DPLRParams, W: Frozen, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-    """Give `W x + b + U [S ELU(g) p + B A p]`: diagonal plus low rank."""
+    """Return `W x + b + U [S ELU(g) p + B A p]`: diagonal plus low rank."""
     basis = _basis(W, params["g"].shape[0])
     p = _coordinates(basis, x)
     return _add(W, x, basis, add_low_rank(p * _gains(basis, params["g"], x), F.linear(p, params["A"]), params["B"]))

@@ -24,19 +24,15 @@ gradients, and the orthogonality term is a mean of Frobenius norms, not the pape
 official 0.1. The first call of `update` is step 1.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core.checked import checked
-from lora_lite.core.config import AdapterConfig, expect, expect_int, expect_number
-from lora_lite.core.frozen import Constants, Frozen
-from lora_lite.core.linalg import add_low_rank
+from lora_lite.core import AdapterConfig, Count, Frozen, NonNegative, Params, Probability, Rank, Size, add_low_rank, checked, expect
 from lora_lite.variants._allocation import allocate
 
 AnyTree = Mapping[str, Mapping[str, Tensor]]
@@ -51,14 +47,14 @@ class AdaLoRAParams(TypedDict):
 
 @checked
 def adalora(params: AdaLoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float, dropout: float = 0.0) -> Float[Tensor, "*b o"]:
-    """Give `W x + b + scale B (E (A drop(x)))`; the module's docstring has the formula and the shapes."""
+    """Return `W x + b + scale B (E (A drop(x)))`; the module's docstring has the formula and the shapes."""
     # E scales the rows of A, not the activations: these would be kept twice for the backward pass.
     h = W.project(x, params["A"] * params["E"][:, None], dropout)
     return add_low_rank(W(x), h, params["B"], scale)
 
 
 def orthogonality(params: AnyTree) -> Tensor:
-    """Give the mean over all `A` and `B` of `||P P^T - I||_F`, eq. (4) as PEFT has it; the loss takes `orth_reg_weight` of it."""
+    """Compute the mean over all `A` and `B` of `||P P^T - I||_F`, eq. (4) as PEFT has it; the loss takes `orth_reg_weight` of it."""
     norms = []
     for leaves in params.values():
         if set(leaves) == NAMES:
@@ -84,53 +80,43 @@ class AdaLoRAConfig(AdapterConfig):
         dropout: probability of dropping an entry of the adapter's input, in [0, 1), in training mode.
     """
 
-    name: ClassVar[str] = "adalora"
-    trained: ClassVar[str | None] = "init_r * (i + o + 1)"
-    macs: ClassVar[str | None] = "init_r * (i + o)"
+    name = "adalora"
+    uses = frozenset({"output", "project"})
+    steered = ("E",)
+    trained = "init_r * (i + o + 1)"
+    macs = "init_r * (i + o)"
 
-    init_r: int = 12
-    target_r: int = 8
-    alpha: float = 8.0
-    tinit: int = 0
-    tfinal: int = 0
-    deltaT: int = 1
-    beta1: float = 0.85
-    beta2: float = 0.85
-    orth_reg_weight: float = 0.5
-    total_step: int | None = None
-    dropout: float = 0.0
+    init_r: Rank = 12
+    target_r: Rank = 8
+    alpha: NonNegative = 8.0
+    tinit: Count = 0
+    tfinal: Count = 0
+    deltaT: Size = 1
+    beta1: Probability = 0.85
+    beta2: Probability = 0.85
+    orth_reg_weight: NonNegative = 0.5
+    total_step: Size | None = None
+    dropout: Probability = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expect_int(self, "init_r", 1, "Set the rank at the start, e.g. init_r=12.")
-        expect_int(self, "target_r", 1, "Set the mean rank to keep, e.g. target_r=8.")
         expect(self, "target_r", self.target_r <= self.init_r, f"at most init_r={self.init_r}", "Lower target_r or raise init_r.")
-        expect_number(self, "alpha", 0.0, math.inf, "The update is scaled by alpha / init_r, e.g. alpha=8.")
-        for field, least in (("tinit", 0), ("tfinal", 0), ("deltaT", 1)):
-            expect_int(self, field, least, "Count optimiser steps.")
-        for field in ("beta1", "beta2", "dropout"):
-            expect_number(self, field, 0.0, 1.0, "Set a share, e.g. 0.85.")
-        expect_number(self, "orth_reg_weight", 0.0, math.inf, "PEFT's default is 0.5.")
-        if self.total_step is not None:
-            expect_int(self, "total_step", 1, "Count the optimiser steps of the whole training.")
-            enough = self.total_step > self.tinit + self.tfinal
-            expect(self, "total_step", enough, f"more than tinit + tfinal = {self.tinit + self.tfinal}", "Lower one of the two.")
+        around = self.tinit + self.tfinal
+        enough = self.total_step is None or self.total_step > around
+        expect(self, "total_step", enough, f"more than tinit + tfinal = {around}", "Lower one of the two.")
 
     @property
     def scale(self) -> float:
         """The factor of the update, `alpha / (init_r + 1e-5)`."""
         return self.alpha / (self.init_r + 1e-5)
 
-    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[AdaLoRAParams, Constants]:
+    def init(self, W: Frozen, generator: torch.Generator) -> AdaLoRAParams:
         A = 0.02 * torch.randn(self.init_r, W.in_features, generator=generator, device=generator.device)
         B = 0.02 * torch.randn(W.out_features, self.init_r, generator=generator, device=generator.device)
-        return {"A": A, "B": B, "E": torch.zeros(self.init_r)}, {}
+        return {"A": A, "B": B, "E": torch.zeros(self.init_r)}
 
-    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+    def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
         return adalora(params, W, x, scale=self.scale, dropout=self.dropout)
-
-    def steer(self, params: Mapping[str, Tensor], c: float | Tensor) -> dict[str, Tensor]:
-        return {**params, "E": c * params["E"]}
 
     def update(self, params: AnyTree, grads: AnyTree, state: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
         """Allocate the budget after an optimiser's step.

@@ -47,19 +47,15 @@ are lora-lite's: the paper's (7) and the other code bases have `-t`.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
-from lora_lite.core.config import AdapterConfig, expect, expect_int, expect_number
-from lora_lite.core.errors import listed
-from lora_lite.core.frozen import Constants, Frozen
-from lora_lite.core.linalg import kaiming
+from lora_lite.core import AdapterConfig, Constants, Frozen, Params, Rank, Size, Within, expect, kaiming
 from lora_lite.variants import _antipasto_cores as cores
-from lora_lite.variants._antipasto_bases import BASES, derive_basis
+from lora_lite.variants._antipasto_bases import derive_basis
 
 CORES = {
     "rotation": cores.antipasto_additive,  # where a side is rotated, antipasto_rotation
@@ -69,12 +65,11 @@ CORES = {
     "dplr": cores.antipasto_dplr,
 }
 SIDES = {"V": (), "U": (), "both": (2,), "none": None}  # leading axes of t, by what is rotated
-CLAMPS = ("element", "spectral")
 START = 4e-4  # mean and standard deviation of delta_s at init
 
 
 def antipasto(
-    params: Mapping[str, Tensor],
+    params: Params,
     W: Frozen | Tensor,
     x: Tensor,
     *,
@@ -83,7 +78,7 @@ def antipasto(
     max_rotation_angle: float = 0.5,
     angle_clamp: str = "element",
 ) -> Tensor:
-    """Give `W x + b + U [core(p) - S p]`; the module's docstring has the formulas, each core's own function checks its shapes."""
+    """Return `W x + b + U [core(p) - S p]`; the module's docstring has the formulas, each core's own function checks its shapes."""
     if core == "rotation" and rotate_basis != "none":
         bounds = {"max_rotation_angle": max_rotation_angle, "angle_clamp": angle_clamp}
         return cores.antipasto_rotation(params, W, x, rotate_basis=rotate_basis, **bounds)
@@ -105,40 +100,35 @@ class AntiPaSTOConfig(AdapterConfig):
         k: rank of the ablate and dplr cores; by default 1 and 8.
     """
 
-    name: ClassVar[str] = "antipasto"
-    needs: ClassVar[str] = "dense_init"
-    trained: ClassVar[str | None] = (
+    name = "antipasto"
+    uses = frozenset({"output", "vectors", "dense"})
+    trained = (
         "{'rotation': r + r * (block_size - 1) // 2 * {'none': 0, 'both': 2}.get(rotate_basis, 1), 'gain': r, 'ablate': k * (r + 1), "
         "'arrow': block_size * block_size + r - block_size, 'dplr': r + 2 * r * k}[core]"
     )
-    macs: ClassVar[str | None] = (
+    macs = (
         "{'rotation': r * (i + o) + r * (1 if rotate_basis == 'none' else block_size), 'gain': r * (i + o) + r, 'ablate': k * (i + o), "
         "'arrow': r * (i + o) + block_size * block_size + r - block_size, 'dplr': r * (i + o) + r + 2 * r * k}[core]"
     )
 
-    r: int = 256
-    core: str = "rotation"
-    basis: str = "svd"
-    rotate_basis: str = "V"
-    block_size: int = None  # type: ignore[assignment]  # an integer from __post_init__ on, and so is k
-    max_rotation_angle: float = 0.5
-    angle_clamp: str = "element"
-    k: int = None  # type: ignore[assignment]
+    r: Rank = 256
+    core: Literal["rotation", "gain", "ablate", "arrow", "dplr"] = "rotation"
+    basis: Literal["svd", "wanda", "corda", "asvd"] = "svd"
+    rotate_basis: Literal["V", "U", "both", "none"] = "V"
+    block_size: Size = None  # type: ignore[assignment]  # an integer from __post_init__ on, and so is k
+    max_rotation_angle: Annotated[float, Within(0.0, math.pi, above=True)] = 0.5
+    angle_clamp: Literal["element", "spectral"] = "element"
+    k: Rank = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for field, known in (("core", CORES), ("basis", BASES), ("rotate_basis", SIDES), ("angle_clamp", CLAMPS)):
-            expect(self, field, getattr(self, field) in known, f"one of {listed(known)}", f'The default is "{getattr(type(self), field)}".')
         for field, usual in (("block_size", 8 if self.core == "arrow" else 4), ("k", 1 if self.core == "ablate" else 8)):
             if getattr(self, field) is None:
                 object.__setattr__(self, field, usual)
-        expect_int(self, "r", 1, "Set r to the number of directions, e.g. r=256.")
-        expect_int(self, "block_size", 2 if self.core == "rotation" else 1, "Set it to the size of a block, e.g. block_size=4.")
-        expect_int(self, "k", 1, "Set k to the rank of the core, e.g. k=8.")
-        expect_number(self, "max_rotation_angle", 0.0, math.pi, "Set the bound in radians, e.g. max_rotation_angle=0.5.")
-        expect(self, "max_rotation_angle", self.max_rotation_angle > 0, "an angle > 0", 'Use rotate_basis="none" for no rotation.')
-        if self.core == "rotation" and self.rotate_basis != "none":
-            expect(self, "r", self.r % self.block_size == 0, f"a multiple of block_size={self.block_size}", "Change one of the two.")
+        super().__post_init__()
+        if self.core == "rotation":
+            expect(self, "block_size", self.block_size >= 2, "an integer >= 2", "A block of 1 has nothing to rotate.")
+            whole = self.rotate_basis == "none" or self.r % self.block_size == 0
+            expect(self, "r", whole, f"a multiple of block_size={self.block_size}", "Change one of the two.")
         if self.core == "arrow":
             expect(self, "block_size", self.block_size < self.r, f"less than r={self.r}", "The rest of the directions take gains.")
         if self.core == "ablate":
@@ -146,7 +136,7 @@ class AntiPaSTOConfig(AdapterConfig):
 
     @property
     def calibrated(self) -> bool:
-        """Whether `init` needs `stats.second_moment`: for every basis but the plain SVD."""
+        """Whether `constants` needs `stats.second_moment`: for every basis but the plain SVD."""
         return self.basis != "svd"
 
     @property
@@ -154,9 +144,10 @@ class AntiPaSTOConfig(AdapterConfig):
         """The output's relative error at init; of the rotation core, for a layer whose singular values are not small beside one."""
         return {"rotation": 1e-3, "ablate": 0.05}.get(self.core, 0.0)
 
-    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[Mapping[str, Tensor], Constants]:
-        constants = dict(W.constants) or derive_basis(W, self.r, self.basis, stats)
+    def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
+        return derive_basis(self, W, self.r, self.basis, stats)
 
+    def init(self, W: Frozen, generator: torch.Generator) -> Params:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, device=generator.device)
 
@@ -164,26 +155,26 @@ class AntiPaSTOConfig(AdapterConfig):
         if self.core == "rotation":
             params = {"delta_s": START + START * normal(r)}
             axes = SIDES[self.rotate_basis]
-            return params if axes is None else {**params, "t": torch.zeros(*axes, r // size, size * (size - 1) // 2)}, constants
+            return params if axes is None else {**params, "t": torch.zeros(*axes, r // size, size * (size - 1) // 2)}
         if self.core == "ablate":
-            return {"C": normal(r, k) / math.sqrt(r), "alpha": torch.full((k,), 0.05)}, constants
+            return {"C": normal(r, k) / math.sqrt(r), "alpha": torch.full((k,), 0.05)}
         if self.core == "arrow":
-            return {"M": torch.zeros(size, size), "g": torch.zeros(r - size)}, constants
+            return {"M": torch.zeros(size, size), "g": torch.zeros(r - size)}
         low_rank = {"A": kaiming(k, r, generator), "B": torch.zeros(r, k)} if self.core == "dplr" else {}
-        return {"g": torch.zeros(r), **low_rank}, constants
+        return {"g": torch.zeros(r), **low_rank}
 
-    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+    def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
         statics = ("core", "rotate_basis", "max_rotation_angle", "angle_clamp")
         return antipasto(params, W, x, **{name: getattr(self, name) for name in statics})
 
-    def steer(self, params: Mapping[str, Tensor], c: float | Tensor) -> dict[str, Tensor]:
+    def steer(self, params: Params, c: float | Tensor) -> Params:
         fixed = {"A", "C"}  # the update is linear in their partners B and alpha
         steered = {name: p if name in fixed else c * p for name, p in params.items()}
         if "t" in params:
             steered["t"] = cores.scaled(params["t"], c, self.max_rotation_angle, self.angle_clamp)
         return steered
 
-    def update(self, params: Mapping[str, Mapping[str, Tensor]], grads: Any, state: Any = None) -> tuple[Any, Any]:
+    def update(self, params: Any, grads: Any, state: Any = None) -> tuple[Any, Any]:
         """Project a tree after an optimiser's step: `alpha` of the ablate core into [0, 1], where the core contracts; the rest stays."""
         project = {"alpha": lambda alpha: alpha.clamp(0, 1)}
         new = {path: {name: project.get(name, lambda p: p)(p) for name, p in leaves.items()} for path, leaves in params.items()}

@@ -26,27 +26,16 @@ that the sizes of `A_0` and `B_0` do not depend on the unit of the inputs; the p
 `S^-1 U^T W`, which it equals and which needs no floor for features that are always zero. The SVD is exact, the authors' code's randomised.
 """
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from lora_lite.core.checked import checked
-from lora_lite.core.config import expect_number
-from lora_lite.core.frozen import Constants, Frozen
-from lora_lite.core.statistics import Means, exact, require_stats
-from lora_lite.variants.corda import oriented_factors, require_start
-from lora_lite.variants.pissa import PiSSAConfig, PiSSAParams, pissa
+from lora_lite.core import Constants, Frozen, Means, NonNegative, another_start, exact, require_rank, require_stats
+from lora_lite.variants.corda import oriented_factors
+from lora_lite.variants.pissa import PiSSAConfig, pissa
 
-
-@checked
-def asvd(params: PiSSAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float) -> Float[Tensor, "*b o"]:
-    """Give `W x + b + scale [(B0 + dB) dA + dB A0] x`, PiSSA's own function; the module's docstring has the start."""
-    return pissa(params, require_start(W, "asvd"), x, scale=scale)
+asvd = another_start(pissa, "asvd", constants=("A0", "B0"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +48,13 @@ class ASVDConfig(PiSSAConfig):
         power: exponent of the mean absolute input, >= 0; 0 is PiSSA.
     """
 
-    name: ClassVar[str] = "asvd"
-    calibrated: ClassVar[bool] = True
-    statistic: ClassVar[type[Means]] = Means  # no i x i matrix is gathered
+    name = "asvd"
+    calibrated = True
+    statistic = Means  # no i x i matrix is gathered
 
-    power: float = 0.5
+    power: NonNegative = 0.5
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect_number(self, "power", 0.0, math.inf, "The paper's is power=0.5.")
-
-    def start(self, W: Frozen, stats: Any, generator: torch.Generator) -> Constants:
-        """Derive `A0` and `B0` from the SVD of `W diag(d)`."""
+    def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
+        require_rank(self, W)
         d = exact(require_stats(self, W, stats, "mean_abs")) ** self.power
         return oriented_factors(W, exact(W.dense()) * (d / d.mean()), slice(self.r), self.scale)
-
-    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
-        return asvd(params, W, x, scale=self.scale)

@@ -19,17 +19,14 @@ Departures: the paper and PEFT train the model's own biases in place, so that a 
 displacement, for every targeted layer. The paper also trains the biases of the norms, which are no targets here.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypedDict
+from typing import TypedDict
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core.checked import checked
-from lora_lite.core.config import AdapterConfig
-from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.core import AdapterConfig, Frozen, Params, checked
 
 
 class BitFitParams(TypedDict):
@@ -38,7 +35,7 @@ class BitFitParams(TypedDict):
 
 @checked
 def bitfit(params: BitFitParams, W: Frozen, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-    """Give `W x + b + db`; the module's docstring has the formula and the shapes."""
+    """Return `W x + b + db`; the module's docstring has the formula and the shapes."""
     y = W(x)
     return y + params["db"].to(y.dtype)  # under autocast the layer's output has another dtype than its input
 
@@ -47,13 +44,13 @@ def bitfit(params: BitFitParams, W: Frozen, x: Float[Tensor, "*b i"]) -> Float[T
 class BitFitConfig(AdapterConfig):
     """Config of BitFit; it has no hyperparameters of its own."""
 
-    name: ClassVar[str] = "bitfit"
-    reads: ClassVar[str] = "output"
-    trained: ClassVar[str | None] = "o"
-    macs: ClassVar[str | None] = "0"
+    name = "bitfit"
+    uses = frozenset({"output"})
+    trained = "o"
+    macs = "0"
 
-    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[BitFitParams, Constants]:
-        return {"db": torch.zeros(W.out_features)}, {}
+    def init(self, W: Frozen, generator: torch.Generator) -> BitFitParams:
+        return {"db": torch.zeros(W.out_features)}
 
-    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+    def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
         return bitfit(params, W, x)

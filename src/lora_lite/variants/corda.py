@@ -29,24 +29,18 @@ plain second moment, in which tokens weigh alike. As there, the larger a batch, 
 learning rate that fits; PEFT's batches are of one row. PEFT counts padding; here masked positions are left out.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core.checked import checked
-from lora_lite.core.config import expect, expect_bool
-from lora_lite.core.errors import listed
-from lora_lite.core.frozen import Constants, Frozen
-from lora_lite.core.linalg import truncated_svd
-from lora_lite.core.statistics import Statistics, exact, require_stats
-from lora_lite.variants.pissa import PiSSAConfig, PiSSAParams, pissa
+from lora_lite.core import Constants, Frozen, Statistics, another_start, exact, require_rank, require_stats, truncated_svd
+from lora_lite.variants.pissa import PiSSAConfig, pissa
 
-METHODS = ("ipm", "kpm")
 DAMPING = 0.01  # of the mean diagonal of C
+
+corda = another_start(pissa, "corda", constants=("A0", "B0"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +52,10 @@ class ScaledStatistics(Statistics):
     def add(self, x: Tensor) -> Self:
         peak = x.max().abs()
         new = super().add(x / torch.where(peak > 0, peak, torch.ones_like(peak)))
-        object.__setattr__(new, "batches", self.batches + 1)
-        return new
+        return replace(new, batches=self.batches + 1)
+
+    def merge(self, other: Self) -> Self:
+        return replace(super().merge(other), batches=self.batches + other.batches)
 
     @property
     def second_moment(self) -> Tensor:
@@ -68,7 +64,7 @@ class ScaledStatistics(Statistics):
 
 
 def oriented_factors(W: Frozen, oriented: Tensor, keep: slice, scale: float) -> Constants:
-    """Give `A0 (r, i)`, `B0 (o, r)` with `scale B0 A0 = U U^T W`, where `U S V^T` is `keep` of the SVD of `oriented = W M`, in float64.
+    """Compute `A0 (r, i)`, `B0 (o, r)` with `scale B0 A0 = U U^T W`, where `U S V^T` is `keep` of the SVD of `oriented = W M`, in float64.
 
     `U U^T W` is `U S V^T M^-1`; each factor has half of `S`.
     """
@@ -79,22 +75,6 @@ def oriented_factors(W: Frozen, oriented: Tensor, keep: slice, scale: float) -> 
     inverse = torch.where(floor < S, (scale * S).rsqrt(), 0)  # a weight without full rank has nothing to give along the others
     A0 = inverse[:, None] * (U.t() @ exact(weight))
     return {"A0": A0.to(weight.dtype).contiguous(), "B0": (U * (S / scale).sqrt()).to(weight.dtype).contiguous()}
-
-
-def require_start(W: Frozen, name: str) -> Frozen:
-    """Refuse a layer without the start, which its weight alone does not determine."""
-    if not W.constants:
-        raise ValueError(
-            f"{name}: expected W as a Frozen with the constants A0 and B0, found none. They depend on data: take them from "
-            f"{name}'s config.init(W, generator, stats), and pass Frozen(weight, bias, constants)."
-        )
-    return W
-
-
-@checked
-def corda(params: PiSSAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float) -> Float[Tensor, "*b o"]:
-    """Give `W x + b + scale [(B0 + dB) dA + dB A0] x`, PiSSA's own function; the module's docstring has the start."""
-    return pissa(params, require_start(W, "corda"), x, scale=scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,28 +88,20 @@ class CorDAConfig(PiSSAConfig):
         scaled: divide each batch of inputs by its largest entry before the covariance is summed, as PEFT does.
     """
 
-    name: ClassVar[str] = "corda"
-    calibrated: ClassVar[bool] = True
+    name = "corda"
+    calibrated = True
 
-    method: str = "ipm"
+    method: Literal["ipm", "kpm"] = "ipm"
     scaled: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect(self, "method", self.method in METHODS, f"one of {listed(METHODS)}", 'The default is "ipm".')
-        expect_bool(self, "scaled")
 
     @property
     def statistic(self) -> type[Statistics]:
-        """What is gathered of the layer's inputs."""
+        """The class of the statistics that are gathered of the layer's inputs."""
         return ScaledStatistics if self.scaled else Statistics
 
-    def start(self, W: Frozen, stats: Any, generator: torch.Generator) -> Constants:
-        """Derive `A0` and `B0` from the SVD of `W C`."""
+    def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
+        require_rank(self, W)
         C = exact(require_stats(self, W, stats, "second_moment"))
         C = C + DAMPING * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
         keep = slice(self.r) if self.method == "ipm" else slice(-self.r, None)
         return oriented_factors(W, exact(W.dense()) @ C, keep, self.scale)
-
-    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
-        return corda(params, W, x, scale=self.scale)

@@ -30,22 +30,16 @@ drawn once per target, at build, so the seed of `init` changes nothing with `"co
 take the norm of each column, as does `w_norm="channel"`.
 """
 
-import math
-from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
-from typing import Any, ClassVar, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core.checked import checked
-from lora_lite.core.config import AdapterConfig, expect, expect_int, expect_number
-from lora_lite.core.frozen import Constants, Frozen
-from lora_lite.core.linalg import add_low_rank, kaiming
+from lora_lite.core import AdapterConfig, Constants, Frozen, Params, Positive, Probability, Rank, add_low_rank, checked, kaiming
 
-STARTS, NORMS = ("zeros", "copy"), ("channel", "scalar", "none")
 FLOOR = 1e-8  # of squared norms, as in PEFT
 
 
@@ -56,7 +50,7 @@ class DeLoRAParams(TypedDict):
 
 
 def weight_norm(W: Frozen, w_norm: str) -> Constants:
-    """Give the factor of the update, eq. (8), in at least float32: a norm for each input, one for all, or nothing."""
+    """Compute the factor of the update, eq. (8), in at least float32: a norm for each input, one for all, or nothing."""
     if w_norm == "none":
         return {}
     weight = W.dense()
@@ -65,7 +59,7 @@ def weight_norm(W: Frozen, w_norm: str) -> Constants:
 
 
 def unit_step(start: Tensor, step: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Give the unit vectors of `start` along `dim`, and what `step` adds to them, `(s + d) / |s + d| - s / |s|`.
+    """Compute the unit vectors of `start` along `dim`, and what `step` adds to them, `(s + d) / |s + d| - s / |s|`.
 
     The second is exactly zero where `step` is, and keeps its digits where `step` is small: `|s + d| - |s|` is expanded, not subtracted.
     """
@@ -76,8 +70,8 @@ def unit_step(start: Tensor, step: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return unit, (step - unit * (gain / (before + after))) / after
 
 
-def factors(params: DeLoRAParams, constants: Mapping[str, Tensor], lambda0: float) -> tuple[Tensor, Tensor]:
-    """Give the update's two factors, `(r, i)` and `(o, r)`, or `(2r, i)` and `(o, 2r)` over a frozen copy, in at least float32."""
+def factors(params: DeLoRAParams, constants: Params, lambda0: float) -> tuple[Tensor, Tensor]:
+    """Compute the update's two factors, `(r, i)` and `(o, r)`, or `(2r, i)` and `(o, 2r)` over a frozen copy, in at least float32."""
     dtype = torch.promote_types(params["A"].dtype, torch.float32)
     A, B, l = (params[name].to(dtype) for name in ("A", "B", "l"))  # noqa: E741
     # lambda0 in the precision of l, so that l = -lambda0 is no update in bfloat16 too
@@ -96,7 +90,7 @@ def factors(params: DeLoRAParams, constants: Mapping[str, Tensor], lambda0: floa
 def delora(
     params: DeLoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, lambda0: float, w_norm: str = "channel", dropout: float = 0.0
 ) -> Float[Tensor, "*b o"]:
-    """Give `W x + b + lambda/r sum_j b_j a_j^T (w x)`; the module's docstring has the formula and the shapes."""
+    """Return `W x + b + lambda/r sum_j b_j a_j^T (w x)`; the module's docstring has the formula and the shapes."""
     right, left = factors(params, W.constants or weight_norm(W, w_norm), lambda0)
     h = F.linear(F.dropout(x, dropout, W.training) if dropout else x, right.to(x.dtype))
     return add_low_rank(W(x), h, left.to(x.dtype))
@@ -114,39 +108,35 @@ class DeLoRAConfig(AdapterConfig):
         dropout: probability of dropping an entry of the adapter's input, in [0, 1), in training mode.
     """
 
-    name: ClassVar[str] = "delora"
-    needs: ClassVar[str] = "norms"
-    trained: ClassVar[str | None] = "r * (i + o) + 1"
-    macs: ClassVar[str | None] = "(2 if start == 'copy' else 1) * r * (i + o)"
+    name = "delora"
+    uses = frozenset({"output", "vectors", "dense"})
+    trained = "r * (i + o) + 1"
+    macs = "(2 if start == 'copy' else 1) * r * (i + o)"
 
-    r: int = 8
-    lambda0: float = 15.0
-    start: str = "zeros"
-    w_norm: str = "channel"
-    dropout: float = 0.0
+    r: Rank = 8
+    lambda0: Positive = 15.0
+    start: Literal["zeros", "copy"] = "zeros"
+    w_norm: Literal["channel", "scalar", "none"] = "channel"
+    dropout: Probability = 0.0
     init: InitVar[str]
 
     def __post_init__(self, init: object) -> None:
-        super().__post_init__()
         if not callable(init):  # without the keyword dataclasses pass the method of that name
             object.__setattr__(self, "start", init)
-        expect_int(self, "r", 1, "Set r to the rank of the update, e.g. r=8.")
-        expect_number(self, "lambda0", 0.0, math.inf, "The update's norm is lambda at most, e.g. lambda0=15.")
-        expect(self, "lambda0", self.lambda0 > 0, "a number > 0", "At zero the update and every gradient vanish.")
-        expect(self, "start", self.start in STARTS, f"one of {list(STARTS)}", 'The paper trains from init="copy".')
-        expect(self, "w_norm", self.w_norm in NORMS, f"one of {list(NORMS)}", 'The official code takes "channel".')
-        expect_number(self, "dropout", 0.0, 1.0, "Set the share of inputs to drop, e.g. dropout=0.05.")
+        super().__post_init__()
 
-    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[DeLoRAParams, Constants]:
-        shapes = {"A": (self.r, W.in_features), "B": (W.out_features, self.r)}
-        constants = dict(W.constants) or weight_norm(W, self.w_norm)
-        if self.start == "copy" and "A0" not in constants:  # drawn once: a later seed must not move what is frozen
-            constants |= {f"{name}0": kaiming(*shape, generator).to(W.device) for name, shape in shapes.items()}
-        A = kaiming(*shapes["A"], generator) if self.start == "zeros" else torch.zeros(shapes["A"])
-        return {"A": A, "B": torch.zeros(shapes["B"]), "l": torch.zeros(1)}, constants
+    def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
+        copy: Constants = {}
+        if self.start == "copy":
+            copy = {"A0": kaiming(self.r, W.in_features, generator), "B0": kaiming(W.out_features, self.r, generator)}
+        return weight_norm(W, self.w_norm) | copy
 
-    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+    def init(self, W: Frozen, generator: torch.Generator) -> DeLoRAParams:
+        A = kaiming(self.r, W.in_features, generator) if self.start == "zeros" else torch.zeros(self.r, W.in_features)
+        return {"A": A, "B": torch.zeros(W.out_features, self.r), "l": torch.zeros(1)}
+
+    def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
         return delora(params, W, x, lambda0=self.lambda0, w_norm=self.w_norm, dropout=self.dropout)
 
-    def steer(self, params: Mapping[str, Tensor], c: float | Tensor) -> dict[str, Tensor]:
+    def steer(self, params: Params, c: float | Tensor) -> Params:
         return {**params, "l": c * (self.lambda0 + params["l"]) - self.lambda0}  # the update is linear in lambda

@@ -27,18 +27,15 @@ the magnitude's correction sees the dropped input too, as in PEFT.
 A second derivative does not see the held norm: the Hessian of DoRA is that of the function as it is differentiated here.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypedDict
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core.checked import checked
-from lora_lite.core.frozen import Constants, Frozen
-from lora_lite.core.linalg import add_low_rank, gate
+from lora_lite.core import Constants, Frozen, Params, add_low_rank, checked, gate
 from lora_lite.variants.lora import LoRAConfig
 
 
@@ -49,14 +46,14 @@ class DoRAParams(TypedDict):
 
 
 def row_norms(W: Frozen) -> Constants:
-    """Give `||w_k||^2`, at least in float32: a bfloat16 sum over a row would lose its last digits."""
+    """Compute `||w_k||^2`, at least in float32: a bfloat16 sum over a row would lose its last digits."""
     weight = W.dense()
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return {"sqnorm": torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()}
 
 
 def excess_gain(params: DoRAParams, W: Frozen, scale: float) -> Tensor:
-    """Give `(||w|| + m) / n - 1`, `(o,)`: the deviation from 1, which low precision keeps and 1 + it would not."""
+    """Compute `(||w|| + m) / n - 1`, `(o,)`: the deviation from 1, which low precision keeps and 1 + it would not."""
     sqnorm = (W.constants or row_norms(W))["sqnorm"]
     A, B = params["A"].detach(), params["B"].detach().to(sqnorm.dtype)
     WA = W.matmul(A).t().to(sqnorm.dtype)  # (o, r)
@@ -68,7 +65,7 @@ def excess_gain(params: DoRAParams, W: Frozen, scale: float) -> Tensor:
 
 @checked
 def dora(params: DoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float, dropout: float = 0.0) -> Float[Tensor, "*b o"]:
-    """Give `(||w|| + m) / n (W x + scale B A x) + b`; the module's docstring has the formula and the shapes."""
+    """Return `(||w|| + m) / n (W x + scale B A x) + b`; the module's docstring has the formula and the shapes."""
     excess = excess_gain(params, W, scale)
     gain = ((1 + excess) * scale).to(x.dtype)
     if dropout and W.training:
@@ -83,18 +80,17 @@ def dora(params: DoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: floa
 class DoRAConfig(LoRAConfig):
     """Config of DoRA: the fields of LoRA, with the same meanings."""
 
-    name: ClassVar[str] = "dora"
-    reads: ClassVar[str] = "rows"
-    needs: ClassVar[str] = "norms"
-    trained: ClassVar[str | None] = "r * (i + o) + o"
-    macs: ClassVar[str | None] = "r * (i + o) + o"
+    name = "dora"
+    uses = frozenset({"output", "vectors", "matmul", "dense"})
+    steered = ("B", "m")
+    trained = "r * (i + o) + o"
+    macs = "r * (i + o) + o"
 
-    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[DoRAParams, Constants]:
-        start, _ = super().init(W, generator)
-        return {**start, "m": torch.zeros(W.out_features)}, dict(W.constants) or row_norms(W)
+    def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
+        return row_norms(W)
 
-    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+    def init(self, W: Frozen, generator: torch.Generator) -> DoRAParams:
+        return {**super().init(W, generator), "m": torch.zeros(W.out_features)}
+
+    def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
         return dora(params, W, x, scale=self.scale, dropout=self.dropout)
-
-    def steer(self, params: Mapping[str, Tensor], c: float | Tensor) -> dict[str, Tensor]:
-        return {**super().steer(params, c), "m": c * params["m"]}

@@ -30,21 +30,19 @@ the directions settle. Positions that are masked or, with `label_mask`, ignored 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core.checked import checked
-from lora_lite.core.config import AdapterConfig, expect_bool, expect_int, expect_number
-from lora_lite.core.frozen import Constants, Frozen
-from lora_lite.core.statistics import require_stats
-from lora_lite.variants.lora import LoRAParams, lora
+from lora_lite.core import AdapterConfig, Constants, Frozen, Within, another_start, require_stats
+from lora_lite.variants.lora import LoRAConfig, LoRAParams, lora
+
+eva = another_start(lora, "eva")
 
 
 def redistributed(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
-    """Give each layer the number of its directions that are among the `budget` best of all, by their shares of variance."""
+    """Return for each layer the number of its directions that are among the `budget` best of all, by their shares of variance."""
     paths = list(shares)
     owners = torch.cat([torch.full((len(shares[path]),), k) for k, path in enumerate(paths)])
     order = torch.cat([shares[path].cpu() for path in paths]).argsort(descending=True, stable=True)
@@ -52,68 +50,43 @@ def redistributed(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
     return dict(zip(paths, counts.tolist()))
 
 
-@checked
-def eva(params: LoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float) -> Float[Tensor, "*b o"]:
-    """Give `W x + b + scale B A x`, LoRA's own function; the module's docstring has the start that makes it EVA."""
-    return lora(params, W, x, scale=scale)
-
-
 @dataclass(frozen=True, kw_only=True)
-class EVAConfig(AdapterConfig):
-    """Config of EVA.
+class EVAConfig(LoRAConfig):
+    """Config of EVA: the fields of LoRA, with the same meanings, and those of its start.
 
     Args:
         r: rank of the update, from 1 to the input width of the layer, and at most the number of calibration tokens.
-        alpha: numerator of the scale `alpha / r`, dimensionless.
         center: take directions about the mean of the inputs, else about zero.
         rho: how many times `r` a layer's rank may become where ranks are redistributed between layers, >= 1; 1 for rank `r` everywhere.
         whiten: divide each row by the square root of its singular value in the data; rows then shrink with the number of tokens.
         label_mask: leave out positions whose label is -100, where a batch has `labels` of the tokens' shape.
     """
 
-    name: ClassVar[str] = "eva"
-    calibrated: ClassVar[bool] = True
-    trained: ClassVar[str | None] = "r * (i + o)"
-    macs: ClassVar[str | None] = "r * (i + o)"
+    name = "eva"
+    calibrated = True
 
-    r: int = 8
-    alpha: float = 16.0
     center: bool = True
-    rho: float = 1.0
+    rho: Annotated[float, Within(1)] = 1.0
     whiten: bool = False
     label_mask: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect_int(self, "r", 1, "Set r to the rank of the update, e.g. r=8.")
-        expect_number(self, "alpha", 0.0, math.inf, "The update is scaled by alpha / r, e.g. alpha=16.")
-        expect_number(self, "rho", 1.0, math.inf, "Use 1 for the same rank in every layer, 2 as PEFT does.")
-        for field in ("center", "whiten", "label_mask"):
-            expect_bool(self, field)
-
-    @property
-    def scale(self) -> float:
-        """The factor of the update, `alpha / r`."""
-        return self.alpha / self.r
 
     def allocate(self, stats: Mapping[str, Any]) -> Mapping[str, AdapterConfig]:
         if self.rho == 1:
             return super().allocate(stats)
         ranks = redistributed({path: self._shares(s) for path, s in stats.items()}, self.r * len(stats))
-        configs = {r: self if r == self.r else replace(self, r=r, alpha=self.scale * r) for r in set(ranks.values()) if r}
+        configs = {r: self if r == self.r else self._of_rank(r) for r in set(ranks.values()) if r}
         return {path: configs[r] for path, r in ranks.items() if r}
 
+    def _of_rank(self, r: int) -> "EVAConfig":
+        return replace(self, r=r, alpha=self.scale * (math.sqrt(r) if self.rslora else r))  # the scale stays
+
     def _shares(self, stats: Any) -> Tensor:
-        """Give the shares of the variance that a layer's first directions explain, as many as it may get, descending."""
+        """Compute the shares of the variance that a layer's first directions explain, as many as it may get, descending."""
         moment = stats.covariance if self.center else stats.second_moment
         most = min(round(self.r * self.rho), len(moment), stats.count - self.center)
         return stats.directions(most, self.center)[0] / moment.trace()
 
-    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[LoRAParams, Constants]:
-        start = dict(W.constants) or {"A0": self._directions(W, stats)}
-        return {"A": start["A0"].clone(), "B": torch.zeros(W.out_features, self.r, device=W.device)}, start
-
-    def _directions(self, W: Frozen, stats: Any) -> Tensor:
+    def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
         moment = require_stats(self, W, stats, "covariance" if self.center else "second_moment")
         available = min(W.in_features, stats.count - self.center)  # the mean takes one
         if self.r > available:
@@ -126,10 +99,7 @@ class EVAConfig(AdapterConfig):
         A = A * A.gather(1, A.abs().argmax(1, keepdim=True)).sign()
         if self.whiten:
             A = A / (variances[:, None] * stats.count) ** 0.25  # the singular value is sqrt(n variance)
-        return A.to(moment.dtype).contiguous()
+        return {"A0": A.to(moment.dtype).contiguous()}
 
-    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
-        return eva(params, W, x, scale=self.scale)
-
-    def steer(self, params: Mapping[str, Tensor], c: float | Tensor) -> dict[str, Tensor]:
-        return {**params, "B": c * params["B"]}  # the update is linear in B; scaling A too would square c
+    def init(self, W: Frozen, generator: torch.Generator) -> LoRAParams:
+        return {"A": W.constants["A0"].clone(), "B": torch.zeros(W.out_features, self.r)}

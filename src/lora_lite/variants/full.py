@@ -21,21 +21,18 @@ are kept in float32 and the sum is rounded to the module's own dtype, as with ma
 weight with another (an output head tied to the embedding), this one alone moves, as in PEFT.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_lite.core.checked import checked
-from lora_lite.core.config import AdapterConfig
-from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.core import AdapterConfig, Frozen, Params, checked
 
 
 @checked
-def full(params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Any:
-    """Give `W` with its parameters moved by `params`, applied to `x`; the module's docstring has the formula."""
+def full(params: Params, W: Frozen, x: Tensor) -> Any:
+    """Apply `W` with its parameters moved by `params` to `x`; the module's docstring has the formula."""
     return W.moved(params)(x)
 
 
@@ -43,14 +40,15 @@ def full(params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Any:
 class FullConfig(AdapterConfig):
     """Config of full training; it has no hyperparameters of its own, but `target_names` must name modules."""
 
-    name: ClassVar[str] = "full"
-    adapts: ClassVar[str] = "module"
-    macs: ClassVar[str | None] = "0"
+    name = "full"
+    adapts = "module"
+    uses = frozenset({"output"})
+    macs = "0"
 
     exclude_names: tuple[str, ...] = ()
 
-    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[dict[str, Tensor], Constants]:
-        return {name: torch.zeros(p.shape) for name, p in W.parameters.items()}, {}
+    def init(self, W: Frozen, generator: torch.Generator) -> Params:
+        return {name: torch.zeros(p.shape) for name, p in W.parameters.items()}
 
-    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Any:
+    def forward(self, params: Params, W: Frozen, x: Tensor) -> Any:
         return full(params, W, x)

@@ -32,22 +32,15 @@ a chain at random. Gram-Schmidt, an option of the paper and PEFT, is left out: i
 identity elsewhere; the paper's regulariser of `U` belongs to the loss. A zero column is left out of its pair where PEFT gives NaN.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypedDict
+from typing import Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core.checked import checked
-from lora_lite.core.config import AdapterConfig, expect, expect_int
-from lora_lite.core.frozen import Constants, Frozen
-from lora_lite.core.linalg import add_low_rank, full_precision, kaiming
-
-SIDES = ("in", "out")
-"""Where the chain acts: on the layer's input or on its output without the bias."""
+from lora_lite.core import AdapterConfig, Even, Frozen, Params, add_low_rank, checked, full_precision, kaiming
 
 
 class HRAParams(TypedDict):
@@ -55,7 +48,7 @@ class HRAParams(TypedDict):
 
 
 def compact_chain(U: Tensor) -> tuple[Tensor, Tensor]:
-    """Give `C = A S^{-1}` and `B`, `(d, r)` each, of `R = I + 2 C B^T`, in at least float32."""
+    """Compute `C = A S^{-1}` and `B`, `(d, r)` each, of `R = I + 2 C B^T`, in at least float32."""
     U = U.to(torch.promote_types(U.dtype, torch.float32))
     unit = U * U.square().sum(0).clamp_min(1e-30).rsqrt()  # a zero column stays zero
     u, v = unit[:, 0::2], unit[:, 1::2]  # (d, r/2)
@@ -70,7 +63,7 @@ def compact_chain(U: Tensor) -> tuple[Tensor, Tensor]:
 
 @checked
 def hra(params: HRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, side: str = "in") -> Float[Tensor, "*b o"]:
-    """Give `W R x + b`, or `R W x + b` with `side="out"`; the module's docstring has the formula and the shapes."""
+    """Return `W R x + b`, or `R W x + b` with `side="out"`; the module's docstring has the formula and the shapes."""
     with full_precision(x):
         C, B = (t.to(x.dtype) for t in compact_chain(params["U"]))
     if side == "in":
@@ -85,31 +78,25 @@ class HRAConfig(AdapterConfig):
     """Config of HRA.
 
     Args:
-        r: number of reflections, even, >= 2.
+        r: number of reflections, even, >= 2: an odd number of them is never the identity.
         side: `"in"` to reflect the layer's input, `"out"` its output without the bias.
     """
 
-    name: ClassVar[str] = "hra"
-    trained: ClassVar[str | None] = "r * (i if side == 'in' else o)"
-    macs: ClassVar[str | None] = "2 * r * (i if side == 'in' else o)"
+    name = "hra"
+    uses = frozenset({"output", "vectors"})
+    trained = "r * (i if side == 'in' else o)"
+    macs = "2 * r * (i if side == 'in' else o)"
 
-    r: int = 8
-    side: str = "in"
+    r: Even = 8
+    side: Literal["in", "out"] = "in"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect_int(self, "r", 2, "Set r to an even number of reflections, e.g. r=8.")
-        even = "an even integer, since an odd number of reflections is never the identity"
-        expect(self, "r", self.r % 2 == 0, even, f"Set r={self.r + 1} or r={self.r - 1}.")
-        expect(self, "side", self.side in SIDES, f"one of {list(SIDES)}", 'PEFT reflects the input, "in".')
-
-    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[HRAParams, Constants]:
+    def init(self, W: Frozen, generator: torch.Generator) -> HRAParams:
         width = W.in_features if self.side == "in" else W.out_features
-        return {"U": kaiming(width, self.r // 2, generator).repeat_interleave(2, dim=1)}, {}
+        return {"U": kaiming(width, self.r // 2, generator).repeat_interleave(2, dim=1)}
 
-    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+    def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
         return hra(params, W, x, side=self.side)
 
-    def steer(self, params: Mapping[str, Tensor], c: float | Tensor) -> dict[str, Tensor]:
+    def steer(self, params: Params, c: float | Tensor) -> Params:
         u, v = params["U"][:, 0::2], params["U"][:, 1::2]
         return {"U": torch.stack((u, u + c * (v - u)), 2).flatten(1)}

@@ -19,18 +19,14 @@ Departures: the paper and PEFT train the gate itself, with neutral value one; `g
 weight decay pulls there and bfloat16 resolves small steps.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypedDict
+from typing import TypedDict
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core.checked import checked
-from lora_lite.core.config import AdapterConfig
-from lora_lite.core.frozen import Constants, Frozen
-from lora_lite.core.linalg import gate
+from lora_lite.core import AdapterConfig, Frozen, Params, checked, gate
 
 
 class IA3Params(TypedDict):
@@ -39,7 +35,7 @@ class IA3Params(TypedDict):
 
 @checked
 def ia3(params: IA3Params, W: Frozen, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-    """Give `(1 + g) (W x + b)`; the module's docstring has the formula and the shapes."""
+    """Return `(1 + g) (W x + b)`; the module's docstring has the formula and the shapes."""
     return gate(W(x), params["g"])
 
 
@@ -47,13 +43,13 @@ def ia3(params: IA3Params, W: Frozen, x: Float[Tensor, "*b i"]) -> Float[Tensor,
 class IA3Config(AdapterConfig):
     """Config of IA3's output gate; it has no hyperparameters of its own."""
 
-    name: ClassVar[str] = "ia3"
-    reads: ClassVar[str] = "output"
-    trained: ClassVar[str | None] = "o"
-    macs: ClassVar[str | None] = "o"
+    name = "ia3"
+    uses = frozenset({"output"})
+    trained = "o"
+    macs = "o"
 
-    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[IA3Params, Constants]:
-        return {"g": torch.zeros(W.out_features)}, {}
+    def init(self, W: Frozen, generator: torch.Generator) -> IA3Params:
+        return {"g": torch.zeros(W.out_features)}
 
-    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+    def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
         return ia3(params, W, x)

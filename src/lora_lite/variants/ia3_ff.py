@@ -19,18 +19,14 @@ Trained per target: `i`. Needs nothing of the weight but its output.
 Departures: PEFT has one class for both gates and trains the gate itself; `g` is its deviation from one, as in IA3.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypedDict
+from typing import TypedDict
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core.checked import checked
-from lora_lite.core.config import AdapterConfig
-from lora_lite.core.frozen import Constants, Frozen
-from lora_lite.core.linalg import gate
+from lora_lite.core import AdapterConfig, Frozen, Params, checked, gate
 
 
 class IA3FFParams(TypedDict):
@@ -39,7 +35,7 @@ class IA3FFParams(TypedDict):
 
 @checked
 def ia3_ff(params: IA3FFParams, W: Frozen, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-    """Give `W ((1 + g) x) + b`; the module's docstring has the formula and the shapes."""
+    """Return `W ((1 + g) x) + b`; the module's docstring has the formula and the shapes."""
     return W(gate(x, params["g"]))
 
 
@@ -47,12 +43,13 @@ def ia3_ff(params: IA3FFParams, W: Frozen, x: Float[Tensor, "*b i"]) -> Float[Te
 class IA3FFConfig(AdapterConfig):
     """Config of IA3's input gate; it has no hyperparameters of its own."""
 
-    name: ClassVar[str] = "ia3_ff"
-    trained: ClassVar[str | None] = "i"
-    macs: ClassVar[str | None] = "i"
+    name = "ia3_ff"
+    uses = frozenset({"output", "vectors"})
+    trained = "i"
+    macs = "i"
 
-    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[IA3FFParams, Constants]:
-        return {"g": torch.zeros(W.in_features)}, {}
+    def init(self, W: Frozen, generator: torch.Generator) -> IA3FFParams:
+        return {"g": torch.zeros(W.in_features)}
 
-    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+    def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
         return ia3_ff(params, W, x)

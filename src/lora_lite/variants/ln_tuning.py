@@ -20,29 +20,17 @@ Departures: PEFT trains copies of the norms and keeps their full values; here th
 towards the model as it was. The paper tunes the norms of the attention blocks alone: name those by `target_names`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
-from torch import Tensor
-
-from lora_lite.core.checked import checked
-from lora_lite.core.frozen import Frozen
+from lora_lite.core import another_start
 from lora_lite.variants.full import FullConfig, full
 
-
-@checked
-def ln_tuning(params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Any:
-    """Give the norm `W` with its weight and bias moved by `params`, applied to `x`; full training of the norm."""
-    return full(params, W, x)
+ln_tuning = another_start(full, "ln_tuning")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LNTuningConfig(FullConfig):
     """Config of LN-tuning; it has no hyperparameters of its own."""
 
-    name: ClassVar[str] = "ln_tuning"
-    adapts: ClassVar[str] = "norm"
-
-    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Any:
-        return ln_tuning(params, W, x)
+    name = "ln_tuning"
+    adapts = "norm"

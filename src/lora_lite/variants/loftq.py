@@ -23,54 +23,42 @@ there is to do, as in PEFT's `replace_lora_weights_loftq`. The singular values a
 `alpha`. Where quantising lost nothing `A` and `B` would start at zero and learn nothing; that is refused.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from lora_lite.core.checked import checked
-from lora_lite.core.frozen import Constants, Frozen
-from lora_lite.core.linalg import truncated_svd
-from lora_lite.variants.lora import LoRAParams, lora
-from lora_lite.variants.pissa import PiSSAConfig
+from lora_lite.core import Constants, Frozen, Positive, another_start, require_rank, truncated_svd
+from lora_lite.variants.lora import LoRAConfig, LoRAParams, lora
 
-
-@checked
-def loftq(params: LoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float) -> Float[Tensor, "*b o"]:
-    """Give `W_q x + b + scale B A x`, LoRA's own function; the module's docstring has the start."""
-    return lora(params, W, x, scale=scale)
+loftq = another_start(lora, "loftq")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoftQConfig(PiSSAConfig):
-    """Config of LoftQ.
+class LoftQConfig(LoRAConfig):
+    """Config of LoftQ: the fields of LoRA, with the same meanings.
 
     Args:
         r: rank of the update, from 1 to the smaller width of the layer.
-        alpha: numerator of the scale `alpha / r`, dimensionless, > 0; the start does not depend on it.
+        alpha: numerator of the scale, dimensionless, > 0; the start does not depend on it.
     """
 
-    name: ClassVar[str] = "loftq"
-    original: ClassVar[bool] = True
-    identity: ClassVar[float | None] = None
-    macs: ClassVar[str | None] = "r * (i + o)"
+    name = "loftq"
+    uses = frozenset({"output", "project", "dense"})
+    original = True
+    identity = None
 
-    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[LoRAParams, Constants]:
-        _, start = super().init(W, generator, stats)
-        return {"A": start["A0"].clone(), "B": start["B0"].clone()}, start
+    alpha: Positive = 16.0
 
-    def start(self, W: Frozen, original: Any, generator: torch.Generator) -> Constants:
-        """Derive `A0` and `B0` from what quantising took away."""
-        if original is None:
+    def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
+        require_rank(self, W)
+        if stats is None:
             raise ValueError(
                 "LoftQConfig: expected the weight from before quantisation, found none. Use build(model, cfg, original=state_dict_of_it)."
             )
         weight = W.dense()
         exact = torch.promote_types(weight.dtype, torch.float32)
-        U, S, Vh = truncated_svd(original.to(weight.device, exact) - weight.to(exact), self.r)
+        U, S, Vh = truncated_svd(stats.to(weight.device, exact) - weight.to(exact), self.r)
         if not S[0] > 0:
             raise ValueError(
                 "LoftQConfig: expected an original weight that quantising has changed, found the layer's own. Pass the unquantised model's "
@@ -79,8 +67,5 @@ class LoftQConfig(PiSSAConfig):
         root = (S / self.scale).sqrt()
         return {"A0": root[:, None] * Vh, "B0": U * root}
 
-    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
-        return loftq(params, W, x, scale=self.scale)
-
-    def steer(self, params: Mapping[str, Tensor], c: float | Tensor) -> dict[str, Tensor]:
-        return {**params, "B": c * params["B"]}  # the update is linear in B; scaling A too would square c
+    def init(self, W: Frozen, generator: torch.Generator) -> LoRAParams:
+        return {"A": W.constants["A0"].clone(), "B": W.constants["B0"].clone()}

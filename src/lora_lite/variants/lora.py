@@ -22,18 +22,14 @@ defaults to 16, twice PEFT's. Dropout falls on the adapter's input only, never o
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypedDict
+from typing import ClassVar, TypedDict
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core.checked import checked
-from lora_lite.core.config import AdapterConfig, expect_bool, expect_int, expect_number
-from lora_lite.core.frozen import Constants, Frozen
-from lora_lite.core.linalg import add_low_rank, kaiming
+from lora_lite.core import AdapterConfig, Frozen, NonNegative, Params, Probability, Rank, add_low_rank, checked, kaiming
 
 
 class LoRAParams(TypedDict):
@@ -43,7 +39,7 @@ class LoRAParams(TypedDict):
 
 @checked
 def lora(params: LoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float, dropout: float = 0.0) -> Float[Tensor, "*b o"]:
-    """Give `W x + b + scale B A drop(x)`; the module's docstring has the formula and the shapes."""
+    """Return `W x + b + scale B A drop(x)`; the module's docstring has the formula and the shapes."""
     return add_low_rank(W(x), W.project(x, params["A"], dropout), params["B"], scale)
 
 
@@ -53,41 +49,31 @@ class LoRAConfig(AdapterConfig):
 
     Args:
         r: rank of the update, >= 1.
-        alpha: numerator of the scale, dimensionless.
+        alpha: numerator of the scale, dimensionless, >= 0.
         rslora: divide `alpha` by `sqrt(r)` instead of `r`.
         dropout: probability of dropping an entry of the adapter's input, in [0, 1), in training mode.
     """
 
-    name: ClassVar[str] = "lora"
-    reads: ClassVar[str] = "projection"
-    trained: ClassVar[str | None] = "r * (i + o)"
-    macs: ClassVar[str | None] = "r * (i + o)"
+    name = "lora"
+    uses = frozenset({"output", "project"})
+    steered: ClassVar[tuple[str, ...] | None] = ("B",)  # the update is linear in B; scaling A too would square the strength
+    trained = "r * (i + o)"
+    macs = "r * (i + o)"
 
-    r: int = 8
-    alpha: float = 16.0
+    r: Rank = 8
+    alpha: NonNegative = 16.0
     rslora: bool = False
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect_int(self, "r", 1, "Set r to the rank of the update, e.g. r=8.")
-        expect_number(self, "alpha", 0.0, math.inf, "The update is scaled by alpha / r, e.g. alpha=16.")
-        expect_bool(self, "rslora")
-        expect_number(self, "dropout", 0.0, 1.0, "Set the share of inputs to drop, e.g. dropout=0.05.")
+    dropout: Probability = 0.0
 
     @property
     def scale(self) -> float:
         """The factor of the update, `alpha / r` or `alpha / sqrt(r)`."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
-    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[LoRAParams, Constants]:
+    def init(self, W: Frozen, generator: torch.Generator) -> LoRAParams:
         if W.one_hot:  # tokens that training never sees keep a zero column, and so stay as they were
-            return {"A": torch.zeros(self.r, W.in_features), "B": torch.randn(W.out_features, self.r, generator=generator)}, {}
-        A = kaiming(self.r, W.in_features, generator)
-        return {"A": A, "B": torch.zeros(W.out_features, self.r)}, {}
+            return {"A": torch.zeros(self.r, W.in_features), "B": torch.randn(W.out_features, self.r, generator=generator)}
+        return {"A": kaiming(self.r, W.in_features, generator), "B": torch.zeros(W.out_features, self.r)}
 
-    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+    def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
         return lora(params, W, x, scale=self.scale, dropout=self.dropout)
-
-    def steer(self, params: Mapping[str, Tensor], c: float | Tensor) -> dict[str, Tensor]:
-        return {**params, "B": c * params["B"]}  # the update is linear in B; scaling A too would square c

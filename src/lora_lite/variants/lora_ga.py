@@ -28,42 +28,25 @@ the mean of `sqrt(sigma / s)` over the weight's singular values. The gradient is
 training mode.
 """
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core.checked import checked
-from lora_lite.core.config import expect, expect_number
-from lora_lite.core.errors import listed
-from lora_lite.core.frozen import Constants, Frozen
-from lora_lite.core.linalg import leading_singular_triplets
-from lora_lite.core.statistics import Gradient
-from lora_lite.variants.corda import require_start
-from lora_lite.variants.pissa import PiSSAConfig, PiSSAParams, pissa
+from lora_lite.core import Constants, Frozen, Gradient, Positive, another_start, expect, leading_singular_triplets
+from lora_lite.variants.pissa import PiSSAConfig, pissa
 
-DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
-SCALES = ("stable", "weight_svd", "gd_scale", "unit")
-RECIPES = ("peft", "official")
+lora_ga = another_start(pissa, "lora_ga", constants=("A0", "B0"))
 
 
 def components(r: int, direction: str, disjoint: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Give which of the first `2 r` singular pairs `A` and `B` take, `(r,)` each."""
+    """Return which of the first `2 r` singular pairs `A` and `B` take, `(r,)` each."""
     if direction == "random":
         drawn = torch.randperm(2 * r, generator=generator)
         return drawn[:r], drawn[r:] if disjoint else drawn[:r]
     first, second = torch.arange(r), torch.arange(r, 2 * r)
     return {"ArB2r": (first, second), "A2rBr": (second, first), "ArBr": (2 * first + 1, 2 * first)}[direction]
-
-
-@checked
-def lora_ga(params: PiSSAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float) -> Float[Tensor, "*b o"]:
-    """Give `W x + b + scale [(B0 + dB) dA + dB A0] x`, PiSSA's own function; the module's docstring has the start."""
-    return pissa(params, require_start(W, "lora_ga"), x, scale=scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,31 +64,25 @@ class LoRAGAConfig(PiSSAConfig):
         recipe: `"peft"` or `"official"`, where the two differ.
     """
 
-    name: ClassVar[str] = "lora_ga"
-    needs: ClassVar[str] = "nothing"
-    calibrated: ClassVar[bool] = True
-    statistic: ClassVar[type] = Gradient
+    name = "lora_ga"
+    calibrated = True
+    statistic = Gradient
 
-    direction: str = "ArB2r"
-    scale_start: str = "stable"
-    stable_gamma: float = 16.0
-    recipe: str = "peft"
+    direction: Literal["ArB2r", "A2rBr", "ArBr", "random"] = "ArB2r"
+    scale_start: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
+    stable_gamma: Positive = 16.0
+    recipe: Literal["peft", "official"] = "peft"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for field, allowed in (("direction", DIRECTIONS), ("scale_start", SCALES), ("recipe", RECIPES)):
-            expect(self, field, getattr(self, field) in allowed, f"one of {listed(allowed)}", f'The default is "{allowed[0]}".')
-        expect_number(self, "stable_gamma", 0.0, math.inf, "The default is 16.")
-        expect(self, "stable_gamma", self.stable_gamma > 0, "a number > 0", "The default is 16.")
+    @property
+    def uses(self) -> frozenset[str]:
+        """Which parts of a layer it uses: its weight for one size of the start alone."""
+        return frozenset({"output", "vectors"} | ({"dense"} if self.scale_start == "weight_svd" else set()))
 
-    def start(self, W: Frozen, stats: Any, generator: torch.Generator) -> Constants:
-        """Derive `A0` and `B0` from the SVD of the gradient."""
+    def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
         gradient = _require_gradient(W, stats)
-        if 2 * self.r > min(gradient.shape):
-            raise ValueError(
-                f"LoRAGAConfig.r: expected at most half of min(i, o) = {min(gradient.shape)} for a layer of shape "
-                f"{tuple(gradient.shape)}, since A and B take {2 * self.r} singular pairs, found {self.r}. Lower r or leave the layer out."
-            )
+        half, shape = min(gradient.shape) // 2, tuple(gradient.shape)
+        expected = f"at most half of min(i, o) = {min(shape)} for a layer of shape {shape}, since A and B take {2 * self.r} singular pairs"
+        expect(self, "r", self.r <= half, expected, "Lower r or leave the layer out.")
         U, S, Vh = leading_singular_triplets(gradient, 2 * self.r)
         official = self.recipe == "official"
         for_A, for_B = (index.to(U.device) for index in components(self.r, self.direction, official, generator))
@@ -114,7 +91,7 @@ class LoRAGAConfig(PiSSAConfig):
         return {"A0": A0.to(W.dtype).contiguous(), "B0": B0.to(W.dtype).contiguous()}
 
     def _sizes(self, W: Frozen, S: Tensor) -> tuple[Any, Any]:
-        """Give the factors of `A0` and `B0`, by the singular values of the gradient that `B0` takes."""
+        """Compute the factors of `A0` and `B0`, by the singular values of the gradient that `B0` takes."""
         official = self.recipe == "official"
         if self.scale_start == "stable":
             size = W.out_features**0.25 / self.stable_gamma**0.5
@@ -129,18 +106,15 @@ class LoRAGAConfig(PiSSAConfig):
             return size, size
         return 1.0, sigma[0] / S[0] if S[0] > 0 else 1.0
 
-    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
-        return lora_ga(params, W, x, scale=self.scale)
-
 
 def _require_gradient(W: Frozen, stats: Any) -> Tensor:
     gradient = getattr(stats, "gradient", None)
     if not isinstance(gradient, Tensor) or gradient.shape != (W.out_features, W.in_features):
         found = f"shape {tuple(gradient.shape)}" if isinstance(gradient, Tensor) else "none"
         raise ValueError(
-            f"LoRAGAConfig.init: expected stats.gradient of shape {(W.out_features, W.in_features)}, found {found}. Use build(model, cfg, "
+            f"LoRAGAConfig: expected stats.gradient of shape {(W.out_features, W.in_features)}, found {found}. Use build(model, cfg, "
             "calibration=batches, loss=f), or pass stats=Gradient().add(x, dy)."
         )
     if not gradient.any():
-        raise ValueError("LoRAGAConfig.init: expected a gradient that is not zero, found zero. Leave the layer out, or use other batches.")
+        raise ValueError("LoRAGAConfig: expected a gradient that is not zero, found zero. Leave the layer out, or use other batches.")
     return gradient

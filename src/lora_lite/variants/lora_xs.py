@@ -21,23 +21,17 @@ being positive. The defaults give `s = 1`, as in the official runs.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
-from typing import Any, ClassVar, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core.checked import checked
-from lora_lite.core.config import AdapterConfig, expect, expect_int, expect_number
-from lora_lite.core.errors import listed
-from lora_lite.core.frozen import Constants, Frozen
-from lora_lite.core.linalg import add_low_rank, truncated_svd
+from lora_lite.core import AdapterConfig, Constants, Frozen, NonNegative, Params, Rank, add_low_rank, checked, require_rank, truncated_svd
 
 STD = 1e-5  # of R at init, in the official code
-STARTS = ("normal", "zeros")
 
 
 class LoRAXSParams(TypedDict):
@@ -45,7 +39,7 @@ class LoRAXSParams(TypedDict):
 
 
 def singular_factors(W: Frozen, r: int) -> Constants:
-    """Give `A = S_r V_r^T (r, i)` and `B = U_r (o, r)`: all of the singular values lie in `A`."""
+    """Compute `A = S_r V_r^T (r, i)` and `B = U_r (o, r)`: all of the singular values lie in `A`."""
     weight = W.dense()
     U, S, Vh = truncated_svd(weight, r)
     return {"A": (S[:, None] * Vh).to(weight.dtype), "B": U.to(weight.dtype)}
@@ -53,7 +47,7 @@ def singular_factors(W: Frozen, r: int) -> Constants:
 
 @checked
 def lora_xs(params: LoRAXSParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float) -> Float[Tensor, "*b o"]:
-    """Give `W x + b + scale B R A x`; the module's docstring has the formula and the shapes."""
+    """Return `W x + b + scale B R A x`; the module's docstring has the formula and the shapes."""
     R = params["R"]
     basis = W.constants or singular_factors(W, R.shape[0])
     h = F.linear(F.linear(x, basis["A"].to(x.dtype)), R)  # (*b, r)
@@ -71,23 +65,20 @@ class LoRAXSConfig(AdapterConfig):
             `start`, since `init` is the method.
     """
 
-    name: ClassVar[str] = "lora_xs"
-    needs: ClassVar[str] = "dense_init"
-    trained: ClassVar[str | None] = "r * r"
-    macs: ClassVar[str | None] = "r * (i + o) + r * r"
+    name = "lora_xs"
+    uses = frozenset({"output", "vectors", "dense"})
+    trained = "r * r"
+    macs = "r * (i + o) + r * r"
 
-    r: int = 16
-    alpha: float = 16.0
-    start: str = "normal"
+    r: Rank = 16
+    alpha: NonNegative = 16.0
+    start: Literal["normal", "zeros"] = "normal"
     init: InitVar[str]
 
     def __post_init__(self, init: object) -> None:
-        super().__post_init__()
         if not callable(init):  # without the keyword dataclasses pass the method of that name
             object.__setattr__(self, "start", init)
-        expect_int(self, "r", 1, "Set r to the number of singular directions, e.g. r=16.")
-        expect_number(self, "alpha", 0.0, math.inf, "The update is scaled by alpha / r, e.g. alpha=16.")
-        expect(self, "start", self.start in STARTS, f"one of {listed(STARTS)}", 'Use init="zeros" for an exact identity.')
+        super().__post_init__()
 
     @property
     def scale(self) -> float:
@@ -99,16 +90,14 @@ class LoRAXSConfig(AdapterConfig):
         """The output's relative error at init: `R` stretches by at most about `2 STD sqrt(r)`."""
         return 0.0 if self.start == "zeros" else min(2 * STD * self.scale * math.sqrt(self.r), 0.5)
 
-    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[LoRAXSParams, Constants]:
-        if self.r > min(W.in_features, W.out_features):
-            raise ValueError(
-                f"LoRAXSConfig.r: expected at most min(i, o) = {min(W.in_features, W.out_features)} for a layer of shape "
-                f"({W.out_features}, {W.in_features}), found {self.r}. Lower r or leave the layer out."
-            )
-        R = torch.zeros(self.r, self.r)
-        if self.start == "normal":
-            R = STD * torch.randn(self.r, self.r, generator=generator, device=generator.device)
-        return {"R": R}, dict(W.constants) or singular_factors(W, self.r)
+    def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
+        require_rank(self, W)
+        return singular_factors(W, self.r)
 
-    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+    def init(self, W: Frozen, generator: torch.Generator) -> LoRAXSParams:
+        if self.start == "zeros":
+            return {"R": torch.zeros(self.r, self.r)}
+        return {"R": STD * torch.randn(self.r, self.r, generator=generator, device=generator.device)}
+
+    def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
         return lora_xs(params, W, x, scale=self.scale)

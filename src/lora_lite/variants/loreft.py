@@ -28,22 +28,17 @@ The update is evaluated as `((W - R) h + b) R`, two products instead of three.
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypedDict
+from typing import Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core.checked import checked
-from lora_lite.core.config import AdapterConfig, expect, expect_bool, expect_int
-from lora_lite.core.frozen import Constants, Frozen
-from lora_lite.core.linalg import full_precision, kaiming
+from lora_lite.core import AdapterConfig, Frozen, Params, Rank, checked, expect, full_precision, kaiming
 from lora_lite.core.positions import edited
 
-STARTS = ("random", "identity")
 _POSITIONS = re.compile(r"(?:f([1-9]\d*))?\+?(?:l([1-9]\d*))?")
 
 
@@ -54,7 +49,7 @@ class LoReFTParams(TypedDict):
 
 
 def orthonormal(R: Tensor) -> Tensor:
-    """Give the rows of `R (..., r, d)` made orthonormal, in at least float32; rows of zeros, which edit nothing, stay zero."""
+    """Return the rows of `R (..., r, d)` made orthonormal, in at least float32; rows of zeros, which edit nothing, stay zero."""
     wide = R.to(torch.promote_types(R.dtype, torch.float32))
     with full_precision(R):
         gram = wide @ wide.mT
@@ -66,9 +61,9 @@ def orthonormal(R: Tensor) -> Tensor:
 def loreft(
     params: LoReFTParams, W: Frozen, x: Float[Tensor, "*b i"], *, first: int = 1, last: int = 1, prompt: Tensor | None = None
 ) -> Float[Tensor, "*b d"]:
-    """Give `h = W x` edited at the first and last positions of its second-last axis; the module's docstring has the formula.
+    """Return `h = W x` edited at the first and last positions of its second-last axis; the module's docstring has the formula.
 
-    Of fewer than `first + last` positions, the first half and the last are edited, the middle one of an odd number as a first one.
+    With `prompt`, `(b, t)`, at those of each row's prompt. Of fewer than `first + last` positions, the first half and the last are edited, the middle one of an odd number as a first one.
     """
     h = W(x)
     if h.dim() == 1:
@@ -98,57 +93,54 @@ class LoReFTConfig(AdapterConfig):
         start: `"random"`, the paper's, or `"identity"`, the model as it is.
     """
 
-    name: ClassVar[str] = "loreft"
-    adapts: ClassVar[str] = "block"
-    linear: ClassVar[bool] = False
-    trained: ClassVar[str | None] = "(2 if 'f' in positions and 'l' in positions and not share_weights else 1) * r * (2 * o + 1)"
-    macs: ClassVar[str | None] = "0"
+    name = "loreft"
+    adapts = "block"
+    uses = frozenset({"output"})
+    linear = False
+    trained = "(2 if 'f' in positions and 'l' in positions and not share_weights else 1) * r * (2 * o + 1)"
+    macs = "0"
 
-    r: int = 4
+    r: Rank = 4
     positions: str = "f1+l1"
     share_weights: bool = False
-    start: str = "random"
+    start: Literal["random", "identity"] = "random"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expect_int(self, "r", 1, "Set r to the rank of the subspace, e.g. r=4.")
-        found = _POSITIONS.fullmatch(self.positions) if isinstance(self.positions, str) else None
+        found = _POSITIONS.fullmatch(self.positions)
         form = 'the numbers of first and last positions, as "f1+l1", "f4" or "l2"'
         expect(self, "positions", found is not None and any(found.groups()), form, "Name at least one position.")
-        expect_bool(self, "share_weights")
-        expect(self, "start", self.start in STARTS, f"one of {STARTS}", 'The default is "random".')
 
     @property
     def ends(self) -> tuple[int, int]:
-        """How many first and how many last positions are edited."""
+        """Numbers of the first and of the last positions that are edited."""
         first, last = _POSITIONS.fullmatch(self.positions).groups()  # type: ignore[union-attr]
         return int(first or 0), int(last or 0)
 
     @property
     def interventions(self) -> int:
-        """How many interventions there are: one, or one for each end."""
+        """Number of interventions: one, or one for each end."""
         return 2 if all(self.ends) and not self.share_weights else 1
 
     @property
     def identity(self) -> float | None:
-        """Whether it starts at the model as it is; in bfloat16 `W` and `R` are rounded apart."""
+        """Relative tolerance of the start at the model as it is; in bfloat16 `W` and `R` are rounded apart."""
         return None if self.start == "random" else 5e-3
 
-    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[LoReFTParams, Constants]:
+    def init(self, W: Frozen, generator: torch.Generator) -> LoReFTParams:
         n, d = self.interventions, W.out_features
-        if self.r > d:
-            raise ValueError(f"LoReFTConfig.r: expected at most {d}, the width of the hidden states, found {self.r}. Lower r.")
+        expect(self, "r", self.r <= d, f"at most {d}, the width of the hidden states", "Lower r.")
         R = orthonormal(torch.randn(n, self.r, d, generator=generator)).contiguous()  # as it is read from a file: W equals it to the bit
         if self.start == "identity":
-            return {"R": R, "W": orthonormal(R), "b": torch.zeros(n, self.r)}, {}
+            return {"R": R, "W": orthonormal(R), "b": torch.zeros(n, self.r)}
         bound = 1 / math.sqrt(d)
         b = torch.empty(n, self.r).uniform_(-bound, bound, generator=generator)
-        return {"R": R, "W": kaiming(n * self.r, d, generator).view(n, self.r, d), "b": b}, {}
+        return {"R": R, "W": kaiming(n * self.r, d, generator).view(n, self.r, d), "b": b}
 
-    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+    def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
         first, last = self.ends
         return loreft(params, W, x, first=first, last=last, prompt=W.prompt)
 
-    def steer(self, params: Mapping[str, Tensor], c: float | Tensor) -> dict[str, Tensor]:
+    def steer(self, params: Params, c: float | Tensor) -> Params:
         R = orthonormal(params["R"]).to(params["W"].dtype)
         return {**params, "W": R + c * (params["W"] - R), "b": c * params["b"]}

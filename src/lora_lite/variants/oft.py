@@ -28,23 +28,15 @@ Departures: `block_size` must divide `i`; PEFT takes the nearest divisor in sile
 apply after each step; PEFT overwrites the params within the forward. PEFT declares a dropout of blocks and does not apply it.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypedDict
+from typing import Annotated, Literal, TypedDict
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core.checked import checked
-from lora_lite.core.config import AdapterConfig, expect, expect_bool, expect_int
-from lora_lite.core.frozen import Constants, Frozen
-from lora_lite.core.linalg import full_precision
-from lora_lite.variants._rotation import cayley_excess, skew
-
-CAYLEY = ("series", "exact")
-"""The two maps from skew matrices to rotations."""
+from lora_lite.core import AdapterConfig, Frozen, Params, Within, cayley_excess, checked, full_precision, require_divisor, skew
 
 
 class OFTParams(TypedDict):
@@ -52,7 +44,7 @@ class OFTParams(TypedDict):
 
 
 def excess_rotation(v: Tensor, size: int, cayley: str, terms: int) -> Tensor:
-    """Give `R - I`, `(n, size, size)`, in at least float32: a deviation from 1, which low precision keeps and `R` would not."""
+    """Compute `R - I`, `(n, size, size)`, in at least float32: a deviation from 1, which low precision keeps and `R` would not."""
     Q = skew(v.to(torch.promote_types(v.dtype, torch.float32)), size)
     if cayley == "exact":
         return cayley_excess(-Q)
@@ -68,7 +60,7 @@ def excess_rotation(v: Tensor, size: int, cayley: str, terms: int) -> Tensor:
 
 
 def project(v: Tensor, size: int, eps: float) -> Tensor:
-    """Give COFT's bound on `v`: each block with `|Q| > eps / sqrt(n)` is shrunk onto that Frobenius norm, eq. (4) of the first paper."""
+    """Apply COFT's bound to `v`: each block with `|Q| > eps / sqrt(n)` is shrunk onto that Frobenius norm, eq. (4) of the first paper."""
     bound = eps / v.shape[0] ** 0.5
     square = 2 * v.square().sum(1, keepdim=True)  # each entry of v stands twice in Q
     return torch.where(square <= bound**2, v, v * (bound * square.clamp_min(bound**2).rsqrt()))  # the clamp keeps gradients finite
@@ -78,7 +70,7 @@ def project(v: Tensor, size: int, eps: float) -> Tensor:
 def oft(
     params: OFTParams, W: Frozen, x: Float[Tensor, "*b i"], *, block_size: int, cayley: str = "series", terms: int = 5
 ) -> Float[Tensor, "*b o"]:
-    """Give `W (R^T x) + b`; the module's docstring has the formula and the shapes. One row of `v` serves all blocks."""
+    """Return `W (R^T x) + b`; the module's docstring has the formula and the shapes. One row of `v` serves all blocks."""
     with full_precision(x):
         excess = excess_rotation(params["v"], block_size, cayley, terms)
     blocks = rearrange(x, "... (n k) -> (...) n k", k=block_size)
@@ -100,29 +92,20 @@ class OFTConfig(AdapterConfig):
         block_share: rotate all blocks alike.
     """
 
-    name: ClassVar[str] = "oft"
-    trained: ClassVar[str | None] = "(block_size if block_share else i) * (block_size - 1) // 2"
-    macs: ClassVar[str | None] = "i * block_size"
+    name = "oft"
+    uses = frozenset({"output", "vectors"})
+    trained = "(block_size if block_share else i) * (block_size - 1) // 2"
+    macs = "i * block_size"
 
-    block_size: int = 32
-    cayley: str = "series"
-    terms: int = 5
+    block_size: Annotated[int, Within(2)] = 32
+    cayley: Literal["series", "exact"] = "series"
+    terms: Annotated[int, Within(2)] = 5
     block_share: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect_int(self, "block_size", 2, "Set a divisor of the layer's input width, e.g. block_size=32.")
-        expect(self, "cayley", self.cayley in CAYLEY, f"one of {list(CAYLEY)}", "The exact map rotates the other way.")
-        expect_int(self, "terms", 2, "One term alone is the identity; PEFT's default is 5, and 4 is nearer to orthogonal.")
-        expect_bool(self, "block_share")
-
-    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[OFTParams, Constants]:
+    def init(self, W: Frozen, generator: torch.Generator) -> OFTParams:
         i, k = W.in_features, self.block_size
-        if i % k:
-            fits = sorted((d for d in range(2, i + 1) if i % d == 0), key=lambda d: abs(d - k))[:3]
-            fix = f"Use e.g. {' or '.join(map(str, fits))}." if fits else "Leave the layer out."
-            raise ValueError(f"OFTConfig.block_size: expected a divisor of i = {i}, found {k}. {fix}")
-        return {"v": torch.zeros(1 if self.block_share else i // k, k * (k - 1) // 2)}, {}
+        require_divisor(self, "block_size", i, "i")
+        return {"v": torch.zeros(1 if self.block_share else i // k, k * (k - 1) // 2)}
 
-    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+    def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
         return oft(params, W, x, block_size=self.block_size, cayley=self.cayley, terms=self.terms)

@@ -24,20 +24,15 @@ the start does not depend on `alpha`, is PEFT's. Weight decay acts on the increm
 a weight without its principal part.
 """
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypedDict
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core.checked import checked
-from lora_lite.core.config import AdapterConfig, expect, expect_int, expect_number
-from lora_lite.core.frozen import Constants, Frozen
-from lora_lite.core.linalg import add_low_rank, truncated_svd
+from lora_lite.core import AdapterConfig, Constants, Frozen, Params, Positive, Rank, add_low_rank, checked, require_rank, truncated_svd
 
 
 class PiSSAParams(TypedDict):
@@ -46,7 +41,7 @@ class PiSSAParams(TypedDict):
 
 
 def principal_factors(W: Frozen, r: int, scale: float) -> Constants:
-    """Give the start `A0 (r, i)`, `B0 (o, r)` with `scale B0 A0` the best rank-`r` approximation of the weight, eq. (2)-(3)."""
+    """Compute the start `A0 (r, i)`, `B0 (o, r)` with `scale B0 A0` the best rank-`r` approximation of the weight, eq. (2)-(3)."""
     weight = W.dense()
     U, S, Vh = truncated_svd(weight, r)
     root = (S / scale).sqrt()
@@ -55,7 +50,7 @@ def principal_factors(W: Frozen, r: int, scale: float) -> Constants:
 
 @checked
 def pissa(params: PiSSAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float) -> Float[Tensor, "*b o"]:
-    """Give `W x + b + scale [(B0 + dB) dA + dB A0] x`; the module's docstring has the formula and the shapes."""
+    """Return `W x + b + scale [(B0 + dB) dA + dB A0] x`; the module's docstring has the formula and the shapes."""
     dA, dB = params["dA"], params["dB"]
     start = W.constants or principal_factors(W, dA.shape[0], scale)
     A0, B0 = start["A0"].to(x.dtype), start["B0"].to(x.dtype)
@@ -73,37 +68,25 @@ class PiSSAConfig(AdapterConfig):
         alpha: numerator of the scale `alpha / r`, dimensionless, > 0; the start does not depend on it.
     """
 
-    name: ClassVar[str] = "pissa"
-    needs: ClassVar[str] = "dense_init"
-    trained: ClassVar[str | None] = "r * (i + o)"
-    macs: ClassVar[str | None] = "2 * r * (i + o)"
+    name = "pissa"
+    uses = frozenset({"output", "vectors", "dense"})
+    trained = "r * (i + o)"
+    macs = "2 * r * (i + o)"
 
-    r: int = 8
-    alpha: float = 16.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect_int(self, "r", 1, "Set r to the rank of the update, e.g. r=8.")
-        expect_number(self, "alpha", 0.0, math.inf, "The update is scaled by alpha / r, e.g. alpha=16.")
-        expect(self, "alpha", self.alpha > 0, "a number > 0", "The singular values are divided by alpha / r.")
+    r: Rank = 8
+    alpha: Positive = 16.0
 
     @property
     def scale(self) -> float:
         """The factor of the update, `alpha / r`."""
         return self.alpha / self.r
 
-    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[PiSSAParams, Constants]:
-        if self.r > min(W.in_features, W.out_features):
-            raise ValueError(
-                f"{type(self).__name__}.r: expected at most min(i, o) = {min(W.in_features, W.out_features)} for a layer of shape "
-                f"({W.out_features}, {W.in_features}), found {self.r}. Lower r or leave the layer out."
-            )
-        start = dict(W.constants) or self.start(W, stats, generator)
-        return {"dA": torch.zeros_like(start["A0"]), "dB": torch.zeros_like(start["B0"])}, start
-
-    def start(self, W: Frozen, stats: Any, generator: torch.Generator) -> Constants:
-        """Derive `A0 (r, i)` and `B0 (o, r)`; variants that start elsewhere change this alone."""
+    def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
+        require_rank(self, W)
         return principal_factors(W, self.r, self.scale)
 
-    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+    def init(self, W: Frozen, generator: torch.Generator) -> PiSSAParams:
+        return {"dA": torch.zeros_like(W.constants["A0"]), "dB": torch.zeros_like(W.constants["B0"])}
+
+    def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
         return pissa(params, W, x, scale=self.scale)

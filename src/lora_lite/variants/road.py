@@ -25,18 +25,14 @@ paper pairs neighbours; PEFT pairs half groups, and so does this, since its chec
 without a bias stays without one. Strength `c` scales angles and deviations: with `a = 0` and `"road_1"`, `-c` is the exact inverse of `c`.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core.checked import checked
-from lora_lite.core.config import AdapterConfig, expect, expect_int
-from lora_lite.core.frozen import Constants, Frozen
-from lora_lite.core.linalg import gate
+from lora_lite.core import AdapterConfig, Even, Frozen, Params, checked, gate, require_divisor
 
 SIZES = {"road_1": 1, "road_2": 2, "road_4": 4}
 """Each variant of ROAD, with the number of angles it has for a pair of outputs."""
@@ -48,7 +44,7 @@ class ROADParams(TypedDict):
 
 
 def rotation(params: ROADParams, variant: str, group_size: int) -> tuple[Tensor, Tensor]:
-    """Give `c - 1` and the signed `s` of `y = c h + s swap(h)`, eq. (4), each `(o,)`.
+    """Compute `c - 1` and the signed `s` of `y = c h + s swap(h)`, eq. (4), each `(o,)`.
 
     `c - 1 = a cos(theta) - 2 sin(theta/2)^2` keeps the digits that `(1 + a) cos(theta) - 1` would cancel.
     """
@@ -64,7 +60,7 @@ def rotation(params: ROADParams, variant: str, group_size: int) -> tuple[Tensor,
 
 @checked
 def road(params: ROADParams, W: Frozen, x: Float[Tensor, "*b i"], *, variant: str, group_size: int) -> Float[Tensor, "*b o"]:
-    """Give `c h + s swap(h)` with `h = W x + b`; the module's docstring has the formula and the shapes."""
+    """Return `c h + s swap(h)` with `h = W x + b`; the module's docstring has the formula and the shapes."""
     h = W(x)
     c, s = rotation(params, variant, group_size)
     first, second = h.unflatten(-1, (-1, 2, group_size // 2)).unbind(-2)
@@ -81,28 +77,18 @@ class ROADConfig(AdapterConfig):
         group_size: outputs in a group, even, a divisor of `o`; it decides only which outputs are paired.
     """
 
-    name: ClassVar[str] = "road"
-    reads: ClassVar[str] = "output"
-    trained: ClassVar[str | None] = "{'road_1': 1, 'road_2': 2, 'road_4': 4}[variant] * o"
-    macs: ClassVar[str | None] = "2 * o"
+    name = "road"
+    uses = frozenset({"output"})
+    trained = "{'road_1': 1, 'road_2': 2, 'road_4': 4}[variant] * o"
+    macs = "2 * o"
 
-    variant: str = "road_1"
-    group_size: int = 64
+    variant: Literal["road_1", "road_2", "road_4"] = "road_1"
+    group_size: Even = 64
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect(self, "variant", self.variant in SIZES, f"one of {list(SIZES)}", "The number counts the angles of a pair of outputs.")
-        expect_int(self, "group_size", 2, "Set an even divisor of the layer's width, e.g. group_size=64.")
-        expect(self, "group_size", self.group_size % 2 == 0, "an even integer", "The halves of a group are paired.")
+    def init(self, W: Frozen, generator: torch.Generator) -> ROADParams:
+        require_divisor(self, "group_size", W.out_features, "o", step=2)
+        p = SIZES[self.variant] * W.out_features // 2
+        return {"theta": torch.zeros(p), "a": torch.zeros(p)}
 
-    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[ROADParams, Constants]:
-        o = W.out_features
-        if o % self.group_size:
-            fits = sorted((g for g in range(2, o + 1, 2) if o % g == 0), key=lambda g: abs(g - self.group_size))[:3]
-            fix = f"Use an even divisor, e.g. {' or '.join(map(str, fits))}." if fits else "Leave the layer out."
-            raise ValueError(f"ROADConfig.group_size: expected a divisor of o = {o}, found {self.group_size}. {fix}")
-        p = SIZES[self.variant] * o // 2
-        return {"theta": torch.zeros(p), "a": torch.zeros(p)}, {}
-
-    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+    def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
         return road(params, W, x, variant=self.variant, group_size=self.group_size)

@@ -28,23 +28,16 @@ Departures: the gate is ESPnet's, not the paper's; it has no gradient while `s =
 directions of such layers; `espnet_orientation=True` does the same.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core.checked import checked
-from lora_lite.core.config import AdapterConfig, expect, expect_bool, expect_int
-from lora_lite.core.errors import listed
-from lora_lite.core.frozen import Constants, Frozen
-from lora_lite.core.linalg import add_low_rank, truncated_svd
-from lora_lite.variants._rotation import cayley_excess, skew
-
-CAYLEY = ("first_order", "exact")
+from lora_lite.core import AdapterConfig, Constants, Frozen, Params, Within, checked, require_rank
+from lora_lite.core.linalg import add_low_rank, cayley_excess, skew, truncated_svd
 
 
 class SSVDParams(TypedDict):
@@ -54,7 +47,7 @@ class SSVDParams(TypedDict):
 
 
 def singular_triplets(W: Frozen, r: int) -> Constants:
-    """Give the top `r` of the SVD, `U (o, r)`, `S (r)`, `Vh (r, i)`; the values stay in at least float32."""
+    """Compute the top `r` of the SVD, `U (o, r)`, `S (r)`, `Vh (r, i)`; the values stay in at least float32."""
     weight = W.dense()
     U, S, Vh = truncated_svd(weight, r)
     return {"U": U.to(weight.dtype), "S": S, "Vh": Vh.to(weight.dtype)}
@@ -64,7 +57,7 @@ def singular_triplets(W: Frozen, r: int) -> Constants:
 def ssvd(
     params: SSVDParams, W: Frozen, x: Float[Tensor, "*b i"], *, cayley: str = "first_order", espnet_orientation: bool = False
 ) -> Float[Tensor, "*b o"]:
-    """Give `W x + b + U [(S + sigma(gate) s) G - S] Vh x`; the module's docstring has the formula and the shapes."""
+    """Return `W x + b + U [(S + sigma(gate) s) G - S] Vh x`; the module's docstring has the formula and the shapes."""
     basis = W.constants or singular_triplets(W, params["s"].shape[0])
     S = basis["S"]
     shift = params["s"].to(S.dtype) * params["gate"].to(S.dtype).sigmoid()
@@ -87,32 +80,22 @@ class SSVDConfig(AdapterConfig):
         espnet_orientation: rotate the output directions instead of the input's in layers with `o < i`, as ESPnet does.
     """
 
-    name: ClassVar[str] = "ssvd"
-    needs: ClassVar[str] = "dense_init"
-    trained: ClassVar[str | None] = "r + 1 + r * (r - 1) // 2"
-    macs: ClassVar[str | None] = "r * (i + o) + r * r"
+    name = "ssvd"
+    uses = frozenset({"output", "vectors", "dense"})
+    steered = ("s", "K")  # G(-c) = G(c)^T; the gate is no displacement
+    trained = "r + 1 + r * (r - 1) // 2"
+    macs = "r * (i + o) + r * r"
 
-    r: int = 8
-    cayley: str = "first_order"
+    r: Annotated[int, Within(2)] = 8
+    cayley: Literal["first_order", "exact"] = "first_order"
     espnet_orientation: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect_int(self, "r", 2, "Set r to the number of singular directions to rotate, e.g. r=8.")
-        expect(self, "cayley", self.cayley in CAYLEY, f"one of {listed(CAYLEY)}", 'Use cayley="exact" for a rotation.')
-        expect_bool(self, "espnet_orientation")
+    def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
+        require_rank(self, W)
+        return singular_triplets(W, self.r)
 
-    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[SSVDParams, Constants]:
-        if self.r > min(W.in_features, W.out_features):
-            raise ValueError(
-                f"SSVDConfig.r: expected at most min(i, o) = {min(W.in_features, W.out_features)} for a layer of shape "
-                f"({W.out_features}, {W.in_features}), found {self.r}. Lower r or leave the layer out."
-            )
-        params: SSVDParams = {"s": torch.zeros(self.r), "gate": torch.zeros(()), "K": torch.zeros(self.r * (self.r - 1) // 2)}
-        return params, dict(W.constants) or singular_triplets(W, self.r)
+    def init(self, W: Frozen, generator: torch.Generator) -> SSVDParams:
+        return {"s": torch.zeros(self.r), "gate": torch.zeros(()), "K": torch.zeros(self.r * (self.r - 1) // 2)}
 
-    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+    def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
         return ssvd(params, W, x, cayley=self.cayley, espnet_orientation=self.espnet_orientation)
-
-    def steer(self, params: Mapping[str, Tensor], c: float | Tensor) -> dict[str, Tensor]:
-        return {**params, "s": c * params["s"], "K": c * params["K"]}  # G(-c) = G(c)^T; the gate is no displacement

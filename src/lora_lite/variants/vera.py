@@ -23,18 +23,16 @@ value of `lambda_d` is not zero, but the zero tree is the base model, and streng
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypedDict
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core.checked import checked
-from lora_lite.core.config import AdapterConfig, expect_int, expect_number
-from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.core import AdapterConfig, Constants, Count, Frozen, NonNegative, Params, Probability, Rank, checked
 
 
 class VeRAParams(TypedDict):
@@ -56,7 +54,7 @@ def projections(layers: Sequence[Frozen], r: int, seed: int) -> Constants:
 
 @checked
 def vera(params: VeRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, seed: int = 0, dropout: float = 0.0) -> Float[Tensor, "*b o"]:
-    """Give `W x + b + lambda_b (B_o (lambda_d (A_i x)))`; a plain weight takes projections of its own widths, drawn from `seed`."""
+    """Return `W x + b + lambda_b (B_o (lambda_d (A_i x)))`; a plain weight takes projections of its own widths, drawn from `seed`."""
     d, b = params["lambda_d"], params["lambda_b"]
     shared = W.constants or projections([W], d.shape[0], seed)
     A, B = shared["A"][:, : W.in_features].to(x), shared["B"][: W.out_features].to(x)
@@ -77,30 +75,22 @@ class VeRAConfig(AdapterConfig):
         dropout: probability of dropping an entry of the adapter's input, in [0, 1), in training mode.
     """
 
-    name: ClassVar[str] = "vera"
-    trained: ClassVar[str | None] = "r + o"
-    macs: ClassVar[str | None] = "r * (i + o) + r + o"
+    name = "vera"
+    uses = frozenset({"output", "vectors"})
+    steered = ("lambda_b",)
+    trained = "r + o"
+    macs = "r * (i + o) + r + o"
 
-    r: int = 256
-    d_initial: float = 0.1
-    seed: int = 0
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        expect_int(self, "r", 1, "Set r to the rank of the projections, e.g. r=256.")
-        expect_number(self, "d_initial", 0.0, math.inf, "The paper's default is 0.1.")
-        expect_int(self, "seed", 0, "Set the seed of the shared projections, e.g. seed=0.")
-        expect_number(self, "dropout", 0.0, 1.0, "Set the share of inputs to drop, e.g. dropout=0.05.")
+    r: Rank = 256
+    d_initial: NonNegative = 0.1
+    seed: Count = 0
+    dropout: Probability = 0.0
 
     def share(self, layers: Sequence[Frozen]) -> Constants:
         return projections(layers, self.r, self.seed)
 
-    def init(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> tuple[VeRAParams, Constants]:
-        return {"lambda_d": torch.full((self.r,), float(self.d_initial)), "lambda_b": torch.zeros(W.out_features)}, {}
+    def init(self, W: Frozen, generator: torch.Generator) -> VeRAParams:
+        return {"lambda_d": torch.full((self.r,), float(self.d_initial)), "lambda_b": torch.zeros(W.out_features)}
 
-    def forward(self, params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Tensor:
+    def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
         return vera(params, W, x, seed=self.seed, dropout=self.dropout)
-
-    def steer(self, params: Mapping[str, Tensor], c: float | Tensor) -> dict[str, Tensor]:
-        return {**params, "lambda_b": c * params["lambda_b"]}

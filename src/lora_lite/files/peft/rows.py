@@ -118,7 +118,7 @@ def _as_lora(cfg: PiSSAConfig, leaves: Leaves, constants: Constants) -> tuple[Lo
 
 
 def _plain_lora(cfg: EVAConfig | LoftQConfig, leaves: Leaves, constants: Constants) -> tuple[LoRAConfig, Leaves]:
-    return LoRAConfig(r=cfg.r, alpha=cfg.alpha, dtype=cfg.dtype), leaves
+    return LoRAConfig(**{name: getattr(cfg, name) for name in ("r", "alpha", "rslora", "dropout", "dtype")}), leaves
 
 
 def _never(fields: Fields, tensors: Tensors) -> bool:

@@ -1,0 +1,165 @@
+"""What a config's fields may hold: each annotation is checked, so that a variant writes no check of its own.
+
+`r: Rank = 8` refuses 0, `"8"` and `True`; `side: Literal["in", "out"] = "in"` refuses the rest; plain `int`, `float`, `bool` and `str` are
+checked by type. `require_rank` and `require_divisor` hold a field against a layer.
+"""
+
+import dataclasses
+import functools
+import math
+import sys
+import types
+from dataclasses import MISSING, dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from lora_lite.core.errors import listed
+from lora_lite.core.frozen import Frozen
+
+
+@dataclass(frozen=True)
+class Within:
+    """The bounds of a number, for `Annotated[int, Within(2)]`: `low <= value < high`.
+
+    Args:
+        low: least value.
+        high: end of the range, not part of it.
+        above: whether `low` itself is refused.
+        even: whether odd integers are refused.
+        meaning: noun phrase for the error's way out, e.g. "the rank of the update".
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    even: bool = False
+    meaning: str = ""
+
+    def admits(self, value: float) -> bool:
+        """Whether a finite number lies within the bounds."""
+        return (self.low < value if self.above else self.low <= value) and value < self.high and not (self.even and value % 2)
+
+    def words(self, noun: str) -> str:
+        """Return the bounds in words, e.g. "an integer >= 1"."""
+        if self.high < math.inf:
+            return f"{noun} in {'(' if self.above else '['}{self.low}, {self.high})"
+        return noun if self.low == -math.inf else f"{noun} {'>' if self.above else '>='} {self.low}"
+
+
+_RANK = Within(1, meaning="the rank of the update")
+
+Rank = Annotated[int, _RANK]
+Count = Annotated[int, Within(0)]
+Size = Annotated[int, Within(1)]
+Even = Annotated[int, Within(2, even=True)]
+Positive = Annotated[float, Within(0, above=True)]
+NonNegative = Annotated[float, Within(0)]
+Probability = Annotated[float, Within(0.0, 1.0)]
+
+_PLAIN = {bool: "True or False", str: "a string"}
+_Problem = tuple[type[Exception], str]
+
+
+def check_fields(cfg: object) -> None:
+    """Raise unless every field of a dataclass holds what its annotation allows; annotations of other kinds allow anything.
+
+    Raises:
+        TypeError: for a value of another type.
+        ValueError: for a value out of bounds.
+    """
+    cls: Any = type(cfg)
+    hints = _hints(cls)
+    for field in dataclasses.fields(cfg) if dataclasses.is_dataclass(cfg) else ():
+        value, hint = getattr(cfg, field.name, MISSING), hints.get(field.name, Any)
+        if value is MISSING or (value is None and field.default is None):  # filled later, or meant to be
+            continue
+        problem = _problem(hint, value)
+        if problem is not None:
+            error, expected = problem
+            raise error(f"{at(cfg, field.name)} {expected}, found {value!r}. {_way_out(field, hint)}")
+
+
+def at(cfg: object, field: str) -> str:
+    """Return the beginning of a field's error."""
+    return f"{type(cfg).__name__}.{field}: expected"
+
+
+def expect(cfg: object, field: str, ok: bool, expected: str, fix: str) -> None:
+    """Raise the three-part error of a config field unless `ok`: for what depends on several fields."""
+    if not ok:
+        raise ValueError(f"{at(cfg, field)} {expected}, found {getattr(cfg, field)!r}. {fix}")
+
+
+def require_rank(cfg: Any, W: Frozen) -> None:
+    """Raise unless the field `r` is at most the smaller width of a layer."""
+    o, i = W.out_features, W.in_features
+    expected = f"at most min(i, o) = {min(i, o)} for a layer of shape ({o}, {i})"
+    expect(cfg, "r", cfg.r <= min(i, o), expected, "Lower r or leave the layer out.")
+
+
+def require_divisor(cfg: object, field: str, width: int, axis: str, step: int = 1) -> None:
+    """Raise unless a field divides the width of a layer's axis `"i"` or `"o"`; divisors to offer are multiples of `step`."""
+    size = getattr(cfg, field)
+    fits = sorted((d for d in range(2, width + 1, step) if width % d == 0), key=lambda d: abs(d - size))[:3]
+    fix = f"Use e.g. {' or '.join(map(str, fits))}." if fits else "Leave the layer out."
+    expect(cfg, field, width % size == 0, f"a divisor of {axis} = {width}", fix)
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """Resolve the annotations of a class's fields; a name that cannot be found allows anything."""
+    hints: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        for name, hint in vars(base).get("__annotations__", {}).items():
+            hints[name] = _resolved(base, name, hint)
+    if hints.get("r") is int:
+        hints["r"] = Rank
+    return hints
+
+
+def _resolved(base: type, name: str, hint: Any) -> Any:
+    here = vars(sys.modules[base.__module__]) if base.__module__ in sys.modules else {}
+    try:
+        return get_type_hints(types.SimpleNamespace(__annotations__={name: hint}), here, include_extras=True)[name]
+    except (NameError, TypeError, AttributeError, SyntaxError):
+        return Any
+
+
+def _problem(hint: Any, value: object) -> _Problem | None:
+    """Return the error that a value is, and what was expected; None where it is none."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        bounds = next((extra for extra in args[1:] if isinstance(extra, Within)), None)
+        return _problem(args[0], value) if bounds is None else _number(args[0], bounds, value)
+    if origin is Literal:
+        same = any(value == allowed and type(value) is type(allowed) for allowed in args)
+        return None if same else (ValueError if isinstance(value, str) else TypeError, f"one of {listed(args, 20)}")
+    if origin in (Union, types.UnionType):
+        problems = [_problem(arg, value) for arg in args]
+        return None if None in problems else _either([problem for problem in problems if problem])
+    if hint in (int, float):
+        return _number(hint, Within(), value)
+    if hint is type(None):
+        return None if value is None else (TypeError, "None")
+    return (TypeError, _PLAIN[hint]) if hint in (bool, str) and not isinstance(value, hint) else None
+
+
+def _number(kind: type, bounds: Within, value: object) -> _Problem | None:
+    noun = f"{'an even' if bounds.even else 'an'} integer" if kind is int else "a number" if bounds.high < math.inf else "a finite number"
+    expected = bounds.words(noun)
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+        return TypeError, expected
+    return None if math.isfinite(value) and bounds.admits(value) else (ValueError, expected)
+
+
+def _either(problems: list[_Problem]) -> _Problem:
+    return next((error for error, _ in problems if error is ValueError), TypeError), " or ".join(expected for _, expected in problems)
+
+
+def _way_out(field: "dataclasses.Field[Any]", hint: Any) -> str:
+    """Say how to set a field, with its default as the example."""
+    meaning = next((extra.meaning for extra in get_args(hint) if isinstance(extra, Within)), "")
+    shown = f'"{field.default}"' if isinstance(field.default, str) else repr(field.default)
+    example = "" if field.default is MISSING else f"e.g. {field.name}={shown}"
+    if meaning:
+        return f"Set {field.name} to {meaning}{', ' + example if example else ''}."
+    return f"Use {example}." if example else f"Set {field.name} so."

@@ -1,0 +1,308 @@
+"""Variants written outside the package, as their authors would: what they need write, and what they are given."""
+
+import ast
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Literal, TypedDict
+
+import pytest
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+import lora_lite as ll
+from cases import assert_trees_equal, move
+
+# LoHa (Hyeon-Woo, Ye-Bin, Oh, *FedPara*, 2021, arXiv:2108.06098), in full.
+
+
+class LoHaParams(TypedDict):
+    A1: Float[Tensor, "r i"]
+    B1: Float[Tensor, "o r"]
+    A2: Float[Tensor, "r i"]
+    B2: Float[Tensor, "o r"]
+
+
+@ll.checked
+def loha(params: LoHaParams, W: ll.Frozen, x: Float[Tensor, "*b i"], *, scale: float) -> Float[Tensor, "*b o"]:
+    """Return `W x + b + scale [(B1 A1) * (B2 A2)] x`."""
+    delta = (params["B1"] @ params["A1"]) * (params["B2"] @ params["A2"])  # (o, i)
+    return W(x) + scale * F.linear(x, delta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoHaConfig(ll.AdapterConfig):
+    """Config of LoHa."""
+
+    name = "loha"
+    steered = ("B2",)
+    trained = "2 * r * (i + o)"
+    macs = "i * o"
+
+    r: int = 8
+    alpha: float = 16.0
+
+    def init(self, W, generator):
+        i, o, r = W.in_features, W.out_features, self.r
+        A1, B1, A2 = (torch.randn(shape, generator=generator) for shape in ((r, i), (o, r), (r, i)))
+        return {"A1": A1, "B1": 0.1 * B1, "A2": A2, "B2": torch.zeros(o, r)}
+
+    def forward(self, params, W, x):
+        return loha(params, W, x, scale=self.alpha / self.r)
+
+
+def _lines(*parts) -> int:
+    """Count the lines of code, docstrings and blank ones left out."""
+    count = 0
+    for part in parts:
+        text = inspect.getsource(part)
+        tree = ast.parse(text)
+        docs = {line for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef) for line in _docstring(n)}
+        lines = enumerate(text.splitlines(), 1)
+        count += sum(bool(line.strip()) and k not in docs for k, line in lines)
+    return count
+
+
+def _docstring(node) -> range:
+    first = node.body[0]
+    return range(first.lineno, first.end_lineno + 1) if ast.get_docstring(node) else range(0)
+
+
+def test_a_published_method_is_a_page_of_code():
+    imports = 7
+    assert imports + _lines(LoHaParams, loha, LoHaConfig) <= 35
+
+
+def test_it_passes_the_kit():
+    ll.testing.check_variant(LoHaConfig(r=4))
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"r": 0}, ValueError, r"LoHaConfig\.r: expected an integer >= 1, found 0\. Set r to the rank of the update, e\.g\. r=8\."),
+        ({"r": "4"}, TypeError, r"LoHaConfig\.r: expected an integer >= 1, found '4'\. Set r to the rank"),
+        ({"r": True}, TypeError, r"LoHaConfig\.r: expected an integer >= 1, found True"),
+        ({"alpha": float("nan")}, ValueError, r"LoHaConfig\.alpha: expected a finite number, found nan\. Use e\.g\. alpha=16\.0\."),
+        ({"alpha": "16"}, TypeError, r"LoHaConfig\.alpha: expected a finite number, found '16'"),
+    ],
+)
+def test_bad_fields_are_refused_without_a_line_of_its_own(fields, error, message):
+    with pytest.raises(error, match=message):
+        LoHaConfig(**fields)
+
+
+# Fields of every sort.
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldsConfig(ll.AdapterConfig):
+    """One field of each annotation."""
+
+    name = "fields"
+
+    count: ll.Count = 0
+    even: ll.Even = 2
+    size: ll.Size = 1
+    share: ll.Probability = 0.0
+    positive: ll.Positive = 1
+    least: ll.NonNegative = 0.0
+    angle: Annotated[float, ll.Within(0.0, 3.0, above=True)] = 1.0
+    side: Literal["in", "out"] = "in"
+    flag: bool = False
+    text: str = ""
+    steps: ll.Count | None = None
+    late: "ll.Rank" = None  # type: ignore[assignment]
+    unknown: "Nowhere" = 3  # type: ignore[name-defined]  # noqa: F821
+    pair: tuple[int, ...] = (1,)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error", "expected"),
+    [
+        ("count", -1, ValueError, r"an integer >= 0, found -1\. Use e\.g\. count=0"),
+        ("even", 3, ValueError, "an even integer >= 2, found 3"),
+        ("size", 1.0, TypeError, "an integer >= 1, found 1.0"),
+        ("share", 1, ValueError, r"a number in \[0\.0, 1\.0\), found 1"),
+        ("positive", 0, ValueError, "a finite number > 0, found 0"),
+        ("positive", float("inf"), ValueError, "a finite number > 0, found inf"),
+        ("least", -0.5, ValueError, "a finite number >= 0, found -0.5"),
+        ("angle", 0.0, ValueError, r"a number in \(0\.0, 3\.0\), found 0\.0"),
+        ("side", "left", ValueError, r'one of "in", "out", found \'left\'\. Use e\.g\. side="in"'),
+        ("side", 1, TypeError, 'one of "in", "out", found 1'),
+        ("flag", 1, TypeError, "True or False, found 1"),
+        ("text", None, TypeError, "a string, found None"),
+        ("steps", -2, ValueError, "an integer >= 0 or None, found -2"),
+        ("steps", "2", TypeError, "an integer >= 0 or None, found '2'"),
+        ("late", 0, ValueError, r"an integer >= 1, found 0\. Set late to the rank of the update, e\.g\. late=None"),
+    ],
+)
+def test_each_annotation_is_checked(field, value, error, expected):
+    with pytest.raises(error, match=rf"FieldsConfig\.{field}: expected {expected}"):
+        FieldsConfig(**{field: value})
+
+
+def test_values_that_fit_are_taken():
+    cfg = FieldsConfig(count=3, even=4, share=0.5, positive=2, angle=2, side="out", steps=5, late=2, unknown="x", pair=(2, "y"))
+    assert (cfg.positive, cfg.late, cfg.unknown) == (2, 2, "x")
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A dataclass that owes the package nothing."""
+
+    name: ClassVar[str] = "foreign"
+    r: int = 4
+
+    def init(self, W, generator):
+        return {"d": torch.zeros(W.out_features)}
+
+    def forward(self, params, W, x):
+        return W(x) + params["d"]
+
+
+def test_a_class_that_is_no_subclass_is_checked_when_it_is_used():
+    ll.testing.check_variant(Foreign())
+    with pytest.raises(ValueError, match=r"Foreign\.r: expected an integer >= 1, found 0"):
+        ll.build(nn.Linear(4, 4), Foreign(r=0))
+
+
+# The form of version 0.1.0.
+
+
+@dataclass(frozen=True, kw_only=True)
+class OldLoHaConfig(ll.AdapterConfig):
+    """LoHa with a frozen `A1`, as it was written for version 0.1.0."""
+
+    name: ClassVar[str] = "old_loha"
+    needs: ClassVar[str] = "nothing"
+    reads: ClassVar[str] = "rows"
+
+    r: int = 8
+    alpha: float = 16.0
+
+    def init(self, W: ll.Frozen, generator: torch.Generator, stats: Any = None) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
+        i, o, r = W.in_features, W.out_features, self.r
+        A1, B1, A2 = (torch.randn(shape, generator=generator) for shape in ((r, i), (o, r), (r, i)))
+        return {"B1": 0.1 * B1, "A2": A2, "B2": torch.zeros(o, r)}, dict(W.constants) or {"A1": A1}
+
+    def forward(self, params, W, x):
+        return loha({**params, "A1": W.constants["A1"].to(x.dtype)}, W, x, scale=self.alpha / self.r)
+
+    def steer(self, params, c):
+        return {**params, "B2": c * params["B2"]}
+
+
+class TestOldForm:
+    def test_passes_the_kit(self):
+        ll.testing.check_variant(OldLoHaConfig(r=4))
+
+    def test_is_refused_its_fields_too(self):
+        with pytest.raises(ValueError, match=r"OldLoHaConfig\.r: expected an integer >= 1, found 0"):
+            OldLoHaConfig(r=0)
+
+    def test_builds_starts_again_saves_and_loads(self, tmp_path):
+        model, cfg = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4)).eval(), OldLoHaConfig(r=2)
+        adapt = ll.build(model, cfg)
+        assert adapt.configs[0] == cfg
+        assert cfg == adapt.configs[0]
+        assert hash(adapt.configs[0]) == hash(cfg)
+        assert set(adapt.constants["0"]) == {"A1"}
+        params = move(adapt.init(seed=3))
+        ll.save(adapt, params, tmp_path / "a.safetensors")
+        again, read = ll.load(model, tmp_path / "a.safetensors", variants=[OldLoHaConfig])
+        assert_trees_equal(read, params)
+        assert_trees_equal(again.constants, adapt.constants)
+        assert_trees_equal(again.init(seed=5), adapt.init(seed=5))
+        assert replace(adapt.configs[0], r=3).init(ll.Frozen(torch.zeros(4, 6), constants=adapt.constants["0"]), torch.Generator())
+
+    def test_words_for_what_it_needs_are_translated(self):
+        with pytest.raises(ValueError, match=r'fits the layer at "1", which gives only "output", "project"; found that Old'):
+            ll.build(nn.Sequential(nn.Linear(4, 4), nn.Embedding(5, 4)), OldLoHaConfig(r=2, target_names=r"^1$"))
+
+    def test_a_config_that_was_completed_is_pickled_by_its_own_class(self):
+        import pickle
+
+        adapt = ll.build(nn.Linear(6, 4), OldLoHaConfig(r=2))
+        again = pickle.loads(pickle.dumps(adapt))
+        assert_trees_equal(again.init(seed=1), adapt.init(seed=1))
+
+
+def test_two_trees_in_the_new_form_are_refused_with_the_way_out():
+    class Two(LoHaConfig):
+        def init(self, W, generator):
+            return super().init(W, generator), {}
+
+    with pytest.raises(TypeError, match=r"Two\.init: expected a mapping .*found two trees\. Return frozen tensors from constants"):
+        ll.build(nn.Linear(4, 4), Two())
+
+
+# Constants that are no floats.
+
+
+class FourierParams(TypedDict):
+    c: Float[Tensor, " n"]
+
+
+@ll.checked
+def fourier_ft(params: FourierParams, W: ll.Frozen, x: Float[Tensor, "*b i"], *, scale: float) -> Float[Tensor, "*b o"]:
+    """Return `W x + b + scale Re ifft2(spectrum(c)) x`."""
+    o, i, c = W.out_features, W.in_features, params["c"]
+    spectrum = c.new_zeros(o * i).index_copy(0, W.constants["places"], c).view(o, i)
+    delta = torch.fft.ifft2(spectrum.float() if c.dtype != torch.float64 else spectrum).real * scale
+    return W(x) + F.linear(x, delta.to(x.dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FourierFTConfig(ll.AdapterConfig):
+    """FourierFT (Gao et al. 2024, arXiv:2405.03003): a trained sparse spectrum of the weight's update."""
+
+    name = "fourier_ft"
+    trained = "n"
+    macs = "i * o"
+
+    n: ll.Size = 64
+    scale: ll.Positive = 100.0
+
+    def constants(self, W, generator, stats=None):
+        return {"places": torch.randperm(W.out_features * W.in_features, generator=generator)[: self.n]}
+
+    def init(self, W, generator):
+        return {"c": torch.zeros(self.n)}
+
+    def forward(self, params, W, x):
+        return fourier_ft(params, W, x, scale=self.scale)
+
+
+def test_an_integer_constant_stays_one():
+    ll.testing.check_variant(FourierFTConfig())
+    places = ll.build(nn.Linear(16, 12), FourierFTConfig(n=8)).constants[""]["places"]
+    assert (places.dtype, tuple(places.shape)) == (torch.int64, (8,))
+
+
+# Trained tensors that all targets share reach the kit's cases.
+
+
+def test_shared_params_are_among_those_of_a_case():
+    @dataclass(frozen=True, kw_only=True)
+    class BankConfig(ll.AdapterConfig):
+        """A shift that is a mixture of vectors of one bank."""
+
+        name = "bank"
+        trained = "4"
+
+        def share_init(self, layers, generator):
+            return {"bank": torch.randn(4, max(W.out_features for W in layers), generator=generator)}
+
+        def init(self, W, generator):
+            return {"mix": torch.zeros(4)}
+
+        def forward(self, params, W, x):
+            return W(x) + params["mix"] @ params["bank"][:, : W.out_features]
+
+    for case in ll.testing.make_cases(BankConfig(), torch.float32):
+        assert set(case.start) == set(case.params) == {"mix", "bank"}
+    for check in ("gradients", "acts", "counts", "identity"):
+        ll.testing.CHECKS[check](BankConfig())
