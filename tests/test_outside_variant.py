@@ -219,7 +219,7 @@ class TestOldForm:
         assert replace(adapt.configs[0], r=3).init(ll.Frozen(torch.zeros(4, 6), constants=adapt.constants["0"]), torch.Generator())
 
     def test_words_for_what_it_needs_are_translated(self):
-        with pytest.raises(ValueError, match=r'fits the layer at "1", which gives only "output", "project"; found that Old'):
+        with pytest.raises(ValueError, match=r'OldLoHaConfig cannot adapt "1" \(EmbeddingKind\): it takes the input'):
             ll.build(nn.Sequential(nn.Linear(4, 4), nn.Embedding(5, 4)), OldLoHaConfig(r=2, target_names=r"^1$"))
 
     def test_a_config_that_was_completed_is_pickled_by_its_own_class(self):

@@ -48,6 +48,7 @@ class Adapt:
         self._plan = plan
         shared = plan.shared_params()
         of_shared = {target.path: cfg.name for target, cfg in plan.entries if cfg.name in shared}
+        self._on_meta = any(p.is_meta for p in plan.base.parameters())
         make = functools.partial(_replica, plan, of_shared)
         self._replicas = Replicas(make) if plan.sharding is None else ShardedReplicas(make, plan.sharding)
 
@@ -292,7 +293,7 @@ class Adapt:
         return Adapt, (self._plan,)  # copied and pickled as what was decided: the clones follow from it, and are of this process' threads
 
     def _require(self, params: Any, caller: str, shapes: Shapes | None = None) -> None:
-        require_fit(params, shapes or self.shapes, caller)
+        require_fit(params, shapes or self.shapes, caller, self._on_meta)
 
     def _require_whole(self, caller: str) -> None:
         if self._plan.sharding is not None:

@@ -27,12 +27,14 @@ class Adapter(nn.Module):
     """The params of one target as parameters of a module: a child of the layer that they adapt.
 
     Called, it is the adapted layer: what wraps modules with trainable parameters of their own (Opacus) finds them here. A module that has
-    children may run through them, as `nn.Sequential` does: there the parameters are registered on the module itself, and nothing is added to
-    its children.
+    children may run through them, as `nn.Sequential` does: there the parameters are registered on the module itself, and nothing is added
+    to its children.
     """
 
     names: dict[str, str]
     """The name of each param in `place`."""
+    place: Any
+    """The module on which the params are registered."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -194,8 +196,8 @@ class Binding:
         self.used = True
         if self.mixed and not self._moving():
             raise ValueError(
-                f'adapt.mixed: at "{self.path}" expected a target that is called with rows of the batch, found a weight that the module around '
-                "it reads: all rows see the same one. Leave it out, or run the members one by one."
+                f'adapt.mixed: at "{self.path}" expected a target that is called with rows of the batch, found a weight that the module '
+                "around it reads: all rows see the same one. Leave it out, or run the members one by one."
             )
         if getattr(self.cfg, "dropout", 0.0) and W.training:
             raise ValueError(
@@ -217,8 +219,8 @@ class Binding:
         """Return the adapter's parameters as params; a placeholder is refused, since products on a CPU take one without a word."""
         if self._hollow():
             raise RuntimeError(
-                f'adapt: expected params with data at "{self.path}", found them on meta. Pass params on its device; where the model recomputes '
-                "blocks by a checkpoint of its own, leave that to build(..., remat=) instead."
+                f'adapt: expected params with data at "{self.path}", found them on meta. Pass params on its device; where the model '
+                "recomputes blocks by a checkpoint of its own, leave that to build(..., remat=) instead."
             )
         found = self.adapter.params()
         return found if self.shared is None else {**self.shared.params(), **found}
@@ -253,7 +255,7 @@ def adapters(module: nn.Module) -> Iterator[Adapter]:
         yield from vars(inner).get(ADAPTERS, ())
 
 
-def placeholders(module: nn.Module) -> set[Tensor]:
+def placeholders(module: nn.Module) -> set[Any]:
     """Return the parameters of a bound copy that are adapters'."""
     return {p for adapter in adapters(module) for p in adapter.parameters_by_name.values() if p is not None}
 
@@ -263,25 +265,35 @@ def bindings(module: nn.Module) -> dict[str, Binding]:
     return {a.binding.path: a.binding for a in adapters(module) if a.binding is not None}
 
 
-def require_fit(params: Any, shapes: Shapes, caller: str) -> None:
-    """Refuse a params tree of other paths, names or shapes.
+def require_fit(params: Any, shapes: Shapes, caller: str, on_meta: bool = False) -> None:
+    """Refuse a params tree of other paths, names or shapes, or without data where the model has some.
 
     Raises:
         ValueError: it lists each departure.
+        RuntimeError: for params on meta, which products on a CPU take without a word.
     """
     try:
         if fits(params, shapes):
             return
     except (KeyError, TypeError, AttributeError):
         pass  # whatever is wrong is found again below, and named
+    faults = tree_faults(params, shapes)
+    if not faults:
+        empty = next(path for path, leaves in params.items() for leaf in leaves.values() if leaf.is_meta)
+        if on_meta:
+            return
+        raise RuntimeError(
+            f'{caller}: expected params with data at "{empty}", found them on meta. Pass params on its device; where the model recomputes '
+            "blocks by a checkpoint of its own, leave that to build(..., remat=) instead."
+        )
     raise ValueError(
-        f"{caller}: expected params that fit this model and config, found:\n{several(tree_faults(params, shapes))}\n"
+        f"{caller}: expected params that fit this model and config, found:\n{several(faults)}\n"
         "Use adapt.init(...), or load(...) with the file that the params were saved to."
     )
 
 
 def fits(params: AnyTree, shapes: Shapes) -> bool:
-    """Whether a params tree has these paths, names and shapes. Plain loops: every call passes here, with hundreds of targets."""
+    """Whether a params tree has these paths, names and shapes, and data. Plain loops: every call passes here, with hundreds of targets."""
     if len(params) != len(shapes):
         return False
     for path, expected in shapes.items():
@@ -290,7 +302,7 @@ def fits(params: AnyTree, shapes: Shapes) -> bool:
             return False
         for name, shape in expected.items():
             leaf = leaves[name]
-            if leaf.shape != shape or not leaf.is_floating_point():
+            if leaf.shape != shape or not leaf.is_floating_point() or leaf.is_meta:
                 return False
     return True
 

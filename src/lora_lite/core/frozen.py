@@ -1,7 +1,7 @@
 """`Frozen`: everything about one linear map that is not trained, as a variant sees it.
 
-`W(x)` is the layer's own output, `W.matmul(x)` leaves the bias out, `W.project(x, A)` is `A x`, `W.dense(dtype)` is the weight as an `(o, i)`
-matrix, `W.constants` holds what the variant derived at build. The framework asks more of a layer: that is `lora_lite.Kind`.
+`W(x)` is the layer's own output, `W.matmul(x)` leaves the bias out, `W.project(x, A)` is `A x`, `W.dense(dtype)` is the weight as a
+matrix `(o, i)`, `W.constants` holds what the variant derived at build. The framework asks more of a layer: that is `lora_lite.Kind`.
 """
 
 from collections.abc import Callable, Mapping

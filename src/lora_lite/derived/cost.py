@@ -4,6 +4,7 @@ Matrix products count `m n k`, products of two tensors entry by entry count one 
 paid once per forward, whatever the number of tokens, is left out by counting two sizes and taking the difference.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -61,9 +62,13 @@ def macs_per_token(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen, 
     return (count(5) - count(3)) // 2  # one token alone would turn products with a vector into other operations
 
 
+def _probe(W: Kind, k: int, part: Any, tokens: int) -> tuple[Frozen, Tensor, int]:
+    return W.probe(tokens)[k][1:]
+
+
 def macs_of(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Kind) -> int:
     """Count what a variant adds to one token of a layer, of one linear map or several."""
     total = 0
     for k, (name, part, _, _) in enumerate(W.probe(3)):
-        total += macs_per_token(cfg, W.part(params, name), part, lambda _, tokens, k=k: W.probe(tokens)[k][1:])
+        total += macs_per_token(cfg, W.part(params, name), part, functools.partial(_probe, W, k))
     return total

@@ -1,4 +1,4 @@
-"""Merge an adapter into dense weights, derived for every linear variant from its pure function; each kind knows its own names and layout."""
+"""Merge an adapter into dense weights, derived for every linear variant from its pure function. A kind knows its names and layout."""
 
 import math
 from collections.abc import Iterable, Mapping

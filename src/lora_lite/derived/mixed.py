@@ -1,7 +1,7 @@
 """Mixed batches: stacks of params trees, and which member each row takes.
 
-Only a variant's pure function is vmapped, at each target, over the adapters; everything else sees one ordinary batch. So it works wherever the
-model does, with padding masks and fused attention that a whole-model `vmap` cannot run.
+Only a variant's pure function is vmapped, at each target, over the adapters; everything else sees one ordinary batch. So it works wherever
+the model does, with padding masks and fused attention that a whole-model `vmap` cannot run.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,7 @@
 """`Kind`: all that the framework asks about a kind of layer. One subclass is one kind, and complete.
 
-A variant sees the part that `Frozen` has; the rest says where such a layer is found, how the model's call of it reaches the variant, and what
-merging, mixed batches and counting mean for it. Each method has a default that is right for a linear layer.
+A variant sees the part that `Frozen` has. The rest says where such a layer is found, how the model's call of it reaches the variant, and
+what merging, mixed batches and counting mean for it. Each method has a default that is right for a linear layer.
 """
 
 import copy
@@ -41,8 +41,8 @@ class Variant:
 class Kind(Frozen):
     """A kind of layer; a subclass with `fits` is all that a linear layer of your own needs.
 
-    `build`, `load`, `find_targets`, `from_peft` and the others take such classes as `kinds=(MyKind,)`; the first that fits a module reads it,
-    before those that ship.
+    `build`, `load`, `find_targets` and `from_peft` take such classes as `kinds=(MyKind,)`. The first that fits a module reads it, before
+    those that ship.
 
     Args:
         layer: the module. Its attributes are the frozen tensors, whatever is adapted.
@@ -215,8 +215,8 @@ class Kind(Frozen):
         params, rows = of_rows(params, index)
         if x.shape[0] % rows if rows else x.shape[0]:
             raise ValueError(
-                f"expected an input with a multiple of {rows} rows, found shape {tuple(x.shape)}. The model regroups rows before this layer "
-                "(routed experts do), so they cannot be followed; leave the layer out."
+                f"expected an input with a multiple of {rows} rows, found shape {tuple(x.shape)}. The model regroups rows before this "
+                "layer (routed experts do), so they cannot be followed; leave the layer out."
             )
         if not rows:  # vmap takes no empty axis
             params, rows = {name: p.new_zeros(1, *p.shape[1:]) for name, p in params.items()}, 1
@@ -291,7 +291,7 @@ class Kind(Frozen):
         return [name for name in self.state.values() if self.layer._parameters.get(name) is not None]
 
     def changes(self, f: Variant, params: Params) -> list[tuple[Tensor, Tensor]]:
-        """Return what the adapter adds to the weight `(o, i)` and to the bias `(o,)` of each linear map, in the order of `make`; in float64."""
+        """Return what the adapter adds to the weight `(o, i)` and the bias `(o,)` of each linear map in float64, in the order of `make`."""
         found = []
         for W, leaves in self.pairs(params):
             adapted = self.adapted if W is self else functools.partial(_adapted_part, W)
@@ -300,7 +300,7 @@ class Kind(Frozen):
         return found
 
     def probe(self, tokens: int) -> list[tuple[str, Frozen, Tensor, int]]:
-        """Return what to count: for each linear map that differs its name, the map and `tokens` tokens on meta, and its own multiply-adds."""
+        """Return each linear map that differs: its name, the map and so many tokens on meta, and the map's own multiply-adds."""
         return [("", *on_meta(self, tokens))]
 
     def part(self, tree: Params, name: str) -> Params:

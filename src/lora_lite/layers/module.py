@@ -68,7 +68,8 @@ class ModuleKind(Kind):
         return self.weight.shape[0] if self.weight.dim() else 1
 
     def __call__(self, x: Tensor) -> Any:
-        return self._own(x)
+        with self._swapped({}):
+            return self._own(x)
 
     def call(self, run: Run, own: Own, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         rest = dict(kwargs) if args else dict(list(kwargs.items())[1:])
@@ -93,7 +94,7 @@ class ModuleKind(Kind):
     def _swapped(self, now: Mapping[str, Tensor]) -> Iterator[None]:
         """Put tensors in the place of the module's parameters; of the copy's, whose calls are one at a time."""
         places = [(*place_of(self.layer, name), name) for name in now]
-        tables = [(module._parameters, own, name) for module, own, name in places]
+        tables: list[tuple[Any, str, str]] = [(module._parameters, own, name) for module, own, name in places]
         tensors = [table[own] for table, own, _ in tables]
         before, self._now = self._now, now
         try:
@@ -108,8 +109,8 @@ class ModuleKind(Kind):
     def apply_rows(self, f: Variant, params: Params, x: Any, index: Tensor | None) -> Any:
         if not self.alone:
             raise ValueError(
-                "expected it to be called with one tensor, found several, whose rows cannot be told from what rows share. Train a part of it "
-                "that takes one."
+                "expected it to be called with one tensor, found several, whose rows cannot be told from what rows share. Train a part of "
+                "it that takes one."
             )
         return super().apply_rows(f, params, x, index)
 

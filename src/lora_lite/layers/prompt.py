@@ -1,7 +1,7 @@
 """The prompt of each row of a batch, noted at each call for the blocks that a variant edits.
 
-Positions that the attention mask keeps are prompt, up to the first whose label counts. Positions that a key-value cache already holds are not
-seen again, and what is generated is no prompt.
+Positions that the attention mask keeps are prompt, up to the first whose label counts. Positions that a key-value cache already holds are
+not seen again, and what is generated is no prompt.
 """
 
 import functools

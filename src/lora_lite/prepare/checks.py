@@ -62,6 +62,7 @@ def check_uses(target: Target, cfg: AdapterConfig) -> None:
     lacking = [wanted[use] for use in wanted if use in uses and use not in kind.gives]
     if lacking:
         raise ValueError(
-            f'build: {name} cannot adapt "{target.path}" ({kind.__name__}): it {"; it ".join(lacking)}. {kind.why or "The kind gives less."} '
-            "Leave the layer out with exclude_names, or adapt it by a config of its own, e.g. LoRAConfig without dropout."
+            f'build: {name} cannot adapt "{target.path}" ({kind.__name__}): it {"; it ".join(lacking)}. '
+            f"{kind.why or 'The kind gives less.'} Leave the layer out with exclude_names, or adapt it by a config of its own, e.g. "
+            "LoRAConfig without dropout."
         )

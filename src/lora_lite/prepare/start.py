@@ -20,7 +20,7 @@ def start_params(cfg: AdapterConfig, W: Kind, generator: torch.Generator) -> dic
 
 
 def placed(p: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Copy a start to where it is trained: dense in memory, as params read from a file are; products of another layout may round otherwise."""
+    """Copy a start to where it is trained: dense in memory, as a file's params are, since another layout may round otherwise."""
     return p.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
 
 

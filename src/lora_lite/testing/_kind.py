@@ -1,6 +1,7 @@
 """The conformance kit for kinds of layers: what every kind must satisfy, as named checks that users run on their own."""
 
 import copy
+import functools
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from lora_lite.variants.pissa import PiSSAConfig
 VARIANTS: dict[str, tuple[AdapterConfig, ...]] = {
     "linear": (LoRAConfig(r=2), IA3Config(), PiSSAConfig(r=2), DoRAConfig(r=2), HRAConfig(r=2)),
     "norm": (LNTuningConfig(),),
-    "module": (FullConfig(target_names=r"layer"),),
+    "module": (FullConfig(target_names=("layer",)),),
     "block": (LoReFTConfig(r=2),),
 }
 """The variants that a kind of each site is tried with: together they use everything that a kind may give."""
@@ -92,7 +93,7 @@ def found(case: KindCase) -> None:
         fail(f"targets of {case.kind.__name__}", [target.kind.__name__ for target in targets])
     for cfg in VARIANTS[case.kind.site]:
         if not set(cfg.uses) <= set(case.kind.gives):
-            _refused(case, lambda cfg=cfg: build(case.model, case.config(cfg), kinds=(case.kind,)))
+            _refused(case, functools.partial(build, case.model, case.config(cfg), kinds=(case.kind,)))
 
 
 def _refused(case: KindCase, attempt: Callable[[], Any]) -> None:

@@ -63,7 +63,9 @@ def loreft(
 ) -> Float[Tensor, "*b d"]:
     """Return `h = W x` edited at the first and last positions of its second-last axis; the module's docstring has the formula.
 
-    With `prompt`, `(b, t)`, at those of each row's prompt. Of fewer than `first + last` positions, the first half and the last are edited, the middle one of an odd number as a first one.
+    With `prompt`, `(b, t)`, at those of each row's prompt.
+
+    Of fewer than `first + last` positions, the first half and the last are edited, the middle one of an odd number as a first one.
     """
     h = W(x)
     if h.dim() == 1:
