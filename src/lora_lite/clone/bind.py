@@ -68,7 +68,7 @@ class Adapter(nn.Module):
         """Return the parameters as params."""
         place = self.place
         table = place._parameters
-        return {name: table[own] if own in table else getattr(place, own) for name, own in self.names.items()}  # type: ignore[misc]
+        return {name: table[own] if own in table else getattr(place, own) for name, own in self.names.items()}
 
     def fill(self, leaves: Mapping[str, Tensor]) -> None:
         """Make copies of a target's params the parameters, to be trained."""
