@@ -47,7 +47,7 @@ def _delta_of(case: Case, name: str, leaf: Tensor) -> Tensor:
 
 
 def _leaves(case: Case) -> Iterator[tuple[str, Tensor, Callable[[Tensor], Tensor]]]:
-    """Give every leaf, and `x`, with the variant's update as a function of it alone."""
+    """Yield every leaf, and `x`, with the variant's update as a function of it alone."""
     for name, leaf in case.params.items():
         yield name, leaf, functools.partial(_delta_of, case, name)
     yield "x", case.x, lambda t: case.delta(case.params, t)

@@ -54,7 +54,7 @@ def _to_8bit(layer: nn.Linear) -> tuple[nn.Module, Tensor]:
 
 
 def _models(cfg: AdapterConfig) -> list[tuple[nn.Module, Tensor]]:
-    """Give models with linear layers, and inputs: of one layer each where the variant adapts linear layers."""
+    """Return models with linear layers, and inputs: of one layer each where the variant adapts linear layers."""
     if cfg.adapts == "module":
         raise unittest.SkipTest("it trains whole modules, and a quantised weight cannot be trained")
     if cfg.adapts != "linear":
@@ -69,7 +69,7 @@ def _models(cfg: AdapterConfig) -> list[tuple[nn.Module, Tensor]]:
 
 
 def _twins(model: nn.Module, quantise: Quantise) -> tuple[nn.Module, nn.Module]:
-    """Give copies of a model: its linear layers quantised, and with the dequantised weights."""
+    """Return copies of a model: its linear layers quantised, and with the dequantised weights."""
     packed, dense = copy.deepcopy(model), copy.deepcopy(model)
     for path, layer in model.named_modules():
         if isinstance(layer, nn.Linear):

@@ -4,6 +4,8 @@ $$y = W x + b + s\, B A\, x, \qquad s = \alpha / r$$
 
 $$A_0 = [v_1, \dots, v_r]^T, \quad \mathrm{Cov}(x)\, v_j = \lambda_j v_j, \quad \lambda_1 \ge \lambda_2 \ge \dots$$
 
+Dropout and the rank-stabilised scale are LoRA's.
+
 Identity at init: exact, since `B = 0`.
 
 Paper: Paischer, Hauzenberger, Schmied, Alkin, Deisenroth, Hochreiter, *Parameter Efficient Fine-tuning via Explained Variance

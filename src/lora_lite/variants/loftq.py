@@ -2,7 +2,7 @@ r"""LoftQ: LoRA on a quantised weight that starts from what quantising lost.
 
 $$y = W_q x + b + s\, B A x, \qquad s\, B_0 A_0 = \text{the best rank-} r \text{ approximation of } W - W_q, \quad s = \alpha / r$$
 
-`W` is the weight before it was quantised, `W_q` the dequantised one.
+`W` is the weight before it was quantised, `W_q` the dequantised one. Dropout and the rank-stabilised scale are LoRA's.
 
 Identity at init: none. It starts nearer to the model before quantisation, not at the quantised one.
 
