@@ -65,7 +65,7 @@ def main() -> None:
     Raises:
         SystemExit: where there is nothing to compare, or the runs are of other commits.
     """
-    from common import machine, write  # here, since the documentation's tables are made where no PEFT is installed
+    from measure import machine, write  # here, since the documentation's tables are made where no PEFT is installed
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="results of another run")

@@ -21,8 +21,8 @@ NONE = "No results file yet."
 README, PAGE, PLOTS = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "plots"
 CALLS = """## Calls
 
-The price of a call, where arithmetic takes next to no time: a chain of narrow layers, ours and PEFT's same method in turn, with the same
-numbers in both. The products by themselves are the least that LoRA's layer could take."""
+The price of a call, where arithmetic takes next to no time: a chain of narrow layers, ours and PEFT's same method in turn in one
+process, with the same numbers in both. The products by themselves are the least that LoRA's layer could take."""
 """The head of a section that is shown only where there is a results file of it."""
 MARGIN = {"pissa": 1.15, "corda": 1.15, "lora_ga": 1.15, "asvd": 1.15}
 """How far the increment form may lie above PEFT's residual form: two products instead of one, for an exact start and quantised bases."""

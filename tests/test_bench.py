@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -335,6 +336,19 @@ def test_runs_are_compared_by_the_spread_that_they_state(files):
     assert "| speed | 1 | 0 |" in report.t.agreement_table({"results": {"speed": found}})
 
 
+def test_a_file_of_the_agreement_of_two_runs_is_written(files, monkeypatch, capsys):
+    newest, written = agreement.newest, []
+    monkeypatch.setattr(agreement, "newest", lambda kind, folder=files: newest(kind, folder))
+    monkeypatch.setattr(measure, "write", lambda *args: written.append(args))
+    monkeypatch.setattr(sys, "argv", ["agreement.py", str(files)])
+    agreement.main()
+    assert "calls: 6 of 6 figures agree" in capsys.readouterr().out
+    [(kind, facts, found)] = written
+    assert (kind, set(facts["commits"].values())) == ("agreement", {"abc"})
+    assert all(part["figures"] > 0 and part["apart"] == [] for part in found.values())
+    assert set(found) == {"speed", "memory", "scaling", "quality", "calls"}
+
+
 def test_plots_come_out_the_same_from_the_same_results(files, tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "Agg")
     first, second = (report.draw(files, tmp_path / name) for name in ("one", "two"))
@@ -344,6 +358,12 @@ def test_plots_come_out_the_same_from_the_same_results(files, tmp_path, monkeypa
         assert a.stat().st_size < 60_000
     assert "LoRA" in first[0].read_text()
     assert report.draw(tmp_path / "one", tmp_path / "three") == []
+
+
+def test_docstrings_say_what_a_function_does():
+    """Not what it gives or tells: docs and help are made of them."""
+    openings = [(path.name, m) for path in BENCH.glob("*.py") for m in re.findall(r'"""((?:Give|Tell|Say) .*)', path.read_text("utf-8"))]
+    assert openings == []
 
 
 def test_modules_of_the_benchmarks_can_be_imported():
