@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from tables import newest, share, spread
 
-KINDS = ("speed", "memory", "scaling", "quality", "quantised", "serving")
-ABSOLUTE = ("ms", "switch_ms", "peft_switch_ms", "requests_per_second")  # times and rates, which are the machine's of that hour
+KINDS = ("speed", "memory", "scaling", "quality", "quantised", "serving", "calls")
+ABSOLUTE = ("ms", "us", "switch_ms", "peft_switch_ms", "requests_per_second")  # times and rates, which are the machine's of that hour
 
 
 class Pair(NamedTuple):
@@ -26,7 +26,7 @@ class Pair(NamedTuple):
 
 
 def agree(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Say whether two accuracies are equal within two standard errors of their difference."""
+    """Whether two accuracies are equal within two standard errors of their difference."""
     return abs(a["exact"] - b["exact"]) <= 2 * math.hypot(a["error"], b["error"])
 
 
@@ -48,13 +48,13 @@ def figures(a: Any, b: Any, place: str = "") -> Iterator[Pair]:
 
 
 def compared(a: Any, b: Any) -> dict[str, Any]:
-    """Give how many figures two results share, and those on which they do not agree."""
+    """Return how many figures two results share, and those on which they do not agree."""
     pairs = sorted(figures(a, b))
     return {"figures": len(pairs), "apart": [f"{pair.place}: {pair.words}" for pair in pairs if not pair.agree]}
 
 
 def told(found: dict[str, Any]) -> str:
-    """Say what came of a comparison."""
+    """Return what came of a comparison, in words."""
     apart: Sequence[str] = found["apart"]
     return "\n".join([f"{found['figures'] - len(apart)} of {found['figures']} figures agree within the spread that both state.", *apart])
 
@@ -65,7 +65,7 @@ def main() -> None:
     Raises:
         SystemExit: where there is nothing to compare, or the runs are of other commits.
     """
-    from common import machine, write  # here, since the documentation's tables are made where no PEFT is installed
+    from measure import machine, write  # here, since the documentation's tables are made where no PEFT is installed
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="results of another run")

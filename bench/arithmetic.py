@@ -54,7 +54,7 @@ Worked = tuple[Steps, int]  # the operations and their result
 
 @dataclass(frozen=True)
 class Row:
-    """Hold one thing to answer; `steps` are its operations, `template` names its sentences."""
+    """A question and its answer; `steps` are its operations, `template` names its sentences."""
 
     question: str
     answer: str
@@ -80,7 +80,7 @@ def decode(ids: Sequence[int]) -> str:
 
 @cache
 def held_out(a: int, op: str, b: int) -> bool:
-    """Say whether the fact behind `a+b` or `a-b` is kept for tests (one in five)."""
+    """Whether the fact behind `a+b` or `a-b` is kept for tests (one in five)."""
     # a-b=c is the fact {b, c}: otherwise 30-12 would give 12+18 away.
     low, high = sorted((a, b) if op == "+" else (b, a - b))
     return zlib.crc32(f"{low} {high}".encode()) % 5 == 0
@@ -209,7 +209,7 @@ def _pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tenso
 
 
 def batch(rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Give `input_ids` and `labels`, (n, length) each, padded right; only answers have labels."""
+    """Return `input_ids` and `labels`, (n, length) each, padded right; only answers have labels."""
     # No attention mask: attention is causal, so what stands right of the answer can't reach it.
     prompts = [encode("\n" + row.question) for row in rows]
     answers = [encode(row.answer + "\n") for row in rows]
@@ -221,7 +221,7 @@ def batch(rows: Sequence[Row]) -> dict[str, Tensor]:
 
 
 def batches(rows: Sequence[Row], size: int, steps: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Give `steps` batches of `size` rows, each pass through the rows in a new order."""
+    """Return `steps` batches of `size` rows, each pass through the rows in a new order."""
     rng, queue = random.Random(seed), []
     for _ in range(steps):
         if len(queue) < size:
@@ -260,7 +260,7 @@ def _final(text: str) -> str:
 
 
 def exact_match(forward: Forward, rows: Sequence[Row], size: int = 100) -> tuple[float, float]:
-    """Give the share of rows whose final number is right, and its standard error."""
+    """Return the share of rows whose final number is right, and its standard error."""
     right = 0
     for start in range(0, len(rows), size):
         part = rows[start : start + size]

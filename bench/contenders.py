@@ -1,22 +1,57 @@
-"""A variant and PEFT's same method on one model, with the same numbers in both, checked against each other before anything is timed."""
+"""A variant and PEFT's same method on one model, with the same numbers in both, held against each other before anything is measured."""
 
+import copy
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import peft
 import torch
+from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
 import lora_lite as ll
-from common import moved
-from pairs import Pair, build, peft_model
-from timing import Call
+from measure import Call, moved
+from methods import Pair
 
 TOLERANCE = 1e-2  # of the largest change that the adapter makes to a logit; float32
 
 
+def build(model: nn.Module, cfg: ll.AdapterConfig, batches: Sequence[Mapping[str, Any]]) -> ll.Adapt:
+    """Adapt the model by a variant; one that is calibrated sees the batches."""
+    return ll.build(model, cfg, calibration=batches if cfg.calibrated else None, progress=False)
+
+
+def peft_model(model: nn.Module, config: peft.PeftConfig, batches: Sequence[Mapping[str, Any]] = ()) -> tuple[Any, list[nn.Parameter]]:
+    """Return PEFT's model over a copy of the base, and its trained parameters."""
+    return wrapped(copy.deepcopy(model), config, batches)
+
+
+def wrapped(base: nn.Module, config: peft.PeftConfig, batches: Sequence[Mapping[str, Any]]) -> tuple[Any, list[nn.Parameter]]:
+    """Let PEFT adapt the base in place, with the calibration that the method needs; return its model and trained parameters."""
+    start = getattr(config, "init_lora_weights", None)
+    if start == "corda":
+        from peft.tuners.lora.corda import preprocess_corda  # here, since it imports attrs, which PEFT does not declare
+
+        preprocess_corda(base, config, run_model=lambda: _run(base, batches))
+    if start == "lora_ga":
+        preprocess_loraga(base.requires_grad_(), config, train_step=lambda: [base(**b).loss.backward() for b in batches])
+    adapted = peft.get_peft_model(base, config, low_cpu_mem_usage=start == "eva")  # PEFT's own advice for EVA
+    if start == "eva":
+        tensors = [{name: value for name, value in batch.items() if torch.is_tensor(value)} for batch in batches]
+        peft.initialize_lora_eva_weights(adapted, tensors, show_progress_bar=False)
+    return adapted, [p for p in adapted.parameters() if p.requires_grad]
+
+
+@torch.no_grad()
+def _run(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> None:
+    for batch in batches:
+        for ids in batch["input_ids"]:
+            model(input_ids=ids[None])  # PEFT's CorDA takes one row at a time
+
+
 class Contender(NamedTuple):
-    """What is timed: our function with its params, PEFT's model with what it trains, and how their outputs were checked."""
+    """Both sides of a measurement: our function with its params, PEFT's model with its trained parameters, the check of their outputs."""
 
     adapt: ll.Adapt
     params: Any
@@ -35,20 +70,27 @@ def contender(model: nn.Module, pair: Pair, batch: Mapping[str, Any]) -> Contend
         return _alone(model, pair, batch)
     theirs, trained = peft_model(model, pair.peft, [batch])
     bare = theirs.get_base_model()  # without PEFT's outermost wrapper, which is no part of the method
-    read = _read(model, pair, theirs, trained, batch)
+    read = same_numbers(model, pair, theirs, trained, [batch])
     if read is None:
         return _alone(model, pair, batch)._replace(theirs=bare, trained=trained)
-    return Contender(*read, bare, trained, _check(pair, model, *read, batch, bare))
+    adapt, params = read
+    with torch.no_grad():
+        checked = check(pair.cfg.name, model(**batch).logits, adapt(params, batch).logits, bare(**batch).logits)
+    return Contender(adapt, params, bare, trained, checked)
 
 
 def _alone(model: nn.Module, pair: Pair, batch: Mapping[str, Any]) -> Contender:
     adapt = build(model, pair.cfg, [batch])
     params = moved(adapt.init(seed=0))
-    return Contender(adapt, params, None, (), _check(pair, model, adapt, params, batch))
+    with torch.no_grad():
+        checked = check(pair.cfg.name, model(**batch).logits, adapt(params, batch).logits)
+    return Contender(adapt, params, None, (), checked)
 
 
 @torch.no_grad()
-def _read(model: nn.Module, pair: Pair, theirs: Any, trained: Sequence[Tensor], batch: Mapping[str, Any]) -> tuple[ll.Adapt, Any] | None:
+def same_numbers(
+    model: nn.Module, pair: Pair, theirs: Any, trained: Sequence[Tensor], batches: Sequence[Mapping[str, Any]] = ()
+) -> tuple[ll.Adapt, Any] | None:
     """Move PEFT's tensors and read them as ours; None where PEFT's file does not hold the method, as with CorDA's changed base."""
     generator = torch.Generator().manual_seed(3)
     for p in trained:
@@ -61,28 +103,29 @@ def _read(model: nn.Module, pair: Pair, theirs: Any, trained: Sequence[Tensor], 
             return None
     if adapt.configs[0].name == pair.cfg.name:
         return adapt, params
-    ours = build(model, pair.cfg, [batch])  # EVA, which PEFT's file calls LoRA: the same tensors
+    ours = build(model, pair.cfg, batches)  # EVA, which PEFT's file calls LoRA: the same tensors
     return (ours, params) if ours.shapes == adapt.shapes else None
 
 
-@torch.no_grad()
-def _check(
-    pair: Pair, model: nn.Module, adapt: ll.Adapt, params: Any, batch: Mapping[str, Any], theirs: nn.Module | None = None
-) -> dict[str, Any]:
-    base, ours = model(**batch).logits, adapt(params, batch).logits
+def check(name: str, base: Tensor, ours: Tensor, theirs: Tensor | None = None) -> dict[str, Any]:
+    """Hold an output of ours against the base's, from which it must differ, and PEFT's, which it must equal.
+
+    Raises:
+        SystemExit: where it does not.
+    """
     change = float((ours - base).abs().max())
     if not ours.isfinite().all() or change == 0.0:
-        raise SystemExit(f"bench: expected finite logits of {pair.cfg.name} that differ from the base's, found others.")
+        raise SystemExit(f"bench: expected finite logits of {name} that differ from the base's, found others.")
     if theirs is None:
         return {"against": "base", "change": change}
-    error = float((ours - theirs(**batch).logits).abs().max()) / change
+    error = float((ours - theirs).abs().max()) / change
     if error > TOLERANCE:
-        raise SystemExit(f"bench: expected {pair.cfg.name} to give PEFT's output, found {error:.1e} of the adapter's change apart.")
+        raise SystemExit(f"bench: expected {name} to give PEFT's output, found {error:.1e} of the adapter's change apart.")
     return {"against": "peft", "change": change, "error": error}
 
 
 def forwards(model: nn.Module, c: Contender, batch: Mapping[str, Any]) -> dict[str, Call]:
-    """Give the forward pass of the frozen base, ours and PEFT's, without a graph."""
+    """Return the forward pass of the frozen base, ours and PEFT's, without a graph."""
     calls: dict[str, Any] = {"frozen": lambda: model(**batch).logits, "ours": lambda: c.adapt(c.params, batch).logits}
     if c.theirs is not None:
         calls["peft"] = lambda: c.theirs(**batch).logits
@@ -90,7 +133,7 @@ def forwards(model: nn.Module, c: Contender, batch: Mapping[str, Any]) -> dict[s
 
 
 def steps(model: nn.Module, c: Contender, batch: Mapping[str, Any]) -> dict[str, Call]:
-    """Give one training step, forward and backward, of the frozen base (to its input), ours and PEFT's.
+    """Return one training step, forward and backward, of the frozen base (to its input), ours and PEFT's.
 
     Raises:
         SystemExit: where a gradient of ours is not finite, or all are zero.

@@ -24,40 +24,12 @@ from tqdm import tqdm
 
 import lora_lite as ll
 from arithmetic import Row, batch, batches, exact_match, problems
-from common import machine, write
+from contenders import frozen_step
+from measure import machine, write
+from methods import METHODS, demo_config
 
 BASE = Path(__file__).parent / "base"
 TELLING = ("lora", "dora", "pissa", "ia3", "ia3_ff")
-
-
-def settings(steps: int) -> dict[str, tuple[ll.AdapterConfig, float]]:
-    """Give each variant's config and peak learning rate for a training of so many steps."""
-    pruned = {"init_r": 12, "target_r": 8, "tinit": steps // 5, "tfinal": steps // 3, "deltaT": 10, "total_step": steps}
-    return {
-        "lora": (ll.LoRAConfig(r=8, alpha=16), 5e-3),
-        "dora": (ll.DoRAConfig(r=8, alpha=16), 5e-3),
-        "pissa": (ll.PiSSAConfig(r=8, alpha=8), 5e-3),
-        "ia3": (ll.IA3Config(), 5e-2),
-        "ia3_ff": (ll.IA3FFConfig(), 5e-2),
-        "delora": (ll.DeLoRAConfig(r=8, lambda0=4.0, init="copy"), 5e-3),
-        "hra": (ll.HRAConfig(r=8), 1e-2),
-        "road": (ll.ROADConfig(variant="road_4", group_size=32), 2e-2),
-        "oft": (ll.OFTConfig(block_size=16), 5e-3),
-        "lora_xs": (ll.LoRAXSConfig(r=32, alpha=32), 1e-2),
-        "antipasto": (ll.AntiPaSTOConfig(r=64), 2e-2),
-        "ssvd": (ll.SSVDConfig(r=32), 1e-2),
-        "bitfit": (ll.BitFitConfig(), 2e-2),
-        "vera": (ll.VeRAConfig(r=64), 2e-2),
-        "adalora": (ll.AdaLoRAConfig(**pruned, alpha=24.0), 1e-2),
-        "eva": (ll.EVAConfig(r=8, alpha=16), 5e-3),
-        "corda": (ll.CorDAConfig(r=8, alpha=8), 5e-5),
-        "asvd": (ll.ASVDConfig(r=8, alpha=8), 5e-3),
-        "lora_ga": (ll.LoRAGAConfig(r=8, alpha=8), 5e-3),
-        "loftq": (ll.LoftQConfig(r=8, alpha=8), 5e-3),
-        "loreft": (ll.LoReFTConfig(r=8, positions="f8+l8"), 1e-2),
-        "ln_tuning": (ll.LNTuningConfig(), 2e-2),
-        "full": (ll.FullConfig(target_names=r"layers\.\d+\.mlp$"), 1e-3),
-    }
 
 
 @dataclass(frozen=True)
@@ -77,12 +49,6 @@ def load_base(quantised: bool = False) -> Any:
     """Load the shipped base model, frozen, in evaluation mode; or its linear layers in 4 bits."""
     bits = {"quantization_config": transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")} if quantised else {}
     return transformers.LlamaForCausalLM.from_pretrained(BASE, local_files_only=True, **bits).requires_grad_(False).eval()
-
-
-def frozen_step(model: Any, rows: dict[str, Any]) -> None:
-    """Run the frozen base forward, and backward to its input: the least a training step could cost."""
-    inputs = model.get_input_embeddings()(rows["input_ids"]).requires_grad_()
-    torch.autograd.grad(model(inputs_embeds=inputs, labels=rows["labels"], use_cache=False).loss, inputs)
 
 
 def train(
@@ -135,7 +101,7 @@ def verify(adapt: ll.Adapt, params: Any, rows: dict[str, Any], merge: bool) -> N
 
 def run(name: str, model: Any, data: list[Row], test: list[Row], steps: int, size: int, before: float) -> Outcome:
     """Adapt the model with one variant."""
-    cfg, rate = settings(steps)[name]
+    cfg, rate = demo_config(name, steps), METHODS[name].rate
     original = None
     if cfg.original:  # what starts from the weights before quantisation needs a quantised base
         model, original = load_base(quantised=True), model.state_dict()
@@ -165,7 +131,7 @@ def table(outcomes: list[Outcome]) -> str:
 def main() -> None:
     """Run the demo and print its table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variants", nargs="+", choices=[*settings(300), "all"], default=list(TELLING), metavar="NAME")
+    parser.add_argument("--variants", nargs="+", choices=[*METHODS, "all"], default=list(TELLING), metavar="NAME")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--write", action="store_true", help="write a results file, as the documentation's table needs")
@@ -177,7 +143,7 @@ def main() -> None:
     before, _ = exact_match(lambda rows: model(**rows), test)
     print(f"The frozen base solves {before:.1%} of {len(test)} test problems.", flush=True)
     outcomes = []
-    for name in settings(options.steps) if "all" in options.variants else options.variants:
+    for name in METHODS if "all" in options.variants else options.variants:
         outcomes.append(run(name, model, data, test, options.steps, options.rows, before))
         print(f"{name}: {outcomes[-1].after:.1%} exact; saved, reloaded and verified", flush=True)
     print("\n" + table(outcomes))

@@ -19,12 +19,10 @@ from typing import Any
 import torch
 
 import lora_lite as ll
-from answers import evaluate
-from common import device, machine, write
-from finetune import ADAPTER, build, gradients, load_model, norm, start, train, training_examples
-from gsm8k_settings import TABLES, Settings, config, published
-from metamath import batch, problems
-from pairs import rank
+from gsm8k_data import TABLES, Settings, batch, config, evaluate, problems, published
+from gsm8k_train import ADAPTER, build, gradients, load_model, norm, start, train, training_examples
+from measure import device, machine, write
+from methods import rank
 
 
 def run(s: Settings, out: Path) -> dict[str, Any]:
@@ -47,7 +45,7 @@ def run(s: Settings, out: Path) -> dict[str, Any]:
 
 
 def shown(s: Settings) -> dict[str, Any]:
-    """Give the settings as a results file has them: of what is on this machine the name, since its place says nothing."""
+    """Return the settings as a results file has them: a file or folder of this machine by its name alone, since its place says nothing."""
     sources = {field: getattr(s, field) for field in ("model", "train_data", "test_data")}
     return dataclasses.asdict(s) | {field: Path(x).resolve().name if Path(x).exists() else x for field, x in sources.items()}
 
@@ -105,7 +103,7 @@ def probe(s: Settings, out: Path) -> dict[str, Any]:
 
 
 def require(row: dict[str, Any]) -> None:
-    """Refuse a row that shows a broken adapter."""
+    """Raise unless a row is that of a working adapter."""
     faults = [name for name in ("perturbation", "gradient norm", "moved") if not row[name] > 0]
     faults += [name for name in ("base gradients", "reload error") if row[name] != 0]
     faults += ["last loss"] if not row["last loss"] < row["first loss"] else []
@@ -130,7 +128,7 @@ def options() -> argparse.Namespace:
 
 
 def settings_of(o: argparse.Namespace) -> Settings:
-    """Give the variant's settings in the table, changed by the options.
+    """Return the variant's settings in the table, changed by the options.
 
     Raises:
         ValueError: for a number out of range, or a word of --set that sets nothing.

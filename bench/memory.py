@@ -18,11 +18,9 @@ import torch
 from tqdm import tqdm
 
 import lora_lite as ll
-from common import batch_of, llama, machine, moved, sizes_of, write
-from contenders import contender, forwards, steps
-from pairs import MEASURED, build, pairs
-from peak import peak_bytes
-from timing import device
+from contenders import build, contender, forwards, steps
+from measure import batch_of, device, llama, machine, moved, peak_bytes, sizes_of, write
+from methods import MEASURED, pairs
 
 SIZES = {
     "quick": {"width": 64, "layers": 1, "rows": 2, "tokens": 32},
@@ -32,7 +30,7 @@ SIZES = {
 
 
 def one(job: tuple[str | None, Mapping[str, int], int]) -> dict[str, Any]:
-    """Give the peak bytes of a forward pass and of a step of the frozen base, one variant and PEFT's; without a name, LoRA's `ways`."""
+    """Return the peak bytes of a forward pass and of a step of the frozen base, one variant and PEFT's; without a name, LoRA's `ways`."""
     name, sizes, r = job
     warnings.filterwarnings("ignore", module="(transformers|peft|torch)")
     torch.set_num_threads(1)
@@ -45,7 +43,7 @@ def one(job: tuple[str | None, Mapping[str, int], int]) -> dict[str, Any]:
 
 
 def memory(sizes: Mapping[str, int], r: int, names: Sequence[str], workers: int) -> dict[str, Any]:
-    """Give the peaks of each variant, some at once: they are counted, and the processes do not share what they count."""
+    """Return the peaks of each variant, some at once: they are counted, and the processes do not share what they count."""
     jobs = [(name, sizes, r) for name in (*names, None)]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         *rows, lora = tqdm(pool.map(one, jobs), total=len(jobs), desc="memory", mininterval=5)
@@ -53,7 +51,7 @@ def memory(sizes: Mapping[str, int], r: int, names: Sequence[str], workers: int)
 
 
 def ways(model: Any, batch: Mapping[str, Any], r: int) -> dict[str, int]:
-    """Give the peak bytes of LoRA's step by each way to its gradient, with blocks recomputed and without."""
+    """Return the peak bytes of LoRA's step by each way to its gradient, with blocks recomputed and without."""
     cfg = pairs(r)["lora"].cfg
     adapt, remat = build(model, cfg, ()).train(), ll.build(model, cfg, remat=r"layers\.\d+$").train()
     params = moved(adapt.init(seed=0))

@@ -46,7 +46,7 @@ from arithmetic import (
 
 @dataclass(frozen=True)
 class Stage:
-    """Say what one stage of the training sees, and how fast it learns."""
+    """A stage of the training: the items that it sees, and how fast it learns."""
 
     shares: dict[str, float]  # kind of item -> part of the items
     steps: int
@@ -88,7 +88,7 @@ def item(kind: str, rng: random.Random) -> tuple[list[int], list[int]]:
 
 
 def stream(stage: Stage, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Give the batches of a stage: items packed to rows, the last item of a row cut short."""
+    """Return the batches of a stage: items packed to rows, the last item of a row cut short."""
     rng = random.Random(seed)
     kinds, weights = list(stage.shares), list(stage.shares.values())
     for _ in range(stage.steps):
@@ -105,7 +105,7 @@ def stream(stage: Stage, seed: int) -> Iterator[dict[str, Tensor]]:
 
 
 def rate(step: int, stage: Stage, warmup: int = 100) -> float:
-    """Give the learning rate: linear warm-up, then a cosine to a hundredth of the peak."""
+    """Return the learning rate: linear warm-up, then a cosine to a hundredth of the peak."""
     if step < warmup:
         return stage.peak * (step + 1) / warmup
     done = (step - warmup) / (stage.steps - warmup)
@@ -135,7 +135,7 @@ def train(model: LlamaForCausalLM, stage: Stage, seed: int) -> None:
 
 
 def measure(model: LlamaForCausalLM, rows: list[Row]) -> dict[str, float]:
-    """Give the exact match on `rows` with its standard error."""
+    """Return the exact match on `rows` with its standard error."""
     share, error = exact_match(lambda b: model(**b), rows)
     return {"exact_match": round(share, 4), "standard_error": round(error, 4), "n": len(rows)}
 

@@ -14,7 +14,7 @@ import argparse
 import math
 import statistics
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,23 +22,19 @@ from multiprocessing import get_context
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
 
 import lora_lite as ll
 from agreement import agree
-from arithmetic import Row, batch, batches, problems
-from common import machine, write
-from demo import load_base, settings
-from learning import evaluate, train_full, train_ours, train_peft
-from pairs import MEASURED, build, config_of, theirs
+from arithmetic import IGNORE, PAD, Row, batch, batches, problems
+from contenders import build, wrapped
+from demo import load_base
+from measure import machine, write
+from methods import MEASURED, METHODS, demo_config, theirs
 
 KIND = " gap"  # the demo's problems that ask for a difference: one skill, so that seeds agree after a training of half a minute
-RATES = {
-    **{"lora": 1.25e-3, "dora": 1.25e-3, "eva": 1.25e-3, "pissa": 1.25e-3, "asvd": 1.25e-3, "oft": 1.25e-3},
-    **{"road": 1e-2, "ia3": 2.5e-2, "hra": 5e-3, "lora_xs": 2.5e-3, "ssvd": 2.5e-3, "antipasto": 1e-2},
-    **{"vera": 8e-2, "bitfit": 4e-2, "ln_tuning": 1.6e-1, "full": 5e-4, "corda": 2e-4},
-}
-"""Peak learning rates for this training alone: the best of `--rates` on validation problems, where that is not the demo's own."""
 FULL_RATE = 2.5e-4
 
 
@@ -54,29 +50,29 @@ class Setting:
 
 @cache
 def drawn(split: str, n: int, seed: int) -> list[Row]:
-    """Give `n` problems of the kind."""
+    """Return `n` problems of the kind."""
     return [row for row in problems(split, 12 * n, seed) if KIND in row.template][:n]
 
 
 def rate_of(name: str, steps: int) -> tuple[ll.AdapterConfig, float]:
-    """Give a variant's config and learning rate; one that the demo does not know takes part with LoRA's."""
-    cfg, rate = settings(steps).get(name) or (config_of(name, 8), 5e-3)
-    return cfg, RATES.get(name, rate)
+    """Return a variant's config and its peak learning rate for this training."""
+    row = METHODS[name]
+    return demo_config(name, steps), row.short_rate or row.rate
 
 
 def data_of(setting: Setting) -> tuple[list[Iterator[Any]], list[Row]]:
-    """Give the batches of each member, each in an order of its own, and the test problems."""
+    """Return the batches of each member, each in an order of its own, and the test problems."""
     train = drawn("train", 1500, seed=0)
     return [batches(train, setting.rows, setting.steps, seed=k) for k in range(setting.members)], drawn("test", setting.test, seed=2)
 
 
 def calibration() -> list[dict[str, Any]]:
-    """Give the batches for starts that depend on data: of one row each, which is what PEFT's CorDA takes, whose start depends on it."""
+    """Return the batches for starts that depend on data: of one row each, which is what PEFT's CorDA takes, whose start depends on it."""
     return [batch([row]) for row in drawn("train", 64, seed=0)]
 
 
 def outcome(job: tuple[str, str, Setting]) -> dict[str, Any]:
-    """Do one training: `("ours" | "peft" | "full" | "frozen", variant, setting)`, and say what the members reached."""
+    """Do one training: `("ours" | "peft" | "full" | "frozen", variant, setting)`, and return what its members reached."""
     who, name, setting = job
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="(transformers|peft|torch)")
@@ -107,21 +103,21 @@ def at_rates(name: str, setting: Setting, multiples: Sequence[float]) -> list[tu
 
 
 def summary(members: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Give the mean exact share and loss of `(exact, loss, test size)` members with the standard error over seeds and problems."""
+    """Return the mean exact share and loss of `(exact, loss, test size)` members with the standard error over seeds and problems."""
     exact, losses, sizes = zip(*members, strict=True)
     error = standard_error(exact, sizes[0])
     return {"exact": statistics.mean(exact), "error": error, "loss": statistics.mean(losses), "members": list(exact)}
 
 
 def standard_error(exact: Sequence[float], n: int) -> float:
-    """Give the standard error of a mean over seeds for new seeds and new problems: both vary, and the problems are the same for all."""
+    """Return the standard error of a mean over seeds for new seeds and new problems: both vary, and the problems are the same for all."""
     p = min(max(statistics.mean(exact), 0.5 / n), 1 - 0.5 / n)  # no share is known exactly from n problems
     between = statistics.variance(exact) / len(exact) if len(exact) > 1 else 0.0
     return math.sqrt(between + p * (1 - p) / n)
 
 
 def quality(names: Sequence[str], setting: Setting, workers: int) -> dict[str, Any]:
-    """Do all trainings, some at once, and give them by variant."""
+    """Do all trainings, some at once, and return their outcomes by variant."""
     jobs = [("frozen", "", setting), ("full", "", setting), *(("ours", n, setting) for n in names)]
     jobs += [("peft", n, setting) for n in names if theirs(rate_of(n, setting.steps)[0]) is not None]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -159,6 +155,116 @@ def main() -> None:
         peft = f"; PEFT {beside['exact']:.1%} ± {beside['error']:.1%}, {'equal' if row['agree'] else 'NOT EQUAL'}" if beside else ""
         print(f"{name:10} {ours['exact']:.1%} ± {ours['error']:.1%}, loss {ours['loss']:.3f}{peft}")
     write("quality", machine(threads=1), results, o.quick)
+
+
+Reached = tuple[float, float, int]  # exact share, loss a character, test problems
+
+
+def optimiser(leaves: Sequence[Tensor], rate: float, steps: int) -> tuple[Any, Any]:
+    """Return AdamW and its schedule."""
+    found = torch.optim.AdamW(leaves, lr=rate, weight_decay=0.0)
+    return found, torch.optim.lr_scheduler.OneCycleLR(found, rate, total_steps=max(steps, 2), pct_start=0.1)
+
+
+def losses(output: Any, labels: Tensor) -> Tensor:
+    """Return the loss of each character, `(rows, length - 1)`, zero where there is no label."""
+    logits, wanted = output.logits[:, :-1], labels[:, 1:]
+    return cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORE, reduction="none").view(wanted.shape)
+
+
+@torch.no_grad()
+def evaluate(forward: Callable[[Any], Any], test: Sequence[Row], size: int = 50) -> Reached:
+    """Return the share of answers that greedy generation would write exactly, and the mean loss of their characters."""
+    right, total, count = 0, 0.0, 0
+    for start in range(0, len(test), size):
+        rows = batch(test[start : start + size])
+        output, labelled = forward({"input_ids": rows["input_ids"], "use_cache": False}), rows["labels"][:, 1:] != IGNORE
+        chosen = output.logits[:, :-1].argmax(-1)
+        right += int(((chosen == rows["labels"][:, 1:]) | ~labelled).all(1).sum())
+        total, count = total + float(losses(output, rows["labels"]).sum()), count + int(labelled.sum())
+    return right / len(test), total / count, len(test)
+
+
+def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Lay the members' batches under each other, padded to one length."""
+    width = max(part["input_ids"].shape[1] for part in parts)
+    fill = {"input_ids": PAD, "labels": IGNORE}
+    return {k: torch.cat([pad(part[k], (0, width - part[k].shape[1]), value=v) for part in parts]) for k, v in fill.items()}
+
+
+def train_ours(adapt: ll.Adapt, data: Sequence[Iterator[Any]], test: Sequence[Row], steps: int, rates: Sequence[float]) -> list[Reached]:
+    """Train a member on each stream of batches at its own rate, all in one mixed batch a step, and evaluate each."""
+    params, members = ll.stack([adapt.init(seed=k) for k in range(len(data))]), len(data)
+    leaves = ll.tree_leaves(params)
+    adam, schedule = optimiser(leaves, 1.0, steps)  # each member goes its rate's part of the way, which without decay is the rate's step
+    state: list[Any] = [None] * members
+
+    def total(params: Any, rows: Mapping[str, Tensor]) -> Tensor:
+        found = losses(adapt.mixed(params, {"input_ids": rows["input_ids"]}, use_cache=False), rows["labels"])
+        labelled = (rows["labels"][:, 1:] != IGNORE).unflatten(0, (members, -1)).flatten(1)
+        return (found.unflatten(0, (members, -1)).flatten(1).sum(1) / labelled.sum(1)).sum()
+
+    step = ll.value_and_grad(total)
+    for parts in zip(*data, strict=True):
+        grads = step(params, joined(parts))[1]
+        by_leaf = ll.tree_leaves(grads)
+        norm = torch.stack([g.reshape(members, -1).square().sum(1) for g in by_leaf]).sum(0).sqrt()  # (members,)
+        for leaf, grad in zip(leaves, by_leaf, strict=True):
+            leaf.grad = grad / _along(norm.clamp(min=1.0), grad)
+        before = [leaf.clone() for leaf in leaves]
+        adam.step()
+        schedule.step()
+        for leaf, old in zip(leaves, before, strict=True):
+            leaf.copy_(torch.lerp(old, leaf, _along(torch.tensor(rates), leaf)))
+        state = updated(adapt.configs[0], params, grads, state)
+    return [evaluate(lambda rows, p=member: adapt(p, rows), test) for member in ll.unstack(params)]
+
+
+def _along(values: Tensor, leaf: Tensor) -> Tensor:
+    """Lay a number of each member along a stacked leaf's other axes."""
+    return values.view(-1, *[1] * (leaf.dim() - 1))
+
+
+@torch.no_grad()
+def updated(cfg: ll.AdapterConfig, params: Any, grads: Any, state: list[Any]) -> list[Any]:
+    """Update each member in place as its method does after a step (AdaLoRA prunes, AntiPaSTO projects), and return the next state."""
+    if type(cfg).update is ll.AdapterConfig.update:
+        return state
+    done = [cfg.update(p, g, s) for p, g, s in zip(ll.unstack(params), ll.unstack(grads), state, strict=True)]
+    ll.tree_map(lambda leaf, new: leaf.copy_(new), params, ll.stack([p for p, _ in done]))
+    return [s for _, s in done]
+
+
+def _train(
+    model: nn.Module, leaves: Sequence[Tensor], data: Iterator[Any], steps: int, rate: float, after: Callable[[int], None] = lambda _: None
+) -> None:
+    adam, schedule = optimiser(leaves, rate, steps)
+    for number, rows in enumerate(data):
+        loss = model(**rows, use_cache=False).loss
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(leaves, 1.0)
+        adam.step()
+        schedule.step()
+        after(number)
+
+
+def train_peft(
+    model: nn.Module, config: Any, calibration: Sequence[Any], data: Iterator[Any], test: Sequence[Row], steps: int, rate: float, seed: int
+) -> Reached:
+    """Let PEFT adapt the model in place and train it as ours are trained."""
+    torch.manual_seed(seed)
+    adapted, leaves = wrapped(model, config, calibration)
+    update = getattr(adapted.base_model, "update_and_allocate", lambda _: None)  # AdaLoRA's pruning, called by the user's loop
+    inner = adapted.get_base_model()  # without AdaLoRA's penalty, which the loop of ours leaves out too
+    _train(inner, leaves, data, steps, rate, update)
+    return evaluate(lambda rows: inner(**rows), test)
+
+
+def train_full(model: nn.Module, data: Iterator[Any], test: Sequence[Row], steps: int, rate: float) -> Reached:
+    """Train every parameter of the model, in place."""
+    _train(model, list(model.requires_grad_().parameters()), data, steps, rate)
+    return evaluate(lambda rows: model(**rows), test)
 
 
 if __name__ == "__main__":

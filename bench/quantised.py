@@ -17,12 +17,9 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from common import batch_of, llama, moved, sizes_of
-from pairs import pairs, peft_model
-from parts import Part, run
-from peak import peak_bytes
-from processes import Job
-from timing import device, interleaved, ratio, ratios
+from contenders import frozen_step, peft_model
+from measure import Job, Part, batch_of, device, interleaved, llama, moved, peak_bytes, ratio, ratios, run, sizes_of
+from methods import pairs
 
 LAYERS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "4-bit": lambda layer: bnb.nn.Linear4bit(
@@ -41,7 +38,7 @@ TOLERANCE = {("4-bit", "cpu"): 1e-5, ("8-bit", "cpu"): 1e-5, ("4-bit", "cuda"): 
 
 
 def quantised(model: Any, bits: str) -> Any:
-    """Give a copy of a model with the linear layers of its blocks quantised, in training mode."""
+    """Return a copy of a model with the linear layers of its blocks quantised, in training mode."""
     model = copy.deepcopy(model)
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and name != "lm_head":
@@ -53,11 +50,7 @@ def quantised(model: Any, bits: str) -> Any:
 
 
 def steps(model: Any, bits: str, batch: dict[str, Any], r: int) -> dict[str, Callable[[], Any]]:
-    """Give one step, forward and backward, of the frozen base (to its input), of ours and of PEFT's."""
-
-    def frozen() -> Any:
-        rows = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
-        return torch.autograd.grad(model(inputs_embeds=rows, labels=batch["labels"], use_cache=False).loss, rows)
+    """Return one step, forward and backward, of the frozen base (to its input), of ours and of PEFT's."""
 
     cfg, peft_cfg = pairs(r)["lora"]
     adapt = ll.build(model, cfg)
@@ -70,7 +63,11 @@ def steps(model: Any, bits: str, batch: dict[str, Any], r: int) -> dict[str, Cal
             layer.lora_B.default.weight.copy_(leaves["B"])
     step = ll.value_and_grad(lambda p: adapt(p, batch).loss)
     _agree(step(params)[1], torch.autograd.grad(theirs(**batch).loss, trained), TOLERANCE[bits, device().type])
-    return {"frozen": frozen, "lora": lambda: step(params), "peft lora": lambda: torch.autograd.grad(theirs(**batch).loss, trained)}
+    return {
+        "frozen": lambda: frozen_step(model, batch),
+        "lora": lambda: step(params),
+        "peft lora": lambda: torch.autograd.grad(theirs(**batch).loss, trained),
+    }
 
 
 def _agree(ours: Any, theirs: Any, tolerance: float) -> None:

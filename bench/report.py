@@ -10,14 +10,20 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import tables as t
 from agreement import compared, told
-from tables import RESULTS, Found, newest
+from tables import RESULTS, Found, newest, title
 
 ROOT = Path(__file__).parent.parent
 NONE = "No results file yet."
 README, PAGE, PLOTS = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "plots"
+CALLS = """## Calls
+
+The price of a call, where arithmetic takes next to no time: a chain of narrow layers, ours and PEFT's same method in turn in one
+process, with the same numbers in both. The products by themselves are the least that LoRA's layer could take."""
+"""The head of a section that is shown only where there is a results file of it."""
 MARGIN = {"pissa": 1.15, "corda": 1.15, "lora_ga": 1.15, "asvd": 1.15}
 """How far the increment form may lie above PEFT's residual form: two products instead of one, for an exact start and quantised bases."""
 
@@ -30,7 +36,7 @@ WHY = {
 
 
 def costlier(speed: Found | None, memory: Found | None) -> list[str]:
-    """Say which variants are slower or larger than PEFT's beyond the spread, and beyond the margin of increment forms; and why."""
+    """Return the variants that are slower or larger than PEFT's beyond the spread and the margin of increment forms, in words, and why."""
     said: dict[str, list[str]] = {"": []}
     for name, row in (speed["results"]["models"]["variants"] if speed else {}).items():
         limit = MARGIN.get(name, 1.0)
@@ -67,8 +73,10 @@ def verdict(speed: Found | None, memory: Found | None, quality: Found | None) ->
 
 
 def sections(folder: Path = RESULTS, up: str = "../") -> Iterator[tuple[str, str]]:
-    """Give the parts of docs/results.md as marker and text."""
+    """Return the parts of docs/results.md as marker and text."""
     yield "overview", overview(folder, up)
+    calls = newest("calls", folder)
+    yield "calls", f"{CALLS}\n\n{t.calls_tables(calls)}\n\nFrom {t.source(calls, up)}." if calls else ""
     makers: list[tuple[str, str, Callable[[Found], str]]] = [
         ("steps", "speed", lambda f: f"{t.step_table(f)}\n\n![Time against arithmetic](plots/arithmetic.svg)"),
         ("quality", "quality", lambda f: f"{t.quality_table(f)}\n\n![Accuracy against trained parameters](plots/accuracy.svg)"),
@@ -92,7 +100,7 @@ def sections(folder: Path = RESULTS, up: str = "../") -> Iterator[tuple[str, str
 
 
 def overview(folder: Path = RESULTS, up: str = "") -> str:
-    """Give the part that README shows: the main table, its conditions, and what it shows against us."""
+    """Return the part that README shows: the main table, its conditions, and what it shows against us."""
     speed, memory, quality = (newest(kind, folder) for kind in ("speed", "memory", "quality"))
     if speed is None:
         return NONE
@@ -100,17 +108,17 @@ def overview(folder: Path = RESULTS, up: str = "") -> str:
 
 
 def between(text: str, marker: str, new: str) -> str:
-    """Give `text` with `new` between `<!-- marker -->` and `<!-- /marker -->`."""
+    """Return `text` with `new` between `<!-- marker -->` and `<!-- /marker -->`."""
     start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
     head, _, rest = text.partition(start)
     _, found, tail = rest.partition(end)
     if not found:
         raise ValueError(f'report: expected a line "{start}" and a later "{end}", found not both. Put them where the part belongs.')
-    return f"{head}{start}\n\n{new}\n\n{end}{tail}"
+    return f"{head}{start}\n\n{new}\n\n{end}{tail}" if new else f"{head}{start}\n\n{end}{tail}"
 
 
 def page(text: str, folder: Path = RESULTS) -> str:
-    """Give docs/results.md's text with its parts renewed."""
+    """Return docs/results.md's text with its parts renewed."""
     for marker, new in sections(folder):
         text = between(text, marker, new)
     return text
@@ -123,8 +131,6 @@ def compare(a: Path, b: Path) -> None:
 
 def main() -> None:
     """Renew README, page and plots; or show the quick results; or compare two files."""
-    from plots import draw  # here, since the tables need no plotting library
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="show the results of --quick; change no file")
     parser.add_argument("--compare", nargs=2, type=Path, metavar="FILE", help="two results files of one kind")
@@ -140,6 +146,88 @@ def main() -> None:
         README.write_text(between(README.read_text("utf-8"), "results", overview()), "utf-8")
         PAGE.write_text(page(PAGE.read_text("utf-8")), "utf-8")
         print("wrote", README.name, PAGE.name, *(p.name for p in draw(RESULTS, PLOTS)))
+
+
+STYLE = {
+    **{"svg.hashsalt": "lora-lite", "svg.fonttype": "none", "figure.figsize": (6.4, 4.0), "font.size": 9, "axes.spines.top": False},
+    **{"axes.spines.right": False, "legend.frameon": False, "lines.markersize": 5},
+}
+
+
+def accuracy(axes: Any, speed: Found, quality: Found) -> None:
+    """Draw accuracy against trained parameters."""
+    for name, row in quality["results"]["variants"].items():
+        ours = row["ours"]
+        axes.errorbar(ours["params"], 100 * ours["exact"], yerr=100 * ours["error"], fmt="o", color="tab:blue", capsize=2, lw=1)
+        axes.annotate(title(name), (ours["params"], 100 * ours["exact"]), xytext=(4, 3), textcoords="offset points", fontsize=7)
+    full, frozen = quality["results"]["full"], quality["results"]["frozen"]
+    axes.axhline(100 * full["exact"], color="grey", lw=0.8, ls="--", label="full fine-tuning")
+    axes.axhline(100 * frozen["exact"], color="grey", lw=0.8, ls=":", label="frozen base")
+    axes.set(xscale="log", xlabel="trained parameters", ylabel="exact answers, %")
+    axes.legend()
+
+
+def arithmetic(axes: Any, speed: Found, quality: Found | None) -> None:
+    """Draw a step's time against what its multiply-adds alone would give, ours and PEFT's."""
+    top = 1.0
+    for name, row in speed["results"]["models"]["variants"].items():
+        step = row["step"]
+        top = max(top, step["by_arithmetic"], step["over_frozen"]["high"])
+        peft = step.get("peft_over_frozen")
+        if peft:
+            axes.plot([step["by_arithmetic"]] * 2, [step["over_frozen"]["median"], peft["median"]], color="lightgrey", lw=0.8, zorder=0)
+            axes.plot(step["by_arithmetic"], peft["median"], "x", color="tab:orange")
+        axes.plot(step["by_arithmetic"], step["over_frozen"]["median"], "o", color="tab:blue")
+        place = (step["by_arithmetic"], step["over_frozen"]["median"])
+        axes.annotate(title(name), place, xytext=(4, -3), textcoords="offset points", fontsize=7)
+    axes.plot([1, top], [1, top], color="grey", lw=0.8, ls="--")
+    axes.plot([], [], "o", color="tab:blue", label="lora-lite")
+    axes.plot([], [], "x", color="tab:orange", label="PEFT")
+    axes.set(xlabel="step / frozen step, by arithmetic alone", ylabel="step / frozen step, measured", yscale="log")
+    axes.legend()
+
+
+def scaling(figure: Any, found: Found) -> None:
+    """Draw cost as rank, width, batch and members grow, a panel each."""
+    names = {"rank": "rank", "width": "width", "rows": "rows of a batch", "members": "members of a mixed batch"}
+    panels = figure.subplots(2, 2).flat
+    for (axis, lines), axes in zip(found["results"]["axes"].items(), panels, strict=True):
+        for name, points in lines.items():
+            x = [int(value) for value in points]
+            medians, low, high = ([p[key] for p in points.values()] for key in ("median", "low", "high"))
+            axes.plot(x, medians, "o-", lw=1, ms=3, label=title(name))
+            axes.fill_between(x, low, high, alpha=0.15, lw=0)
+        axes.set(xlabel=names[axis], xscale="log", ylabel="step / loop" if axis == "members" else "step / frozen step")
+        axes.set_xticks(x, [str(value) for value in x])
+        axes.minorticks_off()
+    figure.axes[0].legend(fontsize=7)
+
+
+def draw(results: Path, folder: Path) -> list[Path]:
+    """Draw what the newest results files in a folder allow, and give the files."""
+    import matplotlib as mpl  # here, since the tables need no plotting library
+
+    folder.mkdir(parents=True, exist_ok=True)
+    speed, quality, growth = (newest(kind, results) for kind in ("speed", "quality", "scaling"))
+    drawn = []
+    with mpl.rc_context(STYLE):
+        if quality:
+            drawn.append(_saved(folder / "accuracy.svg", lambda f: accuracy(f.subplots(), speed or {}, quality)))
+        if speed:
+            drawn.append(_saved(folder / "arithmetic.svg", lambda f: arithmetic(f.subplots(), speed, quality)))
+        if growth:
+            drawn.append(_saved(folder / "scaling.svg", lambda f: scaling(f, growth)))
+    return drawn
+
+
+def _saved(path: Path, fill: Callable[[Any], None]) -> Path:
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(layout="constrained")
+    fill(figure)
+    figure.savefig(path, metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    return path
 
 
 if __name__ == "__main__":

@@ -13,16 +13,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import lora_lite as ll
-from common import batch_of, llama, moved
-from contenders import frozen_step
-from pairs import MEASURED, build, pairs
-from parts import Part, run
-from processes import Job
-from timing import Spread, interleaved, ratio
+from contenders import build, frozen_step
+from measure import Job, Part, Spread, batch_of, interleaved, llama, moved, peak_bytes, ratio, ratios, row_losses, run
+from methods import MEASURED, pairs
 
 TELLING = ("lora", "dora", "hra", "oft")
 CENTRE = {"rank": 16, "width": 256, "rows": 4, "members": 4}
@@ -31,7 +27,7 @@ QUICK: dict[str, tuple[int, ...]] = {"rank": (4, 8), "width": (64, 128), "rows":
 
 
 def step_ratio(name: str, at: Mapping[str, int], repeats: int) -> Spread:
-    """Give one variant's step over the frozen step."""
+    """Return one variant's step over the frozen step."""
     model, batch = llama(at["width"], 2), batch_of(at["rows"], 64)
     adapt = build(model, pairs(at["rank"])[name].cfg, [batch])
     params = moved(adapt.init(seed=0))
@@ -40,21 +36,16 @@ def step_ratio(name: str, at: Mapping[str, int], repeats: int) -> Spread:
 
 
 def members_ratio(name: str, at: Mapping[str, int], repeats: int) -> Spread:
-    """Give the time of one step of many adapters, a row each, over that of a loop over them."""
+    """Return the time of one step of many adapters, a row each, over that of a loop over them."""
     model, batch = llama(at["width"], 2), batch_of(at["members"], 32)
     adapt = build(model, pairs(at["rank"])[name].cfg, [batch])
     trees = [moved(adapt.init(seed=k)) for k in range(at["members"])]
     stacked, rows = ll.stack(trees), [{"input_ids": row[None], "use_cache": False} for row in batch["input_ids"]]
     inputs = {"input_ids": batch["input_ids"], "use_cache": False}
-    together = ll.value_and_grad(lambda p: _loss(adapt.mixed(p, inputs), inputs).sum())
-    alone = ll.value_and_grad(lambda p, row: _loss(adapt(p, row), row).sum())
+    together = ll.value_and_grad(lambda p: row_losses(adapt.mixed(p, inputs), inputs).sum())
+    alone = ll.value_and_grad(lambda p, row: row_losses(adapt(p, row), row).sum())
     calls = {"mixed": lambda: together(stacked), "loop": lambda: [alone(p, row) for p, row in zip(trees, rows, strict=True)]}
     return ratio(interleaved(calls, repeats), "mixed", "loop")
-
-
-def _loss(output: Any, batch: Mapping[str, Any]) -> torch.Tensor:
-    logits, labels = output.logits[:, :-1], batch["input_ids"][:, 1:]
-    return cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
 
 
 def scaling(names: Iterable[str], points: Mapping[str, tuple[int, ...]], repeats: int) -> dict[str, Any]:
@@ -91,6 +82,67 @@ def show(results: Mapping[str, Any]) -> None:
     for axis, lines in results["axes"].items():
         for name, line in lines.items():
             print(f"{axis:8} {name:8} " + ", ".join(f"{value}: {ratio['median']:.2f}" for value, ratio in line.items()))
+
+
+def populations(width: int, layers: int, r: int, repeats: int) -> dict[str, Any]:
+    """Time one step of many adapters, and gradients by row, against a loop over them: two threads, LoRA on all linear layers."""
+    model = llama(width, layers)
+    adapt = ll.build(model, pairs(r)["lora"][0])
+    found = {}
+    for members, tokens in ((32, 16), (8, 32)):
+        batch = batch_of(members, tokens)
+        ids = batch["input_ids"]
+        trees = [moved(adapt.init(seed=k)) for k in range(members)]
+        stacked = ll.stack(trees)
+
+        def together(stacked: Any = stacked, batch: Any = batch) -> Any:
+            return ll.value_and_grad(lambda p: row_losses(adapt.mixed(p, batch), batch).sum())(stacked)
+
+        def loop(trees: Any = trees, ids: Any = ids) -> Any:
+            one = [{"input_ids": row[None], "use_cache": False} for row in ids]
+            return [ll.value_and_grad(lambda p, b=b: row_losses(adapt(p, b), b).sum())(tree) for tree, b in zip(trees, one)]
+
+        _agree(together()[1], [grads for _, grads in loop()])
+        times = interleaved({"together": together, "loop": loop}, repeats)
+        found[f"{members} members of {tokens} tokens"] = ratios(times, "loop")["together"]
+    return {**found, **rows_apart(adapt, repeats)}
+
+
+def rows_apart(adapt: ll.Adapt, repeats: int) -> dict[str, Any]:
+    """Time gradients by row against a loop and a whole-model `vmap`, and give the peak bytes of each, and of the norms alone."""
+    batch, params = batch_of(16, 16), moved(adapt.init())
+    ids = batch["input_ids"]
+
+    def loss_of(p: Any, row: Any) -> torch.Tensor:
+        one = {"input_ids": row[None], "use_cache": False}
+        return row_losses(adapt(p, one), one).sum()
+
+    calls = {
+        "mixed": lambda: ll.per_example_grad(adapt, row_losses)(params, batch),
+        "vmap": lambda: torch.vmap(torch.func.grad(loss_of), (None, 0))(params, ids),
+        "loop": lambda: ll.stack([ll.value_and_grad(lambda p, row=row: loss_of(p, row))(params)[1] for row in ids]),
+    }
+    each = ll.unstack(calls["loop"]())
+    for name in ("mixed", "vmap"):
+        _agree(calls[name](), each)
+    times = interleaved(calls, repeats)
+    norms = {
+        "mixed, norms": lambda: ll.per_example_norm(adapt, row_losses)(params, batch),
+        "mixed, norms, four rows at a time": lambda: ll.per_example_norm(adapt, row_losses, chunk_size=4)(params, batch),
+    }
+    peaks = {name: peak_bytes(call) for name, call in {**calls, **norms}.items()}
+    what = "gradients of 16 rows of 16 tokens"
+    return {
+        what: {**ratios(times, "loop")["mixed"], "over_vmap": ratios(times, "vmap")["mixed"], "peak_bytes": peaks},
+        f"{what}, by vmap of the whole model": ratios(times, "loop")["vmap"],
+    }
+
+
+def _agree(stacked: Any, trees: list[Any]) -> None:
+    for member, tree in zip(ll.unstack(stacked), trees):
+        for a, b in zip(ll.tree_leaves(member), ll.tree_leaves(tree)):
+            if float((a - b).abs().max()) > 1e-5:
+                raise SystemExit("speed: expected the step of many adapters to equal the loop, found other gradients.")
 
 
 if __name__ == "__main__":

@@ -16,11 +16,9 @@ from typing import Any
 import torch
 
 import lora_lite as ll
-from common import batch_of, llama, moved
-from pairs import pairs, peft_model
-from parts import Part, run
-from processes import Job
-from timing import Spread, interleaved, milliseconds, ratios, spread
+from contenders import peft_model
+from measure import Job, Part, Spread, batch_of, interleaved, llama, milliseconds, moved, ratios, run, spread
+from methods import pairs
 
 ADAPTERS = 8
 
@@ -41,7 +39,7 @@ def served(model: Any, r: int, adapters: int) -> tuple[ll.Adapt, list[Any], Any]
 
 
 def differences(times: dict[str, list[float]], of: str, over: str) -> Spread:
-    """Give by how much one call takes longer than another, pair by pair within a round, in milliseconds."""
+    """Return how much longer one call takes than another, pair by pair within a round, in milliseconds."""
     return milliseconds([a - b for a, b in zip(times[of], times[over])])
 
 

@@ -1,7 +1,7 @@
 """Measure what each variant costs in time beside the frozen base, PEFT's same method and its own arithmetic, and write a results file.
 
-Forward, training step and init on a Llama; the same compiled; the pure functions by themselves; calls of a deep and tiny model; many
-adapters in one batch. Ratios are taken within rounds of one run, never between runs. What is timed is checked first.
+Forward, training step and init on a Llama; the same compiled; the pure functions by themselves; many adapters in one batch. Ratios are
+taken within rounds of one run, never between runs. Outputs are checked before they are timed.
 
     python bench/speed.py                            # the sizes of the documentation
     python bench/speed.py --quick                    # a minute
@@ -13,23 +13,19 @@ import copy
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import lora_lite as ll
-from common import batch_of, llama, moved, sizes_of
-from compiled import compiled
-from contenders import Contender, contender, forwards, steps
-from functions import functions
-from pairs import MEASURED, Pair, build, pairs, peft_model, rank, wrapped
-from parts import Part, run
-from populations import populations
-from processes import Job
-from timing import Times, device, interleaved, milliseconds, ratio, ratios
+from contenders import Contender, build, contender, forwards, steps, wrapped
+from measure import Call, Job, Part, Times, batch_of, device, interleaved, llama, milliseconds, moved, ratio, run, sizes_of
+from methods import MEASURED, Pair, pairs, rank
+from scaling import populations
 
 SIZES = {
     "quick": {"width": 64, "layers": 1, "rows": 2, "tokens": 32},
@@ -39,7 +35,7 @@ SIZES = {
 
 
 def compared(times: Times) -> dict[str, Any]:
-    """Give the ratios of ours, and of PEFT's where it takes part, with the times in milliseconds."""
+    """Return the ratios of ours, and of PEFT's where it takes part, with the times in milliseconds."""
     found: dict[str, Any] = {"ms": {name: milliseconds(values) for name, values in times.items()}}
     if "frozen" in times:
         found["over_frozen"] = ratio(times, "ours", "frozen")
@@ -77,7 +73,7 @@ def models(sizes: Mapping[str, int], r: int, names: Iterable[str], repeats: int)
 
 
 def counts(pair: Pair, c: Contender) -> dict[str, Any]:
-    """Say what a variant is: its rank, what it trains, what it adds, and how its output was checked."""
+    """Return the facts of a variant: its rank, the numbers it trains, the multiply-adds it adds, and the check of its output."""
     found = {"r": rank(pair.cfg), "params": c.adapt.num_params, "macs_per_token": c.adapt.macs_per_token, "checked": c.checked}
     return found | ({"params_peft": sum(t.numel() for t in c.trained)} if c.theirs is not None else {})
 
@@ -91,21 +87,6 @@ def inits(block: nn.Module, pair: Pair, batch: Mapping[str, Any], repeats: int) 
     return interleaved(calls, repeats, warmup=1)
 
 
-def overhead(layers: int, repeats: int) -> dict[str, Any]:
-    """Time a forward of a tiny, deep model, where calls cost more than arithmetic, and the build on it."""
-    model, batch = llama(16, layers, vocab=64).eval(), batch_of(1, 2, vocab=64)
-    start = time.perf_counter()
-    adapt = ll.build(model, ll.LoRAConfig(r=4))
-    seconds = time.perf_counter() - start
-    params = moved(adapt.init(seed=0))
-    theirs, _ = peft_model(model, pairs(4)["lora"].peft)
-    with torch.no_grad():
-        calls = {"frozen": lambda: model(**batch), "ours": lambda: adapt(params, batch), "peft": lambda: theirs(**batch)}
-        times = interleaved(calls, repeats)
-    found = {"over_frozen": ratios(times, "frozen"), "over_peft": ratio(times, "ours", "peft")}
-    return {"targets": len(adapt.targets), "build_seconds": seconds, **found}
-
-
 def costs(sizes: Mapping[str, int], r: int, names: Sequence[str], chosen: Sequence[str], repeats: int) -> dict[str, Any]:
     """Measure the variants on models, once, in this process; `chosen` are compiled too."""
     warnings.filterwarnings("ignore", module="(transformers|peft|torch)")
@@ -113,11 +94,11 @@ def costs(sizes: Mapping[str, int], r: int, names: Sequence[str], chosen: Sequen
     return {"models": models(sizes, r, names, repeats), "compiled": compiled(sizes["width"], r, chosen, repeats)}
 
 
-def calls(sizes: Mapping[str, int], r: int, names: Sequence[str], repeats: int, blocks: int) -> dict[str, Any]:
-    """Measure what takes little time, once, in this process; `blocks` is the depth of the model whose calls are timed."""
+def calls(sizes: Mapping[str, int], r: int, names: Sequence[str], repeats: int) -> dict[str, Any]:
+    """Measure once, in this process: the pure functions, and many adapters in one batch."""
     warnings.filterwarnings("ignore", module="(transformers|peft|torch)")
     torch.set_num_threads(1)
-    found = {"functions": functions(sizes["width"], 64, r, names, 3 * repeats), "overhead": overhead(blocks, 2 * repeats)}
+    found = {"functions": functions(sizes["width"], 64, r, names, 3 * repeats)}
     torch.set_num_threads(2)
     return {**found, "populations": populations(sizes["width"], sizes["layers"], r=r, repeats=repeats)}
 
@@ -138,7 +119,7 @@ def part(options: Sequence[str] | None = None) -> Part:
     chosen = o.compiled if o.compiled is not None else [n for n in (("lora",) if o.quick else ("lora", "dora")) if n in o.variants]
     jobs = [
         Job(costs, (sizes, r, o.variants, chosen, repeats), processes),
-        Job(calls, (sizes, r, o.variants, max(2, repeats - 1), 4 if o.quick else 43), 1 if o.quick else 2 * processes),
+        Job(calls, (sizes, r, o.variants, max(2, repeats - 1)), 1 if o.quick else 2 * processes),
     ]
     return Part("speed", jobs, show, o.quick)
 
@@ -149,6 +130,111 @@ def show(results: Mapping[str, Any]) -> None:
         over, beside = row["step"]["over_frozen"]["median"], row["step"].get("over_peft")
         peft = f"; {beside['median']:.3f} [{beside['low']:.3f}, {beside['high']:.3f}] of PEFT's" if beside else ""
         print(f"{name:10} {over:.3f} of the frozen step, {row['step']['by_arithmetic']:.3f} by arithmetic{peft}")
+
+
+def compiled(width: int, r: int, names: Iterable[str], repeats: int) -> dict[str, Any]:
+    """Compile a model of one block: forward and step of ours over the compiled base's, over PEFT's, and over ours in eager mode."""
+    model = llama(width, 1)
+    batch = batch_of(4, 64)
+    rows = {name: _one(model, batch, pairs(r)[name]) for name in tqdm(list(names), desc="compiled", mininterval=5)}
+    found = {n: _ratios(calls, took, repeats) for n, (calls, took) in rows.items()}
+    return {"width": width, "layers": 1, "rows": 4, "tokens": 64, "r": r, "variants": found}
+
+
+def _one(model: Any, batch: dict[str, Any], pair: Any) -> tuple[dict[str, Call], dict[str, float]]:
+    """Return the calls, compiled, and the seconds that each took to compile; the step of ours is checked against eager mode."""
+    torch.compiler.reset()
+    c = contender(model, pair, batch)
+    rows = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
+    base = torch.compile(lambda rows: model(inputs_embeds=rows, labels=batch["labels"], use_cache=False).loss)
+    loss = torch.compile(lambda p: c.adapt(p, batch).loss, fullgraph=True)
+    leaves = {path: {n: t.detach().clone().requires_grad_() for n, t in tree.items()} for path, tree in c.params.items()}
+    eager = ll.value_and_grad(lambda p: c.adapt(p, batch).loss)
+    calls: dict[str, Call] = {
+        "frozen": lambda: torch.autograd.grad(base(rows), rows),
+        "ours": lambda: torch.autograd.grad(loss(leaves), ll.tree_leaves(leaves)),
+        "eager": lambda: eager(c.params),
+    }
+    if c.theirs is not None:
+        theirs = torch.compile(lambda: c.theirs(**batch).loss)
+        calls["peft"] = lambda: torch.autograd.grad(theirs(), list(c.trained), allow_unused=True)
+    seconds = {}
+    for name, call in calls.items():
+        start = time.perf_counter()
+        call()
+        seconds[name] = time.perf_counter() - start
+    for a, b in zip(calls["ours"](), ll.tree_leaves(calls["eager"]()[1]), strict=True):
+        if not torch.allclose(a, b, rtol=1e-2, atol=1e-3 * float(b.abs().max()) + 1e-7):
+            raise SystemExit(f"bench: expected the compiled step of {pair.cfg.name} to give the eager gradients, found others.")
+    return calls, seconds
+
+
+def _ratios(calls: dict[str, Call], seconds: dict[str, float], repeats: int) -> dict[str, Any]:
+    times = interleaved(calls, repeats)
+    found = {f"over_{name}": ratio(times, "ours", name) for name in ("frozen", "peft", "eager") if name in times}
+    return {**found, "compile_seconds": seconds}
+
+
+MEMBERS = 8
+
+
+class OneLayer(nn.Module):
+    """A model of one linear layer, with a loss for the variants that start from one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(width, width).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> SimpleNamespace:
+        logits = self.layer(x)
+        return SimpleNamespace(logits=logits, loss=logits.square().mean())
+
+
+def functions(width: int, tokens: int, r: int, names: Iterable[str], repeats: int) -> dict[str, Any]:
+    """Time each variant's function of one layer as a ratio to the frozen layer's, and its `vmap` over members to a loop over them."""
+    model, rows = OneLayer(width).to(device()), {}
+    x = torch.randn(MEMBERS, tokens, width, generator=torch.Generator().manual_seed(1)).to(device())
+    for name in tqdm(list(names), desc="functions", mininterval=5):
+        cfg = pairs(r)[name].cfg
+        try:
+            adapt = build(model, cfg, [{"x": x[0]}])
+        except ValueError as e:
+            rows[name] = {"left_out": str(e).partition("\n")[0][:120]}  # no function of a linear layer, as with norms
+            continue
+        params = moved(adapt.init(seed=0))
+        if list(params) != ["layer"]:
+            rows[name] = {"left_out": "it acts on no linear layer"}
+            continue
+        constants = {**adapt.constants.get(cfg.name, {}), **adapt.constants["layer"]}
+        rows[name] = _times(cfg, params["layer"], ll.Frozen(model.layer.weight, model.layer.bias, constants), x, repeats)
+    return {"width": width, "tokens": tokens, "members": MEMBERS, "variants": rows}
+
+
+def _times(cfg: ll.AdapterConfig, params: Mapping[str, Tensor], W: ll.Frozen, x: Tensor, repeats: int) -> dict[str, Any]:
+    stacked = {name: torch.stack([p + 0.01 * k for k in range(len(x))]) for name, p in params.items()}
+    members = [{name: p[k] for name, p in stacked.items()} for k in range(len(x))]
+    together, one = torch.vmap(lambda p, x: cfg.forward(p, W, x)), x[0]
+    grad = torch.func.grad(lambda p, x: cfg.forward(p, W, x).square().mean())
+
+    def loop() -> Tensor:
+        return torch.stack([cfg.forward(p, W, row) for p, row in zip(members, x, strict=True)])
+
+    if not torch.allclose(together(stacked, x), loop(), rtol=1e-3, atol=1e-4):
+        raise SystemExit(f"bench: expected vmap of {cfg.name} to equal a loop, found others.")
+    calls: dict[str, Call] = {
+        "frozen": lambda: W(one),
+        "forward": lambda: cfg.forward(params, W, one),
+        "frozen grad": lambda: torch.func.grad(lambda x: W(x).square().mean())(one),
+        "grad": lambda: grad(params, one),
+        "loop": loop,
+        "vmap": lambda: together(stacked, x),
+        "grads in a loop": lambda: [grad(p, row) for p, row in zip(members, x, strict=True)],
+        "vmap of grad": lambda: torch.vmap(grad)(stacked, x),
+    }
+    times = interleaved(calls, repeats, warmup=3)
+    over = {"forward": "frozen", "grad": "frozen grad", "vmap": "loop", "vmap of grad": "grads in a loop"}
+    return {name: ratio(times, name, beside) for name, beside in over.items()}
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def newest(kind: str, folder: Path = RESULTS) -> Found | None:
 
 
 def title(name: str) -> str:
-    """Give a variant's name as it is written in prose: the first words of its module."""
+    """Return a variant's name as it is written in prose: the first words of its module."""
     cls = ll.VARIANTS.get(name)
     doc = sys.modules[cls.__module__].__doc__ if cls else None
     return (doc or name).strip().partition(":")[0]
@@ -52,13 +52,13 @@ def share(found: Found | None) -> str:
 
 
 def source(found: Found, up: str) -> str:
-    """Say where figures come from: file, machine, threads."""
+    """Write the source of figures: file, machine, threads."""
     where = found.get("machine", "CPU")
     return f"[`{found['file']}`]({up}bench/results/{found['file']}), {where}, {found['threads']} thread{'s' * (found['threads'] > 1)}"
 
 
 def main_table(speed: Found | None, memory: Found | None, quality: Found | None) -> str:
-    """Give the lineage's columns for each variant, and the ratios to PEFT's same method."""
+    """Write the lineage's columns for each variant, and the ratios to PEFT's same method."""
     rows = []
     timed = speed["results"]["models"]["variants"] if speed else {}
     held = memory["results"]["variants"] if memory else {}
@@ -83,7 +83,7 @@ def main_table(speed: Found | None, memory: Found | None, quality: Found | None)
 
 
 def conditions(speed: Found | None, quality: Found | None, up: str) -> str:
-    """Say under which conditions the main table's figures were found."""
+    """Write under which conditions the main table's figures were found."""
     words = []
     if speed:
         m = speed["results"]["models"]
@@ -106,7 +106,7 @@ def conditions(speed: Found | None, quality: Found | None, up: str) -> str:
 
 
 def step_table(speed: Found) -> str:
-    """Give each variant's forward and step over the frozen base's, beside arithmetic and PEFT's."""
+    """Write each variant's forward and step over the frozen base's, beside arithmetic and PEFT's."""
     rows = []
     for name, row in speed["results"]["models"]["variants"].items():
         cells = {"variant": title(name)}
@@ -127,7 +127,7 @@ def step_table(speed: Found) -> str:
 
 
 def gpu_table(speed: Found) -> str:
-    """Give each variant's step on a GPU over the frozen base's, beside arithmetic and PEFT's."""
+    """Write each variant's step on a GPU over the frozen base's, beside arithmetic and PEFT's."""
     rows = []
     for name, row in speed["results"]["models"]["variants"].items():
         step = row["step"]
@@ -137,7 +137,7 @@ def gpu_table(speed: Found) -> str:
 
 
 def quality_table(quality: Found) -> str:
-    """Give what each variant learned beside PEFT's training of the same method."""
+    """Write what each variant learned beside PEFT's training of the same method."""
     rows = []
     for name, row in quality["results"]["variants"].items():
         ours, peft = row["ours"], row.get("peft")
@@ -153,7 +153,7 @@ def quality_table(quality: Found) -> str:
 
 
 def memory_table(memory: Found) -> str:
-    """Give peaks of forward and step beside the frozen base's and PEFT's."""
+    """Write peaks of forward and step beside the frozen base's and PEFT's."""
     rows = []
     for name, row in memory["results"]["variants"].items():
         cells = {"variant": title(name)}
@@ -166,8 +166,35 @@ def memory_table(memory: Found) -> str:
     return f"{table(rows)}\n\n{table(ways)}"
 
 
+def calls_tables(found: Found) -> str:
+    """Write the price of a call on a chain of narrow layers beside PEFT's, and the bare products', then that of a start."""
+    chain, starts = found["results"]["chain"], found["results"]["starts"]
+    rows = []
+    for name, row in chain["variants"].items():
+        cells = {"variant": title(name)}
+        for what in ("forward", "step"):
+            us = row[what]["us"]
+            cells |= {
+                f"{what}, us a layer: ours / PEFT's": f"{us['ours']['median']:.1f} / {us['peft']['median']:.1f}",
+                f"{what} / PEFT's": spread(row[what]["over_peft"]),
+            }
+        rows.append(cells)
+    words = [f"On {chain['layers']} layers of width {chain['width']} with {chain['rows']} rows, r={chain['r']}:", table(rows)]
+    if "lora" in chain["variants"]:
+        lora = chain["variants"]["lora"]
+        base, two, three = (lora["forward"]["us"][key]["median"] for key in ("base", "two products", "three products"))
+        words.append(
+            f"The base's own call takes {base:.1f} us a layer, LoRA's two bare products with the fused add {two:.1f}, "
+            f"all three {three:.1f}. "
+            f"LoRA's forward adds {spread(lora['added'])} of its two products' time to the base's."
+        )
+    begun = [{"variant": title(n), "start / PEFT's": spread(row["over_peft"])} for n, row in starts["variants"].items()]
+    begins = f"`build` and `init` over `get_peft_model`, on a Llama of {starts['layers']} layers of width {starts['width']}:"
+    return "\n\n".join([*words, begins, table(begun)])
+
+
 def functions_table(speed: Found) -> str:
-    """Give the pure functions' ratios on bare tensors."""
+    """Write the pure functions' ratios on bare tensors."""
     found = speed["results"]["functions"]
     heads = {"forward": "forward / W x", "grad": "grad / its grad", "vmap": "vmap / loop", "vmap of grad": "vmap of grad / loop"}
     kept = {n: row for n, row in found["variants"].items() if "left_out" not in row}
@@ -175,20 +202,20 @@ def functions_table(speed: Found) -> str:
 
 
 def compiled_table(speed: Found) -> str:
-    """Give the compiled steps' ratios."""
+    """Write the compiled steps' ratios."""
     heads = {"over_frozen": "step / compiled frozen step", "over_peft": "step / PEFT's compiled", "over_eager": "step / ours in eager mode"}
     found = speed["results"]["compiled"]["variants"]
     return table([{"variant": title(n)} | {head: spread(row.get(key)) for key, head in heads.items()} for n, row in found.items()])
 
 
 def populations_table(speed: Found) -> str:
-    """Give the time of many adapters in one mixed batch over a loop's."""
+    """Write the time of many adapters in one mixed batch over a loop's."""
     found = speed["results"]["populations"]
     return table([{"one step, LoRA, two threads": name, "time / a loop's": spread(ratio)} for name, ratio in found.items()])
 
 
 def quantised_table(found: Found) -> str:
-    """Give LoRA's step on quantised bases over the frozen base's and PEFT's, in time and in peak memory."""
+    """Write LoRA's step on quantised bases over the frozen base's and PEFT's, in time and in peak memory."""
     rows = []
     for bits, f in found["results"].items():
         held = f["peak_bytes"]
@@ -202,7 +229,7 @@ def quantised_table(found: Found) -> str:
 
 
 def serving_table(found: Found) -> str:
-    """Give what switching, generation and many requests cost, beside PEFT's."""
+    """Write what switching, generation and many requests cost, beside PEFT's."""
     f = found["results"]
     switching, generation, throughput = f["switching"], f["generation"], f["throughput"]
     theirs = "PEFT's `set_adapter`"
@@ -219,7 +246,7 @@ def serving_table(found: Found) -> str:
 
 
 def agreement_table(found: Found) -> str:
-    """Give on how many figures two runs agree, and the figures on which they do not."""
+    """Write on how many figures two runs agree, and the figures on which they do not."""
     kinds = found["results"]
     rows = [{"measured": kind, "figures": str(f["figures"]), "agree": str(f["figures"] - len(f["apart"]))} for kind, f in kinds.items()]
     apart = [f"- {kind}{line}" for kind, f in kinds.items() for line in f["apart"]]
@@ -227,7 +254,7 @@ def agreement_table(found: Found) -> str:
 
 
 def gsm8k_table(folder: Path = RESULTS, up: str = "../") -> str:
-    """Give every result on GSM8K; empty where there is none."""
+    """Write every result on GSM8K; empty where there is none."""
     rows = []
     for path in sorted(folder.glob("*-gsm8k-*.json")):
         found = json.loads(path.read_text("utf-8"))
@@ -254,7 +281,7 @@ def gsm8k_table(folder: Path = RESULTS, up: str = "../") -> str:
 
 
 def demo_table(demo: Found) -> str:
-    """Give the demo's outcome: what each variant learned, and what its step cost."""
+    """Write the demo's outcome: what each variant learned, and what its step cost."""
     return table(
         [
             {

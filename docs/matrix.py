@@ -1,4 +1,4 @@
-"""The matrix of variants and transforms as Markdown, from the newest file that `bench/support.py` wrote."""
+"""The matrix of variants and transforms as Markdown, from `support.json`, the report of `tests/test_support_matrix.py`."""
 
 import json
 from pathlib import Path
@@ -8,20 +8,23 @@ from generate import table, title
 
 import lora_lite as ll
 
-FOLDER = Path(__file__).parent.parent / "bench" / "results"
+FILE = Path(__file__).parent / "support.json"
 
 
-def newest() -> dict[str, Any]:
-    """Read the newest results file; its date comes first in the name."""
-    files = sorted(FOLDER.glob("*-support.json"), key=lambda p: (p.name[:10], p.stat().st_mtime))
-    if not files:
-        raise ValueError("bench/results: expected a file of the support matrix, found none. Run python bench/support.py --write.")
-    return {"file": files[-1].name, **json.loads(files[-1].read_text("utf-8"))}
+def report() -> dict[str, Any]:
+    """Read the outcome of every cell, `ok` or the reason why not.
+
+    Raises:
+        ValueError: where the file is missing.
+    """
+    if not FILE.is_file():
+        raise ValueError("docs/support.json: missing. Run python tests/test_support_matrix.py --write --peft.")
+    return json.loads(FILE.read_text("utf-8"))
 
 
 def support_table(library: str) -> str:
-    """Give the matrix of `lora_lite` or `peft`, with a numbered list of what does not hold."""
-    found = newest()
+    """Return the matrix of `lora_lite` or `peft`, with a numbered list of what does not hold."""
+    found = report()
     numbers: dict[str, str] = {}
 
     def mark(said: str) -> str:
@@ -33,9 +36,9 @@ def support_table(library: str) -> str:
     ]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     reasons = "\n".join(f"{number}. `{said}`" for said, number in numbers.items())
-    return f"{table(rows)}\n\n{reasons}\n\nFrom `bench/results/{found['file']}` ({versions})."
+    return f"{table(rows)}\n\n{reasons}\n\nRun on {found['date']} ({versions})."
 
 
 def cells_table() -> str:
-    """Say what each column of the matrix asks."""
-    return table([{"column": name.replace("_", " "), "what is compared": words} for name, words in newest()["results"]["cells"].items()])
+    """Return a table of what each column of the matrix compares."""
+    return table([{"column": name.replace("_", " "), "what is compared": words} for name, words in report()["results"]["cells"].items()])

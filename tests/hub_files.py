@@ -7,9 +7,9 @@ import tokenizers
 import torch
 import transformers as tf
 
+import gsm8k_data
 import lora_lite as ll
-import metamath
-from gsm8k_settings import published
+from gsm8k_data import published
 
 END = "<|endoftext|>"
 VARIANTS = [name for name, cls in ll.VARIANTS.items() if not cls.original]
@@ -21,7 +21,7 @@ def hub_tokenizer():
     bpe, byte = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers.ByteLevel
     digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
     bpe.pre_tokenizer, bpe.decoder = tokenizers.pre_tokenizers.Sequence([digits, byte(False)]), tokenizers.decoders.ByteLevel()
-    texts = [metamath.PROMPT.format(query=f"What is {k} plus 3?") + f" It is {k + 3}. #### {k + 3}" for k in range(50)]
+    texts = [gsm8k_data.PROMPT.format(query=f"What is {k} plus 3?") + f" It is {k + 3}. #### {k + 3}" for k in range(50)]
     special = [END, "<|im_end|>"]
     bpe.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=byte.alphabet()))
     return tf.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END)

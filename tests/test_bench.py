@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,62 +17,61 @@ import torch
 import agreement
 import contenders
 import lora_lite as ll
-import pairs
-import processes
+import measure
+import methods
 import quality
 import report
-import timing
+import timings
 from arithmetic import batch as demo_batch
 from arithmetic import exact_match
-from common import batch_of, llama
 from demo import load_base
-from learning import evaluate, joined, train_ours, updated
-from peak import peak_bytes
+from measure import batch_of, llama, peak_bytes
+from quality import evaluate, joined, train_ours, updated
 
 BENCH = Path(__file__).parent.parent / "bench"
 
 
 def test_ratios_are_taken_within_rounds():
     drifting = {"a": [2.0, 4.0, 6.0, 8.0, 10.0], "b": [1.0, 2.0, 3.0, 4.0, 5.0]}
-    assert timing.ratio(drifting, "a", "b") == {"median": 2.0, "low": 2.0, "high": 2.0, "n": 5, "rounds": [2.0] * 5}
-    found = timing.spread([1000.0, *map(float, range(1, 20)), -1000.0])
+    assert measure.ratio(drifting, "a", "b") == {"median": 2.0, "low": 2.0, "high": 2.0, "n": 5, "rounds": [2.0] * 5}
+    found = measure.spread([1000.0, *map(float, range(1, 20)), -1000.0])
     assert (found["median"], found["low"], found["high"], found["n"]) == (10.0, 1.0, 19.0, 21)
-    assert timing.spread([2.0]) == {"median": 2.0, "low": 2.0, "high": 2.0, "n": 1, "rounds": [2.0]}
+    assert measure.spread([2.0]) == {"median": 2.0, "low": 2.0, "high": 2.0, "n": 1, "rounds": [2.0]}
 
 
 def scaled(factor):
-    return {"a": {"b": timing.spread([factor * 1.0, factor * 2.0, factor * 3.0]), "facts": {"width": 8}}, "process": os.getpid()}
+    return {"a": {"b": measure.spread([factor * 1.0, factor * 2.0, factor * 3.0]), "facts": {"width": 8}}, "process": os.getpid()}
 
 
 def when():
-    return {"at": timing.spread([time.monotonic()]), "process": timing.spread([os.getpid()])}
+    return {"at": measure.spread([time.monotonic()]), "process": measure.spread([os.getpid()])}
 
 
 def test_rounds_of_fresh_processes_are_pooled():
-    [found] = processes.measured([processes.Job(scaled, (2.0,), 2)])
-    assert found["a"]["b"] == timing.spread([2.0, 4.0, 6.0] * 2)
+    [found] = measure.measured([measure.Job(scaled, (2.0,), 2)])
+    assert found["a"]["b"] == measure.spread([2.0, 4.0, 6.0] * 2)
     assert found["process"] != os.getpid()
     low, high = (pytest.approx(bound) for bound in (2.0, 6.0))
-    assert processes.without_rounds(found)["a"] == {"b": {"median": 4.0, "low": low, "high": high, "n": 6}, "facts": {"width": 8}}
-    assert processes.pooled([scaled(1.0), scaled(2.0)])["a"]["b"]["median"] == 2.5  # of 1, 2, 3, 2, 4, 6
+    assert measure.without_rounds(found)["a"] == {"b": {"median": 4.0, "low": low, "high": high, "n": 6}, "facts": {"width": 8}}
+    assert measure.pooled([scaled(1.0), scaled(2.0)])["a"]["b"]["median"] == 2.5  # of 1, 2, 3, 2, 4, 6
 
 
 def test_jobs_take_turns_and_those_with_few_processes_lie_far_apart():
-    found = processes.measured([processes.Job(when, (), count) for count in (4, 2, 1)])
-    order = sorted((at, job) for job, part in enumerate(found) for at in part["at"][timing.ROUNDS])
+    found = measure.measured([measure.Job(when, (), count) for count in (4, 2, 1)])
+    order = sorted((at, job) for job, part in enumerate(found) for at in part["at"][measure.ROUNDS])
     assert [job for _, job in order] == [0, 1, 2, 0, 0, 1, 0]
-    assert len({pid for part in found for pid in part["process"][timing.ROUNDS]}) == 7
+    assert len({pid for part in found for pid in part["process"][measure.ROUNDS]}) == 7
 
 
 def test_rounds_interleave_the_calls_and_start_with_each_in_turn():
     seen = []
-    times = timing.interleaved({name: lambda name=name: seen.append(name) for name in "abc"}, repeats=2, warmup=1)
+    times = measure.interleaved({name: lambda name=name: seen.append(name) for name in "abc"}, repeats=2, warmup=1)
     assert "".join(seen) == "abcbcacab"
     assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2, "c": 2}
 
 
 def test_every_variant_has_a_config_and_pefts_has_its_numbers():
-    found = pairs.pairs(8)
+    found = methods.pairs(8)
     assert set(found) == {name for name, variant in ll.VARIANTS.items() if not variant.original}
     assert {"lora", "dora", "pissa", "eva", "corda", "ia3", "ia3_ff", "delora", "hra", "road", "oft", "vera", "adalora"} <= {
         name for name, pair in found.items() if pair.peft is not None
@@ -80,11 +80,59 @@ def test_every_variant_has_a_config_and_pefts_has_its_numbers():
         assert found[name].peft.r == found[name].cfg.r
 
 
+def test_a_variant_has_pefts_config_or_the_reason_why_not():
+    assert list(methods.METHODS) == list(ll.VARIANTS)
+    assert set(methods.ROWS) <= set(ll.VARIANTS)
+    for name, row in methods.METHODS.items():
+        assert row.theirs is not None or row.without.endswith(".")
+        assert methods.demo_config(name, 60).name == methods.config_of(name, 4).name == name
+    assert methods.theirs(methods.demo_config("delora", 60)) is None  # its start from a frozen copy
+    drawn = {name for name, pair in methods.pairs(4).items() if pair.peft is not None and methods.drawn_start(pair.peft)}
+    assert {"lora", "dora", "ia3", "vera", "ln_tuning"} <= drawn
+    assert not drawn & {"pissa", "eva", "corda", "lora_ga"}
+
+
+def test_a_variant_without_a_row_takes_part(monkeypatch):
+    monkeypatch.delitem(methods.METHODS, "ssvd")
+    monkeypatch.setitem(methods.METHODS, "ssvd", methods.Row())
+    assert methods.pairs(4)["ssvd"] == (ll.SSVDConfig(r=4), None)
+    assert quality.rate_of("ssvd", 60) == (ll.SSVDConfig(r=8), 5e-3)
+
+
+@pytest.mark.parametrize("name", timings.CHAIN)
+def test_the_chain_has_the_same_numbers_on_both_sides(name):
+    base, x = timings.chain_of(6, 16), torch.randn(4, 16)
+    adapt, _, model, trained, checked = timings.beside(name, base, x)
+    assert len(adapt.targets) == 6
+    assert checked["against"] == "peft"
+    assert checked["error"] < 1e-4
+    assert 0.1 < float(base(x).norm() / x.norm()) < 10  # no input fades on the way
+    assert sum(p.numel() for p in trained if p.dim()) - adapt.num_params in (0, 6)  # AdaLoRA's `ranknum` trains nothing
+    assert not torch.equal(model(x), base(x))
+
+
+def test_products_are_those_of_a_layer():
+    base, x = timings.chain_of(5, 16), torch.randn(4, 16)
+    calls = timings.products(base, x, 8)
+    assert torch.equal(calls["base"](), base(x))
+    counts = {}
+    for name, call in calls.items():
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+            call()
+        counts[name] = counter.get_total_flops() / 5 / 2 / 4
+    assert counts == {"base": 256, "two products": 256, "three products": 512}
+
+
+def test_what_lora_adds_is_beyond_the_bases_own_call():
+    times = {"ours": [5.0, 9.0], "base": [2.0, 3.0], "two products": [2.0, 4.0]}
+    assert timings.added(times)["median"] == 1.5
+
+
 @pytest.mark.filterwarnings("ignore:Full backward hook", "ignore:Unsupported layer type")  # PEFT's, of LoRA-GA and of norms
 @pytest.mark.parametrize("name", ["lora", "oft", "eva", "lora_xs", "lora_ga", "ln_tuning", "loreft", "full"])
 def test_what_is_timed_is_pefts_output(name):
     model, batch = llama(32, 1, vocab=64), batch_of(2, 8, vocab=64)
-    pair = pairs.pairs(4)[name]
+    pair = methods.pairs(4)[name]
     c = contenders.contender(model, pair, batch)
     assert c.checked["against"] == ("base" if pair.peft is None or name == "lora_ga" else "peft")  # LoRA-GA's file is of a changed base
     assert sum(t.numel() for t in c.trained) == (0 if pair.peft is None else c.adapt.num_params)
@@ -96,7 +144,7 @@ def test_what_is_timed_is_pefts_output(name):
 def test_a_variant_that_departs_from_pefts_is_not_timed(monkeypatch):
     monkeypatch.setattr(ll.LoRAConfig, "scale", property(lambda cfg: 1.1 * cfg.alpha / cfg.r))
     with pytest.raises(SystemExit, match=r"expected lora to give PEFT's output"):
-        contenders.contender(llama(32, 1, vocab=64), pairs.pairs(4)["lora"], batch_of(2, 8, vocab=64))
+        contenders.contender(llama(32, 1, vocab=64), methods.pairs(4)["lora"], batch_of(2, 8, vocab=64))
 
 
 def test_peak_memory_is_what_is_held_at_once():
@@ -208,6 +256,10 @@ def files(tmp_path):
     quality = {"steps": 80, "rows": 12, "members": 2, "test": 200, "frozen": {"exact": 0.0}, "full": member, "variants": beside}
     axes = {axis: {"lora": {"4": RATIO, "8": SLOW}} for axis in ("rank", "width", "rows", "members")}
     kinds = {"speed": speed, "memory": {"variants": peaks, "lora": {"value_and_grad": 100}}, "quality": quality, "scaling": {"axes": axes}}
+    us = {key: {"median": 8.0} for key in ("ours", "peft", "base", "two products", "three products")}
+    link = {"forward": {"over_peft": RATIO, "us": us}, "step": {"over_peft": SLOW, "us": us}}
+    chain = {"layers": 300, "width": 16, "rows": 4, "r": 8, "variants": {"lora": {**link, "added": RATIO}, "dora": link}}
+    kinds["calls"] = {"chain": chain, "starts": {"layers": 2, "width": 512, "r": 16, "variants": {"ia3": {"over_peft": SLOW}}}}
     kinds["speed-cuda"] = {"models": {**sizes, "variants": {"dora": {"step": SLOW_STEP}}}}
     for kind, found in kinds.items():
         (tmp_path / f"2030-01-02-abc-{kind}.json").write_text(json.dumps(results(kind, **found)))
@@ -257,6 +309,15 @@ def test_page_has_every_part_and_no_figure_without_a_file(files, tmp_path):
         report.between(text, "other", "new")
 
 
+def test_calls_have_a_section_only_where_they_were_measured(files):
+    text = (BENCH.parent / "docs" / "results.md").read_text("utf-8")
+    assert "| LoRA | 8.0 / 8.0 | 1.10 [1.00, 1.20] | 8.0 / 8.0 | 1.30 [1.21, 1.40] |" in report.page(text, files)
+    assert "| IA3 | 1.30 [1.21, 1.40] |" in report.page(text, files)
+    for path in files.glob("*-calls.json"):
+        path.unlink()
+    assert "## Calls" not in report.page(report.page(text, files), files)
+
+
 def test_a_part_that_was_left_out_is_said_to_be():
     assert report.t.table([]) == "Nothing was measured."
 
@@ -275,16 +336,34 @@ def test_runs_are_compared_by_the_spread_that_they_state(files):
     assert "| speed | 1 | 0 |" in report.t.agreement_table({"results": {"speed": found}})
 
 
+def test_a_file_of_the_agreement_of_two_runs_is_written(files, monkeypatch, capsys):
+    newest, written = agreement.newest, []
+    monkeypatch.setattr(agreement, "newest", lambda kind, folder=files: newest(kind, folder))
+    monkeypatch.setattr(measure, "write", lambda *args: written.append(args))
+    monkeypatch.setattr(sys, "argv", ["agreement.py", str(files)])
+    agreement.main()
+    assert "calls: 6 of 6 figures agree" in capsys.readouterr().out
+    [(kind, facts, found)] = written
+    assert (kind, set(facts["commits"].values())) == ("agreement", {"abc"})
+    assert all(part["figures"] > 0 and part["apart"] == [] for part in found.values())
+    assert set(found) == {"speed", "memory", "scaling", "quality", "calls"}
+
+
 def test_plots_come_out_the_same_from_the_same_results(files, tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "Agg")
-    plots = importlib.import_module("plots")
-    first, second = (plots.draw(files, tmp_path / name) for name in ("one", "two"))
+    first, second = (report.draw(files, tmp_path / name) for name in ("one", "two"))
     assert [p.name for p in first] == ["accuracy.svg", "arithmetic.svg", "scaling.svg"]
     for a, b in zip(first, second, strict=True):
         assert a.read_bytes() == b.read_bytes()
         assert a.stat().st_size < 60_000
     assert "LoRA" in first[0].read_text()
-    assert plots.draw(tmp_path / "one", tmp_path / "three") == []
+    assert report.draw(tmp_path / "one", tmp_path / "three") == []
+
+
+def test_docstrings_say_what_a_function_does():
+    """Not what it gives or tells: docs and help are made of them."""
+    openings = [(path.name, m) for path in BENCH.glob("*.py") for m in re.findall(r'"""((?:Give|Tell|Say) .*)', path.read_text("utf-8"))]
+    assert openings == []
 
 
 def test_modules_of_the_benchmarks_can_be_imported():

@@ -11,15 +11,13 @@ import tokenizers
 import torch
 import transformers as tf
 
-import answers
-import checkpoint
-import finetune
 import gsm8k
+import gsm8k_data
+import gsm8k_train
 import lora_lite as ll
-import metamath
-from common import llama
-from gsm8k_settings import config, published
+from gsm8k_data import config, published
 from hub_files import END, VARIANTS, hub_tokenizer, small
+from measure import llama
 
 
 @pytest.fixture
@@ -43,16 +41,16 @@ def settings(hub):
     ],
 )
 def test_answer_is_the_last_number_after_the_last_mark(text, number):
-    assert metamath.answer_of(text) == number
+    assert gsm8k_data.answer_of(text) == number
 
 
 def test_predictions_are_scored_by_the_number_alone():
     reference = "3 + 4 = <<3+4=7>>7\n#### 1,007"
-    assert metamath.right("so 1007", reference)
-    assert not metamath.right("so 7", reference)
-    assert not metamath.right("no idea", reference)
+    assert gsm8k_data.right("so 1007", reference)
+    assert not gsm8k_data.right("so 7", reference)
+    assert not gsm8k_data.right("no idea", reference)
     with pytest.raises(ValueError, match=r"expected a number in the reference.*found 'none'.*42"):
-        metamath.right("7", "none")
+        gsm8k_data.right("7", "none")
 
 
 def test_published_settings_are_the_tables():
@@ -145,7 +143,7 @@ def test_what_doesnt_fit_is_said_before_anything_is_written(hub, tmp_path):
 
 @pytest.mark.parametrize("source", ["MetaMathQA", "metamath.jsonl", "metamath.parquet"])
 def test_training_data_is_read_in_every_layout(hub, source):
-    found = metamath.read(str(hub / source), "train", ("query", "response"))
+    found = gsm8k_data.read(str(hub / source), "train", ("query", "response"))
     assert found.column_names == ["type", "query", "original_question", "response"]
     assert (len(found), found[1]["response"]) == (40, "#### 4")
 
@@ -159,20 +157,20 @@ def test_a_folder_that_was_changed_is_read_anew(tmp_path):
             datasets.Dataset.from_list(rows).to_parquet(folder / "main" / f"{split}-0.parquet")
         split_lines = "".join(f"  - split: {split}\n    path: main/{split}-*\n" for split in ("train", "test"))
         (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: main\n  data_files:\n{split_lines}---\n")
-        assert len(metamath.problems(str(folder), 50, None, 0)["test"]) == count
+        assert len(gsm8k_data.problems(str(folder), 50, None, 0)["test"]) == count
 
 
 def test_problems_are_those_of_the_main_configuration(hub):
     for source in (hub / "gsm8k", hub / "gsm8k" / "main"):
-        found = metamath.problems(str(source), valid=50, test=None, seed=0)
+        found = gsm8k_data.problems(str(source), valid=50, test=None, seed=0)
         assert {name: len(rows) for name, rows in found.items()} == {"valid": 9, "test": 7}
         assert found["test"]["question"][0] == "What is 0 plus 3?"
-    assert len(metamath.problems(str(hub / "gsm8k"), 2, 5, 0)["test"]) == 5
+    assert len(gsm8k_data.problems(str(hub / "gsm8k"), 2, 5, 0)["test"]) == 5
 
 
 def test_the_language_model_of_a_checkpoint_with_vision_is_loaded_with_its_weights(hub):
-    model, tokenizer = finetune.load_model(small(hub, "qwen3.5"), torch.device("cpu"))
-    kept = checkpoint.safetensors.torch.load_file(hub / "Qwen3.5-tiny" / "model.safetensors")
+    model, tokenizer = gsm8k_train.load_model(small(hub, "qwen3.5"), torch.device("cpu"))
+    kept = gsm8k_train.safetensors.torch.load_file(hub / "Qwen3.5-tiny" / "model.safetensors")
     assert type(model) is tf.Qwen3_5ForCausalLM
     assert all(torch.equal(p, kept[name.replace("model.", "model.language_model.", 1)]) for name, p in model.named_parameters())
     assert (model.dtype, tokenizer.padding_side, tokenizer.pad_token) == (torch.bfloat16, "left", END)
@@ -180,15 +178,15 @@ def test_the_language_model_of_a_checkpoint_with_vision_is_loaded_with_its_weigh
 
 def test_only_the_response_is_labelled(hub):
     tokenizer = tf.AutoTokenizer.from_pretrained(hub / "Qwen3-tiny")
-    example = metamath.example(tokenizer, "What is 1 + 1?", "It is 2", longest=96)
+    example = gsm8k_data.example(tokenizer, "What is 1 + 1?", "It is 2", longest=96)
     labelled = [t for t, label in zip(example["input_ids"], example["labels"], strict=True) if label != -100]
     assert tokenizer.decode(labelled) == f" It is 2{END}"
     assert tokenizer.decode(example["input_ids"]).startswith("Question: What is 1 + 1? Think step by step.\nAnswer: It")
-    assert len(metamath.example(tokenizer, "What?", "2" * 200, longest=96)["input_ids"]) == 96
-    assert metamath.example(tokenizer, "What?" * 50, "2", longest=96) is None
+    assert len(gsm8k_data.example(tokenizer, "What?", "2" * 200, longest=96)["input_ids"]) == 96
+    assert gsm8k_data.example(tokenizer, "What?" * 50, "2", longest=96) is None
     with pytest.raises(ValueError, match=r"expected 3 training examples of at most 96 tokens, found 1\. Lower --steps"):
-        metamath.examples(tokenizer, [{"query": "a", "response": "1"}], 96, 3)
-    stacked = metamath.batch([{"input_ids": [5], "labels": [5]}, {"input_ids": [6, 7], "labels": [-100, 7]}], 1, torch.device("cpu"))
+        gsm8k_data.examples(tokenizer, [{"query": "a", "response": "1"}], 96, 3)
+    stacked = gsm8k_data.batch([{"input_ids": [5], "labels": [5]}, {"input_ids": [6, 7], "labels": [-100, 7]}], 1, torch.device("cpu"))
     assert stacked["input_ids"].tolist() == [[1, 5], [6, 7]]
     assert stacked["labels"].tolist() == [[-100, 5], [-100, 7]]
     assert stacked["attention_mask"].tolist() == [[0, 1], [1, 1]]
@@ -198,27 +196,27 @@ def test_texts_begin_alike_in_training_and_in_answering():
     inner = hub_tokenizer().backend_tokenizer
     inner.post_processor = tokenizers.processors.TemplateProcessing(single="<|im_end|> $A", special_tokens=[("<|im_end|>", 1)])
     tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<|im_end|>", eos_token=END)
-    asked = metamath.encode(tokenizer, metamath.PROMPT.format(query="What?"))
-    ids = metamath.example(tokenizer, "What?", "2", longest=96)["input_ids"]
-    assert asked == tokenizer(metamath.PROMPT.format(query="What?")).input_ids == ids[: len(asked)]
+    asked = gsm8k_data.encode(tokenizer, gsm8k_data.PROMPT.format(query="What?"))
+    ids = gsm8k_data.example(tokenizer, "What?", "2", longest=96)["input_ids"]
+    assert asked == tokenizer(gsm8k_data.PROMPT.format(query="What?")).input_ids == ids[: len(asked)]
     assert ids.count(1) == 1
 
 
 def test_answers_that_are_there_are_not_made_again(settings, tmp_path):
-    model, tokenizer = finetune.load_model(settings, torch.device("cpu"))
-    rows, place = metamath.problems(settings.test_data, 4, None, 0)["test"], tmp_path / "test.jsonl"
-    want = answers.evaluate(settings, model, tokenizer, rows, place)
+    model, tokenizer = gsm8k_train.load_model(settings, torch.device("cpu"))
+    rows, place = gsm8k_data.problems(settings.test_data, 4, None, 0)["test"], tmp_path / "test.jsonl"
+    want = gsm8k_data.evaluate(settings, model, tokenizer, rows, place)
     lines = place.read_text().splitlines(keepends=True)
     assert len(lines) == want["n"] == 7
     known = json.dumps({"prediction": "kept", "right": True}) + "\n"
     for kept in (known * 3 + lines[3][:9], known * 4, known * 5 + lines[5][:9]):  # a line cut short by the stop, and a batch of three
         place.write_text(kept)
-        found = answers.evaluate(settings, model, tokenizer, rows, place)
+        found = gsm8k_data.evaluate(settings, model, tokenizer, rows, place)
         assert place.read_text() == known * 3 + "".join(lines[3:])
         assert found["exact"] == (3 + sum(json.loads(line)["right"] for line in lines[3:])) / 7
     place.write_text(known * 7)
     for n in (7, 2):  # fewer than there are, too
-        found = answers.evaluate(settings, model, tokenizer, rows.select(range(n)), place)
+        found = gsm8k_data.evaluate(settings, model, tokenizer, rows.select(range(n)), place)
         assert found == {"exact": 1.0, "error": 0.0, "n": n}
     assert place.read_text() == known * 7
 
@@ -231,8 +229,8 @@ def test_answers_end_with_the_token_that_was_taught(settings, tmp_path):
         given.append(inputs)
         return torch.cat([inputs["input_ids"], torch.full((len(inputs["input_ids"]), 1), 0)], 1)
 
-    rows = metamath.problems(settings.test_data, 4, None, 0)["valid"]
-    answers.evaluate(settings, SimpleNamespace(generate=generate, device="cpu"), tokenizer, rows, tmp_path / "valid.jsonl")
+    rows = gsm8k_data.problems(settings.test_data, 4, None, 0)["valid"]
+    gsm8k_data.evaluate(settings, SimpleNamespace(generate=generate, device="cpu"), tokenizer, rows, tmp_path / "valid.jsonl")
     assert {(g["eos_token_id"], g["pad_token_id"], g["use_cache"], g["do_sample"]) for g in given} == {(0, 0, True, False)}
     texts = tokenizer.batch_decode(given[0]["input_ids"], skip_special_tokens=True)
-    assert texts == [metamath.PROMPT.format(query=q) for q in rows["question"][:3]]
+    assert texts == [gsm8k_data.PROMPT.format(query=q) for q in rows["question"][:3]]

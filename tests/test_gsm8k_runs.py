@@ -11,15 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import finetune
 import gsm8k
+import gsm8k_data
+import gsm8k_train
 import lora_lite as ll
-import metamath
 import tables
-from common import device as chosen_device
-from gsm8k_settings import config
+from gsm8k_data import config
 from hub_files import VARIANTS, small
+from measure import device as chosen_device
 
 
 @pytest.fixture
@@ -29,10 +28,10 @@ def settings(hub):
 
 def trained(s, folder, **more):
     """Start or go on with a run's training in a folder."""
-    model, tokenizer = finetune.load_model(s, torch.device("cpu"))
-    data = finetune.training_examples(s, tokenizer)
-    adapt, state = finetune.start(s, model, data, 0, folder)
-    return finetune.train(s, adapt, data, 0, state, folder, **more)
+    model, tokenizer = gsm8k_train.load_model(s, torch.device("cpu"))
+    data = gsm8k_train.training_examples(s, tokenizer)
+    adapt, state = gsm8k_train.start(s, model, data, 0, folder)
+    return gsm8k_train.train(s, adapt, data, 0, state, folder, **more)
 
 
 def same(a, b):
@@ -76,9 +75,9 @@ def test_runs_of_other_settings_have_other_names(hub):
 KILLED = """
 import os, signal, sys, dataclasses
 from pathlib import Path
-import answers, finetune, gsm8k, metamath
+import gsm8k, gsm8k_data, gsm8k_train
 place, calls, folder, s = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), eval(sys.argv[4], {"Settings": gsm8k.Settings})
-owner, name = {"train": (finetune, "batch"), "evaluate": (answers, "right")}[place]
+owner, name = {"train": (gsm8k_train, "batch"), "evaluate": (gsm8k_data, "right")}[place]
 real, seen = getattr(owner, name), []
 
 def deadly(*args):
@@ -87,7 +86,7 @@ def deadly(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
 
-train = finetune.train
+train = gsm8k_train.train
 gsm8k.train = lambda *args: train(*args, every=2)
 setattr(owner, name, deadly)
 gsm8k.run(s, folder)
@@ -98,18 +97,21 @@ def test_a_killed_run_ends_as_one_that_was_not(hub, tmp_path):
     s = small(hub, "qwen3.5", variant="adalora", fields=(("dropout", 0.3),))  # with a state of its own, and chance
     found = gsm8k.run(s, tmp_path / "whole")
     before = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    for place, calls in (("train", 8), ("evaluate", 4 + 5)):  # at the fourth step; at the second answer of the test's second batch
+    for place, calls in (
+        ("train", 8),
+        ("evaluate", 11 + 4 + 5),
+    ):  # at the fourth step; at the second batch of the test
         words = [sys.executable, "-c", KILLED, place, str(calls), str(tmp_path / "killed"), repr(s)]
         assert subprocess.run(words, env=before, capture_output=True, timeout=300).returncode == -signal.SIGKILL
     again = gsm8k.run(s, tmp_path / "killed")
     whole, killed = (tmp_path / name / gsm8k.run_name(s) for name in ("whole", "killed"))
-    states = [checkpoint.load_state(folder / finetune.STATE) for folder in (whole, killed)]
+    states = [gsm8k_train.load_state(folder / gsm8k_train.STATE) for folder in (whole, killed)]
     assert same(*[{name: state[name] for name in ("params", "adam", "update", "losses")} for state in states])
     for name in ("valid.jsonl", "test.jsonl"):
         assert (whole / name).read_text() == (killed / name).read_text()
     for name in ("valid", "test", "first_loss", "last_loss", "settings"):
         assert found[name] == again[name]
-    assert same(*[checkpoint.safetensors.torch.load_file(folder / finetune.ADAPTER) for folder in (whole, killed)])
+    assert same(*[gsm8k_train.safetensors.torch.load_file(folder / gsm8k_train.ADAPTER) for folder in (whole, killed)])
 
 
 class Stopped(Exception):
@@ -120,15 +122,15 @@ class Stopped(Exception):
 def test_a_run_stopped_before_its_first_state_keeps_its_start(settings, tmp_path, monkeypatch, variant):
     s = dataclasses.replace(settings, variant=variant)
     want, losses = trained(s, tmp_path / "whole")
-    monkeypatch.setattr(finetune, "tqdm", lambda *args, **more: (_ for _ in ()).throw(Stopped))
+    monkeypatch.setattr(gsm8k_train, "tqdm", lambda *args, **more: (_ for _ in ()).throw(Stopped))
     with pytest.raises(Stopped):
         trained(s, tmp_path / "stopped")
     monkeypatch.undo()
-    facts = checkpoint.load_state(tmp_path / "stopped" / finetune.STATE)["facts"]
+    facts = gsm8k_train.load_state(tmp_path / "stopped" / gsm8k_train.STATE)["facts"]
     got, again = trained(s, tmp_path / "stopped")
     assert again == losses
     assert same(got, want)
-    assert checkpoint.load_state(tmp_path / "stopped" / finetune.STATE)["facts"] == facts  # its init was timed once
+    assert gsm8k_train.load_state(tmp_path / "stopped" / gsm8k_train.STATE)["facts"] == facts  # its init was timed once
 
 
 def test_a_run_of_other_settings_is_not_gone_on_with(settings, tmp_path):
@@ -138,10 +140,10 @@ def test_a_run_of_other_settings_is_not_gone_on_with(settings, tmp_path):
             trained(dataclasses.replace(settings, **change), tmp_path)
     assert same(*(trained(dataclasses.replace(settings, test=n), tmp_path)[0] for n in (None, 3)))  # how many are tested is no matter
     (tmp_path / "test.jsonl").write_text("an answer of the run before\n")
-    (tmp_path / finetune.STATE).unlink()
+    (tmp_path / gsm8k_train.STATE).unlink()
     trained(dataclasses.replace(settings, r=4), tmp_path)
     assert not (tmp_path / "test.jsonl").exists()
-    assert ll.load(finetune.load_model(settings, torch.device("cpu"))[0], tmp_path / finetune.ADAPTER)[0].configs[0].r == 4
+    assert ll.load(gsm8k_train.load_model(settings, torch.device("cpu"))[0], tmp_path / gsm8k_train.ADAPTER)[0].configs[0].r == 4
 
 
 def test_dropout_acts_in_training(settings, tmp_path):
@@ -151,14 +153,14 @@ def test_dropout_acts_in_training(settings, tmp_path):
 
 
 def test_adaloras_penalty_is_minimised_and_not_reported(settings):
-    model, tokenizer = finetune.load_model(settings, torch.device("cpu"))
-    data = finetune.training_examples(settings, tokenizer)
-    rows = [metamath.batch(data[k : k + 2], 0, torch.device("cpu")) for k in (0, 2)]
+    model, tokenizer = gsm8k_train.load_model(settings, torch.device("cpu"))
+    data = gsm8k_train.training_examples(settings, tokenizer)
+    rows = [gsm8k_data.batch(data[k : k + 2], 0, torch.device("cpu")) for k in (0, 2)]
     found = []
     for weight in (0.0, 0.5, 1.0):
         s = dataclasses.replace(settings, variant="adalora", fields=(("orth_reg_weight", weight),))
-        adapt = finetune.build(s, model, data, 0)
-        found.append(finetune.gradients(adapt, adapt.init(), rows))
+        adapt = gsm8k_train.build(s, model, data, 0)
+        found.append(gsm8k_train.gradients(adapt, adapt.init(), rows))
     (none, a), (half, b), (one, c) = found
     assert none == half == one
     first, second = (ll.tree_leaves(ll.tree_map(torch.sub, x, a)) for x in (b, c))
@@ -170,17 +172,17 @@ def test_adaloras_penalty_is_minimised_and_not_reported(settings):
 @pytest.mark.parametrize("variant", ["lora", "loreft", "bitfit"])
 def test_a_row_doesnt_depend_on_its_padding(hub, table, variant):
     s = small(hub, table, variant=variant, dtype="float32")
-    model, tokenizer = finetune.load_model(s, chosen_device())
-    data = sorted(finetune.training_examples(s, tokenizer), key=lambda e: len(e["input_ids"]))
-    adapt = finetune.build(s, model, data, 0)
+    model, tokenizer = gsm8k_train.load_model(s, chosen_device())
+    data = sorted(gsm8k_train.training_examples(s, tokenizer), key=lambda e: len(e["input_ids"]))
+    adapt = gsm8k_train.build(s, model, data, 0)
     params = ll.tree_map(lambda p: p + 0.1 * torch.randn_like(p), adapt.init())
     alone, beside = ([data[0]], [data[0], data[-1]])
-    logits = [adapt(params, metamath.batch(part, 0, model.device), use_cache=False).logits[0] for part in (alone, beside)]
+    logits = [adapt(params, gsm8k_data.batch(part, 0, model.device), use_cache=False).logits[0] for part in (alone, beside)]
     assert len(logits[0]) < len(logits[1])
     torch.testing.assert_close(logits[0], logits[1][-len(logits[0]) :], rtol=0, atol=1e-5)
     module, steps = adapt.module(params).eval(), []
     for part in (alone, beside):
-        rows = metamath.batch([{name: ids[:-5] for name, ids in e.items()} for e in part], 0, model.device)
+        rows = gsm8k_data.batch([{name: ids[:-5] for name, ids in e.items()} for e in part], 0, model.device)
         del rows["labels"]
         more = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 0}
         out = module.generate(**rows, **more, output_logits=True, return_dict_in_generate=True)
@@ -215,8 +217,8 @@ def test_a_row_that_shows_a_broken_adapter_is_refused():
 def test_state_comes_back_as_it_was(tmp_path):
     shared = torch.arange(6.0)
     state = {"a": [1, None, {"b": shared[::2], "c": shared.bfloat16()}], "step": torch.tensor(3.0), "d": {}, "e": "text", "tensor": shared}
-    checkpoint.save_state(tmp_path / "state", state)
-    found = checkpoint.load_state(tmp_path / "state")
+    gsm8k_train.save_state(tmp_path / "state", state)
+    found = gsm8k_train.load_state(tmp_path / "state")
     assert torch.equal(found["a"][2]["b"], shared[::2])
     assert found["a"][2]["c"].dtype == torch.bfloat16
     assert (found["a"][:2], float(found["step"]), found["d"], found["e"]) == ([1, None], 3.0, {}, "text")

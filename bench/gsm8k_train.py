@@ -1,26 +1,31 @@
-"""The training of `gsm8k.py`: load, build, train from where it was. What takes long is kept as it comes."""
+"""The training of `gsm8k.py`: load, build, train from where it was, and its state as one safetensors file.
+
+A state is any nesting of dicts and lists of tensors, numbers, strings and None. Tensors go into the file by number; a skeleton in its
+header says where each belongs. Nothing is unpickled. The file is written beside its place and renamed, so that a run that is stopped at any
+moment leaves a whole one.
+"""
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
 import torch
 import transformers
 from torch import Tensor
 from tqdm import tqdm
 
 import lora_lite as ll
-from checkpoint import load_state, save_state
 from contenders import frozen_step
-from gsm8k_settings import CALIBRATION, Settings, config
+from gsm8k_data import CALIBRATION, Example, Settings, batch, config, examples, read, reason
 from lora_lite.variants.adalora import orthogonality
-from metamath import Example, batch, examples, read, reason
-from peak import peak_bytes
-from timing import interleaved, milliseconds
+from measure import interleaved, milliseconds, peak_bytes
 
 STATE, ADAPTER = "state.safetensors", "adapter.safetensors"
 
@@ -46,20 +51,20 @@ def load_model(s: Settings, where: torch.device) -> tuple[Any, Any]:
 
 
 def training_examples(s: Settings, tokenizer: Any) -> list[Example]:
-    """Give the examples that the run trains on, in their order."""
+    """Return the examples that the run trains on, in their order."""
     rows = read(s.train_data, "train", ("query", "response")).shuffle(seed=s.seed)
     return examples(tokenizer, rows, s.longest, s.steps * s.accumulate * s.rows)
 
 
 def build(s: Settings, model: Any, data: Sequence[Example], pad: int) -> ll.Adapt:
-    """Give the run's `adapt`, calibrated on the first examples where the variant needs it."""
+    """Return the run's `adapt`, calibrated on the first examples where the variant needs it."""
     cfg, count = config(s), CALIBRATION.get(s.variant, 64)
     parts = [data[k : k + s.rows] for k in range(0, min(len(data), count * s.rows), s.rows)]
     return ll.build(model, cfg, calibration=(batch(part, pad, model.device) for part in parts) if cfg.calibrated else None)
 
 
 def start(s: Settings, model: Any, data: Sequence[Example], pad: int, folder: Path) -> tuple[ll.Adapt, dict[str, Any]]:
-    """Give the `adapt` of a run and the state of its training: as they were kept in `folder`, or new ones, which are kept there.
+    """Return the `adapt` of a run and the state of its training: as they were kept in `folder`, or new ones, which are kept there.
 
     Raises:
         ValueError: where the folder's run has other settings.
@@ -83,7 +88,7 @@ def start(s: Settings, model: Any, data: Sequence[Example], pad: int, folder: Pa
 
 
 def gradients(adapt: ll.Adapt, params: Any, parts: Sequence[Mapping[str, Any]]) -> tuple[float, Any]:
-    """Give the mean loss of several passes, and the mean gradients of what is minimised: AdaLoRA's has a penalty besides."""
+    """Return the mean loss of several passes, and the mean gradients of what is minimised: AdaLoRA's has a penalty besides."""
     weight = getattr(adapt.configs[0], "orth_reg_weight", 0.0)
 
     def objective(p: Any, rows: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -98,7 +103,7 @@ def gradients(adapt: ll.Adapt, params: Any, parts: Sequence[Mapping[str, Any]]) 
 
 
 def norm(tree: Any) -> float:
-    """Give the Euclidean norm of all leaves together."""
+    """Return the Euclidean norm of all leaves together."""
     return math.sqrt(sum(float(leaf.detach().float().square().sum()) for leaf in ll.tree_leaves(tree)))
 
 
@@ -139,7 +144,7 @@ def to_device(state: Any, where: torch.device) -> Any:
 
 
 def require_same(kept: Mapping[str, Any], s: Settings, folder: Path) -> None:
-    """Refuse to go on with a run of other settings; how many problems are answered may change."""
+    """Raise unless a kept run has these settings; how many problems are answered may differ."""
     now = json.loads(json.dumps(asdict(s)))
     other = sorted(k for k in now if now[k] != kept.get(k) and k not in ("valid", "test"))
     if other:
@@ -148,7 +153,7 @@ def require_same(kept: Mapping[str, Any], s: Settings, folder: Path) -> None:
 
 
 def costs(adapt: ll.Adapt, params: Any, model: Any, rows: Mapping[str, Any]) -> dict[str, Any]:
-    """Give the time of a forward pass and of a step on one batch, ours and the frozen model's, in milliseconds, and the step's peak."""
+    """Return the time of a forward pass and of a step on one batch, ours and the frozen model's, in milliseconds, and the step's peak."""
 
     def step() -> Any:
         return gradients(adapt, params, [rows])
@@ -157,3 +162,40 @@ def costs(adapt: ll.Adapt, params: Any, model: Any, rows: Mapping[str, Any]) -> 
     calls["frozen step"] = lambda: frozen_step(model, rows)
     times = interleaved(calls, 5, where=model.device)
     return {"ms": {name: milliseconds(values) for name, values in times.items()}, "peak_bytes": peak_bytes(step)}
+
+
+TENSOR = "tensor"
+
+
+def save_state(path: Path, state: Any) -> None:
+    """Write a state to a file, all or nothing."""
+    tensors: dict[str, Tensor] = {}
+
+    def skeleton(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensors[str(len(tensors))] = value.detach().contiguous().clone()  # leaves may share storage, which the format refuses
+            return {TENSOR: str(len(tensors) - 1)}
+        if isinstance(value, dict):
+            return {"dict": {k: skeleton(v) for k, v in value.items()}}
+        return [skeleton(v) for v in value] if isinstance(value, list | tuple) else value
+
+    beside = path.with_name(f".{path.name}.tmp")
+    header = {"state": json.dumps(skeleton(state))}
+    try:
+        safetensors.torch.save_file(tensors, beside, header)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def load_state(path: Path) -> Any:
+    """Read what `save_state` wrote; tuples come back as lists."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()["state"]  # noqa: SIM118  # no mapping
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return tensors[value[TENSOR]] if TENSOR in value else {k: filled(v) for k, v in value["dict"].items()}
+        return [filled(v) for v in value] if isinstance(value, list) else value
+
+    return filled(json.loads(header))

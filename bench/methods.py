@@ -1,0 +1,174 @@
+"""The one table of variants as the benchmarks run them, each beside PEFT's same method: configs and learning rates.
+
+Every variant of `ll.VARIANTS` takes part with its defaults. A row in `ROWS` says where it differs from them, and names PEFT's config of the
+same method or the reason why there is none.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import peft
+from peft.tuners.lora.config import CordaConfig
+
+import lora_lite as ll
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the default targets of our configs
+
+
+# PEFT's configs, from ours and the layers to adapt
+
+
+def _lora(cfg: Any, on: Any, **more: Any) -> peft.PeftConfig:
+    return peft.LoraConfig(r=cfg.r, lora_alpha=cfg.alpha, target_modules=on, **more)
+
+
+def _corda(cfg: Any, on: Any) -> peft.PeftConfig:
+    return _lora(cfg, on, init_lora_weights="corda", corda_config=CordaConfig(corda_method=cfg.method))
+
+
+def _adalora(cfg: Any, on: Any) -> peft.PeftConfig:
+    names = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "total_step")
+    return peft.AdaLoraConfig(**{n: getattr(cfg, n) for n in names}, lora_alpha=cfg.alpha, target_modules=on)
+
+
+def _oft(cfg: Any, on: Any) -> peft.PeftConfig:
+    series = {"use_cayley_neumann": cfg.cayley == "series", "num_cayley_neumann_terms": cfg.terms}
+    return peft.OFTConfig(r=0, oft_block_size=cfg.block_size, target_modules=on, **series)
+
+
+def _vera(cfg: Any, on: Any) -> peft.PeftConfig:
+    return peft.VeraConfig(r=cfg.r, d_initial=cfg.d_initial, projection_prng_key=cfg.seed, target_modules=on)
+
+
+def _delora(cfg: Any, on: Any) -> peft.PeftConfig | None:
+    """Return PEFT's config, or None for a start from a frozen copy, which PEFT lacks."""
+    return peft.DeloraConfig(r=cfg.r, delora_lambda=cfg.lambda0, target_modules=on) if cfg.start != "copy" else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """How the benchmarks run one variant, where that is not by its defaults.
+
+    Attributes:
+        fields: from the rank that LoRA has, the fields of the config; `r` and `alpha` are that rank where not given.
+        theirs: from our config and a list of target modules, PEFT's config of the same method.
+        without: why PEFT has none.
+        demo: the fields in the demo's training and in `quality.py`'s; `r=8` and `alpha=8` if not given.
+        rate: peak learning rate of the demo's training.
+        short_rate: peak learning rate of `quality.py`'s, the best of `--rates` on validation problems; the demo's if not given.
+    """
+
+    fields: Callable[[int], dict[str, Any]] = lambda r: {}
+    theirs: Callable[[Any, Any], peft.PeftConfig | None] | None = None
+    without: str = "PEFT lacks the method."
+    demo: Mapping[str, Any] | None = None
+    rate: float = 5e-3
+    short_rate: float | None = None
+
+
+ROWS: dict[str, Row] = {
+    "lora": Row(theirs=_lora, demo={"r": 8, "alpha": 16}, short_rate=1.25e-3),
+    "pissa": Row(theirs=partial(_lora, init_lora_weights="pissa"), short_rate=1.25e-3),
+    "dora": Row(theirs=partial(_lora, use_dora=True), demo={"r": 8, "alpha": 16}, short_rate=1.25e-3),
+    "ia3": Row(theirs=lambda cfg, on: peft.IA3Config(target_modules=on, feedforward_modules=[]), rate=5e-2, short_rate=2.5e-2),
+    "ia3_ff": Row(theirs=lambda cfg, on: peft.IA3Config(target_modules=on, feedforward_modules=on), rate=5e-2),
+    "delora": Row(theirs=_delora, demo={"r": 8, "lambda0": 4.0, "start": "copy"}),
+    "hra": Row(theirs=lambda cfg, on: peft.HRAConfig(r=cfg.r, target_modules=on), rate=1e-2, short_rate=5e-3),
+    "road": Row(
+        fields=lambda r: {"group_size": 32},
+        theirs=lambda cfg, on: peft.RoadConfig(variant=cfg.variant, group_size=cfg.group_size, target_modules=on),
+        demo={"variant": "road_4", "group_size": 32},
+        rate=2e-2,
+        short_rate=1e-2,
+    ),
+    "oft": Row(fields=lambda r: {"block_size": max(2, min(32, 2 * r))}, theirs=_oft, demo={"block_size": 16}, short_rate=1.25e-3),
+    "lora_xs": Row(fields=lambda r: {"r": 2 * r, "alpha": float(2 * r)}, demo={"r": 32, "alpha": 32}, rate=1e-2, short_rate=2.5e-3),
+    "antipasto": Row(fields=lambda r: {"r": 4 * r}, demo={"r": 64}, rate=2e-2, short_rate=1e-2),
+    "ssvd": Row(demo={"r": 32}, rate=1e-2, short_rate=2.5e-3),
+    "bitfit": Row(without="PEFT's BEFT is meant for the biases of value projections alone.", rate=2e-2, short_rate=4e-2),
+    "eva": Row(
+        theirs=lambda cfg, on: _lora(cfg, on, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=cfg.rho)),
+        demo={"r": 8, "alpha": 16},
+        short_rate=1.25e-3,
+    ),
+    "corda": Row(theirs=_corda, rate=5e-5, short_rate=2e-4),
+    "asvd": Row(short_rate=1.25e-3),
+    "loftq": Row(without="It starts from the weight before quantisation, and is LoRA on the dense bases here."),
+    "vera": Row(fields=lambda r: {"r": 4 * r}, theirs=_vera, demo={"r": 64}, rate=2e-2, short_rate=8e-2),
+    "adalora": Row(
+        fields=lambda r: {"init_r": r * 3 // 2, "target_r": r, "alpha": float(r), "total_step": 1000},
+        theirs=_adalora,
+        demo={"init_r": 12, "target_r": 8, "deltaT": 10, "alpha": 24.0},
+        rate=1e-2,
+    ),
+    "lora_ga": Row(theirs=lambda cfg, on: _lora(cfg, on, init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())),
+    "loreft": Row(demo={"r": 8, "positions": "f8+l8"}, rate=1e-2),
+    "ln_tuning": Row(theirs=lambda cfg, on: peft.LNTuningConfig(target_modules=".*norm"), rate=2e-2, short_rate=1.6e-1),
+    "full": Row(
+        fields=lambda r: {"target_names": r"(q|v)_proj$"},
+        without="Training the weights themselves needs no library.",
+        demo={"target_names": r"layers\.\d+\.mlp$"},
+        rate=1e-3,
+        short_rate=5e-4,
+    ),
+}
+"""Where a variant differs from its defaults; a variant without a row runs by these, at LoRA's rank."""
+
+METHODS: dict[str, Row] = {name: ROWS.get(name, Row()) for name in ll.VARIANTS}
+"""Every variant, as the benchmarks run it."""
+
+MEASURED = [name for name, variant in ll.VARIANTS.items() if not variant.original]
+"""The variants that are measured: all but those that start from a weight before quantisation, for these bases are dense."""
+
+
+# The configs of a variant
+
+
+def config_of(name: str, r: int, /, **given: Any) -> ll.AdapterConfig:
+    """Make a variant's config at LoRA's rank `r`, or the nearest to it; `given` fields come last."""
+    cls = ll.VARIANTS[name]
+    known = {f.name for f in dataclasses.fields(cls)}
+    general = {k: v for k, v in {"r": r, "alpha": float(r)}.items() if k in known}
+    return cls(**{**general, **METHODS[name].fields(r), **given})
+
+
+def demo_config(name: str, steps: int) -> ll.AdapterConfig:
+    """Make a variant's config for the demo's training of so many steps, during which AdaLoRA has to end its pruning."""
+    cls, own = ll.VARIANTS[name], METHODS[name].demo
+    if own is None:
+        return config_of(name, 8)
+    known = {f.name for f in dataclasses.fields(cls)}
+    schedule = {"tinit": steps // 5, "tfinal": steps // 3, "total_step": steps}
+    return cls(**{k: v for k, v in schedule.items() if k in known}, **own)
+
+
+def rank(cfg: ll.AdapterConfig) -> int | None:
+    """Return a config's rank, or where there is none its block or group size."""
+    return next((getattr(cfg, field) for field in ("r", "init_r", "block_size", "group_size") if hasattr(cfg, field)), None)
+
+
+def theirs(cfg: ll.AdapterConfig, on: Sequence[str] = LINEAR) -> peft.PeftConfig | None:
+    """Return PEFT's config of the same method with the same hyperparameters, or None where it lacks the method."""
+    make = METHODS[cfg.name].theirs
+    return make(cfg, list(on)) if make is not None else None
+
+
+def drawn_start(config: peft.PeftConfig) -> bool:
+    """Whether PEFT's method starts from drawn numbers: it decomposes no weight and sees no data."""
+    return getattr(config, "init_lora_weights", True) is True
+
+
+class Pair(NamedTuple):
+    """A variant's config and PEFT's, or None where PEFT lacks the method."""
+
+    cfg: ll.AdapterConfig
+    peft: peft.PeftConfig | None
+
+
+def pairs(r: int) -> dict[str, Pair]:
+    """Pair each variant with PEFT's config of the same method on the same layers."""
+    configs = [config_of(name, r) for name in MEASURED]
+    return {cfg.name: Pair(cfg, theirs(cfg)) for cfg in configs}
