@@ -40,6 +40,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.path, self.binding, self.names = path, cast("Binding", None), {}  # tensors that targets share are bound to none
         vars(self)["place"] = self  # not a child
+        self.alone = False  # a copy that some tool calls by itself, on the layer as it is
 
     @classmethod
     def on(cls, host: nn.Module, path: str, named: str, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> "Adapter":
@@ -80,14 +81,14 @@ class Adapter(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        if self.binding is not None:
+        if self.binding is not None and not self.alone:
             W = self.binding.W
             W.constants = {name: fn(c) for name, c in W.constants.items()}
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Adapter":
-        alone = self.binding is not None and id(vars(self.binding.W.layer)[HOST]) not in memo
-        return self.twin() if alone else _deep(self, memo)  # alone, as Opacus copies it, it goes on adapting the same layer
+        by_itself = self.binding is not None and id(vars(self.binding.W.layer)[HOST]) not in memo
+        return self.twin() if by_itself else _deep(self, memo)  # as Opacus copies it: it goes on adapting the same layer
 
     def twin(self) -> "Adapter":
         """Return an adapter with copies of the parameters, of the same layer."""
@@ -95,7 +96,7 @@ class Adapter(nn.Module):
         other.names = dict(self.names)
         for name, p in self._parameters.items():
             other.register_parameter(name, None if p is None else nn.Parameter(p.detach().clone(), p.requires_grad))
-        other.binding = self.binding.with_adapter(other)
+        other.binding, other.alone = self.binding.with_adapter(other), True
         return other
 
 
