@@ -139,7 +139,7 @@ class Binding:
         self.params: Params | None = None
         self.mixed = False
         self.index: Tensor | None = None
-        self.used = False
+        self.used = self.fast = False
 
     def with_adapter(self, adapter: Adapter) -> "Binding":
         """Return the same binding with its params in another adapter."""
@@ -156,12 +156,33 @@ class Binding:
             vars(module)[own] = ReadTensor.of(self, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the variant where the model calls the layer: one step from there to its formula, where nothing stands between."""
+        if not self.fast:
+            return self._call(args, kwargs)
+        try:
+            params, W, x = self.params, self.W, args[0] if args else first_of(args, kwargs)
+            self.used = True
+            for p in params.values():  # type: ignore[union-attr]  # as in_dtype does, without its call
+                if p.dtype is not x.dtype:
+                    params = in_dtype(params, W, x)  # type: ignore[arg-type]
+                    break
+            return self.forward(params, W, x)  # type: ignore[arg-type]
+        except Exception as e:
+            e.add_note(f'in {type(self.cfg).__name__} at target "{self.path}"')
+            raise
+
+    def set(self, params: Params | None, mixed: bool, index: Tensor | None) -> None:
+        """Put the params of a call in place, or those of the call around it back."""
+        self.params, self.mixed, self.index = params, mixed, index
+        self.fast = self.direct and not mixed and params is not None and params is not FROZEN
+
+    def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self.params is None and self.adapter.place is self.adapter:  # in a module: its hooks may be those of a tool
             return self.adapter(*args, **kwargs)
         return self.run(args, kwargs)
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run the variant where the model calls the layer."""
+        """Run the variant on a call's arguments, whatever kind of layer and of call it is."""
         try:
             params, W = self.params, self.W
             if params is None:
@@ -169,9 +190,6 @@ class Binding:
             elif params is FROZEN:
                 return W(first_of(args, kwargs)) if self.direct else W.frozen(self.own, args, kwargs)
             self.used = True
-            if self.direct and not self.mixed:
-                x = args[0] if args else first_of(args, kwargs)
-                return self.forward(in_dtype(params, W, x), W, x)
             return W.call(functools.partial(self._apply, params), self.own, args, kwargs)
         except Exception as e:
             e.add_note(f'in {type(self.cfg).__name__} at target "{self.path}"')

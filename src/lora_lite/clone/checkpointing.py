@@ -247,20 +247,21 @@ class Held:
     def in_place(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         """Put tensors where these stood for the length of a run."""
         given = iter(tensors)
-        before = [(b.params, b.index, b.mixed) for b, _ in self._params]
+        before = [(b.params, b.mixed, b.index) for b, _ in self._params]
+        params: dict[Any, Any] = {}
         stood = [table[name] for table, name in self._buffers]
         try:
             for binding, names in self._params:
-                binding.params = {name: next(given) for name in names} or FROZEN
+                params[binding] = {name: next(given) for name in names} or FROZEN
             index = None if self._index is None else next(given)
-            for binding, _ in self._params:
-                binding.index, binding.mixed = index, self._mixed
+            for binding, own in params.items():
+                binding.set(own, self._mixed, index)
             for table, name in self._buffers:
                 table[name] = next(given)
             yield
         finally:
-            for (binding, _), (params, index, was) in zip(self._params, before):
-                binding.params, binding.index, binding.mixed = params, index, was
+            for (binding, _), was in zip(self._params, before):
+                binding.set(*was)
             for (table, name), tensor in zip(self._buffers, stood):
                 table[name] = tensor
 

@@ -40,7 +40,7 @@ class Replica:
 
     def __init__(self, module: nn.Module, bindings: Mapping[str, Binding], shared: Mapping[str, str]) -> None:
         self.module, self.bindings = module, list(bindings.items())
-        self._shared = shared
+        self._shared, self._inside = shared, False
         self._volatile = volatile_buffers(module)
 
     def adapted(self, params: AnyTree, batch: Any, kwargs: Mapping[str, Any], mixed: bool = False, index: Tensor | None = None) -> Any:
@@ -57,17 +57,23 @@ class Replica:
 
     def _call(self, leaves: Sequence[Any], batch: Any, kwargs: Mapping[str, Any], mixed: bool, index: Tensor | None) -> Any:
         args, kwargs = arguments(batch, kwargs)
-        before = [(b.params, b.mixed, b.index) for _, b in self.bindings]  # a hook of the model may call it again
+        # A hook of the model may call it again: then what stands is put back after, else nothing is left standing.
+        before = [(b.params, b.mixed, b.index) for _, b in self.bindings] if self._inside else ()
+        was_inside, self._inside = self._inside, True
         try:
             for (_, binding), own in zip(self.bindings, leaves):
                 binding.params, binding.mixed, binding.index = own, mixed, index
+                binding.fast = binding.direct and not mixed and own is not FROZEN
             if not self._volatile:
                 return self.module(*args, **kwargs)
             state = {name: buffer.clone() for name, buffer in self._volatile.items()}
             return torch.func.functional_call(self.module, state, args, kwargs, tie_weights=False)
         finally:
-            for (_, binding), (params, was_mixed, was_index) in zip(self.bindings, before):
-                binding.params, binding.mixed, binding.index = params, was_mixed, was_index
+            self._inside = was_inside
+            for _, binding in self.bindings:
+                binding.params, binding.fast, binding.index = None, False, None
+            for (_, binding), was in zip(self.bindings, before):
+                binding.set(*was)
 
 
 class Replicas:

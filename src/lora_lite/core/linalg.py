@@ -4,6 +4,9 @@
 """
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +14,8 @@ from torch import Tensor
 
 def add_low_rank(y0: Tensor, h: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
     """Return `y0 + scale h B^T` in one fused multiply-add: `y0 (*b, o)`, `h (*b, r)`, `B (o, r)`."""
+    if y0.dim() == 2:  # views have a price, and one more in the backward pass
+        return torch.addmm(y0, h, B.t(), alpha=scale)
     flat = torch.addmm(y0.reshape(-1, y0.shape[-1]), h.reshape(-1, h.shape[-1]), B.t(), alpha=scale)
     return flat.view(y0.shape)
 
@@ -97,10 +102,30 @@ def _krylov(C: Tensor, k: int, block: int, blocks: int) -> tuple[Tensor, Tensor,
 
 def skew(vectors: Tensor, size: int) -> Tensor:
     """Return skew matrices `(*n, size, size)`: `vectors (*n, size (size - 1) / 2)` above the diagonal by rows, their negatives below."""
-    rows, cols = torch.triu_indices(size, size, 1, device=vectors.device)
-    upper = vectors.new_zeros(*vectors.shape[:-1], size * size).index_copy(-1, rows * size + cols, vectors)  # out of place, for vmap
-    upper = upper.unflatten(-1, (size, size))
+    zeros = vectors.new_zeros(*vectors.shape[:-1], size * size)
+    upper = zeros.index_copy(-1, fixed(_above, size, vectors.device), vectors)  # out of place, for vmap
+    upper = upper.view(*vectors.shape[:-1], size, size)
     return upper - upper.mT
+
+
+def _above(size: int, device: torch.device) -> Tensor:
+    rows, cols = torch.triu_indices(size, size, 1, device=device)
+    return rows * size + cols
+
+
+_FIXED: dict[Any, Tensor] = {}
+
+
+def fixed(make: Callable[[int, torch.device], Tensor], size: int, device: torch.device) -> Tensor:
+    """Return `make(size, device)`, a tensor that depends on nothing else and is made once; while something traces, anew."""
+    key = make, size, device
+    if torch.compiler.is_compiling() or key not in _FIXED:
+        with torch.inference_mode(False):
+            tensor = make(size, device)
+        if torch.compiler.is_compiling() or type(tensor) is not Tensor or device.type == "meta":
+            return tensor
+        _FIXED[key] = tensor
+    return _FIXED[key]
 
 
 def cayley_excess(X: Tensor) -> Tensor:
@@ -117,6 +142,10 @@ def cayley(X: Tensor) -> Tensor:
     return excess + torch.eye(X.shape[-1], dtype=excess.dtype, device=X.device)
 
 
-def full_precision(x: Tensor) -> torch.autocast:
+_AS_IT_IS = nullcontext()
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which autocast leaves the dtypes of small products and solves alone."""
-    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)  # autocast knows no meta device
+    device = "cpu" if x.is_meta else x.device.type  # autocast knows no meta device
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS

@@ -49,7 +49,7 @@ class AdaLoRAParams(TypedDict):
 def adalora(params: AdaLoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float, dropout: float = 0.0) -> Float[Tensor, "*b o"]:
     """Return `W x + b + scale B (E (A drop(x)))`; the module's docstring has the formula and the shapes."""
     # E scales the rows of A, not the activations: these would be kept twice for the backward pass.
-    h = W.project(x, params["A"] * params["E"][:, None], dropout)
+    h = W.project(x, params["A"] * params["E"].unsqueeze(1), dropout)
     return add_low_rank(W(x), h, params["B"], scale)
 
 

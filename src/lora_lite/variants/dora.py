@@ -52,28 +52,29 @@ def row_norms(W: Frozen) -> Constants:
     return {"sqnorm": torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()}
 
 
-def excess_gain(params: DoRAParams, W: Frozen, scale: float) -> Tensor:
-    """Compute `(||w|| + m) / n - 1`, `(o,)`: the deviation from 1, which low precision keeps and 1 + it would not."""
+def gains(params: DoRAParams, W: Frozen, scale: float) -> Tensor:
+    """Compute `(||w|| + m) / n`, `(o,)`, at least in float32."""
     sqnorm = (W.constants or row_norms(W))["sqnorm"]
     A, B = params["A"].detach(), params["B"].detach().to(sqnorm.dtype)
     WA = W.matmul(A).t().to(sqnorm.dtype)  # (o, r)
     A = A.to(sqnorm.dtype)
-    cross = (B * (2 * scale * WA + scale**2 * (B @ (A @ A.t())))).sum(1)
+    cross = (B * torch.addmm(WA, B, A @ A.t(), beta=2 * scale, alpha=scale**2)).sum(1)
     n = (sqnorm + cross).clamp_min(torch.finfo(sqnorm.dtype).tiny).sqrt()
-    return (sqnorm.sqrt() + params["m"].to(sqnorm.dtype)) / n.detach() - 1
+    return (sqnorm.sqrt() + params["m"].to(sqnorm.dtype)) / n
 
 
 @checked
 def dora(params: DoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float, dropout: float = 0.0) -> Float[Tensor, "*b o"]:
     """Return `(||w|| + m) / n (W x + scale B A x) + b`; the module's docstring has the formula and the shapes."""
-    excess = excess_gain(params, W, scale)
-    gain = ((1 + excess) * scale).to(x.dtype)
+    gain = gains(params, W, scale)
+    if W.bias is None and not (dropout and W.training):
+        return gate(add_low_rank(W(x), F.linear(x, params["A"]), params["B"], scale), gain - 1)
     if dropout and W.training:
         y0, x = W(x), F.dropout(x, dropout)
-        y = torch.addcmul(y0, W.matmul(x), excess.to(y0.dtype))
+        y = torch.addcmul(y0, W.matmul(x), (gain - 1).to(y0.dtype))
     else:
-        y = gate(W(x), excess, W.bias)
-    return add_low_rank(y, F.linear(x, params["A"]), gain[:, None] * params["B"])
+        y = gate(W(x), gain - 1, W.bias)
+    return add_low_rank(y, F.linear(x, params["A"]), gain.to(x.dtype)[:, None] * params["B"], scale)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,6 @@ from dataclasses import dataclass
 from typing import Annotated, Literal, TypedDict
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -73,11 +72,11 @@ def oft(
     """Return `W (R^T x) + b`; the module's docstring has the formula and the shapes. One row of `v` serves all blocks."""
     with full_precision(x):
         excess = excess_rotation(params["v"], block_size, cayley, terms)
-    blocks = rearrange(x, "... (n k) -> (...) n k", k=block_size)
+    blocks = x.reshape(-1, x.shape[-1] // block_size, block_size)  # (tokens, n, k)
     if excess.shape[0] == 1:
         turned = blocks @ excess[0].to(x.dtype)
     else:
-        turned = rearrange(torch.bmm(rearrange(blocks, "t n k -> n t k"), excess.to(x.dtype)), "n t k -> t n k")
+        turned = torch.bmm(blocks.transpose(0, 1), excess.to(x.dtype)).transpose(0, 1)
     return W((blocks + turned).view(x.shape))  # the sum lays the blocks out again, so no copy is made for it
 
 

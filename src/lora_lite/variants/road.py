@@ -32,7 +32,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import AdapterConfig, Even, Frozen, Params, checked, gate, require_divisor
+from lora_lite.core import AdapterConfig, Even, Frozen, Params, checked, require_divisor
 
 SIZES = {"road_1": 1, "road_2": 2, "road_4": 4}
 """Each variant of ROAD, with the number of angles it has for a pair of outputs."""
@@ -44,28 +44,30 @@ class ROADParams(TypedDict):
 
 
 def rotation(params: ROADParams, variant: str, group_size: int) -> tuple[Tensor, Tensor]:
-    """Compute `c - 1` and the signed `s` of `y = c h + s swap(h)`, eq. (4), each `(o,)`.
+    """Compute `c - 1` and the signed `s` of `y = c h + s swap(h)`, eq. (4), as `(groups, 1 or 2, group_size/2)`.
 
-    `c - 1 = a cos(theta) - 2 sin(theta/2)^2` keeps the digits that `(1 + a) cos(theta) - 1` would cancel.
+    `c - 1 = a - 2 (1 + a) sin(theta/2)^2` keeps the digits that `(1 + a) cos(theta) - 1` would cancel.
     """
     shape = (-1, SIZES[variant], group_size // 2)
     dtype = torch.promote_types(params["theta"].dtype, torch.float32)
     theta, a = params["theta"].to(dtype).view(shape), params["a"].to(dtype).view(shape)  # (groups, 1 | 2 | 4, group_size/2)
-    (t_cos, t_sin), (a_cos, a_sin) = (t.chunk(2, 1) if variant == "road_4" else (t, t) for t in (theta, a))
-    c = a_cos * t_cos.cos() - 2 * (t_cos / 2).sin().square()
-    s = (1 + a_sin) * t_sin.sin()
-    pairs = (-1, 2, group_size // 2)
-    return c.expand(pairs).flatten(), torch.stack((-s[:, 0], s[:, -1]), 1).flatten()
+    gain = 1 + a
+    (t_cos, t_sin), (a_cos, _), (g_cos, g_sin) = (t.chunk(2, 1) if variant == "road_4" else (t, t) for t in (theta, a, gain))
+    half = (0.5 * t_cos).sin()
+    c = torch.addcmul(a_cos, g_cos * half, half, value=-2)
+    s = g_sin * t_sin.sin()
+    first, second = (s, s) if variant == "road_1" else s.chunk(2, 1)
+    return c, torch.cat((-first, second), 1)
 
 
 @checked
 def road(params: ROADParams, W: Frozen, x: Float[Tensor, "*b i"], *, variant: str, group_size: int) -> Float[Tensor, "*b o"]:
     """Return `c h + s swap(h)` with `h = W x + b`; the module's docstring has the formula and the shapes."""
-    h = W(x)
+    y = W(x)
     c, s = rotation(params, variant, group_size)
-    first, second = h.unflatten(-1, (-1, 2, group_size // 2)).unbind(-2)
-    swapped = torch.stack((second, first), -2).flatten(-3)  # a copy is cheaper than two halves rotated apart and joined
-    return torch.addcmul(gate(h, c), swapped, s.to(h.dtype))
+    h = y.view(*y.shape[:-1], -1, 2, group_size // 2)
+    # A copy of the halves in the other order is cheaper than two halves rotated apart and joined.
+    return torch.addcmul(torch.addcmul(h, h, c.to(h.dtype)), h.flip(-2), s.to(h.dtype)).view(y.shape)
 
 
 @dataclass(frozen=True, kw_only=True)

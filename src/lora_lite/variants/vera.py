@@ -57,7 +57,9 @@ def vera(params: VeRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, seed: int =
     """Return `W x + b + lambda_b (B_o (lambda_d (A_i x)))`; a plain weight takes projections of its own widths, drawn from `seed`."""
     d, b = params["lambda_d"], params["lambda_b"]
     shared = W.constants or projections([W], d.shape[0], seed)
-    A, B = shared["A"][:, : W.in_features].to(x), shared["B"][: W.out_features].to(x)
+    A, B = shared["A"], shared["B"]
+    A = (A if A.shape[1] == W.in_features else A[:, : W.in_features]).to(x.dtype)
+    B = (B if len(B) == W.out_features else B[: W.out_features]).to(x.dtype)
     # The scales act on the activations: folded into A and B they would need the gradients of these, two more products a token.
     h = d * F.linear(F.dropout(x, dropout, W.training) if dropout else x, A)
     y = W(x)
