@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_lite.core.linalg import kaiming
+
 Constants = dict[str, Tensor]
 Params = Mapping[str, Tensor]
 
@@ -37,9 +39,6 @@ class Frozen:
     """
 
     gives: ClassVar[AbstractSet[str]] = frozenset(USES)
-    one_hot: ClassVar[bool] = False
-    """Whether an input picks one column of the weight, as a token does."""
-
     constants: Params
     """The variant's frozen tensors, by name."""
     prompt: Tensor | None = None
@@ -106,6 +105,10 @@ class Frozen:
         """Return the weight as a plain `(o, i)` matrix in `dtype`, or in its own; detached."""
         weight = self.weight.detach()
         return weight if dtype is None else weight.to(dtype)
+
+    def low_rank_start(self, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw the factors of an update that starts at zero: `A (r, i)` uniform within 1/sqrt(i), and `B (o, r)` of zeros."""
+        return kaiming(r, self.in_features, generator), torch.zeros(self.out_features, r)
 
     def vectors(self, x: Tensor) -> Tensor:
         """Return the input as vectors `(*b, i)`. Token ids are not vectors: for them, a meta tensor of that shape."""

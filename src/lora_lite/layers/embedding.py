@@ -22,7 +22,6 @@ class EmbeddingKind(Kind):
     by_name: ClassVar[bool] = True
     gives: ClassVar[AbstractSet[str]] = frozenset({"output", "project", "dropout"})
     state = {"weight": "weight"}  # noqa: RUF012  # read only
-    one_hot: ClassVar[bool] = True
     why: ClassVar[str] = "An embedding receives token ids, which are no vectors."
 
     @classmethod
@@ -78,6 +77,10 @@ class EmbeddingKind(Kind):
         if dropout and self.training:  # an entry of a one-hot input is a token
             h = h * F.dropout(torch.ones(x.shape, dtype=h.dtype, device=h.device), dropout)[..., None]
         return h
+
+    def low_rank_start(self, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw `B` and leave `A` at zero: tokens that training never sees keep a zero column, and so stay as they were."""
+        return torch.zeros(r, self.in_features), torch.randn(self.out_features, r, generator=generator)
 
     def vectors(self, x: Tensor) -> Tensor:
         return torch.empty((*x.shape, self.in_features), dtype=self.dtype, device="meta")

@@ -280,7 +280,7 @@ def make_kind_case(
 
 def _input(kind: type[Kind], model: _Around) -> Tensor:
     W = kind.at(model, "layer")
-    return torch.randint(0, W.in_features, (ROWS, 3)) if W.one_hot else torch.randn(ROWS, 3, W.in_features, dtype=torch.float64)
+    return torch.randn(ROWS, 3, W.in_features, dtype=torch.float64)
 
 
 def check_kind(
@@ -295,7 +295,7 @@ def check_kind(
     Args:
         kind: the class.
         make_layer: makes a layer of the kind; it is put into a model under the name `layer`.
-        make_input: makes the layer's input, of 4 rows; by default vectors `(4, 3, i)`, or token ids where the kind is `one_hot`.
+        make_input: makes the layer's input, of 4 rows; by default vectors `(4, 3, i)`.
         names: the expression by which a config asks for it.
         skip: names of checks that do not apply.
 

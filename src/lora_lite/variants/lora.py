@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import AdapterConfig, Frozen, NonNegative, Params, Probability, Rank, add_low_rank, checked, kaiming
+from lora_lite.core import AdapterConfig, Frozen, NonNegative, Params, Probability, Rank, add_low_rank, checked
 
 
 class LoRAParams(TypedDict):
@@ -71,9 +71,8 @@ class LoRAConfig(AdapterConfig):
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     def init(self, W: Frozen, generator: torch.Generator) -> LoRAParams:
-        if W.one_hot:  # tokens that training never sees keep a zero column, and so stay as they were
-            return {"A": torch.zeros(self.r, W.in_features), "B": torch.randn(W.out_features, self.r, generator=generator)}
-        return {"A": kaiming(self.r, W.in_features, generator), "B": torch.zeros(W.out_features, self.r)}
+        A, B = W.low_rank_start(self.r, generator)
+        return {"A": A, "B": B}
 
     def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
         return lora(params, W, x, scale=self.scale, dropout=self.dropout)
