@@ -19,9 +19,6 @@ from lora_lite.core.plan import Shapes
 from lora_lite.core.tree import AnyTree, Tree
 from lora_lite.layers.kind import ADAPTERS, HOST, Kind, Params, ReadTensor, Variant, first_of, place_of, raw
 
-FROZEN: Params = {}
-"""In the place of a call's params: the layer runs without the adapter."""
-
 
 class Adapter(nn.Module):
     """The params of one target as parameters of a module: a child of the layer that they adapt.
@@ -126,6 +123,7 @@ class Binding:
         adapter: where the params lie as parameters of a module.
         own: the forward that the layer had.
         params: those of the call that runs; None outside of one, where the adapter's own parameters stand.
+        off: whether the call that runs is one of the frozen model.
         mixed: whether `params` have a leading axis of members.
         index: the member of each row of a mixed batch; None for equal contiguous groups.
         used: whether a call has reached the target.
@@ -139,7 +137,7 @@ class Binding:
         self.params: Params | None = None
         self.mixed = False
         self.index: Tensor | None = None
-        self.used = self.fast = False
+        self.used = self.fast = self.off = False
 
     def with_adapter(self, adapter: Adapter) -> "Binding":
         """Return the same binding with its params in another adapter."""
@@ -171,24 +169,28 @@ class Binding:
             e.add_note(f'in {type(self.cfg).__name__} at target "{self.path}"')
             raise
 
-    def set(self, params: Params | None, mixed: bool, index: Tensor | None) -> None:
-        """Put the params of a call in place, or those of the call around it back."""
-        self.params, self.mixed, self.index = params, mixed, index
-        self.fast = self.direct and not mixed and params is not None and params is not FROZEN
+    @property
+    def standing(self) -> tuple[Params | None, bool, Tensor | None, bool]:
+        """What `set` put in place."""
+        return self.params, self.mixed, self.index, self.off
+
+    def set(self, params: Params | None, mixed: bool = False, index: Tensor | None = None, off: bool = False) -> None:
+        """Put the params of a call in place, or what stood there for the call around it; without arguments nothing stands."""
+        self.params, self.mixed, self.index, self.off = params, mixed, index, off
+        self.fast = self.direct and not mixed and params is not None
 
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        if self.params is None and self.adapter.place is self.adapter:  # in a module: its hooks may be those of a tool
+        if self.params is None and not self.off and self.adapter.place is self.adapter:  # in a module: its hooks may be those of a tool
             return self.adapter(*args, **kwargs)
         return self.run(args, kwargs)
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run the variant on a call's arguments, whatever kind of layer and of call it is."""
         try:
-            params, W = self.params, self.W
-            if params is None:
-                params = self.registered()
-            elif params is FROZEN:
+            W = self.W
+            if self.off:
                 return W(first_of(args, kwargs)) if self.direct else W.frozen(self.own, args, kwargs)
+            params = self.registered() if self.params is None else self.params
             self.used = True
             return W.call(functools.partial(self._apply, params), self.own, args, kwargs)
         except Exception as e:
@@ -205,13 +207,12 @@ class Binding:
 
     def read(self, name: str) -> Tensor:
         """Return a parameter of the layer as its reader in the model should find it."""
-        params, W = self.params, self.W
-        if params is None:
-            params = self.registered() if not self._hollow() else FROZEN
-        if params is FROZEN:
+        W = self.W
+        if self.off or (self.params is None and self._hollow()):
             module, own = place_of(W.layer, name)
             tensor: Tensor = module._parameters[own]  # type: ignore[assignment]
             return tensor
+        params = self.registered() if self.params is None else self.params
         self.used = True
         if self.mixed and not self._moving():
             raise ValueError(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from lora_lite.clone.bind import FROZEN, adapters
+from lora_lite.clone.bind import adapters
 from lora_lite.clone.block_inputs import require_no_escape, watched, with_notes, without_notes, written
 from lora_lite.core.errors import nearest
 from lora_lite.core.tracing import transformed
@@ -220,6 +220,8 @@ def _plain_vjp(f: Callable[..., tuple[Tensor, ...]], chosen: list[Tensor], grads
 
 
 def _now(binding: Any) -> Any:
+    if binding.off:
+        return {}
     return binding.registered() if binding.params is None else binding.params
 
 
@@ -228,6 +230,7 @@ class Held:
 
     def __init__(self, params: list[tuple[Any, list[str]]], index: Tensor | None, buffers: list[tuple[dict[str, Any], str]]) -> None:
         self._params, self._index, self._buffers = params, index, buffers
+        self._off = any(binding.off for binding, _ in params)
         self._mixed = any(binding.mixed for binding, _ in params)
         held = [(_now(binding), names) for binding, names in params]
         self.tensors: list[Tensor] = [leaves[name] for leaves, names in held for name in names]
@@ -247,15 +250,15 @@ class Held:
     def in_place(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         """Put tensors where these stood for the length of a run."""
         given = iter(tensors)
-        before = [(b.params, b.mixed, b.index) for b, _ in self._params]
+        before = [b.standing for b, _ in self._params]
         params: dict[Any, Any] = {}
         stood = [table[name] for table, name in self._buffers]
         try:
             for binding, names in self._params:
-                params[binding] = {name: next(given) for name in names} or FROZEN
+                params[binding] = {name: next(given) for name in names}
             index = None if self._index is None else next(given)
             for binding, own in params.items():
-                binding.set(own, self._mixed, index)
+                binding.set(None if self._off else own, self._mixed, index, self._off)
             for table, name in self._buffers:
                 table[name] = next(given)
             yield

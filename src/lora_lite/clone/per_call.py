@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.clone.bind import FROZEN, Binding
+from lora_lite.clone.bind import Binding
 from lora_lite.core.tree import AnyTree, join
 
 _SMALL = 2**16
@@ -53,17 +53,19 @@ class Replica:
 
     def frozen(self, batch: Any, kwargs: Mapping[str, Any]) -> Any:
         """Run the model without its adapters."""
-        return self._call([FROZEN] * len(self.bindings), batch, kwargs, False, None)
+        return self._call([None] * len(self.bindings), batch, kwargs, False, None, off=True)
 
-    def _call(self, leaves: Sequence[Any], batch: Any, kwargs: Mapping[str, Any], mixed: bool, index: Tensor | None) -> Any:
+    def _call(
+        self, leaves: Sequence[Any], batch: Any, kwargs: Mapping[str, Any], mixed: bool, index: Tensor | None, off: bool = False
+    ) -> Any:
         args, kwargs = arguments(batch, kwargs)
         # A hook of the model may call it again: then what stands is put back after, else nothing is left standing.
-        before = [(b.params, b.mixed, b.index) for _, b in self.bindings] if self._inside else ()
+        before = [b.standing for _, b in self.bindings] if self._inside else ()
         was_inside, self._inside = self._inside, True
         try:
             for (_, binding), own in zip(self.bindings, leaves):
-                binding.params, binding.mixed, binding.index = own, mixed, index
-                binding.fast = binding.direct and not mixed and own is not FROZEN
+                binding.params, binding.mixed, binding.index, binding.off = own, mixed, index, off
+                binding.fast = binding.direct and not mixed and not off
             if not self._volatile:
                 return self.module(*args, **kwargs)
             state = {name: buffer.clone() for name, buffer in self._volatile.items()}
@@ -71,7 +73,7 @@ class Replica:
         finally:
             self._inside = was_inside
             for _, binding in self.bindings:
-                binding.params, binding.fast, binding.index = None, False, None
+                binding.params, binding.fast, binding.index, binding.off = None, False, None, False
             for (_, binding), was in zip(self.bindings, before):
                 binding.set(*was)
 

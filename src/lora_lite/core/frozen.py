@@ -4,10 +4,11 @@
 matrix `(o, i)`, `W.constants` holds what the variant derived at build. The framework asks more of a layer: that is `lora_lite.Kind`.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,12 @@ class Frozen:
         """Return the weight as a plain `(o, i)` matrix in `dtype`, or in its own; detached."""
         weight = self.weight.detach()
         return weight if dtype is None else weight.to(dtype)
+
+    def with_constants(self, constants: Params) -> Self:
+        """Return the same layer with these constants."""
+        other = copy.copy(self)
+        other.constants = dict(constants)
+        return other
 
     def low_rank_start(self, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw the factors of an update that starts at zero: `A (r, i)` uniform within 1/sqrt(i), and `B (o, r)` of zeros."""

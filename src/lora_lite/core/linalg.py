@@ -122,7 +122,8 @@ def fixed(make: Callable[[int, torch.device], Tensor], size: int, device: torch.
     if torch.compiler.is_compiling() or key not in _FIXED:
         with torch.inference_mode(False):
             tensor = make(size, device)
-        if torch.compiler.is_compiling() or type(tensor) is not Tensor or device.type == "meta":
+        transient = type(tensor) is not Tensor or tensor.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        if torch.compiler.is_compiling() or transient:
             return tensor
         _FIXED[key] = tensor
     return _FIXED[key]

@@ -406,7 +406,8 @@ class ReadTensor(Tensor):
     def of(cls, binding: Any, name: str) -> "ReadTensor":
         """Make the stand-in for a parameter of a bound layer."""
         module, own = place_of(binding.W.layer, name)
-        return _stand_in(module._parameters[own].detach(), binding, name)  # type: ignore[union-attr]
+        p: Any = module._parameters[own]
+        return _stand_in(torch.empty((), dtype=p.dtype, device=p.device), binding, name, tuple(p.shape))
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -418,7 +419,8 @@ class ReadTensor(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ReadTensor":
         with torch._C.DisableTorchFunctionSubclass():
-            return _stand_in(self.detach(), copy.deepcopy(self.binding, memo), self.of_parameter)
+            like = torch.empty((), dtype=self.dtype, device=self.device)
+            return _stand_in(like, copy.deepcopy(self.binding, memo), self.of_parameter, tuple(self.shape))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
@@ -432,8 +434,8 @@ _FACTS = frozenset(
 """What a stand-in answers by itself, from the frozen parameter."""
 
 
-def _stand_in(like: Tensor, binding: Any, name: str, shape: tuple[int, ...] | None = None) -> ReadTensor:
-    self: ReadTensor = (like if shape is None else like.expand(shape)).as_subclass(ReadTensor)
+def _stand_in(like: Tensor, binding: Any, name: str, shape: tuple[int, ...]) -> ReadTensor:
+    self: ReadTensor = like.expand(shape).as_subclass(ReadTensor)  # of the parameter's shape, without its memory
     self.binding, self.of_parameter = binding, name
     return self
 

@@ -65,7 +65,7 @@ def road(params: ROADParams, W: Frozen, x: Float[Tensor, "*b i"], *, variant: st
     """Return `c h + s swap(h)` with `h = W x + b`; the module's docstring has the formula and the shapes."""
     y = W(x)
     c, s = rotation(params, variant, group_size)
-    h = y.view(*y.shape[:-1], -1, 2, group_size // 2)
+    h = y.view(*y.shape[:-1], y.shape[-1] // group_size, 2, group_size // 2)
     # A copy of the halves in the other order is cheaper than two halves rotated apart and joined.
     return torch.addcmul(torch.addcmul(h, h, c.to(h.dtype)), h.flip(-2), s.to(h.dtype)).view(y.shape)
 
