@@ -246,7 +246,7 @@ def test_compiles_in_one_graph_where_the_model_does():
 
 def test_calibrated_variants_are_refused():
     model, batch = _make("qwen3_moe")
-    with pytest.raises(ValueError, match=r"is calibrated on input vectors.*all experts at once"):
+    with pytest.raises(ValueError, match=r"is calibrated on .*all experts at once"):
         ll.build(model, ll.EVAConfig(r=2, target_names="gate_up_proj"), calibration=[batch])
 
 

@@ -113,7 +113,7 @@ def test_a_module_called_with_several_tensors_is_no_target_of_a_mixed_batch():
     mask = torch.ones_like(batch["input_ids"])
     mask[0, 5:] = 0
     adapt = ll.build(model, ll.FullConfig(target_names=r"encoder\.layer\.1$"))
-    with pytest.raises(ValueError, match=r'"bert\.encoder\.layer\.1" to be called with one tensor, found several'):
+    with pytest.raises(ValueError, match=r'"bert\.encoder\.layer\.1" expected it to be called with one tensor, found several'):
         adapt.mixed(ll.stack([adapt.init(seed=0)] * 2), {"input_ids": batch["input_ids"], "attention_mask": mask}, [0, 1, 0, 1])
 
 

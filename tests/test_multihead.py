@@ -1,6 +1,7 @@
 """Weights that are read and never called: `nn.MultiheadAttention`'s projections and bare parameters, against PEFT and merged models."""
 
 import copy
+import dataclasses
 
 import peft
 import pytest
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lora_lite as ll
-from cases import assert_trees_equal, move
+from cases import assert_trees_equal, by_name, move
 from lora_lite.layers.parameter import ParameterKind
 
 TOLERANCE = 1e-5
@@ -127,9 +128,9 @@ def test_vmap_over_params_is_a_loop():
 def test_mixed_batches_and_dropout_are_refused():
     model, x = Attention(batch_first=True), torch.randn(2, 5, 16)
     adapt = ll.build(model, ATTENTION)
-    with pytest.raises(ValueError, match=r'expected targets that are called with rows of the batch, found "attn.out_proj"'):
+    with pytest.raises(ValueError, match=r'at "attn.(out_proj|in_proj_weight)" expected a target that is called with rows'):
         adapt.mixed(ll.stack([adapt.init()]), x)
-    with pytest.raises(ValueError, match=r"LoRAConfig drops inputs.*without dropout"):
+    with pytest.raises(ValueError, match=r"it drops inputs.*without dropout"):
         ll.build(model, ll.LoRAConfig(r=2, dropout=0.1, target_names="in_proj_weight"))
 
 
@@ -197,9 +198,20 @@ def test_parameter_of_the_model_itself():
     assert [name for name, _ in model.named_parameters()] == ["mix", "experts"]
 
 
-def test_variants_beyond_projections_are_refused():
-    with pytest.raises(
-        ValueError,
-        match=r'fits the layer at "mix", which gives only "output", "project"; found that HRAConfig takes.*never calls it',
-    ):
-        ll.build(Bare(), ll.HRAConfig(r=2, target_names=r"^mix$"))
+@pytest.mark.parametrize("cfg", [ll.HRAConfig(r=2), ll.DoRAConfig(r=2), ll.OFTConfig(block_size=4), ll.PiSSAConfig(r=2)], ids=by_name)
+def test_variants_beyond_projections(cfg):
+    model, x = Bare().double(), torch.randn(4, 8).double()
+    adapt = ll.build(
+        model, dataclasses.replace(cfg, target_names=r"^(mix|experts)$" if cfg.name != "oft" else "^mix$", dtype=torch.float64)
+    )
+    params = move(adapt.init())
+    merged = copy.deepcopy(model)
+    assert not merged.load_state_dict(adapt.merge(params), strict=False).unexpected_keys
+    torch.testing.assert_close(adapt(params, x), merged(x))
+    assert (merged(x) - model(x)).abs().max() > 1e-3
+
+
+def test_a_shift_of_the_output_has_no_place_in_a_bare_weight():
+    adapt = ll.build(Bare(), ll.BitFitConfig(target_names=r"^mix$"))
+    with pytest.raises(ValueError, match='"mix": the adapter moves the bias'):
+        adapt.merge(move(adapt.init()))

@@ -67,7 +67,7 @@ def test_module_of_a_model_in_parts_trains_generates_and_moves(tiny):
     assert hooked(module) == []
     module(**batch).loss.backward()
     want = ll.value_and_grad(lambda p: adapt(p, batch).loss)(params)[1]
-    grads = {p: {n: getattr(module.get_submodule(p), f"adapter_{n}").grad for n in leaves} for p, leaves in params.items()}
+    grads = {p: {n: getattr(module.get_submodule(f"{p}.adapter"), n).grad for n in leaves} for p, leaves in params.items()}
     assert_trees_equal(grads, want)
     ids = batch["input_ids"][:1]
     whole = ll.build(plain, FIVE[0]).module(params)

@@ -200,7 +200,7 @@ def test_frozen_reads_a_quantised_layer(backend):
     W = ll.build(packed, ll.LoRAConfig(r=2))._replicas.main.bindings[0][1].W
     x = torch.randn(3, 64)
     assert (W.in_features, W.out_features, W.device.type, W.dtype) == (64, 96, "cpu", torch.float32)
-    assert W.gives == {"output", "project", "vectors", "matmul", "dense"}
+    assert set(W.gives) >= {"output", "project", "vectors", "matmul", "dense"}
     assert torch.equal(W.dense(), dense[0].weight)
     assert W.dense(torch.float64).dtype == torch.float64
     assert torch.equal(W.bias, dense[0].bias)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from cases import CASES, assert_trees_equal, move
+from cases import CASES, assert_trees_equal, build_any, move
 
 WITH_DROPOUT = {row.cfg.name: dataclasses.replace(row.cfg, dropout=0.5) for row in reversed(CASES) if hasattr(row.cfg, "dropout")}
 ROWS = 6
@@ -25,7 +25,7 @@ def _cfg(request):
 def setup(cfg, **fields):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
-    adapt = ll.build(model, cfg, **fields).train()
+    adapt = build_any(model, cfg, [torch.randn(32, 16)], **fields).train()
     return adapt, move(adapt.init()), torch.ones(ROWS, 16)
 
 

@@ -49,8 +49,8 @@ def test_small_angles_keep_their_digits(dtype):
     params = {"theta": torch.full((2,), 2.0**-12, dtype=dtype), "a": torch.full((2,), 2.0**-20, dtype=dtype)}
     c, s = rotation(params, "road_1", 4)
     want = (1 + 2.0**-20) * torch.tensor(2.0**-12, dtype=torch.float64).cos() - 1
-    assert abs(float(c[0] / want) - 1) < 1e-6  # 1 + c would hold none of it in bfloat16, one digit in float32
-    assert float(s[-1]) == pytest.approx(2.0**-12, rel=1e-5)
+    assert abs(float(c[0, 0, 0] / want) - 1) < 1e-6  # 1 + c would hold none of it in bfloat16, one digit in float32
+    assert float(s[0, -1, -1]) == pytest.approx(2.0**-12, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,8 @@ def test_projections_are_those_of_peft_and_stand_once(model):
     assert torch.equal(shared["A"], theirs.base_model.vera_A["default"])
     assert torch.equal(shared["B"], theirs.base_model.vera_B["default"])
     assert adapt.constants["0"] == adapt.constants["2"] == {}
-    layers = [adapt._clone.get_submodule(path) for path in ("0", "2")]
-    assert layers[0].constant_A.data_ptr() == layers[1].constant_A.data_ptr() == shared["A"].data_ptr()
+    layers = [binding.W for _, binding in adapt._replicas.main.bindings]
+    assert layers[0].constants["A"].data_ptr() == layers[1].constants["A"].data_ptr() == shared["A"].data_ptr()
 
 
 def test_values_and_gradients_are_those_of_peft(model):
