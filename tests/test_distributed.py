@@ -137,8 +137,8 @@ def fsdp_by_function(rank):
 
 def parts_are_held_once(rank):
     sharded = start()[1].shard(mesh())
-    clones = [replicas.main.module for replicas in (sharded._adapted, sharded._mixed, sharded._base)]
-    clones.append(sharded.train()._adapted.main.module)
+    clones = [replicas.main.module for replicas in (sharded._replicas,)]
+    clones.append(sharded.train()._replicas.main.module)
     names = [name for name, p in clones[0].named_parameters() if ".adapter." not in name]
     return [[clone.get_parameter(name).to_local().data_ptr() for name in names] for clone in clones]
 

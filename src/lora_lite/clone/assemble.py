@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from lora_lite.clone.bind import Adapter, Binding, adapters, bind_target
+from lora_lite.clone.bind import Adapter, Binding, adapters, bind_target, show_reads
 from lora_lite.clone.checkpointing import install
 from lora_lite.clone.per_call import volatile_buffers
 from lora_lite.clone.structure import clone_again
@@ -21,6 +21,7 @@ def bound_copy(plan: Plan) -> tuple[nn.Module, dict[str, Binding]]:
         target.kind.install(clone, path)
         constants = plan.constants_at(path, cfg)
         bound[path] = bind_target(clone, path, target.kind, cfg, plan.shapes[path], constants, shared.get(cfg.name))
+    show_reads(clone)
     install(clone, plan.remat)
     return clone, bound
 

@@ -76,6 +76,11 @@ class Adapter(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.binding.run(args, kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(value, "_local_tensor") and name in vars(self).get("_parameters", ()) and self.binding is not None:
+            hide_reads(self.binding.root)  # FSDP2 takes the params, and will look for the layers' own
+        super().__setattr__(name, value)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         if self.binding is not None and not self.alone:
@@ -132,6 +137,7 @@ class Binding:
     def __init__(self, path: str, cfg: AdapterConfig, W: Kind, adapter: Adapter, shared: Adapter | None = None) -> None:
         self.path, self.cfg, self.W, self.adapter, self.shared = path, cfg, W, adapter, shared
         self.own: Callable[..., Any] = _missing
+        self.root: nn.Module = adapter
         self.variant, self.forward = Variant(cfg), cfg.forward
         self.direct = type(W).call is Kind.call and type(W).apply is Kind.apply  # what stands between the call and the formula is nothing
         self.params: Params | None = None
@@ -142,16 +148,13 @@ class Binding:
     def with_adapter(self, adapter: Adapter) -> "Binding":
         """Return the same binding with its params in another adapter."""
         other = Binding(self.path, self.cfg, self.W, adapter, self.shared)
-        other.own = self.own
+        other.own, other.root = self.own, self.root
         return other
 
     def reread(self) -> None:
         """Read the layer anew, after its packed weight has moved."""
         layer = vars(self.W.layer)[HOST]
         self.W = type(self.W)(raw(layer), self.W.constants)
-        for name in self.W.readable():
-            module, own = place_of(layer, name)
-            vars(module)[own] = ReadTensor.of(self, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the variant where the model calls the layer: one step from there to its formula, where nothing stands between."""
@@ -159,7 +162,8 @@ class Binding:
             return self._call(args, kwargs)
         try:
             params, W, x = self.params, self.W, args[0] if args else first_of(args, kwargs)
-            self.used = True
+            if not self.used:
+                self._note()
             for p in params.values():  # type: ignore[union-attr]  # as in_dtype does, without its call
                 if p.dtype is not x.dtype:
                     params = in_dtype(params, W, x)  # type: ignore[arg-type]
@@ -191,7 +195,7 @@ class Binding:
             if self.off:
                 return W(first_of(args, kwargs)) if self.direct else W.frozen(self.own, args, kwargs)
             params = self.registered() if self.params is None else self.params
-            self.used = True
+            self._note()
             return W.call(functools.partial(self._apply, params), self.own, args, kwargs)
         except Exception as e:
             e.add_note(f'in {type(self.cfg).__name__} at target "{self.path}"')
@@ -213,7 +217,7 @@ class Binding:
             tensor: Tensor = module._parameters[own]  # type: ignore[assignment]
             return tensor
         params = self.registered() if self.params is None else self.params
-        self.used = True
+        self._note()
         if self.mixed and not self._moving():
             raise ValueError(
                 f'adapt.mixed: at "{self.path}" expected a target that is called with rows of the batch, found a weight that the module '
@@ -225,6 +229,10 @@ class Binding:
                 f"where {type(self.cfg).__name__} has no input to drop. Set its dropout to 0, or leave the layer out."
             )
         return W.read(self.variant, params, name)
+
+    def _note(self) -> None:
+        if not torch.compiler.is_compiling():  # inside of a checkpoint the compiler allows no writing
+            self.used = True
 
     def _moving(self) -> bool:
         return getattr(self.W, "_now", None) is not None
@@ -261,10 +269,36 @@ def bind_target(
     binding = adapter.binding = Binding(path, cfg, W, adapter, shared)
     binding.own = vars(host).get("forward") or functools.partial(type(host).forward, host)
     W.bind(host, binding)
-    for name in W.readable():
-        module, own = place_of(host, name)
-        vars(module)[own] = ReadTensor.of(binding, name)
+    binding.root = clone
     return binding
+
+
+def show_reads(root: nn.Module) -> None:
+    """Let whoever reads a parameter of a bound copy find the adapted one."""
+    for binding in bindings(root).values():
+        host = vars(binding.W.layer)[HOST]
+        for name in binding.W.readable():
+            module, own = place_of(host, name)
+            vars(module)[own] = ReadTensor.of(binding, name)
+
+
+def hide_reads(root: nn.Module) -> None:
+    """Let whoever reads a parameter find the frozen one until the first call: FSDP2 looks for it when that begins."""
+    if _HIDDEN in vars(root):
+        return
+    for binding in bindings(root).values():
+        for name in binding.W.readable():
+            module, own = place_of(vars(binding.W.layer)[HOST], name)
+            vars(module).pop(own, None)
+    vars(root)[_HIDDEN] = root.register_forward_pre_hook(_show_again)  # FSDP2 puts its own hook before
+
+
+def _show_again(root: nn.Module, args: Any) -> None:
+    vars(root).pop(_HIDDEN).remove()
+    show_reads(root)
+
+
+_HIDDEN = "_lora_lite_hidden"
 
 
 def adapters(module: nn.Module) -> Iterator[Adapter]:

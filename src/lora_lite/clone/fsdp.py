@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.clone.bind import placeholders
+from lora_lite.clone.bind import hide_reads, placeholders
 from lora_lite.clone.per_call import Replica, Replicas
 from lora_lite.clone.structure import clone_again
 from lora_lite.core.errors import listed, nearest
@@ -71,6 +71,7 @@ def wake(clone: nn.Module, sharding: Sharding) -> nn.Module:
     """Lay FSDP over a sharded clone, in place: block by block, and the rest as the root."""
     from torch.distributed.fsdp import fully_shard
 
+    hide_reads(clone)
     parts = _hollowed(clone)
     held_apart = placeholders(clone)
     for block in (*_blocks(clone, sharding.blocks), clone):

@@ -118,12 +118,13 @@ _FIXED: dict[Any, Tensor] = {}
 
 def fixed(make: Callable[[int, torch.device], Tensor], size: int, device: torch.device) -> Tensor:
     """Return `make(size, device)`, a tensor that depends on nothing else and is made once; while something traces, anew."""
+    if torch.compiler.is_compiling():
+        return make(size, device)
     key = make, size, device
-    if torch.compiler.is_compiling() or key not in _FIXED:
+    if key not in _FIXED:
         with torch.inference_mode(False):
             tensor = make(size, device)
-        transient = type(tensor) is not Tensor or tensor.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        if torch.compiler.is_compiling() or transient:
+        if type(tensor) is not Tensor or tensor.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             return tensor
         _FIXED[key] = tensor
     return _FIXED[key]

@@ -184,7 +184,8 @@ def _bound(name: str) -> str:
 
 def _linear(experts: Any, name: str, x: Tensor, routes: Routes) -> Tensor:
     """Apply one weight of the experts to sorted rows: a target by its variant, another as it is."""
-    if _bound(name) in vars(experts):
-        y: Tensor = vars(experts)[_bound(name)](x, routes)
+    binding = getattr(experts, _bound(name), None)
+    if binding is not None:
+        y: Tensor = binding(x, routes)
         return y
     return ExpertsKind(experts, name=name, routes=routes).apply(lambda params, W, rows: W(rows), {}, x)

@@ -79,7 +79,7 @@ class Kind(Frozen):
     """Whether only `target_names` can ask for it."""
     gives: ClassVar[AbstractSet[str]] = Frozen.gives | {"inputs", "dropout"}
     """What it offers to variants, matched with their `uses`; `"inputs"` for calibration, `"dropout"` for dropping inputs."""
-    state: ClassVar[Mapping[str, str]] = MappingProxyType({"weight": "weight", "bias": "bias"})
+    state: ClassVar[Mapping[str, str]] = {"weight": "weight", "bias": "bias"}
     """Under which names the module keeps its weight and its bias."""
     why: ClassVar[str] = ""
     """Why it does not give what it does not, in one sentence."""
@@ -407,7 +407,8 @@ class ReadTensor(Tensor):
         """Make the stand-in for a parameter of a bound layer."""
         module, own = place_of(binding.W.layer, name)
         p: Any = module._parameters[own]
-        return _stand_in(torch.empty((), dtype=p.dtype, device=p.device), binding, name, tuple(p.shape))
+        whole = type(p.data) is Tensor  # else a part of a sharded weight, or a tensor of a class of its own
+        return _stand_in(p.detach() if whole else torch.empty((), dtype=p.dtype, device=p.device), binding, name, tuple(p.shape))
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -419,8 +420,7 @@ class ReadTensor(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ReadTensor":
         with torch._C.DisableTorchFunctionSubclass():
-            like = torch.empty((), dtype=self.dtype, device=self.device)
-            return _stand_in(like, copy.deepcopy(self.binding, memo), self.of_parameter, tuple(self.shape))
+            return _stand_in(self.detach(), copy.deepcopy(self.binding, memo), self.of_parameter, tuple(self.shape))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
@@ -435,7 +435,7 @@ _FACTS = frozenset(
 
 
 def _stand_in(like: Tensor, binding: Any, name: str, shape: tuple[int, ...]) -> ReadTensor:
-    self: ReadTensor = like.expand(shape).as_subclass(ReadTensor)  # of the parameter's shape, without its memory
+    self: ReadTensor = (like if like.shape == shape else like.expand(shape)).as_subclass(ReadTensor)
     self.binding, self.of_parameter = binding, name
     return self
 

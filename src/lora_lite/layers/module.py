@@ -20,7 +20,7 @@ class ModuleKind(Kind):
 
     site: ClassVar[str] = "module"
     gives: ClassVar[AbstractSet[str]] = Frozen.gives | {"moved"}
-    state: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    state: ClassVar[Mapping[str, str]] = {}
     why: ClassVar[str] = "A module that is trained as a whole is no linear map."
 
     def __init__(self, layer: Any, constants: Params = MappingProxyType({}), own: Own | None = None) -> None:

@@ -35,7 +35,7 @@ def _forward(root: nn.Module, own: Any, names: tuple[str, ...], *args: Any, **kw
     given = {**dict(zip(names, args)), **kwargs}
     paths = vars(root)[_NOTED]
     masks = _prompts(given, bool(getattr(getattr(root, "config", None), "is_encoder_decoder", False)))
-    with _noted([root.get_submodule(path) for path in paths], [masks["decoder" in path] for path in paths]):
+    with _noted([root.get_submodule(path) for path in paths], [masks[int("decoder" in path)] for path in paths]):
         return own(*args, **kwargs)
 
 
