@@ -8,7 +8,22 @@ import pytest
 import lora_lite as ll
 
 SOURCES = Path(ll.__file__).parent
-ORDER = "core variants layers clone derived prepare adapt build transforms files integrations testing functional __init__".split()
+ORDER = [
+    "core",
+    "variants",
+    "layers",
+    "clone",
+    "derived",
+    "prepare",
+    "adapt",
+    "build",
+    "transforms",
+    "files",
+    "integrations",
+    "testing",
+    "functional",
+    "__init__",
+]
 
 
 def room(name):
