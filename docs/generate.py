@@ -1,4 +1,4 @@
-"""Write what the documentation takes from the code and from results files.
+"""Write the parts of the documentation that come from the code and from results files.
 
 `python docs/generate.py` renews README.md, results.md and a page for each variant.
 
@@ -40,7 +40,7 @@ def title(variant: Variant) -> str:
 
 
 def summary(variant: Variant) -> str:
-    """Say in one phrase what a variant is."""
+    """Return a variant's description in one phrase."""
     return docstring(variant).partition(":")[2].partition("\n\n")[0].strip().rstrip(".")
 
 
@@ -55,7 +55,7 @@ def paper(variant: Variant) -> str:
 
 
 def start(variant: Variant) -> str:
-    """Say where a variant starts with its default options, on which the fact may depend."""
+    """Return a variant's start in words, with its default options, on which the fact may depend."""
     identity = variant().identity
     if identity is None:
         return "another model"
@@ -63,7 +63,7 @@ def start(variant: Variant) -> str:
 
 
 def facts(variant: Variant) -> dict[str, str]:
-    """Return what a variant's class declares, by heading."""
+    """Return the facts that a variant's class declares, by heading."""
     return {
         "trained numbers per layer": f"`{variant.trained}`" if variant.trained else "all that it has",
         "extra MACs per token": f"`{variant.macs}`",
@@ -79,7 +79,7 @@ def variants_table(pages: str) -> str:
 
 
 def costs_table(width: int = 4096) -> str:
-    """Return what each variant trains and adds on one square layer, from the formulas that its class declares."""
+    """Return each variant's trained numbers and multiply-adds on one square layer, from the formulas that its class declares."""
     rows = []
     for name, variant in ll.VARIANTS.items():
         if variant.trained is None or variant.adapts != "linear":

@@ -9,20 +9,8 @@ import lora_lite as ll
 
 SOURCES = Path(ll.__file__).parent
 ORDER = [
-    "core",
-    "variants",
-    "layers",
-    "clone",
-    "derived",
-    "prepare",
-    "adapt",
-    "build",
-    "transforms",
-    "files",
-    "integrations",
-    "testing",
-    "functional",
-    "__init__",
+    *("core", "variants", "layers", "clone", "derived", "prepare", "adapt", "build"),
+    *("transforms", "files", "integrations", "testing", "functional", "__init__"),
 ]
 
 

@@ -12,7 +12,7 @@ from sphinx.util.docutils import SphinxDirective
 
 
 class FromCode(SphinxDirective):
-    """Parse what `text` gives as part of the page."""
+    """Parse the result of `text` as part of the page."""
 
     text: ClassVar[Callable[..., str]]
 
@@ -37,7 +37,7 @@ class Variants(FromCode):
 
 
 class Costs(FromCode):
-    """The table of what each variant trains and adds on one layer."""
+    """The table of each variant's trained numbers and multiply-adds on one layer."""
 
     text = staticmethod(generate.costs_table)
 
@@ -68,7 +68,7 @@ class Support(FromCode):
 
 
 class Cells(FromCode):
-    """What each column of the matrix asks."""
+    """The table of the questions that the matrix's columns ask."""
 
     text = staticmethod(matrix.cells_table)
 

@@ -254,7 +254,7 @@ def _missing(*args: Any, **kwargs: Any) -> Any:
 def bind_target(
     clone: nn.Module, path: str, kind: type[Kind], cfg: AdapterConfig, shapes: Mapping[str, tuple[int, ...]], constants: Params, shared: Any
 ) -> Binding:
-    """Bind one target of a copy: register its adapter, replace the layer's forward, and put stand-ins before weights that the model reads."""
+    """Bind one target of a copy: register its adapter, replace the layer's forward, put stand-ins before weights that the model reads."""
     host = clone.get_submodule(kind.host(path))
     W = kind.at(clone, path, dict(constants))
     inside = path[len(kind.host(path)) :].lstrip(".")

@@ -1,8 +1,8 @@
 """`AdapterTrainer`: transformers' `Trainer` whose checkpoints hold the adapter, not the base model.
 
 `Trainer(adapt.module(params))` trains, saves and resumes as it is, but each of its checkpoints holds the base model too, and
-`from_pretrained` on one would drop the adapter. Here a checkpoint holds the file that `lora_lite.save` writes, beside the state of the optimizer,
-the schedule and the random numbers, so that a resumed run goes on as if it had not stopped.
+`from_pretrained` on one would drop the adapter. Here a checkpoint holds the file that `lora_lite.save` writes. The state of the
+optimizer, the schedule and the random numbers lie beside it, so that a resumed run goes on as if it had not stopped.
 """
 
 from collections.abc import Mapping

@@ -18,8 +18,8 @@ eq. (2), positions sec. 4.1.
 | `b` | `(n, r)` | yes | uniform within 1/sqrt(d) |
 
 `n` is 2 where first and last positions are edited apart, else 1. Trained per target: `n r (2 d + 1)`. Needs nothing of any weight. The
-prompt of a row is the part that the attention mask keeps, up to the first label that counts; tokens that `generate` adds are not edited. Of a prompt
-with `m` tokens at most `m // 2` are first ones and as many last ones, as in the paper's code.
+prompt of a row is the part that the attention mask keeps, up to the first label that counts. Tokens that `generate` adds are not edited.
+Of a prompt with `m` tokens at most `m // 2` are first ones and as many last ones, as in the paper's code.
 
 Departures: the paper's code parametrises `R` by Householder reflections, and here its rows are made orthonormal by a Cholesky factor: the
 same set of matrices by other coordinates. There is no dropout; the paper's code drops entries of the whole output, hidden state included.
