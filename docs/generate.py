@@ -10,10 +10,11 @@ each build.
 import dataclasses
 import re
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import lora_lite as ll
-from lora_lite.testing import CHECKS
+from lora_lite.testing import CHECKS, KIND_CHECKS
 
 ROOT = Path(__file__).parent.parent
 README, RESULTS, PAGES = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "variants"
@@ -124,8 +125,17 @@ def variant_page(name: str) -> str:
 
 
 def checks_table() -> str:
-    """Return the checks of the conformance kit, a line each."""
-    return table([{"check": f"`{name}`", "what holds": (check.__doc__ or "").strip()} for name, check in CHECKS.items()])
+    """Return the checks of the conformance kit for variants, a line each."""
+    return _checks(CHECKS)
+
+
+def kind_checks_table() -> str:
+    """Return the checks of the conformance kit for kinds of layers, a line each."""
+    return _checks(KIND_CHECKS)
+
+
+def _checks(checks: Mapping[str, Callable[..., None]]) -> str:
+    return table([{"check": f"`{name}`", "what holds": (check.__doc__ or "").strip()} for name, check in checks.items()])
 
 
 def renewed(text: str) -> str:

@@ -35,8 +35,9 @@ def blocks(text):
 
 def prose(text):
     """Yield the paragraphs and list items of a page: no code, tables, headings or directives."""
-    text = re.sub(r"^```.*?^```$|^<!--.*?-->$|^\|.*?$|^#.*?$|^\$\$.*?\$\$$", "\n", text, flags=re.DOTALL | re.MULTILINE)
-    yield from (" ".join(part.split()) for part in re.split(r"\n\s*\n|\n(?=- |\d+\. )", text))
+    text = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "\n", text, flags=re.DOTALL)  # written by bench/report.py
+    text = re.sub(r"^```.*?^```$|^\|[^\n]*$|^#[^\n]*$|^\$\$.*?\$\$$", "\n", text, flags=re.DOTALL | re.MULTILINE)
+    yield from (" ".join(part.split()) for part in re.split(r"\n\s*\n|\n\s*(?=- |\d+\. )", text))
 
 
 def long_sentences(paragraph):

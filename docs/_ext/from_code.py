@@ -1,4 +1,4 @@
-"""Directives that pull a page's text out of the code, as Markdown: `{variant} lora`, `{variants}`, `{checks}`,
+"""Directives that pull a page's text out of the code, as Markdown: `{variant} lora`, `{variants}`, `{checks}`, `{kind-checks}`,
 `{configs-api}`, `{functions-api}`, `{support} peft` and `{cells}`."""
 
 from collections.abc import Callable
@@ -48,6 +48,12 @@ class Checks(FromCode):
     text = staticmethod(generate.checks_table)
 
 
+class KindChecks(FromCode):
+    """The table of the checks of a kind of layer."""
+
+    text = staticmethod(generate.kind_checks_table)
+
+
 class ConfigsApi(FromCode):
     """The API entries of the variants' configs."""
 
@@ -76,7 +82,7 @@ class Cells(FromCode):
 def setup(app: Any) -> dict[str, bool]:
     """Register the directives."""
     directives = {"variant": Variant, "variants": Variants, "costs": Costs, "checks": Checks, "support": Support, "cells": Cells}
-    directives |= {"configs-api": ConfigsApi, "functions-api": FunctionsApi}
+    directives |= {"kind-checks": KindChecks, "configs-api": ConfigsApi, "functions-api": FunctionsApi}
     for name, directive in directives.items():
         app.add_directive(name, directive)
     return {"parallel_read_safe": True}

@@ -269,7 +269,11 @@ KIND_CHECKS: dict[str, Callable[[KindCase], None]] = {
 def make_kind_case(
     kind: type[Kind], make_layer: Callable[[], nn.Module], make_input: Callable[[], Any] | None = None, names: str = r"^layer$"
 ) -> KindCase:
-    """Make the case of a kind: see `check_kind`."""
+    """Make the case of a kind, on which single checks of `KIND_CHECKS` run.
+
+    Args:
+        kind, make_layer, make_input, names: as in `check_kind`.
+    """
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = _Around(make_layer()).double().eval().requires_grad_(False)
