@@ -21,7 +21,7 @@ MODULES = ["lora_lite", *(m.name for m in pkgutil.walk_packages(ll.__path__, "lo
 
 
 def blocks(page):
-    """Give each ```python block of a page with the line that it starts at."""
+    """Return each ```python block of a page with the line that it starts at."""
     text = page.read_text("utf-8")
     return [(text.count("\n", 0, m.start(1)), m[1]) for m in re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)]
 

@@ -54,8 +54,8 @@ def per_example_grad(adapt: Adapt, loss_rows: LossRows, chunk_size: int | None =
 def per_example_norm(adapt: Adapt, loss_rows: LossRows, chunk_size: int | None = None) -> Callable[[AnyTree, Any], Tensor]:
     """Make `(params, batch) -> norms of the per-example gradients`, over the whole tree, without holding the gradients.
 
-    A leaf's gradients by row are squared, summed and freed as soon as the backward pass has made them, so that those of one target or so
-    are in memory at a time. Inside another transform or a compiled function, which give no such hold, they are all made first.
+    A leaf's per-example gradients are squared, summed and freed as soon as the backward pass has made them. So those of about one target
+    are in memory at a time. Inside another transform or a compiled function, which offer no such hook, they are all made first.
 
     Args:
         adapt: the adapted model, as for `per_example_grad`.
