@@ -18,7 +18,7 @@ ABSOLUTE = ("ms", "us", "switch_ms", "peft_switch_ms", "requests_per_second")  #
 
 
 class Pair(NamedTuple):
-    """One figure of two runs: where it stands, whether the runs agree on it, and both in words."""
+    """A figure of two runs: its place in the files, whether the runs agree on it, and both values in words."""
 
     place: str
     agree: bool
@@ -54,7 +54,7 @@ def compared(a: Any, b: Any) -> dict[str, Any]:
 
 
 def told(found: dict[str, Any]) -> str:
-    """Return what came of a comparison, in words."""
+    """Return the outcome of a comparison in words."""
     apart: Sequence[str] = found["apart"]
     return "\n".join([f"{found['figures'] - len(apart)} of {found['figures']} figures agree within the spread that both state.", *apart])
 

@@ -1,4 +1,4 @@
-"""Adapt a small language model that has mastered arithmetic to word problems, with every variant, and print what came of it.
+"""Adapt a small language model that has mastered arithmetic to word problems, with every variant, and print the results.
 
 The base, a Llama of 0.87 M parameters shipped in `base/`, solves plain sums and none of the word problems. Each variant trains for a few
 hundred steps of `value_and_grad` and AdamW over a plain tree of params. Its adapter is saved, loaded onto a fresh copy of the model and
@@ -34,7 +34,7 @@ TELLING = ("lora", "dora", "pissa", "ia3", "ia3_ff")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one variant reached; shares in [0, 1], times in seconds."""
+    """The results of a variant: shares in [0, 1], times in seconds."""
 
     variant: str
     trained: int

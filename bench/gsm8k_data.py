@@ -1,4 +1,4 @@
-"""What a run of `gsm8k.py` is made of: its settings, the rows of MetaMathQA and GSM8K as batches, and the score of answers.
+"""The parts of a run of `gsm8k.py`: its settings, the rows of MetaMathQA and GSM8K as batches, and the score of answers.
 
 The settings are those of the two tables that wassname/lora-lite published. Departures: params are float32, where the lineage's are
 bfloat16, which rounds small steps away; `--set dtype=bfloat16` restores its own. HRA's row of the first table is of batches of 2, for lack
@@ -29,7 +29,7 @@ OWN: dict[str, dict[str, Any]] = {
     "antipasto": {"rate": 5e-3, "r": 256},
     "lora_xs": {"rate": 4e-3},
 }
-"""What a variant has in both tables in place of LoRA's."""
+"""The fields of a variant, in both tables, in place of LoRA's."""
 UNSCALED = ("pissa", "lora_xs")  # alpha is the rank
 FIELDS: dict[str, dict[str, Any]] = {"delora": {"lambda0": 0.1}, "road": {"group_size": 64}}
 CORE = {"qwen3.5": {"antipasto": (("core", "gain"),)}}  # its row is the rotation's in the first table, the gain's in the second
@@ -141,7 +141,7 @@ def read(source: str, split: str, columns: Sequence[str], name: str | None = Non
 
 
 def reason(e: Exception) -> str:
-    """Return the first line of what an exception says, or its name where it says nothing."""
+    """Return the first line of an exception's message, or its name where the message is empty."""
     return (str(e) or type(e).__name__).splitlines()[0]
 
 

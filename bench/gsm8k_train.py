@@ -88,7 +88,7 @@ def start(s: Settings, model: Any, data: Sequence[Example], pad: int, folder: Pa
 
 
 def gradients(adapt: ll.Adapt, params: Any, parts: Sequence[Mapping[str, Any]]) -> tuple[float, Any]:
-    """Return the mean loss of several passes, and the mean gradients of what is minimised: AdaLoRA's has a penalty besides."""
+    """Return the mean loss of several passes and the mean gradients of the objective, which for AdaLoRA has a penalty besides."""
     weight = getattr(adapt.configs[0], "orth_reg_weight", 0.0)
 
     def objective(p: Any, rows: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -189,7 +189,7 @@ def save_state(path: Path, state: Any) -> None:
 
 
 def load_state(path: Path) -> Any:
-    """Read what `save_state` wrote; tuples come back as lists."""
+    """Read a state that `save_state` wrote. Tuples come back as lists."""
     with safetensors.safe_open(path, framework="pt") as file:
         tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()["state"]  # noqa: SIM118  # no mapping
 

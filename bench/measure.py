@@ -1,4 +1,4 @@
-"""How the benchmarks measure: models and batches, times in turns, peaks, fresh processes, results files.
+"""Measurement for the benchmarks: models and batches, times in turns, peaks, fresh processes, results files.
 
 Calls are timed in turn, so that a drift of the machine strikes all of them, and compared within each round.
 
@@ -180,7 +180,7 @@ class Job(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One results file in the making: its kind, its jobs, whose results are joined to one mapping, and how to print it."""
+    """A results file in the making: its kind, its jobs, whose results are joined to one mapping, and a function that prints it."""
 
     kind: str
     jobs: Sequence[Job]

@@ -50,7 +50,7 @@ def _delora(cfg: Any, on: Any) -> peft.PeftConfig | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """How the benchmarks run one variant, where that is not by its defaults.
+    """A variant that the benchmarks run with other fields than its defaults.
 
     Attributes:
         fields: from the rank that LoRA has, the fields of the config; `r` and `alpha` are that rank where not given.
@@ -115,7 +115,7 @@ ROWS: dict[str, Row] = {
         short_rate=5e-4,
     ),
 }
-"""Where a variant differs from its defaults; a variant without a row runs by these, at LoRA's rank."""
+"""The variants that run with other fields than their defaults. A variant without a row runs by these, at LoRA's rank."""
 
 METHODS: dict[str, Row] = {name: ROWS.get(name, Row()) for name in ll.VARIANTS}
 """Every variant, as the benchmarks run it."""

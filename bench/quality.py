@@ -1,4 +1,4 @@
-"""Train every variant on word problems of the demo and measure what it learned, and write a results file.
+"""Train every variant on word problems of the demo measure the accuracy and write a results file.
 
 Several seeds of a variant train at once, as the members of one mixed batch over one frozen base. Beside them: the base as it is (below),
 full fine-tuning (above), and PEFT's own training of the same method, a seed at a time (the control). The measure is the share of unseen
@@ -40,7 +40,7 @@ FULL_RATE = 2.5e-4
 
 @dataclass(frozen=True)
 class Setting:
-    """How everything trains: steps, rows a member a step, members (seeds), test problems."""
+    """The setting of all trainings: steps, rows a member a step, members (seeds), test problems."""
 
     steps: int
     rows: int
@@ -72,7 +72,7 @@ def calibration() -> list[dict[str, Any]]:
 
 
 def outcome(job: tuple[str, str, Setting]) -> dict[str, Any]:
-    """Do one training: `("ours" | "peft" | "full" | "frozen", variant, setting)`, and return what its members reached."""
+    """Train once: `("ours" | "peft" | "full" | "frozen", variant, setting)`, and return its members' results."""
     who, name, setting = job
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="(transformers|peft|torch)")

@@ -25,7 +25,7 @@ The price of a call, where arithmetic takes next to no time: a chain of narrow l
 process, with the same numbers in both. The products by themselves are the least that LoRA's layer could take."""
 """The head of a section that is shown only where there is a results file of it."""
 MARGIN = {"pissa": 1.15, "corda": 1.15, "lora_ga": 1.15, "asvd": 1.15}
-"""How far the increment form may lie above PEFT's residual form: two products instead of one, for an exact start and quantised bases."""
+"""The allowed excess of the increment form over PEFT's residual form: two products for one, for an exact start and quantised bases."""
 
 COPIED = "each a few milliseconds, most of which go into copies of the module tree; PEFT changes the model that it is given"
 WHY = {
@@ -53,7 +53,7 @@ def costlier(speed: Found | None, memory: Found | None) -> list[str]:
 
 
 def verdict(speed: Found | None, memory: Found | None, quality: Found | None) -> str:
-    """State in words what the tables show against us, or that nothing does."""
+    """State in words where the tables speak against us, if they do."""
     words, worse = [], costlier(speed, memory)
     if worse:
         words.append(f"Costlier than PEFT's beyond the spread: {'; '.join(worse)}.")
@@ -100,7 +100,7 @@ def sections(folder: Path = RESULTS, up: str = "../") -> Iterator[tuple[str, str
 
 
 def overview(folder: Path = RESULTS, up: str = "") -> str:
-    """Return the part that README shows: the main table, its conditions, and what it shows against us."""
+    """Return the part that README shows: the main table, its conditions, and the figures that speak against us."""
     speed, memory, quality = (newest(kind, folder) for kind in ("speed", "memory", "quality"))
     if speed is None:
         return NONE
@@ -204,7 +204,7 @@ def scaling(figure: Any, found: Found) -> None:
 
 
 def draw(results: Path, folder: Path) -> list[Path]:
-    """Draw what the newest results files in a folder allow, and give the files."""
+    """Draw the plots that the newest results files in a folder allow, and return their files."""
     import matplotlib as mpl  # here, since the tables need no plotting library
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -85,7 +85,7 @@ def show(results: Mapping[str, Any]) -> None:
 
 
 def populations(width: int, layers: int, r: int, repeats: int) -> dict[str, Any]:
-    """Time one step of many adapters, and gradients by row, against a loop over them: two threads, LoRA on all linear layers."""
+    """Time one step of many adapters, and per-example gradients, against a loop over them: two threads, LoRA on all linear layers."""
     model = llama(width, layers)
     adapt = ll.build(model, pairs(r)["lora"][0])
     found = {}
@@ -109,7 +109,7 @@ def populations(width: int, layers: int, r: int, repeats: int) -> dict[str, Any]
 
 
 def rows_apart(adapt: ll.Adapt, repeats: int) -> dict[str, Any]:
-    """Time gradients by row against a loop and a whole-model `vmap`, and give the peak bytes of each, and of the norms alone."""
+    """Time per-example gradients against a loop and a whole-model `vmap`, and give the peak bytes of each, and of the norms alone."""
     batch, params = batch_of(16, 16), moved(adapt.init())
     ids = batch["input_ids"]
 

@@ -152,7 +152,7 @@ def part(options: Sequence[str] | None = None) -> Part:
 
 
 def show(results: Mapping[str, Any]) -> None:
-    """Print what switching costs, the rates and the ratio of generation."""
+    """Print the cost of switching, the rates and the ratio of generation."""
     print(f"switching {results['switching']['targets']} targets, in ms beyond the call:")
     for name, took in (("adapt", results["switching"]["switch_ms"]), ("PEFT's set_adapter", results["switching"]["peft_switch_ms"])):
         print(f"  {took['median']:.3f} [{took['low']:.3f}, {took['high']:.3f}]  {name}")

@@ -1,4 +1,4 @@
-"""Measure what each variant costs in time beside the frozen base, PEFT's same method and its own arithmetic, and write a results file.
+"""Measure each variant's time beside the frozen base, PEFT's same method and its own arithmetic, and write a results file.
 
 Forward, training step and init on a Llama; the same compiled; the pure functions by themselves; many adapters in one batch. Ratios are
 taken within rounds of one run, never between runs. Outputs are checked before they are timed.

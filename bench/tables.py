@@ -137,7 +137,7 @@ def gpu_table(speed: Found) -> str:
 
 
 def quality_table(quality: Found) -> str:
-    """Write what each variant learned beside PEFT's training of the same method."""
+    """Write the accuracy of each variant beside PEFT's training of the same method."""
     rows = []
     for name, row in quality["results"]["variants"].items():
         ours, peft = row["ours"], row.get("peft")
@@ -229,7 +229,7 @@ def quantised_table(found: Found) -> str:
 
 
 def serving_table(found: Found) -> str:
-    """Write what switching, generation and many requests cost, beside PEFT's."""
+    """Write the costs of switching, generation and many requests, beside PEFT's."""
     f = found["results"]
     switching, generation, throughput = f["switching"], f["generation"], f["throughput"]
     theirs = "PEFT's `set_adapter`"
@@ -281,7 +281,7 @@ def gsm8k_table(folder: Path = RESULTS, up: str = "../") -> str:
 
 
 def demo_table(demo: Found) -> str:
-    """Write the demo's outcome: what each variant learned, and what its step cost."""
+    """Write the demo's outcome: the accuracy of each variant, and the cost of its step."""
     return table(
         [
             {

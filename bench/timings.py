@@ -174,7 +174,7 @@ PARTS: dict[str, Callable[[Sequence[str]], Part]] = {
     "quantised": quantised.part,
     "serving": serving.part,
 }
-"""What is timed, by the kind of its results file."""
+"""The timings, by the kind of their results file."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Write what the documentation takes from the code and from results files.
+"""Write the parts of the documentation that come from the code and from results files.
 
 `python docs/generate.py` renews README.md, results.md and a page for each variant.
 
@@ -10,10 +10,11 @@ each build.
 import dataclasses
 import re
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import lora_lite as ll
-from lora_lite.testing import CHECKS
+from lora_lite.testing import CHECKS, KIND_CHECKS
 
 ROOT = Path(__file__).parent.parent
 README, RESULTS, PAGES = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "variants"
@@ -40,7 +41,7 @@ def title(variant: Variant) -> str:
 
 
 def summary(variant: Variant) -> str:
-    """Say in one phrase what a variant is."""
+    """Return a variant's description in one phrase."""
     return docstring(variant).partition(":")[2].partition("\n\n")[0].strip().rstrip(".")
 
 
@@ -55,7 +56,7 @@ def paper(variant: Variant) -> str:
 
 
 def start(variant: Variant) -> str:
-    """Say where a variant starts with its default options, on which the fact may depend."""
+    """Return a variant's start in words, with its default options, on which the fact may depend."""
     identity = variant().identity
     if identity is None:
         return "another model"
@@ -63,7 +64,7 @@ def start(variant: Variant) -> str:
 
 
 def facts(variant: Variant) -> dict[str, str]:
-    """Return what a variant's class declares, by heading."""
+    """Return the facts that a variant's class declares, by heading."""
     return {
         "trained numbers per layer": f"`{variant.trained}`" if variant.trained else "all that it has",
         "extra MACs per token": f"`{variant.macs}`",
@@ -79,7 +80,7 @@ def variants_table(pages: str) -> str:
 
 
 def costs_table(width: int = 4096) -> str:
-    """Return what each variant trains and adds on one square layer, from the formulas that its class declares."""
+    """Return each variant's trained numbers and multiply-adds on one square layer, from the formulas that its class declares."""
     rows = []
     for name, variant in ll.VARIANTS.items():
         if variant.trained is None or variant.adapts != "linear":
@@ -124,8 +125,17 @@ def variant_page(name: str) -> str:
 
 
 def checks_table() -> str:
-    """Return the checks of the conformance kit, a line each."""
-    return table([{"check": f"`{name}`", "what holds": (check.__doc__ or "").strip()} for name, check in CHECKS.items()])
+    """Return the checks of the conformance kit for variants, a line each."""
+    return _checks(CHECKS)
+
+
+def kind_checks_table() -> str:
+    """Return the checks of the conformance kit for kinds of layers, a line each."""
+    return _checks(KIND_CHECKS)
+
+
+def _checks(checks: Mapping[str, Callable[..., None]]) -> str:
+    return table([{"check": f"`{name}`", "what holds": (check.__doc__ or "").strip()} for name, check in checks.items()])
 
 
 def renewed(text: str) -> str:

@@ -23,7 +23,7 @@ def report() -> dict[str, Any]:
 
 
 def support_table(library: str) -> str:
-    """Return the matrix of `lora_lite` or `peft`, with a numbered list of what does not hold."""
+    """Return the matrix of `lora_lite` or `peft`, with a numbered list of the cells that do not hold."""
     found = report()
     numbers: dict[str, str] = {}
 
@@ -40,5 +40,5 @@ def support_table(library: str) -> str:
 
 
 def cells_table() -> str:
-    """Return a table of what each column of the matrix compares."""
+    """Return a table of the comparisons that the matrix's columns make."""
     return table([{"column": name.replace("_", " "), "what is compared": words} for name, words in report()["results"]["cells"].items()])

@@ -1,4 +1,4 @@
-"""What the tests draw from: one row per variant configuration, params off their start, tiny models of many families.
+"""The tables that the tests draw from: a row for each variant configuration, params off their start, tiny models of many families.
 
 A new variant is one row in `CASES`; a new architecture one function in `tiny_models`.
 """
@@ -141,7 +141,7 @@ def build_any(model: nn.Module, cfg: ll.AdapterConfig, batches, **options) -> ll
 
 
 def tensors_of(output) -> list[torch.Tensor]:
-    """Give every tensor in a model's output, in order."""
+    """Return every tensor in a model's output, in order."""
     if isinstance(output, torch.Tensor):
         return [output]
     if isinstance(output, Mapping):
@@ -162,7 +162,7 @@ def assert_trees_equal(got, want, tolerance: float = 0.0) -> None:
 
 
 def in_dtype(params, dtype: torch.dtype):
-    """Give params in float64 for a run in float64, where nothing hides in rounding; else in the config's own dtype."""
+    """Return params in float64 for a run in float64, where nothing hides in rounding; else in the config's own dtype."""
     return ll.tree_map(lambda p: p.to(dtype), params) if dtype == torch.float64 else params
 
 
@@ -307,7 +307,7 @@ tiny_models: dict[str, Callable[..., tuple[nn.Module, dict[str, torch.Tensor]]]]
 
 
 def padded(tiny, name: str, **overrides):
-    """Give a model that every row of `CASES` fits, and four rows of different lengths without labels."""
+    """Return a model that every row of `CASES` fits, and four rows of different lengths without labels."""
     model, batch = tiny(name, **({"num_key_value_heads": 4} if name == "llama" else {}), **overrides)
     batch = {k: torch.cat([v, v.flip(0)]) for k, v in batch.items()}
     labels = batch.pop("labels")
@@ -320,7 +320,7 @@ def padded(tiny, name: str, **overrides):
 
 
 def row_of(batch, row: int):
-    """Give one row of a batch as a batch."""
+    """Return one row of a batch as a batch."""
     return {name: value[row : row + 1] for name, value in batch.items()}
 
 

@@ -37,7 +37,7 @@ def device(request):
 
 @pytest.fixture
 def tiny(device):
-    """Give `(model, batch)` of a row of `tiny_models`, on the device, in evaluation mode; keywords override the config."""
+    """Return `(model, batch)` of a row of `tiny_models`, on the device, in evaluation mode; keywords override the config."""
     from cases import tiny_models  # not above: it imports lora_lite, after the settings
 
     def make(name, **overrides):
@@ -49,7 +49,7 @@ def tiny(device):
 
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory):
-    """Give a folder with small models and data sets as the Hub lays them out."""
+    """Return a folder with small models and data sets as the Hub lays them out."""
     from hub_files import write_hub  # not above, for the same reason
 
     folder = tmp_path_factory.mktemp("hub")

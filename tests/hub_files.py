@@ -28,7 +28,7 @@ def hub_tokenizer():
 
 
 def hub_models():
-    """Give a dense model, and a hybrid one as its checkpoint holds it, together with a vision tower; embeddings are tied in both."""
+    """Return a dense model, and a hybrid one as its checkpoint holds it, together with a vision tower; embeddings are tied in both."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
     sizes |= {"vocab_size": 320, "tie_word_embeddings": True, "eos_token_id": 0}
     linear = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
@@ -67,7 +67,7 @@ def write_hub(folder):
 
 
 def small(hub, table="qwen3", **given):
-    """Give a table's settings for a run of a second."""
+    """Return a table's settings for a run of a second."""
     model = str(hub / {"qwen3": "Qwen3-tiny", "qwen3.5": "Qwen3.5-tiny"}[table])
     data = {"train_data": str(hub / "MetaMathQA"), "test_data": str(hub / "gsm8k")}
     sizes = {"steps": 4, "rows": 2, "accumulate": 2, "r": 8, "longest": 96, "new_tokens": 6, "eval_rows": 3, "valid": 4, "rate": 1e-2}

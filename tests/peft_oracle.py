@@ -19,7 +19,7 @@ import lora_lite as ll
 
 @dataclass(frozen=True)
 class Leaf:
-    """One trained tensor of PEFT, with the map to ours."""
+    """A trained tensor of PEFT, with the map to ours."""
 
     theirs: nn.Parameter
     origin: Tensor
@@ -30,7 +30,7 @@ class Leaf:
         return self.sign * (value.detach().reshape(self.origin.shape) - self.origin)
 
     def grad(self) -> Tensor:
-        """Give PEFT's gradient as one of ours."""
+        """Return PEFT's gradient as one of ours."""
         return self.sign * self.theirs.grad.reshape(self.origin.shape)
 
 
@@ -43,11 +43,11 @@ class Pair:
     leaves: dict[str, dict[str, Leaf]]
 
     def params(self) -> dict[str, dict[str, Tensor]]:
-        """Give PEFT's present values as our params tree."""
+        """Return PEFT's present values as our params tree."""
         return {path: {name: leaf.ours(leaf.theirs) for name, leaf in leaves.items()} for path, leaves in self.leaves.items()}
 
     def grads(self) -> dict[str, dict[str, Tensor]]:
-        """Give the gradients that PEFT's tensors hold as a tree of ours."""
+        """Return the gradients that PEFT's tensors hold as a tree of ours."""
         return {path: {name: leaf.grad() for name, leaf in leaves.items()} for path, leaves in self.leaves.items()}
 
     def move(self, seed: int = 0, scale: float = 0.1) -> "Pair":
@@ -74,7 +74,7 @@ def pair(model: nn.Module, cfg: ll.AdapterConfig | Sequence[ll.AdapterConfig]) -
 
 
 def dense(layer: nn.Module) -> Tensor:
-    """Give a layer's weight as `(o, i)`."""
+    """Return a layer's weight as `(o, i)`."""
     weight = layer.weight.detach()
     return weight.t() if isinstance(layer, Conv1D) else weight
 

@@ -22,14 +22,14 @@ def quantised_layer(layer: nn.Linear, backend: str, compute_dtype: torch.dtype |
 
 
 def dequantised(layer: nn.Module) -> torch.Tensor:
-    """Give a quantised layer's weight by bitsandbytes' own functions."""
+    """Return a quantised layer's weight by bitsandbytes' own functions."""
     if isinstance(layer, bnb.nn.Linear4bit):
         return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     return layer.weight.CB * layer.weight.SCB[:, None] / 127
 
 
 def twins(model: nn.Module, backend: str) -> tuple[nn.Module, nn.Module]:
-    """Give copies of a model: with every linear layer but the head quantised, and with the same weights dequantised."""
+    """Return copies of a model: with every linear layer but the head quantised, and with the same weights dequantised."""
     packed, dense = copy.deepcopy(model), copy.deepcopy(model)
     for path, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and not path.endswith("lm_head"):
@@ -39,7 +39,7 @@ def twins(model: nn.Module, backend: str) -> tuple[nn.Module, nn.Module]:
 
 
 def facts(model: nn.Module) -> dict[str, object]:
-    """Give what must not change in a user's quantised model: bytes, classes, and where its scales stand."""
+    """Return the facts of a user's quantised model that must not change: bytes, classes, and where its scales stand."""
     found: dict[str, object] = {}
     for path, m in model.named_modules():
         found[path] = type(m)

@@ -251,5 +251,5 @@ def page() -> dict[str, Any]:
 
 
 def columns() -> dict[str, str]:
-    """Return what each cell compares, in its own words."""
+    """Return each cell's comparison, in its own words."""
     return {name: " ".join((cell.__doc__ or "").split()) for name, cell in CELLS.items()}

@@ -21,7 +21,7 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """One adapted model.
+    """An adapted model.
 
     Attributes:
         logits: `(params, tokens) -> logits`, pure.

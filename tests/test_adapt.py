@@ -1,4 +1,4 @@
-"""What `build` returns: calls, modules, modes, counts, starts, dtypes, transforms of a whole model."""
+"""The adapted model that `build` returns: calls, modules, modes, counts, starts, dtypes, transforms of a whole model."""
 
 import copy
 import pickle

@@ -16,7 +16,7 @@ I, O, R = 6, 5, 2  # noqa: E741
 
 @pytest.fixture
 def checks():
-    """Give the switch, on, and put it back afterwards."""
+    """Return the switch, on, and put it back afterwards."""
     before = ll.set_typecheck(True)
     yield ll.set_typecheck
     ll.set_typecheck(before)
@@ -40,7 +40,7 @@ class GainParams(TypedDict):
 
 @ll.checked
 def gain(params: GainParams, W: ll.Frozen, x: Float[Tensor, " i"], *, power: float = 1.0) -> Float[Tensor, " o"]:
-    """One vector in, one vector out: a further axis is a fault."""
+    """Map one vector to one vector: a further axis is a fault."""
     return W(x) * (1 + params["g"]) ** power
 
 
@@ -135,12 +135,12 @@ class Counted(type):
 
 
 class Anything(metaclass=Counted):
-    """What every value passes for."""
+    """A type that every value passes for."""
 
 
 @ll.checked
 def watched(params: GainParams, W: ll.Frozen, x: Float[Tensor, "*b i"], *, flag: Anything = None) -> Float[Tensor, "*b o"]:
-    """Tell whether its hints are looked at."""
+    """Return whether its hints are looked at."""
     return W(x)
 
 
@@ -191,7 +191,7 @@ def test_under_compile_the_raw_function_runs_in_one_graph(checks):
 
 
 def test_a_checked_function_keeps_its_name_signature_and_docstring():
-    assert (gain.__name__, gain.__doc__) == ("gain", "One vector in, one vector out: a further axis is a fault.")
+    assert (gain.__name__, gain.__doc__) == ("gain", "Map one vector to one vector: a further axis is a fault.")
     assert str(lf.lora.__signature__).startswith("(params: lora_lite.variants.lora.LoRAParams, W: lora_lite.core.frozen.Frozen, x:")
 
 

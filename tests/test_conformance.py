@@ -40,7 +40,7 @@ class TiltParams(TypedDict):
 
 @ll.checked
 def tilt(params: TiltParams, W: ll.Frozen, x: Float[Tensor, "*b i"], *, gain: float) -> Float[Tensor, "*b o"]:
-    """Give `W x + b + gain u <v0 + v, x>`; `v0` is drawn once and frozen."""
+    """Return `W x + b + gain u <v0 + v, x>`; `v0` is drawn once and frozen."""
     return W(x) + gain * params["u"] * (x @ (W.constants["v0"].to(x.dtype) + params["v"]))[..., None]
 
 

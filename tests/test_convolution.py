@@ -42,7 +42,7 @@ def by_name(cfg):
 
 
 class Image(nn.Module):
-    """One convolution whose output is viewed, as heads do."""
+    """A convolution whose output is viewed, as heads do."""
 
     def __init__(self, layer):
         super().__init__()

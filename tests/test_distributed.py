@@ -83,7 +83,7 @@ def optimiser(leaves):
 
 
 def train_tree(adapt, params, batch, average=lambda grads: grads):
-    """Give the first gradients, averaged, and the params after some steps."""
+    """Return the first gradients, averaged, and the params after some steps."""
     leaves = ll.tree_leaves(params)
     stepper, step, first = optimiser(leaves), ll.value_and_grad(lambda p: adapt(p, batch).loss), None
     for _ in range(STEPS):
@@ -167,7 +167,7 @@ def variants(rank):
 
 
 def _calls(adapt):
-    """What a sharded adapt can do, as `{name: f(params, batch)}`."""
+    """Return the calls that a sharded adapt supports, as `{name: f(params, batch)}`."""
 
     def loss(p, batch):
         return adapt(p, batch).loss
@@ -331,7 +331,7 @@ def outcomes(tmp_path_factory):
 
 @pytest.fixture
 def of(outcomes):
-    """Give what a job gave in each of the two processes."""
+    """Return a job's results in each of the two processes."""
 
     def values(job):
         for rank, (well, value) in enumerate(outcomes[job.__name__]):

@@ -65,7 +65,7 @@ def world(tmp_path):
 
 
 def changed(params, path, **leaves):
-    """Give params with leaves of one target changed; None takes a leaf away."""
+    """Return params with leaves of one target changed; None takes a leaf away."""
     layer = {name: leaf for name, leaf in {**params[path], **leaves}.items() if leaf is not None}
     return {**params, path: layer}
 
@@ -262,7 +262,7 @@ def test_a_params_error_lists_every_fault_and_bounds_the_list(world):
 
 
 def rewritten(edit):
-    """Give the good file's bytes with its tensors or its metadata changed in place by `edit(tensors, header)`."""
+    """Return the good file's bytes with its tensors or its metadata changed in place by `edit(tensors, header)`."""
 
     def damage(world, source="good.safetensors"):
         with safetensors.safe_open(world.folder / source, framework="pt") as file:
@@ -274,7 +274,7 @@ def rewritten(edit):
 
 
 def header(key, edit):
-    """Give the good file's bytes with one JSON value of its header changed in place."""
+    """Return the good file's bytes with one JSON value of its header changed in place."""
 
     def change(_, metadata):
         value = json.loads(metadata[key])

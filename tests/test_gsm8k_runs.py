@@ -115,7 +115,7 @@ def test_a_killed_run_ends_as_one_that_was_not(hub, tmp_path):
 
 
 class Stopped(Exception):
-    """What a killed run is like to the code that was running."""
+    """A killed run, as the code that was running sees it."""
 
 
 @pytest.mark.parametrize("variant", ["lora", "pissa", "corda", "lora_ga"])

@@ -1,4 +1,4 @@
-"""What `import lora_lite` brings and does not bring, and that its public names are documented and agree."""
+"""The modules that `import lora_lite` imports, and its public names, which are documented and agree."""
 
 import inspect
 import subprocess

@@ -68,7 +68,7 @@ def assert_same(got, want):
 
 @pytest.fixture
 def saved(tmp_path):
-    """Give `(adapt, params, path)` of a LoRA that is saved there."""
+    """Return `(adapt, params, path)` of a LoRA that is saved there."""
     adapt = ll.build(fresh_model(), ll.LoRAConfig(r=4))
     params = moved(adapt.init())
     ll.save(adapt, params, tmp_path / "a.safetensors")

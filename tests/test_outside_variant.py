@@ -99,7 +99,7 @@ def test_bad_fields_are_refused_without_a_line_of_its_own(fields, error, message
 
 @dataclass(frozen=True, kw_only=True)
 class FieldsConfig(ll.AdapterConfig):
-    """One field of each annotation."""
+    """A field of each annotation."""
 
     name = "fields"
 

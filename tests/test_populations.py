@@ -15,7 +15,7 @@ LRS = (3e-3, 1e-3, 3e-4)
 
 
 def losses(output, batch):
-    """Give each row's loss."""
+    """Return each row's loss."""
     logits, labels = output.logits[:, :-1], batch["input_ids"][:, 1:]
     return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape).mean(1)
 

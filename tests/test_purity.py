@@ -13,7 +13,7 @@ def bytes_of(tensor):
 
 
 def snapshot(model):
-    """Give everything of a model that building and calling could change, as values to compare."""
+    """Return everything of a model that building and calling could change, as values to compare."""
     facts = {}
     for path, module in model.named_modules():
         tables = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)

@@ -139,7 +139,7 @@ def test_clone_keeps_classes_dtypes_and_state_dict(model):
 
 
 def _bookkeeping(layer):
-    """Give the identities of the objects that bitsandbytes rewrites, or finds others by."""
+    """Return the identities of the objects that bitsandbytes rewrites, or finds others by."""
     if isinstance(layer, bnb.nn.Linear8bitLt):
         return {id(layer.state), id(layer.weight)}
     state = layer.weight.quant_state

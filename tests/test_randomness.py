@@ -35,7 +35,7 @@ def seeded(f, seed=3):
 
 
 def transforms(adapt, params, x):
-    """Give a call of every transform, with its result as a list of one tensor for each row."""
+    """Return a call of every transform, with its result as a list of one tensor for each row."""
     stacked = ll.stack([params] * ROWS)
 
     def loss(p, one):

@@ -224,7 +224,7 @@ def test_pattern_that_matches_nothing_is_an_error(tiny):
 
 
 def saved_bytes(model, loss):
-    """Count what the backward pass of `loss()` keeps, the model's own tensors and storage seen twice left out."""
+    """Count the bytes that the backward pass of `loss()` keeps, without the model's own tensors and storage seen twice."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     sizes = {}
 

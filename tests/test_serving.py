@@ -1,4 +1,4 @@
-"""One base, many adapters: requests in threads, the same in one mixed batch, adapters written for other servers."""
+"""Many adapters on one base: requests in threads, the same in one mixed batch, adapters written for other servers."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""Which layers a config takes, and that none is left out in silence."""
+"""The layers that a config takes, none of which is left out in silence."""
 
 import pytest
 import torch

@@ -34,7 +34,7 @@ def x():
 
 
 def reference(function, has_aux=False):
-    """Give torch.func's own, with its pair the other way round."""
+    """Return torch.func's own, with its pair the other way round."""
 
     def run(*args):
         grads, value = torch.func.grad_and_value(function, has_aux=has_aux)(*args)

@@ -1,4 +1,4 @@
-"""Directives that pull a page's text out of the code, as Markdown: `{variant} lora`, `{variants}`, `{checks}`,
+"""Directives that pull a page's text out of the code, as Markdown: `{variant} lora`, `{variants}`, `{checks}`, `{kind-checks}`,
 `{configs-api}`, `{functions-api}`, `{support} peft` and `{cells}`."""
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from sphinx.util.docutils import SphinxDirective
 
 
 class FromCode(SphinxDirective):
-    """Parse what `text` gives as part of the page."""
+    """Parse the result of `text` as part of the page."""
 
     text: ClassVar[Callable[..., str]]
 
@@ -37,7 +37,7 @@ class Variants(FromCode):
 
 
 class Costs(FromCode):
-    """The table of what each variant trains and adds on one layer."""
+    """The table of each variant's trained numbers and multiply-adds on one layer."""
 
     text = staticmethod(generate.costs_table)
 
@@ -46,6 +46,12 @@ class Checks(FromCode):
     """The table of the conformance kit's checks."""
 
     text = staticmethod(generate.checks_table)
+
+
+class KindChecks(FromCode):
+    """The table of the checks of a kind of layer."""
+
+    text = staticmethod(generate.kind_checks_table)
 
 
 class ConfigsApi(FromCode):
@@ -68,7 +74,7 @@ class Support(FromCode):
 
 
 class Cells(FromCode):
-    """What each column of the matrix asks."""
+    """The table of the questions that the matrix's columns ask."""
 
     text = staticmethod(matrix.cells_table)
 
@@ -76,7 +82,7 @@ class Cells(FromCode):
 def setup(app: Any) -> dict[str, bool]:
     """Register the directives."""
     directives = {"variant": Variant, "variants": Variants, "costs": Costs, "checks": Checks, "support": Support, "cells": Cells}
-    directives |= {"configs-api": ConfigsApi, "functions-api": FunctionsApi}
+    directives |= {"kind-checks": KindChecks, "configs-api": ConfigsApi, "functions-api": FunctionsApi}
     for name, directive in directives.items():
         app.add_directive(name, directive)
     return {"parallel_read_safe": True}

@@ -1,4 +1,4 @@
-"""`Adapt`: what `build` returns. A function of params and batch over a private clone of the model, and what can be asked of it."""
+"""`Adapt`: the adapted model that `build` returns, a function of params and batch over a private clone of the model."""
 
 import dataclasses
 import functools
@@ -61,7 +61,7 @@ class Adapt:
             kwargs: further keywords for the model.
 
         Returns:
-            What the model returns.
+            The model's output.
 
         Raises:
             ValueError: where `params` does not fit; it lists each departure.
@@ -80,7 +80,7 @@ class Adapt:
             kwargs: further keywords for the model.
 
         Returns:
-            What the model returns, row `n` as adapter `index[n]` alone would give it.
+            The model's output, row `n` as adapter `index[n]` alone would compute it.
 
         Raises:
             ValueError: where `stacked` does not fit, `index` names no member, or a target's input is not made of the batch's rows.
@@ -118,7 +118,8 @@ class Adapt:
     def module(self, params: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
         """Return an `nn.Module` of the model's own class with copies of `params` as its only trainable parameters.
 
-        For what needs a module: `generate`, `Trainer`, DDP. The frozen weights are shared with the model. `params` reads back.
+        For tools that need a module: `generate`, `Trainer`, DDP. The frozen weights are shared with the model. `params` reads the
+        parameters back.
 
         Raises:
             ValueError: where `params` does not fit.
@@ -128,7 +129,7 @@ class Adapt:
         return trainable_copy(self._plan, params)
 
     def params(self, module: nn.Module) -> Tree:
-        """Read the params out of a module that `module` made; detached copies.
+        """Read detached copies of the params out of a module that `module` made.
 
         It may be wrapped by DDP, DataParallel, `torch.compile` or accelerate. Params that FSDP2 has split are gathered, so that every
         process must call this.
@@ -146,7 +147,7 @@ class Adapt:
             ) from e
 
     def merge(self, params: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Return the merged weights and biases of the targets as a state dict; the model is not touched.
+        """Return the merged weights and biases of the targets as a state dict. The model is not touched.
 
         Args:
             params: a params tree.
@@ -165,11 +166,11 @@ class Adapt:
         return merge(self._plan, params, dtype)
 
     def merge_error(self, params: Mapping[str, Mapping[str, Tensor]], merged: Mapping[str, Tensor]) -> dict[str, float]:
-        """Compute by target how much of the update merged weights miss, for want of digits or through quantising again.
+        """Compute the share of each target's update that merged weights miss, for want of digits or through quantising again.
 
         Args:
             params: a params tree.
-            merged: what `merge(params)` gave, in any dtype or after a round trip through another storage.
+            merged: the result of `merge(params)`, in any dtype or after a round trip through another storage.
 
         Returns:
             `{target path: relative error}`: the distance of the merged map from the adapted one over the size of the update, or of
@@ -183,7 +184,7 @@ class Adapt:
             return merge_error(self._plan, params, merged)
 
     def steer(self, params: Mapping[str, Mapping[str, Tensor]], c: float | Tensor) -> Tree:
-        """Return the params at strength `c`: 0 is the base model, 1 the adapter; differentiable in `c` and `params`.
+        """Return the params at strength `c`, 0 for the base model and 1 for the adapter. Differentiable in `c` and `params`.
 
         Args:
             params: a params tree, or a stack of K of them.
@@ -209,24 +210,26 @@ class Adapt:
         return steered(self._plan.entries, params, c, members)
 
     def train(self, mode: bool = True) -> "Adapt":
-        """Return an `adapt` in training mode; this one stays as it is."""
+        """Return an `adapt` in training mode. This one stays as it is."""
         base = clone_again(self._plan.base, self._plan.kinds)
         base.train(mode)
         return Adapt(dataclasses.replace(self._plan, base=base))
 
     def eval(self) -> "Adapt":
-        """Return an `adapt` in evaluation mode; this one stays as it is."""
+        """Return an `adapt` in evaluation mode. This one stays as it is."""
         return self.train(False)
 
     def shard(self, mesh: "DeviceMesh", blocks: str = r"layers\.\d+$") -> "Adapt":
-        """Return an `adapt` whose frozen base is split over the processes of a mesh by torch's `fully_shard`; this one stays as it is.
+        """Return an `adapt` whose frozen base is split over the processes of a mesh by torch's `fully_shard`.
+
+        This `adapt` stays as it is.
 
         Every process calls this on a model with the same weights. It copies its own part of each weight to the mesh's device, and
         nothing of the model is shared: the model and this `adapt` may be deleted. Params stay whole, a plain tree on every process;
         average their gradients with `all_reduce_mean`. Each call of the result is one of all processes together.
 
-        Calls, `mixed` and `base` work as ever, under `value_and_grad` and under transforms. Refused are two reverse-mode transforms in one
-        another, `torch.compile` and other threads; and `merge` and `module`, which need whole weights.
+        Calls, `mixed` and `base` work as ever, under `value_and_grad` and under transforms. Not supported: nested reverse-mode
+        transforms, `torch.compile`, other threads, `merge`, `module`.
 
         Args:
             mesh: a mesh of one axis, `torch.distributed.device_mesh.init_device_mesh(device, (processes,))`.
@@ -251,7 +254,7 @@ class Adapt:
         return tuple(cfg for _, cfg in self._plan.entries)
 
     def unused(self) -> list[str]:
-        """Name the targets that no call in the thread that built this has reached yet: their layers were neither called nor read.
+        """List the targets that no call in the building thread has reached yet: their layers were neither called nor read.
 
         A branch that a batch does not take is no error. A target that took no part in a whole training was never adapted.
         """
@@ -264,12 +267,12 @@ class Adapt:
 
     @property
     def constants(self) -> dict[str, Constants]:
-        """The variants' frozen tensors, by target path and name; those that targets share, by the variant's name."""
+        """The variants' frozen tensors, by target path and name. Tensors that targets share stand under the variant's name."""
         return {path: dict(constants) for path, constants in {**self._plan.shared, **self._plan.constants}.items()}
 
     @property
     def num_params(self) -> int:
-        """How many numbers a params tree holds."""
+        """The number of values in a params tree."""
         return count_all(self.shapes)
 
     @property
@@ -290,7 +293,7 @@ class Adapt:
         return f"Adapt({type(self._plan.base).__name__}, {variants}, {len(self._plan.entries)} targets, {self.num_params:,} params)"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Adapt, (self._plan,)  # copied and pickled as what was decided: the clones follow from it, and are of this process' threads
+        return Adapt, (self._plan,)  # only the plan is copied and pickled: the clones follow from it, and belong to this process's threads
 
     def _require(self, params: Any, caller: str, shapes: Shapes | None = None) -> None:
         require_fit(params, shapes or self.shapes, caller, self._on_meta)

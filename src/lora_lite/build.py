@@ -1,4 +1,4 @@
-"""`build`: config -> targets -> variant init -> bind. The one place where the flow can be read."""
+"""`build`: config -> targets -> constants -> plan. The whole flow can be read here."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -91,11 +91,11 @@ def choose(model: nn.Module, cfg: AdapterConfig | Sequence[AdapterConfig], kinds
 
 
 def allocated(entries: Entries, stats: Mapping[str, Any]) -> Entries:
-    """Let each calibrated config give its targets configs of their own, from the statistics of all of them."""
+    """Return each target with its config, as calibrated configs allocate them from the statistics of all targets."""
     own: dict[str, AdapterConfig] = {}
     for cfg in {id(cfg): cfg for _, cfg in entries if cfg.calibrated}.values():
         own |= cfg.allocate({target.path: stats[target.path] for target, other in entries if other is cfg})
     kept = tuple((target, own.get(target.path, cfg)) for target, cfg in entries if not cfg.calibrated or target.path in own)
     if not kept:
-        raise ValueError("build: expected allocate to keep a target, found that it dropped every one. It must keep at least one.")
+        raise ValueError("{type(entries[0][1]).__name__}.allocate dropped every target. It must keep at least one.")
     return kept

@@ -1,4 +1,4 @@
-"""One linear layer adapted by PEFT and by ours with the same numbers: what each adds to `W x + b`, and the gradients."""
+"""A linear layer adapted by PEFT and by ours with the same numbers: the update of each to `W x + b`, and the gradients."""
 
 import copy
 
@@ -51,6 +51,6 @@ def close(got, want, what, tolerance=1e-5):
 
 
 def matrix(f, params, size, **statics):
-    """Give the matrix of a pure function over the identity as frozen weight, in the params' dtype."""
+    """Return the matrix of a pure function over the identity as frozen weight, in the params' dtype."""
     eye = torch.eye(size, dtype=next(iter(params.values())).dtype)
     return f(params, eye, eye, **statics).t()

@@ -33,7 +33,7 @@ def name(cfg):
 
 
 def start(cfg, shape, stats=None):
-    """Give a layer in float64 with the config's basis, and params moved off their start."""
+    """Return a layer in float64 with the config's basis, and params moved off their start."""
     W = torch.randn(*shape, dtype=f64)
     params, constants = derived(cfg, ll.Frozen(W), stats)
     moved = {key: p.double() + 0.2 * torch.randn(p.shape, dtype=f64) for key, p in params.items()}
@@ -44,7 +44,7 @@ def start(cfg, shape, stats=None):
 
 
 def rotation(t, cfg, c):
-    """Give the block-diagonal `R (r, r)` of eq. (7), an entry at a time; lora-lite's sign."""
+    """Return the block-diagonal `R (r, r)` of eq. (7), an entry at a time; lora-lite's sign."""
     bound = 2 * math.tan(cfg.max_rotation_angle / 2)
     blocks = []
     for vector in t:
@@ -63,7 +63,7 @@ def gains(g, c):
 
 
 def core_matrix(cfg, params, S, c):
-    """Give what stands between `U` and `Vh` in the adapted weight, `(r, r)`."""
+    """Return the matrix between `U` and `Vh` in the adapted weight, `(r, r)`."""
     r, S, eye = len(S), torch.diag(S), torch.eye(len(S), dtype=f64)
     if cfg.core == "rotation":
         sides = {"none": (), "both": params.get("t")}.get(cfg.rotate_basis, [params.get("t")])
@@ -179,7 +179,7 @@ def test_gains_never_turn_a_singular_value_around():
 
 
 def inputs(i):
-    """Give correlated inputs with unequal scales, and their statistics."""
+    """Return correlated inputs with unequal scales, and their statistics."""
     x = torch.randn(400, i, dtype=f64) @ torch.randn(i, i, dtype=f64) * torch.linspace(0.1, 2.0, i, dtype=f64)
     return x, SimpleNamespace(second_moment=x.T @ x / len(x))
 

@@ -21,14 +21,14 @@ STARTS = {"ipm": slice(4), "kpm": slice(-4, None)}
 
 @pytest.fixture
 def preprocess_corda(monkeypatch):
-    """Give PEFT's function; its module takes a plain dataclass from attrs, which PEFT does not require to be installed."""
+    """Return PEFT's function; its module takes a plain dataclass from attrs, which PEFT does not require to be installed."""
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "attr", types.SimpleNamespace(dataclass=dataclasses.dataclass))
         return importlib.import_module("peft.tuners.lora.corda").preprocess_corda
 
 
 def layer_and_batches(i, o):
-    """Give a layer and single sequences `(1, t, i)` with a mean, of different sizes and lengths."""
+    """Return a layer and single sequences `(1, t, i)` with a mean, of different sizes and lengths."""
     mix = torch.eye(i) + 0.3 * torch.randn(i, i) / i**0.5  # PEFT inverts the covariance in float32
     batches = [scale * (torch.randn(1, 60 + 20 * k, i) @ mix + 0.5) for k, scale in enumerate((1.0, 3.0, 0.2))]
     return nn.Sequential(nn.Linear(i, o)), batches

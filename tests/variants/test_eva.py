@@ -14,20 +14,20 @@ f64 = torch.float64
 
 
 def pca(x, r, center=True):
-    """Give the first right singular vectors `(r, i)` and singular values of the stacked tokens, in float64."""
+    """Return the first right singular vectors `(r, i)` and singular values of the stacked tokens, in float64."""
     x = x.double()
     _, S, Vh = torch.linalg.svd(x - x.mean(0) if center else x, full_matrices=False)
     return Vh[:r], S[:r]
 
 
 def cosine(A, B):
-    """Give the smallest canonical cosine between the spans of the rows."""
+    """Return the smallest canonical cosine between the spans of the rows."""
     bases = [torch.linalg.qr(M.double().T).Q for M in (A, B)]
     return float(torch.linalg.svdvals(bases[0].T @ bases[1]).min())
 
 
 def tokens(n=400, i=24):
-    """Give tokens `(n, i)` whose mean is not zero and whose variances fall."""
+    """Return tokens `(n, i)` whose mean is not zero and whose variances fall."""
     return torch.randn(n, i) * 0.8 ** torch.arange(i) @ torch.linalg.qr(torch.randn(i, i)).Q + torch.randn(i)
 
 

@@ -22,7 +22,7 @@ def test_skew_fills_the_upper_triangle_by_rows_and_cayley_is_the_rotation():
 
 
 def angles(t, max_angle, clamp, size):
-    """Give the angles of the rotations, from their eigenvalues."""
+    """Return the angles of the rotations, from their eigenvalues."""
     R = cayley(skew(clamped(t, max_angle, clamp) / 2, size))
     return torch.linalg.eigvals(R).angle().abs()
 

@@ -26,7 +26,7 @@ def rotation(K_vec, r, cayley, c=1.0):
 
 
 def dense(W, params, r, cayley, espnet, c=1.0):
-    """Give `W'` of eq. (8)-(9), all singular values in it; signs of the vectors as the variant's."""
+    """Return `W'` of eq. (8)-(9), all singular values in it; signs of the vectors as the variant's."""
     top = singular_triplets(ll.Frozen(W), r)
     rest = W - top["U"] @ torch.diag(top["S"]) @ top["Vh"]
     S = torch.diag(top["S"] + c * params["s"] / (1 + torch.exp(-params["gate"])))
@@ -64,7 +64,7 @@ def test_basis_is_the_svd_of_the_weight():
 
 
 def moved_directions(params, W, cfg):
-    """Give `G` itself, out of the variant's update with the singular values left alone."""
+    """Return `G` itself, out of the variant's update with the singular values left alone."""
     top = singular_triplets(ll.Frozen(W), cfg.r)
     update = cfg.forward({**params, "s": torch.zeros_like(params["s"])}, ll.Frozen(W), torch.eye(W.shape[1], dtype=f64)).T - W
     return torch.diag(1 / top["S"]) @ top["U"].T @ update @ top["Vh"].T + torch.eye(cfg.r, dtype=f64)

@@ -1,4 +1,4 @@
-"""Models in parts: what accelerate's `device_map` puts on a model, carried into a clone.
+"""Models on several devices: the hooks of accelerate's `device_map`, carried into a clone.
 
 accelerate sets a `forward` on the instance that moves the inputs to the layer's device and calls the forward of the class that the module
 had. In a clone classes change, so there the same moves are torch's own hooks around whatever the class computes. Offloading, which fetches
@@ -30,7 +30,7 @@ def _only_moves(hook: Any) -> bool:
 
 
 def runs_class_forward(module: nn.Module) -> bool:
-    """Whether a module runs the forward of its class; taking accelerate's hooks off leaves that one set on the instance."""
+    """Whether a module runs the forward of its class. accelerate leaves that forward set on an instance whose hooks are removed."""
     forward = vars(module).get("forward")
     return (
         forward is None
@@ -59,7 +59,7 @@ def _fetches(hook: Any) -> bool:
 
 
 def carry(copied: nn.Module) -> None:
-    """Put the moves of a copied module into hooks, and take off what accelerate set on the instance."""
+    """Put the moves of a copied module into hooks, and remove accelerate's attributes from the instance."""
     state = vars(copied)
     hook = copy.copy(state["_hf_hook"])  # it notes the inputs' device from call to call
     for name in ("_hf_hook", "_old_forward", "forward"):

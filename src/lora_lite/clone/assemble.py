@@ -12,7 +12,7 @@ from lora_lite.core.plan import Plan
 
 
 def bound_copy(plan: Plan) -> tuple[nn.Module, dict[str, Binding]]:
-    """Copy a plan's base, its targets bound to their variants; with the bindings by path."""
+    """Copy a plan's base and bind the targets to their variants. Return the copy and the bindings by path."""
     clone = clone_again(plan.base, plan.kinds)
     shared = {name: _shared(clone, name, plan) for name in plan.shared_params()}
     bound = {}
@@ -27,13 +27,13 @@ def bound_copy(plan: Plan) -> tuple[nn.Module, dict[str, Binding]]:
 
 
 def _shared(clone: nn.Module, name: str, plan: Plan) -> Adapter:
-    """Give the root of a copy a child with the tensors that all targets of a variant share."""
+    """Register the tensors that all targets of a variant share, in a child of a copy's root."""
     dtype = next(cfg.dtype for _, cfg in plan.entries if cfg.name == name)
     return Adapter.on(clone, name, f"{name}_shared", plan.shapes[name], dtype)
 
 
 def trainable_copy(plan: Plan, params: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
-    """Copy a plan's base as a module to be trained: copies of `params` are its trainable parameters, and its small state is its own."""
+    """Copy a plan's base as a module to be trained. Its trainable parameters are copies of `params`, and its small buffers its own."""
     module, _ = bound_copy(plan)
     for name, buffer in volatile_buffers(module).items():
         where, _, attribute = name.rpartition(".")

@@ -1,7 +1,7 @@
-"""Bind a target of a copy to its variant: the layer keeps its class, its `forward` is the binding, its params lie in a child of their own.
+"""Bind a target of a copy to its variant. The layer keeps its class, its `forward` is the binding, its params lie in a child of their own.
 
-A call hands each binding the params of its target. In a module for tools that need one (`adapt.module`) they are the child's parameters;
-else these are placeholders on meta, so that a stray read fails rather than computing silently without the adapter.
+A call hands each binding the params of its target. In a module for tools that need one (`adapt.module`) they are the child's parameters.
+Elsewhere the child has placeholders on meta, so that a stray read fails rather than computing silently without the adapter.
 """
 
 import copy
@@ -41,7 +41,9 @@ class Adapter(nn.Module):
 
     @classmethod
     def on(cls, host: nn.Module, path: str, named: str, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> "Adapter":
-        """Give a module of a copy placeholders for the params of the target at `path`; `named` leads their names where several meet."""
+        """Register placeholders for the params of the target at `path` on a module of a copy.
+
+        Names begin with `named` where several adapters meet on one module."""
         self = cls(path)
         leaf = not any(not isinstance(child, Adapter) for child in host._modules.values()) and not isinstance(host, _CONTAINERS)
         if leaf:
@@ -119,7 +121,7 @@ def _free_name(module: nn.Module, name: str) -> str:
 
 
 class Binding:
-    """One target of a copy: its layer, its variant, and the params of the call that runs.
+    """A target of a copy: its layer, its variant, and the params of the call that runs.
 
     Attributes:
         path: the target's path in the model.
@@ -244,7 +246,7 @@ class Binding:
         return self.W.device.type == "meta"
 
     def registered(self) -> Params:
-        """Return the adapter's parameters as params; a placeholder is refused, since products on a CPU take one without a word."""
+        """Return the adapter's parameters as params. Placeholders are refused, since products on a CPU accept them in silence."""
         if self._hollow():
             raise RuntimeError(
                 f'adapt: expected params with data at "{self.path}", found them on meta. Pass params on its device; where the model '
@@ -261,7 +263,7 @@ def _missing(*args: Any, **kwargs: Any) -> Any:
 def bind_target(
     clone: nn.Module, path: str, kind: type[Kind], cfg: AdapterConfig, shapes: Mapping[str, tuple[int, ...]], constants: Params, shared: Any
 ) -> Binding:
-    """Bind one target of a copy: its adapter, what its model's call reaches, and what stands for its weight where the model reads it."""
+    """Bind one target of a copy: register its adapter, replace the layer's forward, put stand-ins before weights that the model reads."""
     host = clone.get_submodule(kind.host(path))
     W = kind.at(clone, path, dict(constants))
     inside = path[len(kind.host(path)) :].lstrip(".")
@@ -399,6 +401,6 @@ def bare(module: nn.Module) -> nn.Module:
 
 
 def whole(param: Tensor) -> Tensor:
-    """Copy a param out of a module; one that FSDP2 has split is gathered, by all processes together."""
+    """Copy a param out of a module. A param that FSDP2 has split is gathered, by all processes together."""
     param = param.detach()
     return param.full_tensor() if hasattr(param, "full_tensor") else param.clone()

@@ -1,4 +1,4 @@
-"""What passes in and out of a recomputed block besides its arguments and results: mappings that it writes into, outputs that hooks keep.
+"""Hidden inputs and outputs of a recomputed block: mappings that it writes into, outputs that hooks keep.
 
 Inside of a recomputed block nothing has a graph: what leaves it has to be a result of its autograd Function, or its gradient is lost.
 """
@@ -22,7 +22,7 @@ Seen = list[tuple[str, "weakref.ref[Tensor]"]]
 
 @contextmanager
 def watched(block: nn.Module) -> Iterator[Seen]:
-    """Note what modules inside a block hand to their hooks, while it runs for the first time."""
+    """Record the outputs that modules inside a block hand to their hooks during its first run."""
     seen: Seen = []
 
     def note(path: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -38,7 +38,7 @@ def watched(block: nn.Module) -> Iterator[Seen]:
 
 
 def require_no_escape(seen: Seen, kept: set[int]) -> None:
-    """Refuse hooks that keep what a recomputed block computes inside: it has no graph, and a loss of it no gradient."""
+    """Refuse hooks that keep an inner output of a recomputed block: without a graph, a loss of it has no gradient."""
     escaped = sorted({path for path, ref in seen if (t := ref()) is not None and id(t) not in kept})
     if escaped:
         raise ValueError(
@@ -50,13 +50,13 @@ def require_no_escape(seen: Seen, kept: set[int]) -> None:
 
 @dataclass(frozen=True)
 class _Note:
-    """The place of a mapping among a block's inputs. Blocks may write into one what later blocks read, as Gemma 3n's do with keys."""
+    """The place of a mapping among a block's inputs. Blocks may write values there for later blocks, as Gemma 3n's do with keys."""
 
     number: int
 
 
 def without_notes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], tuple[Any, ...], dict[str, Any]]:
-    """Take mappings out of a block's inputs: what they hold is an input, and what is written into them a result."""
+    """Take mappings out of a block's inputs. Their values become inputs, and values written into them become results."""
     notes: list[Any] = []
 
     def taken(value: Any) -> Any:
@@ -72,7 +72,7 @@ def without_notes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[A
 def with_notes(
     notes: list[Any], contents: list[dict[Any, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[list[Any], tuple[Any, ...], dict[str, Any]]:
-    """Put copies of mappings, with these contents, back among a block's inputs; give the copies too."""
+    """Put copies of mappings, with these contents, back among a block's inputs. Return the copies too."""
     own = [_copy(note, dict(content)) for note, content in zip(notes, contents)]
 
     def back(value: Any) -> Any:
@@ -90,5 +90,5 @@ def _copy(note: Any, content: dict[Any, Any]) -> Any:
 
 
 def written(own: list[Any], contents: list[dict[Any, Any]]) -> list[dict[Any, Any]]:
-    """Give what a block wrote into its copies."""
+    """Return the values that a block wrote into its copies of mappings."""
     return [{key: v for key, v in note.items() if v is not content.get(key, note)} for note, content in zip(own, contents)]

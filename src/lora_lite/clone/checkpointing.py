@@ -28,7 +28,7 @@ Run = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 def install(clone: nn.Module, pattern: str | None) -> None:
-    """Make the blocks whose paths match `pattern` recompute, and those of a model whose own checkpointing is on.
+    """Checkpoint the blocks whose paths match `pattern`, and those of a model whose own checkpointing is on.
 
     Raises:
         ValueError: where `pattern` matches no module.
@@ -44,7 +44,7 @@ def install(clone: nn.Module, pattern: str | None) -> None:
 
 
 def check_pattern(model: nn.Module, pattern: str | None) -> list[nn.Module]:
-    """Give the blocks whose paths match `pattern`, none for None.
+    """List the blocks whose paths match `pattern`, none for None.
 
     Raises:
         ValueError: where `pattern` matches no module.
@@ -157,7 +157,7 @@ def _compiled(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], k
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How to run a block again. Opaque to a transform, which would otherwise wrap the random state like an input."""
+    """A block's run with its random state, opaque to transforms, which would otherwise wrap the random state like an input."""
 
     run: Run
     rng: tuple[Tensor, dict[int, Tensor]] | None
@@ -226,7 +226,7 @@ def _now(binding: Any) -> Any:
 
 
 class Held:
-    """What a call puts in place inside a block, params and buffers: explicit inputs of its recomputation."""
+    """The params and buffers that a call has swapped into a block: explicit inputs of the block's recomputation."""
 
     def __init__(self, params: list[tuple[Any, list[str]]], index: Tensor | None, buffers: list[tuple[dict[str, Any], str]]) -> None:
         self._params, self._index, self._buffers = params, index, buffers
@@ -239,7 +239,7 @@ class Held:
 
     @classmethod
     def of(cls, block: nn.Module) -> "Held":
-        """Find what a call has put in place inside a block."""
+        """Find the params and buffers that a call has swapped into a block."""
         bound = [adapter.binding for adapter in adapters(block) if adapter.binding is not None]
         params = [(b, list(_now(b))) for b in bound]
         index = next((b.index for b in bound if b.index is not None), None)
@@ -276,7 +276,7 @@ def _random_state(tensors: Sequence[Tensor]) -> tuple[Tensor, dict[int, Tensor]]
 
 @contextmanager
 def _restored(rng: tuple[Tensor, dict[int, Tensor]] | None) -> Iterator[None]:
-    """Draw what the forward drew: dropout must fall on the same entries."""
+    """Restore the random state of the forward: dropout must fall on the same entries."""
     if rng is None:
         yield
         return

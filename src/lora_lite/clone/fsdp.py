@@ -26,14 +26,14 @@ from lora_lite.core.plan import Plan
 
 @dataclass(frozen=True)
 class Sharding:
-    """Over which mesh a base is split, and the expression of the blocks that are gathered one at a time."""
+    """The mesh over which a base is split, and the expression of the blocks that are gathered one at a time."""
 
     mesh: Any
     blocks: str
 
 
 def shard_plan(plan: Plan, sharding: Sharding) -> Plan:
-    """Give a plan over this process's part of the base, with the constants on the mesh's device."""
+    """Return a plan over this process's part of the base, with the constants on the mesh's device."""
     base, device = shard_base(plan.base, sharding), _device(sharding.mesh)
     constants = {path: {name: c.to(device) for name, c in own.items()} for path, own in plan.constants.items()}
     shared = {variant: {name: c.to(device) for name, c in common.items()} for variant, common in plan.shared.items()}
@@ -83,7 +83,7 @@ def wake(clone: nn.Module, sharding: Sharding) -> nn.Module:
 
 
 def _hollowed(clone: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Put weights without data in the places of the parts, which `fully_shard` would refuse; give what stood where."""
+    """Replace the parts, which `fully_shard` would refuse, by weights without data. Return the parts with their places."""
     parts: list[tuple[nn.Module, str, nn.Parameter]] = []
     held_apart = placeholders(clone)
     hollow: dict[int, nn.Parameter] = {}

@@ -1,4 +1,4 @@
-"""One call on a bound copy: its params and the model's own small state in place for the length of it, in a copy of each thread's own."""
+"""A call on a bound copy, with the call's params and copies of the model's small buffers in place. Each thread has its own copy."""
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ def volatile_buffers(clone: nn.Module) -> dict[str, Tensor]:
 
 
 class Replica:
-    """One bound copy, which one thread calls.
+    """A bound copy, which one thread calls.
 
     Args:
         module: the copy.
@@ -44,7 +44,7 @@ class Replica:
         self._volatile = volatile_buffers(module)
 
     def adapted(self, params: AnyTree, batch: Any, kwargs: Mapping[str, Any], mixed: bool = False, index: Tensor | None = None) -> Any:
-        """Run the adapted model; of a mixed batch with the member of each row."""
+        """Run the adapted model. For a mixed batch, `index` is the member of each row."""
         if self._shared:
             leaves = [{**params[self._shared[p]], **params[p]} if p in self._shared else params[p] for p, _ in self.bindings]
         else:

@@ -23,7 +23,7 @@ _PLAIN = frozenset((bool, int, float, str, type(None)))  # most of what modules 
 
 
 def clone_module(model: nn.Module, kinds: Sequence[type[Kind]] = ()) -> nn.Module:
-    """Copy a module tree without copying a weight; its quantised layers, target or not, run their kind instead of their own forward.
+    """Copy a module tree without copying a weight. Quantised layers, target or not, run their kind instead of their own forward.
 
     Args:
         model: any module.
@@ -41,7 +41,7 @@ def clone_module(model: nn.Module, kinds: Sequence[type[Kind]] = ()) -> nn.Modul
 
 
 def clone_again(clone: nn.Module, kinds: Sequence[type[Kind]] = ()) -> nn.Module:
-    """Copy a private copy: what `clone_module` checked of the model holds for it too."""
+    """Copy a private copy, for which the checks of `clone_module` hold already."""
     copies = _copied(list(clone.modules()))
     for module in copies.values():
         adopt(module, kinds)
@@ -75,7 +75,7 @@ def _patched(module: nn.Module) -> bool:
 
 
 def _alias(tensor: Tensor | None, tensors: dict[int, Tensor]) -> Tensor | None:
-    """Share the storage, not the autograd state; a tensor held twice stays one tensor held twice."""
+    """Share a tensor's storage, not its autograd state. A tensor in two places stays one tensor."""
     if tensor is None:
         return None
     if id(tensor) not in tensors:
@@ -96,7 +96,7 @@ def _parameter(tensor: nn.Parameter, alias: Tensor) -> nn.Parameter:
 
 
 def _copied(modules: Collection[nn.Module]) -> dict[int, nn.Module]:
-    """Copy all modules of a tree; by the `id` of the original."""
+    """Copy all modules of a tree. The result maps the `id` of an original to its copy."""
     copies = {id(module): module.__class__.__new__(module.__class__) for module in modules}
     tensors: dict[int, Tensor] = {}
     for module in modules:

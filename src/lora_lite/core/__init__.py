@@ -1,4 +1,4 @@
-"""What variants are written against; it imports nothing else of the package. A variant's file takes its names from here."""
+"""The names that a variant's file imports. This package imports nothing of the rest of the library."""
 
 from lora_lite.core.checked import another_start as another_start
 from lora_lite.core.checked import checked as checked

@@ -24,7 +24,7 @@ _enabled = os.environ.get("LORA_LITE_TYPECHECK", "").lower() not in ("", "0", "f
 
 
 def set_typecheck(on: bool) -> bool:
-    """Switch shape checking on or off for the whole process and return what it was."""
+    """Switch shape checking on or off for the whole process and return the setting before."""
     global _enabled
     before, _enabled = _enabled, on
     return before
@@ -58,7 +58,7 @@ def checked(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def tested(params: Any, W: Any, x: Any, statics: Mapping[str, Any]) -> Tensor:
         with jaxtyped("context"):  # one set of axis sizes for all the tests below
             faults: list[str] = []
-            W = _frozen_or_fault(W, faults)  # the layer first: what is given binds the axes, and the params are held to it
+            W = _frozen_or_fault(W, faults)  # the layer first: its widths bind the axes, and the params must agree
             vectors = W.vectors(x) if isinstance(W, Frozen) and isinstance(x, Tensor) else x
             faults += _fault("x", vectors, hints["x"])
             faults += _field_faults(params, fields)

@@ -38,11 +38,11 @@ class AdapterConfig:
     A subclass gives `name`, `init` and `forward`, and where it derives tensors from a layer, `constants`. Its fields are checked by their
     annotations: `r: ll.Rank = 8`. The other facts are class variables with defaults:
 
-    - `adapts`: what it adapts, one of `lora_lite.layers.kinds.SITES`: linear layers, norms, whole modules or the outputs of blocks.
-    - `uses`: which parts of a layer it uses, a set of words of `lora_lite.core.config.USES`, by default all of them. What uses less can
-      adapt more: an embedding has no input vectors, a packed weight may have no dense form.
-    - `calibrated`: whether `constants` needs statistics of the inputs. Which ones a class variable `statistic` may say, by default
-      `lora_lite.Statistics`; with `label_mask` positions whose label is -100 are left out. `lora_lite.Gradient` is that of the weight's
+    - `adapts`: the site, a key of `lora_lite.layers.kinds.SITES`: linear layers, norms, whole modules or the outputs of blocks.
+    - `uses`: the parts of a layer that it uses, a set of words of `lora_lite.core.frozen.USES`, by default all of them. A variant that uses
+      less can adapt more kinds of layers (an embedding has no input vectors, a packed weight may have no dense form).
+    - `calibrated`: whether `constants` needs statistics of the inputs. A class variable `statistic` may name their class, by default
+      `lora_lite.Statistics`. With `label_mask` positions whose label is -100 are left out. `lora_lite.Gradient` gathers the weight's
       gradient, for which `build` needs a loss.
     - `original`: whether `constants` needs the layer's weight from before it was quantised, given to it as `stats`.
     - `identity`: relative tolerance of the identity at init; 0.0 for exact, None if it does not start at the base model.
@@ -116,7 +116,7 @@ class AdapterConfig:
         return dict.fromkeys(stats, self)
 
     def share(self, layers: Sequence[Frozen]) -> Constants:
-        """Derive the constants that all targets of this config share; they reach each target's `W.constants` like its own."""
+        """Derive the constants that all targets of this config share. Each target finds them in `W.constants`, beside its own."""
         return {}
 
     def share_init(self, layers: Sequence[Frozen], generator: torch.Generator) -> Params:
@@ -142,7 +142,7 @@ class AdapterConfig:
         return {name: c * p if self.steered is None or name in self.steered else p for name, p in params.items()}
 
     def update(self, params: Any, grads: Any, state: Any = None) -> tuple[Any, Any]:
-        """Do what the method does to its params after an optimiser's step: `(params tree, gradients, state) -> (params, state)`.
+        """Apply the method's own step after an optimiser's, such as pruning: `(params tree, gradients, state) -> (params, state)`.
 
         A pure function that the training loop calls; `state` is None at the first call. Most methods do nothing.
         """
@@ -178,7 +178,7 @@ def _indices(cfg: AdapterConfig) -> tuple[int, ...] | None:
 
 
 def as_config(cfg: object) -> AdapterConfig:
-    """Accept any object with `name`, `init` and `forward`; what it lacks takes the defaults of `AdapterConfig`.
+    """Complete an object that has `name`, `init` and `forward` by the defaults of `AdapterConfig`.
 
     Raises:
         TypeError: where `cfg` is no such object, or a field of it holds a value of another type.
@@ -207,7 +207,7 @@ def with_fields(cfg: AdapterConfig, **values: Any) -> AdapterConfig:
 
 
 def to_json(cfg: AdapterConfig) -> dict[str, Any]:
-    """Write a config as plain values: its variant's name, every field, and what its instance holds besides.
+    """Return a config as plain values: its variant's name, every field and every other attribute of the instance.
 
     Raises:
         TypeError: for a value that JSON cannot hold.
@@ -226,7 +226,7 @@ def to_json(cfg: AdapterConfig) -> dict[str, Any]:
 
 
 def from_json(cls: type, fields: Mapping[str, Any]) -> AdapterConfig:
-    """Build a config of `cls` from what `to_json` wrote.
+    """Build a config of `cls` from the values that `to_json` returned.
 
     Raises:
         ValueError: for a field that `cls` does not take.

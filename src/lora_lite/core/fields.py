@@ -1,4 +1,4 @@
-"""What a config's fields may hold: each annotation is checked, so that a variant writes no check of its own.
+"""Annotations of a config's fields, which check the values: a variant writes no check of its own.
 
 `r: Rank = 8` refuses 0, `"8"` and `True`; `side: Literal["in", "out"] = "in"` refuses the rest; plain `int`, `float`, `bool` and `str` are
 checked by type. `require_rank` and `require_divisor` hold a field against a layer.
@@ -60,7 +60,7 @@ _Problem = tuple[type[Exception], str]
 
 
 def check_fields(cfg: object) -> None:
-    """Raise unless every field of a dataclass holds what its annotation allows; annotations of other kinds allow anything.
+    """Raise unless every field of a dataclass holds a value that its annotation allows. Annotations of other kinds allow anything.
 
     Raises:
         TypeError: for a value of another type.
@@ -84,7 +84,7 @@ def at(cfg: object, field: str) -> str:
 
 
 def expect(cfg: object, field: str, ok: bool, expected: str, fix: str) -> None:
-    """Raise the three-part error of a config field unless `ok`: for what depends on several fields."""
+    """Raise the three-part error of a config field unless `ok`, for conditions on several fields."""
     if not ok:
         raise ValueError(f"{at(cfg, field)} {expected}, found {getattr(cfg, field)!r}. {fix}")
 
@@ -97,7 +97,7 @@ def require_rank(cfg: Any, W: Frozen) -> None:
 
 
 def require_divisor(cfg: object, field: str, width: int, axis: str, step: int = 1) -> None:
-    """Raise unless a field divides the width of a layer's axis `"i"` or `"o"`; divisors to offer are multiples of `step`."""
+    """Raise unless a field divides the width of a layer's axis `"i"` or `"o"`. The message offers multiples of `step`."""
     size = getattr(cfg, field)
     fits = sorted((d for d in range(2, width + 1, step) if width % d == 0), key=lambda d: abs(d - size))[:3]
     fix = f"Use e.g. {' or '.join(map(str, fits))}." if fits else "Leave the layer out."
@@ -106,7 +106,7 @@ def require_divisor(cfg: object, field: str, width: int, axis: str, step: int = 
 
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
-    """Resolve the annotations of a class's fields; a name that cannot be found allows anything."""
+    """Resolve the annotations of a class's fields. A name that cannot be found allows anything."""
     hints: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         for name, hint in vars(base).get("__annotations__", {}).items():
@@ -125,7 +125,7 @@ def _resolved(base: type, name: str, hint: Any) -> Any:
 
 
 def _problem(hint: Any, value: object) -> _Problem | None:
-    """Return the error that a value is, and what was expected; None where it is none."""
+    """Return the class of a bad value's error with the expectation in words, or None for a good value."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         bounds = next((extra for extra in args[1:] if isinstance(extra, Within)), None)
@@ -156,7 +156,7 @@ def _either(problems: list[_Problem]) -> _Problem:
 
 
 def _way_out(field: "dataclasses.Field[Any]", hint: Any) -> str:
-    """Say how to set a field, with its default as the example."""
+    """Return an error's remedy: how to set the field, with its default as the example."""
     meaning = next((extra.meaning for extra in get_args(hint) if isinstance(extra, Within)), "")
     shown = f'"{field.default}"' if isinstance(field.default, str) else repr(field.default)
     example = "" if field.default is MISSING else f"e.g. {field.name}={shown}"

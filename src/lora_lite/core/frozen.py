@@ -26,7 +26,7 @@ USES = {
     "matmul": "calls `W.matmul`, the product without the bias, on vectors of its own",
     "dense": "calls `W.dense()`, the weight as a matrix, at build or in the forward; norms of it too",
 }
-"""The words of a variant's `uses` and a kind's `gives`: which parts of a layer a variant uses, and which a kind of layer has."""
+"""The parts of a layer, as words: a variant lists in `uses` the parts that it uses, a kind in `gives` the parts that it has."""
 
 
 class Frozen:
@@ -43,7 +43,7 @@ class Frozen:
     constants: Params
     """The variant's frozen tensors, by name."""
     prompt: Tensor | None = None
-    """Of a block in a call, which positions of its hidden states are prompt, `(b, t)`."""
+    """For a block during a call: the mask of the positions that are prompt, `(b, t)`."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Frozen:
 
     @property
     def device(self) -> torch.device:
-        """Where the weight lives."""
+        """The device of the weight."""
         return self.weight.device
 
     @property
@@ -103,7 +103,7 @@ class Frozen:
         return F.linear(F.dropout(x, dropout, self.training) if dropout else x, A)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the weight as a plain `(o, i)` matrix in `dtype`, or in its own; detached."""
+        """Return the detached weight as a plain `(o, i)` matrix, in `dtype` or else in its own."""
         weight = self.weight.detach()
         return weight if dtype is None else weight.to(dtype)
 
@@ -123,7 +123,7 @@ class Frozen:
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
-        """What a full training of the layer would train, by name."""
+        """The parameters that a full training of the layer moves, by name."""
         return {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
 
     def moved(self, deltas: Mapping[str, Tensor]) -> Callable[[Any], Any]:
@@ -133,12 +133,12 @@ class Frozen:
 
 
 def plus(y: Tensor, bias: Tensor | None) -> Tensor:
-    """Add a bias, where there is one, as an operation of its own; `F.linear` adds it before it rounds."""
+    """Add a bias, if any, to a finished product. `F.linear` adds it before the product is rounded."""
     return y if bias is None else y + bias
 
 
 def as_frozen(W: Frozen | Tensor) -> Frozen:
-    """Wrap a plain `(o, i)` weight; a `Frozen` stays itself."""
+    """Wrap a plain `(o, i)` weight. A `Frozen` is returned as it is."""
     return Frozen(W) if isinstance(W, Tensor) else W
 
 

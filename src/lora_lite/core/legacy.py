@@ -16,7 +16,7 @@ _READS = {"output": ("output",), "projection": ("output", "project"), "rows": ("
 
 @functools.cache
 def completed(cls: Any, base: Any) -> Any:
-    """Return a config's class with what it lacks: the defaults of `base`, and today's form of what it says in the old way.
+    """Return a config's class completed by the defaults of `base`, with facts of the old form in today's.
 
     A class that lacks nothing is returned as it is; else the new one has its name, and `_written` is the user's own.
     """

@@ -21,7 +21,7 @@ def add_low_rank(y0: Tensor, h: Tensor, B: Tensor, scale: float = 1.0) -> Tensor
 
 
 def gate(y: Tensor, g: Tensor, fixed: Tensor | None = None) -> Tensor:
-    """Return `(1 + g) (y - fixed) + fixed`, with `y (*b, k)` and `g`, `fixed` `(k,)`; `y` to the bit where `g = 0`."""
+    """Return `(1 + g) (y - fixed) + fixed`, with `y (*b, k)` and `g`, `fixed` `(k,)`. The result is exactly `y` where `g = 0`."""
     g = g.to(y.dtype)  # under autocast the layer's output has another dtype than its input
     if torch.finfo(y.dtype).bits < 32:  # 1 + g would round small gates away
         return torch.addcmul(y, y if fixed is None else y - fixed, g)
@@ -117,7 +117,7 @@ _FIXED: dict[Any, Tensor] = {}
 
 
 def fixed(make: Callable[[int, torch.device], Tensor], size: int, device: torch.device) -> Tensor:
-    """Return `make(size, device)`, a tensor that depends on nothing else and is made once; while something traces, anew."""
+    """Return `make(size, device)`, cached. While a compiler or a transform traces, the tensor is made anew."""
     if torch.compiler.is_compiling():
         return make(size, device)
     key = make, size, device
@@ -139,7 +139,7 @@ def cayley_excess(X: Tensor) -> Tensor:
 
 
 def cayley(X: Tensor) -> Tensor:
-    """Compute the rotation `C(X) = (I - X)^{-1} (I + X)` of a skew `X (*n, k, k)`, in at least float32; `C(-X) = C(X)^T`."""
+    """Compute the rotation `C(X) = (I - X)^{-1} (I + X)` of a skew `X (*n, k, k)`, in at least float32. `C(-X) = C(X)^T`."""
     excess = cayley_excess(X)
     return excess + torch.eye(X.shape[-1], dtype=excess.dtype, device=X.device)
 

@@ -15,7 +15,7 @@ Shapes = dict[str, dict[str, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class Target:
-    """One layer to adapt.
+    """A layer to adapt.
 
     Attributes:
         path: the module's path in the model; empty where the model is itself the layer.
@@ -38,7 +38,7 @@ class Target:
 
 
 class Targets(tuple[Target, ...]):
-    """The targets of one config, in the model's order; prints as one line a target."""
+    """The targets of one config, in the model's order. Printing shows a line for each."""
 
     def __str__(self) -> str:
         return "\n".join([f"{len(self)} targets", *(f"  {t}" for t in self)])

@@ -1,4 +1,4 @@
-"""Statistics of a layer's inputs: sums alone, so that memory does not grow with the data. A statistic is a value: adding gives another."""
+"""Statistics of a layer's inputs: sums alone, so that memory does not grow with the data. `add` returns a new statistic."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace

@@ -9,5 +9,5 @@ def transformed() -> bool:
 
 
 def in_transform() -> bool:
-    """Whether a transform, a compilation or inference mode is active: plain autograd records nothing in the last."""
+    """Whether a transform, a compilation or inference mode is active. In inference mode plain autograd records nothing."""
     return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or transformed()

@@ -10,7 +10,7 @@ AnyTree = Mapping[str, Mapping[str, Any]]
 
 
 def join(path: str, name: str) -> str:
-    """Join a module path and a name; the root module has the empty path."""
+    """Join a module path and a name. The root module has the empty path."""
     return f"{path}.{name}" if path else name
 
 
@@ -34,7 +34,7 @@ def tree_leaves(tree: Mapping[str, Mapping[str, Any]]) -> list[Any]:
 def tree_map(
     f: Callable[..., Any], tree: Mapping[str, Mapping[str, Any]], *others: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Apply `f` to the corresponding leaves of one or several params trees; the keys are those of the first.
+    """Apply `f` to the corresponding leaves of one or several params trees. The keys are those of the first.
 
     Example:
         >>> import torch, lora_lite as ll

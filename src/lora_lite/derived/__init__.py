@@ -1,1 +1,1 @@
-"""What follows from a variant's function: merged weights, mixed batches, counts."""
+"""Derivations from a variant's pure function: merged weights, mixed batches, counts."""

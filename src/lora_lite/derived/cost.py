@@ -43,13 +43,13 @@ class _Counter(TorchDispatchMode):
 
 
 def macs_per_token(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen, probe: Probe = on_meta) -> int:
-    """Count what a variant adds to one token of one linear map, the map's own multiply-adds taken off.
+    """Count the multiply-adds that a variant adds to one linear map for one token, the map's own taken off.
 
     Args:
         cfg: the variant.
         params: the map's params; only their shapes are used.
         W: the map; only shapes are used.
-        probe: `(W, tokens)` to the map and so many tokens on meta, and the map's own multiply-adds for one.
+        probe: `(W, tokens)` to the map and an input of so many tokens on meta, and the map's own multiply-adds for one.
     """
     meta = {name: torch.empty(p.shape, device="meta") for name, p in params.items()}
 
@@ -67,7 +67,7 @@ def _probe(W: Kind, k: int, part: Any, tokens: int) -> tuple[Frozen, Tensor, int
 
 
 def macs_of(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Kind) -> int:
-    """Count what a variant adds to one token of a layer, of one linear map or several."""
+    """Count the multiply-adds that a variant adds to a layer for one token, over all its linear maps."""
     total = 0
     for k, (name, part, _, _) in enumerate(W.probe(3)):
         total += macs_per_token(cfg, W.part(params, name), part, functools.partial(_probe, W, k))

@@ -1,4 +1,4 @@
-"""Merge an adapter into dense weights, derived for every linear variant from its pure function. A kind knows its names and layout."""
+"""Merge an adapter into dense weights, for every linear variant by its pure function. A kind knows its names and layout."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -76,9 +76,9 @@ def leaves_at(params: AnyTree, target: Target, cfg: AdapterConfig) -> Mapping[st
 
 
 def merge_error(plan: Plan, params: AnyTree, merged: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return by target how far the merged tensors are from the adapted map, over the size of the update.
+    """Return for each target the distance of the merged tensors from the adapted map, over the size of the update.
 
-    By Frobenius norms; where there is no update, over the size of the weight.
+    Distances are Frobenius norms. Where there is no update, they are taken over the size of the weight.
 
     Raises:
         ValueError: for targets that cannot be merged, and where `merged` lacks one of their tensors or holds it in another shape.

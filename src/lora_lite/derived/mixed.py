@@ -77,7 +77,7 @@ def is_stacked(params: object, shapes: Shapes) -> bool:
 
 
 def steered(entries: Sequence[tuple[Target, AdapterConfig]], params: AnyTree, c: float | Tensor, members: int | None) -> Tree:
-    """Return params at strength `c`, those of a stack of `members` where there is one; each member at its own where `c` has several."""
+    """Return params at strength `c`. A stack of `members` takes one strength for all or, where `c` is a vector, one for each."""
 
     def one(params: AnyTree, c: float | Tensor) -> Tree:
         configs = {cfg.name: cfg for _, cfg in entries} | {target.path: cfg for target, cfg in entries}
@@ -107,7 +107,7 @@ def strength_axes(c: float | Tensor, members: int | None) -> tuple[int | None, i
 
 
 def index_of(index: Tensor | Sequence[int] | None, members: int, device: torch.device) -> Tensor | None:
-    """Check an index of adapters, a row each, and give it as a tensor.
+    """Check an index of adapters, one for each row, and return it as a tensor.
 
     Raises:
         ValueError: where it names a member that is not there. Values of a tensor are read on the CPU alone, where nothing waits for them,

@@ -1,4 +1,4 @@
-"""What an adapter costs, as counts and as a readable table."""
+"""The costs of an adapter, as counts and as a readable table."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def count_all(shapes: Shapes) -> int:
 
 
 def macs_by_target(plan: Plan) -> dict[str, int]:
-    """Count each target's multiply-adds per token; layers alike are counted once."""
+    """Count each target's multiply-adds per token. Layers of one shape are counted once."""
     known: dict[Any, int] = {}
     counts = {}
     for target, cfg in plan.entries:
@@ -33,7 +33,7 @@ def macs_by_target(plan: Plan) -> dict[str, int]:
 
 
 def table(plan: Plan, macs: dict[str, int]) -> str:
-    """Lay out path, role, shape, variant, params and multiply-adds per token, a target a line, with a total."""
+    """Lay out path, role, shape, variant, params and multiply-adds per token, one line for each target, with a total."""
     rows = [("path", "role", "(o, i)", "variant", "params", "MACs/token")]
     for target, cfg in plan.entries:
         path = target.path + (f" (weight shared with {', '.join(target.shared_with)})" if target.shared_with else "")

@@ -32,7 +32,7 @@ def save(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], path: str | o
     there stays whole.
 
     Args:
-        adapt: what the params belong to.
+        adapt: the adapted model of the params.
         params: a tree that fits it.
         path: the file to write; its directory must exist.
 

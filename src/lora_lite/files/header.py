@@ -1,4 +1,4 @@
-"""The header of an adapter file: what `save` says about its tensors, and what `load` holds them to."""
+"""The header of an adapter file: `save` describes the tensors in it, and `load` checks them against it."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ Described = dict[str, tuple[str, list[int]]]  # name -> dtype and shape
 
 @dataclass(frozen=True)
 class Stored:
-    """One target in a file: which config, the layer's widths and role, the dtype and shape of each tensor."""
+    """A target in a file: its config, the layer's widths and role, the dtype and shape of each tensor."""
 
     config: int
     i: int
@@ -27,7 +27,7 @@ class Stored:
     constants: Described
 
     def tensors(self, path: str) -> Iterator[tuple[str, tuple[str, list[int]]]]:
-        """Name the target's tensors as the file does."""
+        """Return the names of the target's tensors in the file."""
         for name, described in self.params.items():
             yield join(path, name), described
         for name, described in self.constants.items():
@@ -49,7 +49,7 @@ def write_header(
 
 
 def read_header(metadata: Mapping[str, str]) -> tuple[list[dict[str, Any]], dict[str, Stored], dict[str, Described], dict[str, Described]]:
-    """Read what `write_header` wrote.
+    """Read the metadata that `write_header` returned.
 
     Raises:
         ValueError: where something is missing or of another kind.
@@ -80,7 +80,7 @@ def _described(facts: Mapping[str, Any]) -> Described:
 def tensor_faults(
     targets: Mapping[str, Stored], shared: Mapping[str, Described], shared_params: Mapping[str, Described], tensors: Mapping[str, Tensor]
 ) -> list[str]:
-    """List where a file's tensors depart from its header."""
+    """List the departures of a file's tensors from its header."""
     promised = {name: described for path, target in targets.items() for name, described in target.tensors(path)}
     promised |= {CONSTANT + join(variant, name): d for variant, described in shared.items() for name, d in described.items()}
     promised |= {join(variant, name): d for variant, described in shared_params.items() for name, d in described.items()}

@@ -1,1 +1,1 @@
-"""Fits for other libraries. Nothing here is imported by `lora_lite` itself."""
+"""Adapters to other libraries. `lora_lite` itself imports nothing from here."""

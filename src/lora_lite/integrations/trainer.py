@@ -1,8 +1,8 @@
 """`AdapterTrainer`: transformers' `Trainer` whose checkpoints hold the adapter, not the base model.
 
 `Trainer(adapt.module(params))` trains, saves and resumes as it is, but each of its checkpoints holds the base model too, and
-`from_pretrained` on one would drop the adapter. Here a checkpoint holds what `lora_lite.save` writes, beside the state of the optimizer,
-the schedule and the random numbers, so that a resumed run goes on as if it had not stopped.
+`from_pretrained` on one would drop the adapter. Here a checkpoint holds the file that `lora_lite.save` writes. The state of the
+optimizer, the schedule and the random numbers lie beside it, so that a resumed run goes on as if it had not stopped.
 """
 
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ from lora_lite.core.tree import Tree
 from lora_lite.files.adapter_file import load, save
 
 ADAPTER_FILE = "adapter.safetensors"
-"""The name of the adapter's file in a checkpoint; `lora_lite.load` reads it."""
+"""The name of the adapter's file in a checkpoint. `lora_lite.load` reads it."""
 
 
 class AdapterSaving:
-    """The part of `AdapterTrainer` that saves and loads, to be put before another subclass of `Trainer` in a class of your own.
+    """Mixin that saves and loads adapters, for a class of your own: list it before your subclass of `Trainer`.
 
     Args:
         adapt: the adapted model.
@@ -54,7 +54,7 @@ class AdapterSaving:
         super().__init__(model=module, **options)  # type: ignore[call-arg]
 
     def params(self) -> Tree:
-        """Give the params as they are now; copies."""
+        """Return copies of the params as they are now."""
         return self.adapt.params(self.model)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -80,7 +80,7 @@ class AdapterSaving:
 
 
 class AdapterTrainer(AdapterSaving, transformers.Trainer):
-    """transformers' `Trainer` on an adapted model; its checkpoints hold the adapter alone.
+    """transformers' `Trainer` on an adapted model. Its checkpoints hold the adapter alone.
 
     Everything else is `Trainer`'s: arguments, evaluation, callbacks, mixed precision, DDP under `torchrun`. `trainer.params()` reads
     the params at any time.

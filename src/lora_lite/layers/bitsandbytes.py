@@ -18,7 +18,7 @@ _LANES = 32  # rows that the layout for evaluation on a CPU interleaves
 
 
 class _Scales(NamedTuple):
-    """What the scales of a doubly quantised weight are themselves quantised with."""
+    """Double quantisation: the quantised form of a weight's scales."""
 
     absmax: Tensor
     code: Tensor

@@ -1,4 +1,4 @@
-"""Block outputs: hidden states `(b, t, d)` that a variant edits; `W.prompt` says which positions of each row are its prompt."""
+"""Block outputs: hidden states `(b, t, d)` that a variant edits. `W.prompt` masks the positions of each row's prompt."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -18,7 +18,7 @@ IsLinear = Callable[[nn.Module], Any]
 
 
 class BlockKind(ModuleKind):
-    """A block whose output a variant edits. `W(x) = x`: what there is to edit is the input."""
+    """A block whose output a variant edits. The output is the variant's input, and so `W(x) = x`."""
 
     site: ClassVar[str] = "block"
     gives: ClassVar[AbstractSet[str]] = Frozen.gives

@@ -1,7 +1,7 @@
 """The product with a packed weight inside `torch.compile`.
 
-The dense weight depends on no gradient, so the compiler would make it in the forward pass and keep it for the backward pass: in the end
-those of all layers at once. It makes again what stands in torch's checkpoint, but derivatives of torch.func cannot enter that. There a
+The dense weight depends on no gradient. So the compiler would make it in the forward pass and keep it for the backward pass, in the end for
+all layers at once. Inside torch's checkpoint the compiler recomputes it, but derivatives of torch.func cannot enter a checkpoint. There a
 Function dequantises again, which the compiler traces under a single level of reverse mode. Where transforms are nested, as in the gradient
 of a mixed batch, the dense weights are kept.
 """
@@ -19,7 +19,7 @@ Dequantise = Callable[[torch.dtype], Tensor]
 
 
 def traced_product(dequantise: Dequantise, x: Tensor) -> Tensor:
-    """Give `x W^T` in the dtype of `x`: `(*b, i) -> (*b, o)`."""
+    """Return `x W^T` in the dtype of `x`: `(*b, i) -> (*b, o)`."""
     if torch._C._are_functorch_transforms_active():
         innermost = retrieve_current_functorch_interpreter()
         if innermost.level() > 1 or innermost.key() == TransformType.Jvp:

@@ -44,7 +44,7 @@ class ConvKind(Kind):
         return self.layer.weight.flatten(1)
 
     def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Convolve as the layer does, by another kernel; channels last."""
+        """Convolve by another kernel, with the layer's stride and padding. The result has channels last."""
         layer = self.layer
         padding: Any = layer.padding
         if layer.padding_mode != "zeros":
@@ -94,7 +94,7 @@ class ConvKind(Kind):
 
     def call(self, run: Run, own: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         y: Tensor = run(self, first_of(args, kwargs))
-        return y.movedim(-1, -self._dims - 1).contiguous()  # models view what a convolution gives
+        return y.movedim(-1, -self._dims - 1).contiguous()  # models call `view` on a convolution's output
 
     def original(self, weights: Mapping[str, Tensor], path: str) -> tuple[str, Tensor | None]:
         name, weight = super().original(weights, path)
@@ -116,7 +116,7 @@ class GroupedConvKind(ConvKind):
 
 
 class _Patched(Frozen):
-    """A convolution as a linear map of patches; at the layer's own input it runs the layer's own convolution."""
+    """A convolution as a linear map of patches. For the patches of the layer's input it runs the layer's own convolution."""
 
     def __init__(self, conv: ConvKind, x: Tensor, patches: Tensor) -> None:
         super().__init__(conv.weight, conv.bias, conv.constants, conv.training)

@@ -32,7 +32,7 @@ class EmbeddingKind(Kind):
     def faithful(cls, layer: nn.Module) -> bool:
         own = type(layer).forward is not nn.Embedding.forward
         scaled = type(layer).__name__.endswith("ScaledWordEmbedding") and hasattr(layer, "embed_scale")
-        return layer.max_norm is None and (scaled or not own)  # a norm's bound is kept by writing to the weight
+        return layer.max_norm is None and (scaled or not own)  # `max_norm` writes to the weight
 
     @property
     def weight(self) -> Tensor:
@@ -94,7 +94,7 @@ class EmbeddingKind(Kind):
         return EmbeddingKind(SimpleNamespace(weight=self.layer.weight.to(where), embed_scale=scale, training=False, **facts), constants)
 
     def adapted(self, f: Variant, params: Params, role: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Look every token up: one-hot inputs sum to one, so what a variant adds to every output is part of the table."""
+        """Look every token up. One-hot inputs sum to one, so that a constant added to every output is part of the table."""
         W = self if dtype in (None, self.dtype) else self._to(dtype)
         return f(params, W, torch.arange(self.in_features, device=self.device)).t()
 

@@ -32,7 +32,7 @@ def _first(module: Any) -> str:
 
 
 class Routes(NamedTuple):
-    """Where the rows of an expert layer's input go and come from, sorted by expert.
+    """The routing of an expert layer's input rows, sorted by expert.
 
     Attributes:
         experts: the expert of each row, `(s,)`.
@@ -59,14 +59,14 @@ def _counts(experts: Tensor, n: int) -> list[int]:
 
 
 class _Expert(Frozen):
-    """One expert's linear map. Its bias is added to a finished product, as transformers does: fused, it may round otherwise."""
+    """The linear map of one expert. Its bias is added to a finished product, as in transformers: a fused one may round otherwise."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return plus(self.matmul(x), self.bias)
 
 
 class ExpertsKind(ParameterKind):
-    """A weight of experts: its input holds the rows of all experts, sorted, and `routes` says which are whose."""
+    """A weight of experts. Its input holds the rows of all experts, sorted, and `routes` assigns each row to its expert."""
 
     gives: ClassVar[AbstractSet[str]] = Kind.gives - {"inputs"}
     why: ClassVar[str] = "Calibration sees the tokens of all experts at once."
@@ -122,11 +122,11 @@ class ExpertsKind(ParameterKind):
     def _row_by_row(self, f: Callable[..., Tensor], params: Params, x: Tensor) -> Tensor:
         """Gather each row's own weight, as the `batched_mm` implementation does: no shape depends on the routing."""
         routes = self._required()
-        kept = {"weight": self.weight, **({} if self.bias is None else {"bias": self.bias})}
-        weights, constants = ({name: t[routes.experts] for name, t in tree.items()} for tree in (kept, self.constants))
+        stacks = {"weight": self.weight, **({} if self.bias is None else {"bias": self.bias})}
+        weights, constants = ({name: t[routes.experts] for name, t in tree.items()} for tree in (stacks, self.constants))
 
-        def one(params: Params, kept: Params, constants: Params, row: Tensor) -> Tensor:
-            return f(params, self.one(kept["weight"], kept.get("bias"), constants), row)
+        def one(params: Params, weights: Params, constants: Params, row: Tensor) -> Tensor:
+            return f(params, self.one(weights["weight"], weights.get("bias"), constants), row)
 
         return torch.vmap(one, randomness="different")(params, weights, constants, x)
 
@@ -183,7 +183,7 @@ def _bound(name: str) -> str:
 
 
 def _linear(experts: Any, name: str, x: Tensor, routes: Routes) -> Tensor:
-    """Apply one weight of the experts to sorted rows: a target by its variant, another as it is."""
+    """Apply one weight of the experts to sorted rows, by its variant where it is a target."""
     binding = getattr(experts, _bound(name), None)
     if binding is not None:
         y: Tensor = binding(x, routes)

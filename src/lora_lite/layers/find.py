@@ -1,4 +1,4 @@
-"""One finder for all kinds: what a variant of a site can adapt in a model, by path."""
+"""The finder for all kinds: the targets that a variant of a site can adapt in a model, by path."""
 
 import re
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ Found = dict[str, type[Kind]]
 
 
 def find(model: nn.Module, site: str, kinds: Sequence[type[Kind]] = ()) -> Found:
-    """Find the kind of everything that a variant of `site` can adapt, by path, in the model's order.
+    """Find the targets that a variant of `site` can adapt: the kind of each by path, in the model's order.
 
     Args:
         model: any module; it is only read.
@@ -24,7 +24,7 @@ def find(model: nn.Module, site: str, kinds: Sequence[type[Kind]] = ()) -> Found
     for path, module in model.named_modules():
         for kind in asked:
             for place in kind.places(path, module, lambda m: kind_of(m, kinds)):
-                if place == path or path not in found:  # the parameters of a layer are its own affair
+                if place == path or path not in found:  # a layer that is a target itself keeps its parameters
                     found.setdefault(place, kind)
     return _outermost_blocks(found) if site == "block" else found
 
@@ -34,7 +34,7 @@ def _outermost_blocks(found: Found) -> Found:
 
 
 def asked_for(found: Found, patterns: Sequence[str]) -> Found:
-    """Leave out what only a name can ask for and no pattern names.
+    """Leave out targets that only a name can ask for, where no pattern names them.
 
     `.*` or `layers\\.0` match a whole region, in which the layers that need no naming are meant.
     """
@@ -43,7 +43,7 @@ def asked_for(found: Found, patterns: Sequence[str]) -> Found:
 
 
 def _names(pattern: str, path: str, plain: Sequence[str]) -> bool:
-    """Whether a pattern asks for what stands at `path` itself rather than for a region that contains it."""
+    """Whether a pattern asks for the layer at `path` itself rather than for a region that contains it."""
     if not re.search(pattern, path):
         return False
     region = path[: len(path) - len(path.rpartition(".")[2])] + "\0"
@@ -51,7 +51,7 @@ def _names(pattern: str, path: str, plain: Sequence[str]) -> bool:
 
 
 def adopt(module: nn.Module, kinds: Sequence[type[Kind]] = ()) -> None:
-    """Prepare a module of a private copy where its own forward would not do, target or not."""
+    """Let the kind of a layer in a private copy replace the layer's forward, where its own would not do."""
     kind = kind_of(module, kinds)
     if kind is not None:
         kind.adopt(module)
@@ -66,7 +66,7 @@ def faults(model: nn.Module, kinds: Sequence[type[Kind]] = ()) -> list[str]:
 
 
 def packed(module: nn.Module, path: str, kinds: Sequence[type[Kind]] = ()) -> list[str]:
-    """Name the layers inside a module whose weight no gradient reaches, since it is stored packed."""
+    """List the paths of the layers inside a module whose weight is packed, so that no gradient reaches it."""
     from lora_lite.layers.quantised import FrozenQuantised
 
     found = [(inner, kind_of(m, kinds)) for inner, m in module.named_modules(prefix=path)]

@@ -1,6 +1,6 @@
-"""Several linear maps kept side by side in one weight, such as a fused q-k-v projection, each adapted for itself.
+"""Several linear maps kept side by side in one weight, such as a fused q-k-v projection, each adapted by itself.
 
-Params and constants of a map stand under its name: `q.A`, `q.B`, `k.A`, ...; the maps may be of unequal widths.
+Params and constants of a map stand under its name: `q.A`, `q.B`, `k.A`, ... The maps may be of unequal widths.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from lora_lite.layers.kind import Kind, Params, Variant, at_identity, on_meta
 
 
 class FusedKind(Kind):
-    """A linear layer whose outputs are those of several maps; a subclass says which by `widths`.
+    """A linear layer whose outputs are those of several maps. A subclass lists them in `widths`.
 
     Subclass it beside the kind of the layer: `class FusedQKV(ll.FusedKind, LinearKind)`, or give `weight` and `bias` yourself.
     """

@@ -1,7 +1,7 @@
-"""`Kind`: all that the framework asks about a kind of layer. One subclass is one kind, and complete.
+"""`Kind`: all that the framework asks about a kind of layer. Each kind is one subclass.
 
-A variant sees the part that `Frozen` has. The rest says where such a layer is found, how the model's call of it reaches the variant, and
-what merging, mixed batches and counting mean for it. Each method has a default that is right for a linear layer.
+A variant sees the members of `Frozen`. The others say where such a layer is found, how the model's call of it reaches the variant, and how
+it is merged, mixed and counted. Each method has a default that is right for a linear layer.
 """
 
 import copy
@@ -21,11 +21,11 @@ from lora_lite.core.tree import join
 Run = Callable[[Frozen, Any], Any]
 """A variant with its params: `(W, x) -> y`."""
 ADAPTERS = "_lora_lite_adapters"
-"""Where a module with children of its own keeps the adapters whose params are registered on it."""
+"""The attribute of a module with children that lists the adapters whose params are registered on the module."""
 ADOPTED = "_lora_lite_adopted"
-"""The mark of a layer of a private copy that runs its kind."""
+"""The attribute that marks a layer of a private copy which runs its kind."""
 HOST = "_lora_lite_host"
-"""Where a view of a module keeps the module."""
+"""The attribute of a view that holds the module it is a view of."""
 
 
 class Variant:
@@ -39,7 +39,7 @@ class Variant:
 
 
 class Kind(Frozen):
-    """A kind of layer; a subclass with `fits` is all that a linear layer of your own needs.
+    """A kind of layer. A linear layer of your own needs a subclass with `fits`, no more.
 
     `build`, `load`, `find_targets` and `from_peft` take such classes as `kinds=(MyKind,)`. The first that fits a module reads it, before
     those that ship.
@@ -74,15 +74,15 @@ class Kind(Frozen):
     """
 
     site: ClassVar[str] = "linear"
-    """Where it is looked for: `"linear"`, `"norm"`, `"module"` or `"block"`, which a variant's fact `adapts` names."""
+    """The site, `"linear"`, `"norm"`, `"module"` or `"block"`: variants whose fact `adapts` names it adapt this kind."""
     by_name: ClassVar[bool] = False
-    """Whether only `target_names` can ask for it."""
+    """Whether only `target_names` can ask for such a layer."""
     gives: ClassVar[AbstractSet[str]] = Frozen.gives | {"inputs", "dropout"}
-    """What it offers to variants, matched with their `uses`; `"inputs"` for calibration, `"dropout"` for dropping inputs."""
+    """The parts that it offers to variants, matched with their `uses`. `"inputs"` allows calibration, `"dropout"` dropped inputs."""
     state: ClassVar[Mapping[str, str]] = {"weight": "weight", "bias": "bias"}
-    """Under which names the module keeps its weight and its bias."""
+    """The names under which the module keeps its weight and its bias."""
     why: ClassVar[str] = ""
-    """Why it does not give what it does not, in one sentence."""
+    """The reason why a part is lacking, in one sentence, for the error that refuses a variant."""
 
     def __init__(self, layer: Any, constants: Params = MappingProxyType({})) -> None:
         self.layer, self.constants = layer, dict(constants)
@@ -96,42 +96,42 @@ class Kind(Frozen):
 
     @classmethod
     def faithful(cls, layer: nn.Module) -> bool:
-        """Whether a module that fits computes what the kind does, and not something of its own; the base trusts `fits`."""
+        """Whether the forward of a module that fits computes the kind's map. By default `fits` is trusted."""
         return True
 
     @classmethod
     def fault(cls, layer: nn.Module) -> str | None:
-        """Return why a layer that fits cannot be read as it is, and the way out; None where it can."""
+        """Return the reason why a layer that fits cannot be read, with the way out. None for a layer that can."""
         return None
 
     @classmethod
     def places(cls, path: str, module: nn.Module, linear: Callable[[nn.Module], Any]) -> Iterator[str]:
-        """Yield the paths at which this kind reads something in the module at `path`; `linear` asks whether a module is a linear layer."""
+        """Yield the paths of this kind's targets in the module at `path`. `linear(module)` tells linear layers."""
         if cls.fits(module):
             yield path
 
     @classmethod
     def host(cls, path: str) -> str:
-        """Return the path of the module that a target at `path` belongs to: its own."""
+        """Return the path of the module that a target at `path` belongs to, by default its own."""
         return path
 
     @classmethod
     def at(cls, model: nn.Module, path: str, constants: Params = MappingProxyType({})) -> Self:
-        """Read what stands at `path` in a model."""
+        """Read the layer at `path` of a model."""
         return cls(raw(model.get_submodule(cls.host(path))), constants)
 
     @classmethod
     def holders(cls, path: str, shared: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-        """Return the paths of the other modules that hold a weight of the target; `shared` has them for each module."""
+        """Return the paths of other modules that share a weight with the target. `shared` lists them for each module."""
         return tuple(shared.get(path, ()))
 
     @classmethod
     def adopt(cls, layer: nn.Module) -> None:
-        """Prepare a layer of the private copy, target or not, where its own forward would not do."""
+        """Replace the forward of a layer in the private copy, target or not, where the layer's own would not do."""
 
     @classmethod
     def install(cls, clone: nn.Module, path: str) -> None:
-        """Prepare what the module around a target needs, in a copy of the model that is about to be bound."""
+        """Prepare the module around a target, in a copy of the model that is about to be bound."""
 
     # What a variant sees
 
@@ -169,7 +169,7 @@ class Kind(Frozen):
     # How a call of the layer reaches the variant
 
     def bind(self, layer: nn.Module, binding: Any) -> None:
-        """Put a target's binding where the model's call of the layer reaches it."""
+        """Make the model's call of the layer reach the target's binding."""
         vars(layer)["forward"] = binding
 
     def call(self, run: Run, own: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -178,21 +178,21 @@ class Kind(Frozen):
         Args:
             run: `(W, x) -> y`, the variant with its params.
             own: the layer's own forward.
-            args, kwargs: what the model calls the layer with.
+            args, kwargs: the arguments of the model's call.
         """
         return run(self, first_of(args, kwargs))
 
     def frozen(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run the layer without an adapter where the model calls it; `own` is its own forward."""
+        """Run the layer without an adapter where the model calls it. `own` is the layer's own forward."""
         return own(*args, **kwargs)
 
     def inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """Return what calibration sees of a call: vectors `(*b, i)`."""
+        """Return the vectors `(*b, i)` of a call for calibration."""
         x: Tensor = first_of(args, kwargs)
         return x
 
     def make(self, tree: Callable[[Frozen], Params]) -> dict[str, Tensor]:
-        """Build a tree of params or constants by `tree`, which builds one for a linear map; a layer of several maps joins theirs."""
+        """Build a layer's params or constants by `tree`, which builds those of one linear map. Several maps are joined."""
         return dict(tree(self))
 
     def pairs(self, params: Params) -> Sequence[tuple[Frozen, Params]]:
@@ -240,7 +240,7 @@ class Kind(Frozen):
         return at_identity(f, params, self, role, dtype)
 
     def merged(self, f: Variant, params: Params) -> dict[str, Tensor]:
-        """Return the layer's tensors with the adapter merged, under the module's own names, laid out as it keeps them; in at least float32.
+        """Return the layer's tensors with the adapter merged, in the module's own names and layout, in at least float32.
 
         Raises:
             ValueError: where the layer has no place for them.
@@ -254,7 +254,7 @@ class Kind(Frozen):
         return found
 
     def kept(self) -> dict[str, Tensor]:
-        """Return what `merged` replaces, under the same names, as the module keeps it; of a packed weight its dense form.
+        """Return the layer's tensors that `merged` replaces, under the same names. A packed weight is returned dense.
 
         Raises:
             ValueError: where no entry of a state dict holds the weight.
@@ -284,14 +284,14 @@ class Kind(Frozen):
         tensor = self.adapted(f, params, role)
         return (
             self.to_weight(tensor) if role == "weight" else self.to_bias(tensor)
-        ).contiguous()  # as it lies: another layout may round otherwise
+        ).contiguous()  # in the layout of the frozen weight: products of another may round otherwise
 
     def readable(self) -> list[str]:
-        """Name the module's parameters that `read` can give."""
+        """List the module's parameters that `read` can return."""
         return [name for name in self.state.values() if self.layer._parameters.get(name) is not None]
 
     def changes(self, f: Variant, params: Params) -> list[tuple[Tensor, Tensor]]:
-        """Return what the adapter adds to the weight `(o, i)` and the bias `(o,)` of each linear map in float64, in the order of `make`."""
+        """Return the update of the weight `(o, i)` and the bias `(o,)` of each linear map in float64, in the order of `make`."""
         found = []
         for W, leaves in self.pairs(params):
             adapted = self.adapted if W is self else functools.partial(_adapted_part, W)
@@ -300,7 +300,7 @@ class Kind(Frozen):
         return found
 
     def probe(self, tokens: int) -> list[tuple[str, Frozen, Tensor, int]]:
-        """Return each linear map that differs: its name, the map and so many tokens on meta, and the map's own multiply-adds."""
+        """Return each linear map that counts: its name, the map, an input of `tokens` tokens on meta, and its multiply-adds a token."""
         return [("", *on_meta(self, tokens))]
 
     def part(self, tree: Params, name: str) -> Params:
@@ -364,7 +364,7 @@ def exact_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def of_rows(params: Params, index: Tensor | None) -> tuple[Params, int]:
-    """Gather the members of a batch's rows; return them with the number of rows or, without an index, of members."""
+    """Gather the params of each row of a batch. Return them with the number of rows or, without an index, of members."""
     if index is None:
         return params, next(iter(params.values())).shape[0]
     return {name: p.index_select(0, index) for name, p in params.items()}, index.shape[0]
@@ -382,7 +382,7 @@ def first_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def raw(layer: nn.Module) -> Any:
-    """Return a view of a module whose attributes are its frozen tensors, whatever stands before them for those who read the layer.
+    """Return a view of a module whose attributes are its frozen tensors, even where the model reads adapted ones.
 
     The view shares the tables of parameters, buffers and submodules, so that tensors swapped in for a call are seen. It runs no hooks.
     """
@@ -394,9 +394,9 @@ def raw(layer: nn.Module) -> Any:
 
 
 class ReadTensor(Tensor):
-    """What stands for an adapted parameter where the model reads it: the parameter's shape and dtype, and the adapted tensor in every use.
+    """A stand-in for an adapted parameter that the model reads. It has the parameter's shape and dtype. Each use sees the adapted tensor.
 
-    It lies in the module's `__dict__`, which Python searches before the table of parameters; that table keeps the frozen tensor.
+    The stand-in lies in the module's `__dict__`, which Python searches before the table of parameters. That table keeps the frozen tensor.
     """
 
     binding: Any
@@ -431,7 +431,7 @@ class ReadTensor(Tensor):
 _FACTS = frozenset(
     ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "is_meta", "is_cuda", "is_cpu", "is_mps", "is_quantized")
 )
-"""What a stand-in answers by itself, from the frozen parameter."""
+"""The attributes that a stand-in answers from the frozen parameter."""
 
 
 def _stand_in(like: Tensor, binding: Any, name: str, shape: tuple[int, ...]) -> ReadTensor:

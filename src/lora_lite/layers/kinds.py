@@ -1,4 +1,4 @@
-"""The table of the kinds that ship; `kinds=` of `build` and the others puts a user's own before them."""
+"""The table of the kinds that ship. `kinds=` puts a user's own before them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +28,7 @@ SITES = {
     "module": ("module", "modules with parameters"),
     "block": ("block", "blocks of a module list that hold linear layers"),
 }
-"""What a variant's fact `adapts` may name, in the words of messages: one, and what a model should have."""
+"""The values of a variant's fact `adapts`, each with two phrases for messages: the singular, and the layers that a model should have."""
 
 
 def as_kinds(kinds: Any) -> tuple[type[Kind], ...]:
@@ -44,5 +44,5 @@ def as_kinds(kinds: Any) -> tuple[type[Kind], ...]:
 
 
 def kind_of(layer: nn.Module, kinds: Sequence[type[Kind]] = ()) -> type[Kind] | None:
-    """Find the kind of a linear layer that a config takes without naming it; None where a module is none."""
+    """Find the kind of a linear layer that a config takes without naming it. None for other modules."""
     return next((kind for kind in (*kinds, *KINDS) if kind.site == "linear" and not kind.by_name and kind.fits(layer)), None)

@@ -24,13 +24,13 @@ class LinearKind(Kind):
 
     def __call__(self, x: Tensor) -> Tensor:
         table = self.layer._parameters
-        if "weight" in table and "bias" in table:  # as it does but for parametrizations: attributes of modules are slow
+        if "weight" in table and "bias" in table:  # no parametrization: looking the attributes up would be slow
             return F.linear(x, table["weight"], table["bias"])
         return F.linear(x, self.weight, self.bias)
 
 
 class _OfTransformers(Kind):
-    """A linear layer of transformers' own, told by the name of its class: importing transformers to ask would make it a dependency."""
+    """A linear layer of transformers', recognised by the name of its class: an import would make transformers a dependency."""
 
     told_by: ClassVar[str]
 

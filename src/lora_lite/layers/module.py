@@ -28,7 +28,7 @@ class ModuleKind(Kind):
         self._own = own or layer
         self._now: Mapping[str, Tensor] | None = None
         self.alone = True
-        """Whether one tensor is all that the module is called with."""
+        """Whether the module's only argument is one tensor."""
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
@@ -92,7 +92,7 @@ class ModuleKind(Kind):
 
     @contextmanager
     def _swapped(self, now: Mapping[str, Tensor]) -> Iterator[None]:
-        """Put tensors in the place of the module's parameters; of the copy's, whose calls are one at a time."""
+        """Swap tensors in for the module's parameters during a call. The module is of a copy, whose calls run one at a time."""
         places = [(*place_of(self.layer, name), name) for name in now]
         tables: list[tuple[Any, str, str]] = [(module._parameters, own, name) for module, own, name in places]
         tensors = [table[own] for table, own, _ in tables]
@@ -115,7 +115,7 @@ class ModuleKind(Kind):
         return super().apply_rows(f, params, x, index)
 
     def merged(self, f: Variant, params: Params) -> dict[str, Tensor]:
-        """Run the variant on a module that records what it moves: one that does more has no merged weights."""
+        """Run the variant on a recorder of displacements. A variant that does more than displace parameters has no merged weights."""
         deltas = self._recorded(f, params)
         return {name: p + deltas[name] if name in deltas else p for name, p in self.parameters.items()}
 
@@ -147,7 +147,7 @@ class ModuleKind(Kind):
 
 
 class _Recorder(Frozen):
-    """A module at which a variant shows what it moves; asked for its output otherwise, it notes that too."""
+    """A stand-in for a module that records a variant's displacements, and whether the variant called the module besides."""
 
     def __init__(self, W: ModuleKind) -> None:
         super().__init__(W.weight, None, W.constants, W.training)
@@ -177,7 +177,7 @@ class _Recorder(Frozen):
 
 
 class NormKind(ModuleKind):
-    """A norm with a trainable weight, told by its class's name, since each model family has classes of its own."""
+    """A norm with a trainable weight, recognised by its class's name, since each model family has classes of its own."""
 
     site: ClassVar[str] = "norm"
 
@@ -197,7 +197,7 @@ def is_norm(layer: nn.Module) -> bool:
 
 
 def named_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters of a module and of those inside by name, but for those of adapters; a shared one once."""
+    """Yield the parameters of a module and its children by name, without adapters' params. A shared parameter comes once."""
     ours = {p for inner in module.modules() for p in parameters_of_adapters(inner)}
     for name, p in module.named_parameters(prefix=prefix):
         if p not in ours:
@@ -205,7 +205,7 @@ def named_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str,
 
 
 def parameters_of_adapters(module: Any) -> Iterator[Tensor]:
-    """Yield the parameters that adapters have registered on a module, or that a module has as an adapter."""
+    """Yield the parameters that adapters have registered on a module. For an adapter, yield its own."""
     for adapter in (module, *vars(module).get(ADAPTERS, ())):
         if hasattr(type(adapter), "parameters_by_name"):
             yield from (p for p in adapter.parameters_by_name.values() if p is not None)

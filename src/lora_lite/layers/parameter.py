@@ -17,7 +17,7 @@ from lora_lite.core.tree import join
 from lora_lite.layers.kind import Kind, Params, Variant, at_identity, on_meta, raw
 
 UNREAD = (nn.RNNBase, nn.RNNCellBase)
-"""Classes that keep other references to their parameters than attributes."""
+"""Classes that reach their parameters by other references than attributes, so that a stand-in would not be read."""
 
 
 class ParameterKind(Kind):
@@ -57,7 +57,7 @@ class ParameterKind(Kind):
 
     @property
     def stacked(self) -> bool:
-        """Whether it is several matrices."""
+        """Whether the parameter is a stack of matrices."""
         return self.own("weight").dim() == 3  # type: ignore[union-attr]
 
     @property
@@ -67,7 +67,7 @@ class ParameterKind(Kind):
 
     @property
     def bias(self) -> Tensor | None:
-        return None  # the module's own affair
+        return None  # a bias of the module is no part of the target
 
     @property
     def in_features(self) -> int:
@@ -79,7 +79,7 @@ class ParameterKind(Kind):
 
     @property
     def parts(self) -> Sequence[Frozen]:
-        """The linear maps that it is made of."""
+        """The linear maps of the parameter: one, or each of a stack."""
         if not self.stacked:
             return (self.one(self.weight, self.bias, self.constants),)
         constants = {name: c.unbind(0) for name, c in self.constants.items()}

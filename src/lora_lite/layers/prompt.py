@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 PROMPT = "_lora_lite_prompt"
-"""The buffer of a target block that holds which positions are prompt during a call: `(b, t)`, or None for all."""
+"""The buffer of a target block that masks the prompt's positions during a call: `(b, t)`, or None for all."""
 IGNORED = -100
 """The label of a position that takes no part in the loss."""
 _NOTED = "_lora_lite_blocks"
@@ -40,26 +40,26 @@ def _forward(root: nn.Module, own: Any, names: tuple[str, ...], *args: Any, **kw
 
 
 def _prompts(given: Mapping[str, Any], encoder_decoder: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Return which positions are prompt, for blocks in general and for those of the decoder of an encoder-decoder model."""
+    """Return the masks of prompt positions, for blocks in general and for the decoder's of an encoder-decoder model."""
     later = _nothing(given, ("decoder_input_ids", "decoder_inputs_embeds") if encoder_decoder else ("input_ids", "inputs_embeds"))
-    kept = _kept(given.get("attention_mask"))
+    attended = _attended(given.get("attention_mask"))
     if encoder_decoder:
-        return kept, _kept(given.get("decoder_attention_mask")) if later is None else later
-    prompt = _before_labels(kept, given.get("labels")) if later is None else later
+        return attended, _attended(given.get("decoder_attention_mask")) if later is None else later
+    prompt = _before_labels(attended, given.get("labels")) if later is None else later
     return prompt, prompt
 
 
-def _kept(mask: Any) -> Tensor | None:
+def _attended(mask: Any) -> Tensor | None:
     return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-def _before_labels(kept: Tensor | None, labels: Any) -> Tensor | None:
-    """Take away the positions from the first label that counts; rows where that leaves nothing are prompt as a whole."""
-    if not isinstance(labels, Tensor) or labels.dim() != 2 or (kept is not None and kept.shape != labels.shape):
-        return kept
-    kept = torch.ones_like(labels, dtype=torch.bool) if kept is None else kept
-    before = kept & ((labels != IGNORED) & kept).long().cumsum(1).eq(0)
-    return torch.where(before.any(1, keepdim=True), before, kept)
+def _before_labels(attended: Tensor | None, labels: Any) -> Tensor | None:
+    """Cut the prompt off at the first label that counts. A row where that leaves no position is prompt as a whole."""
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or (attended is not None and attended.shape != labels.shape):
+        return attended
+    attended = torch.ones_like(labels, dtype=torch.bool) if attended is None else attended
+    before = attended & ((labels != IGNORED) & attended).long().cumsum(1).eq(0)
+    return torch.where(before.any(1, keepdim=True), before, attended)
 
 
 def _nothing(given: Mapping[str, Any], names: tuple[str, ...]) -> Tensor | None:

@@ -17,7 +17,7 @@ from lora_lite.layers.kind import ADOPTED, Kind, raw
 
 
 class _Product(torch.autograd.Function):
-    """`x -> x W^T`, or with `transposed` `x -> x W`: linear in `x`, so each is the derivative of the other and nothing is saved."""
+    """The product `x W^T`, or `x W` with `transposed`. Each is the derivative of the other, and so nothing is saved."""
 
     @staticmethod
     def forward(W: "FrozenQuantised", x: Tensor, transposed: bool) -> Tensor:
@@ -41,7 +41,7 @@ class _Product(torch.autograd.Function):
 
 
 class FrozenQuantised(Kind):
-    """Base of the kinds whose weight is stored packed; write a subclass for a backend of your own.
+    """Base of the kinds whose weight is stored packed. Write a subclass for a backend of your own.
 
     A subclass has `fits` and `dequantise`. `product` and `transpose_product` are derived from it and may be overridden by fused
     kernels, which need no derivative. `build`, `load` and `find_targets` take the class as `kinds=(MyKind,)`. In a clone, every layer
@@ -70,7 +70,7 @@ class FrozenQuantised(Kind):
 
     @classmethod
     def isolate(cls, layer: Any) -> None:
-        """Make for a layer of a copy bookkeeping of its own where the backend rewrites it in place; weights stay shared."""
+        """Copy the bookkeeping that the backend rewrites in place, for a layer of a private copy. Weights stay shared."""
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """Return the weight as a new dense `(o, i)` matrix in a floating `dtype`, by operations that `torch.compile` can trace."""
@@ -85,7 +85,7 @@ class FrozenQuantised(Kind):
         return y @ self.dequantise(y.dtype)
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype in which an input of `dtype` is multiplied; the output has the input's."""
+        """Return the dtype in which an input of `dtype` is multiplied. The output is cast back to the input's."""
         return dtype
 
     @property
@@ -98,7 +98,7 @@ class FrozenQuantised(Kind):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Float32: what `dense()` gives, whatever the layer was before it was quantised."""
+        """Float32, the dtype of `dense()`, whatever the layer's was before it was quantised."""
         return torch.float32
 
     @property
@@ -113,7 +113,7 @@ class FrozenQuantised(Kind):
 
     @property
     def device(self) -> torch.device:
-        """Where the packed weight lives."""
+        """The device of the packed weight."""
         devices = [t.device for t in (*self.layer.parameters(), *self.layer.buffers())]
         return next((d for d in devices if d.type != "meta"), torch.device("meta"))  # placeholders of params lie on meta
 
@@ -124,7 +124,7 @@ class FrozenQuantised(Kind):
         return self._affine(x, None)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dequantised weight `(o, i)`, in float32 where no dtype is given."""
+        """Return the dequantised weight `(o, i)`, by default in float32."""
         return self.dequantise(dtype or self.dtype)
 
     def _affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -136,7 +136,7 @@ class FrozenQuantised(Kind):
         return (y if bias is None else y + bias.to(dtype)).to(x.dtype)
 
     def _product(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # which cannot trace a Function with a jvp
+        if torch.compiler.is_compiling():  # the compiler cannot trace a Function with a jvp
             return traced_product(self.dequantise, x)
         return _Product.apply(self, x, False)
 
@@ -155,7 +155,7 @@ class FrozenQuantised(Kind):
         return {self.state["weight"]: self.to_weight(self.dense()), **({} if bias is None else {self.state["bias"]: bias})}
 
     def readable(self) -> list[str]:
-        return []  # a packed weight is read by nobody
+        return []  # no model reads a packed weight
 
 
 def _forward(W: FrozenQuantised, x: Tensor) -> Tensor:

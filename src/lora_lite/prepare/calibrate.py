@@ -28,7 +28,7 @@ Inputs = Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor]
 
 
 def require_data(entries: Entries, calibration: Any, loss: Loss | None) -> None:
-    """Refuse calibrated configs without data, data or a loss that no config uses, and what is not an iterable of batches."""
+    """Refuse calibrated configs without data, a loss or data that no config uses, and data that is no iterable of batches."""
     if loss is not None and not any(needs_loss(cfg) for _, cfg in entries):
         others = sorted({type(cfg).__name__ for _, cfg in entries})
         raise ValueError(f"build: expected no loss, since none of {listed(others)} uses its gradient, found one. Leave loss out.")
@@ -59,7 +59,7 @@ def gather(
     group: Any = None,
     kinds: Sequence[Any] = (),
 ) -> dict[str, Any]:
-    """Run the batches through a clone of `base` and give the statistics of each calibrated target, by path.
+    """Run the batches through a clone of `base` and return the statistics of each calibrated target, by path.
 
     Args:
         base: a plain clone of the model.
@@ -115,7 +115,7 @@ def _require_mergeable(states: Mapping[str, Any]) -> None:
 
 
 def _of_all(states: Mapping[str, Any], seen: int, clone: nn.Module, group: Any) -> tuple[dict[str, Any], int]:
-    """Merge over the processes of a group; each statistic lies on its layers' device again, held once."""
+    """Merge statistics over the processes of a group. Each lies on its layers' device again, once for all that share it."""
     merged, seen = merged_over_ranks(states, seen, group)
     devices = {path: next(iter(clone.get_submodule(path).parameters())).device for path in merged}
     placed: dict[Any, Any] = {}
@@ -145,7 +145,7 @@ def _loss_of(output: Any, batch: Any, loss: Loss | None) -> Tensor:
 
 
 class Watch:
-    """The statistics of some layers while a model runs; `kinds` gives for each path its empty statistic and whether labels mask."""
+    """The statistics of some layers while a model runs. `kinds` maps each path to its class of statistics and whether labels mask."""
 
     def __init__(self, kinds: Mapping[str, tuple[Callable[[], Any], bool]]) -> None:
         starts = {kind: kind[0]() for kind in kinds.values()}
@@ -154,12 +154,12 @@ class Watch:
         self.begin(None)
 
     def begin(self, batch: Any) -> None:
-        """Turn to a batch."""
+        """Begin a batch, with no sums to reuse."""
         self._batch = batch
         self._next: Any = weakref.WeakKeyDictionary()  # statistic -> the tensor added to it -> (the tensor's version, what that gave)
 
     def see(self, path: str, inputs: Inputs, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Add a layer's input to its statistic, or take what another layer's addition of the same tensor to the same one gave."""
+        """Add a layer's input to its statistic, or reuse the sum where another layer added the same tensor to the same statistic."""
         x = inputs(args, kwargs)
         state, version = self.states[path], 0 if x.is_inference() else x._version
         following = self._next.setdefault(state, WeakIdKeyDictionary())
@@ -172,7 +172,7 @@ class Watch:
     def see_gradient(
         self, path: str, inputs: Inputs, probe: Tensor, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor
     ) -> Tensor:
-        """Let a layer's output carry a gradient, and add that of its weight to its statistic when it passes."""
+        """Let a layer's output carry a gradient, and add the weight's gradient to the statistic in the backward pass."""
         x = inputs(args, kwargs).detach()
 
         def add(dy: Tensor) -> None:
@@ -186,7 +186,7 @@ class Watch:
 
 
 def _masks(batch: Any, label_mask: bool) -> list[Tensor]:
-    """Give what a batch says of its positions: `(b, t)`, True where one counts."""
+    """Return a batch's masks `(b, t)`, True at positions that count."""
     if not isinstance(batch, Mapping):
         return []
     masks = [(batch.get("attention_mask"), lambda m: m != 0), (batch.get("labels") if label_mask else None, lambda m: m != IGNORED)]
@@ -194,7 +194,7 @@ def _masks(batch: Any, label_mask: bool) -> list[Tensor]:
 
 
 def _unmasked(x: Tensor, masks: list[Tensor]) -> Tensor:
-    """Give the rows `(n, i)` of an input at the positions that count, by the masks that match its leading axes."""
+    """Return the rows `(n, i)` of an input at the positions that count, by the masks that match its leading axes."""
     keep = None
     for mask in masks:
         if x.dim() == 2 and len(x) == mask.numel():

@@ -1,4 +1,4 @@
-"""What cannot be adapted is refused before anything is copied, by name and with the way out."""
+"""Checks before anything is copied: targets that cannot be adapted are refused by name, with the way out."""
 
 from torch import nn
 
@@ -48,7 +48,7 @@ def _refuse_packed(model: nn.Module, target: Target, cfg: AdapterConfig) -> None
 
 
 def check_uses(target: Target, cfg: AdapterConfig) -> None:
-    """Refuse a variant that uses what the target's kind does not give.
+    """Refuse a variant that uses a part which the target's kind lacks.
 
     Raises:
         ValueError: it names the target, the reason and the way out.

@@ -44,7 +44,7 @@ def derive(
 
 
 def share(base: nn.Module, entries: Entries) -> tuple[dict[str, Constants], Shapes]:
-    """Ask each config for the constants that all its targets share, and for the shapes of the params that they share.
+    """Derive for each config the constants and the shapes of the params that all its targets share.
 
     Raises:
         ValueError: where two configs of one variant would share different tensors under one name.

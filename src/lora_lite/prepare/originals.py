@@ -1,4 +1,4 @@
-"""Read the weights that a base had before it was quantised, for variants that start from what quantising lost."""
+"""Read the weights that a base had before it was quantised, for variants that start from the quantisation error."""
 
 import os
 from collections.abc import Iterator, Mapping

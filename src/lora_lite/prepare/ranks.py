@@ -10,7 +10,7 @@ def merged_over_ranks(states: Mapping[str, Any], seen: int, group: Any) -> tuple
     """Merge each path's statistics over the processes of a group, in order of rank, so that every process gets the same to the bit.
 
     Args:
-        states: this process's statistics by path, the same paths in every process; what several paths share is exchanged once.
+        states: this process's statistics by path, the same paths in every process. A statistic that several paths share is exchanged once.
         seen: batches that this process saw.
         group: the process group.
 

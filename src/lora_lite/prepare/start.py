@@ -1,4 +1,4 @@
-"""Where training starts: each target's params, from its config and a generator of its own."""
+"""The start of training: each target's params, from its config and a generator of its own."""
 
 import hashlib
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from lora_lite.layers.kind import Kind
 
 
 def start_params(cfg: AdapterConfig, W: Kind, generator: torch.Generator) -> dict[str, Tensor]:
-    """Draw a target's params, in the config's dtype and on the layer's device; `W` is its kind, with the constants."""
+    """Draw a target's params in the config's dtype, on the layer's device. `W` is the layer, with its constants."""
     params = W.make(lambda part: own_start(cfg, part, generator))
     return {name: placed(p, W.device, cfg.dtype) for name, p in params.items()}
 

@@ -31,7 +31,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[K
         kinds: as in `build`.
 
     Returns:
-        A tuple of `Target`; print it, count it, assert on it.
+        A tuple of `Target` to print, count and assert on.
 
     Raises:
         ValueError: where nothing matches, or one name, role or layer index matches nothing: a half-adapted model is
@@ -66,7 +66,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[K
 
 
 def width_of(model: nn.Module, kinds: Sequence[type[Kind]] = ()) -> int:
-    """Give `d_model`: the config's hidden size, else the commonest width among the linear layers."""
+    """Return `d_model`: the config's hidden size, else the commonest width among the linear layers."""
     config = getattr(model, "config", None)
     text = getattr(config, "get_text_config", lambda: None)()
     for source in (config, text):
@@ -99,7 +99,7 @@ def _selected(path: str, cfg: AdapterConfig) -> bool:
 
 
 def sharing(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Map the path of each module whose weight others hold too to their paths."""
+    """Map the path of each module with a shared weight to the paths of the others that have the weight."""
     holders: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         weight = module._parameters.get("weight")
@@ -138,7 +138,7 @@ def _check_names(model: nn.Module, cfg: AdapterConfig, known: list[str], allowed
 
 
 def _closest(pattern: str, paths: list[str]) -> str:
-    """Name the layers most like a pattern: by their last component, since that is what patterns usually spell."""
+    """List the layers most like a pattern by the last part of their paths, which patterns usually spell."""
     word = max(re.split(r"[^A-Za-z0-9_]+", pattern), key=len)
     last = {path.rpartition(".")[2]: path for path in reversed(paths)}
     close = difflib.get_close_matches(word, last, n=3, cutoff=0.3)

@@ -1,10 +1,10 @@
-"""The conformance kit: what every variant must satisfy, as named checks that users run on their own.
+"""The conformance kit: named checks that every variant must pass, and that users run on their own variants.
 
     from lora_lite.testing import check_variant
     check_variant(MyConfig(r=4))
 
 Each check is one function of a `Case`, a layer with the variant on it and params moved off their start: at init most variants
-are the identity and a wrong formula would pass. What is compared is `y - W x`, which a large `W x` would hide in `y`.
+are the identity and a wrong formula would pass. The checks compare `y - W x`, which a large `W x` would hide in `y`.
 """
 
 import unittest
@@ -49,8 +49,8 @@ CHECKS: dict[str, Callable[[AdapterConfig], None]] = {
         *(quantised_4bit, quantised_8bit),
     )
 }
-"""Every check by name, for a test that runs each on its own. One that cannot run here raises `unittest.SkipTest` with the reason, which
-pytest reports as a skip."""
+"""Every check by name, for a test that runs each on its own. A check that cannot run here raises `unittest.SkipTest` with
+the reason, and pytest reports a skip."""
 
 
 def check_variant(cfg: AdapterConfig, skip: Collection[str] = ()) -> dict[str, str]:

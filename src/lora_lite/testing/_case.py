@@ -25,7 +25,7 @@ Params = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One layer with a variant on it: what a check looks at.
+    """A layer with a variant on it, the object of a check.
 
     Attributes:
         cfg: the variant, its target fields at their defaults.
@@ -46,12 +46,12 @@ class Case:
         return Variant(self.cfg)(params, self.W, self.x if x is None else x)
 
     def delta(self, params: Params, x: Tensor | None = None) -> Tensor:
-        """Compute what the variant adds to the layer's own output."""
+        """Compute the variant's update of the layer's own output."""
         x = self.x if x is None else x
         return self(params, x) - self.W(x)
 
     def to(self, dtype: torch.dtype) -> "Case":
-        """Return the same numbers in another dtype; integer and boolean constants stay what they are."""
+        """Return the same numbers in another dtype. Integer and boolean constants keep theirs."""
         W = self.W
         bias = None if W.bias is None else W.bias.to(dtype)
         constants = {k: c.to(dtype) if c.is_floating_point() else c for k, c in W.constants.items()}

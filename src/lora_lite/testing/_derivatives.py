@@ -12,8 +12,8 @@ from lora_lite.core.config import AdapterConfig
 from lora_lite.testing._case import GRADIENTS, Case, close, fail, float64
 
 
-class _Held(TorchFunctionMode):
-    """Hold what a function detaches: finite differences don't see `detach`, so its values at the first point are replayed."""
+class _DetachedFixed(TorchFunctionMode):
+    """Replay the detached values of the first point: finite differences do not see `detach`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,14 +30,14 @@ class _Held(TorchFunctionMode):
 
 
 def _difference(f: Callable[[Tensor], Tensor], at: Tensor, along: Tensor, step: float = 1e-5) -> Tensor:
-    """Central difference of `f`, with what it detaches held at its values in `at`."""
-    held = _Held()
-    with held:
+    """Compute the central difference of `f`, with detached terms fixed at their values in `at`."""
+    fixed = _DetachedFixed()
+    with fixed:
         f(at)
     sides = []
     for sign in (1, -1):
-        held.replay = iter(held.values)
-        with held:
+        fixed.replay = iter(fixed.values)
+        with fixed:
             sides.append(f(at + sign * step * along))
     return (sides[0] - sides[1]) / (2 * step)
 

@@ -1,4 +1,4 @@
-"""Checks of one layer: what the variant computes."""
+"""Checks of a variant's arithmetic on one layer."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32, 
 
 
 def facts(cfg: AdapterConfig) -> None:
-    """The declared facts are of their kinds."""
+    """The declared facts have their types."""
     if not isinstance(cfg.name, str) or not cfg.name:
         fail("name to be a non-empty string", repr(cfg.name))
     if not set(cfg.uses) <= set(USES):
@@ -148,7 +148,7 @@ def training(cfg: AdapterConfig) -> None:
 
 
 def precision(cfg: AdapterConfig) -> None:
-    """In float32 and bfloat16 the update is that of the same numbers in float64; float32 params serve a bfloat16 layer."""
+    """In float32 and bfloat16 the update is that of the same numbers in float64. Float32 params serve a bfloat16 layer."""
     for dtype in (torch.float32, torch.bfloat16):
         for case in make_cases(with_fields(cfg, dtype=torch.float32), dtype):
             exact = case.to(torch.float64)

@@ -1,4 +1,4 @@
-"""The conformance kit for kinds of layers: what every kind must satisfy, as named checks that users run on their own."""
+"""The conformance kit for kinds of layers: named checks that every kind must pass, and that users run on their own kinds."""
 
 import copy
 import functools
@@ -39,7 +39,7 @@ VARIANTS: dict[str, tuple[AdapterConfig, ...]] = {
     "module": (FullConfig(target_names=("layer",)),),
     "block": (LoReFTConfig(r=2),),
 }
-"""The variants that a kind of each site is tried with: together they use everything that a kind may give."""
+"""The variants that a kind of each site is tried with: together they use every part that a kind may offer."""
 
 ROWS = 4
 
@@ -70,13 +70,13 @@ class KindCase:
 
     @property
     def tolerance(self) -> float:
-        """How far values may be apart: rounding, which for a packed weight is that of float32."""
+        """The allowed distance of values: rounding, in float32 for a packed weight."""
         target = find_targets(self.model, self.config(VARIANTS[self.kind.site][0]), kinds=(self.kind,))[0]
         return 1e-9 if self.kind.at(self.model, target.path).dtype == torch.float64 else 1e-5
 
     @property
     def variants(self) -> list[AdapterConfig]:
-        """The variants that the kind gives what they use."""
+        """The variants that use only parts which the kind offers."""
         return [cfg for cfg in VARIANTS[self.kind.site] if set(cfg.uses) <= set(self.kind.gives)]
 
     def adapted(self, cfg: AdapterConfig, **options: Any) -> tuple[Adapt, Tree]:
@@ -87,7 +87,7 @@ class KindCase:
 
 
 def found(case: KindCase) -> None:
-    """The kind is found at the layer, and a variant that uses what it does not give is refused with its reason."""
+    """The kind is found at the layer. A variant that uses a part which the kind lacks is refused with the kind's reason."""
     targets = find_targets(case.model, case.config(VARIANTS[case.kind.site][0]), kinds=(case.kind,))
     if not targets or any(target.kind is not case.kind for target in targets):
         fail(f"targets of {case.kind.__name__}", [target.kind.__name__ for target in targets])
@@ -126,7 +126,7 @@ def gradient(case: KindCase) -> None:
         along = tree_map(lambda p, g=g: torch.randn(p.shape, generator=g, dtype=p.dtype), params)
         if any(not grad.any() for grad in tree_leaves(grads)):
             fail(f"a gradient for every param of {cfg.name}", "none for one")
-        if cfg.name == "dora":  # its norm is held fixed in the gradient, which finite differences do not see
+        if cfg.name == "dora":  # its norm is detached, which finite differences do not see
             continue
         sides = [loss(tree_map(lambda p, d, sign=sign: p + sign * 1e-6 * d, params, along)) for sign in (1, -1)]
         slope = sum((grad * d).sum() for grad, d in zip(tree_leaves(grads), tree_leaves(along)))
@@ -154,7 +154,7 @@ def merged(case: KindCase) -> None:
 
 
 def mixed(case: KindCase) -> None:
-    """Rows of a mixed batch equal a loop over the members, and per-example gradients a loop over the rows; or both are refused."""
+    """Rows of a mixed batch equal a loop over the members, and per-example gradients a loop over the rows. A kind may refuse both."""
     index = [k % 2 for k in range(ROWS)]
     for cfg in case.variants:
         adapt, params = case.adapted(cfg)
@@ -269,7 +269,11 @@ KIND_CHECKS: dict[str, Callable[[KindCase], None]] = {
 def make_kind_case(
     kind: type[Kind], make_layer: Callable[[], nn.Module], make_input: Callable[[], Any] | None = None, names: str = r"^layer$"
 ) -> KindCase:
-    """Make the case of a kind: see `check_kind`."""
+    """Make the case of a kind, on which single checks of `KIND_CHECKS` run.
+
+    Args:
+        kind, make_layer, make_input, names: as in `check_kind`.
+    """
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = _Around(make_layer()).double().eval().requires_grad_(False)
@@ -338,7 +342,7 @@ def check_kind(
 
 
 def failure(check: Callable[[KindCase], None], case: KindCase) -> Sequence[str]:
-    """Run one check and return what failed, a line or none."""
+    """Run one check and return a line for its failure, if any."""
     try:
         check(case)
     except AssertionError as e:

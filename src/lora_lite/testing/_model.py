@@ -47,7 +47,7 @@ class _Blocks(nn.Module):
 
 
 def _model(cfg: AdapterConfig) -> tuple[nn.Module, Tensor]:
-    """A small model with something of the sort that the variant adapts, and an input."""
+    """Make a small model with targets for the variant, and an input."""
     wide, tall = float32(cfg)
     layers = []
     for case in (wide, tall):
@@ -64,7 +64,7 @@ def _model(cfg: AdapterConfig) -> tuple[nn.Module, Tensor]:
 
 
 def _build(model: nn.Module, cfg: AdapterConfig, width: int | None = None, source: nn.Module | None = None) -> tuple[Adapt, Tree]:
-    """Adapt a model of `_model`, on data where the variant needs it; with params off their start."""
+    """Adapt a model of `_model`, calibrated where the variant needs it, with params off their start."""
     i = width or next(model.parameters()).shape[-1]
     names = (r"^\d$",) if cfg.adapts == "module" else ()
     given: dict[str, Any] = {"calibration": [inputs(i)]} if cfg.calibrated else {}
@@ -99,7 +99,7 @@ def saved(cfg: AdapterConfig) -> None:
 
 
 def mixed_batch(cfg: AdapterConfig) -> None:
-    """Rows of one batch, each through its own adapter, equal a loop over the adapters; so do their gradients."""
+    """Rows of one batch, each through its own adapter, equal a loop over the adapters, and so do their gradients."""
     model, x = _model(cfg)
     adapt, params = _build(model, cfg)
     members = [tree_map(lambda p, c=c: c * p, params) for c in (1.0, 0.5)]

@@ -1,4 +1,4 @@
-"""Checks on quantised bases: a variant computes on packed weights what it computes on the same weights, dequantised."""
+"""Checks on quantised bases: a variant gives the same on packed weights as on the same weights dequantised."""
 
 import copy
 import importlib.util

@@ -1,7 +1,8 @@
 """Second-order products over a params tree: Hessian, generalised Gauss-Newton, diagonal of the empirical Fisher.
 
 Fused attention has neither a forward-mode nor a double-backward rule, so these products run torch's plain attention for the length of the
-call. A variant that holds a term fixed in its gradient (DoRA's norm) has no Hessian: what comes out is that of the held function.
+call. A variant that detaches a term (DoRA's norm) has no Hessian of its own: the products are those of the function with that term
+held fixed.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Gradients by row of a batch, and their norms: a mixed batch in which every row is a member of its own."""
+"""Per-example gradients and their norms: a mixed batch in which every row is a member of its own."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +17,7 @@ LossRows = Callable[[Any, Any], Tensor]
 
 
 def per_example_grad(adapt: Adapt, loss_rows: LossRows, chunk_size: int | None = None) -> Callable[[AnyTree, Any], Tree]:
-    """Make `(params, batch) -> gradients by row`, in one forward and one backward pass of a mixed batch.
+    """Make `(params, batch) -> per-example gradients`, in one forward and one backward pass of a mixed batch.
 
     Args:
         adapt: the adapted model. Rows must not act on each other: no batch norm in training mode.
@@ -52,10 +52,10 @@ def per_example_grad(adapt: Adapt, loss_rows: LossRows, chunk_size: int | None =
 
 
 def per_example_norm(adapt: Adapt, loss_rows: LossRows, chunk_size: int | None = None) -> Callable[[AnyTree, Any], Tensor]:
-    """Make `(params, batch) -> norms of the gradients by row`, over the whole tree, without holding the gradients.
+    """Make `(params, batch) -> norms of the per-example gradients`, over the whole tree, without holding the gradients.
 
-    A leaf's gradients by row are squared, summed and freed as soon as the backward pass has made them, so that those of one target or so
-    are in memory at a time. Inside another transform or a compiled function, which give no such hold, they are all made first.
+    A leaf's per-example gradients are squared, summed and freed as soon as the backward pass has made them. So those of about one target
+    are in memory at a time. Inside another transform or a compiled function, which offer no such hook, they are all made first.
 
     Args:
         adapt: the adapted model, as for `per_example_grad`.
@@ -92,13 +92,13 @@ def per_example_norm(adapt: Adapt, loss_rows: LossRows, chunk_size: int | None =
 
 
 def _joined(parts: list[Tree]) -> Tree:
-    """Put the rows of the parts together, a leaf at a time, letting go of the parts' own: all at once would hold everything twice."""
+    """Join the rows of the parts one leaf at a time, and free the parts' leaf: all at once would hold everything twice."""
     layout = {path: list(leaves) for path, leaves in parts[0].items()}
     return {path: {name: torch.cat([part[path].pop(name) for part in parts]) for name in names} for path, names in layout.items()}
 
 
 def _squares_as_made(params: AnyTree, total: Callable[[Tree], Tensor], rows: int) -> list[Tensor]:
-    """Give the squared norms by row of each leaf's gradients, taken while the backward pass runs."""
+    """Compute the squared norms by row of each leaf's gradients, while the backward pass runs."""
     squares: list[Tensor] = []
 
     def taken(leaf: Tensor) -> None:
@@ -141,7 +141,7 @@ def _total(adapt: Adapt, loss_rows: LossRows, batch: Any, rows: int) -> Callable
 
 
 def chunks(batch: Any, size: int | None) -> Iterator[tuple[Any, int]]:
-    """Cut a batch into parts of at most `size` rows, each with its number of rows; None for the batch itself."""
+    """Cut a batch into parts of at most `size` rows, each with its number of rows. With None the batch stays whole."""
     rows = rows_of(batch)
     if size is None or size >= rows:
         yield batch, rows
@@ -157,7 +157,7 @@ def chunks(batch: Any, size: int | None) -> Iterator[tuple[Any, int]]:
 
 
 def rows_of(batch: object) -> int:
-    """Give the number of rows of a batch: the first axis of its first tensor.
+    """Return the number of rows of a batch: the first axis of its first tensor.
 
     Raises:
         ValueError: where it holds no tensor.

@@ -1,4 +1,4 @@
-"""`to_lora`: any linear variant as LoRA, by the SVD of what it adds to the weight."""
+"""`to_lora`: any linear variant as LoRA, by the SVD of its update of the weight."""
 
 import math
 import re
@@ -25,7 +25,7 @@ def to_lora(
     """Convert an adapter of linear variants to LoRA: the best approximation of its change of the weight that rank `r` allows.
 
     Args:
-        adapt: what the params belong to.
+        adapt: the adapted model of the params.
         params: a tree that fits it.
         r: rank of the LoRA, the same for all targets.
         alpha: numerator of its scale, > 0; `r` by default, so that the scale is 1. The update does not depend on it.
@@ -73,7 +73,7 @@ def _norm(parts: Sequence[Tensor]) -> float:
 
 @torch.no_grad()
 def _changes(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]]) -> list[tuple[Target, AdapterConfig, list[Tensor]]]:
-    """Return what the adapter adds to the weight of each target, `(o, i)` for each linear map that it is made of, in float64."""
+    """Return the update of each target's weight in float64, `(o, i)` for each of its linear maps."""
     faults, found = [], []
     for target, cfg in adapt._plan.entries:
         at = f'"{target.path}": {type(cfg).__name__}'

@@ -1,4 +1,4 @@
-"""The variants that ship. `VARIANTS` is the only list of them: the public names, `functional` and the documentation follow from it."""
+"""The variants that ship. `VARIANTS` is their only list: the public names, `functional` and the documentation follow from it."""
 
 from lora_lite.core.config import AdapterConfig as _AdapterConfig
 from lora_lite.variants.adalora import AdaLoRAConfig as AdaLoRAConfig

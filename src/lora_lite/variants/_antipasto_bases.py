@@ -12,7 +12,7 @@ DAMPING = 1e-3  # added to the second moments, upstream's value
 
 
 def derive_basis(cfg: AdapterConfig, W: Frozen, r: int, basis: str, stats: Any = None) -> Constants:
-    """Compute `U (o, r)`, `S (r)`, `Vh (r, i)`; `stats.second_moment` is `E[x x^T] (i, i)` of the layer's inputs.
+    """Compute `U (o, r)`, `S (r)`, `Vh (r, i)`. `stats.second_moment` is `E[x x^T] (i, i)` of the layer's inputs.
 
     Raises:
         ValueError: where the layer has fewer than `r` directions, or the basis needs statistics and gets none that fit.
@@ -32,7 +32,9 @@ def derive_basis(cfg: AdapterConfig, W: Frozen, r: int, basis: str, stats: Any =
 
 
 def oriented_triplets(W: Frozen, r: int, basis: str, second_moment: Tensor) -> Constants:
-    """Compute `U (o, r)`, `S (r)`, `Vh (r, i)` with `U S Vh = U U^T W`, chosen or oriented by `E[x x^T] (i, i)` of the layer's inputs."""
+    """Compute factors `U (o, r)`, `S (r)`, `Vh (r, i)` with `U S Vh = U U^T W`.
+
+    The directions are chosen or oriented by `E[x x^T] (i, i)` of the layer's inputs."""
     weight = W.dense()
     dtype = torch.promote_types(weight.dtype, torch.promote_types(second_moment.dtype, torch.float32))
     full, G = weight.to(dtype), second_moment.to(weight.device, dtype)

@@ -1,7 +1,7 @@
-"""The cores of AntiPaSTO: pure functions on the weight's frozen factors; `antipasto.py` has the formulas and the config.
+"""The cores of AntiPaSTO: pure functions on the weight's frozen factors. `antipasto.py` has the formulas and the config.
 
 A basis `U (o, r)`, `S (r)`, `Vh (r, i)` is in the constants of `W`, or the top of its SVD where there are none. `p = Vh x` is a
-token's coordinates; a core is what becomes of `S p`, and only its difference from `S p` is computed. Small matrices are built once
+token's coordinates; a core takes the place of `S p`, and only its difference from `S p` is computed. Small matrices are built once
 per forward, in at least float32, and act on `p`: on the bases they would cost the wider side of the layer, and a gradient as large.
 """
 
@@ -74,7 +74,7 @@ class RotationParams(TypedDict):
 def antipasto_rotation(
     params: RotationParams, W: Frozen, x: Float[Tensor, "*b i"], *, rotate_basis: str, max_rotation_angle: float, angle_clamp: str
 ) -> Float[Tensor, "*b o"]:
-    """Return `W x + b + U [R_u^T (S + delta_s) R_v p - S p]`; `t` is `(n, pairs)`, and `(2, n, pairs)` for both sides, V first."""
+    """Return `W x + b + U [R_u^T (S + delta_s) R_v p - S p]`. `t` is `(n, pairs)`, for both sides `(2, n, pairs)`, V first."""
     basis = _basis(W, params["delta_s"].shape[0])
     t = params["t"].to(basis["S"].dtype)
     n = t.shape[-2]

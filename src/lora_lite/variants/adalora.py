@@ -47,14 +47,14 @@ class AdaLoRAParams(TypedDict):
 
 @checked
 def adalora(params: AdaLoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float, dropout: float = 0.0) -> Float[Tensor, "*b o"]:
-    """Return `W x + b + scale B (E (A drop(x)))`; the module's docstring has the formula and the shapes."""
+    """Return `W x + b + scale B (E (A drop(x)))`. The module's docstring has the formula and the shapes."""
     # E scales the rows of A, not the activations: these would be kept twice for the backward pass.
     h = W.project(x, params["A"] * params["E"].unsqueeze(1), dropout)
     return add_low_rank(W(x), h, params["B"], scale)
 
 
 def orthogonality(params: AnyTree) -> Tensor:
-    """Compute the mean over all `A` and `B` of `||P P^T - I||_F`, eq. (4) as PEFT has it; the loss takes `orth_reg_weight` of it."""
+    """Compute the mean over all `A` and `B` of `||P P^T - I||_F`, eq. (4) as in PEFT. The loss adds `orth_reg_weight` of it."""
     norms = []
     for leaves in params.values():
         if set(leaves) == NAMES:
@@ -65,7 +65,7 @@ def orthogonality(params: AnyTree) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLoRAConfig(AdapterConfig):
-    """Config of AdaLoRA; the schedule has PEFT's names and defaults.
+    """Config of AdaLoRA. The schedule has PEFT's names and defaults.
 
     Args:
         init_r: rank at the start, >= 1.

@@ -78,7 +78,7 @@ def antipasto(
     max_rotation_angle: float = 0.5,
     angle_clamp: str = "element",
 ) -> Tensor:
-    """Return `W x + b + U [core(p) - S p]`; the module's docstring has the formulas, each core's own function checks its shapes."""
+    """Return `W x + b + U [core(p) - S p]`. The module's docstring has the formulas. Each core's own function checks its shapes."""
     if core == "rotation" and rotate_basis != "none":
         bounds = {"max_rotation_angle": max_rotation_angle, "angle_clamp": angle_clamp}
         return cores.antipasto_rotation(params, W, x, rotate_basis=rotate_basis, **bounds)
@@ -141,7 +141,7 @@ class AntiPaSTOConfig(AdapterConfig):
 
     @property
     def identity(self) -> float:
-        """The output's relative error at init; of the rotation core, for a layer whose singular values are not small beside one."""
+        """The output's relative error at init. For the rotation core, singular values must not be small beside one."""
         return {"rotation": 1e-3, "ablate": 0.05}.get(self.core, 0.0)
 
     def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
@@ -175,7 +175,7 @@ class AntiPaSTOConfig(AdapterConfig):
         return steered
 
     def update(self, params: Any, grads: Any, state: Any = None) -> tuple[Any, Any]:
-        """Project a tree after an optimiser's step: `alpha` of the ablate core into [0, 1], where the core contracts; the rest stays."""
+        """Project a tree after an optimiser's step: `alpha` of the ablate core into [0, 1], where the core contracts. The rest stays."""
         project = {"alpha": lambda alpha: alpha.clamp(0, 1)}
         new = {path: {name: project.get(name, lambda p: p)(p) for name, p in leaves.items()} for path, leaves in params.items()}
         return new, state

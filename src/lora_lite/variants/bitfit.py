@@ -35,14 +35,14 @@ class BitFitParams(TypedDict):
 
 @checked
 def bitfit(params: BitFitParams, W: Frozen, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-    """Return `W x + b + db`; the module's docstring has the formula and the shapes."""
+    """Return `W x + b + db`. The module's docstring has the formula and the shapes."""
     y = W(x)
     return y + params["db"].to(y.dtype)  # under autocast the layer's output has another dtype than its input
 
 
 @dataclass(frozen=True, kw_only=True)
 class BitFitConfig(AdapterConfig):
-    """Config of BitFit; it has no hyperparameters of its own."""
+    """Config of BitFit, which has no hyperparameters of its own."""
 
     name = "bitfit"
     uses = frozenset({"output"})

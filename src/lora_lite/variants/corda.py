@@ -45,7 +45,7 @@ corda = another_start(pissa, "corda", constants=("A0", "B0"))
 
 @dataclass(frozen=True, eq=False)
 class ScaledStatistics(Statistics):
-    """Statistics of inputs divided, batch by batch, by the absolute value of their signed maximum; a mean over batches."""
+    """Statistics of inputs divided, batch by batch, by the absolute value of their signed maximum. They are means over batches."""
 
     batches: int = 0
 
@@ -72,7 +72,7 @@ def oriented_factors(W: Frozen, oriented: Tensor, keep: slice, scale: float) -> 
     U, S, _ = truncated_svd(oriented, min(oriented.shape))
     floor = S[0] * torch.finfo(S.dtype).eps * max(oriented.shape)
     U, S = U[:, keep], S[keep]
-    inverse = torch.where(floor < S, (scale * S).rsqrt(), 0)  # a weight without full rank has nothing to give along the others
+    inverse = torch.where(floor < S, (scale * S).rsqrt(), 0)  # a weight without full rank has no component along the others
     A0 = inverse[:, None] * (U.t() @ exact(weight))
     return {"A0": A0.to(weight.dtype).contiguous(), "B0": (U * (S / scale).sqrt()).to(weight.dtype).contiguous()}
 

@@ -59,7 +59,7 @@ def weight_norm(W: Frozen, w_norm: str) -> Constants:
 
 
 def unit_step(start: Tensor, step: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Compute the unit vectors of `start` along `dim`, and what `step` adds to them, `(s + d) / |s + d| - s / |s|`.
+    """Compute the unit vectors of `start` along `dim`, and the change that `step` makes in them, `(s + d) / |s + d| - s / |s|`.
 
     The second is exactly zero where `step` is, and keeps its digits where `step` is small: `|s + d| - |s|` is expanded, not subtracted.
     """
@@ -90,7 +90,7 @@ def factors(params: DeLoRAParams, constants: Params, lambda0: float) -> tuple[Te
 def delora(
     params: DeLoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, lambda0: float, w_norm: str = "channel", dropout: float = 0.0
 ) -> Float[Tensor, "*b o"]:
-    """Return `W x + b + lambda/r sum_j b_j a_j^T (w x)`; the module's docstring has the formula and the shapes."""
+    """Return `W x + b + lambda/r sum_j b_j a_j^T (w x)`. The module's docstring has the formula and the shapes."""
     right, left = factors(params, W.constants or weight_norm(W, w_norm), lambda0)
     h = F.linear(F.dropout(x, dropout, W.training) if dropout else x, right.to(x.dtype))
     return add_low_rank(W(x), h, left.to(x.dtype))

@@ -3,7 +3,7 @@ r"""DoRA: a low-rank update of the weight's direction and a trained magnitude pe
 $$V = W + s B A, \quad n_k = \lVert V_k \rVert_2, \quad
 y = \frac{\lVert w_k \rVert + m_k}{n_k} \odot (W x + s B A x) + b$$
 
-`n` is held fixed in the gradient (the paper's sec. 4.3). The row norms of `V` are expanded, not materialised:
+`n` is detached, fixed in the gradient (the paper's sec. 4.3). The row norms of `V` are expanded, not materialised:
 `||w_k + s b_k A||^2 = ||w_k||^2 + 2 s <(W A^T)_k, b_k> + s^2 b_k (A A^T) b_k^T`, which costs `r` extra tokens through the layer.
 
 Identity at init: exact. With `B = 0` and `m = 0` both norms are the same floating-point number, and the output is the base
@@ -24,7 +24,7 @@ Trained per target: `r (i + o) + o`. Needs the weight's row norms once.
 Departures: the paper and PEFT train the magnitude itself; `m` is its deviation from the weight's row norm, so that zero is the
 base model and weight decay pulls there. The bias is not scaled, as in PEFT. With dropout, in training mode, the base product of
 the magnitude's correction sees the dropped input too, as in PEFT.
-A second derivative does not see the held norm: the Hessian of DoRA is that of the function as it is differentiated here.
+A second derivative does not see the detached norm: the Hessian of DoRA is that of the function as it is differentiated here.
 """
 
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ def gains(params: DoRAParams, W: Frozen, scale: float) -> Tensor:
 
 @checked
 def dora(params: DoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float, dropout: float = 0.0) -> Float[Tensor, "*b o"]:
-    """Return `(||w|| + m) / n (W x + scale B A x) + b`; the module's docstring has the formula and the shapes."""
+    """Return `(||w|| + m) / n (W x + scale B A x) + b`. The module's docstring has the formula and the shapes."""
     gain = gains(params, W, scale)
     if W.bias is None and not (dropout and W.training):
         return gate(add_low_rank(W(x), F.linear(x, params["A"]), params["B"], scale), gain - 1)

@@ -18,7 +18,7 @@ Adaptation*, 2024, arXiv:2410.07170.
 | `A0` | `(r, i)` | no | unit rows `v_j`, the largest entry of each positive |
 
 Trained per target: `r (i + o)`. Needs nothing of the weight but its output, and at build the inputs of the layer. `A0` takes no part in
-the forward: it is kept so that a loaded `adapt` can `init` again without data.
+the forward: it is stored so that a loaded `adapt` can `init` again without data.
 
 Departures: the covariance is summed in one pass over all data and decomposed once, where the paper and PEFT update a truncated SVD batch
 by batch until it settles; the directions are those of the whole data. `A` is centred as in PEFT; `center=False` takes the second moment
@@ -44,7 +44,7 @@ eva = another_start(lora, "eva")
 
 
 def redistributed(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
-    """Return for each layer the number of its directions that are among the `budget` best of all, by their shares of variance."""
+    """Return for each layer the number of its directions among the `budget` best of all, by their shares of variance."""
     paths = list(shares)
     owners = torch.cat([torch.full((len(shares[path]),), k) for k, path in enumerate(paths)])
     order = torch.cat([shares[path].cpu() for path in paths]).argsort(descending=True, stable=True)

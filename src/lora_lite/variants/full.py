@@ -32,13 +32,13 @@ from lora_lite.core import AdapterConfig, Frozen, Params, checked
 
 @checked
 def full(params: Params, W: Frozen, x: Tensor) -> Any:
-    """Apply `W` with its parameters moved by `params` to `x`; the module's docstring has the formula."""
+    """Apply `W` with its parameters moved by `params` to `x`. The module's docstring has the formula."""
     return W.moved(params)(x)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FullConfig(AdapterConfig):
-    """Config of full training; it has no hyperparameters of its own, but `target_names` must name modules."""
+    """Config of full training, without hyperparameters of its own. `target_names` must name modules."""
 
     name = "full"
     adapts = "module"

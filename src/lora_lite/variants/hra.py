@@ -63,7 +63,7 @@ def compact_chain(U: Tensor) -> tuple[Tensor, Tensor]:
 
 @checked
 def hra(params: HRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, side: str = "in") -> Float[Tensor, "*b o"]:
-    """Return `W R x + b`, or `R W x + b` with `side="out"`; the module's docstring has the formula and the shapes."""
+    """Return `W R x + b`, or `R W x + b` with `side="out"`. The module's docstring has the formula and the shapes."""
     with full_precision(x):
         C, B = (t.to(x.dtype) for t in compact_chain(params["U"]))
     if side == "in":

@@ -35,13 +35,13 @@ class IA3Params(TypedDict):
 
 @checked
 def ia3(params: IA3Params, W: Frozen, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-    """Return `(1 + g) (W x + b)`; the module's docstring has the formula and the shapes."""
+    """Return `(1 + g) (W x + b)`. The module's docstring has the formula and the shapes."""
     return gate(W(x), params["g"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class IA3Config(AdapterConfig):
-    """Config of IA3's output gate; it has no hyperparameters of its own."""
+    """Config of IA3's output gate, which has no hyperparameters of its own."""
 
     name = "ia3"
     uses = frozenset({"output"})

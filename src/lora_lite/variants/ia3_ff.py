@@ -35,13 +35,13 @@ class IA3FFParams(TypedDict):
 
 @checked
 def ia3_ff(params: IA3FFParams, W: Frozen, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
-    """Return `W ((1 + g) x) + b`; the module's docstring has the formula and the shapes."""
+    """Return `W ((1 + g) x) + b`. The module's docstring has the formula and the shapes."""
     return W(gate(x, params["g"]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class IA3FFConfig(AdapterConfig):
-    """Config of IA3's input gate; it has no hyperparameters of its own."""
+    """Config of IA3's input gate, which has no hyperparameters of its own."""
 
     name = "ia3_ff"
     uses = frozenset({"output", "vectors"})

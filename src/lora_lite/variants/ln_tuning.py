@@ -30,7 +30,7 @@ ln_tuning = another_start(full, "ln_tuning")
 
 @dataclass(frozen=True, kw_only=True)
 class LNTuningConfig(FullConfig):
-    """Config of LN-tuning; it has no hyperparameters of its own."""
+    """Config of LN-tuning, which has no hyperparameters of its own."""
 
     name = "ln_tuning"
     adapts = "norm"

@@ -1,4 +1,4 @@
-r"""LoftQ: LoRA on a quantised weight that starts from what quantising lost.
+r"""LoftQ: LoRA on a quantised weight that starts from the quantisation error.
 
 $$y = W_q x + b + s\, B A x, \qquad s\, B_0 A_0 = \text{the best rank-} r \text{ approximation of } W - W_q, \quad s = \alpha / r$$
 

@@ -39,7 +39,7 @@ class LoRAParams(TypedDict):
 
 @checked
 def lora(params: LoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float, dropout: float = 0.0) -> Float[Tensor, "*b o"]:
-    """Return `W x + b + scale B A drop(x)`; the module's docstring has the formula and the shapes."""
+    """Return `W x + b + scale B A drop(x)`. The module's docstring has the formula and the shapes."""
     return add_low_rank(W(x), W.project(x, params["A"], dropout), params["B"], scale)
 
 

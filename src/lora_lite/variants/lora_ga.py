@@ -41,7 +41,7 @@ lora_ga = another_start(pissa, "lora_ga", constants=("A0", "B0"))
 
 
 def components(r: int, direction: str, disjoint: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return which of the first `2 r` singular pairs `A` and `B` take, `(r,)` each."""
+    """Return the indices of the singular pairs that `A` and `B` take among the first `2 r`, `(r,)` each."""
     if direction == "random":
         drawn = torch.randperm(2 * r, generator=generator)
         return drawn[:r], drawn[r:] if disjoint else drawn[:r]
@@ -75,7 +75,7 @@ class LoRAGAConfig(PiSSAConfig):
 
     @property
     def uses(self) -> frozenset[str]:
-        """Which parts of a layer it uses: its weight for one size of the start alone."""
+        """The parts of a layer that the variant uses: the weight only for `scale_start="weight_svd"`."""
         return frozenset({"output", "vectors"} | ({"dense"} if self.scale_start == "weight_svd" else set()))
 
     def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:

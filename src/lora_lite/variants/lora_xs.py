@@ -47,7 +47,7 @@ def singular_factors(W: Frozen, r: int) -> Constants:
 
 @checked
 def lora_xs(params: LoRAXSParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float) -> Float[Tensor, "*b o"]:
-    """Return `W x + b + scale B R A x`; the module's docstring has the formula and the shapes."""
+    """Return `W x + b + scale B R A x`. The module's docstring has the formula and the shapes."""
     R = params["R"]
     basis = W.constants or singular_factors(W, R.shape[0])
     h = F.linear(F.linear(x, basis["A"].to(x.dtype)), R)  # (*b, r)

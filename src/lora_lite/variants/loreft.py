@@ -18,8 +18,8 @@ eq. (2), positions sec. 4.1.
 | `b` | `(n, r)` | yes | uniform within 1/sqrt(d) |
 
 `n` is 2 where first and last positions are edited apart, else 1. Trained per target: `n r (2 d + 1)`. Needs nothing of any weight. The
-prompt of a row is what the attention mask keeps, up to the first label that counts; tokens that `generate` adds are not edited. Of a prompt
-with `m` tokens at most `m // 2` are first ones and as many last ones, as in the paper's code.
+prompt of a row is the part that the attention mask keeps, up to the first label that counts. Tokens that `generate` adds are not edited.
+Of a prompt with `m` tokens at most `m // 2` are first ones and as many last ones, as in the paper's code.
 
 Departures: the paper's code parametrises `R` by Householder reflections, and here its rows are made orthonormal by a Cholesky factor: the
 same set of matrices by other coordinates. There is no dropout; the paper's code drops entries of the whole output, hidden state included.
@@ -49,7 +49,7 @@ class LoReFTParams(TypedDict):
 
 
 def orthonormal(R: Tensor) -> Tensor:
-    """Return the rows of `R (..., r, d)` made orthonormal, in at least float32; rows of zeros, which edit nothing, stay zero."""
+    """Return the rows of `R (..., r, d)` made orthonormal, in at least float32. Rows of zeros, which edit nothing, stay zero."""
     wide = R.to(torch.promote_types(R.dtype, torch.float32))
     with full_precision(R):
         gram = wide @ wide.mT
@@ -61,11 +61,10 @@ def orthonormal(R: Tensor) -> Tensor:
 def loreft(
     params: LoReFTParams, W: Frozen, x: Float[Tensor, "*b i"], *, first: int = 1, last: int = 1, prompt: Tensor | None = None
 ) -> Float[Tensor, "*b d"]:
-    """Return `h = W x` edited at the first and last positions of its second-last axis; the module's docstring has the formula.
+    """Return `h = W x` edited at the first and last positions of its second-last axis. The module's docstring has the formula.
 
-    With `prompt`, `(b, t)`, at those of each row's prompt.
-
-    Of fewer than `first + last` positions, the first half and the last are edited, the middle one of an odd number as a first one.
+    With `prompt`, `(b, t)`, the positions are counted within each row's prompt. Of fewer than `first + last` positions, the first half
+    and the last half are edited, the middle one of an odd number as a first one.
     """
     h = W(x)
     if h.dim() == 1:
@@ -126,7 +125,7 @@ class LoReFTConfig(AdapterConfig):
 
     @property
     def identity(self) -> float | None:
-        """Relative tolerance of the start at the model as it is; in bfloat16 `W` and `R` are rounded apart."""
+        """Relative tolerance of the identity at init. In bfloat16 `W` and `R` are rounded apart."""
         return None if self.start == "random" else 5e-3
 
     def init(self, W: Frozen, generator: torch.Generator) -> LoReFTParams:

@@ -69,7 +69,7 @@ def project(v: Tensor, size: int, eps: float) -> Tensor:
 def oft(
     params: OFTParams, W: Frozen, x: Float[Tensor, "*b i"], *, block_size: int, cayley: str = "series", terms: int = 5
 ) -> Float[Tensor, "*b o"]:
-    """Return `W (R^T x) + b`; the module's docstring has the formula and the shapes. One row of `v` serves all blocks."""
+    """Return `W (R^T x) + b`. The module's docstring has the formula and the shapes. One row of `v` serves all blocks."""
     with full_precision(x):
         excess = excess_rotation(params["v"], block_size, cayley, terms)
     blocks = x.reshape(-1, x.shape[-1] // block_size, block_size)  # (tokens, n, k)

@@ -50,7 +50,7 @@ def principal_factors(W: Frozen, r: int, scale: float) -> Constants:
 
 @checked
 def pissa(params: PiSSAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float) -> Float[Tensor, "*b o"]:
-    """Return `W x + b + scale [(B0 + dB) dA + dB A0] x`; the module's docstring has the formula and the shapes."""
+    """Return `W x + b + scale [(B0 + dB) dA + dB A0] x`. The module's docstring has the formula and the shapes."""
     dA, dB = params["dA"], params["dB"]
     start = W.constants or principal_factors(W, dA.shape[0], scale)
     A0, B0 = start["A0"].to(x.dtype), start["B0"].to(x.dtype)

@@ -62,7 +62,7 @@ def rotation(params: ROADParams, variant: str, group_size: int) -> tuple[Tensor,
 
 @checked
 def road(params: ROADParams, W: Frozen, x: Float[Tensor, "*b i"], *, variant: str, group_size: int) -> Float[Tensor, "*b o"]:
-    """Return `c h + s swap(h)` with `h = W x + b`; the module's docstring has the formula and the shapes."""
+    """Return `c h + s swap(h)` with `h = W x + b`. The module's docstring has the formula and the shapes."""
     y = W(x)
     c, s = rotation(params, variant, group_size)
     h = y.view(*y.shape[:-1], y.shape[-1] // group_size, 2, group_size // 2)

@@ -47,7 +47,7 @@ class SSVDParams(TypedDict):
 
 
 def singular_triplets(W: Frozen, r: int) -> Constants:
-    """Compute the top `r` of the SVD, `U (o, r)`, `S (r)`, `Vh (r, i)`; the values stay in at least float32."""
+    """Compute the top `r` of the SVD, `U (o, r)`, `S (r)`, `Vh (r, i)`. The values stay in at least float32."""
     weight = W.dense()
     U, S, Vh = truncated_svd(weight, r)
     return {"U": U.to(weight.dtype), "S": S, "Vh": Vh.to(weight.dtype)}
@@ -57,7 +57,7 @@ def singular_triplets(W: Frozen, r: int) -> Constants:
 def ssvd(
     params: SSVDParams, W: Frozen, x: Float[Tensor, "*b i"], *, cayley: str = "first_order", espnet_orientation: bool = False
 ) -> Float[Tensor, "*b o"]:
-    """Return `W x + b + U [(S + sigma(gate) s) G - S] Vh x`; the module's docstring has the formula and the shapes."""
+    """Return `W x + b + U [(S + sigma(gate) s) G - S] Vh x`. The module's docstring has the formula and the shapes."""
     basis = W.constants or singular_triplets(W, params["s"].shape[0])
     S = basis["S"]
     shift = params["s"].to(S.dtype) * params["gate"].to(S.dtype).sigmoid()

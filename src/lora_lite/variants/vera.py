@@ -54,7 +54,7 @@ def projections(layers: Sequence[Frozen], r: int, seed: int) -> Constants:
 
 @checked
 def vera(params: VeRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, seed: int = 0, dropout: float = 0.0) -> Float[Tensor, "*b o"]:
-    """Return `W x + b + lambda_b (B_o (lambda_d (A_i x)))`; a plain weight takes projections of its own widths, drawn from `seed`."""
+    """Return `W x + b + lambda_b (B_o (lambda_d (A_i x)))`. A plain weight takes projections of its own widths, drawn from `seed`."""
     d, b = params["lambda_d"], params["lambda_b"]
     shared = W.constants or projections([W], d.shape[0], seed)
     A, B = shared["A"], shared["B"]

@@ -113,7 +113,7 @@ def _check_series(fields: Mapping[str, Any], where: object) -> None:
 
 
 def resolve(fields: Mapping[str, Any], name: str, path: str) -> Any:
-    """Give a field's value for one layer: that of the first pattern that matches its path, as PEFT matches, or the common one."""
+    """Return a field's value for one layer, by the first pattern that matches the path as PEFT matches, else the common one."""
     method = fields["peft_type"]
     for pattern, value in (fields.get(PATTERNS.get(method, {}).get(name, "")) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", path):

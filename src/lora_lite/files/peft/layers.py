@@ -26,7 +26,7 @@ _WRAPPER = "base_layer."
 
 
 def as_linear(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensors, list[str]]:
-    """Return a file's tensors with the keys and shapes that a linear layer at the same path would have, and list what has no such form."""
+    """Return a file's tensors in the keys and shapes of a linear layer at the same path, and list those without such a form."""
     found, faults = dict(tensors), list[str]()
     for path, module in model.named_modules():
         at = prefix + join(path, "")
@@ -113,7 +113,7 @@ def _wrapped(model: nn.Module, target: Target, tensors: Mapping[str, Tensor], pa
 
 
 def unsaved(model: nn.Module, target: Target, cfg: AdapterConfig) -> str | None:
-    """Return why PEFT cannot keep a variant at a target of these kinds, None where it can."""
+    """Return the reason why PEFT cannot keep a variant at a target, or None."""
     layer: Any = model.get_submodule(target.kind.host(target.path))
     if isinstance(model.get_submodule(target.path.rpartition(".")[0]), nn.MultiheadAttention):
         return "inside nn.MultiheadAttention: PEFT adds the update of its output projection twice"

@@ -36,7 +36,7 @@ Chosen = dict[str, tuple[Row, Any]]
 def from_peft(
     model: nn.Module, directory: str | os.PathLike[str], *, remat: str | None = None, kinds: Sequence[type[Kind]] = ()
 ) -> tuple[Adapt, Tree]:
-    """Read an adapter that PEFT saved and bind it to a model; the package `peft` is not needed.
+    """Read an adapter that PEFT saved and bind it to a model. The package `peft` is not needed.
 
     LoRA with its patterns and rank-stabilised scale, on embeddings, convolutions and `target_parameters` too, DoRA, PiSSA, IA3, DeLoRA,
     HRA, ROAD, OFT, VeRA, AdaLoRA and LN-tuning, with `modules_to_save`, which become targets of `FullConfig`. The layers are those that
@@ -44,7 +44,7 @@ def from_peft(
 
     Args:
         model: the model that the adapter was trained on, as it was before PEFT wrapped it.
-        directory: what was given to `save_pretrained`: the folder with `adapter_config.json` and `adapter_model.safetensors`.
+        directory: the argument of `save_pretrained`: the folder with `adapter_config.json` and `adapter_model.safetensors`.
         remat: as in `build`.
         kinds: as in `build`.
 

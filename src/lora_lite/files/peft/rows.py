@@ -37,7 +37,7 @@ Leaves = dict[str, Tensor]
 
 
 class Leaf(NamedTuple):
-    """One tensor of ours in PEFT's file: its key, its number of axes, its neutral value, its shape where ours is flat."""
+    """A tensor of ours in PEFT's file: its key, its number of axes, its neutral value, its shape where ours is flat."""
 
     key: str
     ndim: int
@@ -46,7 +46,7 @@ class Leaf(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One variant as PEFT has it.
+    """A variant as PEFT has it.
 
     Attributes:
         config: the variant's config class.
@@ -111,7 +111,9 @@ def _pissa_signs(theirs: Tensors, constants: Constants) -> Leaves:
 
 
 def _as_lora(cfg: PiSSAConfig, leaves: Leaves, constants: Constants) -> tuple[LoRAConfig, Leaves]:
-    """Give `B A - B0 A0` as one product of twice the rank, `(B0 + dB) dA + dB A0`: nothing cancels, and the start stays exact."""
+    """Write `B A - B0 A0` as one product of twice the rank, `(B0 + dB) dA + dB A0`.
+
+    Nothing cancels in this form, and the start stays exact."""
     A0, B0 = constants["A0"], constants["B0"]
     doubled = LoRAConfig(r=2 * cfg.r, alpha=2 * cfg.alpha, dtype=cfg.dtype)
     return doubled, {"A": torch.cat([leaves["dA"], A0]), "B": torch.cat([B0 + leaves["dB"], leaves["dB"]], dim=1)}
@@ -159,7 +161,7 @@ def _write_adalora(cfg: AdaLoRAConfig) -> dict[str, Any]:
 
 
 def _pruned(cfg: AdaLoRAConfig, theirs: Leaves) -> Leaves:
-    """Give zeros for the triplets that PEFT cuts out of its files, which are those with `E = 0`."""
+    """Fill in zeros for the triplets that PEFT cuts out of its files, those with `E = 0`."""
     missing = cfg.init_r - theirs["E"].shape[0]
     if missing <= 0:
         return theirs
@@ -263,5 +265,5 @@ ROWS: dict[str, Row] = {
 
 
 def rows_of(peft_type: str) -> list[Row]:
-    """Give the rows of a PEFT type, in the order in which they are tried."""
+    """Return the rows of a PEFT type, in the order in which they are tried."""
     return [row for row in ROWS.values() if row.peft_type == peft_type]

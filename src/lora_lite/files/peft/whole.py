@@ -19,7 +19,7 @@ Values = dict[str, dict[str, Tensor]]
 
 
 def split(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> tuple[Values, dict[str, Tensor]]:
-    """Take the tensors of whole modules out of a file's, by the module's path and the parameter's name; give the rest too."""
+    """Split a file's tensors into those of whole modules, by module path and parameter name, and the rest."""
     rest, values = dict(tensors), dict[str, dict[str, Tensor]]()
     for path, name, key in _keys(model, fields):
         tensor = rest.pop(prefix + key, None)
@@ -39,7 +39,7 @@ def _keys(model: nn.Module, fields: Mapping[str, Any]) -> list[tuple[str, str, s
 
 
 def faults_of(model: nn.Module, fields: Mapping[str, Any], values: Values) -> list[str]:
-    """List what a file says it holds in full and does not."""
+    """List the modules that a file promises in full and lacks."""
     names = fields.get("modules_to_save") or []
     missing = [path for path in _whole(model, names) if path not in values]
     faults = [f'modules_to_save: expected the tensors of "{path}", found none' for path in missing]
@@ -60,7 +60,7 @@ def configs_of(fields: Mapping[str, Any], values: Values) -> list[AdapterConfig]
 
 
 def displacements(model: nn.Module, values: Values) -> Tree:
-    """Return the params of modules whose full values PEFT saved; parameters that the file leaves out did not move.
+    """Return the params of modules whose full values PEFT saved. Parameters that the file leaves out did not move.
 
     Raises:
         ValueError: for a tensor of another shape; it lists each.
@@ -90,5 +90,5 @@ def full_values(model: nn.Module, path: str, cfg: AdapterConfig, leaves: Mapping
 
 
 def ambiguous(model: nn.Module, path: str) -> list[str]:
-    """Name the modules that PEFT would train too when asked for `path`: it goes by the end of the name."""
+    """List the modules that PEFT would train too when asked for `path`, since PEFT matches the end of a name."""
     return [other for other, _ in model.named_modules() if other != path and other.endswith(path)]

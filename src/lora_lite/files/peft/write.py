@@ -45,7 +45,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
 
 
 class Written(NamedTuple):
-    """One layer in PEFT's terms."""
+    """A layer in PEFT's terms."""
 
     target: Target
     row: Row
@@ -61,7 +61,7 @@ def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory:
     `modules_to_save`. Both files are written beside their place and moved, so that neither is ever half-written.
 
     Args:
-        adapt: what the params belong to.
+        adapt: the adapted model of the params.
         params: a tree that fits it.
         directory: the folder to write to; it is made where it does not exist, its parent must.
 
@@ -148,7 +148,7 @@ def _written(target: Target, cfg: AdapterConfig, leaves: Leaves, adapt: Adapt) -
 
 
 def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs) -> dict[str, Any]:
-    """Give the fields of PEFT's config: what layers agree in, and patterns for what they may differ in.
+    """Return the fields of PEFT's config: common values, and patterns where layers may differ.
 
     Raises:
         ValueError: where layers differ in a field that PEFT has once.
@@ -191,7 +191,7 @@ def _expression(paths: list[str]) -> str:
 
 
 def _target_modules(adapt: Adapt, paths: list[str]) -> list[str] | str:
-    """Name the layers in a list, which other readers of these files expect; by an expression where a suffix would match others too."""
+    """Return the layers as a list, which other readers of these files expect, or as an expression where a suffix would match others."""
     others = [path for path, _ in adapt._plan.base.named_modules() if path not in set(paths)]
     ends = tuple(f".{path}" for path in paths)
     return _expression(paths) if any(path.endswith(ends) for path in others) else paths

@@ -1,4 +1,4 @@
-"""Gradients by row and their norms equal a loop over the rows, for every variant, on three families of transformers, with padding."""
+"""Per-example gradients and their norms equal a loop over the rows, for every variant, on three families of transformers, with padding."""
 
 import pytest
 import torch
@@ -95,7 +95,7 @@ def test_inference_mode_outside_does_not_matter(gpt2, make):
 
 
 def test_norms_hold_no_gradients_of_all_targets():
-    """While the backward pass runs, the gradients by row of one layer at a time are alive."""
+    """While the backward pass runs, the per-example gradients of one layer at a time are alive."""
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(16)))
     adapt, x = ll.build(model, ll.LoRAConfig(r=32)), torch.randn(32, 32)
