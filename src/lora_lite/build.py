@@ -97,5 +97,5 @@ def allocated(entries: Entries, stats: Mapping[str, Any]) -> Entries:
         own |= cfg.allocate({target.path: stats[target.path] for target, other in entries if other is cfg})
     kept = tuple((target, own.get(target.path, cfg)) for target, cfg in entries if not cfg.calibrated or target.path in own)
     if not kept:
-        raise ValueError("{type(entries[0][1]).__name__}.allocate dropped every target. It must keep at least one.")
+        raise ValueError(f"{type(entries[0][1]).__name__}.allocate dropped every target. It must keep at least one.")
     return kept

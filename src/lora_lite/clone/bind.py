@@ -164,8 +164,8 @@ class Binding:
             return self._call(args, kwargs)
         try:
             params, W, x = self.params, self.W, args[0] if args else first_of(args, kwargs)
-            if not self.used:
-                self._note()
+            if not torch.compiler.is_compiling():  # which would compile again where this differs, and allows no writing in a checkpoint
+                self.used = True
             for p in params.values():  # type: ignore[union-attr]  # as in_dtype does, without its call
                 if p.dtype is not x.dtype:
                     params = in_dtype(params, W, x)  # type: ignore[arg-type]
@@ -233,7 +233,7 @@ class Binding:
         return W.read(self.variant, params, name)
 
     def _note(self) -> None:
-        if not torch.compiler.is_compiling():  # inside of a checkpoint the compiler allows no writing
+        if not torch.compiler.is_compiling():
             self.used = True
 
     def _moving(self) -> bool:

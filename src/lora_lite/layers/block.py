@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +23,7 @@ class BlockKind(ModuleKind):
     gives: ClassVar[AbstractSet[str]] = Frozen.gives
     why: ClassVar[str] = "A block's output has no weight of its own."
 
-    def __init__(self, layer: Any, constants: Params = MappingProxyType({}), width: int = 0) -> None:
+    def __init__(self, layer: Any, constants: Params | None = None, width: int = 0) -> None:
         super().__init__(layer, constants)
         self.width = width or width_of_block(layer)
 

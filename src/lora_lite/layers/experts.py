@@ -8,7 +8,6 @@ protocol of experts (`has_gate`, `has_bias`, `is_transposed`, `_apply_gate`), wh
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -71,7 +70,7 @@ class ExpertsKind(ParameterKind):
     gives: ClassVar[AbstractSet[str]] = Kind.gives - {"inputs"}
     why: ClassVar[str] = "Calibration sees the tokens of all experts at once."
 
-    def __init__(self, layer: Any, constants: Params = MappingProxyType({}), name: str = "down_proj", routes: Routes | None = None) -> None:
+    def __init__(self, layer: Any, constants: Params | None = None, name: str = "down_proj", routes: Routes | None = None) -> None:
         super().__init__(layer, constants, name)
         self.routes = routes
 

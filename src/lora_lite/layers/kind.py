@@ -8,7 +8,6 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -84,8 +83,8 @@ class Kind(Frozen):
     why: ClassVar[str] = ""
     """The reason why a part is lacking, in one sentence, for the error that refuses a variant."""
 
-    def __init__(self, layer: Any, constants: Params = MappingProxyType({})) -> None:
-        self.layer, self.constants = layer, dict(constants)
+    def __init__(self, layer: Any, constants: Params | None = None) -> None:
+        self.layer, self.constants = layer, {} if constants is None else dict(constants)
 
     # Where it is found
 
@@ -116,7 +115,7 @@ class Kind(Frozen):
         return path
 
     @classmethod
-    def at(cls, model: nn.Module, path: str, constants: Params = MappingProxyType({})) -> Self:
+    def at(cls, model: nn.Module, path: str, constants: Params | None = None) -> Self:
         """Read the layer at `path` of a model."""
         return cls(raw(model.get_submodule(cls.host(path))), constants)
 

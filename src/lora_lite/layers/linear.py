@@ -59,7 +59,7 @@ class Conv1DKind(_OfTransformers):
 
     @property
     def weight(self) -> Tensor:
-        return super().weight.t()
+        return self.own("weight").t()  # type: ignore[union-attr]
 
     def __call__(self, x: Tensor) -> Tensor:
         stored = self.layer._parameters

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ class ModuleKind(Kind):
     state: ClassVar[Mapping[str, str]] = {}
     why: ClassVar[str] = "A module that is trained as a whole is no linear map."
 
-    def __init__(self, layer: Any, constants: Params = MappingProxyType({}), own: Own | None = None) -> None:
+    def __init__(self, layer: Any, constants: Params | None = None, own: Own | None = None) -> None:
         super().__init__(layer, constants)
         self._own = own or layer
         self._now: Mapping[str, Tensor] | None = None

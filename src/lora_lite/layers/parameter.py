@@ -6,7 +6,6 @@ identity, `W^T + scale (B A)^T` for LoRA.
 
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -27,7 +26,7 @@ class ParameterKind(Kind):
     gives: ClassVar[AbstractSet[str]] = Frozen.gives
     why: ClassVar[str] = "The module around this weight reads it and never calls it with an input."
 
-    def __init__(self, layer: Any, constants: Params = MappingProxyType({}), name: str = "weight") -> None:
+    def __init__(self, layer: Any, constants: Params | None = None, name: str = "weight") -> None:
         super().__init__(layer, constants)
         self.state = {"weight": name, "bias": f"{name}_bias"}  # type: ignore[misc]  # each has a name of its own
         self.transposed = bool(getattr(layer, "is_transposed", False))
@@ -49,7 +48,7 @@ class ParameterKind(Kind):
         return path.rpartition(".")[0]
 
     @classmethod
-    def at(cls, model: nn.Module, path: str, constants: Params = MappingProxyType({})) -> Self:
+    def at(cls, model: nn.Module, path: str, constants: Params | None = None) -> Self:
         return cls(raw(model.get_submodule(cls.host(path))), constants, path.rpartition(".")[2])
 
     def bind(self, layer: nn.Module, binding: Any) -> None:
@@ -62,7 +61,7 @@ class ParameterKind(Kind):
 
     @property
     def weight(self) -> Tensor:
-        weight = super().weight
+        weight: Any = self.own("weight")
         return weight.mT if self.transposed else weight
 
     @property
