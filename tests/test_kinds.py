@@ -408,3 +408,34 @@ def test_names_of_ours_never_meet_the_users(own):
         params = move(adapt.init())
         torch.testing.assert_close(adapt.module(params)(x), adapt(params, x))
         assert torch.equal(adapt(adapt.init(), x), model(x))
+
+
+def test_a_shift_that_nothing_holds_is_refused_where_the_weight_is_read():
+    class Read(nn.Module):
+        def __init__(self, bias):
+            super().__init__()
+            self.lin = nn.Linear(6, 4, bias=bias)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.lin.weight, self.lin.bias)
+
+    x = torch.randn(3, 6)
+    adapt = ll.build(Read(bias=False), ll.BitFitConfig())
+    with pytest.raises(ValueError, match=r'at "lin" expected a variant that changes the weight alone.*BitFitConfig.*exclude_names'):
+        adapt(adapt.init(), x)
+    model = Read(bias=True)
+    adapt = ll.build(model, ll.BitFitConfig())
+    params = move(adapt.init())
+    torch.testing.assert_close(adapt(params, x), model(x) + params["lin"]["db"])
+
+
+def test_words_of_version_0_1_0_are_translated():
+    class Old(MyKind):
+        offers = ("nothing", "product")
+        reads = ("output", "projection")
+
+    assert Old.gives == {"matmul", "output", "project", "inputs", "dropout"}
+    model = nn.Sequential(MyLinear(6, 8))
+    assert len(ll.build(model, ll.LoRAConfig(r=2), kinds=(Old,)).targets) == 1
+    with pytest.raises(ValueError, match="DoRAConfig cannot adapt"):
+        ll.build(model, ll.DoRAConfig(r=2), kinds=(Old,))

@@ -145,7 +145,7 @@ class Binding:
         self.params: Params | None = None
         self.mixed = False
         self.index: Tensor | None = None
-        self.used = self.fast = self.off = False
+        self.used = self.fast = self.off = self._placed = False
 
     def with_adapter(self, adapter: Adapter) -> "Binding":
         """Return the same binding with its params in another adapter."""
@@ -220,6 +220,7 @@ class Binding:
             return tensor
         params = self.registered() if self.params is None else self.params
         self._note()
+        self._require_place(name)
         if self.mixed and not self._moving():
             raise ValueError(
                 f'adapt.mixed: at "{self.path}" expected a target that is called with rows of the batch, found a weight that the module '
@@ -235,6 +236,23 @@ class Binding:
     def _note(self) -> None:
         if not torch.compiler.is_compiling():
             self.used = True
+
+    def _require_place(self, name: str) -> None:
+        """Refuse a variant that moves the bias of a layer without one, whose weight is read: nothing could hold the shift."""
+        if self._placed or torch.compiler.is_compiling():
+            return
+        shapes = {n: tuple(p.shape) for n, p in self._leaves()}
+        if self.W.shifts(self.variant, shapes):
+            raise ValueError(
+                f'adapt: at "{self.path}" expected a variant that changes the weight alone, since the model reads {name!r} and the layer '
+                f"has no bias, found {type(self.cfg).__name__}, which adds to its output. Leave the layer out with exclude_names."
+            )
+        self._placed = True
+
+    def _leaves(self) -> list[tuple[str, Tensor]]:
+        """Return the adapter's parameters by name, shared ones among them."""
+        own = [*self.adapter.parameters_by_name.items(), *(self.shared.parameters_by_name.items() if self.shared is not None else ())]
+        return [(name, p) for name, p in own if p is not None]
 
     def _moving(self) -> bool:
         return getattr(self.W, "_now", None) is not None

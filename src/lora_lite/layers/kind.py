@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import Frozen, Params, in_dtype, plus
+from lora_lite.core.legacy import gives_of
 from lora_lite.core.tree import join
 
 Run = Callable[[Frozen, Any], Any]
@@ -82,6 +83,11 @@ class Kind(Frozen):
     """The names under which the module keeps its weight and its bias."""
     why: ClassVar[str] = ""
     """The reason why a part is lacking, in one sentence, for the error that refuses a variant."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if {"offers", "reads"} & set(vars(cls)):  # as version 0.1.0 said what `gives` says
+            cls.gives = gives_of(vars(cls))
 
     def __init__(self, layer: Any, constants: Params | None = None) -> None:
         self.layer, self.constants = layer, {} if constants is None else dict(constants)
@@ -284,6 +290,15 @@ class Kind(Frozen):
         return (
             self.to_weight(tensor) if role == "weight" else self.to_bias(tensor)
         ).contiguous()  # in the layout of the frozen weight: products of another may round otherwise
+
+    def shifts(self, f: Variant, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether a variant adds a constant to outputs of a layer that has no bias to hold it."""
+        if self.bias is not None or "weight" not in self.state:
+            return False
+        ones = {name: torch.ones(shape, dtype=self.dtype, device=self.device) for name, shape in shapes.items()}
+        W, params = self.pairs(ones)[0]
+        zeros = torch.zeros(1, W.in_features, dtype=self.dtype, device=self.device)
+        return bool(f(params, Frozen(W.dense(), None, W.constants), zeros).any())
 
     def readable(self) -> list[str]:
         """List the module's parameters that `read` can return."""
