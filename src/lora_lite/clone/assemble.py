@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lora_lite.clone.bind import Adapter, Binding, adapters, bind_target
 from lora_lite.clone.checkpointing import install
-from lora_lite.clone.per_call import volatile_buffers
+from lora_lite.clone.state import own_state
 from lora_lite.clone.structure import clone_again
 from lora_lite.core.plan import Plan
 
@@ -34,9 +34,7 @@ def _shared(clone: nn.Module, name: str, plan: Plan) -> Adapter:
 def trainable_copy(plan: Plan, params: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
     """Copy a plan's base as a module to be trained: copies of `params` are its trainable parameters, and its small state is its own."""
     module, _ = bound_copy(plan)
-    for name, buffer in volatile_buffers(module).items():
-        where, _, attribute = name.rpartition(".")
-        module.get_submodule(where)._buffers[attribute] = buffer.clone()  # its own state, not the user's
+    own_state(module)
     for adapter in adapters(module):
         adapter.fill(params[adapter.path])
     return module
