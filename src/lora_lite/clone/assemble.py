@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from lora_lite.clone.bind import Adapter, Binding, adapters, bind_target
 from lora_lite.clone.checkpointing import install
+from lora_lite.clone.data_parallel import replicable
 from lora_lite.clone.state import own_state
 from lora_lite.clone.structure import clone_again
 from lora_lite.core.plan import Plan
@@ -37,4 +38,5 @@ def trainable_copy(plan: Plan, params: Mapping[str, Mapping[str, Tensor]]) -> nn
     own_state(module)
     for adapter in adapters(module):
         adapter.fill(params[adapter.path])
+    replicable(module)
     return module

@@ -57,7 +57,6 @@ class Replica:
             for (_, binding), was in zip(self.bindings, before):
                 binding.set(*was)
 
-
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], inside: bool) -> Any:
         """Run the copy from the state that it had at the build, and leave it there."""
         if self._state is None:
