@@ -26,7 +26,7 @@ def replicable(root: nn.Module) -> None:
 
 def _replicated(root: nn.Module) -> nn.Module:
     """Return a replica that has no tensors yet: torch sets them, and the first call uses them."""
-    replica: nn.Module = type(root)._replicate_for_data_parallel(root)  # type: ignore[operator]
+    replica: nn.Module = type(root)._replicate_for_data_parallel(root)
     vars(replica)["forward"] = functools.partial(_first_call, root, replica)
     return replica
 

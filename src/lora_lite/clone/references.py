@@ -55,18 +55,19 @@ class References:
             Modules outside of the tree that hold one of its modules, which need a copy too.
         """
         own = list(own)
-        reached = self._walk([*held, *(("", value) for value in own)])
+        reached = self._walk([*(("", value) for value in own), *held])
         self._reaching = self._above(reached, lambda value: True)
         # An object that shares a container with a module and holds no layer stays as it is; a closure over one follows.
         self._reaching |= self._above([id(value) for value in own], _rebuilt)
-        outside = [self._objects[key] for key in self._reaching if isinstance(self._objects[key], nn.Module)]
-        self._copies.update((id(module), type(module).__new__(type(module))) for module in outside)
+        found = [self._objects[key] for key in self._reaching]
+        outside = [value for value in found if type(value) not in _PROXIES and isinstance(value, nn.Module)]
+        self._copies.update((id(module), module.__class__.__new__(module.__class__)) for module in outside)
         return outside
 
     def _walk(self, held: list[tuple[str, Any]]) -> set[int]:
         """Visit all that is held, and note who holds it; return the modules of the tree that were met."""
         met: set[int] = set()
-        todo = [(name, value) for name, value in held if type(value) not in PLAIN]
+        todo = [(name, value) for name, value in held if type(value) not in PLAIN]  # from the end: the names come last
         while todo:
             name, value = todo.pop()
             key = id(value)
@@ -139,7 +140,7 @@ class References:
         if isinstance(value, weakref.WeakSet):
             return cls(led(v) for v in list(value))
         if isinstance(value, _WEAK):
-            return cls({led(k): led(v) for k, v in value.items()})
+            return cls({led(k): led(v) for k, v in value.items()})  # type: ignore[union-attr]
         if isinstance(value, list | set | dict | deque):
             return self._container(value, key)
         return self._object(value, key)
@@ -176,14 +177,14 @@ class References:
             return type(value)(self.led(value.default_factory))
         if isinstance(value, deque):
             return type(value)(maxlen=value.maxlen)
-        return type(value).__new__(type(value))
+        return value.__class__.__new__(value.__class__)
 
     def _object(self, value: Any, key: int) -> Any:
         cls = type(value)
         if any(c is not object and not c.__flags__ & _HEAP for c in cls.__mro__) or not (hasattr(value, "__dict__") or _slots(cls)):
             return self._refuse(value)
         try:
-            new = self.copied[key] = cls.__new__(cls)
+            new = self.copied[key] = value.__class__.__new__(value.__class__)
         except TypeError:
             return self._refuse(value)
         if hasattr(value, "__dict__"):
@@ -195,8 +196,8 @@ class References:
 
     def _refuse(self, value: Any) -> Any:
         raise ValueError(
-            f'build: cannot copy "{self._where[id(value)]}": it leads to a layer of the model through a {type(value).__name__}, which cannot '
-            "be copied. Keep the layer as an attribute of the module, or in a list, a dict, a partial or a plain Python object."
+            f'build: cannot copy "{self._where[id(value)]}": it leads to a layer of the model through a {type(value).__name__}. '
+            "Keep the layer as an attribute of the module, or in a list, a dict, a partial or a plain Python object."
         )
 
 
@@ -206,7 +207,7 @@ def containers_in(value: Any) -> Iterator[Any]:
     todo = [value]
     while todo:
         value = todo.pop()
-        if type(value) not in CONTAINERS and type(value) is not tuple or id(value) in seen:
+        if type(value) not in (*CONTAINERS, tuple) or id(value) in seen:
             continue
         seen.add(id(value))
         if type(value) is not tuple:

@@ -1,15 +1,13 @@
 """The state of a copy: what its modules hold besides weights, put back after each call.
 
-A model may keep state between calls: a counter, a list it appends to, a buffer that it registers anew beside an attribute that says for what
+A model may keep state between calls: a counter, a list it appends to, a buffer registered anew beside an attribute that says for what
 length. A call begins with what the model held at the build and leaves nothing behind, so that equal arguments give equal outputs. Tensors
-that a forward may write in place are copied for the call; of everything else it is compared, after the call, whether each module's
-`__dict__`, tables and containers hold the objects that they held.
+that a forward may write in place are copied for the call. Afterwards `__dict__`, tables and containers are compared with what they held.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lora_lite.clone.references import containers_in
@@ -27,11 +25,11 @@ def volatile_buffers(clone: nn.Module) -> dict[str, Tensor]:
         join(path, name): buffer
         for path, module in clone.named_modules()
         for name, buffer in module._buffers.items()
-        if buffer is not None and _volatile(buffer, module.training)
+        if buffer is not None and volatile(buffer, module.training)
     }
 
 
-def _volatile(tensor: Tensor, training: bool) -> bool:
+def volatile(tensor: Tensor, training: bool) -> bool:
     """Whether a forward may write a tensor in place. It aliases the user's, so each call gets a copy.
 
     Small ones are copied whatever they are; of the large ones those that hold floating numbers in training mode, since large integer
@@ -45,6 +43,9 @@ class State:
 
     Args:
         root: the copy.
+
+    Attributes:
+        kept: what they hold, a list for `put`.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -60,7 +61,7 @@ class State:
             if foreign:  # else all code that runs is torch's, which keeps its state in buffers
                 self._live += _places(module) if _has_code(module) or module._buffers else [vars(module)]
         self._tensors = list(tensors.values())
-        self._kept = self.now()
+        self.kept = self.now()
 
     def now(self) -> list[Any]:
         """Return what the modules hold at present."""
@@ -80,11 +81,11 @@ class State:
                 if type(place) is not list or key < len(place):
                     place[key] = tensor
         try:
-            same = self._live == self._kept  # in C, and by identity first: the price of a call that changed nothing
+            same = self._live == self.kept  # in C, and by identity first: the price of a call that changed nothing
         except Exception:
             same = False  # the comparison of two tensors has no truth value
         if not same:
-            self.put(self._kept)
+            self.put(self.kept)
 
     def put(self, kept: list[Any]) -> None:
         """Make the modules hold what they held."""
@@ -134,9 +135,8 @@ def _items(place: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _may_change(place: Any, module: nn.Module, key: Any, value: Tensor) -> bool:
-    if not _volatile(value, module.training):
-        return False
-    return place is module._buffers or (type(value) is Tensor and not str(key).startswith("_lora_lite"))
+    ours = type(value) is not Tensor or str(key).startswith("_lora_lite")  # a stand-in for a weight would compute it
+    return (place is module._buffers or not ours) and volatile(value, module.training)
 
 
 def _copy(place: Any) -> Any:
