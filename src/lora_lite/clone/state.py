@@ -62,6 +62,8 @@ class State:
                 self._live += _places(module) if _has_code(module) or module._buffers else [vars(module)]
         self._tensors = list(tensors.values())
         self.kept = self.now()
+        self._empty, self._filled = [p for p in self._live if not p], [p for p in self._live if p]
+        self._filled_kept = [was for was in self.kept if was]
 
     def now(self) -> list[Any]:
         """Return what the modules hold at present."""
@@ -81,7 +83,8 @@ class State:
                 if type(place) is not list or key < len(place):
                     place[key] = tensor
         try:
-            same = self._live == self.kept  # in C, and by identity first: the price of a call that changed nothing
+            # In C, and by identity first: this is the price of a call that changed nothing.
+            same = not any(self._empty) and self._filled == self._filled_kept
         except Exception:
             same = False  # the comparison of two tensors has no truth value
         if not same:
