@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from lora_lite.clone.bind import Adapter, Binding, adapters, bind_target, show_reads
 from lora_lite.clone.checkpointing import install
-from lora_lite.clone.per_call import volatile_buffers
+from lora_lite.clone.data_parallel import replicable
+from lora_lite.clone.state import own_state
 from lora_lite.clone.structure import clone_again
 from lora_lite.core.plan import Plan
 
@@ -35,9 +36,8 @@ def _shared(clone: nn.Module, name: str, plan: Plan) -> Adapter:
 def trainable_copy(plan: Plan, params: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
     """Copy a plan's base as a module to be trained. Its trainable parameters are copies of `params`, and its small buffers its own."""
     module, _ = bound_copy(plan)
-    for name, buffer in volatile_buffers(module).items():
-        where, _, attribute = name.rpartition(".")
-        module.get_submodule(where)._buffers[attribute] = buffer.clone()  # its own state, not the user's
+    own_state(module)
     for adapter in adapters(module):
         adapter.fill(params[adapter.path])
+    replicable(module)
     return module

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_lite.clone.bind import adapters
 from lora_lite.clone.block_inputs import require_no_escape, watched, with_notes, without_notes, written
+from lora_lite.clone.state import State, volatile
 from lora_lite.core.errors import nearest
 from lora_lite.core.tracing import transformed
 
@@ -114,7 +115,7 @@ def recompute(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], k
     notes, args, kwargs = without_notes(args, kwargs)
     leaves, spec = pytree.tree_flatten((args, kwargs, [dict(note) for note in notes]))
     places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    held = Held.of(block)
+    held, state = Held.of(block), State(block)
     inputs = [leaves[k] for k in places] + held.tensors
     shape: list[Any] = []  # of the output: its tree, and for each leaf where it comes from
     kept: set[int] = set()  # ids of the tensors of outputs, of each run: derivatives forward run it again
@@ -123,7 +124,7 @@ def recompute(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], k
         filled = list(leaves)
         for k, tensor in zip(places, tensors):
             filled[k] = tensor
-        with held.in_place(tensors[len(places) :]):
+        with held.in_place(tensors[len(places) :], None if not shape else state):
             *given, contents = pytree.tree_unflatten(filled, spec)
             own, a, kw = with_notes(notes, contents, *given)
             out, tree = pytree.tree_flatten((fn(*a, **kw), written(own, contents)))
@@ -228,14 +229,16 @@ def _now(binding: Any) -> Any:
 class Held:
     """The params and buffers that a call has swapped into a block: explicit inputs of the block's recomputation."""
 
-    def __init__(self, params: list[tuple[Any, list[str]]], index: Tensor | None, buffers: list[tuple[dict[str, Any], str]]) -> None:
-        self._params, self._index, self._buffers = params, index, buffers
+    def __init__(
+        self, params: list[tuple[Any, list[str]]], index: Tensor | None, buffers: list[tuple[dict[str, Any], str]], written: list[bool]
+    ) -> None:
+        self._params, self._index, self._buffers, self._written = params, index, buffers, written
         self._off = any(binding.off for binding, _ in params)
         self._mixed = any(binding.mixed for binding, _ in params)
         held = [(_now(binding), names) for binding, names in params]
         self.tensors: list[Tensor] = [leaves[name] for leaves, names in held for name in names]
         self.tensors += [] if index is None else [index]
-        self.tensors += [table[name] for table, name in buffers]
+        self.tensors += [table[name].clone() if own else table[name] for (table, name), own in zip(buffers, written)]
 
     @classmethod
     def of(cls, block: nn.Module) -> "Held":
@@ -243,30 +246,40 @@ class Held:
         bound = [adapter.binding for adapter in adapters(block) if adapter.binding is not None]
         params = [(b, list(_now(b))) for b in bound]
         index = next((b.index for b in bound if b.index is not None), None)
-        buffers = [(m._buffers, name) for m in block.modules() for name, buffer in m._buffers.items() if buffer is not None]
-        return cls(params, index, buffers)
+        buffers = [(m, name, b) for m in block.modules() for name, b in m._buffers.items() if b is not None]
+        written = [volatile(b, m.training) for m, name, b in buffers]
+        return cls(params, index, [(m._buffers, name) for m, name, _ in buffers], written)
 
     @contextmanager
-    def in_place(self, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """Put tensors where these stood for the length of a run."""
+    def in_place(self, tensors: Sequence[Tensor], state: State | None) -> Iterator[None]:
+        """Put tensors where these stood for the length of a run.
+
+        The first run, which has no `state`, leaves the block as its forward does. A later one begins with the block's state before that,
+        and leaves no trace.
+        """
         given = iter(tensors)
         before = [b.standing for b, _ in self._params]
         params: dict[Any, Any] = {}
-        stood = [table[name] for table, name in self._buffers]
+        stood = [table.get(name) for table, name in self._buffers]
+        around = None if state is None else state.now()
         try:
             for binding, names in self._params:
                 params[binding] = {name: next(given) for name in names}
             index = None if self._index is None else next(given)
             for binding, own in params.items():
                 binding.set(None if self._off else own, self._mixed, index, self._off)
-            for table, name in self._buffers:
-                table[name] = next(given)
+            if state is not None:
+                state.put(state.kept)
+            for (table, name), own in zip(self._buffers, self._written):
+                table[name] = next(given).clone() if own else next(given)
             yield
         finally:
             for (binding, _), was in zip(self._params, before):
                 binding.set(*was)
-            for (table, name), tensor in zip(self._buffers, stood):
-                table[name] = tensor
+            if state is not None:
+                for (table, name), tensor in zip(self._buffers, stood):
+                    table[name] = tensor
+                state.put(around)  # type: ignore[arg-type]
 
 
 def _random_state(tensors: Sequence[Tensor]) -> tuple[Tensor, dict[int, Tensor]]:

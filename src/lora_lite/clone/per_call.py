@@ -1,4 +1,4 @@
-"""A call on a bound copy, with the call's params and copies of the model's small buffers in place. Each thread has its own copy."""
+"""A call on a bound copy, with the call's params and the model's own state in place. Each thread has its own copy."""
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -8,25 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.clone.bind import Binding
-from lora_lite.core.tree import AnyTree, join
-
-_SMALL = 2**16
-
-
-def volatile_buffers(clone: nn.Module) -> dict[str, Tensor]:
-    """Find the buffers that a forward may update in place: BatchNorm's statistics, counters and their like.
-
-    They alias the user's, so each call gets copies. Small ones are copied whatever they are; of the large ones those that hold
-    floating numbers in training mode, since large integer buffers are packed weights and masks, which nobody updates.
-    """
-    found = {}
-    for path, module in clone.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is None or buffer.device.type == "meta":
-                continue
-            if buffer.numel() <= _SMALL or (module.training and buffer.is_floating_point()):
-                found[join(path, name)] = buffer
-    return found
+from lora_lite.clone.state import State, volatile_buffers
+from lora_lite.core.tree import AnyTree
 
 
 class Replica:
@@ -41,6 +24,8 @@ class Replica:
     def __init__(self, module: nn.Module, bindings: Mapping[str, Binding], shared: Mapping[str, str]) -> None:
         self.module, self.bindings = module, list(bindings.items())
         self._shared, self._inside = shared, False
+        self._state: State | None = None  # made by the first call, which finds the copy as it is to stay
+        self._traced = False
         self._volatile = volatile_buffers(module)
 
     def adapted(self, params: AnyTree, batch: Any, kwargs: Mapping[str, Any], mixed: bool = False, index: Tensor | None = None) -> Any:
@@ -66,16 +51,38 @@ class Replica:
             for (_, binding), own in zip(self.bindings, leaves):
                 binding.params, binding.mixed, binding.index, binding.off = own, mixed, index, off
                 binding.fast = binding.direct and not mixed and not off
-            if not self._volatile:
-                return self.module(*args, **kwargs)
-            state = {name: buffer.clone() for name, buffer in self._volatile.items()}
-            return torch.func.functional_call(self.module, state, args, kwargs, tie_weights=False)
+            return self._traced_run(args, kwargs) if torch.compiler.is_compiling() else self._run(args, kwargs, was_inside)
         finally:
             self._inside = was_inside
             for _, binding in self.bindings:
                 binding.params, binding.fast, binding.index, binding.off = None, False, None, False
             for (_, binding), was in zip(self.bindings, before):
                 binding.set(*was)
+
+    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], inside: bool) -> Any:
+        """Run the copy from the state that it had at the build, and leave it there."""
+        if self._state is None:
+            self._state = State(self.module)
+        state = self._state
+        around = state.now() if inside else None
+        if inside or self._traced:
+            state.leave()
+            self._traced = False
+        try:
+            state.enter()
+            return self.module(*args, **kwargs)
+        finally:
+            state.leave()
+            if around is not None:
+                state.put(around)
+
+    def _traced_run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run the copy where the compiler traces: copies of buffers, and what the trace changes else is put back by the next eager call."""
+        self._traced = True
+        if not self._volatile:
+            return self.module(*args, **kwargs)
+        state = {name: buffer.clone() for name, buffer in self._volatile.items()}
+        return torch.func.functional_call(self.module, state, args, dict(kwargs), tie_weights=False)
 
 
 class Replicas:

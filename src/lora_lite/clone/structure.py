@@ -1,12 +1,12 @@
 """The structural clone: the module tree copied, every parameter and buffer aliased, the user's model untouched.
 
-Tensors keep their storage and lose their autograd state. Hooks come along by reference, since hook objects may hold locks that
-cannot be copied. Whatever else a module holds is shared, but references to modules of the tree, in attributes, lists, dicts and
-bound methods, lead to the clone: one left behind would run the user's own layers, without the adapter and without an error.
+Tensors keep their storage and lose their autograd state. Containers are the clone's own, so that a forward that writes into one does not
+write into the user's. References to modules of the tree lead to the clone, however deep they lie. Other objects that a module holds are
+shared, hooks among them, since they may hold locks that cannot be copied.
 """
 
 import types
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lora_lite.clone.accelerate import carry, moves_inputs, runs_class_forward
+from lora_lite.clone.references import PLAIN, References, containers_in
 from lora_lite.core.errors import listed, several
+from lora_lite.core.tree import join
 from lora_lite.layers.find import adopt, faults
 from lora_lite.layers.kind import ADOPTED, Kind
 
 _TABLES = frozenset(name for name, value in vars(nn.Module()).items() if hasattr(value, "copy"))  # hooks, and what nn.Module notes
-_PLAIN = frozenset((bool, int, float, str, type(None)))  # most of what modules hold: told first, since every build passes here
+_HOOKS = frozenset(name for name in _TABLES if name.endswith("_hooks"))
 
 
 def clone_module(model: nn.Module, kinds: Sequence[type[Kind]] = ()) -> nn.Module:
@@ -42,7 +44,7 @@ def clone_module(model: nn.Module, kinds: Sequence[type[Kind]] = ()) -> nn.Modul
 
 def clone_again(clone: nn.Module, kinds: Sequence[type[Kind]] = ()) -> nn.Module:
     """Copy a private copy, for which the checks of `clone_module` hold already."""
-    copies = _copied(list(clone.modules()))
+    copies = _copied(clone)
     for module in copies.values():
         adopt(module, kinds)
     _keep_slow_path(copies.values())
@@ -95,47 +97,52 @@ def _parameter(tensor: nn.Parameter, alias: Tensor) -> nn.Parameter:
     return parameter
 
 
-def _copied(modules: Collection[nn.Module]) -> dict[int, nn.Module]:
+def _copied(root: nn.Module) -> dict[int, nn.Module]:
     """Copy all modules of a tree. The result maps the `id` of an original to its copy."""
+    named = dict(root.named_modules())
+    modules = list(named.values())
     copies = {id(module): module.__class__.__new__(module.__class__) for module in modules}
     tensors: dict[int, Tensor] = {}
+    refs = References(copies, lambda tensor: _alias(tensor, tensors))
+    held = [pair for path, module in named.items() for pair in _held(path, module)]
+    own = [c for module in modules for name, value in vars(module).items() if name not in _TABLES for c in containers_in(value)]
+    modules += refs.find(held, own)
+    for module in modules:  # before any is filled: a handle of a hook holds the table that the hook is in
+        state = vars(copies[id(module)])
+        for name, value in vars(module).items():
+            if name in _TABLES:
+                state[name] = refs.copied[id(value)] = type(value)()
     for module in modules:
-        _fill(copies[id(module)], module, copies, tensors)
+        _fill(copies[id(module)], module, refs, tensors)
     return copies
 
 
-def _fill(copy: nn.Module, module: nn.Module, copies: dict[int, nn.Module], tensors: dict[int, Tensor]) -> None:
+def _held(path: str, module: nn.Module) -> Iterable[tuple[str, Any]]:
+    for name, value in vars(module).items():
+        if name in _HOOKS:
+            yield from ((join(path, name), hook) for hook in value.values())
+        elif name not in _TABLES and name != "_compiled_call_impl":
+            yield join(path, name), value
+
+
+def _fill(copy: nn.Module, module: nn.Module, refs: References, tensors: dict[int, Tensor]) -> None:
     state = vars(copy)
     for name, value in vars(module).items():
-        if type(value) in _PLAIN:
+        if type(value) in PLAIN:
             state[name] = value
         elif name in ("_parameters", "_buffers"):
-            state[name] = {k: _alias(t, tensors) for k, t in value.items()}
-        elif name == "_modules":
-            state[name] = {k: _led(m, copies) for k, m in value.items()}
+            state[name].update({k: _alias(t, tensors) for k, t in value.items()})
+        elif isinstance(value, Mapping) and name in _TABLES:
+            state[name].update({k: refs.led(v) for k, v in value.items()})
         elif name in _TABLES:
-            state[name] = value.copy() if value else type(value)()
+            state[name].update(value)
         else:
-            state[name] = _alias(value, tensors) if isinstance(value, Tensor) else _led(value, copies)
+            state[name] = _alias(value, tensors) if isinstance(value, Tensor) else refs.led(value)
     state["_compiled_call_impl"] = None  # model.compile() leaves the user's own compiled call here
     if moves_inputs(module):
         carry(copy)
     elif runs_class_forward(module):
         state.pop("forward", None)  # set on the instance it would hide that of the class which a target takes
-
-
-def _led(value: Any, copies: dict[int, nn.Module]) -> Any:
-    if isinstance(value, nn.Module):
-        return copies.get(id(value), value)
-    if isinstance(value, types.MethodType) and id(value.__self__) in copies:
-        return types.MethodType(value.__func__, copies[id(value.__self__)])
-    if type(value) in (list, tuple, set) and any(isinstance(v, nn.Module) for v in value):
-        return type(value)(_led(v, copies) for v in value)
-    if isinstance(value, dict) and any(isinstance(v, nn.Module) for v in value.values()):
-        led = value.copy()
-        led.update({k: _led(v, copies) for k, v in value.items()})
-        return led
-    return value
 
 
 def _keep_slow_path(modules: Iterable[nn.Module]) -> None:
