@@ -513,6 +513,16 @@ def bare(layer):
     return other
 
 
+def test_attribute_of_a_parameter_leads_to_the_copy():
+    model = nn.Sequential(nn.Linear(6, 6))
+    model[0].weight.module, model[0].weight.runs = model[0], model[0].forward
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    copy_ = adapt.module(adapt.init())
+    assert copy_[0].weight.module is copy_[0]
+    assert copy_[0].weight.runs.__self__ is copy_[0]
+    assert model[0].weight.module is model[0]
+
+
 def test_what_holds_no_layer_is_shared():
     model = nn.Sequential(nn.Linear(6, 6))
     lock, function = threading.Lock(), lambda x: x

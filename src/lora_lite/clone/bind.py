@@ -177,7 +177,7 @@ class Binding:
 
     @property
     def standing(self) -> tuple[Params | None, bool, Tensor | None, bool]:
-        """What `set` put in place."""
+        """The arguments that `set` put in place."""
         return self.params, self.mixed, self.index, self.off
 
     def set(self, params: Params | None, mixed: bool = False, index: Tensor | None = None, off: bool = False) -> None:
@@ -239,7 +239,7 @@ class Binding:
 
     def _require_place(self, name: str) -> None:
         """Refuse a variant that moves the bias of a layer without one, whose weight is read: nothing could hold the shift."""
-        if self._placed or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._placed:
             return
         shapes = {n: tuple(p.shape) for n, p in self._leaves()}
         if self.W.shifts(self.variant, shapes):

@@ -95,7 +95,7 @@ class References:
         return found
 
     def led(self, value: Any) -> Any:
-        """Return what stands for a value in the copy: the value itself where it holds nothing of the tree."""
+        """Return the counterpart of a value in the copy: the value itself where it holds nothing of the tree."""
         key = id(value)
         if type(value) in PLAIN:
             return value

@@ -39,13 +39,13 @@ def volatile(tensor: Tensor, training: bool) -> bool:
 
 
 class State:
-    """What the modules of a copy hold, from now on put back after each call.
+    """The state of the modules of a copy, from now on put back after each call.
 
     Args:
         root: the copy.
 
     Attributes:
-        kept: what they hold, a list for `put`.
+        kept: the state at the start, a list for `put`.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -66,7 +66,7 @@ class State:
         self._filled_kept = [was for was in self.kept if was]
 
     def now(self) -> list[Any]:
-        """Return what the modules hold at present."""
+        """Return the present state, for `put`."""
         return [_copy(place) for place in self._live]
 
     def enter(self) -> None:
@@ -99,7 +99,7 @@ class State:
 
 
 def own_state(module: nn.Module) -> None:
-    """Give a copy tensors of its own in place of the user's that its forward may write into."""
+    """Replace tensors of a copy that its forward may write into by clones, so that the user's stay as they are."""
     State(module).enter()
 
 
@@ -115,7 +115,7 @@ def _has_code(module: nn.Module) -> bool:
 
 
 def _places(module: nn.Module) -> list[Any]:
-    """Return what holds a module's state: its `__dict__`, its tables, and the containers in its attributes."""
+    """Return the places of a module's state: its `__dict__`, its tables, and the containers in its attributes."""
     own = vars(module)
     tables = [own[name] for name in _TABLES]
     held = {id(c): c for name, value in own.items() if not _skipped(name) for c in containers_in(value)}

@@ -76,25 +76,22 @@ def _patched(module: nn.Module) -> bool:
     return not (isinstance(forward, types.MethodType) and forward.__self__ is module)
 
 
-def _alias(tensor: Tensor | None, tensors: dict[int, Tensor]) -> Tensor | None:
+def _alias(tensor: Tensor, tensors: dict[int, Tensor], refs: References) -> Tensor:
     """Share a tensor's storage, not its autograd state. A tensor in two places stays one tensor."""
-    if tensor is None:
-        return None
     if id(tensor) not in tensors:
         alias = tensor.detach()
-        tensors[id(tensor)] = _parameter(tensor, alias) if isinstance(tensor, nn.Parameter) else alias
+        tensors[id(tensor)] = parameter = _parameter(tensor, alias) if isinstance(tensor, nn.Parameter) else alias
+        if parameter is not alias:
+            vars(parameter).update({name: refs.led(value) for name, value in vars(tensor).items()})
     return tensors[id(tensor)]
 
 
 def _parameter(tensor: nn.Parameter, alias: Tensor) -> nn.Parameter:
-    """Make `alias` a parameter like `tensor`: a quantised weight's class, and the attributes that it carries."""
+    """Make `alias` a parameter of the class of `tensor`, as that of a quantised weight."""
     cls = type(tensor)
     if issubclass(cls, nn.Parameter):
-        parameter = torch.Tensor._make_subclass(cls, alias, False)
-    else:
-        parameter = nn.Parameter(alias, requires_grad=False)  # a tensor class with data of its own, only marked as a parameter
-    vars(parameter).update(vars(tensor))
-    return parameter
+        return torch.Tensor._make_subclass(cls, alias, False)  # type: ignore[return-value]
+    return nn.Parameter(alias, requires_grad=False)  # a tensor class with data of its own, only marked as a parameter
 
 
 def _copied(root: nn.Module) -> dict[int, nn.Module]:
@@ -103,7 +100,7 @@ def _copied(root: nn.Module) -> dict[int, nn.Module]:
     modules = list(named.values())
     copies = {id(module): module.__class__.__new__(module.__class__) for module in modules}
     tensors: dict[int, Tensor] = {}
-    refs = References(copies, lambda tensor: _alias(tensor, tensors))
+    refs = References(copies, lambda tensor: _alias(tensor, tensors, refs))
     held = [pair for path, module in named.items() for pair in _held(path, module)]
     own = [c for module in modules for name, value in vars(module).items() if name not in _TABLES for c in containers_in(value)]
     modules += refs.find(held, own)
@@ -113,7 +110,7 @@ def _copied(root: nn.Module) -> dict[int, nn.Module]:
             if name in _TABLES:
                 state[name] = refs.copied[id(value)] = type(value)()
     for module in modules:
-        _fill(copies[id(module)], module, refs, tensors)
+        _fill(copies[id(module)], module, refs)
     return copies
 
 
@@ -121,23 +118,32 @@ def _held(path: str, module: nn.Module) -> Iterable[tuple[str, Any]]:
     for name, value in vars(module).items():
         if name in _HOOKS:
             yield from ((join(path, name), hook) for hook in value.values())
-        elif name not in _TABLES and name != "_compiled_call_impl":
+        elif name == "_parameters":
+            yield from ((join(path, f"{k}.{own}"), v) for k, p in value.items() if p is not None for own, v in vars(p).items())
+        elif name not in _TABLES and name != "_compiled_call_impl" and not _made_anew(module, name):
             yield join(path, name), value
 
 
-def _fill(copy: nn.Module, module: nn.Module, refs: References, tensors: dict[int, Tensor]) -> None:
+def _made_anew(module: nn.Module, name: str) -> bool:
+    """Whether a kind put an attribute into a layer of a private copy, as it will into the copy's own."""
+    return name in ("forward", "_apply") and ADOPTED in vars(module)
+
+
+def _fill(copy: nn.Module, module: nn.Module, refs: References) -> None:
     state = vars(copy)
     for name, value in vars(module).items():
+        if _made_anew(module, name):
+            continue
         if type(value) in PLAIN:
             state[name] = value
         elif name in ("_parameters", "_buffers"):
-            state[name].update({k: _alias(t, tensors) for k, t in value.items()})
+            state[name].update({k: refs.led(t) for k, t in value.items()})
         elif isinstance(value, Mapping) and name in _TABLES:
             state[name].update({k: refs.led(v) for k, v in value.items()})
         elif name in _TABLES:
             state[name].update(value)
         else:
-            state[name] = _alias(value, tensors) if isinstance(value, Tensor) else refs.led(value)
+            state[name] = refs.led(value)
     state["_compiled_call_impl"] = None  # model.compile() leaves the user's own compiled call here
     if moves_inputs(module):
         carry(copy)

@@ -86,7 +86,7 @@ def _again(cls: type, fields: Mapping[str, Any]) -> Any:
 
 
 def gives_of(says: Mapping[str, Any]) -> frozenset[str]:
-    """Translate what a kind of version 0.1.0 says by `offers` and `reads` into the words of `gives`."""
+    """Translate the `offers` and `reads` of a kind of version 0.1.0 into the words of `gives`."""
     offers = says.get("offers", tuple(_NEEDS))
     reads = says.get("reads", tuple(_READS))
     words = {word for said in offers for word in _NEEDS.get(said, (said,))} | {word for said in reads for word in _READS.get(said, (said,))}
