@@ -160,3 +160,279 @@ def test_low_rank_update_of_another_head_is_reported(tmp_path):
     file = saved(tmp_path, ll.LoRAConfig(r=4), bert(head=1))
     with pytest.warns(UserWarning, match=r'other weights at "classifier".*FullConfig'):
         ll.load(bert(head=2), file)
+
+
+# to_lora says what is lost, biases too
+
+
+def test_low_rank_form_of_a_whole_module_is_refused_by_name_beside_others():
+    adapt = ll.build(bert(), WITH_HEAD)
+    with pytest.raises(ValueError, match=r'(?s)to_lora: .*"classifier": FullConfig trains a module as a whole, biases and all'):
+        ll.to_lora(adapt, move(adapt.init()), r=4)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_low_rank_form_of_a_whole_linear_layer_is_refused_whatever_moved(name):
+    adapt = ll.build(nn.Sequential(nn.Linear(8, 4)), ll.FullConfig(target_names="0"))
+    params = {"0": {n: p + (n == name) for n, p in adapt.init()["0"].items()}}
+    with pytest.raises(ValueError, match='"0": FullConfig trains a module as a whole'):
+        ll.to_lora(adapt, params, r=4)
+
+
+# Excluding more never includes more
+
+
+class Headed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens, self.up, self.down, self.lm_head = nn.Embedding(9, 8), nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 9)
+
+    def forward(self, x):
+        return self.lm_head(self.down(self.up(self.embed_tokens(x)).tanh()))
+
+
+EXCLUDED = {
+    "default": ({}, ["up", "down"]),
+    "one more": ({"exclude_names": ("up",)}, ["down"]),
+    "one more as a string": ({"exclude_names": "up"}, ["down"]),
+    "one of the default": ({"exclude_names": ("lm_head",)}, ["up", "down"]),
+    "nothing": ({"exclude_names": ()}, ["up", "down", "lm_head"]),
+    "one more, the head by name": ({"exclude_names": ("up",), "target_names": ("down", "lm_head$")}, ["down", "lm_head"]),
+    "one more, the embedding by name": ({"exclude_names": ("up",), "target_names": ("down", "embed_tokens$")}, ["embed_tokens", "down"]),
+    "one more of everything": ({"exclude_names": ("up",), "target_names": ".*"}, ["down"]),
+    "the head by both": ({"exclude_names": ("lm_head",), "target_names": ("down", "up")}, ["up", "down"]),
+}
+
+
+@pytest.mark.parametrize(("fields", "want"), EXCLUDED.values(), ids=EXCLUDED)
+def test_exclude_names_adds_to_its_default(fields, want):
+    assert [t.path for t in ll.find_targets(Headed(), ll.LoRAConfig(r=2, **fields))] == want
+
+
+def test_whole_modules_have_no_default_to_add_to():
+    assert [t.path for t in ll.find_targets(Headed(), ll.FullConfig(target_names="lm_head|up", exclude_names="up"))] == ["lm_head"]
+
+
+def test_layer_in_two_configs_names_the_way_out_and_it_works():
+    configs = [ll.LoRAConfig(r=2), ll.DoRAConfig(r=2, target_names="up$")]
+    with pytest.raises(ValueError, match=r'in both LoRAConfig and DoRAConfig.*exclude_names=\(r"up\$",\)'):
+        ll.build(Headed(), configs)
+    adapt = ll.build(Headed(), [ll.LoRAConfig(r=2, exclude_names=(r"up$",)), configs[1]])
+    assert [(t.path, c.name) for t, c in zip(adapt.targets, adapt.configs)] == [("down", "lora"), ("up", "dora")]
+
+
+# All that an expression names, or an error
+
+
+def gemma():
+    text = {"vocab_size": 64, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "vocab_size_per_layer_input": 64}
+    text |= {"hidden_size_per_layer_input": 8, "layer_types": ["full_attention"], "num_kv_shared_layers": 0}
+    one = {**SMALL, "num_hidden_layers": 1}
+    vision = {**one, "num_key_value_heads": 4, "head_dim": 8, "patch_size": 4}
+    return tf.Gemma4ForConditionalGeneration(tf.Gemma4Config(audio_config=None, vision_config=vision, text_config={**one, **text}))
+
+
+class QuantLinear(nn.Module):
+    """A packed layer of a class that no kind knows."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.register_buffer("qweight", (layer.weight.detach() * 64).round().to(torch.int8))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.qweight.to(x.dtype) / 64)
+
+
+class QuantKind(ll.Kind):
+    weight = property(lambda self: self.layer.qweight / 64)
+    bias = property(lambda self: None)
+
+    @classmethod
+    def fits(cls, layer):
+        return isinstance(layer, QuantLinear)
+
+
+def llava():
+    one = {**SMALL, "num_hidden_layers": 1}
+    config = tf.LlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**one, image_size=16, patch_size=8),
+        text_config=tf.LlamaConfig(**one, vocab_size=64),
+        image_token_index=63,
+    )
+    model = tf.LlavaForConditionalGeneration(config)
+    attention = model.model.language_model.layers[0].self_attn
+    attention.q_proj = QuantLinear(attention.q_proj)
+    return model
+
+
+def found(model, cfg=None, kinds=(), **fields):
+    return [t.path for t in ll.find_targets(model, cfg or ll.LoRAConfig(r=2, **fields), kinds=kinds)]
+
+
+def test_wrapper_of_a_linear_layer_is_named_and_each_way_out_works():
+    model = gemma()
+    text, vision = "model.language_model.layers.0.self_attn.q_proj", "model.vision_tower.encoder.layers.0.self_attn.q_proj"
+    with pytest.raises(
+        ValueError, match=r'q_proj \(Gemma4ClippableLinear\)" among them\. Name the layer inside too, e\.g\. r"q_proj\\\.linear\$"'
+    ) as e:
+        found(model, target_names=r"q_proj$")
+    assert r'exclude_names=(r"^model\.vision_tower\.",)' in str(e.value)
+    assert sorted(found(model, target_names=(r"q_proj$", r"q_proj\.linear$"))) == [text, f"{vision}.linear"]
+    assert found(model, target_names=r"q_proj$", exclude_names=(r"^model\.vision_tower\.",)) == [text]
+    assert sorted(found(model, target_names=r"q_proj")) == [text, f"{vision}.linear"]
+    assert len(found(model)) > 10
+
+
+def test_packed_layer_of_an_unknown_class_is_named_and_each_way_out_works():
+    model = llava()
+    text, vision = "model.language_model.layers.0.self_attn.q_proj", "model.vision_tower.encoder.layers.0.self_attn.q_proj"
+    with pytest.raises(
+        ValueError, match=r'language_model\.layers\.0\.self_attn\.q_proj \(QuantLinear\)".*kinds=.*exclude_names=\(r"\^model\\.language'
+    ):
+        found(model, target_names=r"q_proj$")
+    assert found(model, target_names=r"q_proj$", exclude_names=(r"^model\.language_model\.",)) == [vision]
+    assert sorted(found(model, target_names=r"q_proj$", kinds=(QuantKind,))) == [text, vision]
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.q_norm, self.act = nn.Linear(8, 8), nn.LayerNorm(8), nn.Sequential(nn.ReLU(), nn.Dropout())
+        self.rnn_query = nn.LSTM(8, 8)
+
+    def forward(self, x):
+        return self.rnn_query(self.q_norm(self.query(x)))[0]
+
+
+def test_what_holds_no_matrix_may_be_named_beside_a_layer():
+    model = nn.Sequential(Mixed())
+    assert found(model, target_names=r"0\.q(uery|_norm)$") == ["0.query"]
+    assert found(model, target_names=r"0\.") == ["0.query"]
+    with pytest.raises(ValueError, match=r'"0\.rnn_query \(LSTM\)" among them'):
+        found(model, target_names=r"query$")
+    assert found(model, target_names=r"query$", exclude_names=(r"^0\.rnn_query$",)) == ["0.query"]
+
+
+# A model that wears adapters already
+
+
+def worn_by_peft(**fields):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(bert(), peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False, **fields))
+
+
+@pytest.mark.parametrize("fields", [{}, {"target_names": r"query$"}, {"target_names": r"query"}, {"target_names": r"attention\."}])
+@pytest.mark.filterwarnings("ignore:build")
+def test_model_that_wears_the_adapters_of_peft_is_refused_and_each_way_out_works(fields):
+    wrapped = worn_by_peft()
+    with pytest.raises(
+        ValueError,
+        match=r'without adapters of another library, found ".*query".*\(peft\'s Linear\).*merge_and_unload.*unload.*exclude_names',
+    ) as e:
+        ll.build(wrapped, ll.LoRAConfig(r=2, **fields))
+    assert 'exclude_names=(r"query", ...)' in str(e.value)
+    merged = copy.deepcopy(wrapped).merge_and_unload()
+    assert len(ll.build(merged, ll.LoRAConfig(r=2, **fields)).targets) == len(ll.build(bert(), ll.LoRAConfig(r=2, **fields)).targets)
+
+
+@pytest.mark.filterwarnings("ignore:build")
+def test_first_adapter_of_peft_stays_where_its_layers_are_left_out():
+    wrapped = worn_by_peft().eval()
+    adapt = ll.build(wrapped, ll.LoRAConfig(r=2, exclude_names="query"))
+    assert not [t.path for t in adapt.targets if "query" in t.path or "lora" in t.path]
+    assert torch.equal(adapt(adapt.init(), {"input_ids": ids()}).logits, wrapped(input_ids=ids()).logits)
+    assert found(wrapped, target_names="key$") == [f"base_model.model.bert.encoder.layer.{k}.attention.self.key" for k in (0, 1)]
+
+
+def test_head_that_peft_saves_whole_is_refused():
+    with pytest.raises(ValueError, match=r'found ".*classifier".*ModulesToSaveWrapper'):
+        ll.build(worn_by_peft(modules_to_save=["classifier"]), ll.LoRAConfig(r=2, target_names=r"classifier"))
+
+
+class Wrapper(nn.Module):
+    """As other libraries wrap a layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer, self.down, self.up = layer, nn.Linear(8, 2), nn.Linear(2, 8)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=2), ll.FullConfig(target_names="base_layer")], ids=lambda cfg: cfg.name)
+def test_wrapper_of_another_library_is_refused(cfg):
+    with pytest.raises(ValueError, match='found "1"'):
+        ll.build(nn.Sequential(nn.Linear(8, 8), Wrapper(nn.Linear(8, 8))), cfg)
+    assert found(nn.Sequential(nn.Linear(8, 8), Wrapper(nn.Linear(8, 8))), ll.FullConfig(target_names=r"^1$")) == ["1"]  # adapted whole
+
+
+@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=2), ll.FullConfig(target_names="up$"), ll.LNTuningConfig()], ids=lambda cfg: cfg.name)
+def test_module_of_ours_is_refused_and_each_way_out_works(tmp_path, cfg):
+    model = Headed()
+    model.norm = nn.LayerNorm(8)
+    first = ll.LoRAConfig(r=2, target_names="down$")
+    adapt = ll.build(model, first)
+    module = adapt.module(move(adapt.init()))
+    with pytest.raises(ValueError, match=r'adapt\.module\(params\) made, adapted at "down".*build\(model, \[first, second\]\).*merge'):
+        ll.build(module, cfg)
+    ll.save(adapt, adapt.init(), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"adapt\.module\(params\) made"):
+        ll.load(module, tmp_path / "a.safetensors")
+    other = ll.LoRAConfig(r=2, target_names="up$") if cfg.name == "lora" else cfg
+    assert len(ll.build(model, [first, other]).targets) == 2
+    model.load_state_dict(adapt.merge(adapt.init()), strict=False)
+    ll.build(model, cfg)
+
+
+# Blocks are counted along the list of blocks
+
+
+class Block(nn.Module):
+    def __init__(self, experts=0):
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(experts))
+
+    def forward(self, x):
+        return self.lin(x)
+
+
+class Body(nn.Module):
+    def __init__(self, name, blocks, experts=0):
+        super().__init__()
+        self.add_module(name, nn.ModuleList(Block(experts) for _ in range(blocks)))
+
+
+def numbers(model, pattern="lin$", **fields):
+    from lora_lite.prepare.blocks import block_indices
+
+    paths = found(model, target_names=pattern, **fields)
+    return [block_indices(model, paths)[path] for path in paths]
+
+
+BLOCKS = {
+    "around a model": (nn.Sequential(Body("layers", 3), nn.Identity()), [0, 1, 2]),
+    "behind other parts": (nn.Sequential(nn.Identity(), Body("units", 3)), [0, 1, 2]),
+    "alone in a list": (nn.Sequential(Body("layers", 3)), [0, 1, 2]),
+    "around a sequence": (nn.Sequential(nn.Sequential(*(Block() for _ in range(3))), nn.Identity()), [0, 1, 2]),
+    "several towers": (nn.ModuleList([Body("layers", 3), Body("layers", 2)]), [0, 1, 2, 0, 1]),
+    "one block": (Body("layers", 1), [0]),
+    "experts in blocks": (Body("layers", 2, experts=5), [0, 1]),
+    "a list of no usual name": (Body("units", 3, experts=5), [0, 1, 2]),
+}
+
+
+@pytest.mark.parametrize(("model", "want"), BLOCKS.values(), ids=BLOCKS)
+def test_blocks_are_counted_along_their_list(model, want):
+    assert numbers(model) == want
+    assert numbers(model, layers=[want[-1]]) == [want[-1]] * want.count(want[-1])
+
+
+def test_layers_of_experts_are_those_of_their_block():
+    assert numbers(Body("layers", 2, experts=5), r"experts\.", layers=1) == [1] * 5
+
+
+def test_index_that_no_block_has_names_those_there_are():
+    with pytest.raises(ValueError, match=r"found \[3\] in a model with blocks 0 to 2"):
+        numbers(nn.Sequential(Body("layers", 3), nn.Identity()), layers=(0, 3))

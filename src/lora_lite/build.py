@@ -1,5 +1,6 @@
 """`build`: config -> targets -> variant init -> bind. The one place where the flow can be read."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -83,7 +84,8 @@ def choose(model: nn.Module, cfg: AdapterConfig | Sequence[AdapterConfig], kinds
                 other = claimed[target.path][1]
                 raise ValueError(
                     f'build: expected each layer in one config, found "{target.path}" in both {type(other).__name__} and '
-                    f"{type(config).__name__}. Narrow target_names of one."
+                    f"{type(config).__name__}. Narrow target_names of one, or leave the layer out of one: "
+                    f'exclude_names=(r"{re.escape(target.path)}$",).'
                 )
             claimed[target.path] = (target, config)
     check_entries(model, tuple(claimed.values()))

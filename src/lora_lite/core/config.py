@@ -32,8 +32,9 @@ class AdapterConfig:
         dtype: floating dtype in which the params are kept; the adapter computes in the dtype of its input.
         target_roles: any of `"reader"` (`d_in == d_model`), `"writer"` (`d_out == d_model`) and `"inner"`; empty for all.
         target_names: regular expressions, searched in the module's path; empty for all. One string is one expression.
-        exclude_names: regular expressions of paths to leave alone.
-        layers: indices of the blocks to adapt, or None for all. The index is the first integer in the path.
+        exclude_names: regular expressions of paths to leave alone, besides the default ones, which stay unless `target_names` asks for such
+            a layer itself. Empty to leave nothing out.
+        layers: indices of the blocks to adapt, or None for all. They count along the model's list of blocks.
 
     A subclass gives `name`, `init` and `forward`, and where it derives tensors from a layer, `constants`. Its fields are checked by their
     annotations: `r: ll.Rank = 8`. The other facts are class variables with defaults:
@@ -64,10 +65,11 @@ class AdapterConfig:
     macs: ClassVar[str | None] = None
 
     dtype: torch.dtype = torch.float32
-    target_roles: tuple[str, ...] = ()
-    target_names: tuple[str, ...] = ()
-    exclude_names: tuple[str, ...] = ("lm_head", "embed_tokens")
-    layers: tuple[int, ...] | None = None
+    # Kept as tuples, whatever is given.
+    target_roles: str | Sequence[str] = ()
+    target_names: str | Sequence[str] = ()
+    exclude_names: str | Sequence[str] = ("lm_head", "embed_tokens")
+    layers: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         dtype = getattr(torch, self.dtype, self.dtype) if isinstance(self.dtype, str) else self.dtype
@@ -168,13 +170,19 @@ def _indices(cfg: AdapterConfig) -> tuple[int, ...] | None:
     value = cfg.layers
     if value is None:
         return None
-    values = (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+    values: Any = (value,) if isinstance(value, int) and not isinstance(value, bool) else value
     ok = isinstance(values, Sequence | range) and all(isinstance(v, int) and not isinstance(v, bool) for v in values)
     if not ok:
         raise TypeError(f"{at(cfg, 'layers')} block indices or None, found {value!r}. Write e.g. layers=(0, 1).")
-    if not values or min(values) < 0:
+    indices = tuple(values)
+    if not indices or min(indices) < 0:
         raise ValueError(f"{at(cfg, 'layers')} block indices >= 0, found {value!r}. Name at least one, or None for all.")
-    return tuple(values)
+    return indices
+
+
+def patterns_of(value: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the regular expressions of a field that takes one or several."""
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def as_config(cfg: object) -> AdapterConfig:

@@ -31,9 +31,9 @@ from lora_lite.variants import VARIANTS
 def save(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], path: str | os.PathLike[str]) -> None:
     """Write params, constants and configs to one safetensors file.
 
-    Params are named `<target path>.<name>`. Of modules trained as a whole (`FullConfig`, `LNTuningConfig`) the file holds the values that the
-    params move too: such a module is itself again on any model of these shapes. The file is written beside its place, brought to the disk
-    and renamed, so that whatever happens a file already there stays whole.
+    Params are named `<target path>.<name>`. Of modules trained as a whole (`FullConfig`, `LNTuningConfig`) the file holds the values that
+    the params move too: such a module is itself again on any model of these shapes. The file is written beside its place, brought to the
+    disk and renamed, so that whatever happens a file already there stays whole.
 
     Args:
         adapt: what the params belong to.

@@ -17,7 +17,7 @@ from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import listed
 from lora_lite.core.plan import Plan, Target
 from lora_lite.core.tree import Tree
-from lora_lite.layers.quantised import FrozenQuantised
+from lora_lite.layers.find import packed
 from lora_lite.variants.full import FullConfig
 
 _SAMPLE = 2**18
@@ -33,8 +33,8 @@ def values_at(plan: Plan, target: Target, cfg: AdapterConfig) -> dict[str, Tenso
         return {}
     if plan.sharding is not None:
         raise ValueError(
-            f'save: expected the whole weights of "{target.path}", which is trained as a whole, found a sharded base. Save with an adapt that '
-            "is not sharded, the one that shard was called on; the params fit both."
+            f'save: expected the whole weights of "{target.path}", which is trained as a whole, found a sharded base. Save with an adapt '
+            "that is not sharded, the one that shard was called on; the params fit both."
         )
     return {name: p.detach() for name, p in plan.layer(target, cfg).parameters.items() if not p.is_meta}
 
@@ -45,7 +45,9 @@ def fingerprint(plan: Plan, target: Target, cfg: AdapterConfig) -> str | None:
     Of a large weight evenly spread numbers are hashed: another weight differs in these too. None for weights that are packed, sharded,
     computed or without data.
     """
-    if plan.sharding is not None or isinstance(cfg, FullConfig) or issubclass(target.kind, FrozenQuantised):
+    if plan.sharding is not None or isinstance(cfg, FullConfig):
+        return None
+    if packed(plan.base.get_submodule(target.kind.host(target.path)), target.path, plan.kinds):
         return None
     W = plan.layer(target, cfg)
     try:
@@ -101,8 +103,9 @@ def report(plan: Plan, marks: Mapping[str, str], new: list[str], where: object) 
         )
     if drawn:
         warnings.warn(
-            f'load: "{where}" was trained on other weights at {listed(drawn)}, the head that this model drew anew. Its outputs are not those '
-            "of the training. Load the head's weights first, or train it whole: ll.FullConfig(target_names=...), whose file holds them.",
+            f'load: "{where}" was trained on other weights at {listed(drawn)}, the head that this model drew anew. Its outputs are not '
+            "those of the training. Load the head's weights first, or train it whole by ll.FullConfig(target_names=...), whose file "
+            "holds them.",
             UserWarning,
             stacklevel=3,
         )

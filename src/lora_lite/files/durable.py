@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def replace(pairs: Iterable[tuple[Path, Path]]) -> None:
-    """Move files `(from, to)` of one disk to their places, in order: their bytes reach the disk before the names, the names before returning.
+    """Move files `(from, to)` of one disk to their places, in order. Their bytes reach the disk first, their names before it returns.
 
-    A rename alone is kept by the file system before the bytes that it names: after a power cut the file may be there and empty.
+    A file system may keep a rename before the bytes that it names: after a power cut the file would be there and empty.
     """
     pairs = list(pairs)
     for beside, _ in pairs:

@@ -81,8 +81,8 @@ class AdapterSaving:
         differ = [path for path, own in self.adapt.constants.items() if not _same(own, other.constants.get(path, {}))]
         if differ:
             raise ValueError(
-                f'AdapterTrainer: expected the constants of "{file}", found others at {listed(differ)}, derived from other weights or other '
-                "calibration data. Use adapt, params = ll.load(model, that file), and train that adapt."
+                f'AdapterTrainer: expected the constants of "{file}", found others at {listed(differ)}, derived from other weights or '
+                "other calibration data. Use adapt, params = ll.load(model, that file), and train that adapt."
             )
         write_params(self.model, params)
 

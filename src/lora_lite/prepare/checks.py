@@ -9,15 +9,18 @@ from lora_lite.core.frozen import USES
 from lora_lite.core.plan import Entries, Target
 from lora_lite.layers.find import packed
 from lora_lite.layers.module import refuse_nested
+from lora_lite.prepare.worn import refuse_bound, refuse_worn
 
 
 def check_entries(model: nn.Module, entries: Entries) -> None:
     """Refuse targets that their variants cannot adapt.
 
     Raises:
-        ValueError: for layers that are offloaded, have a forward of their own, stand inside one another, or are of a kind that does not
-            give what the variant uses; it names them.
+        ValueError: for a model that wears adapters, and for layers that are offloaded, have a forward of their own, stand inside one
+            another, or are of a kind that does not give what the variant uses; it names them.
     """
+    refuse_bound(model)
+    refuse_worn(model, [target.path for target, _ in entries])
     refuse_offloaded(model)
     refuse_nested({target.path: target.kind for target, _ in entries})
     strange = [target.path for target, _ in entries if _strange(model, target)]

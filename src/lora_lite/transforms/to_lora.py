@@ -58,12 +58,12 @@ def to_lora(
         raise ValueError(f"to_lora: expected alpha > 0, found {alpha}. The singular values are divided by alpha / r.")
     tree: Tree = {}
     errors = {}
-    for target, own, deltas in _changes(adapt, params):
+    for target, own, deltas, biases in _changes(adapt, params):
         pairs = [_factors(delta, cfg) for delta in deltas]
         given = iter(pairs)
         tree[target.path] = adapt._plan.layer(target, own).make(lambda _, given=given: dict(zip("AB", next(given))))
         lost = [delta - cfg.scale * B.to(delta.dtype) @ A.to(delta.dtype) for delta, (A, B) in zip(deltas, pairs)]
-        errors[target.path] = _norm(lost) / max(_norm(deltas), torch.finfo(torch.float64).tiny)
+        errors[target.path] = _norm([*lost, *biases]) / max(_norm([*deltas, *biases]), torch.finfo(torch.float64).tiny)
     return build(adapt._plan.base, cfg, remat=adapt._plan.remat, kinds=adapt._plan.kinds), tree, errors
 
 
@@ -72,8 +72,11 @@ def _norm(parts: Sequence[Tensor]) -> float:
 
 
 @torch.no_grad()
-def _changes(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]]) -> list[tuple[Target, AdapterConfig, list[Tensor]]]:
-    """Return what the adapter adds to the weight of each target, `(o, i)` for each linear map that it is made of, in float64."""
+def _changes(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]]) -> list[tuple[Target, AdapterConfig, list[Tensor], list[Tensor]]]:
+    """Return what the adapter adds to the weights and to the biases of each target, one for each linear map in it, in float64.
+
+    The biases are zero up to rounding: more is refused.
+    """
     faults, found = [], []
     for target, cfg in adapt._plan.entries:
         at = f'"{target.path}": {type(cfg).__name__}'
@@ -89,7 +92,7 @@ def _changes(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]]) -> list[t
         scale = 1.0 if W.bias is None else float(W.bias.detach().abs().max())
         if any(not torch.allclose(bias, torch.zeros_like(bias), atol=1e-9 + 1e-6 * scale) for _, bias in changes):
             faults.append(f"{at} moves the bias, which LoRA cannot")
-        found.append((target, cfg, [weight for weight, _ in changes]))
+        found.append((target, cfg, [weight for weight, _ in changes], [bias for _, bias in changes]))
     if faults:
         raise ValueError(
             f"to_lora: expected variants that change the weight alone, found:\n{several(faults)}\n"
