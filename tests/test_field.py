@@ -436,3 +436,134 @@ def test_layers_of_experts_are_those_of_their_block():
 def test_index_that_no_block_has_names_those_there_are():
     with pytest.raises(ValueError, match=r"found \[3\] in a model with blocks 0 to 2"):
         numbers(nn.Sequential(Body("layers", 3), nn.Identity()), layers=(0, 3))
+
+
+# Calibration: the positions that count are those of the layer's part of the model
+
+
+def seq2seq():
+    torch.manual_seed(0)
+    config = tf.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    return tf.T5ForConditionalGeneration(config).eval()
+
+
+def statistics(model, cfg, batch):
+    from lora_lite.build import choose
+    from lora_lite.prepare.calibrate import gather
+
+    return gather(model, choose(model, cfg), [batch], progress=False)
+
+
+def source_and_target(source, target):
+    kept, labels = torch.ones(8, source, dtype=torch.long), torch.full((8, target), -100)
+    kept[:, 10:], labels[:, :4] = 0, torch.randint(3, 64, (8, 4))
+    return {"input_ids": ids(8, source), "attention_mask": kept, "labels": labels}
+
+
+@pytest.mark.parametrize("target", [12, 13])
+def test_encoder_is_calibrated_by_its_own_mask_and_decoder_by_the_labels(target):
+    batch = source_and_target(12, target)
+    stats = statistics(seq2seq(), ll.EVAConfig(r=4), batch)
+    counts = {path: state.count for path, state in stats.items()}
+    assert counts["encoder.block.0.layer.0.SelfAttention.q"] == 8 * 10
+    assert counts["decoder.block.0.layer.0.SelfAttention.q"] == counts["decoder.block.0.layer.1.EncDecAttention.q"] == 8 * 4
+    assert counts["decoder.block.0.layer.1.EncDecAttention.k"] == counts["decoder.block.0.layer.1.EncDecAttention.v"] == 8 * 10
+    assert counts["decoder.block.0.layer.2.DenseReluDense.wo"] == 8 * 4
+
+
+def test_decoders_mask_is_for_the_decoder():
+    batch = source_and_target(12, 12)
+    own = torch.ones(8, 12, dtype=torch.long)
+    own[:, 3:] = 0
+    batch = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "decoder_input_ids": ids(8, 12)}
+    stats = statistics(seq2seq(), ll.ASVDConfig(r=4), {**batch, "decoder_attention_mask": own})
+    assert stats["encoder.block.0.layer.0.SelfAttention.q"].count == 80
+    assert stats["decoder.block.0.layer.0.SelfAttention.q"].count == 24
+    assert statistics(seq2seq(), ll.ASVDConfig(r=4), batch)["decoder.block.0.layer.0.SelfAttention.q"].count == 96
+
+
+def test_mask_of_the_text_is_not_for_the_vision_tower():
+    torch.manual_seed(0)
+    small = {**SMALL, "num_hidden_layers": 1}
+    model = tf.CLIPModel(
+        tf.CLIPConfig(
+            text_config={**small, "vocab_size": 64, "max_position_embeddings": 8, "eos_token_id": 2, "pad_token_id": 1},
+            vision_config={**small, "image_size": 8, "patch_size": 4},
+            projection_dim=16,
+        )
+    ).eval()
+    mask = torch.ones(3, 5, dtype=torch.long)  # the tower has 4 patches and a class token: 5 positions
+    mask[:, 3:] = 0
+    batch = {"input_ids": ids(3, 5), "attention_mask": mask, "pixel_values": torch.randn(3, 3, 8, 8)}
+    counts = {path: s.count for path, s in statistics(model, ll.ASVDConfig(r=4, target_names=r"q_proj$"), batch).items()}
+    assert counts == {"text_model.encoder.layers.0.self_attn.q_proj": 9, "vision_model.encoder.layers.0.self_attn.q_proj": 15}
+
+
+# Tensors land where the layer is, whatever the default device is
+
+
+CALIBRATED = {"eva", "corda", "asvd", "lora_ga"}
+DEFAULTS = {
+    **{
+        name: cls(r=2)
+        for name, cls in ll.VARIANTS.items()
+        if "r" in cls.__dataclass_fields__ and name not in ("adalora", "antipasto", "loftq")
+    },
+    **{name: ll.VARIANTS[name]() for name in ("ia3", "ia3_ff", "bitfit", "ln_tuning")},
+    "antipasto": ll.AntiPaSTOConfig(r=8),
+    "adalora": ll.AdaLoRAConfig(init_r=4, target_r=2, total_step=10),
+    "road": ll.ROADConfig(group_size=4),
+    "oft": ll.OFTConfig(block_size=4),
+    "full": ll.FullConfig(target_names=r"2\.0$"),
+}
+
+
+def stacked_layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.Sequential(nn.Linear(32, 16), nn.Tanh()), nn.Linear(16, 16)).eval()
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_everything_is_made_where_the_layer_is(name, tmp_path):
+    model, cfg, x = stacked_layers(), DEFAULTS[name], torch.randn(5, 16)
+    if name == "loreft":
+        pytest.skip("it adapts blocks of hidden states; the draws are those of the others")
+    options = {"calibration": [x], "loss": (lambda out, _: out.square().sum()) if name == "lora_ga" else None} if cfg.calibrated else {}
+    want = ll.build(model, cfg, **options)
+    torch.set_default_device("meta")
+    try:
+        adapt = ll.build(model, cfg, **options)
+        params = adapt.init(seed=3)
+        ll.save(adapt, params, tmp_path / "a.safetensors")
+        again, loaded = ll.load(model, tmp_path / "a.safetensors")
+        y = adapt(params, x)
+        stacked = ll.stack([params, adapt.init(seed=4)])
+        mixed = adapt.mixed(stacked, x[:4], [0, 1, 1, 0])
+        adapt.steer(stacked, 0.5)
+        if cfg.linear and name != "ln_tuning":
+            adapt.merge_error(params, adapt.merge(params))
+        adapt.summary()
+        module = adapt.module(params)
+    finally:
+        torch.set_default_device(None)
+    for tree in (params, loaded, adapt.constants, again.constants, adapt.params(module)):
+        assert all(leaf.device.type == "cpu" for leaf in ll.tree_leaves(tree))
+    assert all(torch.equal(a, b) for a, b in zip(ll.tree_leaves(params), ll.tree_leaves(want.init(seed=3))))
+    assert all(torch.equal(a, b) for a, b in zip(ll.tree_leaves(params), ll.tree_leaves(loaded)))
+    torch.testing.assert_close(y, want(params, x))
+    assert mixed.device.type == "cpu"
+
+
+def test_files_of_peft_and_low_rank_forms_are_made_where_the_layer_is(tmp_path):
+    model = bert()
+    torch.set_default_device("meta")
+    try:
+        adapt = ll.build(model, ll.DeLoRAConfig(r=2, target_names="query$"))
+        params = adapt.init()
+        ll.to_peft(adapt, params, tmp_path / "a")
+        again, read = ll.from_peft(model, tmp_path / "a")
+        _, low, _ = ll.to_lora(adapt, params, r=2)
+    finally:
+        torch.set_default_device(None)
+    assert all(leaf.device.type == "cpu" for tree in (read, low, again.constants) for leaf in ll.tree_leaves(tree))
+    torch.testing.assert_close(again(read, (ids(),)).logits, adapt(params, (ids(),)).logits, rtol=1e-5, atol=1e-5)

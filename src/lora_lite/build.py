@@ -10,6 +10,7 @@ from lora_lite.adapt import Adapt
 from lora_lite.clone.checkpointing import check_pattern
 from lora_lite.clone.structure import clone_module
 from lora_lite.core.config import AdapterConfig, as_config
+from lora_lite.core.device import made_on_cpu
 from lora_lite.core.plan import Entries, Target
 from lora_lite.layers.kind import Kind
 from lora_lite.prepare.calibrate import gather, require_data
@@ -96,7 +97,7 @@ def allocated(entries: Entries, stats: Mapping[str, Any]) -> Entries:
     """Let each calibrated config give its targets configs of their own, from the statistics of all of them."""
     own: dict[str, AdapterConfig] = {}
     for cfg in {id(cfg): cfg for _, cfg in entries if cfg.calibrated}.values():
-        own |= cfg.allocate({target.path: stats[target.path] for target, other in entries if other is cfg})
+        own |= made_on_cpu(cfg.allocate)({target.path: stats[target.path] for target, other in entries if other is cfg})
     kept = tuple((target, own.get(target.path, cfg)) for target, cfg in entries if not cfg.calibrated or target.path in own)
     if not kept:
         raise ValueError("build: expected allocate to keep a target, found that it dropped every one. It must keep at least one.")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_lite.adapt import Adapt
 from lora_lite.clone.structure import clone_module
 from lora_lite.core.config import AdapterConfig, from_json, to_json
+from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import listed, nearest, several, tree_faults
 from lora_lite.core.plan import Entries, Plan, Target
 from lora_lite.core.tree import Tree, flatten, join
@@ -28,6 +29,7 @@ from lora_lite.prepare.targets import sharing
 from lora_lite.variants import VARIANTS
 
 
+@made_on_cpu
 def save(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], path: str | os.PathLike[str]) -> None:
     """Write params, constants and configs to one safetensors file.
 
@@ -84,6 +86,7 @@ def save(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], path: str | o
         beside.unlink(missing_ok=True)
 
 
+@made_on_cpu
 def load(
     model: nn.Module,
     path: str | os.PathLike[str],

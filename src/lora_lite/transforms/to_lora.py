@@ -10,6 +10,7 @@ from torch import Tensor
 from lora_lite.adapt import Adapt
 from lora_lite.build import build
 from lora_lite.core.config import AdapterConfig
+from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import several
 from lora_lite.core.linalg import truncated_svd
 from lora_lite.core.plan import Target
@@ -19,6 +20,7 @@ from lora_lite.layers.kind import Variant
 from lora_lite.variants.lora import LoRAConfig
 
 
+@made_on_cpu
 def to_lora(
     adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], r: int, alpha: float | None = None
 ) -> tuple[Adapt, Tree, dict[str, float]]:

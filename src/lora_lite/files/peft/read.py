@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_lite.adapt import Adapt
 from lora_lite.build import build
 from lora_lite.core.config import AdapterConfig
+from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import nearest, several, tree_faults
 from lora_lite.core.frozen import Constants
 from lora_lite.core.tree import Tree, join
@@ -33,6 +34,7 @@ Layers = dict[str, dict[str, Tensor]]
 Chosen = dict[str, tuple[Row, Any]]
 
 
+@made_on_cpu
 def from_peft(
     model: nn.Module, directory: str | os.PathLike[str], *, remat: str | None = None, kinds: Sequence[type[Kind]] = ()
 ) -> tuple[Adapt, Tree]:

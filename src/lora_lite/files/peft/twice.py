@@ -30,11 +30,24 @@ def fault(model: nn.Module, path: str) -> str | None:
     )
 
 
-def at_first_place(model: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Rename tensors to the first place of their module, and list those that differ from the ones there."""
+def at_every_place(model: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return tensors under the name of every place of their module, as PEFT's files have them."""
+    found = dict(tensors)
+    for other, path in _moved(model, prefix).items():
+        found |= {other + name.removeprefix(path): t.clone() for name, t in tensors.items() if name.startswith(path)}
+    return found
+
+
+def _moved(model: nn.Module, prefix: str) -> dict[str, str]:
+    """Map the beginning of each name at a later place of a module to that at its first."""
     first: dict[int, str] = {}
     places = [(path, first.setdefault(id(module), path)) for path, module in model.named_modules(remove_duplicate=False)]
-    moved = {prefix + path + ".": prefix + other + "." for path, other in places if path != other}
+    return {f"{prefix}{path}.": f"{prefix}{other}." for path, other in places if path != other}
+
+
+def at_first_place(model: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Rename tensors to the first place of their module, and list those that differ from the ones there."""
+    moved = _moved(model, prefix)
     if not moved:
         return dict(tensors), []
     found: dict[str, Tensor] = {}

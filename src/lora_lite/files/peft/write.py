@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lora_lite.adapt import Adapt
 from lora_lite.core.config import AdapterConfig
+from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import listed, several
 from lora_lite.core.plan import Target
 from lora_lite.files.durable import replace
@@ -55,6 +56,7 @@ class Written(NamedTuple):
     tensors: Leaves
 
 
+@made_on_cpu
 def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory: str | os.PathLike[str]) -> None:
     """Write an adapter so that `peft.PeftModel.from_pretrained(model, directory)` gives the same outputs.
 
@@ -83,7 +85,7 @@ def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory:
     _refuse(of_method, as_whole, adapt)
     layers = [_written(target, cfg, dict(params[target.path]), adapt) for target, cfg in of_method]
     saved = [as_saved(adapt._plan.base, layer.target, layer.tensors, adapt.targets) for layer in layers]
-    tensors = {PREFIX + key: t for one in saved for key, t in one.items()}
+    tensors = twice.at_every_place(adapt._plan.base, {PREFIX + key: t for one in saved for key, t in one.items()}, PREFIX)
     for _, cfg in of_method:
         tensors |= {key: adapt.constants[cfg.name][name].cpu() for name, key in ROWS[cfg.name].shared.items()}
     for target, cfg in as_whole:
