@@ -75,6 +75,7 @@ def test_layer_registered_twice_is_refused_both_ways_and_the_way_out_works(tmp_p
     close(through_peft(apart, tmp_path / "b")(x), theirs(x))
 
 
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # PEFT writes one place of each, and warns of its own files too
 def test_block_registered_twice_goes_both_ways(tmp_path):
     model, x = Shared().eval(), torch.randn(3, 8)
     theirs = peft_of(model, tmp_path / "a", target_modules=["lin"])

@@ -6,22 +6,31 @@ do the work.
 
 import copy
 import dataclasses
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from lora_lite.core.errors import listed, nearest
-from lora_lite.core.fields import at, check_fields
+from lora_lite.core.fields import at, check_fields, refuse_unknown
 from lora_lite.core.frozen import USES, Constants, Frozen, Params
 from lora_lite.core.legacy import completed
 
 ROLES = ("reader", "writer", "inner")
+
+
+class _OfInit:
+    """A class's signature: that of its `__init__`, which `inspect` would not ask beside a `__new__`."""
+
+    def __get__(self, _: Any, cls: type) -> inspect.Signature:
+        signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +72,12 @@ class AdapterConfig:
     steered: ClassVar[tuple[str, ...] | None] = None
     trained: ClassVar[str | None] = None
     macs: ClassVar[str | None] = None
+
+    __signature__: ClassVar[Any] = _OfInit()
+
+    def __new__(cls, *args: Any, **fields: Any) -> Self:
+        refuse_unknown(cls, fields)
+        return super().__new__(cls)
 
     dtype: torch.dtype = torch.float32
     # Kept as tuples, whatever is given.

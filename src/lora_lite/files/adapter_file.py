@@ -14,7 +14,7 @@ from lora_lite.adapt import Adapt
 from lora_lite.clone.structure import clone_module
 from lora_lite.core.config import AdapterConfig, from_json, to_json
 from lora_lite.core.device import made_on_cpu
-from lora_lite.core.errors import listed, nearest, several, tree_faults
+from lora_lite.core.errors import listed, nearest, require_type, several, tree_faults
 from lora_lite.core.plan import Entries, Plan, Target
 from lora_lite.core.tree import Tree, flatten, join
 from lora_lite.files.base_weights import fingerprint, rebase, report, values_at
@@ -43,6 +43,7 @@ def save(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], path: str | o
         path: the file to write; its directory must exist.
 
     Raises:
+        TypeError: where an argument is of another type, as in another order.
         ValueError: where `params` does not fit `adapt`, or a module trained as a whole is of a sharded base.
         FileNotFoundError: where the directory does not exist.
         IsADirectoryError: where `path` is a directory.
@@ -57,6 +58,10 @@ def save(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], path: str | o
         >>> again
         Adapt(Sequential, lora, 1 targets, 24 params)
     """
+    call = "save(adapt, params, path)"
+    require_type(isinstance(adapt, Adapt), call, "adapt", "what build or load returned", adapt)
+    require_type(isinstance(params, Mapping), call, "params", "a params tree, e.g. adapt.init()", params)
+    require_type(isinstance(path, str | os.PathLike), call, "path", "the path of a file", path)
     adapt._require(params, "save")
     place = Path(path)
     if not place.parent.is_dir():
@@ -115,10 +120,11 @@ def load(
     Raises:
         FileNotFoundError: where there is no file.
         ValueError: where the file is damaged, foreign, of another format version or variant, or of another model; it lists each fault.
-        TypeError: where `model` or `variants` is of another type.
+        TypeError: where an argument is of another type.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load: expected model as a torch.nn.Module, found {type(model).__name__}. Call load(model, path).")
+    require_type(isinstance(path, str | os.PathLike), "load(model, path)", "path", "the path of a file", path)
     known, kinds = _known(variants), as_kinds(kinds)
     metadata, tensors = _read(Path(path))
     try:

@@ -1,5 +1,7 @@
 """What cannot be adapted is refused before anything is copied, by name and with the way out."""
 
+from typing import Any
+
 from torch import nn
 
 from lora_lite.clone.accelerate import moves_inputs, refuse_offloaded, runs_class_forward
@@ -28,7 +30,8 @@ def check_entries(model: nn.Module, entries: Entries) -> None:
         cls = type(model.get_submodule(strange[0])).__name__
         raise ValueError(
             f"build: expected layers that compute W x + b, found a forward of its own at {listed(p or 'the model' for p in strange)} "
-            f"({cls}). Leave them out with exclude_names, or take a hook library's patch off first."
+            f"({cls}). Leave them out with exclude_names, pass a kind that computes what the class does, kinds=(ItsKind,), or take a hook "
+            "library's patch off first."
         )
     for target, cfg in entries:
         _refuse_packed(model, target, cfg)
@@ -66,6 +69,18 @@ def check_uses(target: Target, cfg: AdapterConfig) -> None:
     if lacking:
         raise ValueError(
             f'build: {name} cannot adapt "{target.path}" ({kind.__name__}): it {"; it ".join(lacking)}. '
-            f"{kind.why or 'The kind gives less.'} Leave the layer out with exclude_names, or adapt it by a config of its own, e.g. "
-            "LoRAConfig without dropout."
+            f"{kind.why or 'The kind gives less.'} Leave the layer out with exclude_names, or {_instead(kind, cfg, uses)}."
         )
+
+
+def _instead(kind: Any, cfg: AdapterConfig, uses: set[str]) -> str:
+    """Name what can adapt such a layer: the config without dropout where that is all that is in the way, else other variants."""
+    from lora_lite.variants import VARIANTS  # here, since the configs are checked by this
+
+    if uses - set(kind.gives) == {"dropout"}:
+        return "adapt it by a config of its own without dropout: dropout=0.0"
+    able = [
+        c for c in VARIANTS.values() if c.adapts == kind.site and not c.calibrated and not c.original and set(c.uses) <= set(kind.gives)
+    ]
+    names = [c.__name__ for c in able if not isinstance(cfg, c)][:3]
+    return f"adapt it by a config of its own: {', '.join(names)}" if names else "adapt other layers"

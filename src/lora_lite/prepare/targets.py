@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lora_lite.core.config import AdapterConfig, as_config, patterns_of
-from lora_lite.core.errors import listed
+from lora_lite.core.errors import listed, require_type
 from lora_lite.core.plan import Target, Targets
 from lora_lite.layers.find import asked_for, find, names, unnamed
 from lora_lite.layers.kind import Kind
@@ -45,6 +45,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[K
         >>> [t.path for t in ll.find_targets(model, ll.LoRAConfig(target_names=r"^2$"))]
         ['2']
     """
+    require_type(isinstance(model, nn.Module), "find_targets(model, cfg)", "model", "a torch.nn.Module", model)
     cfg, kinds = as_config(cfg), as_kinds(kinds)
     refuse_bound(model)
     everything = find(model, cfg.adapts, kinds)

@@ -11,7 +11,7 @@ from lora_lite.adapt import Adapt
 from lora_lite.build import build
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.device import made_on_cpu
-from lora_lite.core.errors import several
+from lora_lite.core.errors import require_type, several
 from lora_lite.core.linalg import truncated_svd
 from lora_lite.core.plan import Target
 from lora_lite.core.tree import Tree
@@ -37,6 +37,7 @@ def to_lora(
         what is lost over that of the update.
 
     Raises:
+        TypeError: where an argument is of another type, as in another order.
         ValueError: where `params` does not fit `adapt`, a variant is not linear, or it moves the bias; it names each target.
 
     Example:
@@ -48,6 +49,9 @@ def to_lora(
         >>> errors["0"] < 1e-6
         True
     """
+    call = "to_lora(adapt, params, r)"
+    require_type(isinstance(adapt, Adapt), call, "adapt", "what build or load returned", adapt)
+    require_type(isinstance(params, Mapping), call, "params", "a params tree, e.g. adapt.init()", params)
     adapt._require_whole("to_lora")
     adapt._require(params, "to_lora")
     cfg = LoRAConfig(

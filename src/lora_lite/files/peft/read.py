@@ -16,7 +16,7 @@ from lora_lite.adapt import Adapt
 from lora_lite.build import build
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.device import made_on_cpu
-from lora_lite.core.errors import nearest, several, tree_faults
+from lora_lite.core.errors import nearest, require_type, several, tree_faults
 from lora_lite.core.frozen import Constants
 from lora_lite.core.tree import Tree, join
 from lora_lite.files.peft import twice, whole
@@ -56,10 +56,12 @@ def from_peft(
     Raises:
         FileNotFoundError: where a file is missing.
         ValueError: where a file is damaged, is of another model, or asks for what is not supported; it names each field and tensor.
-        TypeError: where `model` is of another type.
+        TypeError: where an argument is of another type.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"from_peft: expected model as a torch.nn.Module, found {type(model).__name__}. Call from_peft(model, directory).")
+    call = "from_peft(model, directory)"
+    require_type(isinstance(directory, str | os.PathLike), call, "directory", "the path of a folder", directory)
     folder, kinds = Path(directory), as_kinds(kinds)
     fields = _read_fields(folder / CONFIG)
     check_fields(fields, folder / CONFIG)

@@ -30,14 +30,6 @@ def fault(model: nn.Module, path: str) -> str | None:
     )
 
 
-def at_every_place(model: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return tensors under the name of every place of their module, as PEFT's files have them."""
-    found = dict(tensors)
-    for other, path in _moved(model, prefix).items():
-        found |= {other + name.removeprefix(path): t.clone() for name, t in tensors.items() if name.startswith(path)}
-    return found
-
-
 def _moved(model: nn.Module, prefix: str) -> dict[str, str]:
     """Map the beginning of each name at a later place of a module to that at its first."""
     first: dict[int, str] = {}

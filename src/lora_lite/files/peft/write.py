@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_lite.adapt import Adapt
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.device import made_on_cpu
-from lora_lite.core.errors import listed, several
+from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.plan import Target
 from lora_lite.files.durable import replace
 from lora_lite.files.peft import twice, whole
@@ -70,9 +70,14 @@ def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory:
         directory: the folder to write to; it is made where it does not exist, its parent must.
 
     Raises:
+        TypeError: where an argument is of another type, as in another order.
         ValueError: where `params` does not fit `adapt`, or PEFT cannot express it; it names each target, variant or field.
         FileNotFoundError: where the parent of the directory does not exist.
     """
+    call = "to_peft(adapt, params, directory)"
+    require_type(isinstance(adapt, Adapt), call, "adapt", "what build or load returned", adapt)
+    require_type(isinstance(params, Mapping), call, "params", "a params tree, e.g. adapt.init()", params)
+    require_type(isinstance(directory, str | os.PathLike), call, "directory", "the path of a folder", directory)
     adapt._require(params, "to_peft")
     folder = Path(directory)
     if not folder.parent.is_dir():
@@ -85,7 +90,7 @@ def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory:
     _refuse(of_method, as_whole, adapt)
     layers = [_written(target, cfg, dict(params[target.path]), adapt) for target, cfg in of_method]
     saved = [as_saved(adapt._plan.base, layer.target, layer.tensors, adapt.targets) for layer in layers]
-    tensors = twice.at_every_place(adapt._plan.base, {PREFIX + key: t for one in saved for key, t in one.items()}, PREFIX)
+    tensors = {PREFIX + key: t for one in saved for key, t in one.items()}
     for _, cfg in of_method:
         tensors |= {key: adapt.constants[cfg.name][name].cpu() for name, key in ROWS[cfg.name].shared.items()}
     for target, cfg in as_whole:
