@@ -567,3 +567,104 @@ def test_files_of_peft_and_low_rank_forms_are_made_where_the_layer_is(tmp_path):
         torch.set_default_device(None)
     assert all(leaf.device.type == "cpu" for tree in (read, low, again.constants) for leaf in ll.tree_leaves(tree))
     torch.testing.assert_close(again(read, (ids(),)).logits, adapt(params, (ids(),)).logits, rtol=1e-5, atol=1e-5)
+
+
+# Messages
+
+
+def test_head_of_a_classifier_that_nobody_asked_for_is_reported_and_the_way_out_works():
+    model = bert()
+    with pytest.warns(
+        UserWarning,
+        match=r'LoRAConfig adapts "classifier".*exclude_names=\(r"\^classifier\$",\).*FullConfig\(target_names=r"\^classifier\$"\)',
+    ):
+        ll.build(model, ll.LoRAConfig(r=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapt = ll.build(model, [ll.LoRAConfig(r=2, exclude_names=(r"^classifier$",)), ll.FullConfig(target_names=r"^classifier$")])
+        ll.build(model, ll.LoRAConfig(r=2, target_names=("query$", "classifier$")))
+        ll.build(model.bert, ll.LoRAConfig(r=2))
+    assert dict(zip((t.path for t in adapt.targets), (c.name for c in adapt.configs)))["classifier"] == "full"
+
+
+def test_fields_of_other_libraries_are_named_as_they_are_here():
+    import inspect
+
+    with pytest.raises(TypeError, match=r"LoRAConfig.*'lora_alpha'\. It is called alpha here"):
+        ll.LoRAConfig(lora_alpha=8)
+    with pytest.raises(TypeError, match=r"'target_modules'\. It is called target_names here"):
+        ll.DoRAConfig(target_modules=["q_proj"])
+    with pytest.raises(TypeError, match=r"'modules_to_save'\. Put a FullConfig"):
+        ll.LoRAConfig(modules_to_save=["score"])
+    with pytest.raises(TypeError, match=r"'rnak'\. Closest: "):
+        ll.LoRAConfig(rnak=8)
+    parameters = inspect.signature(ll.LoRAConfig).parameters
+    assert {"r", "alpha", "target_names", "layers"} <= set(parameters)
+    assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values())
+    assert copy.deepcopy(ll.LoRAConfig(r=3)) == ll.LoRAConfig(r=3)
+    assert ll.LoRAConfig(target_names=["q"], layers=[0, 1]).layers == (0, 1)
+
+
+def test_arguments_in_another_order_are_type_errors(tmp_path):
+    model = Headed()
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    params, file = adapt.init(), str(tmp_path / "a.safetensors")
+    for call, named in (
+        (
+            lambda: ll.save(file, adapt, params),
+            r"save: expected adapt as what build or load returned, found str\. Call save\(adapt, params",
+        ),
+        (lambda: ll.save(adapt, file, params), r"save: expected params as a params tree.*found str"),
+        (lambda: ll.save(params, adapt, file), r"save: expected adapt"),
+        (lambda: ll.load(file, model), r"load: expected model"),
+        (lambda: ll.load(model, params), r"load: expected path"),
+        (lambda: ll.to_peft(params, adapt, file), r"to_peft: expected adapt"),
+        (lambda: ll.from_peft(file, model), r"from_peft: expected model"),
+        (lambda: ll.to_lora(params, adapt, 2), r"to_lora: expected adapt"),
+        (lambda: ll.find_targets(ll.LoRAConfig(), model), r"find_targets: expected model"),
+        (lambda: ll.build(ll.LoRAConfig(), model), r"build: expected model"),
+    ):
+        with pytest.raises(TypeError, match=named):
+            call()
+
+
+def test_stack_names_the_place_that_differs():
+    model = Headed()
+    four, eight = (ll.build(model, ll.LoRAConfig(r=r)).init() for r in (2, 3))
+    with pytest.raises(ValueError, match=r'tree 1 to differ from tree 0 at "up" "A": found \(3, 8\), and \(2, 8\) in tree 0'):
+        ll.stack([four, eight])
+    with pytest.raises(ValueError, match=r'at "down": found nothing, and a target'):
+        ll.stack([four, {"up": four["up"]}])
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    with pytest.raises(ValueError, match=r'leading adapter axis, found \(16, 2\) at "up" "B", and \(2, 8\) at "up" "A"'):
+        adapt.mixed(four, torch.randint(0, 9, (4, 3)))
+
+
+def test_layer_that_a_variant_cannot_adapt_names_variants_that_can():
+    model = nn.Sequential(nn.Conv1d(4, 8, 3, groups=2))
+    with pytest.raises(ValueError, match=r"exclude_names, or adapt it by a config of its own: (\w+)Config") as e:
+        ll.build(model, ll.LoRAConfig(r=2, target_names="^0$"))
+    named = str(e.value).rpartition(": ")[2].rstrip(".").split(", ")
+    assert named
+    for name in named:
+        ll.build(model, getattr(ll, name)(target_names="^0$"))
+
+
+def test_dir_shows_public_names():
+    names = [name for name in dir(ll) if not name.startswith("_")]
+    assert {"LoRAConfig", "build", "functional", "testing"} <= set(names)
+    assert not {"core", "clone", "files", "prepare", "layers"} & set(names)
+
+
+def test_files_reach_the_disk_before_and_after_they_get_their_names(tmp_path, monkeypatch):
+    done, sync, move_to = [], os.fsync, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (done.append("folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "file"), sync(handle))
+    )
+    monkeypatch.setattr(os, "replace", lambda *names: (done.append("rename"), move_to(*names)))
+    adapt = ll.build(Headed(), ll.LoRAConfig(r=2))
+    ll.save(adapt, adapt.init(), tmp_path / "a.safetensors")
+    assert done == ["file", "folder", "rename", "folder"]
+    done.clear()
+    ll.to_peft(adapt, adapt.init(), tmp_path / "a")
+    assert done == ["file", "file", "folder", "rename", "rename", "folder"]

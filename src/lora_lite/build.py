@@ -16,6 +16,7 @@ from lora_lite.layers.kind import Kind
 from lora_lite.prepare.calibrate import gather, require_data
 from lora_lite.prepare.checks import check_entries
 from lora_lite.prepare.derive import derive
+from lora_lite.prepare.heads import warn_of_new_heads
 from lora_lite.prepare.originals import Originals, read_originals
 from lora_lite.prepare.targets import find_targets
 
@@ -65,6 +66,7 @@ def build(
     if not isinstance(model, nn.Module):
         raise TypeError(f"build: expected model as a torch.nn.Module, found {type(model).__name__}. Pass the model itself.")
     entries = choose(model, cfg, kinds)
+    warn_of_new_heads(model, entries)
     require_data(entries, calibration, loss)
     originals = read_originals(model, entries, original)
     base = clone_module(model, kinds)

@@ -1,5 +1,6 @@
 """What cannot be adapted is refused before anything is copied, by name and with the way out."""
 
+import dataclasses
 from typing import Any
 
 from torch import nn
@@ -82,5 +83,6 @@ def _instead(kind: Any, cfg: AdapterConfig, uses: set[str]) -> str:
     able = [
         c for c in VARIANTS.values() if c.adapts == kind.site and not c.calibrated and not c.original and set(c.uses) <= set(kind.gives)
     ]
-    names = [c.__name__ for c in able if not isinstance(cfg, c)][:3]
+    able.sort(key=lambda c: len(dataclasses.fields(c)))  # first those without sizes that have to fit the layer
+    names = [c.__name__ for c in able if not isinstance(cfg, c)][:2]
     return f"adapt it by a config of its own: {', '.join(names)}" if names else "adapt other layers"
