@@ -46,3 +46,10 @@ from lora_lite.transforms.to_lora import to_lora as to_lora
 from lora_lite.variants import *  # noqa: F403
 
 __version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    """Return the public names; the packages inside are reached by imports."""
+    modules = ("functional", "linalg", "testing")
+    inner = type(functional)
+    return sorted(name for name, value in globals().items() if name in modules or not (isinstance(value, inner) or name == "__builtins__"))

@@ -1,5 +1,6 @@
 """`build`: config -> targets -> constants -> plan. The whole flow can be read here."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,11 +10,13 @@ from lora_lite.adapt import Adapt
 from lora_lite.clone.checkpointing import check_pattern
 from lora_lite.clone.structure import clone_module
 from lora_lite.core.config import AdapterConfig, as_config
+from lora_lite.core.device import made_on_cpu
 from lora_lite.core.plan import Entries, Target
 from lora_lite.layers.kind import Kind
 from lora_lite.prepare.calibrate import gather, require_data
 from lora_lite.prepare.checks import check_entries
 from lora_lite.prepare.derive import derive
+from lora_lite.prepare.heads import warn_of_new_heads
 from lora_lite.prepare.originals import Originals, read_originals
 from lora_lite.prepare.targets import find_targets
 
@@ -63,6 +66,7 @@ def build(
     if not isinstance(model, nn.Module):
         raise TypeError(f"build: expected model as a torch.nn.Module, found {type(model).__name__}. Pass the model itself.")
     entries = choose(model, cfg, kinds)
+    warn_of_new_heads(model, entries)
     require_data(entries, calibration, loss)
     originals = read_originals(model, entries, original)
     base = clone_module(model, kinds)
@@ -83,7 +87,8 @@ def choose(model: nn.Module, cfg: AdapterConfig | Sequence[AdapterConfig], kinds
                 other = claimed[target.path][1]
                 raise ValueError(
                     f'build: expected each layer in one config, found "{target.path}" in both {type(other).__name__} and '
-                    f"{type(config).__name__}. Narrow target_names of one."
+                    f"{type(config).__name__}. Narrow target_names of one, or leave the layer out of one: "
+                    f'exclude_names=(r"{re.escape(target.path)}$",).'
                 )
             claimed[target.path] = (target, config)
     check_entries(model, tuple(claimed.values()))
@@ -94,7 +99,7 @@ def allocated(entries: Entries, stats: Mapping[str, Any]) -> Entries:
     """Return each target with its config, as calibrated configs allocate them from the statistics of all targets."""
     own: dict[str, AdapterConfig] = {}
     for cfg in {id(cfg): cfg for _, cfg in entries if cfg.calibrated}.values():
-        own |= cfg.allocate({target.path: stats[target.path] for target, other in entries if other is cfg})
+        own |= made_on_cpu(cfg.allocate)({target.path: stats[target.path] for target, other in entries if other is cfg})
     kept = tuple((target, own.get(target.path, cfg)) for target, cfg in entries if not cfg.calibrated or target.path in own)
     if not kept:
         raise ValueError(f"{type(entries[0][1]).__name__}.allocate dropped every target. It must keep at least one.")

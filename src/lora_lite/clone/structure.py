@@ -90,7 +90,7 @@ def _parameter(tensor: nn.Parameter, alias: Tensor) -> nn.Parameter:
     """Make `alias` a parameter of the class of `tensor`, as that of a quantised weight."""
     cls = type(tensor)
     if issubclass(cls, nn.Parameter):
-        return torch.Tensor._make_subclass(cls, alias, False)  # type: ignore[return-value]
+        return torch.Tensor._make_subclass(cls, alias, False)
     return nn.Parameter(alias, requires_grad=False)  # a tensor class with data of its own, only marked as a parameter
 
 

@@ -6,22 +6,31 @@ do the work.
 
 import copy
 import dataclasses
+import inspect
 import json
 import re
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from lora_lite.core.errors import listed, nearest
-from lora_lite.core.fields import at, check_fields
+from lora_lite.core.fields import at, check_fields, refuse_unknown
 from lora_lite.core.frozen import USES, Constants, Frozen, Params
 from lora_lite.core.legacy import completed
 
 ROLES = ("reader", "writer", "inner")
+
+
+class _OfInit:
+    """A class's signature: that of its `__init__`, which `inspect` would not ask beside a `__new__`."""
+
+    def __get__(self, _: Any, cls: type) -> inspect.Signature:
+        signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +41,9 @@ class AdapterConfig:
         dtype: floating dtype in which the params are kept; the adapter computes in the dtype of its input.
         target_roles: any of `"reader"` (`d_in == d_model`), `"writer"` (`d_out == d_model`) and `"inner"`; empty for all.
         target_names: regular expressions, searched in the module's path; empty for all. One string is one expression.
-        exclude_names: regular expressions of paths to leave alone.
-        layers: indices of the blocks to adapt, or None for all. The index is the first integer in the path.
+        exclude_names: regular expressions of paths to leave alone, besides the default ones, which stay unless `target_names` asks for such
+            a layer itself. Empty to leave nothing out.
+        layers: indices of the blocks to adapt, or None for all. They count along the model's list of blocks.
 
     A subclass gives `name`, `init` and `forward`, and where it derives tensors from a layer, `constants`. Its fields are checked by their
     annotations: `r: ll.Rank = 8`. The other facts are class variables with defaults:
@@ -63,11 +73,18 @@ class AdapterConfig:
     trained: ClassVar[str | None] = None
     macs: ClassVar[str | None] = None
 
+    __signature__: ClassVar[Any] = _OfInit()
+
+    def __new__(cls, *args: Any, **fields: Any) -> Self:
+        refuse_unknown(cls, fields)
+        return super().__new__(cls)
+
     dtype: torch.dtype = torch.float32
-    target_roles: tuple[str, ...] = ()
-    target_names: tuple[str, ...] = ()
-    exclude_names: tuple[str, ...] = ("lm_head", "embed_tokens")
-    layers: tuple[int, ...] | None = None
+    # Kept as tuples, whatever is given.
+    target_roles: str | Sequence[str] = ()
+    target_names: str | Sequence[str] = ()
+    exclude_names: str | Sequence[str] = ("lm_head", "embed_tokens")
+    layers: int | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         dtype = getattr(torch, self.dtype, self.dtype) if isinstance(self.dtype, str) else self.dtype
@@ -168,13 +185,19 @@ def _indices(cfg: AdapterConfig) -> tuple[int, ...] | None:
     value = cfg.layers
     if value is None:
         return None
-    values = (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+    values: Any = (value,) if isinstance(value, int) and not isinstance(value, bool) else value
     ok = isinstance(values, Sequence | range) and all(isinstance(v, int) and not isinstance(v, bool) for v in values)
     if not ok:
         raise TypeError(f"{at(cfg, 'layers')} block indices or None, found {value!r}. Write e.g. layers=(0, 1).")
-    if not values or min(values) < 0:
+    indices = tuple(values)
+    if not indices or min(indices) < 0:
         raise ValueError(f"{at(cfg, 'layers')} block indices >= 0, found {value!r}. Name at least one, or None for all.")
-    return tuple(values)
+    return indices
+
+
+def patterns_of(value: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the regular expressions of a field that takes one or several."""
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def as_config(cfg: object) -> AdapterConfig:

@@ -49,6 +49,20 @@ def tree_faults(tree: object, shapes: Mapping[str, Mapping[str, tuple[int, ...]]
     return faults
 
 
+def require_type(ok: bool, call: str, name: str, expected: str, value: object) -> None:
+    """Raise a TypeError unless an argument is what a call takes: of arguments in another order, too.
+
+    Args:
+        ok: whether it is.
+        call: the call as it should be written, e.g. "save(adapt, params, path)".
+        name: the argument's name.
+        expected: what it should be, with its article.
+        value: what it is.
+    """
+    if not ok:
+        raise TypeError(f"{call.partition('(')[0]}: expected {name} as {expected}, found {type(value).__name__}. Call {call}.")
+
+
 def several(faults: list[str], limit: int = 12) -> str:
     """Lay out faults one a line."""
     lines = [f"  - {fault}" for fault in faults[:limit]]

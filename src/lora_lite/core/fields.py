@@ -6,13 +6,15 @@ checked by type. `require_rank` and `require_divisor` hold a field against a lay
 
 import dataclasses
 import functools
+import inspect
 import math
 import sys
 import types
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from lora_lite.core.errors import listed
+from lora_lite.core.errors import listed, nearest
 from lora_lite.core.frozen import Frozen
 
 
@@ -76,6 +78,50 @@ def check_fields(cfg: object) -> None:
         if problem is not None:
             error, expected = problem
             raise error(f"{at(cfg, field.name)} {expected}, found {value!r}. {_way_out(field, hint)}")
+
+
+OURS = {
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "module_dropout": "dropout",
+    "vera_dropout": "dropout",
+    "use_rslora": "rslora",
+    "target_modules": "target_names",
+    "target_parameters": "target_names",
+    "exclude_modules": "exclude_names",
+    "layers_to_transform": "layers",
+    "layers_pattern": "layers",
+    "oft_block_size": "block_size",
+    "delora_lambda": "lambda0",
+    "projection_prng_key": "seed",
+}
+"""Names of fields in this library, by their names in others."""
+
+ELSEWHERE = {
+    "modules_to_save": "Put a FullConfig(target_names=...) beside it: build(model, [cfg, ll.FullConfig(...)])",
+    "use_dora": "Use DoRAConfig",
+    "init_lora_weights": "Each start is a config of its own, e.g. PiSSAConfig or EVAConfig",
+    "rank_pattern": "Give layers of another rank a config of their own: build(model, [first, second])",
+    "alpha_pattern": "Give layers of another alpha a config of their own: build(model, [first, second])",
+    "task_type": "It follows from the model's class",
+    "bias": "Put a BitFitConfig beside it, on other layers",
+}
+"""Advice for options of other libraries that take another form here."""
+
+
+def refuse_unknown(cls: Any, given: Mapping[str, object]) -> None:
+    """Raise unless a class of configs takes the fields that it is given, with the name that a field has here.
+
+    Raises:
+        TypeError: as Python does, and with the way out.
+    """
+    takes = inspect.signature(cls.__init__).parameters
+    unknown = [] if any(p.kind is p.VAR_KEYWORD for p in takes.values()) else [name for name in given if name not in takes]
+    if unknown:
+        name, names = unknown[0], [n for n in takes if n != "self"]
+        ours = OURS.get(name) if OURS.get(name) in names else None
+        way = f"It is called {ours} here" if ours else ELSEWHERE.get(name, f"Closest: {nearest(name, names)}")
+        raise TypeError(f"{cls.__name__}.__init__() got an unexpected keyword argument '{name}'. {way}.")
 
 
 def at(cfg: object, field: str) -> str:

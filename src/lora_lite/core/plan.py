@@ -60,6 +60,7 @@ class Plan:
         shared: the constants that all targets of a variant share, by the variant's name.
         sharding: how the base is split over processes, where it is.
         kinds: the user's own kinds, which whatever follows from this plan knows too.
+        task_type: PEFT's name of the task, where the adapter came from a file of PEFT's that has one.
     """
 
     base: nn.Module
@@ -70,6 +71,7 @@ class Plan:
     shared: Mapping[str, Constants] = field(default_factory=dict)
     sharding: Any = None
     kinds: Sequence[Any] = ()
+    task_type: str | None = None
 
     def constants_at(self, path: str, cfg: AdapterConfig) -> Constants:
         """Return the constants that reach one target: its own, and those that all targets of its config share."""

@@ -93,7 +93,8 @@ def merge_error(plan: Plan, params: AnyTree, merged: Mapping[str, Tensor]) -> di
         host = target.kind.host(target.path)
         before = {join(host, name): t for name, t in plan.layer(target, cfg).kept().items()}
         missed, update, size = (
-            _norm(exact[name] - other[name].double() for name in before) for other in (merged, before, {n: torch.zeros(()) for n in before})
+            _norm(exact[name] - other[name].double() for name in before)
+            for other in (merged, before, {n: torch.zeros((), device="cpu") for n in before})
         )
         errors[target.path] = missed / (update or size)  # there is no update at the start
     return errors

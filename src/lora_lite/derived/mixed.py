@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_lite.core.config import AdapterConfig
+from lora_lite.core.errors import require_type
 from lora_lite.core.plan import Shapes, Target
 from lora_lite.core.tracing import in_transform
 from lora_lite.core.tree import AnyTree, Tree, tree_map
@@ -37,10 +38,15 @@ def stack(trees: Iterable[AnyTree]) -> Tree:
     if isinstance(trees, Mapping) or not (trees := list(trees)):
         found = "one tree" if isinstance(trees, Mapping) else "none"
         raise ValueError(f"stack: expected at least one params tree, in a list, found {found}. Pass a list of trees.")
-    layouts = [{path: {name: tuple(leaf.shape) for name, leaf in leaves.items()} for path, leaves in tree.items()} for tree in trees]
-    for k, layout in enumerate(layouts):
-        if layout != layouts[0]:
-            raise ValueError(f"stack: expected trees with the same keys and shapes, found tree {k} to differ from tree 0. Use one adapt's.")
+    for k, tree in enumerate(trees):
+        require_type(isinstance(tree, Mapping), "stack([params, params, ...])", f"tree {k}", "a params tree", tree)
+        fault = _difference(trees[0], tree)
+        if fault:
+            where, found, first = fault
+            raise ValueError(
+                f"stack: expected trees with the same keys and shapes, found tree {k} to differ from tree 0 at {where}: found {found}, "
+                f"and {first} in tree 0. Stack trees of one adapt, or build each adapter with the same targets and ranks."
+            )
     return tree_map(lambda *leaves: torch.stack(leaves), *trees)
 
 
@@ -56,10 +62,46 @@ def stacked_size(stacked: AnyTree) -> int:
     Raises:
         ValueError: where the leaves have none in common.
     """
-    sizes = {leaf.shape[0] if leaf.dim() else 0 for leaves in stacked.values() for leaf in leaves.values()}
-    if len(sizes) != 1 or 0 in sizes:
-        raise ValueError(f"stack: expected leaves with one leading adapter axis, found lengths {sorted(sizes)}. Make them with ll.stack.")
-    return sizes.pop()
+    if all(isinstance(leaf, Tensor) for leaves in stacked.values() for leaf in leaves.values()):
+        lengths = {leaf.shape[0] if leaf.dim() else 0 for leaves in stacked.values() for leaf in leaves.values()}
+        if len(lengths) == 1 and 0 not in lengths:
+            return lengths.pop()
+    raise ValueError(_not_stacked(stacked))
+
+
+def _not_stacked(stacked: AnyTree) -> str:
+    leaves = {(path, name): leaf for path, leaves in stacked.items() for name, leaf in leaves.items()}
+    sizes = {at: leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() else 0 for at, leaf in leaves.items()}
+    common = next(iter(sizes.values()), 0)
+    odd = next((at for at, size in sizes.items() if size == 0 or size != common), None)
+    first = next(iter(leaves), None)
+    beside = "" if odd is None or first is None or first == odd else f", and {_shape(leaves[first])} at {_place(*first)}"
+    found = "none" if odd is None else f"{_shape(leaves[odd])} at {_place(*odd)}{beside}"
+    return (
+        f"stack: expected leaves with one leading adapter axis, found {found}; lengths {sorted(set(sizes.values()))}. Make them with "
+        "ll.stack([params, ...])."
+    )
+
+
+def _place(path: str, name: str) -> str:
+    return f'"{path}" "{name}"'
+
+
+def _shape(leaf: object) -> str:
+    return str(tuple(leaf.shape)) if isinstance(leaf, Tensor) else type(leaf).__name__
+
+
+def _difference(first: AnyTree, tree: AnyTree) -> tuple[str, str, str] | None:
+    """Return where a tree first departs from another, and what stands there in it and in the other; None where nowhere."""
+    for path in [*first, *(p for p in tree if p not in first)]:
+        if path not in tree or path not in first:
+            found, other = ("a target" if path in t else "nothing" for t in (tree, first))
+            return f'"{path}"', found, other
+        for name in [*first[path], *(n for n in tree[path] if n not in first[path])]:
+            a, b = (_shape(t[path][name]) if name in t[path] else "nothing" for t in (first, tree))
+            if a != b:
+                return _place(path, name), b, a
+    return None
 
 
 def member_shapes(shapes: Shapes, members: int) -> Shapes:

@@ -13,23 +13,29 @@ from torch import Tensor, nn
 from lora_lite.adapt import Adapt
 from lora_lite.clone.structure import clone_module
 from lora_lite.core.config import AdapterConfig, from_json, to_json
-from lora_lite.core.errors import listed, nearest, several, tree_faults
+from lora_lite.core.device import made_on_cpu
+from lora_lite.core.errors import listed, nearest, require_type, several, tree_faults
 from lora_lite.core.plan import Entries, Plan, Target
 from lora_lite.core.tree import Tree, flatten, join
-from lora_lite.files.header import CONSTANT, FORMAT, Described, Stored, describe, read_header, tensor_faults, write_header
+from lora_lite.files.base_weights import fingerprint, rebase, report, values_at
+from lora_lite.files.durable import replace
+from lora_lite.files.header import BASE, CONSTANT, FORMAT, Header, Stored, describe, read_header, tensor_faults, write_header
 from lora_lite.layers.find import find
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import SITES, as_kinds
 from lora_lite.prepare.checks import check_entries
+from lora_lite.prepare.heads import new_heads
 from lora_lite.prepare.targets import sharing
 from lora_lite.variants import VARIANTS
 
 
+@made_on_cpu
 def save(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], path: str | os.PathLike[str]) -> None:
     """Write params, constants and configs to one safetensors file.
 
-    Params are named `<target path>.<name>`. The file is written beside its place and renamed, so that whatever happens a file already
-    there stays whole.
+    Params are named `<target path>.<name>`. Of modules trained as a whole (`FullConfig`, `LNTuningConfig`) the file holds the values that
+    the params move too: such a module is itself again on any model of these shapes. The file is written beside its place, brought to the
+    disk and renamed, so that whatever happens a file already there stays whole.
 
     Args:
         adapt: the adapted model of the params.
@@ -37,7 +43,8 @@ def save(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], path: str | o
         path: the file to write; its directory must exist.
 
     Raises:
-        ValueError: where `params` does not fit `adapt`.
+        TypeError: where an argument is of another type, as in another order.
+        ValueError: where `params` does not fit `adapt`, or a module trained as a whole is of a sharded base.
         FileNotFoundError: where the directory does not exist.
         IsADirectoryError: where `path` is a directory.
 
@@ -51,30 +58,40 @@ def save(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], path: str | o
         >>> again
         Adapt(Sequential, lora, 1 targets, 24 params)
     """
+    call = "save(adapt, params, path)"
+    require_type(isinstance(adapt, Adapt), call, "adapt", "what build or load returned", adapt)
+    require_type(isinstance(params, Mapping), call, "params", "a params tree, e.g. adapt.init()", params)
+    require_type(isinstance(path, str | os.PathLike), call, "path", "the path of a file", path)
     adapt._require(params, "save")
     place = Path(path)
     if not place.parent.is_dir():
         raise FileNotFoundError(f'save: expected the directory of "{place}" to exist, found none. Create it first.')
     if place.is_dir():
         raise IsADirectoryError(f'save: expected the path of a file, found the directory "{place}". Name a file in it.')
+    entries = adapt._plan.entries
+    values = {t.path: found for t, cfg in entries if (found := values_at(adapt._plan, t, cfg))}
+    marks = {t.path: mark for t, cfg in entries if (mark := fingerprint(adapt._plan, t, cfg)) is not None}
     tensors = {name: _plain(leaf) for name, leaf in flatten(params).items()}
     tensors |= {CONSTANT + name: _plain(leaf) for name, leaf in flatten(adapt.constants).items()}
+    tensors |= {BASE + name: _plain(leaf) for name, leaf in flatten(values).items()}
     configs = list({id(cfg): cfg for cfg in adapt.configs}.values())
     index = {id(cfg): k for k, cfg in enumerate(configs)}
     targets = {
-        t.path: Stored(index[id(cfg)], t.i, t.o, t.role, describe(params[t.path]), describe(adapt.constants[t.path]))
-        for t, cfg in zip(adapt.targets, adapt.configs)
+        t.path: Stored(index[id(cfg)], t.i, t.o, t.role, describe(params[t.path]), describe(adapt.constants[t.path])) for t, cfg in entries
     }
     shared = {name: describe(constants) for name, constants in adapt.constants.items() if name not in targets}
     shared_params = {name: describe(params[name]) for name in adapt._plan.shared_params()}
+    described = {path: describe(found) for path, found in values.items()}
+    header = Header([to_json(cfg) for cfg in configs], targets, shared, shared_params, described, marks)
     beside = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
     try:
-        safetensors.torch.save_file(tensors, beside, write_header([to_json(cfg) for cfg in configs], targets, shared, shared_params))
-        os.replace(beside, place)
+        safetensors.torch.save_file(tensors, beside, write_header(header))
+        replace([(beside, place)])
     finally:
         beside.unlink(missing_ok=True)
 
 
+@made_on_cpu
 def load(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -84,6 +101,11 @@ def load(
     kinds: Sequence[type[Kind]] = (),
 ) -> tuple[Adapt, Tree]:
     """Read a file that `save` wrote and bind it to a model. Needs neither calibration data nor an SVD.
+
+    Most variants add to the weights that the model has, and a fine-tuned model is as good a base as the one of the training. Where the file
+    knows that a weight is another and that this changes the adapter, a `UserWarning` names the targets: those of variants that derived
+    constants from the weight (DoRA's norms, PiSSA's start), and heads that the model has drawn anew. It is no error, since a base may be
+    changed on purpose. A module trained as a whole takes the values that it had, whatever the model's own are.
 
     Args:
         model: the model that the adapter was trained on, or one of the same shapes.
@@ -98,24 +120,25 @@ def load(
     Raises:
         FileNotFoundError: where there is no file.
         ValueError: where the file is damaged, foreign, of another format version or variant, or of another model; it lists each fault.
-        TypeError: where `model` or `variants` is of another type.
+        TypeError: where an argument is of another type.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load: expected model as a torch.nn.Module, found {type(model).__name__}. Call load(model, path).")
+    require_type(isinstance(path, str | os.PathLike), "load(model, path)", "path", "the path of a file", path)
     known, kinds = _known(variants), as_kinds(kinds)
     metadata, tensors = _read(Path(path))
     try:
-        stored_configs, targets, shared, shared_params = read_header(metadata)
+        header = read_header(metadata)
     except ValueError as e:
         raise ValueError(
             f'load: expected "{path}" to describe its configs and targets, found a damaged header ({e}). Save it again.'
         ) from e
-    configs = _configs(stored_configs, known, path)
-    entries, faults = _entries(model, targets, configs, kinds)
-    faults += tensor_faults(targets, shared, shared_params, tensors)
+    configs = _configs(header.configs, known, path)
+    entries, faults = _entries(model, header.targets, configs, kinds)
+    faults += tensor_faults(header, tensors)
     if not faults:
         check_entries(model, entries)
-        adapt, params = _bind(clone_module(model, kinds), targets, shared, entries, tensors, remat, kinds, shared_params)
+        adapt, params = _bind(clone_module(model, kinds), header, entries, tensors, remat, kinds)
         # With its constants at hand each variant says what its params must be: no SVD, no data.
         faults = tree_faults(params, _shapes(adapt.init()))
     if faults:
@@ -123,6 +146,9 @@ def load(
             f'load: expected "{path}" to fit this {type(model).__name__}, found:\n{several(faults)}\n'
             "Load it onto the model that it was made for."
         )
+    values = {p: {name: tensors[BASE + join(p, name)] for name in names} for p, names in header.values.items()}
+    rebase(adapt._plan, params, values)
+    report(adapt._plan, header.weights, new_heads(model), path)
     return adapt, params
 
 
@@ -204,23 +230,16 @@ def _entries(
 
 
 def _bind(
-    base: nn.Module,
-    targets: Mapping[str, Stored],
-    shared: Mapping[str, Described],
-    entries: Entries,
-    tensors: Mapping[str, Tensor],
-    remat: str | None,
-    kinds: Sequence[type[Kind]],
-    shared_params: Mapping[str, Described],
+    base: nn.Module, header: Header, entries: Entries, tensors: Mapping[str, Tensor], remat: str | None, kinds: Sequence[type[Kind]]
 ) -> tuple[Adapt, Tree]:
     params: Tree = {}
     constants: Tree = {}
-    for (path, stored), (target, _) in zip(targets.items(), entries):
+    for (path, stored), (target, _) in zip(header.targets.items(), entries):
         # Copied: a mapped file is not aligned, and sums over it would round otherwise than over what was saved.
         device = target.kind.at(base, path).device
         params[path] = {name: tensors[join(path, name)].to(device, copy=True) for name in stored.params}
         constants[path] = {name: tensors[CONSTANT + join(path, name)].to(device, copy=True) for name in stored.constants}
-    common = {v: {name: tensors[CONSTANT + join(v, name)].to(device, copy=True) for name in names} for v, names in shared.items()}
-    for variant, names in shared_params.items():
+    common = {v: {name: tensors[CONSTANT + join(v, name)].to(device, copy=True) for name in names} for v, names in header.shared.items()}
+    for variant, names in header.shared_params.items():
         params[variant] = {name: tensors[join(variant, name)].to(device, copy=True) for name in names}
     return Adapt(Plan(base, entries, _shapes(params), constants, remat, common, kinds=kinds)), params

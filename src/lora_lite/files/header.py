@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from lora_lite.core.tree import join
 
 FORMAT = 1
 CONSTANT = "constant/"  # before a constant's name in the file; no module path starts so
+BASE = "base/"  # before the name of a value that a whole module's displacement stands on
 
 Described = dict[str, tuple[str, list[int]]]  # name -> dtype and shape
 
@@ -39,16 +40,38 @@ def describe(tensors: Mapping[str, Tensor]) -> Described:
     return {name: (str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in tensors.items()}
 
 
-def write_header(
-    configs: list[dict[str, Any]], targets: Mapping[str, Stored], shared: Mapping[str, Described], shared_params: Mapping[str, Described]
-) -> dict[str, str]:
+class Header(NamedTuple):
+    """The description of a file's tensors.
+
+    Attributes:
+        configs: the configs, as plain values.
+        targets: each target by path.
+        shared: the constants that the targets of a variant share.
+        shared_params: the params that they share.
+        values: of whole modules, the values that the displacements stand on.
+        weights: fingerprints of the weights of the other targets.
+    """
+
+    configs: list[dict[str, Any]]
+    targets: dict[str, Stored]
+    shared: dict[str, Described]
+    shared_params: dict[str, Described]
+    values: dict[str, Described]
+    weights: dict[str, str]
+
+
+_LATER = ("shared_params", "values", "weights")
+"""Parts that a file has only where they hold something: a file without them is as version 0.1.0 wrote it."""
+
+
+def write_header(header: Header) -> dict[str, str]:
     """Return the metadata of a safetensors file: strings only."""
-    parts = {"configs": configs, "targets": {path: asdict(target) for path, target in targets.items()}, "shared": shared}
-    parts |= {"shared_params": shared_params} if shared_params else {}  # a file without any is as version 0.1.0 wrote it
-    return {"format": "pt", "lora_lite_format": str(FORMAT), **{key: json.dumps(part) for key, part in parts.items()}}
+    parts = {**header._asdict(), "targets": {path: asdict(target) for path, target in header.targets.items()}}
+    kept = {key: json.dumps(part) for key, part in parts.items() if part or key not in _LATER}
+    return {"format": "pt", "lora_lite_format": str(FORMAT), **kept}
 
 
-def read_header(metadata: Mapping[str, str]) -> tuple[list[dict[str, Any]], dict[str, Stored], dict[str, Described], dict[str, Described]]:
+def read_header(metadata: Mapping[str, str]) -> Header:
     """Read the metadata that `write_header` returned.
 
     Raises:
@@ -58,12 +81,16 @@ def read_header(metadata: Mapping[str, str]) -> tuple[list[dict[str, Any]], dict
         configs = [dict(config) for config in json.loads(metadata["configs"])]
         targets = {path: _stored(facts, len(configs)) for path, facts in json.loads(metadata["targets"]).items()}
         shared = {variant: _described(facts) for variant, facts in json.loads(metadata["shared"]).items()}
-        shared_params = {variant: _described(facts) for variant, facts in json.loads(metadata.get("shared_params", "{}")).items()}
+        later = {key: json.loads(metadata.get(key, "{}")) for key in _LATER}
+        shared_params, values = ({path: _described(facts) for path, facts in later[key].items()} for key in ("shared_params", "values"))
+        weights = {str(path): str(mark) for path, mark in later["weights"].items()}
         if not all(isinstance(config["name"], str) for config in configs):
             raise TypeError("a config names no variant")
+        if not set(values) <= set(targets):
+            raise KeyError("values of a module that is no target")
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as e:
         raise ValueError(f"{type(e).__name__}: {e}") from e
-    return configs, targets, shared, shared_params
+    return Header(configs, targets, shared, shared_params, values, weights)
 
 
 def _stored(facts: Mapping[str, Any], configs: int) -> Stored:
@@ -77,15 +104,15 @@ def _described(facts: Mapping[str, Any]) -> Described:
     return {name: (str(dtype), [int(n) for n in shape]) for name, (dtype, shape) in facts.items()}
 
 
-def tensor_faults(
-    targets: Mapping[str, Stored], shared: Mapping[str, Described], shared_params: Mapping[str, Described], tensors: Mapping[str, Tensor]
-) -> list[str]:
+def tensor_faults(header: Header, tensors: Mapping[str, Tensor]) -> list[str]:
     """List the departures of a file's tensors from its header."""
-    promised = {name: described for path, target in targets.items() for name, described in target.tensors(path)}
-    promised |= {CONSTANT + join(variant, name): d for variant, described in shared.items() for name, d in described.items()}
-    promised |= {join(variant, name): d for variant, described in shared_params.items() for name, d in described.items()}
+    promised = {name: described for path, target in header.targets.items() for name, described in target.tensors(path)}
+    for mark, group in ((CONSTANT, header.shared), ("", header.shared_params), (BASE, header.values)):
+        promised |= {mark + join(key, name): d for key, described in group.items() for name, d in described.items()}
+    unmoved = [join(path, name) for path, names in header.values.items() for name in names if name not in header.targets[path].params]
     faults = [f'missing "{name}"' for name in promised if name not in tensors]
     faults += [f'unexpected "{name}"' for name in tensors if name not in promised]
+    faults += [f'"{BASE}{name}": expected a displacement of it, found none' for name in unmoved]
     for name, (dtype, shape) in describe({n: t for n, t in tensors.items() if n in promised}).items():
         if shape != promised[name][1]:
             faults.append(f'"{name}": expected shape {tuple(promised[name][1])}, found {tuple(shape)}')

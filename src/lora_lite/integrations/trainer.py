@@ -16,6 +16,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from lora_lite.adapt import Adapt
 from lora_lite.clone.bind import write_params
+from lora_lite.core.errors import listed
 from lora_lite.core.tree import Tree
 from lora_lite.files.adapter_file import load, save
 
@@ -69,14 +70,34 @@ class AdapterSaving:
         torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Fill the module with the adapter of a checkpoint."""
-        _, params = load(self.adapt._plan.base, Path(resume_from_checkpoint) / ADAPTER_FILE, variants=list(map(type, self.adapt.configs)))
+        """Fill the module with the adapter of a checkpoint.
+
+        Raises:
+            ValueError: where the checkpoint's constants are others: derived from other weights or other calibration data.
+        """
+        file, plan = Path(resume_from_checkpoint) / ADAPTER_FILE, self.adapt._plan
+        other, params = load(plan.base, file, variants=list(map(type, self.adapt.configs)), kinds=plan.kinds)
         self.adapt._require(params, "AdapterTrainer")
+        differ = [path for path, own in self.adapt.constants.items() if not _same(own, other.constants.get(path, {}))]
+        if differ:
+            raise ValueError(
+                f'AdapterTrainer: expected the constants of "{file}", found others at {listed(differ)}, derived from other weights or '
+                "other calibration data. Use adapt, params = ll.load(model, that file), and train that adapt."
+            )
         write_params(self.model, params)
 
     def _load_best_model(self) -> None:
         """Fill the module with the adapter of the best checkpoint."""
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _same(own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> bool:
+    """Whether constants are those of a file, up to what another machine's decomposition rounds otherwise."""
+    return set(own) == set(stored) and all(
+        c.shape == stored[name].shape
+        and torch.allclose(c.double(), stored[name].double(), rtol=1e-3, atol=1e-3 * float(c.abs().max() or 1))
+        for name, c in own.items()
+    )
 
 
 class AdapterTrainer(AdapterSaving, transformers.Trainer):

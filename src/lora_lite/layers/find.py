@@ -38,11 +38,16 @@ def asked_for(found: Found, patterns: Sequence[str]) -> Found:
 
     `.*` or `layers\\.0` match a whole region, in which the layers that need no naming are meant.
     """
-    plain = [path for path, kind in found.items() if not kind.by_name]
-    return {path: kind for path, kind in found.items() if not kind.by_name or any(_names(p, path, plain) for p in patterns)}
+    plain = unnamed(found)
+    return {path: kind for path, kind in found.items() if not kind.by_name or any(names(p, path, plain) for p in patterns)}
 
 
-def _names(pattern: str, path: str, plain: Sequence[str]) -> bool:
+def unnamed(found: Found) -> list[str]:
+    """Return the paths of the layers that a config takes without naming them."""
+    return [path for path, kind in found.items() if not kind.by_name]
+
+
+def names(pattern: str, path: str, plain: Sequence[str]) -> bool:
     """Whether a pattern asks for the layer at `path` itself rather than for a region that contains it."""
     if not re.search(pattern, path):
         return False

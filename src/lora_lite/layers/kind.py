@@ -432,6 +432,12 @@ class ReadTensor(Tensor):
         args = tuple(_adapted(a) for a in args)
         return func(*args, **{name: _adapted(a) for name, a in (kwargs or {}).items()})
 
+    def __getattr__(self, name: str) -> Any:
+        if name in ReadTensor.__annotations__:  # not set yet
+            raise AttributeError(name)
+        module, own = place_of(self.binding.W.layer, self.of_parameter)
+        return getattr(module._parameters[own], name)  # what a library has noted on the parameter
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "ReadTensor":
         with torch._C.DisableTorchFunctionSubclass():
             return _stand_in(self.detach(), copy.deepcopy(self.binding, memo), self.of_parameter, tuple(self.shape))

@@ -20,7 +20,7 @@ from lora_lite.core.errors import listed
 from lora_lite.core.plan import Entries
 from lora_lite.core.progress import shown
 from lora_lite.core.statistics import needs_loss, statistic_of
-from lora_lite.layers.prompt import IGNORED
+from lora_lite.prepare.masks import Positions
 from lora_lite.prepare.ranks import merged_over_ranks
 
 Loss = Callable[[Any, Any], Tensor]
@@ -76,7 +76,7 @@ def gather(
     install(clone, None)
     run = Replica(clone.eval(), {}, {})
     calibrated = {target.path: cfg for target, cfg in entries if cfg.calibrated}
-    watch = Watch({path: statistic_of(cfg) for path, cfg in calibrated.items()})
+    watch = Watch({path: statistic_of(cfg) for path, cfg in calibrated.items()}, Positions(run.module))
     if group is not None:
         _require_mergeable(watch.states)
     with_loss = [path for path, cfg in calibrated.items() if needs_loss(cfg)]
@@ -145,9 +145,15 @@ def _loss_of(output: Any, batch: Any, loss: Loss | None) -> Tensor:
 
 
 class Watch:
-    """The statistics of some layers while a model runs. `kinds` maps each path to its class of statistics and whether labels mask."""
+    """The statistics of some layers while a model runs.
 
-    def __init__(self, kinds: Mapping[str, tuple[Callable[[], Any], bool]]) -> None:
+    Args:
+        kinds: for each path its empty statistic and whether labels mask.
+        positions: which positions count at each path.
+    """
+
+    def __init__(self, kinds: Mapping[str, tuple[Callable[[], Any], bool]], positions: Positions) -> None:
+        self._positions = positions
         starts = {kind: kind[0]() for kind in kinds.values()}
         self.states = {path: starts[kind] for path, kind in kinds.items()}
         self._label_mask = {path: kind[1] for path, kind in kinds.items()}
@@ -164,7 +170,7 @@ class Watch:
         state, version = self.states[path], 0 if x.is_inference() else x._version
         following = self._next.setdefault(state, WeakIdKeyDictionary())
         if following.get(x, (None,))[0] != version:  # another tensor, or the same one written to since
-            rows = _unmasked(x, _masks(self._batch, self._label_mask[path]))
+            rows = _unmasked(x, self._positions.masks(path, self._batch, x, self._label_mask[path]))
             following[x] = (version, state.add(rows) if len(rows) else state)
         self.states[path] = following[x][1]
 
@@ -183,14 +189,6 @@ class Watch:
             y = y + probe.to(y.device, y.dtype)
         y.register_hook(add)
         return y
-
-
-def _masks(batch: Any, label_mask: bool) -> list[Tensor]:
-    """Return a batch's masks `(b, t)`, True at positions that count."""
-    if not isinstance(batch, Mapping):
-        return []
-    masks = [(batch.get("attention_mask"), lambda m: m != 0), (batch.get("labels") if label_mask else None, lambda m: m != IGNORED)]
-    return [counts(m) for m, counts in masks if isinstance(m, Tensor) and m.dim() == 2]
 
 
 def _unmasked(x: Tensor, masks: list[Tensor]) -> Tensor:
@@ -221,4 +219,5 @@ def _check(states: Mapping[str, Any], seen: int) -> None:
 
 
 def _finite(state: Any) -> bool:
-    return all(bool(torch.as_tensor(getattr(state, name, 0.0)).isfinite().all()) for name in ("mean_abs", "gradient"))
+    values = [getattr(state, name, None) for name in ("mean_abs", "gradient")]
+    return all(bool(value.isfinite().all()) for value in values if isinstance(value, Tensor))

@@ -1,5 +1,8 @@
 """Checks before anything is copied: targets that cannot be adapted are refused by name, with the way out."""
 
+import dataclasses
+from typing import Any
+
 from torch import nn
 
 from lora_lite.clone.accelerate import moves_inputs, refuse_offloaded, runs_class_forward
@@ -9,15 +12,18 @@ from lora_lite.core.frozen import USES
 from lora_lite.core.plan import Entries, Target
 from lora_lite.layers.find import packed
 from lora_lite.layers.module import refuse_nested
+from lora_lite.prepare.worn import refuse_bound, refuse_worn
 
 
 def check_entries(model: nn.Module, entries: Entries) -> None:
     """Refuse targets that their variants cannot adapt.
 
     Raises:
-        ValueError: for layers that are offloaded, have a forward of their own, stand inside one another, or are of a kind that does not
-            give what the variant uses; it names them.
+        ValueError: for a model that wears adapters, and for layers that are offloaded, have a forward of their own, stand inside one
+            another, or are of a kind that does not give what the variant uses; it names them.
     """
+    refuse_bound(model)
+    refuse_worn(model, [target.path for target, _ in entries])
     refuse_offloaded(model)
     refuse_nested({target.path: target.kind for target, _ in entries})
     strange = [target.path for target, _ in entries if _strange(model, target)]
@@ -25,7 +31,8 @@ def check_entries(model: nn.Module, entries: Entries) -> None:
         cls = type(model.get_submodule(strange[0])).__name__
         raise ValueError(
             f"build: expected layers that compute W x + b, found a forward of its own at {listed(p or 'the model' for p in strange)} "
-            f"({cls}). Leave them out with exclude_names, or take a hook library's patch off first."
+            f"({cls}). Leave them out with exclude_names, pass a kind that computes what the class does, kinds=(ItsKind,), or take a hook "
+            "library's patch off first."
         )
     for target, cfg in entries:
         _refuse_packed(model, target, cfg)
@@ -63,6 +70,19 @@ def check_uses(target: Target, cfg: AdapterConfig) -> None:
     if lacking:
         raise ValueError(
             f'build: {name} cannot adapt "{target.path}" ({kind.__name__}): it {"; it ".join(lacking)}. '
-            f"{kind.why or 'The kind gives less.'} Leave the layer out with exclude_names, or adapt it by a config of its own, e.g. "
-            "LoRAConfig without dropout."
+            f"{kind.why or 'The kind gives less.'} Leave the layer out with exclude_names, or {_instead(kind, cfg, uses)}."
         )
+
+
+def _instead(kind: Any, cfg: AdapterConfig, uses: set[str]) -> str:
+    """Name the ways to adapt such a layer: the config without dropout if that is the only fault, else other variants."""
+    from lora_lite.variants import VARIANTS  # here, since the configs are checked by this
+
+    if uses - set(kind.gives) == {"dropout"}:
+        return "adapt it by a config of its own without dropout: dropout=0.0"
+    able = [
+        c for c in VARIANTS.values() if c.adapts == cfg.adapts and not c.calibrated and not c.original and set(c.uses) <= set(kind.gives)
+    ]
+    able.sort(key=lambda c: len(dataclasses.fields(c)))  # first those without sizes that have to fit the layer
+    names = [c.__name__ for c in able if not isinstance(cfg, c)][:2]
+    return f"adapt it by a config of its own: {', '.join(names)}" if names else "adapt other layers"

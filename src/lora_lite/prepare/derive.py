@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lora_lite.core.config import AdapterConfig
+from lora_lite.core.device import made_on_cpu
 from lora_lite.core.frozen import Constants, Frozen
 from lora_lite.core.plan import Entries, Plan, Shapes
 from lora_lite.core.progress import shown
@@ -53,7 +54,7 @@ def share(base: nn.Module, entries: Entries) -> tuple[dict[str, Constants], Shap
     shapes: Shapes = {}
     for cfg in {id(cfg): cfg for _, cfg in entries}.values():
         layers = layers_of(base, entries, cfg)
-        constants = cfg.share(layers)
+        constants = made_on_cpu(cfg.share)(layers)
         params = shared_start(cfg, layers, 0)
         taken = cfg.name in common or cfg.name in shapes or any(target.path == cfg.name for target, _ in entries)
         if (constants or params) and taken:
@@ -73,11 +74,13 @@ def layers_of(base: nn.Module, entries: Entries, cfg: AdapterConfig) -> list[Any
     return [target.kind.at(base, target.path) for target, other in entries if other is cfg]
 
 
+@made_on_cpu
 def shared_start(cfg: AdapterConfig, layers: Sequence[Any], seed: int) -> Mapping[str, torch.Tensor]:
     """Draw the params that all targets of a config share."""
     return cfg.share_init(layers, generator_for(seed, cfg.name))
 
 
+@made_on_cpu
 def own_constants(cfg: AdapterConfig, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
     """Run a variant's `constants` on one linear map, with statistics where there are any."""
     return cfg.constants(W, generator) if stats is None else cfg.constants(W, generator, stats)

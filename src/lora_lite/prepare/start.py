@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_lite.core.config import AdapterConfig
+from lora_lite.core.device import made_on_cpu
 from lora_lite.core.frozen import Frozen, Params
 from lora_lite.layers.kind import Kind
 
@@ -36,6 +37,7 @@ def generator_for(seed: int, path: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
+@made_on_cpu
 def own_start(cfg: AdapterConfig, W: Frozen, generator: torch.Generator) -> Params:
     """Run a variant's `init` on one linear map whose constants are filled.
 

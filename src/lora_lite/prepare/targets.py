@@ -4,19 +4,21 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
-from lora_lite.core.config import AdapterConfig, as_config
-from lora_lite.core.errors import listed
+from lora_lite.core.config import AdapterConfig, as_config, patterns_of
+from lora_lite.core.errors import listed, require_type
 from lora_lite.core.plan import Target, Targets
-from lora_lite.layers.find import asked_for, find
+from lora_lite.layers.find import asked_for, find, names, unnamed
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import SITES, as_kinds, kind_of
 from lora_lite.layers.module import outermost
+from lora_lite.prepare.blocks import block_indices
+from lora_lite.prepare.worn import refuse_bound, refuse_half, refuse_worn
 
 _WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "hidden_dim", "embed_dim", "dim", "model_dim")
-_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 
 def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[Kind]] = ()) -> Targets:
@@ -43,8 +45,11 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[K
         >>> [t.path for t in ll.find_targets(model, ll.LoRAConfig(target_names=r"^2$"))]
         ['2']
     """
+    require_type(isinstance(model, nn.Module), "find_targets(model, cfg)", "model", "a torch.nn.Module", model)
     cfg, kinds = as_config(cfg), as_kinds(kinds)
-    known = asked_for(find(model, cfg.adapts, kinds), cfg.target_names)
+    refuse_bound(model)
+    everything = find(model, cfg.adapts, kinds)
+    known = asked_for(everything, cfg.target_names)
     if not known:
         raise ValueError(
             f"find_targets: expected a model with {SITES[cfg.adapts][1]}, found none in {type(model).__name__}. "
@@ -52,12 +57,23 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[K
         )
     if cfg.adapts == "module" and not cfg.target_names:
         raise ValueError(f'{type(cfg).__name__}.target_names: expected the modules to train, found none. Name them, e.g. r"score$".')
-    allowed = [path for path in known if not _matches(cfg.exclude_names, path)]
-    _check_layers(cfg, allowed)
-    _check_names(model, cfg, list(known), [path for path in allowed if cfg.layers is None or _index(path) in cfg.layers])
+    asked, plain = patterns_of(cfg.target_names), unnamed(known)
+    allowed = [path for path in known if not _excluded(path, cfg, plain)]
+    index = block_indices(model, [*everything, *(path for path, _ in model.named_modules())])
+    _check_layers(cfg, {i for path in allowed if (i := index[path]) is not None})
+    blocks: Any = cfg.layers
+    in_blocks = [path for path in allowed if blocks is None or index[path] in blocks]
+    chosen = [path for path in in_blocks if not asked or _matches(asked, path)]
+
+    def wanted(path: str) -> bool:
+        return not _excluded(path, cfg, plain) and (blocks is None or index[path] in blocks)
+
+    refuse_worn(model, chosen, lambda path: cfg.adapts == "linear" and wanted(path) and _matches(asked, path))
+    _check_names(model, cfg, list(known), in_blocks)
+    if cfg.adapts == "linear":
+        refuse_half(model, cfg, list(everything), chosen, wanted)
     d_model = width_of(model, kinds)
     shared = sharing(model)
-    chosen = [path for path in allowed if _selected(path, cfg)]
     chosen = outermost(chosen) if cfg.adapts == "module" else chosen
     found = [_target(model, path, known[path], cfg, d_model, shared) for path in chosen]
     targets = Targets(t for t in found if t is not None)
@@ -89,13 +105,12 @@ def _matches(patterns: tuple[str, ...], path: str) -> bool:
     return any(re.search(pattern, path) for pattern in patterns)
 
 
-def _index(path: str) -> int | None:
-    found = _INDEX.search(path)
-    return int(found[1]) if found else None
-
-
-def _selected(path: str, cfg: AdapterConfig) -> bool:
-    return (not cfg.target_names or _matches(cfg.target_names, path)) and (cfg.layers is None or _index(path) in cfg.layers)
+def _excluded(path: str, cfg: AdapterConfig, plain: Sequence[str]) -> bool:
+    """Whether a config leaves a layer out: by its `exclude_names`, or by the default ones, unless a name asks for the layer itself."""
+    if _matches(patterns_of(cfg.exclude_names), path):
+        return True
+    added = patterns_of(type(cfg).exclude_names) if cfg.exclude_names else ()
+    return _matches(added, path) and not any(names(pattern, path, plain) for pattern in cfg.target_names)
 
 
 def sharing(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -145,11 +160,9 @@ def _closest(pattern: str, paths: list[str]) -> str:
     return listed([last[name] for name in close] or paths[:3])
 
 
-def _check_layers(cfg: AdapterConfig, allowed: list[str]) -> None:
-    if cfg.layers is None:
-        return
-    known = {index for path in allowed if (index := _index(path)) is not None}
-    missing = [index for index in cfg.layers if index not in known]
+def _check_layers(cfg: AdapterConfig, known: set[int]) -> None:
+    blocks: Any = cfg.layers
+    missing = [index for index in blocks or () if index not in known]
     if missing:
         span = f"blocks {min(known)} to {max(known)}" if known else "no numbered blocks"
         raise ValueError(

@@ -10,7 +10,8 @@ from torch import Tensor
 from lora_lite.adapt import Adapt
 from lora_lite.build import build
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.errors import several
+from lora_lite.core.device import made_on_cpu
+from lora_lite.core.errors import require_type, several
 from lora_lite.core.linalg import truncated_svd
 from lora_lite.core.plan import Target
 from lora_lite.core.tree import Tree
@@ -19,6 +20,7 @@ from lora_lite.layers.kind import Variant
 from lora_lite.variants.lora import LoRAConfig
 
 
+@made_on_cpu
 def to_lora(
     adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], r: int, alpha: float | None = None
 ) -> tuple[Adapt, Tree, dict[str, float]]:
@@ -35,6 +37,7 @@ def to_lora(
         what is lost over that of the update.
 
     Raises:
+        TypeError: where an argument is of another type, as in another order.
         ValueError: where `params` does not fit `adapt`, a variant is not linear, or it moves the bias; it names each target.
 
     Example:
@@ -46,6 +49,9 @@ def to_lora(
         >>> errors["0"] < 1e-6
         True
     """
+    call = "to_lora(adapt, params, r)"
+    require_type(isinstance(adapt, Adapt), call, "adapt", "what build or load returned", adapt)
+    require_type(isinstance(params, Mapping), call, "params", "a params tree, e.g. adapt.init()", params)
     adapt._require_whole("to_lora")
     adapt._require(params, "to_lora")
     cfg = LoRAConfig(
@@ -58,12 +64,12 @@ def to_lora(
         raise ValueError(f"to_lora: expected alpha > 0, found {alpha}. The singular values are divided by alpha / r.")
     tree: Tree = {}
     errors = {}
-    for target, own, deltas in _changes(adapt, params):
+    for target, own, deltas, biases in _changes(adapt, params):
         pairs = [_factors(delta, cfg) for delta in deltas]
         given = iter(pairs)
         tree[target.path] = adapt._plan.layer(target, own).make(lambda _, given=given: dict(zip("AB", next(given))))
         lost = [delta - cfg.scale * B.to(delta.dtype) @ A.to(delta.dtype) for delta, (A, B) in zip(deltas, pairs)]
-        errors[target.path] = _norm(lost) / max(_norm(deltas), torch.finfo(torch.float64).tiny)
+        errors[target.path] = _norm([*lost, *biases]) / max(_norm([*deltas, *biases]), torch.finfo(torch.float64).tiny)
     return build(adapt._plan.base, cfg, remat=adapt._plan.remat, kinds=adapt._plan.kinds), tree, errors
 
 
@@ -72,8 +78,11 @@ def _norm(parts: Sequence[Tensor]) -> float:
 
 
 @torch.no_grad()
-def _changes(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]]) -> list[tuple[Target, AdapterConfig, list[Tensor]]]:
-    """Return the update of each target's weight in float64, `(o, i)` for each of its linear maps."""
+def _changes(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]]) -> list[tuple[Target, AdapterConfig, list[Tensor], list[Tensor]]]:
+    """Return the updates of the weights and biases of each target in float64, one of each for every linear map in it.
+
+    The biases are zero up to rounding: more is refused.
+    """
     faults, found = [], []
     for target, cfg in adapt._plan.entries:
         at = f'"{target.path}": {type(cfg).__name__}'
@@ -89,7 +98,7 @@ def _changes(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]]) -> list[t
         scale = 1.0 if W.bias is None else float(W.bias.detach().abs().max())
         if any(not torch.allclose(bias, torch.zeros_like(bias), atol=1e-9 + 1e-6 * scale) for _, bias in changes):
             faults.append(f"{at} moves the bias, which LoRA cannot")
-        found.append((target, cfg, [weight for weight, _ in changes]))
+        found.append((target, cfg, [weight for weight, _ in changes], [bias for _, bias in changes]))
     if faults:
         raise ValueError(
             f"to_lora: expected variants that change the weight alone, found:\n{several(faults)}\n"

@@ -21,6 +21,7 @@ are kept in float32 and the sum is rounded to the module's own dtype, as with ma
 weight with another (an output head tied to the embedding), this one alone moves, as in PEFT.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,7 @@ class FullConfig(AdapterConfig):
     uses = frozenset({"output"})
     macs = "0"
 
-    exclude_names: tuple[str, ...] = ()
+    exclude_names: str | Sequence[str] = ()
 
     def init(self, W: Frozen, generator: torch.Generator) -> Params:
         return {name: torch.zeros(p.shape) for name, p in W.parameters.items()}

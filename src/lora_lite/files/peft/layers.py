@@ -16,6 +16,8 @@ from lora_lite.core.plan import Target
 from lora_lite.core.tree import join
 from lora_lite.layers.convolution import ConvKind
 from lora_lite.layers.embedding import EmbeddingKind
+from lora_lite.layers.kind import Kind
+from lora_lite.layers.kinds import kind_of
 from lora_lite.layers.linear import Conv1DKind
 from lora_lite.layers.parameter import ParameterKind
 
@@ -31,6 +33,9 @@ def as_linear(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str,
     for path, module in model.named_modules():
         at = prefix + join(path, "")
         faults += _own(found, at, module)
+        if _weight_asked(module, path, fields.get("target_parameters") or []):
+            _weight(found, at, module)
+            continue
         if isinstance(module, nn.Embedding):
             _embedding(found, at)
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -63,6 +68,19 @@ def _convolution(found: Tensors, at: str) -> None:
         if tensor is not None and tensor.dim() > 2:
             flat = {GATE: (-1, 1), MAGNITUDE: (-1,)}.get(key, (len(tensor), -1))
             found[at + key] = tensor.reshape(flat)
+
+
+def _weight_asked(module: nn.Module, path: str, asked: Sequence[str]) -> bool:
+    """Whether `target_parameters` names the weight of a linear layer or an embedding, which are layers here."""
+    is_layer = isinstance(module, nn.Embedding) or kind_of(module) is not None
+    return is_layer and any(f".{join(path, 'weight')}".endswith(f".{name}") for name in asked)
+
+
+def _weight(found: Tensors, at: str, module: nn.Module) -> None:
+    """Transpose the update of a weight that the module keeps as `(i, o)`: PEFT takes its first axis for the output."""
+    across = isinstance(module, nn.Embedding) or issubclass(kind_of(module) or Kind, Conv1DKind)
+    if across and at + A in found and at + B in found:
+        found[at + A], found[at + B] = found[at + B].mT.contiguous(), found[at + A].mT.contiguous()
 
 
 def _parameters(found: Tensors, at: str, model: nn.Module, path: str, asked: Sequence[str]) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from lora_lite.adapt import Adapt
 from lora_lite.build import build
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.errors import nearest, several, tree_faults
+from lora_lite.core.device import made_on_cpu
+from lora_lite.core.errors import nearest, require_type, several, tree_faults
 from lora_lite.core.frozen import Constants
 from lora_lite.core.tree import Tree, join
-from lora_lite.files.peft import whole
+from lora_lite.files.peft import twice, whole
 from lora_lite.files.peft.fields import DEFAULTS, check_fields, resolve
 from lora_lite.files.peft.layers import as_linear, axes_of
 from lora_lite.files.peft.rows import Leaf, Row, rows_of
@@ -33,6 +34,7 @@ Layers = dict[str, dict[str, Tensor]]
 Chosen = dict[str, tuple[Row, Any]]
 
 
+@made_on_cpu
 def from_peft(
     model: nn.Module, directory: str | os.PathLike[str], *, remat: str | None = None, kinds: Sequence[type[Kind]] = ()
 ) -> tuple[Adapt, Tree]:
@@ -54,29 +56,34 @@ def from_peft(
     Raises:
         FileNotFoundError: where a file is missing.
         ValueError: where a file is damaged, is of another model, or asks for what is not supported; it names each field and tensor.
-        TypeError: where `model` is of another type.
+        TypeError: where an argument is of another type.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"from_peft: expected model as a torch.nn.Module, found {type(model).__name__}. Call from_peft(model, directory).")
+    call = "from_peft(model, directory)"
+    require_type(isinstance(directory, str | os.PathLike), call, "directory", "the path of a folder", directory)
     folder, kinds = Path(directory), as_kinds(kinds)
     fields = _read_fields(folder / CONFIG)
     check_fields(fields, folder / CONFIG)
     tensors = _read_tensors(folder / WEIGHTS)
     shared = {key: tensors.pop(key) for row in rows_of(fields["peft_type"]) for key in row.shared.values() if key in tensors}
+    tensors, faults = twice.at_first_place(model, tensors, PREFIX)
     values, tensors = whole.split(model, fields, tensors, PREFIX)
-    tensors, faults = as_linear(model, fields, tensors, PREFIX)
+    tensors, unfit = as_linear(model, fields, tensors, PREFIX)
     layers, unplaced = _by_layer(model, fields["peft_type"], tensors)
-    faults += unplaced
+    faults += unfit + unplaced
+    paths = {path for path, _ in model.named_modules()}
     faults = (
         faults
         or whole.faults_of(model, fields, values)
         or ([] if layers or values else ["no tensors"])
         or _layer_faults(model, layers, kinds)
+        or [fault for path in (*layers, *values) if (fault := twice.fault(model, path.rpartition(".")[0] if path not in paths else path))]
     )
     _require(faults, folder, model)
     chosen = {path: (row, row.config(**values)) for path, (row, values) in _choose(fields, layers).items()}
     configs = [*_merged_configs(chosen), *whole.configs_of(fields, values)]
-    adapt = _with_constants(build(model, configs, remat=remat, kinds=kinds), chosen, layers, shared)
+    adapt = _with_constants(build(model, configs, remat=remat, kinds=kinds), chosen, layers, shared, fields.get("task_type"))
     theirs = {path: {n: _as_saved(layers[path][leaf.key], leaf) for n, leaf in row.leaves.items()} for path, (row, _) in chosen.items()}
     theirs = {path: row.completed(cfg, theirs[path]) for path, (row, cfg) in chosen.items()}
     shapes = {path: adapt.shapes[path] for path in chosen}
@@ -182,8 +189,8 @@ def _merged_configs(chosen: Chosen) -> list[AdapterConfig]:
     return [dataclasses.replace(cfg, target_names=tuple(names)) for cfg, names in groups.items()]
 
 
-def _with_constants(adapt: Adapt, chosen: Chosen, layers: Layers, shared: Mapping[str, Tensor]) -> Adapt:
-    """Take constants that the file holds from there: the weight may have changed since they were derived."""
+def _with_constants(adapt: Adapt, chosen: Chosen, layers: Layers, shared: Mapping[str, Tensor], task: str | None) -> Adapt:
+    """Take constants that the file holds from there, and its task: the weight may have changed since they were derived."""
     plan = adapt._plan
     constants, common = dict(plan.constants), dict(plan.shared)
     for path, (row, cfg) in chosen.items():
@@ -192,7 +199,7 @@ def _with_constants(adapt: Adapt, chosen: Chosen, layers: Layers, shared: Mappin
         found = {name: (key, shared[key]) for name, key in row.shared.items() if key in shared}
         if found:
             common[cfg.name] = _replaced(common[cfg.name], found)
-    return Adapt(dataclasses.replace(plan, constants=constants, shared=common))
+    return Adapt(dataclasses.replace(plan, constants=constants, shared=common, task_type=task))
 
 
 def _replaced(derived: Constants, loaded: Mapping[str, tuple[str, Tensor]]) -> Constants:

@@ -15,13 +15,16 @@ from torch import Tensor
 
 from lora_lite.adapt import Adapt
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.errors import listed, several
+from lora_lite.core.device import made_on_cpu
+from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.plan import Target
-from lora_lite.files.peft import whole
+from lora_lite.files.durable import replace
+from lora_lite.files.peft import twice, whole
 from lora_lite.files.peft.fields import PATTERNS
 from lora_lite.files.peft.layers import as_saved, is_conv1d, is_parameter, unsaved
 from lora_lite.files.peft.read import CONFIG, PREFIX, WEIGHTS
 from lora_lite.files.peft.rows import ROWS, Leaves, Row
+from lora_lite.files.peft.tasks import heads_of, task_of
 from lora_lite.variants.full import FullConfig
 from lora_lite.variants.ln_tuning import LNTuningConfig
 
@@ -53,6 +56,7 @@ class Written(NamedTuple):
     tensors: Leaves
 
 
+@made_on_cpu
 def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory: str | os.PathLike[str]) -> None:
     """Write an adapter so that `peft.PeftModel.from_pretrained(model, directory)` gives the same outputs.
 
@@ -66,9 +70,14 @@ def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory:
         directory: the folder to write to; it is made where it does not exist, its parent must.
 
     Raises:
+        TypeError: where an argument is of another type, as in another order.
         ValueError: where `params` does not fit `adapt`, or PEFT cannot express it; it names each target, variant or field.
         FileNotFoundError: where the parent of the directory does not exist.
     """
+    call = "to_peft(adapt, params, directory)"
+    require_type(isinstance(adapt, Adapt), call, "adapt", "what build or load returned", adapt)
+    require_type(isinstance(params, Mapping), call, "params", "a params tree, e.g. adapt.init()", params)
+    require_type(isinstance(directory, str | os.PathLike), call, "directory", "the path of a folder", directory)
     adapt._require(params, "to_peft")
     folder = Path(directory)
     if not folder.parent.is_dir():
@@ -87,7 +96,9 @@ def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory:
     for target, cfg in as_whole:
         values = whole.full_values(adapt._plan.base, target.path, cfg, params[target.path])
         tensors |= {PREFIX + key: t.contiguous().clone() for key, t in values.items()}
-    _write(folder, _fields(adapt, layers, as_whole), tensors)
+    fields = _fields(adapt, layers, as_whole)
+    heads = heads_of(adapt._plan.base, fields["task_type"], [target.path for target, _ in as_whole])
+    _write(folder, fields, {**{PREFIX + key: t for key, t in heads.items()}, **tensors})
 
 
 def _row(cfg: AdapterConfig) -> Row | None:
@@ -110,6 +121,10 @@ def _refuse(entries: Pairs, as_whole: Pairs, adapt: Adapt) -> None:
         faults += [f"{at} {unable}"] if unable else []
         if not target.path:
             faults.append("the model itself is the layer: PEFT adapts layers inside a model")
+        elif not target.kind.host(target.path):
+            faults.append(f'"{target.path}": a parameter of the model itself: PEFT adapts parameters of modules inside a model')
+        again = twice.fault(adapt._plan.base, target.kind.host(target.path))
+        faults += [again] if again else []
     types = sorted({row.peft_type for _, cfg in entries if (row := _row(cfg))})
     if len(types) > 1:
         faults.append(f"variants of {len(types)} methods, {listed(types)}: a file of PEFT's holds one")
@@ -128,6 +143,8 @@ def _whole_faults(entries: Pairs, as_whole: Pairs, adapt: Adapt) -> list[str]:
     if as_whole and not entries and not norms:
         faults.append("nothing but modules trained as a whole: PEFT has them beside a method only")
     for target, cfg in as_whole:
+        again = twice.fault(adapt._plan.base, target.path)
+        faults += [again] if again else []
         others = whole.ambiguous(adapt._plan.base, target.path)
         if others:
             faults.append(f'"{target.path}": {type(cfg).__name__}: PEFT goes by the end of a name and would take {listed(others)} too')
@@ -155,7 +172,8 @@ def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs) -> dict[str, A
     """
     paths = [target.path for target, _ in as_whole]
     method = layers[0].row.peft_type if layers else whole.LN_TUNING
-    fields = {"peft_type": method, "peft_version": VERSION, "task_type": None, "inference_mode": True, **OF_TYPE[method]}
+    task = adapt._plan.task_type or task_of(adapt._plan.base, method, [layer.target.path for layer in layers])
+    fields = {"peft_type": method, "peft_version": VERSION, "task_type": task, "inference_mode": True, **OF_TYPE[method]}
     fields["base_model_name_or_path"] = getattr(getattr(adapt._plan.base, "config", None), "_name_or_path", None)
     chosen = [layer.target.path for layer in layers] or paths
     of_path = {t.path: t for t in adapt.targets}
@@ -203,7 +221,6 @@ def _write(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor
         safetensors.torch.save_file(dict(tensors), beside / WEIGHTS, {"format": "pt"})
         (beside / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
         folder.mkdir(exist_ok=True)
-        for name in (WEIGHTS, CONFIG):
-            os.replace(beside / name, folder / name)
+        replace([(beside / name, folder / name) for name in (WEIGHTS, CONFIG)])
     finally:
         shutil.rmtree(beside, ignore_errors=True)

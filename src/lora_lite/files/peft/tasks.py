@@ -1,0 +1,53 @@
+"""PEFT's `task_type`: which of its classes wraps a model, and so which `AutoPeftModelFor...` loads an adapter."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_lite.core.tree import join
+
+_ENDINGS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSeq2SeqLM": "SEQ_2_SEQ_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+_HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""The modules that PEFT's class of a task trains as a whole, asked or not."""
+
+
+def task_of(model: nn.Module, method: str, targets: Iterable[str]) -> str | None:
+    """Infer the task of a model of transformers from its class; None where PEFT's classes of tasks would not run it.
+
+    They call the model with `input_ids`; that of a classifier takes the head as trained whole, which shuts other targets in it out; that
+    of a sequence-to-sequence model asks for an encoder and a decoder.
+
+    Args:
+        model: the model.
+        method: the PEFT type; LN-tuning, which holds nothing but norms, is of no task.
+        targets: paths of the targets that are not trained as a whole.
+    """
+    name = type(model).__name__
+    config: Any = getattr(model, "config", None)
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return None
+    task = next((task for ending, task in _ENDINGS.items() if name.endswith(ending)), None)
+    if task is None and name.endswith("Model") and getattr(model, "base_model", None) is model:
+        task = "FEATURE_EXTRACTION"
+    if task == "SEQ_2_SEQ_LM" and not getattr(config, "is_encoder_decoder", True):
+        return None
+    heads = _HEADS.get(task or "", ())
+    return None if any(set(path.split(".")) & set(heads) for path in targets) or (heads and method == "LN_TUNING") else task
+
+
+def heads_of(model: nn.Module, task: str | None, whole: Iterable[str]) -> dict[str, Tensor]:
+    """Return the tensors of the heads that PEFT's class of a task looks for in the file, by name; those of `whole` are there already."""
+    ends, found = _HEADS.get(task or "", ()), dict[str, Tensor]()
+    for path, module in model.named_modules():
+        if ends and path.endswith(ends) and path not in set(whole):
+            found |= {join(path, name): t.detach().cpu().contiguous().clone() for name, t in module.state_dict().items()}
+    return found

@@ -1,0 +1,670 @@
+"""Situations out of public reports: each is the smallest model in which it happened, and what is right there."""
+
+import copy
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+import lora_lite as ll
+from cases import move
+from lora_lite.integrations.trainer import AdapterTrainer
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+HEAD = r"(^|\.)(score|classifier)$"
+
+
+def bert(seed=0, head=0, dtype=torch.float32):
+    """Give a classifier whose body is of one seed and whose head of another, as `from_pretrained` makes it."""
+    torch.manual_seed(seed)
+    model = tf.BertForSequenceClassification(tf.BertConfig(vocab_size=64, num_labels=3, hidden_dropout_prob=0.0, **SMALL))
+    torch.manual_seed(100 + head)
+    nn.init.normal_(model.classifier.weight, std=0.2)
+    nn.init.normal_(model.classifier.bias, std=0.2)
+    return model.to(dtype).eval()
+
+
+def ids(rows=3, length=7):
+    return torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+def other_weights(model, pattern, by=0.3):
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if pattern in name:
+                p.add_(by * torch.randn(p.shape, generator=torch.Generator().manual_seed(8)).to(p.dtype))
+    return model
+
+
+# A file gives back the function that was saved
+
+
+WITH_HEAD = [ll.LoRAConfig(r=4, target_names=r"(query|value)$"), ll.FullConfig(target_names=HEAD)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_new_head_comes_back_where_the_model_drew_another(tmp_path, dtype):
+    adapt = ll.build(bert(head=1, dtype=dtype), WITH_HEAD)
+    params = move(adapt.init())
+    ll.save(adapt, params, tmp_path / "a.safetensors")
+    again, loaded = ll.load(bert(head=2, dtype=dtype), tmp_path / "a.safetensors")
+    want = adapt(params, {"input_ids": ids()}).logits
+    assert (adapt.base({"input_ids": ids()}).logits - again.base({"input_ids": ids()}).logits).abs().max() > 0.1
+    torch.testing.assert_close(again(loaded, {"input_ids": ids()}).logits, want, rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 2e-2)
+    same = ll.load(bert(head=1, dtype=dtype), tmp_path / "a.safetensors")[1]
+    assert all(torch.equal(a, b) for a, b in zip(ll.tree_leaves(same), ll.tree_leaves(params)))
+
+
+def test_new_head_comes_back_in_another_process(tmp_path):
+    adapt = ll.build(bert(head=1), WITH_HEAD)
+    params = move(adapt.init())
+    ll.save(adapt, params, tmp_path / "a.safetensors")
+    torch.save(adapt(params, {"input_ids": ids()}).logits, tmp_path / "want.pt")
+    code = """
+        import sys, torch, lora_lite as ll
+        from test_field import bert, ids
+        adapt, params = ll.load(bert(head=3), sys.argv[1] + "/a.safetensors")
+        torch.testing.assert_close(adapt(params, {"input_ids": ids()}).logits, torch.load(sys.argv[1] + "/want.pt"), rtol=1e-5, atol=1e-5)
+    """
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], env=here, capture_output=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_norms_come_back_on_a_model_with_others(tmp_path):
+    model = bert()
+    adapt = ll.build(model, ll.LNTuningConfig())
+    params = move(adapt.init())
+    ll.save(adapt, params, tmp_path / "a.safetensors")
+    other = other_weights(bert(), "LayerNorm")
+    again, loaded = ll.load(other, tmp_path / "a.safetensors")
+    torch.testing.assert_close(again(loaded, (ids(),)).logits, adapt(params, (ids(),)).logits, rtol=1e-5, atol=1e-5)
+
+
+def arguments(folder, **options):
+    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "learning_rate": 0.05, "per_device_train_batch_size": 3}
+    return tf.TrainingArguments(str(folder), max_steps=4, save_strategy="steps", save_steps=2, **{**quiet, **options})
+
+
+def trainer(model, folder, cfg=WITH_HEAD, **options):
+    adapt = ll.build(model, cfg, **options)
+    rows = [{"input_ids": row, "labels": k % 3} for k, row in enumerate(ids(12))]
+    return AdapterTrainer(adapt, adapt.init(), args=arguments(folder), train_dataset=rows)
+
+
+def test_resumed_training_goes_on_with_the_head_of_the_checkpoint(tmp_path):
+    whole = trainer(bert(head=1), tmp_path)
+    whole.train()
+    resumed = trainer(bert(head=2), tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    got, want = (t.adapt(t.params(), {"input_ids": ids()}).logits for t in (resumed, whole))
+    # The displacements start from another head, so their last digits differ, and Adam divides by small gradients: not to the bit.
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_checkpoint_of_other_constants_is_not_resumed(tmp_path):
+    cfg = ll.CorDAConfig(r=4, target_names=r"query$")
+    first, second = ([{"input_ids": torch.randint(3, 64, (4, 9), generator=torch.Generator().manual_seed(k))}] for k in (1, 2))
+    trainer(bert(), tmp_path, cfg, calibration=first).train()
+    trainer(bert(), tmp_path, cfg, calibration=first).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    file = tmp_path / "checkpoint-2" / "adapter.safetensors"
+    with pytest.raises(ValueError, match=r"expected the constants of .*found others at .*query.*ll\.load"):
+        trainer(bert(), tmp_path, cfg, calibration=second).train(resume_from_checkpoint=str(file.parent))
+    adapt, params = ll.load(bert(), file)
+    rows = [{"input_ids": row, "labels": k % 3} for k, row in enumerate(ids(12))]
+    AdapterTrainer(adapt, params, args=arguments(tmp_path), train_dataset=rows).train(resume_from_checkpoint=str(file.parent))
+
+
+def saved(folder, cfg, model):
+    adapt = ll.build(model, cfg)
+    ll.save(adapt, move(adapt.init()), folder / "a.safetensors")
+    return folder / "a.safetensors"
+
+
+DERIVED = [cls(r=4, target_names=r"query$") for cls in (ll.DoRAConfig, ll.PiSSAConfig, ll.SSVDConfig, ll.LoRAXSConfig)]
+
+
+@pytest.mark.parametrize("cfg", DERIVED, ids=lambda cfg: cfg.name)
+def test_constants_of_another_weight_are_reported(tmp_path, cfg):
+    file = saved(tmp_path, cfg, bert())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ll.load(bert(), file)
+        ll.load(bert(dtype=torch.bfloat16), file)  # the same checkpoint, rounded
+    with pytest.warns(
+        UserWarning, match=rf'other weights at "bert\.encoder\.layer\.0\.attention\.self\.query"$|{type(cfg).__name__}'
+    ) as seen:
+        ll.load(other_weights(bert(), "layer.0.attention.self.query"), file)
+    assert len(seen) == 1
+    assert "layer.1" not in str(seen[0].message)
+
+
+def test_lora_takes_a_fine_tuned_base_without_a_word(tmp_path):
+    file = saved(tmp_path, ll.LoRAConfig(r=4, target_names=r"query$"), bert())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ll.load(other_weights(bert(), "query"), file)
+
+
+@pytest.mark.filterwarnings("ignore:build")
+def test_low_rank_update_of_another_head_is_reported(tmp_path):
+    file = saved(tmp_path, ll.LoRAConfig(r=4), bert(head=1))
+    with pytest.warns(UserWarning, match=r'other weights at "classifier".*FullConfig'):
+        ll.load(bert(head=2), file)
+
+
+# to_lora says what is lost, biases too
+
+
+def test_low_rank_form_of_a_whole_module_is_refused_by_name_beside_others():
+    adapt = ll.build(bert(), WITH_HEAD)
+    with pytest.raises(ValueError, match=r'(?s)to_lora: .*"classifier": FullConfig trains a module as a whole, biases and all'):
+        ll.to_lora(adapt, move(adapt.init()), r=4)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_low_rank_form_of_a_whole_linear_layer_is_refused_whatever_moved(name):
+    adapt = ll.build(nn.Sequential(nn.Linear(8, 4)), ll.FullConfig(target_names="0"))
+    params = {"0": {n: p + (n == name) for n, p in adapt.init()["0"].items()}}
+    with pytest.raises(ValueError, match='"0": FullConfig trains a module as a whole'):
+        ll.to_lora(adapt, params, r=4)
+
+
+# Excluding more never includes more
+
+
+class Headed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens, self.up, self.down, self.lm_head = nn.Embedding(9, 8), nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 9)
+
+    def forward(self, x):
+        return self.lm_head(self.down(self.up(self.embed_tokens(x)).tanh()))
+
+
+EXCLUDED = {
+    "default": ({}, ["up", "down"]),
+    "one more": ({"exclude_names": ("up",)}, ["down"]),
+    "one more as a string": ({"exclude_names": "up"}, ["down"]),
+    "one of the default": ({"exclude_names": ("lm_head",)}, ["up", "down"]),
+    "nothing": ({"exclude_names": ()}, ["up", "down", "lm_head"]),
+    "one more, the head by name": ({"exclude_names": ("up",), "target_names": ("down", "lm_head$")}, ["down", "lm_head"]),
+    "one more, the embedding by name": ({"exclude_names": ("up",), "target_names": ("down", "embed_tokens$")}, ["embed_tokens", "down"]),
+    "one more of everything": ({"exclude_names": ("up",), "target_names": ".*"}, ["down"]),
+    "the head by both": ({"exclude_names": ("lm_head",), "target_names": ("down", "up")}, ["up", "down"]),
+}
+
+
+@pytest.mark.parametrize(("fields", "want"), EXCLUDED.values(), ids=EXCLUDED)
+def test_exclude_names_adds_to_its_default(fields, want):
+    assert [t.path for t in ll.find_targets(Headed(), ll.LoRAConfig(r=2, **fields))] == want
+
+
+def test_whole_modules_have_no_default_to_add_to():
+    assert [t.path for t in ll.find_targets(Headed(), ll.FullConfig(target_names="lm_head|up", exclude_names="up"))] == ["lm_head"]
+
+
+def test_layer_in_two_configs_names_the_way_out_and_it_works():
+    configs = [ll.LoRAConfig(r=2), ll.DoRAConfig(r=2, target_names="up$")]
+    with pytest.raises(ValueError, match=r'in both LoRAConfig and DoRAConfig.*exclude_names=\(r"up\$",\)'):
+        ll.build(Headed(), configs)
+    adapt = ll.build(Headed(), [ll.LoRAConfig(r=2, exclude_names=(r"up$",)), configs[1]])
+    assert [(t.path, c.name) for t, c in zip(adapt.targets, adapt.configs)] == [("down", "lora"), ("up", "dora")]
+
+
+# All that an expression names, or an error
+
+
+def gemma():
+    text = {"vocab_size": 64, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "vocab_size_per_layer_input": 64}
+    text |= {"hidden_size_per_layer_input": 8, "layer_types": ["full_attention"], "num_kv_shared_layers": 0}
+    one = {**SMALL, "num_hidden_layers": 1}
+    vision = {**one, "num_key_value_heads": 4, "head_dim": 8, "patch_size": 4}
+    return tf.Gemma4ForConditionalGeneration(tf.Gemma4Config(audio_config=None, vision_config=vision, text_config={**one, **text}))
+
+
+class QuantLinear(nn.Module):
+    """A packed layer of a class that no kind knows."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.register_buffer("qweight", (layer.weight.detach() * 64).round().to(torch.int8))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.qweight.to(x.dtype) / 64)
+
+
+class QuantKind(ll.Kind):
+    weight = property(lambda self: self.layer.qweight / 64)
+    bias = property(lambda self: None)
+
+    @classmethod
+    def fits(cls, layer):
+        return isinstance(layer, QuantLinear)
+
+
+def llava():
+    one = {**SMALL, "num_hidden_layers": 1}
+    config = tf.LlavaConfig(
+        vision_config=tf.CLIPVisionConfig(**one, image_size=16, patch_size=8),
+        text_config=tf.LlamaConfig(**one, vocab_size=64),
+        image_token_index=63,
+    )
+    model = tf.LlavaForConditionalGeneration(config)
+    attention = model.model.language_model.layers[0].self_attn
+    attention.q_proj = QuantLinear(attention.q_proj)
+    return model
+
+
+def found(model, cfg=None, kinds=(), **fields):
+    return [t.path for t in ll.find_targets(model, cfg or ll.LoRAConfig(r=2, **fields), kinds=kinds)]
+
+
+def test_wrapper_of_a_linear_layer_is_named_and_each_way_out_works():
+    model = gemma()
+    text, vision = "model.language_model.layers.0.self_attn.q_proj", "model.vision_tower.encoder.layers.0.self_attn.q_proj"
+    with pytest.raises(
+        ValueError, match=r'q_proj \(Gemma4ClippableLinear\)" among them\. Name the layer inside too, e\.g\. r"q_proj\\\.linear\$"'
+    ) as e:
+        found(model, target_names=r"q_proj$")
+    assert r'exclude_names=(r"^model\.vision_tower\.",)' in str(e.value)
+    assert sorted(found(model, target_names=(r"q_proj$", r"q_proj\.linear$"))) == [text, f"{vision}.linear"]
+    assert found(model, target_names=r"q_proj$", exclude_names=(r"^model\.vision_tower\.",)) == [text]
+    assert sorted(found(model, target_names=r"q_proj")) == [text, f"{vision}.linear"]
+    assert len(found(model)) > 10
+
+
+def test_packed_layer_of_an_unknown_class_is_named_and_each_way_out_works():
+    model = llava()
+    text, vision = "model.language_model.layers.0.self_attn.q_proj", "model.vision_tower.encoder.layers.0.self_attn.q_proj"
+    with pytest.raises(
+        ValueError, match=r'language_model\.layers\.0\.self_attn\.q_proj \(QuantLinear\)".*kinds=.*exclude_names=\(r"\^model\\.language'
+    ):
+        found(model, target_names=r"q_proj$")
+    assert found(model, target_names=r"q_proj$", exclude_names=(r"^model\.language_model\.",)) == [vision]
+    assert sorted(found(model, target_names=r"q_proj$", kinds=(QuantKind,))) == [text, vision]
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.q_norm, self.act = nn.Linear(8, 8), nn.LayerNorm(8), nn.Sequential(nn.ReLU(), nn.Dropout())
+        self.rnn_query = nn.LSTM(8, 8)
+
+    def forward(self, x):
+        return self.rnn_query(self.q_norm(self.query(x)))[0]
+
+
+def test_what_holds_no_matrix_may_be_named_beside_a_layer():
+    model = nn.Sequential(Mixed())
+    assert found(model, target_names=r"0\.q(uery|_norm)$") == ["0.query"]
+    assert found(model, target_names=r"0\.") == ["0.query"]
+    with pytest.raises(ValueError, match=r'"0\.rnn_query \(LSTM\)" among them'):
+        found(model, target_names=r"query$")
+    assert found(model, target_names=r"query$", exclude_names=(r"^0\.rnn_query$",)) == ["0.query"]
+
+
+# A model that wears adapters already
+
+
+def worn_by_peft(**fields):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(bert(), peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False, **fields))
+
+
+@pytest.mark.parametrize("fields", [{}, {"target_names": r"query$"}, {"target_names": r"query"}, {"target_names": r"attention\."}])
+@pytest.mark.filterwarnings("ignore:build")
+def test_model_that_wears_the_adapters_of_peft_is_refused_and_each_way_out_works(fields):
+    wrapped = worn_by_peft()
+    with pytest.raises(
+        ValueError,
+        match=r'without adapters of another library, found ".*query".*\(peft\'s Linear\).*merge_and_unload.*unload.*exclude_names',
+    ) as e:
+        ll.build(wrapped, ll.LoRAConfig(r=2, **fields))
+    assert 'exclude_names=(r"query", ...)' in str(e.value)
+    merged = copy.deepcopy(wrapped).merge_and_unload()
+    assert len(ll.build(merged, ll.LoRAConfig(r=2, **fields)).targets) == len(ll.build(bert(), ll.LoRAConfig(r=2, **fields)).targets)
+
+
+@pytest.mark.filterwarnings("ignore:build")
+def test_first_adapter_of_peft_stays_where_its_layers_are_left_out():
+    wrapped = worn_by_peft().eval()
+    adapt = ll.build(wrapped, ll.LoRAConfig(r=2, exclude_names="query"))
+    assert not [t.path for t in adapt.targets if "query" in t.path or "lora" in t.path]
+    assert torch.equal(adapt(adapt.init(), {"input_ids": ids()}).logits, wrapped(input_ids=ids()).logits)
+    assert found(wrapped, target_names="key$") == [f"base_model.model.bert.encoder.layer.{k}.attention.self.key" for k in (0, 1)]
+
+
+def test_head_that_peft_saves_whole_is_refused():
+    with pytest.raises(ValueError, match=r'found ".*classifier".*ModulesToSaveWrapper'):
+        ll.build(worn_by_peft(modules_to_save=["classifier"]), ll.LoRAConfig(r=2, target_names=r"classifier"))
+
+
+class Wrapper(nn.Module):
+    """As other libraries wrap a layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer, self.down, self.up = layer, nn.Linear(8, 2), nn.Linear(2, 8)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=2), ll.FullConfig(target_names="base_layer")], ids=lambda cfg: cfg.name)
+def test_wrapper_of_another_library_is_refused(cfg):
+    with pytest.raises(ValueError, match='found "1"'):
+        ll.build(nn.Sequential(nn.Linear(8, 8), Wrapper(nn.Linear(8, 8))), cfg)
+    assert found(nn.Sequential(nn.Linear(8, 8), Wrapper(nn.Linear(8, 8))), ll.FullConfig(target_names=r"^1$")) == ["1"]  # adapted whole
+
+
+@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=2), ll.FullConfig(target_names="up$"), ll.LNTuningConfig()], ids=lambda cfg: cfg.name)
+def test_module_of_ours_is_refused_and_each_way_out_works(tmp_path, cfg):
+    model = Headed()
+    model.norm = nn.LayerNorm(8)
+    first = ll.LoRAConfig(r=2, target_names="down$")
+    adapt = ll.build(model, first)
+    module = adapt.module(move(adapt.init()))
+    with pytest.raises(ValueError, match=r'adapt\.module\(params\) made, adapted at "down".*build\(model, \[first, second\]\).*merge'):
+        ll.build(module, cfg)
+    ll.save(adapt, adapt.init(), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"adapt\.module\(params\) made"):
+        ll.load(module, tmp_path / "a.safetensors")
+    other = ll.LoRAConfig(r=2, target_names="up$") if cfg.name == "lora" else cfg
+    assert len(ll.build(model, [first, other]).targets) == 2
+    model.load_state_dict(adapt.merge(adapt.init()), strict=False)
+    ll.build(model, cfg)
+
+
+# Blocks are counted along the list of blocks
+
+
+class Block(nn.Module):
+    def __init__(self, experts=0):
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(experts))
+
+    def forward(self, x):
+        return self.lin(x)
+
+
+class Body(nn.Module):
+    def __init__(self, name, blocks, experts=0):
+        super().__init__()
+        self.add_module(name, nn.ModuleList(Block(experts) for _ in range(blocks)))
+
+
+def numbers(model, pattern="lin$", **fields):
+    from lora_lite.prepare.blocks import block_indices
+
+    paths = found(model, target_names=pattern, **fields)
+    return [block_indices(model, paths)[path] for path in paths]
+
+
+BLOCKS = {
+    "around a model": (nn.Sequential(Body("layers", 3), nn.Identity()), [0, 1, 2]),
+    "behind other parts": (nn.Sequential(nn.Identity(), Body("units", 3)), [0, 1, 2]),
+    "alone in a list": (nn.Sequential(Body("layers", 3)), [0, 1, 2]),
+    "around a sequence": (nn.Sequential(nn.Sequential(*(Block() for _ in range(3))), nn.Identity()), [0, 1, 2]),
+    "several towers": (nn.ModuleList([Body("layers", 3), Body("layers", 2)]), [0, 1, 2, 0, 1]),
+    "one block": (Body("layers", 1), [0]),
+    "experts in blocks": (Body("layers", 2, experts=5), [0, 1]),
+    "a list of no usual name": (Body("units", 3, experts=5), [0, 1, 2]),
+}
+
+
+@pytest.mark.parametrize(("model", "want"), BLOCKS.values(), ids=BLOCKS)
+def test_blocks_are_counted_along_their_list(model, want):
+    assert numbers(model) == want
+    assert numbers(model, layers=[want[-1]]) == [want[-1]] * want.count(want[-1])
+
+
+def test_layers_of_experts_are_those_of_their_block():
+    assert numbers(Body("layers", 2, experts=5), r"experts\.", layers=1) == [1] * 5
+
+
+def test_index_that_no_block_has_names_those_there_are():
+    with pytest.raises(ValueError, match=r"found \[3\] in a model with blocks 0 to 2"):
+        numbers(nn.Sequential(Body("layers", 3), nn.Identity()), layers=(0, 3))
+
+
+# Calibration: the positions that count are those of the layer's part of the model
+
+
+def seq2seq():
+    torch.manual_seed(0)
+    config = tf.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    return tf.T5ForConditionalGeneration(config).eval()
+
+
+def statistics(model, cfg, batch):
+    from lora_lite.build import choose
+    from lora_lite.prepare.calibrate import gather
+
+    return gather(model, choose(model, cfg), [batch], progress=False)
+
+
+def source_and_target(source, target):
+    kept, labels = torch.ones(8, source, dtype=torch.long), torch.full((8, target), -100)
+    kept[:, 10:], labels[:, :4] = 0, torch.randint(3, 64, (8, 4))
+    return {"input_ids": ids(8, source), "attention_mask": kept, "labels": labels}
+
+
+@pytest.mark.parametrize("target", [12, 13])
+def test_encoder_is_calibrated_by_its_own_mask_and_decoder_by_the_labels(target):
+    batch = source_and_target(12, target)
+    stats = statistics(seq2seq(), ll.EVAConfig(r=4), batch)
+    counts = {path: state.count for path, state in stats.items()}
+    assert counts["encoder.block.0.layer.0.SelfAttention.q"] == 8 * 10
+    assert counts["decoder.block.0.layer.0.SelfAttention.q"] == counts["decoder.block.0.layer.1.EncDecAttention.q"] == 8 * 4
+    assert counts["decoder.block.0.layer.1.EncDecAttention.k"] == counts["decoder.block.0.layer.1.EncDecAttention.v"] == 8 * 10
+    assert counts["decoder.block.0.layer.2.DenseReluDense.wo"] == 8 * 4
+
+
+def test_decoders_mask_is_for_the_decoder():
+    batch = source_and_target(12, 12)
+    own = torch.ones(8, 12, dtype=torch.long)
+    own[:, 3:] = 0
+    batch = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "decoder_input_ids": ids(8, 12)}
+    stats = statistics(seq2seq(), ll.ASVDConfig(r=4), {**batch, "decoder_attention_mask": own})
+    assert stats["encoder.block.0.layer.0.SelfAttention.q"].count == 80
+    assert stats["decoder.block.0.layer.0.SelfAttention.q"].count == 24
+    assert statistics(seq2seq(), ll.ASVDConfig(r=4), batch)["decoder.block.0.layer.0.SelfAttention.q"].count == 96
+
+
+def test_mask_of_the_text_is_not_for_the_vision_tower():
+    torch.manual_seed(0)
+    small = {**SMALL, "num_hidden_layers": 1}
+    model = tf.CLIPModel(
+        tf.CLIPConfig(
+            text_config={**small, "vocab_size": 64, "max_position_embeddings": 8, "eos_token_id": 2, "pad_token_id": 1},
+            vision_config={**small, "image_size": 8, "patch_size": 4},
+            projection_dim=16,
+        )
+    ).eval()
+    mask = torch.ones(3, 5, dtype=torch.long)  # the tower has 4 patches and a class token: 5 positions
+    mask[:, 3:] = 0
+    batch = {"input_ids": ids(3, 5), "attention_mask": mask, "pixel_values": torch.randn(3, 3, 8, 8)}
+    counts = {path: s.count for path, s in statistics(model, ll.ASVDConfig(r=4, target_names=r"q_proj$"), batch).items()}
+    assert counts == {"text_model.encoder.layers.0.self_attn.q_proj": 9, "vision_model.encoder.layers.0.self_attn.q_proj": 15}
+
+
+# Tensors land where the layer is, whatever the default device is
+
+
+CALIBRATED = {"eva", "corda", "asvd", "lora_ga"}
+DEFAULTS = {
+    **{
+        name: cls(r=2)
+        for name, cls in ll.VARIANTS.items()
+        if "r" in cls.__dataclass_fields__ and name not in ("adalora", "antipasto", "loftq")
+    },
+    **{name: ll.VARIANTS[name]() for name in ("ia3", "ia3_ff", "bitfit", "ln_tuning")},
+    "antipasto": ll.AntiPaSTOConfig(r=8),
+    "adalora": ll.AdaLoRAConfig(init_r=4, target_r=2, total_step=10),
+    "road": ll.ROADConfig(group_size=4),
+    "oft": ll.OFTConfig(block_size=4),
+    "full": ll.FullConfig(target_names=r"2\.0$"),
+}
+
+
+def stacked_layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.Sequential(nn.Linear(32, 16), nn.Tanh()), nn.Linear(16, 16)).eval()
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_everything_is_made_where_the_layer_is(name, tmp_path):
+    model, cfg, x = stacked_layers(), DEFAULTS[name], torch.randn(5, 16)
+    if name == "loreft":
+        pytest.skip("it adapts blocks of hidden states; the draws are those of the others")
+    options = {"calibration": [x], "loss": (lambda out, _: out.square().sum()) if name == "lora_ga" else None} if cfg.calibrated else {}
+    want = ll.build(model, cfg, **options)
+    torch.set_default_device("meta")
+    try:
+        adapt = ll.build(model, cfg, **options)
+        params = adapt.init(seed=3)
+        ll.save(adapt, params, tmp_path / "a.safetensors")
+        again, loaded = ll.load(model, tmp_path / "a.safetensors")
+        y = adapt(params, x)
+        stacked = ll.stack([params, adapt.init(seed=4)])
+        mixed = adapt.mixed(stacked, x[:4], [0, 1, 1, 0])
+        adapt.steer(stacked, 0.5)
+        if cfg.linear and name != "ln_tuning":
+            adapt.merge_error(params, adapt.merge(params))
+        adapt.summary()
+        module = adapt.module(params)
+    finally:
+        torch.set_default_device(None)
+    for tree in (params, loaded, adapt.constants, again.constants, adapt.params(module)):
+        assert all(leaf.device.type == "cpu" for leaf in ll.tree_leaves(tree))
+    assert all(torch.equal(a, b) for a, b in zip(ll.tree_leaves(params), ll.tree_leaves(want.init(seed=3))))
+    assert all(torch.equal(a, b) for a, b in zip(ll.tree_leaves(params), ll.tree_leaves(loaded)))
+    torch.testing.assert_close(y, want(params, x))
+    assert mixed.device.type == "cpu"
+
+
+def test_files_of_peft_and_low_rank_forms_are_made_where_the_layer_is(tmp_path):
+    model = bert()
+    torch.set_default_device("meta")
+    try:
+        adapt = ll.build(model, ll.DeLoRAConfig(r=2, target_names="query$"))
+        params = adapt.init()
+        ll.to_peft(adapt, params, tmp_path / "a")
+        again, read = ll.from_peft(model, tmp_path / "a")
+        _, low, _ = ll.to_lora(adapt, params, r=2)
+    finally:
+        torch.set_default_device(None)
+    assert all(leaf.device.type == "cpu" for tree in (read, low, again.constants) for leaf in ll.tree_leaves(tree))
+    torch.testing.assert_close(again(read, (ids(),)).logits, adapt(params, (ids(),)).logits, rtol=1e-5, atol=1e-5)
+
+
+# Messages
+
+
+def test_head_of_a_classifier_that_nobody_asked_for_is_reported_and_the_way_out_works():
+    model = bert()
+    with pytest.warns(
+        UserWarning,
+        match=r'LoRAConfig adapts "classifier".*exclude_names=\(r"\^classifier\$",\).*FullConfig\(target_names=r"\^classifier\$"\)',
+    ):
+        ll.build(model, ll.LoRAConfig(r=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapt = ll.build(model, [ll.LoRAConfig(r=2, exclude_names=(r"^classifier$",)), ll.FullConfig(target_names=r"^classifier$")])
+        ll.build(model, ll.LoRAConfig(r=2, target_names=("query$", "classifier$")))
+        ll.build(model.bert, ll.LoRAConfig(r=2))
+    assert dict(zip((t.path for t in adapt.targets), (c.name for c in adapt.configs)))["classifier"] == "full"
+
+
+def test_fields_of_other_libraries_are_named_as_they_are_here():
+    import inspect
+
+    with pytest.raises(TypeError, match=r"LoRAConfig.*'lora_alpha'\. It is called alpha here"):
+        ll.LoRAConfig(lora_alpha=8)
+    with pytest.raises(TypeError, match=r"'target_modules'\. It is called target_names here"):
+        ll.DoRAConfig(target_modules=["q_proj"])
+    with pytest.raises(TypeError, match=r"'modules_to_save'\. Put a FullConfig"):
+        ll.LoRAConfig(modules_to_save=["score"])
+    with pytest.raises(TypeError, match=r"'rnak'\. Closest: "):
+        ll.LoRAConfig(rnak=8)
+    parameters = inspect.signature(ll.LoRAConfig).parameters
+    assert {"r", "alpha", "target_names", "layers"} <= set(parameters)
+    assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values())
+    assert copy.deepcopy(ll.LoRAConfig(r=3)) == ll.LoRAConfig(r=3)
+    assert ll.LoRAConfig(target_names=["q"], layers=[0, 1]).layers == (0, 1)
+
+
+def test_arguments_in_another_order_are_type_errors(tmp_path):
+    model = Headed()
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    params, file = adapt.init(), str(tmp_path / "a.safetensors")
+    for call, named in (
+        (
+            lambda: ll.save(file, adapt, params),
+            r"save: expected adapt as what build or load returned, found str\. Call save\(adapt, params",
+        ),
+        (lambda: ll.save(adapt, file, params), r"save: expected params as a params tree.*found str"),
+        (lambda: ll.save(params, adapt, file), r"save: expected adapt"),
+        (lambda: ll.load(file, model), r"load: expected model"),
+        (lambda: ll.load(model, params), r"load: expected path"),
+        (lambda: ll.to_peft(params, adapt, file), r"to_peft: expected adapt"),
+        (lambda: ll.from_peft(file, model), r"from_peft: expected model"),
+        (lambda: ll.to_lora(params, adapt, 2), r"to_lora: expected adapt"),
+        (lambda: ll.find_targets(ll.LoRAConfig(), model), r"find_targets: expected model"),
+        (lambda: ll.build(ll.LoRAConfig(), model), r"build: expected model"),
+    ):
+        with pytest.raises(TypeError, match=named):
+            call()
+
+
+def test_stack_names_the_place_that_differs():
+    model = Headed()
+    four, eight = (ll.build(model, ll.LoRAConfig(r=r)).init() for r in (2, 3))
+    with pytest.raises(ValueError, match=r'tree 1 to differ from tree 0 at "up" "A": found \(3, 8\), and \(2, 8\) in tree 0'):
+        ll.stack([four, eight])
+    with pytest.raises(ValueError, match=r'at "down": found nothing, and a target'):
+        ll.stack([four, {"up": four["up"]}])
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    with pytest.raises(ValueError, match=r'leading adapter axis, found \(16, 2\) at "up" "B", and \(2, 8\) at "up" "A"'):
+        adapt.mixed(four, torch.randint(0, 9, (4, 3)))
+
+
+def test_layer_that_a_variant_cannot_adapt_names_variants_that_can():
+    model = nn.Sequential(nn.Conv1d(4, 8, 3, groups=2))
+    with pytest.raises(ValueError, match=r"exclude_names, or adapt it by a config of its own: (\w+)Config") as e:
+        ll.build(model, ll.LoRAConfig(r=2, target_names="^0$"))
+    named = str(e.value).rpartition(": ")[2].rstrip(".").split(", ")
+    assert named
+    for name in named:
+        ll.build(model, getattr(ll, name)(target_names="^0$"))
+
+
+def test_dir_shows_public_names():
+    names = [name for name in dir(ll) if not name.startswith("_")]
+    assert {"LoRAConfig", "build", "functional", "testing"} <= set(names)
+    assert not {"core", "clone", "files", "prepare", "layers"} & set(names)
+
+
+def test_files_reach_the_disk_before_and_after_they_get_their_names(tmp_path, monkeypatch):
+    done, sync, move_to = [], os.fsync, os.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (done.append("folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "file"), sync(handle))
+    )
+    monkeypatch.setattr(os, "replace", lambda *names: (done.append("rename"), move_to(*names)))
+    adapt = ll.build(Headed(), ll.LoRAConfig(r=2))
+    ll.save(adapt, adapt.init(), tmp_path / "a.safetensors")
+    assert done == ["file", "folder", "rename", "folder"]
+    done.clear()
+    ll.to_peft(adapt, adapt.init(), tmp_path / "a")
+    assert done == ["file", "file", "folder", "rename", "rename", "folder"]

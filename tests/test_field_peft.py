@@ -1,0 +1,226 @@
+"""PEFT's files of models in which a module or a weight is reached in unusual ways, and the task that a file names."""
+
+import copy
+import json
+
+import peft
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+import lora_lite as ll
+from cases import move, tiny_models
+from test_field import HEAD, bert, ids
+
+pytestmark = [pytest.mark.filterwarnings("ignore:.*target_parameters.*"), pytest.mark.filterwarnings("ignore:build")]
+
+
+class Net(nn.Module):
+    """One linear layer in two slots, as detection heads that all decoder layers share."""
+
+    def __init__(self):
+        super().__init__()
+        one = nn.Linear(8, 8)
+        self.heads = nn.ModuleList([one, nn.Linear(8, 8), one])
+
+    def forward(self, x):
+        for head in self.heads:
+            x = head(x).tanh()
+        return x
+
+
+class Shared(nn.Module):
+    """A block that runs several times, as in ALBERT."""
+
+    def __init__(self):
+        super().__init__()
+        block, other = (nn.ModuleDict({"lin": nn.Linear(8, 8)}) for _ in range(2))
+        self.layers = nn.ModuleList([block, block, other])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer["lin"](x).tanh()
+        return x
+
+
+def peft_of(model, folder, **fields):
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, init_lora_weights=False, **fields)).eval()
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def through_peft(model, folder):
+    return peft.PeftModel.from_pretrained(copy.deepcopy(model), folder).eval()
+
+
+def close(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_layer_registered_twice_is_refused_both_ways_and_the_way_out_works(tmp_path):
+    model, x = Net().eval(), torch.randn(3, 8)
+    theirs = peft_of(model, tmp_path / "a", target_modules=["heads.0", "heads.1"])
+    out = r'"heads\.0": the layer stands at "heads\.2" too.*model\.set_submodule\("heads\.2", copy\.deepcopy\(model\.get_submodule'
+    with pytest.raises(ValueError, match="(?s)from_peft: .*" + out):
+        ll.from_peft(model, tmp_path / "a")
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    with pytest.raises(ValueError, match="(?s)to_peft: .*" + out):
+        ll.to_peft(adapt, adapt.init(), tmp_path / "b")
+    apart = copy.deepcopy(model)
+    apart.set_submodule("heads.2", copy.deepcopy(apart.get_submodule("heads.0")))
+    adapt, params = ll.from_peft(apart, tmp_path / "a")
+    close(adapt(params, x), theirs(x))
+    ll.to_peft(adapt, params, tmp_path / "b")
+    close(through_peft(apart, tmp_path / "b")(x), theirs(x))
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")  # PEFT writes one place of each, and warns of its own files too
+def test_block_registered_twice_goes_both_ways(tmp_path):
+    model, x = Shared().eval(), torch.randn(3, 8)
+    theirs = peft_of(model, tmp_path / "a", target_modules=["lin"])
+    adapt, params = ll.from_peft(model, tmp_path / "a")
+    close(adapt(params, x), theirs(x))
+    ll.to_peft(adapt, move(params), tmp_path / "b")
+    close(through_peft(model, tmp_path / "b")(x), adapt(move(params), x))
+
+
+def test_whole_module_registered_twice_is_refused(tmp_path):
+    model = Net().eval()
+    peft_of(model, tmp_path / "a", target_modules=["heads.1"], modules_to_save=["heads.0"])
+    with pytest.raises(ValueError, match=r'"heads\.0": the layer stands at "heads\.2" too'):
+        ll.from_peft(model, tmp_path / "a")
+    adapt = ll.build(model, [ll.LoRAConfig(r=2, target_names=r"1$"), ll.FullConfig(target_names=r"heads\.0$")])
+    with pytest.raises(ValueError, match=r'"heads\.0": the layer stands at "heads\.2" too'):
+        ll.to_peft(adapt, adapt.init(), tmp_path / "b")
+
+
+WEIGHTS = {
+    "llama": (["k_proj"], ["q_proj.weight", "mlp.up_proj.weight"]),
+    "gpt2": (["mlp.c_proj"], ["c_attn.weight"]),
+    "llama, its embedding": (["k_proj"], ["embed_tokens.weight"]),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_weights_of_layers_among_target_parameters_go_both_ways(case, tmp_path):
+    modules, parameters = WEIGHTS[case]
+    model, batch = tiny_models[case.partition(",")[0]]()
+    model, batch = model.eval(), {"input_ids": batch["input_ids"]}
+    fields = {"fan_in_fan_out": True} if case == "gpt2" else {}
+    if fields:  # PEFT's wrapper of parameters does not take the field
+        modules, fields = [], {}
+    theirs = peft_of(model, tmp_path / "a", target_modules=modules, target_parameters=parameters, **fields)
+    adapt, params = ll.from_peft(model, tmp_path / "a")
+    want = theirs(**batch).logits
+    assert (want - model(**batch).logits).abs().max() > 1e-3
+    close(adapt(params, batch).logits, want)
+    ll.to_peft(adapt, params, tmp_path / "b")
+    close(through_peft(model, tmp_path / "b")(**batch).logits, want)
+
+
+class Root(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w, self.l = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.l(x @ self.w)
+
+
+def test_parameter_of_the_model_itself_is_refused_by_name(tmp_path):
+    adapt = ll.build(Root(), ll.LoRAConfig(r=2, target_names=r"^w$"))
+    with pytest.raises(ValueError, match=r'"w": a parameter of the model itself'):
+        ll.to_peft(adapt, adapt.init(), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+# The task
+
+
+def task_in(folder):
+    return json.loads((folder / "adapter_config.json").read_text())["task_type"]
+
+
+CONFIGS = {
+    "llama": tf.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0
+    ),
+    "bert": tf.BertConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4),
+    "t5": tf.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0),
+    "gpt2": tf.GPT2Config(n_layer=1, n_embd=32, n_head=4, vocab_size=64, n_positions=16),
+    "vit": tf.ViTConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=8, patch_size=4),
+}
+TASKS = {
+    "LlamaForCausalLM": ("llama", "CAUSAL_LM", peft.AutoPeftModelForCausalLM),
+    "GPT2LMHeadModel": ("gpt2", "CAUSAL_LM", peft.AutoPeftModelForCausalLM),
+    "T5ForConditionalGeneration": ("t5", "SEQ_2_SEQ_LM", peft.AutoPeftModelForSeq2SeqLM),
+    "LlamaForSequenceClassification": ("llama", "SEQ_CLS", peft.AutoPeftModelForSequenceClassification),
+    "BertForSequenceClassification": ("bert", "SEQ_CLS", peft.AutoPeftModelForSequenceClassification),
+    "BertForTokenClassification": ("bert", "TOKEN_CLS", peft.AutoPeftModelForTokenClassification),
+    "BertForQuestionAnswering": ("bert", "QUESTION_ANS", peft.AutoPeftModelForQuestionAnswering),
+    "BertModel": ("bert", "FEATURE_EXTRACTION", peft.AutoPeftModelForFeatureExtraction),
+    "BertForMaskedLM": ("bert", None, None),
+    "ViTForImageClassification": ("vit", None, None),
+    "ViTModel": ("vit", None, None),
+}
+
+
+def first(output):
+    return output[0] if output[0].dim() else output[1]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_task_is_that_of_the_model_and_its_auto_class_loads_the_file(name, tmp_path):
+    config, task, auto = TASKS[name]
+    model = getattr(tf, name)(copy.deepcopy(CONFIGS[config])).eval()
+    model.save_pretrained(tmp_path / "base")
+    model = type(model).from_pretrained(tmp_path / "base").eval()
+    body = ll.LoRAConfig(r=2, target_names=r"(q|query|q_proj|c_attn)$")
+    whole = [ll.FullConfig(target_names=HEAD)] if task in ("SEQ_CLS", "TOKEN_CLS") else []
+    adapt = ll.build(model, [body, *whole])
+    params = move(adapt.init())
+    ll.to_peft(adapt, params, tmp_path / "a")
+    assert task_in(tmp_path / "a") == task
+    batch = {"input_ids": ids(2)}
+    batch |= {"decoder_input_ids": ids(2)} if config == "t5" else {}
+    if config == "vit":
+        batch = {"pixel_values": torch.randn(2, 3, 8, 8)}
+    want = first(adapt(params, batch))
+    close(first(through_peft(model, tmp_path / "a")(**batch)), want)
+    if auto is not None:
+        close(first(auto.from_pretrained(tmp_path / "a").eval()(**batch)), want)
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "FEATURE_EXTRACTION", None])
+def test_task_of_a_file_is_kept(task, tmp_path):
+    model = tf.LlamaForCausalLM(CONFIGS["llama"]).eval()
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    ll.to_peft(adapt, adapt.init(), tmp_path / "a")
+    place = tmp_path / "a" / "adapter_config.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), "task_type": task}))
+    adapt, params = ll.from_peft(model, tmp_path / "a")
+    ll.to_peft(adapt.train(), params, tmp_path / "b")
+    assert task_in(tmp_path / "b") == (task or "CAUSAL_LM")
+
+
+def test_classifier_with_a_low_rank_head_has_no_task_since_pefts_class_would_shut_it_out(tmp_path):
+    model = bert()
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    params = move(adapt.init())
+    ll.to_peft(adapt, params, tmp_path / "a")
+    assert task_in(tmp_path / "a") is None
+    close(through_peft(model, tmp_path / "a")(input_ids=ids()).logits, adapt(params, {"input_ids": ids()}).logits)
+    again, read = ll.from_peft(model, tmp_path / "a")
+    close(again(read, {"input_ids": ids()}).logits, adapt(params, {"input_ids": ids()}).logits)
+
+
+def test_classifier_whose_head_is_not_adapted_keeps_it(tmp_path):
+    model = bert(head=3)
+    adapt = ll.build(model, ll.LoRAConfig(r=2, target_names="query$"))
+    params = move(adapt.init())
+    ll.to_peft(adapt, params, tmp_path / "a")
+    assert task_in(tmp_path / "a") == "SEQ_CLS"
+    close(through_peft(model, tmp_path / "a")(input_ids=ids()).logits, adapt(params, {"input_ids": ids()}).logits)
+    again, read = ll.from_peft(model, tmp_path / "a")
+    close(again(read, {"input_ids": ids()}).logits, adapt(params, {"input_ids": ids()}).logits)
