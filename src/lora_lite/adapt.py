@@ -21,6 +21,7 @@ from lora_lite.core.tree import AnyTree, Tree
 from lora_lite.derived.merge import merge, merge_error
 from lora_lite.derived.mixed import index_of, is_stacked, member_shapes, stacked_size, steered
 from lora_lite.derived.report import count_all, macs_by_target, table
+from lora_lite.derived.rows import Followed
 from lora_lite.prepare.derive import layers_of, shared_start
 from lora_lite.prepare.start import generator_for, placed, start_params
 
@@ -50,6 +51,7 @@ class Adapt:
         of_shared = {target.path: cfg.name for target, cfg in plan.entries if cfg.name in shared}
         self._on_meta = any(p.is_meta for p in plan.base.parameters())
         make = functools.partial(_replica, plan, of_shared)
+        self._followed = Followed()
         self._replicas = Replicas(make) if plan.sharding is None else ShardedReplicas(make, plan.sharding)
 
     def __call__(self, params: Mapping[str, Mapping[str, Tensor]], batch: Any, **kwargs: Any) -> Any:
@@ -73,6 +75,10 @@ class Adapt:
     def mixed(self, stacked: AnyTree, batch: Any, index: Tensor | Sequence[int] | None = None, **kwargs: Any) -> Any:
         """Run each row of a batch through its own adapter, the frozen model once.
 
+        Each target's input must have the batch's rows on its first axis, one entry or several for each row. The first batch of a structure
+        (its tensors' names and numbers of axes) is tried: the frozen model runs on its first row, alone and beside itself. A sharded model
+        is not tried.
+
         Args:
             stacked: a params tree with a leading adapter axis of length K, as `stack` makes it.
             batch: as in a call.
@@ -89,7 +95,9 @@ class Adapt:
         members = stacked_size(stacked)
         self._require(stacked, "mixed", member_shapes(self.shapes, members))
         leaf = next(leaf for leaves in stacked.values() for leaf in leaves.values())
-        return self._replicas.here().adapted(stacked, batch, kwargs, True, index_of(index, members, leaf.device))
+        replica, index = self._replicas.here(), index_of(index, members, leaf.device)
+        rows = self._followed.rows(replica, batch, kwargs) if self._plan.sharding is None else (None, frozenset())
+        return replica.adapted(stacked, batch, kwargs, True, index, rows)
 
     def base(self, batch: Any, **kwargs: Any) -> Any:
         """Run the frozen model, as `adapt` runs the adapted one."""

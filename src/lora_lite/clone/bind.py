@@ -134,6 +134,8 @@ class Binding:
         mixed: whether `params` have a leading axis of members.
         index: the member of each row of a mixed batch; None for equal contiguous groups.
         used: whether a call has reached the target.
+        rows: of the mixed batch, where the target's input is not known to follow them; None where it is.
+        watch: sees the inputs of a call of the frozen model, where one is tried.
     """
 
     def __init__(self, path: str, cfg: AdapterConfig, W: Kind, adapter: Adapter, shared: Adapter | None = None) -> None:
@@ -146,6 +148,8 @@ class Binding:
         self.mixed = False
         self.index: Tensor | None = None
         self.used = self.fast = self.off = self._placed = False
+        self.rows: int | None = None
+        self.watch: Callable[[Any], Any] | None = None
 
     def with_adapter(self, adapter: Adapter) -> "Binding":
         """Return the same binding with its params in another adapter."""
@@ -195,6 +199,8 @@ class Binding:
         try:
             W = self.W
             if self.off:
+                if self.watch is not None:
+                    self.watch(first_of(args, kwargs))
                 return W(first_of(args, kwargs)) if self.direct else W.frozen(self.own, args, kwargs)
             params = self.registered() if self.params is None else self.params
             self._note()
@@ -207,6 +213,12 @@ class Binding:
         if not self.mixed:
             return W.apply(self.variant, params, x)
         try:
+            if self.rows is not None and (not isinstance(x, Tensor) or x.shape[0] != self.rows):
+                found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(
+                    f"expected an input with the batch's {self.rows} rows, found {found}, whose rows cannot be told. Leave the layer out "
+                    "with exclude_names, or run the members one by one."
+                )
             return W.apply_rows(self.variant, params, x, self.index)
         except ValueError as e:
             raise ValueError(f'adapt.mixed: at "{self.path}" {e}') from e

@@ -28,8 +28,19 @@ class Replica:
         self._traced = False
         self._volatile = volatile_buffers(module)
 
-    def adapted(self, params: AnyTree, batch: Any, kwargs: Mapping[str, Any], mixed: bool = False, index: Tensor | None = None) -> Any:
-        """Run the adapted model. For a mixed batch, `index` is the member of each row."""
+    def adapted(
+        self,
+        params: AnyTree,
+        batch: Any,
+        kwargs: Mapping[str, Any],
+        mixed: bool = False,
+        index: Tensor | None = None,
+        rows: tuple[int | None, frozenset[str]] = (None, frozenset()),
+    ) -> Any:
+        """Run the adapted model. For a mixed batch, `index` is the member of each row, and `rows` is as `Followed.rows` returns it."""
+        if mixed:
+            for path, binding in self.bindings:
+                binding.rows = None if path in rows[1] else rows[0]
         if self._shared:
             leaves = [{**params[self._shared[p]], **params[p]} if p in self._shared else params[p] for p, _ in self.bindings]
         else:
@@ -39,6 +50,18 @@ class Replica:
     def frozen(self, batch: Any, kwargs: Mapping[str, Any]) -> Any:
         """Run the model without its adapters."""
         return self._call([None] * len(self.bindings), batch, kwargs, False, None, off=True)
+
+    def inputs(self, batch: Any, kwargs: Mapping[str, Any], read: Callable[[Any], Any]) -> dict[str, list[Any]]:
+        """Run the model without its adapters; return what `read` makes of each target's inputs, by path."""
+        seen: dict[str, list[Any]] = {}
+        for path, binding in self.bindings:
+            binding.watch = lambda x, path=path: seen.setdefault(path, []).append(read(x))
+        try:
+            self.frozen(batch, kwargs)
+        finally:
+            for _, binding in self.bindings:
+                binding.watch = None
+        return seen
 
     def _call(
         self, leaves: Sequence[Any], batch: Any, kwargs: Mapping[str, Any], mixed: bool, index: Tensor | None, off: bool = False

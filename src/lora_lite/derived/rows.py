@@ -1,0 +1,117 @@
+"""The rows of a target's input that belong to each row of the batch.
+
+A layer's input need not have the rows of the batch on its first axis: packed patches, tables of relative positions, time before rows. A
+division that comes out even proves nothing. So the frozen model runs once on one row and once on two, and each target's input must grow by
+the row that came in.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lora_lite.clone.per_call import Replica
+
+_PLAIN = (Tensor, int, float, str, bool, type(None), torch.dtype)
+
+
+class Followed:
+    """The targets whose input follows the batch's rows, by the structure of a batch."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, dict[str, bool]] = {}
+
+    def rows(self, replica: Replica, batch: Any, kwargs: Mapping[str, Any]) -> tuple[int | None, frozenset[str]]:
+        """Return the batch's rows and the targets whose input is known to be made of them, at their first axis and in their order.
+
+        The first batch of a structure runs the frozen model on its first row, alone and beside itself, unless the batch holds objects
+        that a run may change, such as a cache. The global random state is put back.
+
+        Raises:
+            ValueError: where a target's input is known not to be.
+        """
+        plain = (dict(batch) if isinstance(batch, Mapping) else batch, dict(kwargs))
+        leaves = pytree.tree_leaves(plain)
+        rows = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), None)
+        if rows is None or rows < 2 or torch.compiler.is_compiling():
+            return None, frozenset()
+        key = tuple(_facts(leaf, rows) for leaf in leaves)
+        if key not in self._known:
+            tried = all(isinstance(leaf, _PLAIN) for leaf in leaves)
+            self._known[key] = _try(replica, plain, rows) if tried else {}
+        known = self._known[key]
+        lost = [path for path, follows in known.items() if not follows]
+        if lost:
+            more = f", as at {len(lost) - 1} more targets" if lost[1:] else ""
+            raise ValueError(
+                f'adapt.mixed: at "{lost[0]}" expected an input whose first axis is made of the batch\'s rows, found one that does not '
+                f"grow with them{more}. Leave such layers out with exclude_names, or run the members one by one."
+            )
+        return rows, frozenset(known)
+
+
+def _facts(leaf: Any, rows: int) -> Any:
+    return (leaf.dim(), leaf.dim() > 0 and leaf.shape[0] == rows, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf)
+
+
+def _try(replica: Replica, plain: tuple[Any, dict[str, Any]], rows: int) -> dict[str, bool]:
+    """Return, for each target that one row reaches, whether its input follows rows; nothing where the model refuses such a batch."""
+    devices = {leaf.device for leaf in pytree.tree_leaves(plain) if isinstance(leaf, Tensor) and leaf.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+        try:
+            found = _grown(*(replica.inputs(*_cut(plain, rows, n), _print) for n in (1, 2)), values=not replica.module.training)
+            if replica.module.training:  # dropout draws otherwise: the order shows in evaluation mode
+                still = _grown(*(_in_evaluation(replica, *_cut(plain, rows, n)) for n in (1, 2)), values=True)
+                found = {path: follows and still.get(path, True) for path, follows in found.items()}
+            return found
+        except Exception:  # whatever the model does not like about a part of its batch: then only its own rows are known
+            return {}
+
+
+def _in_evaluation(replica: Replica, batch: Any, kwargs: dict[str, Any]) -> dict[str, list[Tensor | None]]:
+    modes = [(module, module.training) for module in replica.module.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        return replica.inputs(batch, kwargs, _print)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _cut(plain: tuple[Any, dict[str, Any]], rows: int, n: int) -> tuple[Any, dict[str, Any]]:
+    """Return the batch's first row `n` times. The last time it is masked one position earlier, as a shorter text is."""
+
+    def cut(path: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != rows:
+            return leaf
+        first = leaf[:1]
+        last = first
+        if n > 1 and "mask" in pytree.keystr(path) and leaf.dim() == 2 and leaf.shape[1] > 1:
+            last = torch.cat([first[:, :-1], torch.zeros_like(first[:, -1:])], 1)
+        return first if n == 1 else torch.cat([first, last])
+
+    parts: tuple[Any, dict[str, Any]] = pytree.tree_map_with_path(cut, plain)
+    return parts
+
+
+def _print(x: Any) -> Tensor | None:
+    """Return one number for each entry of an input's first axis, by which it is known again."""
+    if not isinstance(x, Tensor) or not x.dim():
+        return None
+    return x.reshape(len(x), -1).float().sum(1)
+
+
+def _grown(one: Mapping[str, list[Tensor | None]], two: Mapping[str, list[Tensor | None]], *, values: bool) -> dict[str, bool]:
+    """Return, for each target, whether its inputs on two rows are those on one row, and as much again."""
+    pairs = {path: (seen, two.get(path, [])) for path, seen in one.items()}
+    return {path: len(a) == len(b) and all(map(_twice, a, b, [values] * len(a))) for path, (a, b) in pairs.items()}
+
+
+def _twice(one: Tensor | None, two: Tensor | None, values: bool) -> bool:
+    if one is None or two is None or len(two) != 2 * len(one):
+        return False
+    first = two[: len(one)]
+    return not values or not len(one) or bool(torch.allclose(one, first, rtol=1e-2, atol=1e-2 * float(one.abs().max())))

@@ -1,0 +1,137 @@
+"""Rows of a mixed batch: each target's input is followed to the batch's rows, or the target is refused by name."""
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+import lora_lite as ll
+from cases import move
+
+REFUSED = "Leave .* out with exclude_names, or run the members one by one"
+
+
+def members(adapt, n=2):
+    return [move(adapt.init(), seed=k) for k in range(n)]
+
+
+def one_by_one(adapt, params, batch):
+    """Run each row alone with its own params."""
+    return torch.cat([adapt(p, {name: t[k : k + 1] for name, t in batch.items()}).logits for k, p in enumerate(params)])
+
+
+@pytest.mark.parametrize(("rows", "length"), [(2, 7), (2, 8), (4, 8), (8, 8)])
+def test_table_of_relative_positions_is_refused_whatever_its_size(rows, length):
+    torch.manual_seed(0)
+    config = tf.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    adapt = ll.build(tf.T5ForConditionalGeneration(config).eval(), ll.LoRAConfig(r=2, target_names=("relative_attention_bias$", r"\.q$")))
+    batch = {name: torch.randint(3, 64, (rows, length)) for name in ("input_ids", "decoder_input_ids")}
+    params = members(adapt, rows)
+    with pytest.raises(ValueError, match="relative_attention_bias.*" + REFUSED):
+        adapt.mixed(ll.stack(params), batch, list(range(rows)))
+    with pytest.raises(ValueError, match="relative_attention_bias.*" + REFUSED):
+        ll.per_example_grad(adapt, lambda out, _: out.logits.square().flatten(1).mean(1))(params[0], batch)
+    cfg = ll.LoRAConfig(r=2, target_names=r"\.q$", exclude_names="relative_attention_bias$")
+    adapt = ll.build(tf.T5ForConditionalGeneration(config).eval(), cfg)
+    params = members(adapt, rows)
+    torch.testing.assert_close(adapt.mixed(ll.stack(params), batch, list(range(rows))).logits, one_by_one(adapt, params, batch))
+
+
+def qwen(cfg):
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4, "spatial_merge_size": 2}
+    config = tf.Qwen2VLConfig(
+        image_token_id=60,
+        vision_start_token_id=61,
+        vision_end_token_id=62,
+        text_config={**text, "num_key_value_heads": 2, "rope_parameters": rope},
+        vision_config={**vision, "temporal_patch_size": 2, "in_channels": 3},
+    )
+    return ll.build(tf.Qwen2VLForConditionalGeneration(config).eval(), cfg)
+
+
+def picture(h, w):
+    """A prompt of 16 tokens with one image of `h x w` patches."""
+    row = ([5, 61] + [60] * (h * w // 4) + [62] + [7] * 16)[:16]
+    return torch.tensor([row]), torch.randn(h * w, 96), torch.tensor([[1, h, w]])
+
+
+def pictures(rows):
+    ids, pixels, grid = (torch.cat(part) for part in zip(*rows))
+    mask = torch.ones_like(ids)
+    batch = {"input_ids": ids, "mm_token_type_ids": (ids == 60).int(), "attention_mask": mask, "use_cache": False}
+    return {**batch, "pixel_values": pixels, "image_grid_thw": grid}
+
+
+@pytest.mark.parametrize("second", [(4, 4), (8, 4)])
+def test_packed_patches_are_refused_and_the_text_is_right(second):
+    rows = [picture(4, 4), picture(*second)]
+    adapt = qwen(ll.LoRAConfig(r=2))
+    with pytest.raises(ValueError, match=r"visual\..*" + REFUSED):
+        adapt.mixed(ll.stack(members(adapt)), pictures(rows), [0, 1])
+    adapt = qwen(ll.LoRAConfig(r=2, exclude_names="visual"))
+    params = members(adapt)
+    got = adapt.mixed(ll.stack(params), pictures(rows), [0, 1]).logits
+    want = torch.cat([adapt(p, pictures([row])).logits for p, row in zip(params, rows)])
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+class Toy(nn.Module):
+    """Two layers, between which a batch `(b, t, d)` takes another form."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form, self.first, self.second = form, nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x, mask=None):
+        x = self.first(x).tanh()
+        b, t, d = x.shape
+        if self.form == "flat":
+            return self.second(x.reshape(b * t, d)).reshape(b, t, d)
+        if self.form == "time first":
+            return self.second(x.transpose(0, 1)).transpose(0, 1)
+        if self.form == "time first and flat":
+            return self.second(x.transpose(0, 1).reshape(t * b, d)).reshape(t, b, d).transpose(0, 1)
+        if self.form == "without padding":
+            y = torch.zeros_like(x)
+            y[mask.bool()] = self.second(x[mask.bool()])
+            return y
+        return x + self.second(torch.eye(6))[:t]  # a table
+
+
+BROKEN = ["time first", "time first and flat", "without padding", "table"]
+
+
+@pytest.mark.parametrize("form", BROKEN)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("length", [2, 4, 5, 6])
+def test_forms_without_rows_are_refused(form, length, training):
+    adapt = ll.build(Toy(form).train(training), ll.LoRAConfig(r=2))
+    batch = {"x": torch.randn(2, length, 6), "mask": torch.ones(2, length, dtype=torch.long)}
+    with pytest.raises(ValueError, match='at "second".*' + REFUSED):
+        adapt.mixed(ll.stack(members(adapt)), batch, [0, 1])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_flat_rows_are_followed(training):
+    adapt, x = ll.build(Toy("flat").train(training), ll.LoRAConfig(r=2)), torch.randn(3, 5, 6)
+    params = members(adapt, 3)
+    want = torch.cat([adapt(p, x[k : k + 1]) for k, p in enumerate(params)])
+    torch.testing.assert_close(adapt.mixed(ll.stack(params), x, [0, 1, 2]), want)
+
+
+def test_rows_are_tried_once_and_leave_no_trace():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5), nn.Linear(6, 6)).train()
+    calls = []
+    model[0].register_forward_hook(lambda module, args, y: calls.append(len(args[0])))
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    stacked = ll.stack(members(adapt))
+    torch.manual_seed(0)
+    first = adapt.mixed(stacked, torch.ones(4, 6))
+    assert calls == [1, 2, 1, 2, 4]
+    torch.manual_seed(0)
+    assert torch.equal(first, adapt.mixed(stacked, torch.ones(4, 6))), "the trial drew nothing from the global generator"
+    adapt.mixed(stacked, torch.ones(8, 6))
+    assert calls == [1, 2, 1, 2, 4, 4, 8]
