@@ -231,11 +231,12 @@ def test_state_dict_has_the_model_and_the_adapter_and_no_placeholder(cfg):
     state = module.state_dict()
     assert not any(t.is_meta for t in (*module.parameters(), *module.buffers(), *state.values()))
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
-    extra = {name.rpartition(".")[2].partition("_")[0] for name in state.keys() - model.state_dict().keys()}
-    assert extra <= {"adapter", "constant"}
+    extra = state.keys() - model.state_dict().keys()
+    assert extra
+    assert all(name.split(".")[-2] == "adapter" for name in extra)
     assert module.lm_head.weight is module.model.embed_tokens.weight
     assert {name for name, p in module.named_parameters() if p.requires_grad} == {
-        f"{path}.adapter_{name}" for path, leaves in params.items() for name in leaves
+        f"{path}.adapter.{name}" for path, leaves in params.items() for name in leaves
     }
 
 

@@ -233,7 +233,7 @@ class Binding:
         params = self.registered() if self.params is None else self.params
         self._note()
         self._require_place(name)
-        if self.mixed and not self._moving():
+        if self.mixed and not self.W.moving:
             raise ValueError(
                 f'adapt.mixed: at "{self.path}" expected a target that is called with rows of the batch, found a weight that the module '
                 "around it reads: all rows see the same one. Leave it out, or run the members one by one."
@@ -265,9 +265,6 @@ class Binding:
         """Return the adapter's parameters by name, shared ones among them."""
         own = [*self.adapter.parameters_by_name.items(), *(self.shared.parameters_by_name.items() if self.shared is not None else ())]
         return [(name, p) for name, p in own if p is not None]
-
-    def _moving(self) -> bool:
-        return getattr(self.W, "_now", None) is not None
 
     def _hollow(self) -> bool:
         return any(p is not None and p.is_meta for p in self.adapter.parameters_by_name.values()) and not self._on_meta()

@@ -8,6 +8,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -300,6 +301,11 @@ class Kind(Frozen):
         zeros = torch.zeros(1, W.in_features, dtype=self.dtype, device=self.device)
         return bool(f(params, Frozen(W.dense(), None, W.constants), zeros).any())
 
+    @property
+    def moving(self) -> bool:
+        """Whether a call runs that has adapted tensors in the place of the module's own."""
+        return False
+
     def readable(self) -> list[str]:
         """List the module's parameters that `read` can return."""
         return [name for name in self.state.values() if self.layer._parameters.get(name) is not None]
@@ -422,7 +428,8 @@ class ReadTensor(Tensor):
         module, own = place_of(binding.W.layer, name)
         p: Any = module._parameters[own]
         whole = type(p.data) is Tensor  # else a part of a sharded weight, or a tensor of a class of its own
-        return _stand_in(p.detach() if whole else torch.empty((), dtype=p.dtype, device=p.device), binding, name, tuple(p.shape))
+        like = p.detach() if whole else torch.empty((), dtype=p.dtype, device=p.device)
+        return _stand_in(like, binding, name, tuple(p.shape), vars(p))
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -431,12 +438,6 @@ class ReadTensor(Tensor):
                 return func(*args, **(kwargs or {}))
         args = tuple(_adapted(a) for a in args)
         return func(*args, **{name: _adapted(a) for name, a in (kwargs or {}).items()})
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ReadTensor.__annotations__:  # not set yet
-            raise AttributeError(name)
-        module, own = place_of(self.binding.W.layer, self.of_parameter)
-        return getattr(module._parameters[own], name)  # what a library has noted on the parameter
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ReadTensor":
         with torch._C.DisableTorchFunctionSubclass():
@@ -454,8 +455,9 @@ _FACTS = frozenset(
 """The attributes that a stand-in answers from the frozen parameter."""
 
 
-def _stand_in(like: Tensor, binding: Any, name: str, shape: tuple[int, ...]) -> ReadTensor:
+def _stand_in(like: Tensor, binding: Any, name: str, shape: tuple[int, ...], noted: Mapping[str, Any] = MappingProxyType({})) -> ReadTensor:
     self: ReadTensor = (like if like.shape == shape else like.expand(shape)).as_subclass(ReadTensor)
+    vars(self).update(noted)  # what a library keeps on the parameter
     self.binding, self.of_parameter = binding, name
     return self
 

@@ -105,6 +105,10 @@ class ModuleKind(Kind):
             for (table, own, _), tensor in zip(tables, tensors):
                 table[own] = tensor
 
+    @property
+    def moving(self) -> bool:
+        return self._now is not None
+
     def apply_rows(self, f: Variant, params: Params, x: Any, index: Tensor | None) -> Any:
         if not self.alone:
             raise ValueError(
