@@ -7,6 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lora_lite as ll
 from cases import EVERY, assert_gradients_equal, assert_trees_equal, build_any, in_dtype, move, named, padded, row_of
+from lora_lite.transforms import gradients
 
 
 def losses(output, batch):
@@ -88,6 +89,8 @@ def test_no_rows_have_no_gradients(gpt2, chunk_size):
 @pytest.mark.parametrize("make", [ll.per_example_grad, ll.per_example_norm])
 def test_inference_mode_outside_does_not_matter(gpt2, make):
     adapt, params, batch = gpt2
+    if not gradients._gradients_in_inference_mode():
+        pytest.skip("this torch gives zeros there, which test_transforms finds refused")
     want = make(adapt, losses)(params, batch)
     with torch.inference_mode():
         got = make(adapt, losses)(params, batch)

@@ -8,6 +8,7 @@ from torch.utils import _pytree as pytree
 
 import lora_lite as ll
 from cases import FIVE, assert_trees_equal, by_name, move
+from lora_lite.transforms import gradients
 
 
 def tree():
@@ -90,9 +91,17 @@ def test_params_that_require_grad_get_no_grad_of_their_own(x):
 def test_grad_mode_outside_does_not_matter(context, x):
     params = tree()
     want = reference(f)(params, x)
+    if context is torch.inference_mode and not gradients._gradients_in_inference_mode():
+        pytest.skip("this torch gives zeros there, which the next test finds refused")
     with context():
         expect(ll.value_and_grad(f)(params, x), want)
         assert torch.is_grad_enabled() == (context is torch.enable_grad)
+
+
+def test_inference_mode_is_refused_where_its_gradients_are_zeros(x, monkeypatch):
+    monkeypatch.setattr(gradients, "_gradients_in_inference_mode", lambda: False)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="outside of inference mode"):
+        ll.value_and_grad(f)(tree(), x)
 
 
 def test_inside_vmap(x):

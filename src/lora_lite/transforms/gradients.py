@@ -1,5 +1,6 @@
 """Transforms of functions of a params tree."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,7 @@ def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[...
     Raises:
         ValueError: where the value is not a scalar tensor, or with `has_aux` the result is no pair.
         TypeError: where a leaf of `params` is not a floating tensor.
+        RuntimeError: in inference mode, with a version of torch that gives zeros there.
 
     Example:
         >>> import torch, lora_lite as ll
@@ -37,11 +39,31 @@ def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[...
 
     def value_and_grads(params: Any, *args: Any) -> tuple[Any, Any]:
         if in_transform():
+            _require_gradients()
             grads, value = torch.func.grad_and_value(f, has_aux=has_aux)(params, *args)
             return value, grads
         return _plain(f, has_aux, params, args)
 
     return value_and_grads
+
+
+def _require_gradients() -> None:
+    """Refuse inference mode where torch.func gives zeros in it, as torch 2.11 does without a word.
+
+    Raises:
+        RuntimeError: there.
+    """
+    if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling() and not _gradients_in_inference_mode():
+        raise RuntimeError(
+            f"value_and_grad: expected a call outside of inference mode, since torch {torch.__version__} gives zeros as gradients in it. "
+            "Use torch.no_grad() around the call, or leave inference mode for it by torch.inference_mode(False)."
+        )
+
+
+@functools.cache
+def _gradients_in_inference_mode() -> bool:
+    with torch.inference_mode():
+        return bool(torch.func.grad(torch.square)(torch.ones((), device="cpu")))
 
 
 def _plain(f: Callable[..., Any], has_aux: bool, params: Any, args: tuple[Any, ...]) -> tuple[Any, Any]:
