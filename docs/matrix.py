@@ -9,6 +9,7 @@ from generate import table, title
 import lora_lite as ll
 
 FILE = Path(__file__).parent / "support.json"
+ARCHITECTURES = Path(__file__).parent / "architectures.json"
 
 
 def report() -> dict[str, Any]:
@@ -42,3 +43,13 @@ def support_table(library: str) -> str:
 def cells_table() -> str:
     """Return a table of the comparisons that the matrix's columns make."""
     return table([{"column": name.replace("_", " "), "what is compared": words} for name, words in report()["results"]["cells"].items()])
+
+
+def architectures_list() -> str:
+    """Return the model classes that were tried, from `architectures.json`: the names of those that hold, the others with the reason."""
+    found = json.loads(ARCHITECTURES.read_text("utf-8"))
+    held = [name for name, said in found["results"].items() if said == "ok"]
+    others = [{"class": name, "reason": f"`{said}`"} for name, said in found["results"].items() if said != "ok"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    names = ", ".join(f"`{name}`" for name in held)
+    return f"{len(held)} classes hold: {names}.\n\n{table(others)}\n\nRun on {found['date']} ({versions})."

@@ -1,5 +1,5 @@
 """Directives that pull a page's text out of the code, as Markdown: `{variant} lora`, `{variants}`, `{checks}`, `{kind-checks}`,
-`{configs-api}`, `{functions-api}`, `{support} peft` and `{cells}`."""
+`{configs-api}`, `{functions-api}`, `{support} peft`, `{cells}` and `{architectures}`."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -79,10 +79,16 @@ class Cells(FromCode):
     text = staticmethod(matrix.cells_table)
 
 
+class Architectures(FromCode):
+    """The model classes of transformers that were tried."""
+
+    text = staticmethod(matrix.architectures_list)
+
+
 def setup(app: Any) -> dict[str, bool]:
     """Register the directives."""
     directives = {"variant": Variant, "variants": Variants, "costs": Costs, "checks": Checks, "support": Support, "cells": Cells}
-    directives |= {"kind-checks": KindChecks, "configs-api": ConfigsApi, "functions-api": FunctionsApi}
+    directives |= {"kind-checks": KindChecks, "configs-api": ConfigsApi, "functions-api": FunctionsApi, "architectures": Architectures}
     for name, directive in directives.items():
         app.add_directive(name, directive)
     return {"parallel_read_safe": True}

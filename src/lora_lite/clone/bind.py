@@ -200,25 +200,29 @@ class Binding:
             W = self.W
             if self.off:
                 if self.watch is not None:
-                    self.watch(first_of(args, kwargs))
+                    self.watch(W.given(args, kwargs))
                 return W(first_of(args, kwargs)) if self.direct else W.frozen(self.own, args, kwargs)
             params = self.registered() if self.params is None else self.params
             self._note()
+            if self.mixed and self.rows is not None:
+                self._require_rows(W.given(args, kwargs), self.rows)
             return W.call(functools.partial(self._apply, params), self.own, args, kwargs)
         except Exception as e:
             e.add_note(f'in {type(self.cfg).__name__} at target "{self.path}"')
             raise
 
+    def _require_rows(self, x: Any, rows: int) -> None:
+        if not isinstance(x, Tensor) or not x.dim() or x.shape[0] != rows:
+            found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f'adapt.mixed: at "{self.path}" expected an input with the batch\'s {rows} rows, found {found}, whose rows cannot be told. '
+                "Leave the layer out with exclude_names, or run the members one by one."
+            )
+
     def _apply(self, params: Params, W: Any, x: Any) -> Any:
         if not self.mixed:
             return W.apply(self.variant, params, x)
         try:
-            if self.rows is not None and (not isinstance(x, Tensor) or x.shape[0] != self.rows):
-                found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise ValueError(
-                    f"expected an input with the batch's {self.rows} rows, found {found}, whose rows cannot be told. Leave the layer out "
-                    "with exclude_names, or run the members one by one."
-                )
             return W.apply_rows(self.variant, params, x, self.index)
         except ValueError as e:
             raise ValueError(f'adapt.mixed: at "{self.path}" {e}') from e

@@ -103,6 +103,11 @@ class ExpertsKind(ParameterKind):
         x, routes = args
         return self._with(routes).apply(lambda params, W, rows: W(rows), {}, x)
 
+    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        x, routes = args
+        by_token: Tensor = x.new_zeros(routes.total, x.shape[1]).index_add(0, routes.tokens, x)
+        return by_token
+
     def _with(self, routes: Routes) -> "ExpertsKind":
         return type(self)(self.layer, self.constants, self.state["weight"], routes)
 

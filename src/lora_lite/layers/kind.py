@@ -209,6 +209,10 @@ class Kind(Frozen):
         """Apply a variant to the layer: to one map, or to each of several."""
         return f(params, self, x)
 
+    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return a call's input, in which a mixed batch follows its rows: the first axis has one entry or several for each, in order."""
+        return first_of(args, kwargs)
+
     def apply_rows(self, f: Variant, params: Params, x: Any, index: Tensor | None) -> Any:
         """Apply a variant to each row of a batch with the params of its own member.
 

@@ -84,6 +84,6 @@ def _instead(kind: Any, cfg: AdapterConfig, uses: set[str]) -> str:
         c for c in VARIANTS.values() if c.adapts == cfg.adapts and not c.calibrated and not c.original and set(c.uses) <= set(kind.gives)
     ]
     able.sort(key=lambda c: len(dataclasses.fields(c)))  # first those without sizes that have to fit the layer
-    found = [c for c in able if not isinstance(cfg, c)]
+    found = [c for c in able if type(cfg) is not c]
     names = [c.__name__ for c in dict.fromkeys((*found[:2], *(c for c in found if c.name == "lora")))]
     return f"adapt it by a config of its own: {', '.join(names)}" if names else "adapt other layers"
