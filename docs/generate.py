@@ -134,7 +134,7 @@ def kind_checks_table() -> str:
     return _checks(KIND_CHECKS)
 
 
-def _checks(checks: Mapping[str, Callable[..., None]]) -> str:
+def _checks(checks: Mapping[str, Callable[..., object]]) -> str:
     return table([{"check": f"`{name}`", "what holds": (check.__doc__ or "").strip()} for name, check in checks.items()])
 
 

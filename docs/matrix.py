@@ -45,6 +45,18 @@ def cells_table() -> str:
     return table([{"column": name.replace("_", " "), "what is compared": words} for name, words in report()["results"]["cells"].items()])
 
 
+def kinds_table() -> str:
+    """Return the grid of kinds and checks, with a numbered list of the reasons where a part is refused."""
+    found = json.loads((Path(__file__).parent / "kinds.json").read_text("utf-8"))
+    numbers: dict[str, str] = {}
+
+    def mark(said: str) -> str:
+        return "ok" if said == "ok" else numbers.setdefault(said, str(len(numbers) + 1))
+
+    rows = [{"kind of layer": name, **{check: mark(said) for check, said in checks.items()}} for name, checks in found.items()]
+    return f"{table(rows)}\n\n" + "\n".join(f"{number}. {said}" for said, number in numbers.items())
+
+
 def architectures_list() -> str:
     """Return the model classes that were tried, from `architectures.json`: the names of those that hold, the others with the reason."""
     found = json.loads(ARCHITECTURES.read_text("utf-8"))

@@ -1,7 +1,12 @@
-"""Kinds of layers: the grid of kinds and checks, kinds written outside the package, and what used to go wrong for them in silence."""
+"""Kinds of layers: the grid of kinds and checks, kinds written outside the package, and what used to go wrong for them in silence.
+
+`python tests/test_kinds.py --write` runs the grid into docs/kinds.json, from which the support page is made.
+"""
 
 import copy
+import json
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,14 +174,22 @@ GRID = {
 """A layer of every kind; `skip` names what has no meaning: a packed layer's merged weights are for a model that is not packed."""
 
 
-@pytest.mark.parametrize("check", KIND_CHECKS)
-@pytest.mark.parametrize("name", GRID)
-def test_grid(name, check):
+PAGE = Path(__file__).parent.parent / "docs" / "kinds.json"
+
+
+def outcome(name, check):
+    """Run a check of the grid; return `ok`, or why a part of it is refused."""
     kind, make_layer, options = GRID[name]
     options = dict(options)
     if check in options.pop("skip", ()):
-        pytest.skip("a packed layer's merged weights are dense: they are for a model that is not packed")
-    KIND_CHECKS[check](make_kind_case(kind, make_layer, **options))
+        return "A packed layer's merged weights are dense: they are for a model that is not packed."
+    return KIND_CHECKS[check](make_kind_case(kind, make_layer, **options)) or "ok"
+
+
+@pytest.mark.parametrize("check", KIND_CHECKS)
+@pytest.mark.parametrize("name", GRID)
+def test_grid(name, check):
+    assert outcome(name, check) == json.loads(PAGE.read_text("utf-8"))[name][check], "as the support page says"
 
 
 def test_every_kind_that_ships_is_in_the_grid():
@@ -439,3 +452,7 @@ def test_words_of_version_0_1_0_are_translated():
     assert len(ll.build(model, ll.LoRAConfig(r=2), kinds=(Old,)).targets) == 1
     with pytest.raises(ValueError, match="DoRAConfig cannot adapt"):
         ll.build(model, ll.DoRAConfig(r=2), kinds=(Old,))
+
+
+if __name__ == "__main__" and "--write" in sys.argv:
+    PAGE.write_text(json.dumps({name: {check: outcome(name, check) for check in KIND_CHECKS} for name in GRID}, indent=1) + "\n", "utf-8")

@@ -1,5 +1,6 @@
 """Directives that pull a page's text out of the code, as Markdown: `{variant} lora`, `{variants}`, `{checks}`, `{kind-checks}`,
-`{configs-api}`, `{functions-api}`, `{support} peft`, `{cells}` and `{architectures}`."""
+`{configs-api}`, `{functions-api}`, `{support} peft`, `{cells}`, `{kinds}`
+and `{architectures}`."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -79,6 +80,12 @@ class Cells(FromCode):
     text = staticmethod(matrix.cells_table)
 
 
+class Kinds(FromCode):
+    """The grid of kinds of layers and their checks."""
+
+    text = staticmethod(matrix.kinds_table)
+
+
 class Architectures(FromCode):
     """The model classes of transformers that were tried."""
 
@@ -88,7 +95,13 @@ class Architectures(FromCode):
 def setup(app: Any) -> dict[str, bool]:
     """Register the directives."""
     directives = {"variant": Variant, "variants": Variants, "costs": Costs, "checks": Checks, "support": Support, "cells": Cells}
-    directives |= {"kind-checks": KindChecks, "configs-api": ConfigsApi, "functions-api": FunctionsApi, "architectures": Architectures}
+    directives |= {
+        "kind-checks": KindChecks,
+        "configs-api": ConfigsApi,
+        "functions-api": FunctionsApi,
+        "architectures": Architectures,
+        "kinds": Kinds,
+    }
     for name, directive in directives.items():
         app.add_directive(name, directive)
     return {"parallel_read_safe": True}

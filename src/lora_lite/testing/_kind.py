@@ -42,6 +42,7 @@ VARIANTS: dict[str, tuple[AdapterConfig, ...]] = {
 """The variants that a kind of each site is tried with: together they use every part that a kind may offer."""
 
 ROWS = 4
+_NOT_LINEAR = "It is no linear map."
 
 
 class _Around(nn.Module):
@@ -86,17 +87,19 @@ class KindCase:
         return adapt, tree_map(lambda p: p + 0.1 * torch.randn(p.shape, generator=g, dtype=p.dtype), adapt.init(seed=0))
 
 
-def found(case: KindCase) -> None:
+def found(case: KindCase) -> str | None:
     """The kind is found at the layer. A variant that uses a part which the kind lacks is refused with the kind's reason."""
+    refused = None
     targets = find_targets(case.model, case.config(VARIANTS[case.kind.site][0]), kinds=(case.kind,))
     if not targets or any(target.kind is not case.kind for target in targets):
         fail(f"targets of {case.kind.__name__}", [target.kind.__name__ for target in targets])
     for cfg in VARIANTS[case.kind.site]:
         if not set(cfg.uses) <= set(case.kind.gives):
-            _refused(case, functools.partial(build, case.model, case.config(cfg), kinds=(case.kind,)))
+            refused = _refused(case, functools.partial(build, case.model, case.config(cfg), kinds=(case.kind,)))
+    return refused
 
 
-def _refused(case: KindCase, attempt: Callable[[], Any]) -> None:
+def _refused(case: KindCase, attempt: Callable[[], Any]) -> str:
     try:
         attempt()
     except ValueError as e:
@@ -104,6 +107,7 @@ def _refused(case: KindCase, attempt: Callable[[], Any]) -> None:
             fail(f"an error with the kind's reason, why={case.kind.why!r}", str(e))
     else:
         fail("an error that refuses what the kind does not give", "none")
+    return case.kind.why
 
 
 def base(case: KindCase) -> None:
@@ -153,8 +157,9 @@ def merged(case: KindCase) -> None:
         close(f"the model with {cfg.name} merged", twin(case.x), adapt(params, case.x), case.tolerance)
 
 
-def mixed(case: KindCase) -> None:
+def mixed(case: KindCase) -> str | None:
     """Rows of a mixed batch equal a loop over the members, and per-example gradients a loop over the rows. A kind may refuse both."""
+    refused = None
     index = [k % 2 for k in range(ROWS)]
     for cfg in case.variants:
         adapt, params = case.adapted(cfg)
@@ -164,6 +169,7 @@ def mixed(case: KindCase) -> None:
         except ValueError as e:
             if not case.kind.why:
                 fail("a mixed batch, or an error and the kind's reason in `why`", str(e))
+            refused = case.kind.why
             continue
         grads = per_example_grad(adapt, lambda out, batch: out.flatten(1).square().sum(1))(params, case.x)
         for row, k in enumerate(index):
@@ -172,6 +178,7 @@ def mixed(case: KindCase) -> None:
             want = value_and_grad(_loss(adapt, alone))(params)[1]
             for got, one in zip(tree_leaves(grads), tree_leaves(want)):
                 close(f"a per-example gradient of {cfg.name}", got[row], one, 10 * case.tolerance)
+    return refused
 
 
 def counts(case: KindCase) -> None:
@@ -196,23 +203,25 @@ def saved(case: KindCase) -> None:
             fail("the loaded adapter's output to equal the saved one's", "another")
 
 
-def calibrated(case: KindCase) -> None:
+def calibrated(case: KindCase) -> str | None:
     """A start derived from the layer's inputs is built on them, or refused with the kind's reason."""
     if case.kind.site != "linear":
-        return
+        return _NOT_LINEAR
     batches = [case.x]
     if "inputs" not in case.kind.gives or not set(EVAConfig.uses) <= set(case.kind.gives):
-        _refused(case, lambda: build(case.model, case.config(EVAConfig(r=2)), kinds=(case.kind,), calibration=batches, progress=False))
-        return
+        return _refused(
+            case, lambda: build(case.model, case.config(EVAConfig(r=2)), kinds=(case.kind,), calibration=batches, progress=False)
+        )
     adapt, params = case.adapted(EVAConfig(r=2), calibration=batches)
     if not adapt(params, case.x).isfinite().all():
         fail("a finite output after calibration", "none")
+    return None
 
 
-def converted(case: KindCase) -> None:
+def converted(case: KindCase) -> str | None:
     """`to_lora` at full rank gives the adapted outputs."""
     if case.kind.site != "linear" or not set(LoRAConfig.uses) <= set(case.kind.gives):
-        return
+        return _NOT_LINEAR if case.kind.site != "linear" else case.kind.why
     for cfg in case.variants:
         if cfg.name == "ia3" and adapt_moves_bias(case, cfg):
             continue
@@ -222,6 +231,7 @@ def converted(case: KindCase) -> None:
         if max(errors.values()) > 1e-6:
             fail(f"{cfg.name} as LoRA of full rank within 1e-6", errors)
         close(f"{cfg.name} converted to LoRA", lora(tree, case.x), adapt(params, case.x), 1e-5)
+    return None
 
 
 def adapt_moves_bias(case: KindCase, cfg: AdapterConfig) -> bool:
@@ -260,10 +270,10 @@ def untouched(case: KindCase) -> None:
         fail("the model's classes, modes and attributes as they were", "a change")
 
 
-KIND_CHECKS: dict[str, Callable[[KindCase], None]] = {
+KIND_CHECKS: dict[str, Callable[[KindCase], str | None]] = {
     f.__name__: f for f in (found, base, gradient, merged, mixed, counts, saved, calibrated, converted, module, untouched)
 }
-"""Every check of a kind by name."""
+"""Every check of a kind by name. It returns the reason where something is refused, else None."""
 
 
 def make_kind_case(
@@ -341,7 +351,7 @@ def check_kind(
         raise AssertionError(f"{kind.__name__} fails {len(failures)} of {len(KIND_CHECKS)} checks:\n{lines}")
 
 
-def failure(check: Callable[[KindCase], None], case: KindCase) -> Sequence[str]:
+def failure(check: Callable[[KindCase], str | None], case: KindCase) -> Sequence[str]:
     """Run one check and return a line for its failure, if any."""
     try:
         check(case)
