@@ -70,6 +70,8 @@ def test_no_block_escapes():
             "{checks}",
             "{kind-checks}",
             "{cells}",
+            "{kinds}",
+            "{architectures}",
             "{costs}",
             "{configs-api}",
             "{functions-api}",

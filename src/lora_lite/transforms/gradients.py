@@ -53,7 +53,7 @@ def _require_gradients() -> None:
     Raises:
         RuntimeError: there.
     """
-    if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling() and not _gradients_in_inference_mode():
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled() and not _gradients_in_inference_mode():
         raise RuntimeError(
             f"value_and_grad: expected a call outside of inference mode, since torch {torch.__version__} gives zeros as gradients in it. "
             "Use torch.no_grad() around the call, or leave inference mode for it by torch.inference_mode(False)."
