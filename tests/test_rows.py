@@ -122,6 +122,34 @@ def test_flat_rows_are_followed(training):
     torch.testing.assert_close(adapt.mixed(ll.stack(params), x, [0, 1, 2]), want)
 
 
+@pytest.mark.parametrize("form", ["time first and flat", "without padding"])
+def test_batches_before_do_not_vouch_for_another(form):
+    """Rows of length 1 prove nothing about longer ones."""
+    adapt = ll.build(Toy(form).eval(), ll.LoRAConfig(r=2))
+    stacked = ll.stack(members(adapt))
+    short = {"x": torch.randn(2, 1, 6), "mask": torch.ones(2, 1, dtype=torch.long)}
+    adapt.mixed(stacked, short, [0, 1])
+    with pytest.raises(ValueError, match='at "second".*' + REFUSED):
+        adapt.mixed(stacked, {"x": torch.randn(2, 4, 6), "mask": torch.ones(2, 4, dtype=torch.long)}, [0, 1])
+
+
+def test_the_rows_are_those_of_the_index_whatever_comes_first():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(6, 6)
+
+        def forward(self, positions, x):
+            b, t, d = x.shape
+            return self.lin((x + positions.sum(0)[..., None]).reshape(b * t, d)).reshape(b, t, d)
+
+    adapt = ll.build(Positions().eval(), ll.LoRAConfig(r=2))
+    params, x, positions = members(adapt), torch.randn(2, 4, 6), torch.randn(3, 1, 4)
+    got = adapt.mixed(ll.stack(params), {"positions": positions, "x": x}, [0, 1])
+    want = torch.cat([adapt(p, {"positions": positions, "x": x[k : k + 1]}) for k, p in enumerate(params)])
+    torch.testing.assert_close(got, want)
+
+
 def test_rows_are_tried_once_and_leave_no_trace():
     model = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5), nn.Linear(6, 6)).train()
     calls = []

@@ -75,9 +75,9 @@ class Adapt:
     def mixed(self, stacked: AnyTree, batch: Any, index: Tensor | Sequence[int] | None = None, **kwargs: Any) -> Any:
         """Run each row of a batch through its own adapter, the frozen model once.
 
-        Each target's input must have the batch's rows on its first axis, one entry or several for each row. The first batch of a structure
-        (its tensors' names and numbers of axes) is tried: the frozen model runs on its first row, alone and beside itself. A sharded model
-        is not tried.
+        Each target's input must have the batch's rows on its first axis, one entry or several for each row. The first batch with
+        rows of a shape is tried: the frozen model runs on its first row, alone and beside itself. Sharded models and compiled calls are
+        not tried.
 
         Args:
             stacked: a params tree with a leading adapter axis of length K, as `stack` makes it.
@@ -96,7 +96,7 @@ class Adapt:
         self._require(stacked, "mixed", member_shapes(self.shapes, members))
         leaf = next(leaf for leaves in stacked.values() for leaf in leaves.values())
         replica, index = self._replicas.here(), index_of(index, members, leaf.device)
-        rows = self._followed.rows(replica, batch, kwargs) if self._plan.sharding is None else (None, frozenset())
+        rows = self._followed.rows(replica, batch, kwargs, members, index) if self._plan.sharding is None else (None, frozenset())
         return replica.adapted(stacked, batch, kwargs, True, index, rows)
 
     def base(self, batch: Any, **kwargs: Any) -> Any:

@@ -181,13 +181,7 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         wanted = [k for k, need in enumerate(ctx.needs_input_grad[1:]) if need]
-
-        def f(*chosen: Tensor) -> tuple[Tensor, ...]:
-            filled = list(tensors)
-            for k, tensor in zip(wanted, chosen):
-                filled[k] = tensor
-            return tuple(ctx.recipe.run(filled))
-
+        f = _of_some(ctx.recipe, tensors, wanted)
         with _restored(ctx.recipe.rng):
             chosen = [tensors[k] for k in wanted]
             found = _plain_vjp(f, chosen, grads) if not transformed() else torch.func.vjp(f, *chosen)[1](grads)
@@ -200,15 +194,21 @@ class _Recompute(torch.autograd.Function):
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         tensors = ctx.saved_tensors
         moving = [k for k, t in enumerate(tangents) if t is not None]
-
-        def f(*chosen: Tensor) -> tuple[Tensor, ...]:
-            filled = list(tensors)
-            for k, tensor in zip(moving, chosen):
-                filled[k] = tensor
-            return tuple(ctx.recipe.run(filled))
-
+        f = _of_some(ctx.recipe, tensors, moving)
         with _restored(ctx.recipe.rng):
             return torch.func.jvp(f, tuple(tensors[k] for k in moving), tuple(tangents[k] for k in moving))[1]
+
+
+def _of_some(recipe: Any, tensors: Sequence[Tensor], places: Sequence[int]) -> Callable[..., tuple[Tensor, ...]]:
+    """Return a recipe as a function of the tensors at some of its places."""
+
+    def f(*chosen: Tensor) -> tuple[Tensor, ...]:
+        filled = list(tensors)
+        for k, tensor in zip(places, chosen):
+            filled[k] = tensor
+        return tuple(recipe.run(filled))
+
+    return f
 
 
 def _plain_vjp(f: Callable[..., tuple[Tensor, ...]], chosen: list[Tensor], grads: Sequence[Tensor]) -> Sequence[Tensor | None]:

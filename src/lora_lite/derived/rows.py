@@ -25,23 +25,32 @@ class Followed:
     def __init__(self) -> None:
         self._known: dict[Any, dict[str, bool]] = {}
 
-    def rows(self, replica: Replica, batch: Any, kwargs: Mapping[str, Any]) -> tuple[int | None, frozenset[str]]:
+    def rows(
+        self, replica: Replica, batch: Any, kwargs: Mapping[str, Any], members: int, index: Tensor | None
+    ) -> tuple[int | None, frozenset[str]]:
         """Return the batch's rows and the targets whose input is known to be made of them, at their first axis and in their order.
 
-        The first batch of a structure runs the frozen model on its first row, alone and beside itself, unless the batch holds objects
-        that a run may change, such as a cache. The global random state is put back.
+        The first batch with rows of a shape runs the frozen model on its first row, alone and beside itself, unless the batch holds
+        objects that a run may change, such as a cache. The global random state is put back. What compiles is not tried.
+
+        Args:
+            replica: the copy to run.
+            batch, kwargs: as in `adapt.mixed`.
+            members: of the stack.
+            index: the member of each row; None for `members` equal contiguous groups.
 
         Raises:
             ValueError: where a target's input is known not to be.
         """
         plain = (dict(batch) if isinstance(batch, Mapping) else batch, dict(kwargs))
-        leaves = pytree.tree_leaves(plain)
-        rows = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), None)
-        if rows is None or rows < 2 or torch.compiler.is_compiling():
+        leaves = pytree.tree_leaves_with_path(plain)
+        lengths = [len(leaf) for _, leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
+        rows = next((n for n in lengths if n and n % members == 0), members) if index is None else len(index)
+        if rows < 2 or torch.compiler.is_compiling():
             return None, frozenset()
-        key = tuple(_facts(leaf, rows) for leaf in leaves)
+        key = tuple((pytree.keystr(path), *_facts(leaf, rows)) for path, leaf in leaves)
         if key not in self._known:
-            tried = all(isinstance(leaf, _PLAIN) for leaf in leaves)
+            tried = rows in lengths and all(isinstance(leaf, _PLAIN) for _, leaf in leaves)
             self._known[key] = _try(replica, plain, rows) if tried else {}
         known = self._known[key]
         lost = [path for path, follows in known.items() if not follows]
@@ -54,8 +63,12 @@ class Followed:
         return rows, frozenset(known)
 
 
-def _facts(leaf: Any, rows: int) -> Any:
-    return (leaf.dim(), leaf.dim() > 0 and leaf.shape[0] == rows, leaf.dtype) if isinstance(leaf, Tensor) else type(leaf)
+def _facts(leaf: Any, rows: int) -> tuple[Any, ...]:
+    """Return everything about a part of a batch that a trial may depend on, but for its values and the number of rows."""
+    if not isinstance(leaf, Tensor):
+        return (type(leaf), leaf if isinstance(leaf, bool | int | str) else None)
+    own = leaf.dim() > 0 and leaf.shape[0] == rows
+    return (leaf.dtype, own, tuple(leaf.shape[1:] if own else leaf.shape))
 
 
 def _try(replica: Replica, plain: tuple[Any, dict[str, Any]], rows: int) -> dict[str, bool]:
