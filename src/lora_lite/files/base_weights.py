@@ -90,11 +90,12 @@ def report(plan: Plan, marks: Mapping[str, str], new: list[str], where: object) 
         new: paths of layers that a pretrained file does not hold.
         where: the file.
     """
-    differ = [(t, cfg) for t, cfg in plan.entries if t.path in marks and fingerprint(plan, t, cfg) not in (None, marks[t.path])]
-    derived = [t.path for t, cfg in differ if _derived(plan, t, cfg)]
-    drawn = [t.path for t, cfg in differ if t.path in new and not _derived(plan, t, cfg)]
+    at_stake = [(t, cfg) for t, cfg in plan.entries if t.path in marks and (t.path in new or _derived(plan, t, cfg))]
+    differ = [(t, cfg) for t, cfg in at_stake if fingerprint(plan, t, cfg) not in (None, marks[t.path])]
+    derived = {t.path: type(cfg).__name__ for t, cfg in differ if _derived(plan, t, cfg)}
+    drawn = [t.path for t, _ in differ if t.path not in derived]
     if derived:
-        names = sorted({type(cfg).__name__ for t, cfg in differ if t.path in derived})
+        names = sorted(set(derived.values()))
         warnings.warn(
             f'load: "{where}" was trained on other weights at {listed(derived)}, from which {listed(names)} derived constants. Its outputs '
             "are not those of the training. Load it onto the model that it was trained on, or train it again on this one.",
