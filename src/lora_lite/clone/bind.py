@@ -215,8 +215,8 @@ class Binding:
         if not isinstance(x, Tensor) or not x.dim() or x.shape[0] != rows:
             found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(
-                f'adapt.mixed: at "{self.path}" expected an input with the batch\'s {rows} rows, found {found}, whose rows cannot be told. '
-                "Leave the layer out with exclude_names, or run the members one by one."
+                f'adapt.mixed: at "{self.path}" expected an input with a multiple of {rows} rows whose order is known, found {found}. '
+                "Leave the layer out with exclude_names, or run the members one by one. An index has a number for each row of the batch."
             )
 
     def _apply(self, params: Params, W: Any, x: Any) -> Any:

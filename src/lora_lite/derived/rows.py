@@ -40,12 +40,12 @@ class Followed:
             index: the member of each row; None for `members` equal contiguous groups.
 
         Raises:
-            ValueError: where a target's input is known not to be.
+            ValueError: where a target's input is known not to be, or the rows make no equal groups.
         """
         plain = (dict(batch) if isinstance(batch, Mapping) else batch, dict(kwargs))
         leaves = pytree.tree_leaves_with_path(plain)
         lengths = [len(leaf) for _, leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
-        rows = next((n for n in lengths if n and n % members == 0), members) if index is None else len(index)
+        rows = _rows(lengths, members) if index is None else len(index)
         if rows < 2 or torch.compiler.is_compiling():
             return None, frozenset()
         key = tuple((pytree.keystr(path), *_facts(leaf, rows)) for path, leaf in leaves)
@@ -61,6 +61,17 @@ class Followed:
                 f"grow with them{more}. Leave such layers out with exclude_names, or run the members one by one."
             )
         return rows, frozenset(known)
+
+
+def _rows(lengths: list[int], members: int) -> int:
+    """Return the rows of a batch that come in equal groups, one for each member; of tensors of several lengths the first that can."""
+    found = next((n for n in lengths if n % members == 0), None if lengths else members)
+    if found is None:
+        raise ValueError(
+            f"adapt.mixed: at the batch expected an input with a multiple of {members} rows, found {lengths[0]}. Give each row its member: "
+            "adapt.mixed(stacked, batch, index)."
+        )
+    return found
 
 
 def _facts(leaf: Any, rows: int) -> tuple[Any, ...]:
