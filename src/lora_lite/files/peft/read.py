@@ -22,7 +22,8 @@ from lora_lite.core.tree import Tree, join
 from lora_lite.files.peft import twice, whole
 from lora_lite.files.peft.fields import DEFAULTS, check_fields, resolve
 from lora_lite.files.peft.layers import as_linear, axes_of
-from lora_lite.files.peft.rows import Leaf, Row, rows_of
+from lora_lite.files.peft.row import Leaf, Row
+from lora_lite.files.peft.rows import rows_of
 from lora_lite.layers.find import find
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import as_kinds

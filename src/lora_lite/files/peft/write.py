@@ -23,7 +23,8 @@ from lora_lite.files.peft import twice, whole
 from lora_lite.files.peft.fields import PATTERNS
 from lora_lite.files.peft.layers import as_saved, is_conv1d, is_parameter, unsaved
 from lora_lite.files.peft.read import CONFIG, PREFIX, WEIGHTS
-from lora_lite.files.peft.rows import ROWS, Leaves, Row
+from lora_lite.files.peft.row import Leaves, Row
+from lora_lite.files.peft.rows import ROWS
 from lora_lite.files.peft.tasks import heads_of, task_of
 from lora_lite.variants.full import FullConfig
 from lora_lite.variants.ln_tuning import LNTuningConfig
