@@ -85,3 +85,40 @@ def test_first_call_of_a_thread_while_another_is_in_the_middle_of_one(under):
     assert torch.equal(results["other"], want[1])
     assert not results["other"].requires_grad
     assert torch.allclose(results["main"], want[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("route", ["grad", "vmap", "jvp", "compile", "thread"])
+def test_first_call_may_stand_inside_a_transform(route):
+    """A copy made there outlives the transform: it must hold the frozen tensors themselves."""
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)), torch.randn(3, 8)
+    params = move(ll.build(model, ll.LoRAConfig(r=2)).init())
+    want = torch.func.grad(lambda p: ll.build(model, ll.LoRAConfig(r=2))(p, x).sum())(params)
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    made = []
+
+    def loss(p):
+        return adapt(p, x).sum()
+
+    def first():
+        if route == "vmap":
+            torch.vmap(loss)(ll.stack([params, params]))
+        elif route == "jvp":
+            torch.func.jvp(loss, (params,), (params,))
+        elif route == "compile":
+            assert torch.compile(loss, fullgraph=True, backend="aot_eager")(params).allclose(loss(params))
+        else:
+            torch.func.grad(loss)(params)
+        made.append(adapt._replicas.here())
+
+    if route == "thread":
+        thread = threading.Thread(target=first)
+        thread.start()
+        thread.join()
+    else:
+        first()
+    frozen = [t for t in made[0].module.state_dict(keep_vars=True).values() if not t.is_meta]
+    assert len(frozen) == 4
+    assert not any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in frozen)
+    assert {t.data_ptr() for t in frozen} == {t.data_ptr() for t in model.parameters()}
+    got = torch.func.grad(loss)(params)
+    assert all(torch.equal(got[path][name], leaf) for path, leaves in want.items() for name, leaf in leaves.items())

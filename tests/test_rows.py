@@ -163,3 +163,75 @@ def test_rows_are_tried_once_and_leave_no_trace():
     assert torch.equal(first, adapt.mixed(stacked, torch.ones(4, 6))), "the trial drew nothing from the global generator"
     adapt.mixed(stacked, torch.ones(8, 6))
     assert calls == [1, 2, 1, 2, 4, 4, 8]
+
+
+def patches(rows):
+    """The row of each entry of the vision tower's inputs."""
+    counts = torch.tensor([len(pixels) for _, pixels, _ in rows])
+    return {r"visual\.blocks": torch.arange(len(rows)).repeat_interleave(counts), r"visual\.merger": _merged(counts)}
+
+
+def _merged(counts):
+    return torch.arange(len(counts)).repeat_interleave(counts // 4)  # four patches become one
+
+
+@pytest.mark.parametrize("second", [(4, 4), (8, 4)])
+@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=2), ll.IA3Config(), ll.DoRAConfig(r=2)], ids=lambda cfg: cfg.name)
+def test_row_map_leads_packed_patches_to_their_rows(second, cfg):
+    rows = [picture(4, 4), picture(*second)]
+    adapt = qwen(cfg)
+    params = members(adapt)
+    got = adapt.mixed(ll.stack(params), pictures(rows), [0, 1], row_map=patches(rows)).logits
+    want = torch.cat([adapt(p, pictures([row])).logits for p, row in zip(params, rows)])
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+    def loss(output, batch):
+        return output.logits.square().flatten(1).mean(1)
+
+    each = ll.per_example_grad(adapt, loss, row_map=lambda batch: patches(rows))(params[0], pictures(rows))
+    norms = ll.per_example_norm(adapt, loss, row_map=lambda batch: patches(rows))(params[0], pictures(rows))
+    for k, row in enumerate(rows):
+        _, alone = ll.value_and_grad(lambda p, row=row: loss(adapt(p, pictures([row])), None).sum())(params[0])
+        for got, want in zip(ll.tree_leaves(ll.unstack(each)[k]), ll.tree_leaves(alone)):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(norms[k], torch.cat([g.flatten() for g in ll.tree_leaves(alone)]).norm(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("index", [None, [1, 0, 1, 1]], ids=["groups", "index"])
+@pytest.mark.parametrize(
+    ("form", "places"),
+    [("time first", 1), ("time first and flat", [0, 1, 2, 3] * 5), ("without padding", [0] * 5 + [1] * 3 + [2] * 4 + [3] * 2)],
+)
+def test_row_map_gives_the_forms_that_are_refused_without_it(form, places, index):
+    torch.manual_seed(0)
+    model, x = Toy(form), torch.randn(4, 5, 6)
+    mask = torch.arange(5) < torch.tensor([5, 3, 4, 2])[:, None]
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    params = members(adapt)
+    batch = {"x": x, "mask": mask}
+    with pytest.raises(ValueError, match="second"):
+        adapt.mixed(ll.stack(params), batch, index)
+    whose = [0, 0, 1, 1] if index is None else index
+    want = torch.cat([adapt(params[k], {"x": x[n : n + 1], "mask": mask[n : n + 1]}) for n, k in enumerate(whose)])
+    got = adapt.mixed(ll.stack(params), batch, index, row_map={"second": places})
+    torch.testing.assert_close(got, want)
+    if index is None and form != "without padding":  # whose entries are counted by their values, which the compiler cannot know
+        compiled = torch.compile(lambda p, b: adapt.mixed(p, b, row_map={"second": places}), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(ll.stack(params), batch), want)
+
+
+@pytest.mark.parametrize(
+    ("row_map", "error", "match"),
+    [
+        ({"third": 1}, ValueError, r"expected row_map to name targets, found none for 'third'"),
+        ({"second": [0, 1, 2, 4] * 5}, ValueError, r"rows in 0\.\.3, found 4"),
+        ({"second": [0, -1, 2, 3] * 5}, ValueError, r"rows in 0\.\.3, found -1"),
+        ({"second": [0.5] * 20}, TypeError, r"vector of integers, found torch.float32"),
+        ({"second": [[0, 1, 2, 3]] * 5}, TypeError, r"vector of integers, found torch.int64 of shape \(5, 4\)"),
+        ({"second": [0, 1, 2, 3]}, ValueError, r'at "second" expected an input with 4 entries, as row_map has, found shape \(20, 6\)'),
+    ],
+)
+def test_wrong_row_map_is_refused(row_map, error, match):
+    adapt = ll.build(Toy("time first and flat"), ll.LoRAConfig(r=2))
+    with pytest.raises(error, match=match):
+        adapt.mixed(ll.stack(members(adapt)), torch.randn(4, 5, 6), row_map=row_map)

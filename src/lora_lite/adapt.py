@@ -21,7 +21,7 @@ from lora_lite.core.tree import AnyTree, Tree
 from lora_lite.derived.merge import merge, merge_error
 from lora_lite.derived.mixed import index_of, is_stacked, member_shapes, stacked_size, steered
 from lora_lite.derived.report import count_all, macs_by_target, table
-from lora_lite.derived.rows import Followed
+from lora_lite.derived.rows import Followed, RowMap
 from lora_lite.prepare.derive import layers_of, shared_start
 from lora_lite.prepare.start import generator_for, placed, start_params
 
@@ -72,31 +72,43 @@ class Adapt:
         self._require(params, "adapt")
         return self._replicas.here().adapted(params, batch, kwargs)
 
-    def mixed(self, stacked: AnyTree, batch: Any, index: Tensor | Sequence[int] | None = None, **kwargs: Any) -> Any:
+    def mixed(
+        self,
+        stacked: AnyTree,
+        batch: Any,
+        index: Tensor | Sequence[int] | None = None,
+        *,
+        row_map: RowMap | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Run each row of a batch through its own adapter, the frozen model once.
 
-        Each target's input must have the batch's rows on its first axis, one entry or several for each row. The first batch with
-        rows of a shape is tried: the frozen model runs on its first row, alone and beside itself. Sharded models and compiled calls are
-        not tried.
+        Each target's input must have the batch's rows on its first axis, one entry or several for each row, unless `row_map` says where
+        they are. The first batch with rows of a shape is tried: the frozen model runs on its first row, alone and beside itself. Sharded
+        models and compiled calls are not tried.
 
         Args:
             stacked: a params tree with a leading adapter axis of length K, as `stack` makes it.
             batch: as in a call.
             index: for each row of the batch the number of its adapter, `(rows,)`; None for K equal contiguous groups of rows.
+            row_map: for targets whose input has the rows elsewhere, by a regular expression of their paths: for each entry of the input's
+                first axis the row that it belongs to, `(entries,)`, as for the packed patches of images; or the axis that has the rows,
+                e.g. 1 for a module that takes time first.
             kwargs: further keywords for the model.
 
         Returns:
             The model's output, row `n` as adapter `index[n]` alone would compute it.
 
         Raises:
-            ValueError: where `stacked` does not fit, `index` names no member, or a target's input is not made of the batch's rows.
-            TypeError: where `index` holds no integers.
+            ValueError: where `stacked` does not fit, `index` names no member, `row_map` no target or no row, or a target's input is not
+                made of the batch's rows.
+            TypeError: where `index` or `row_map` holds no integers.
         """
         members = stacked_size(stacked)
         self._require(stacked, "mixed", member_shapes(self.shapes, members))
         leaf = next(leaf for leaves in stacked.values() for leaf in leaves.values())
         replica, index = self._replicas.here(), index_of(index, members, leaf.device)
-        rows = self._followed.rows(replica, batch, kwargs, members, index) if self._plan.sharding is None else (None, frozenset())
+        rows = self._followed.rows(replica, batch, kwargs, members, index, row_map, self._plan.sharding is None)
         return replica.adapted(stacked, batch, kwargs, True, index, rows)
 
     def base(self, batch: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from lora_lite.core.errors import listed
+from lora_lite.core.tree import modules_by_path
 from lora_lite.layers.kind import ADOPTED
 
 
@@ -45,7 +46,7 @@ def refuse_offloaded(model: nn.Module) -> None:
     Raises:
         ValueError: it names the layers.
     """
-    fetched = [path or "the model" for path, module in model.named_modules() if _fetches(vars(module).get("_hf_hook"))]
+    fetched = [path or "the model" for path, module in modules_by_path(model).items() if _fetches(vars(module).get("_hf_hook"))]
     if fetched:
         raise ValueError(
             f"build: expected weights in memory, found layers that accelerate offloads at {listed(fetched)}. Load the model on its "

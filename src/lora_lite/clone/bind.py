@@ -16,8 +16,8 @@ from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import several, tree_faults
 from lora_lite.core.frozen import in_dtype
 from lora_lite.core.plan import Shapes
-from lora_lite.core.tree import AnyTree, Tree
-from lora_lite.layers.kind import ADAPTERS, HOST, Kind, Params, ReadTensor, Variant, first_of, place_of, raw
+from lora_lite.core.tree import AnyTree, Tree, modules_by_path
+from lora_lite.layers.kind import ADAPTERS, HOST, Kind, Params, ReadTensor, Variant, first_of, module_at, place_of, raw
 
 
 class Adapter(nn.Module):
@@ -135,6 +135,7 @@ class Binding:
         index: the member of each row of a mixed batch; None for equal contiguous groups.
         used: whether a call has reached the target.
         rows: of the mixed batch, where the target's input is not known to follow them; None where it is.
+        mapped: where the caller tells of a mixed batch's rows, the axis of the input that has them, or the member of each of its entries.
         watch: sees the inputs of a call of the frozen model, where one is tried.
     """
 
@@ -149,6 +150,7 @@ class Binding:
         self.index: Tensor | None = None
         self.used = self.fast = self.off = self._placed = False
         self.rows: int | None = None
+        self.mapped: Tensor | int | None = None
         self.watch: Callable[[Any], Any] | None = None
 
     def with_adapter(self, adapter: Adapter) -> "Binding":
@@ -216,14 +218,19 @@ class Binding:
             found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(
                 f'adapt.mixed: at "{self.path}" expected an input with a multiple of {rows} rows whose order is known, found {found}. '
-                "Leave the layer out with exclude_names, or run the members one by one. An index has a number for each row of the batch."
+                "Leave the layer out with exclude_names, or run the members one by one, or tell with row_map which rows its entries belong "
+                "to. An index has a number for each row of the batch."
             )
 
     def _apply(self, params: Params, W: Any, x: Any) -> Any:
         if not self.mixed:
             return W.apply(self.variant, params, x)
         try:
-            return W.apply_rows(self.variant, params, x, self.index)
+            if isinstance(self.mapped, int):
+                return W.apply_rows(self.variant, params, x.movedim(self.mapped, 0), self.index).movedim(0, self.mapped)
+            if self.mapped is not None and len(self.mapped) != x.shape[0]:
+                raise ValueError(f"expected an input with {len(self.mapped)} entries, as row_map has, found shape {tuple(x.shape)}.")
+            return W.apply_rows(self.variant, params, x, self.index if self.mapped is None else self.mapped)
         except ValueError as e:
             raise ValueError(f'adapt.mixed: at "{self.path}" {e}') from e
 
@@ -295,7 +302,7 @@ def bind_target(
     clone: nn.Module, path: str, kind: type[Kind], cfg: AdapterConfig, shapes: Mapping[str, tuple[int, ...]], constants: Params, shared: Any
 ) -> Binding:
     """Bind one target of a copy: register its adapter, replace the layer's forward, put stand-ins before weights that the model reads."""
-    host = clone.get_submodule(kind.host(path))
+    host = module_at(clone, kind.host(path))
     W = kind.at(clone, path, dict(constants))
     inside = path[len(kind.host(path)) :].lstrip(".")
     adapter = Adapter.on(host, path, f"{inside}_adapter" if inside else "adapter", shapes, cfg.dtype)
@@ -336,7 +343,7 @@ _HIDDEN = "_lora_lite_hidden"
 
 def adapters(module: nn.Module) -> Iterator[Adapter]:
     """Yield the adapters of a bound copy."""
-    for inner in module.modules():
+    for inner in modules_by_path(module).values():
         if isinstance(inner, Adapter):
             yield inner
         yield from vars(inner).get(ADAPTERS, ())

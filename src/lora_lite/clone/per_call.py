@@ -2,14 +2,34 @@
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lora_lite.clone.bind import Binding
 from lora_lite.clone.state import State, volatile_buffers
+from lora_lite.core.tracing import outside_transforms, while_traced
 from lora_lite.core.tree import AnyTree
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How the inputs of targets follow the rows of a mixed batch.
+
+    Attributes:
+        count: the batch's rows; None where they are not followed.
+        known: the targets whose input is known to be made of them, at its first axis and in their order.
+        mapped: of targets whose input has them elsewhere, the axis that they are on, or the member of each entry of the first axis.
+    """
+
+    count: int | None = None
+    known: frozenset[str] = frozenset()
+    mapped: Mapping[str, Tensor | int] = field(default_factory=dict)
+
+
+_FIRST_AXIS = Rows()
 
 
 class Replica:
@@ -35,12 +55,13 @@ class Replica:
         kwargs: Mapping[str, Any],
         mixed: bool = False,
         index: Tensor | None = None,
-        rows: tuple[int | None, frozenset[str]] = (None, frozenset()),
+        rows: Rows = _FIRST_AXIS,
     ) -> Any:
         """Run the adapted model. For a mixed batch, `index` is the member of each row, and `rows` is as `Followed.rows` returns it."""
         if mixed:
             for path, binding in self.bindings:
-                binding.rows = None if path in rows[1] else rows[0]
+                binding.mapped = rows.mapped.get(path)
+                binding.rows = None if path in rows.known or path in rows.mapped else rows.count
         if self._shared:
             leaves = [{**params[self._shared[p]], **params[p]} if p in self._shared else params[p] for p, _ in self.bindings]
         else:
@@ -113,18 +134,35 @@ class Replicas:
 
     def __init__(self, make: Callable[[], Replica]) -> None:
         self._make = make
-        self.main = make()
+        self._main: Replica | None = None
+        self._lock = threading.Lock()
         self._local = threading.local()
-        self._local.replica = self.main  # the thread that builds keeps the first
+        self._local.builds = True
+        self._prepare = while_traced(lambda: self._settle())
+
+    @property
+    def main(self) -> Replica:
+        """The copy of the thread that builds, made when it is first needed."""
+        self._settle()
+        return cast("Replica", self._main)
 
     def here(self) -> Replica:
         """Return this thread's copy, made at its first call."""
-        if torch.compiler.is_compiling():
-            return self.main  # tracing swaps nothing in for good, and asking for the thread cannot be traced
+        if torch.compiler.is_compiling():  # tracing swaps nothing in for good, and asking for the thread cannot be traced
+            self._prepare()
+            return cast("Replica", self._main)
         replica: Replica | None = getattr(self._local, "replica", None)
         if replica is None:
-            replica = self._local.replica = self._make()
+            replica = self._local.replica = self.main if hasattr(self._local, "builds") else self._new()
         return replica
+
+    def _settle(self) -> None:
+        with self._lock:
+            self._main = self._main or self._new()
+
+    def _new(self) -> Replica:
+        with outside_transforms():
+            return self._make()
 
 
 def arguments(batch: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -6,7 +6,7 @@ shared, hooks among them, since they may hold locks that cannot be copied.
 """
 
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 from lora_lite.clone.accelerate import carry, moves_inputs, runs_class_forward
 from lora_lite.clone.references import PLAIN, References, containers_in
 from lora_lite.core.errors import listed, several
-from lora_lite.core.tree import join
+from lora_lite.core.tree import join, modules_by_path
 from lora_lite.layers.find import adopt, faults
 from lora_lite.layers.kind import ADOPTED, Kind
 
@@ -35,7 +35,7 @@ def clone_module(model: nn.Module, kinds: Sequence[type[Kind]] = ()) -> nn.Modul
         ValueError: for modules whose forward cannot be led to the copy (scripted, compiled or patched by a hook library), and
             quantised layers that hold no quantised weight.
     """
-    _refuse_unfaithful(model, dict(model.named_modules()))
+    _refuse_unfaithful(model, modules_by_path(model))
     unreadable = faults(model, kinds)
     if unreadable:
         raise ValueError(f"build: expected quantised layers that hold their weight quantised, found:\n{several(unreadable)}")
@@ -45,8 +45,7 @@ def clone_module(model: nn.Module, kinds: Sequence[type[Kind]] = ()) -> nn.Modul
 def clone_again(clone: nn.Module, kinds: Sequence[type[Kind]] = ()) -> nn.Module:
     """Copy a private copy, for which the checks of `clone_module` hold already."""
     copies = _copied(clone)
-    for module in copies.values():
-        adopt(module, kinds)
+    adopt(copies.values(), kinds)
     _keep_slow_path(copies.values())
     return copies[id(clone)]
 
@@ -96,55 +95,66 @@ def _parameter(tensor: nn.Parameter, alias: Tensor) -> nn.Parameter:
 
 def _copied(root: nn.Module) -> dict[int, nn.Module]:
     """Copy all modules of a tree. The result maps the `id` of an original to its copy."""
-    named = dict(root.named_modules())
-    modules = list(named.values())
-    copies = {id(module): module.__class__.__new__(module.__class__) for module in modules}
+    named = modules_by_path(root)
+    copies: dict[int, nn.Module] = {id(module): module.__class__.__new__(module.__class__) for module in named.values()}
     tensors: dict[int, Tensor] = {}
     refs = References(copies, lambda tensor: _alias(tensor, tensors, refs))
-    held = [pair for path, module in named.items() for pair in _held(path, module)]
-    own = [c for module in modules for name, value in vars(module).items() if name not in _TABLES for c in containers_in(value)]
-    modules += refs.find(held, own)
-    for module in modules:  # before any is filled: a handle of a hook holds the table that the hook is in
-        state = vars(copies[id(module)])
-        for name, value in vars(module).items():
-            if name in _TABLES:
-                state[name] = refs.copied[id(value)] = type(value)()
-    for module in modules:
-        _fill(copies[id(module)], module, refs)
+    # Each module is gone through once before any is filled: a handle of a hook holds the table that the hook is in.
+    tables, rest = _begun(named.items(), copies, refs)
+    held = [(join(path, name), value) for path, _, name, value in rest]
+    held += [(join(path, place), value) for path, _, name, table in tables for place, value in _of_table(name, table)]
+    outside = refs.find(held, [c for _, _, _, value in rest for c in containers_in(value)])
+    more, others = _begun((("", module) for module in outside), copies, refs)
+    for _, state, name, table in tables + more:
+        state[name].update({k: refs.led(v) for k, v in table.items()} if isinstance(table, Mapping) else table)
+    for _, state, name, value in rest + others:
+        state[name] = refs.led(value)
+    for module in (*named.values(), *outside):
+        _settle(copies[id(module)], module)
     return copies
 
 
-def _held(path: str, module: nn.Module) -> Iterable[tuple[str, Any]]:
-    for name, value in vars(module).items():
-        if name in _HOOKS:
-            yield from ((join(path, name), hook) for hook in value.values())
-        elif name == "_parameters":
-            yield from ((join(path, f"{k}.{own}"), v) for k, p in value.items() if p is not None for own, v in vars(p).items())
-        elif name not in _TABLES and name != "_compiled_call_impl" and not _made_anew(module, name):
-            yield join(path, name), value
+_Found = list[tuple[str, dict[str, Any], str, Any]]
 
 
-def _made_anew(module: nn.Module, name: str) -> bool:
-    """Whether a kind put an attribute into a layer of a private copy, as it will into the copy's own."""
-    return name in ("forward", "_apply") and ADOPTED in vars(module)
+def _begun(named: Iterable[tuple[str, nn.Module]], copies: Mapping[int, nn.Module], refs: References) -> tuple[_Found, _Found]:
+    """Give each copy its tables, empty, and its plain values.
+
+    Returns:
+        What remains of each module, as `(path, the copy's attributes, name, value)`: tables that are not empty, and other attributes.
+    """
+    full, rest = _Found(), _Found()
+    for path, module in named:
+        state, adopted = vars(copies[id(module)]), ADOPTED in vars(module)
+        for name, value in vars(module).items():
+            if type(value) in PLAIN:
+                state[name] = value
+            elif name in _TABLES:
+                state[name] = refs.copied[id(value)] = type(value)()
+                if value:
+                    full.append((path, state, name, value))
+            elif name != "_compiled_call_impl" and not (adopted and name in _MADE_ANEW):
+                rest.append((path, state, name, value))
+    return full, rest
 
 
-def _fill(copy: nn.Module, module: nn.Module, refs: References) -> None:
+_MADE_ANEW = ("forward", "_apply")
+"""What a kind puts into a layer of a private copy, as it will into the copy's own."""
+
+
+def _of_table(name: str, table: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what a table holds that may lead to a module: hooks, and what libraries keep on parameters."""
+    if name in _HOOKS:
+        yield from ((name, hook) for hook in table.values())
+    elif name == "_parameters":
+        yield from ((f"{k}.{own}", v) for k, p in table.items() if p is not None for own, v in vars(p).items())
+
+
+def _settle(copy: nn.Module, module: nn.Module) -> None:
     state = vars(copy)
-    for name, value in vars(module).items():
-        if _made_anew(module, name):
-            continue
-        if type(value) in PLAIN:
-            state[name] = value
-        elif name in ("_parameters", "_buffers"):
-            state[name].update({k: refs.led(t) for k, t in value.items()})
-        elif isinstance(value, Mapping) and name in _TABLES:
-            state[name].update({k: refs.led(v) for k, v in value.items()})
-        elif name in _TABLES:
-            state[name].update(value)
-        else:
-            state[name] = refs.led(value)
     state["_compiled_call_impl"] = None  # model.compile() leaves the user's own compiled call here
+    if "forward" not in vars(module):
+        return
     if moves_inputs(module):
         carry(copy)
     elif runs_class_forward(module):

@@ -1,6 +1,11 @@
 """Whether something traces or transforms the code that runs."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def transformed() -> bool:
@@ -11,3 +16,16 @@ def transformed() -> bool:
 def in_transform() -> bool:
     """Whether a transform, a compilation or inference mode is active. In inference mode plain autograd records nothing."""
     return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or transformed()
+
+
+@contextmanager
+def outside_transforms() -> Iterator[None]:
+    """Run what outlives a call as if no transform and no tracing mode were active: tensors made inside one are wrapped, and end with it."""
+    with temporarily_clear_interpreter_stack(), _disable_current_modes():
+        yield
+
+
+def while_traced(f: Callable[[], None]) -> Callable[[], None]:
+    """Let the compiler run a function while it traces, instead of tracing it. It is not run again by the compiled code."""
+    f._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, without importing the compiler
+    return f

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Tree = dict[str, dict[str, Tensor]]
 AnyTree = Mapping[str, Mapping[str, Any]]
@@ -12,6 +12,19 @@ AnyTree = Mapping[str, Mapping[str, Any]]
 def join(path: str, name: str) -> str:
     """Join a module path and a name. The root module has the empty path."""
     return f"{path}.{name}" if path else name
+
+
+def modules_by_path(root: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+    """Return what `named_modules` yields, each module once; a build asks a dozen times, and generators in generators take their time."""
+    found: dict[str, nn.Module] = {}
+    seen, todo = set[int](), [(prefix, root)]
+    while todo:
+        path, module = todo.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            found[path] = module
+            todo += [(join(path, name), child) for name, child in reversed(module._modules.items()) if child is not None]
+    return found
 
 
 def flatten(tree: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -5,14 +5,19 @@ cases in which an even division proves nothing. So the frozen model runs on one 
 that came in.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lora_lite.clone.per_call import Replica
+from lora_lite.clone.per_call import Replica, Rows
+from lora_lite.core.errors import listed
+from lora_lite.core.tracing import in_transform
+
+RowMap = Mapping[str, Tensor | Sequence[int] | int]
 
 _CLOSE = 0.1
 """The distance, in norms, of inputs that count as equal: low dtypes round by the size of a batch, and other rows are about 1 away."""
@@ -26,9 +31,16 @@ class Followed:
         self._known: dict[Any, dict[str, bool]] = {}
 
     def rows(
-        self, replica: Replica, batch: Any, kwargs: Mapping[str, Any], members: int, index: Tensor | None
-    ) -> tuple[int | None, frozenset[str]]:
-        """Return the batch's rows and the targets whose input is known to be made of them, at their first axis and in their order.
+        self,
+        replica: Replica,
+        batch: Any,
+        kwargs: Mapping[str, Any],
+        members: int,
+        index: Tensor | None,
+        row_map: RowMap | None = None,
+        tried: bool = True,
+    ) -> Rows:
+        """Return the batch's rows, and the targets whose input is known to be made of them, at their first axis and in their order.
 
         The first batch with rows of a shape runs the frozen model on its first row, alone and beside itself, unless the batch holds
         objects that a run may change, such as a cache. The global random state is put back. What compiles is not tried.
@@ -38,29 +50,60 @@ class Followed:
             batch, kwargs: as in `adapt.mixed`.
             members: of the stack.
             index: the member of each row; None for `members` equal contiguous groups.
+            row_map: what the caller says of targets whose input has the rows elsewhere.
+            tried: whether the model can be tried.
 
         Raises:
-            ValueError: where a target's input is known not to be, or the rows make no equal groups.
+            ValueError: where a target's input is known not to be, the rows make no equal groups, or `row_map` names no target or no row.
+            TypeError: where `row_map` holds no integers.
         """
         plain = (dict(batch) if isinstance(batch, Mapping) else batch, dict(kwargs))
         leaves = pytree.tree_leaves_with_path(plain)
         lengths = [len(leaf) for _, leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
         rows = _rows(lengths, members) if index is None else len(index)
-        if rows < 2 or torch.compiler.is_compiling():
-            return None, frozenset()
+        mapped = _mapped(row_map or {}, [path for path, _ in replica.bindings], rows, members, index)
+        if not tried or rows < 2 or torch.compiler.is_compiling():
+            return Rows(mapped=mapped)
         key = tuple((pytree.keystr(path), *_facts(leaf, rows)) for path, leaf in leaves)
         if key not in self._known:
-            tried = rows in lengths and all(isinstance(leaf, _PLAIN) for _, leaf in leaves)
-            self._known[key] = _try(replica, plain, rows) if tried else {}
+            can = rows in lengths and all(isinstance(leaf, _PLAIN) for _, leaf in leaves)
+            self._known[key] = _try(replica, plain, rows) if can else {}
         known = self._known[key]
-        lost = [path for path, follows in known.items() if not follows]
+        lost = [path for path, follows in known.items() if not follows and path not in mapped]
         if lost:
             more = f", as at {len(lost) - 1} more targets" if lost[1:] else ""
             raise ValueError(
                 f'adapt.mixed: at "{lost[0]}" expected an input whose first axis is made of the batch\'s rows, found one that does not '
-                f"grow with them{more}. Leave such layers out with exclude_names, or run the members one by one."
+                f"grow with them{more}. Leave such layers out with exclude_names, or run the members one by one, or tell "
+                "with row_map where the rows are."
             )
-        return rows, frozenset(known)
+        return Rows(rows, frozenset(known), mapped)
+
+
+def _mapped(row_map: RowMap, paths: Sequence[str], rows: int, members: int, index: Tensor | None) -> dict[str, Tensor | int]:
+    """Return for each target that `row_map` names the axis of the rows, or the member of each entry of its input's first axis."""
+    found: dict[str, Tensor | int] = {}
+    for pattern, places in row_map.items():
+        named = [path for path in paths if re.search(pattern, path)]
+        if not named:
+            raise ValueError(f"adapt.mixed: expected row_map to name targets, found none for {pattern!r}. Targets are {listed(paths)}.")
+        found |= dict.fromkeys(named, places if isinstance(places, int) else _members_of(pattern, places, rows, members, index))
+    return found
+
+
+def _members_of(pattern: str, places: Tensor | Sequence[int], rows: int, members: int, index: Tensor | None) -> Tensor:
+    own = torch.as_tensor(places)
+    if own.dim() != 1 or own.is_floating_point() or own.is_complex() or own.dtype == torch.bool:
+        raise TypeError(
+            f"adapt.mixed: expected row_map to give {pattern!r} an axis, or the row of each entry as a vector of integers, found "
+            f"{own.dtype} of shape {tuple(own.shape)}."
+        )
+    if index is None:
+        index = torch.arange(members, device=own.device).repeat_interleave(rows // members)
+    if own.device.type == "cpu" and not in_transform() and len(own) and not (own.min() >= 0 and own.max() < rows):
+        wrong = own[(own < 0) | (own >= rows)][0]
+        raise ValueError(f"adapt.mixed: expected row_map to give {pattern!r} rows in 0..{rows - 1}, found {int(wrong)}.")
+    return index[own.to(index.device, torch.long)]
 
 
 def _rows(lengths: list[int], members: int) -> int:

@@ -1,13 +1,16 @@
 """The finder for all kinds: the targets that a variant of a site can adapt in a model, by path."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from torch import nn
 
+from lora_lite.core.tree import modules_by_path
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import KINDS, kind_of
 
+T = TypeVar("T")
 Found = dict[str, type[Kind]]
 
 
@@ -21,7 +24,7 @@ def find(model: nn.Module, site: str, kinds: Sequence[type[Kind]] = ()) -> Found
     """
     asked = [kind for kind in (*kinds, *KINDS) if kind.site == site]
     found: Found = {}
-    for path, module in model.named_modules():
+    for path, module in modules_by_path(model).items():
         for kind in asked:
             for place in kind.places(path, module, lambda m: kind_of(m, kinds)):
                 if place == path or path not in found:  # a layer that is a target itself keeps its parameters
@@ -55,19 +58,28 @@ def names(pattern: str, path: str, plain: Sequence[str]) -> bool:
     return not re.search(pattern, region) or not any(re.search(pattern, other) for other in plain)
 
 
-def adopt(module: nn.Module, kinds: Sequence[type[Kind]] = ()) -> None:
-    """Let the kind of a layer in a private copy replace the layer's forward, where its own would not do."""
-    kind = kind_of(module, kinds)
-    if kind is not None:
+def adopt(modules: Iterable[nn.Module], kinds: Sequence[type[Kind]] = ()) -> None:
+    """Let the kinds of layers in a private copy replace the layers' forward, where their own would not do."""
+    for module, kind in _of_kinds_with("adopt", ((module, module) for module in modules), kinds):
         kind.adopt(module)
 
 
 def faults(model: nn.Module, kinds: Sequence[type[Kind]] = ()) -> list[str]:
     """List the layers of a model that their kinds cannot read as they are, each with the way out."""
-    found = [(path, module, kind_of(module, kinds)) for path, module in model.named_modules()]
+    named = ((module, (path, module)) for path, module in modules_by_path(model).items())
     return [
-        f'"{path}" ({type(module).__name__}) {fault}' for path, module, kind in found if kind is not None and (fault := kind.fault(module))
+        f'"{path}" ({type(module).__name__}) {fault}'
+        for (path, module), kind in _of_kinds_with("fault", named, kinds)
+        if (fault := kind.fault(module))
     ]
+
+
+def _of_kinds_with(method: str, modules: Iterable[tuple[nn.Module, T]], kinds: Sequence[type[Kind]]) -> Iterator[tuple[T, type[Kind]]]:
+    """Yield what stands with each module whose kind has a `method` of its own, and the kind: few have, and asking all takes time."""
+    having = [kind for kind in (*kinds, *KINDS) if getattr(kind, method).__func__ is not getattr(Kind, method).__func__]
+    for module, value in modules:
+        if any(kind.fits(module) for kind in having) and (kind := kind_of(module, kinds)) is not None:
+            yield value, kind
 
 
 def packed(module: nn.Module, path: str, kinds: Sequence[type[Kind]] = ()) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_lite.core.frozen import Frozen
 from lora_lite.core.tree import join
-from lora_lite.layers.kind import Kind, Params, Variant, at_identity, on_meta, raw
+from lora_lite.layers.kind import Kind, Params, Variant, at_identity, module_at, on_meta, raw
 
 UNREAD = (nn.RNNBase, nn.RNNCellBase)
 """Classes that reach their parameters by other references than attributes, so that a stand-in would not be read."""
@@ -49,7 +49,7 @@ class ParameterKind(Kind):
 
     @classmethod
     def at(cls, model: nn.Module, path: str, constants: Params | None = None) -> Self:
-        return cls(raw(model.get_submodule(cls.host(path))), constants, path.rpartition(".")[2])
+        return cls(raw(module_at(model, cls.host(path))), constants, path.rpartition(".")[2])
 
     def bind(self, layer: nn.Module, binding: Any) -> None:
         """Leave the module's own forward: it reads the weight."""

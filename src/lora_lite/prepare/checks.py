@@ -11,6 +11,7 @@ from lora_lite.core.errors import listed
 from lora_lite.core.frozen import USES
 from lora_lite.core.plan import Entries, Target
 from lora_lite.layers.find import packed
+from lora_lite.layers.kind import module_at
 from lora_lite.layers.module import refuse_nested
 from lora_lite.prepare.worn import refuse_bound, refuse_worn
 
@@ -40,7 +41,7 @@ def check_entries(model: nn.Module, entries: Entries) -> None:
 
 
 def _strange(model: nn.Module, target: Target) -> bool:
-    layer = model.get_submodule(target.kind.host(target.path))
+    layer = module_at(model, target.kind.host(target.path))
     return not (runs_class_forward(layer) or moves_inputs(layer)) or not target.kind.faithful(layer)
 
 

@@ -36,7 +36,7 @@ def derive(
         with _noted(f'in {type(cfg).__name__}.constants at target "{target.path}"'):
             of = functools.partial(own_constants, cfg, generator=next(generators), stats=stats.get(target.path))
             own = W.make(of)
-        W = target.kind.at(base, target.path, {**common.get(cfg.name, {}), **own})
+        W = W.with_constants({**common.get(cfg.name, {}), **own})
         with _noted(f'in {type(cfg).__name__}.init at target "{target.path}"'):
             params = W.make(functools.partial(own_start, cfg, generator=next(generators)))
         shapes[target.path] = {name: tuple(p.shape) for name, p in params.items()}
@@ -53,6 +53,8 @@ def share(base: nn.Module, entries: Entries) -> tuple[dict[str, Constants], Shap
     common: dict[str, Constants] = {}
     shapes: Shapes = {}
     for cfg in {id(cfg): cfg for _, cfg in entries}.values():
+        if type(cfg).share is AdapterConfig.share and type(cfg).share_init is AdapterConfig.share_init:
+            continue
         layers = layers_of(base, entries, cfg)
         constants = made_on_cpu(cfg.share)(layers)
         params = shared_start(cfg, layers, 0)

@@ -11,6 +11,7 @@ from torch import nn
 from lora_lite.core.config import AdapterConfig, as_config, patterns_of
 from lora_lite.core.errors import listed, require_type
 from lora_lite.core.plan import Target, Targets
+from lora_lite.core.tree import modules_by_path
 from lora_lite.layers.find import asked_for, find, names, unnamed
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import SITES, as_kinds, kind_of
@@ -59,9 +60,9 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[K
         raise ValueError(f'{type(cfg).__name__}.target_names: expected the modules to train, found none. Name them, e.g. r"score$".')
     asked, plain = patterns_of(cfg.target_names), unnamed(known)
     allowed = [path for path in known if not _excluded(path, cfg, plain)]
-    index = block_indices(model, [*everything, *(path for path, _ in model.named_modules())])
-    _check_layers(cfg, {i for path in allowed if (i := index[path]) is not None})
     blocks: Any = cfg.layers
+    index = {} if blocks is None else block_indices(model, [*everything, *(path for path, _ in model.named_modules())])
+    _check_layers(cfg, {i for path in allowed if (i := index.get(path)) is not None})
     in_blocks = [path for path in allowed if blocks is None or index[path] in blocks]
     chosen = [path for path in in_blocks if not asked or _matches(asked, path)]
 
@@ -116,7 +117,7 @@ def _excluded(path: str, cfg: AdapterConfig, plain: Sequence[str]) -> bool:
 def sharing(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Map the path of each module with a shared weight to the paths of the others that have the weight."""
     holders: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
+    for path, module in modules_by_path(model).items():
         weight = module._parameters.get("weight")
         if weight is not None:
             holders.setdefault(id(weight), []).append(path)

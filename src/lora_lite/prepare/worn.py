@@ -8,6 +8,7 @@ from torch import nn
 from lora_lite.clone.bind import adapters
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import listed
+from lora_lite.core.tree import modules_by_path
 from lora_lite.layers.find import names
 
 
@@ -28,7 +29,7 @@ def refuse_bound(model: nn.Module) -> None:
 
 def wrappers(model: nn.Module) -> dict[str, nn.Module]:
     """Find the modules that another library, such as PEFT, has put around layers to adapt them, by path."""
-    return {path: m for path, m in model.named_modules() if _wraps(m)}
+    return {path: m for path, m in modules_by_path(model).items() if _wraps(m)}
 
 
 def _wraps(module: nn.Module) -> bool:
@@ -83,7 +84,7 @@ def refuse_half(model: nn.Module, cfg: AdapterConfig, found: Sequence[str], chos
     taken = tuple(f"{path}." for path in chosen)
     for pattern in cfg.target_names:
         others: list[tuple[str, nn.Module]] = []
-        for path, module in model.named_modules():
+        for path, module in modules_by_path(model).items():
             if not path or path in known or path in inside or path.startswith((*taken, *(f"{p}." for p, _ in others))):
                 continue
             if re.search(pattern, path) and wanted(path) and names(pattern, path, found) and _holds_matrix(module):

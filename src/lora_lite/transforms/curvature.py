@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_lite.adapt import Adapt
 from lora_lite.core.tree import AnyTree, Tree, tree_map
+from lora_lite.derived.rows import RowMap
 from lora_lite.transforms.per_example import LossRows, chunks, per_example_grad, require_size
 
 
@@ -72,13 +73,16 @@ def ggn_vp(model_fn: Callable[[Any], Any], loss_fn: Callable[[Any], Tensor]) -> 
     return product
 
 
-def fisher_diag(adapt: Adapt, loss_rows: LossRows, chunk_size: int | None = None) -> Callable[[AnyTree, Any], Tree]:
+def fisher_diag(
+    adapt: Adapt, loss_rows: LossRows, chunk_size: int | None = None, row_map: Callable[[Any], RowMap] | None = None
+) -> Callable[[AnyTree, Any], Tree]:
     """Make `(params, batch) -> mean over rows of the squared gradients`, the diagonal of the empirical Fisher.
 
     Args:
         adapt: the adapted model.
         loss_rows: `(output, batch) -> (rows,)`, a loss for each row, as for `per_example_grad`.
         chunk_size: how many rows' gradients to hold at once; None for all.
+        row_map: as for `per_example_grad`.
 
     Returns:
         A function of params and batch that gives a tree like `params`.
@@ -91,7 +95,7 @@ def fisher_diag(adapt: Adapt, loss_rows: LossRows, chunk_size: int | None = None
         torch.Size([4, 2])
     """
     require_size(chunk_size, "fisher_diag")
-    grads = per_example_grad(adapt, loss_rows)
+    grads = per_example_grad(adapt, loss_rows, row_map=row_map)
 
     def mean_of_squares(params: AnyTree, batch: Any) -> Tree:
         total, seen = None, 0

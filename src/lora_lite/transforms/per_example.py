@@ -11,12 +11,15 @@ from torch.utils import _pytree as pytree
 from lora_lite.adapt import Adapt
 from lora_lite.core.tracing import in_transform
 from lora_lite.core.tree import AnyTree, Tree, tree_leaves, tree_map
+from lora_lite.derived.rows import RowMap
 from lora_lite.transforms.gradients import value_and_grad
 
 LossRows = Callable[[Any, Any], Tensor]
 
 
-def per_example_grad(adapt: Adapt, loss_rows: LossRows, chunk_size: int | None = None) -> Callable[[AnyTree, Any], Tree]:
+def per_example_grad(
+    adapt: Adapt, loss_rows: LossRows, chunk_size: int | None = None, row_map: Callable[[Any], RowMap] | None = None
+) -> Callable[[AnyTree, Any], Tree]:
     """Make `(params, batch) -> per-example gradients`, in one forward and one backward pass of a mixed batch.
 
     Args:
@@ -24,6 +27,7 @@ def per_example_grad(adapt: Adapt, loss_rows: LossRows, chunk_size: int | None =
         loss_rows: `(output, batch) -> (rows,)`, a loss for each row.
         chunk_size: how many rows to run at once, to save memory; None for all. Every tensor of the batch whose first axis is its rows is
             cut, and `loss_rows` is given the part: it must take labels from there.
+        row_map: from a batch, or a part of it, the `row_map` of `adapt.mixed`, for targets whose input has the rows elsewhere.
 
     Returns:
         A function of params and batch that gives a tree like `params` with a leading axis of rows; of no rows, as a sampler that draws each
@@ -45,13 +49,16 @@ def per_example_grad(adapt: Adapt, loss_rows: LossRows, chunk_size: int | None =
         parts = []
         for part, rows in chunks(batch, chunk_size):
             members = tree_map(lambda p, rows=rows: _each_row(p, rows), params)
-            parts.append(value_and_grad(_total(adapt, loss_rows, part, rows))(members)[1] if rows else tree_map(torch.zeros_like, members))
+            total = _total(adapt, loss_rows, part, rows, row_map)
+            parts.append(value_and_grad(total)(members)[1] if rows else tree_map(torch.zeros_like, members))
         return parts[0] if len(parts) == 1 else _joined(parts)
 
     return grads_by_row
 
 
-def per_example_norm(adapt: Adapt, loss_rows: LossRows, chunk_size: int | None = None) -> Callable[[AnyTree, Any], Tensor]:
+def per_example_norm(
+    adapt: Adapt, loss_rows: LossRows, chunk_size: int | None = None, row_map: Callable[[Any], RowMap] | None = None
+) -> Callable[[AnyTree, Any], Tensor]:
     """Make `(params, batch) -> norms of the per-example gradients`, over the whole tree, without holding the gradients.
 
     A leaf's per-example gradients are squared, summed and freed as soon as the backward pass has made them. So those of about one target
@@ -61,6 +68,7 @@ def per_example_norm(adapt: Adapt, loss_rows: LossRows, chunk_size: int | None =
         adapt: the adapted model, as for `per_example_grad`.
         loss_rows: `(output, batch) -> (rows,)`, a loss for each row.
         chunk_size: how many rows to run at once; None for all.
+        row_map: as for `per_example_grad`.
 
     Returns:
         A function of params and batch that gives `(rows,)`, at least in float32.
@@ -76,7 +84,7 @@ def per_example_norm(adapt: Adapt, loss_rows: LossRows, chunk_size: int | None =
         torch.Size([5])
     """
     require_size(chunk_size, "per_example_norm")
-    grads = per_example_grad(adapt, loss_rows)
+    grads = per_example_grad(adapt, loss_rows, row_map=row_map)
 
     def norms(params: AnyTree, batch: Any) -> Tensor:
         found = []
@@ -84,7 +92,7 @@ def per_example_norm(adapt: Adapt, loss_rows: LossRows, chunk_size: int | None =
             if in_transform() or not rows:
                 squares = [_squares(grad) for grad in tree_leaves(grads(params, part))]
             else:
-                squares = _squares_as_made(params, _total(adapt, loss_rows, part, rows), rows)
+                squares = _squares_as_made(params, _total(adapt, loss_rows, part, rows, row_map), rows)
             found.append(torch.stack(squares).sum(0).sqrt())
         return torch.cat(found)
 
@@ -127,9 +135,9 @@ def _each_row(p: Tensor, rows: int) -> Tensor:
     return p.unsqueeze(0).expand(rows, *p.shape)
 
 
-def _total(adapt: Adapt, loss_rows: LossRows, batch: Any, rows: int) -> Callable[[Tree], Tensor]:
+def _total(adapt: Adapt, loss_rows: LossRows, batch: Any, rows: int, row_map: Callable[[Any], RowMap] | None) -> Callable[[Tree], Tensor]:
     def total(members: Tree) -> Tensor:
-        losses = loss_rows(adapt.mixed(members, batch), batch)
+        losses = loss_rows(adapt.mixed(members, batch, row_map=row_map and row_map(batch)), batch)
         if losses.shape != (rows,):
             raise ValueError(
                 f"per_example_grad: expected loss_rows to return shape ({rows},), found {tuple(losses.shape)}. Give each row its "

@@ -33,6 +33,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.core import AdapterConfig, Even, Frozen, Params, checked, require_divisor
+from lora_lite.core.linalg import fixed
 
 SIZES = {"road_1": 1, "road_2": 2, "road_4": 4}
 """Each variant of ROAD, with the number of angles it has for a pair of outputs."""
@@ -55,9 +56,11 @@ def rotation(params: ROADParams, variant: str, group_size: int) -> tuple[Tensor,
     (t_cos, t_sin), (a_cos, _), (g_cos, g_sin) = (t.chunk(2, 1) if variant == "road_4" else (t, t) for t in (theta, a, gain))
     half = (0.5 * t_cos).sin()
     c = torch.addcmul(a_cos, g_cos * half, half, value=-2)
-    s = g_sin * t_sin.sin()
-    first, second = (s, s) if variant == "road_1" else s.chunk(2, 1)
-    return c, torch.cat((-first, second), 1)
+    return c, g_sin * t_sin.sin() * fixed(_signs, 2, theta.device)
+
+
+def _signs(size: int, device: torch.device) -> Tensor:
+    return torch.tensor([[-1.0], [1.0]], device=device)
 
 
 @checked
