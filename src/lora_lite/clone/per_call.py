@@ -16,7 +16,7 @@ from lora_lite.core.tree import AnyTree
 
 @dataclass(frozen=True)
 class Rows:
-    """How the inputs of targets follow the rows of a mixed batch.
+    """The rows of a mixed batch, as the inputs of targets follow them.
 
     Attributes:
         count: the batch's rows; None where they are not followed.

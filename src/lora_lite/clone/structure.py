@@ -118,7 +118,7 @@ _Found = list[tuple[str, dict[str, Any], str, Any]]
 
 
 def _begun(named: Iterable[tuple[str, nn.Module]], copies: Mapping[int, nn.Module], refs: References) -> tuple[_Found, _Found]:
-    """Give each copy its tables, empty, and its plain values.
+    """Begin each copy with its tables, empty, and its plain values.
 
     Returns:
         What remains of each module, as `(path, the copy's attributes, name, value)`: tables that are not empty, and other attributes.
@@ -139,11 +139,11 @@ def _begun(named: Iterable[tuple[str, nn.Module]], copies: Mapping[int, nn.Modul
 
 
 _MADE_ANEW = ("forward", "_apply")
-"""What a kind puts into a layer of a private copy, as it will into the copy's own."""
+"""The attributes that a kind puts into a layer of a private copy, as it will into the copy's own."""
 
 
 def _of_table(name: str, table: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what a table holds that may lead to a module: hooks, and what libraries keep on parameters."""
+    """Yield the parts of a table that may lead to a module: hooks, and attributes that libraries keep on parameters."""
     if name in _HOOKS:
         yield from ((name, hook) for hook in table.values())
     elif name == "_parameters":

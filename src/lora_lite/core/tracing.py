@@ -20,7 +20,7 @@ def in_transform() -> bool:
 
 @contextmanager
 def outside_transforms() -> Iterator[None]:
-    """Run what outlives a call as if no transform and no tracing mode were active: tensors made inside one are wrapped, and end with it."""
+    """Suspend transforms and tracing modes, to make what outlives a call: tensors made inside one are wrapped, and end with it."""
     with temporarily_clear_interpreter_stack(), _disable_current_modes():
         yield
 

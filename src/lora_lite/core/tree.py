@@ -15,7 +15,7 @@ def join(path: str, name: str) -> str:
 
 
 def modules_by_path(root: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
-    """Return what `named_modules` yields, each module once; a build asks a dozen times, and generators in generators take their time."""
+    """Return the modules that `named_modules` yields. A build asks a dozen times, and generators in generators take their time."""
     found: dict[str, nn.Module] = {}
     seen, todo = set[int](), [(prefix, root)]
     while todo:

@@ -75,7 +75,7 @@ def faults(model: nn.Module, kinds: Sequence[type[Kind]] = ()) -> list[str]:
 
 
 def _of_kinds_with(method: str, modules: Iterable[tuple[nn.Module, T]], kinds: Sequence[type[Kind]]) -> Iterator[tuple[T, type[Kind]]]:
-    """Yield what stands with each module whose kind has a `method` of its own, and the kind: few have, and asking all takes time."""
+    """Yield the value beside each module whose kind has a `method` of its own, and the kind. Few have, and asking all takes time."""
     having = [kind for kind in (*kinds, *KINDS) if getattr(kind, method).__func__ is not getattr(Kind, method).__func__]
     for module, value in modules:
         if any(kind.fits(module) for kind in having) and (kind := kind_of(module, kinds)) is not None:
