@@ -194,6 +194,9 @@ class Adapt:
     def steer(self, params: Mapping[str, Mapping[str, Tensor]], c: float | Tensor) -> Tree:
         """Return the params at strength `c`, 0 for the base model and 1 for the adapter. Differentiable in `c` and `params`.
 
+        Each variant scales what its mathematics asks for: LoRA's update is `c` times as large, a rotation turns by `c` times its angle. `c`
+        times every leaf is another thing: it scales LoRA's `B A` by `c * c`, so that -1 does nothing.
+
         Args:
             params: a params tree, or a stack of K of them.
             c: a number or a scalar tensor; or `(K,)`, a strength for each member of the stack. One tree at `(K,)` strengths gives a
@@ -212,6 +215,13 @@ class Adapt:
             >>> stacked = ll.stack([adapt.init(seed=0), adapt.init(seed=1)])
             >>> adapt.mixed(adapt.steer(stacked, torch.tensor([0.5, -1.0])), torch.randn(6, 8)).shape
             torch.Size([6, 4])
+            >>> params = ll.tree_map(torch.ones_like, adapt.init())  # as after training
+            >>> x = torch.eye(8)
+            >>> update = adapt(params, x) - adapt.base(x)
+            >>> for tree in adapt.steer(params, -1.0), ll.tree_map(lambda p: -p, params):
+            ...     print(round(float(((adapt(tree, x) - adapt.base(x)) / update).mean()), 3))
+            -1.0
+            1.0
         """
         members = stacked_size(params) if is_stacked(params, self.shapes) else None
         self._require(params, "steer", None if members is None else member_shapes(self.shapes, members))
