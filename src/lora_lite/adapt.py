@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.clone.assemble import bound_copy, trainable_copy
-from lora_lite.clone.bind import bare, read_params, require_fit, whole
+from lora_lite.clone.bind import bare, bindings, read_params, require_fit, whole
 from lora_lite.clone.fsdp import ShardedReplicas, Sharding, shard_plan
 from lora_lite.clone.per_call import Replica, Replicas
 from lora_lite.clone.structure import clone_again
-from lora_lite.core.config import AdapterConfig
+from lora_lite.core.config import AdapterConfig, departures
+from lora_lite.core.errors import listed
 from lora_lite.core.frozen import Constants
 from lora_lite.core.plan import Plan, Shapes, Targets
 from lora_lite.core.tree import AnyTree, Tree
@@ -58,7 +59,8 @@ class Adapt:
         """Run the adapted model.
 
         Args:
-            params: a tree as `init` makes it; leaves may be of any floating dtype.
+            params: a tree as this `adapt.init` makes it; leaves may be of any floating dtype. It belongs to this `adapt` and those of equal
+                configs: its shapes say the rank, but not `alpha`, so that another's tree runs at another scale.
             batch: a mapping (`model(**batch)`), a tuple or list (`model(*batch)`) or a tensor (`model(batch)`).
             kwargs: further keywords for the model.
 
@@ -143,16 +145,25 @@ class Adapt:
         process must call this.
 
         Raises:
-            ValueError: where `module` is not one.
+            ValueError: where `module` is not one, or was made under other configs, such as another `alpha`.
         """
         module = bare(module)
         try:
-            return read_params(module, self._plan.shapes, whole)
+            found = read_params(module, self._plan.shapes, whole)
         except AttributeError as e:
             raise ValueError(
                 f"adapt.params: expected a module made by this adapt.module(params), found {type(module).__name__} without its "
                 f"params ({e}). Pass the module itself, not the model it was built from."
             ) from e
+        bound = bindings(module)
+        other = {target.path: (cfg, bound[target.path].cfg) for target, cfg in self._plan.entries if target.path in bound}
+        for path, (own, its) in other.items():
+            if its != own and (differ := departures(own, its)):
+                raise ValueError(
+                    f'adapt.params: expected a module made by this adapt.module(params), found one of another config at "{path}": '
+                    f"{listed(differ)}. Its params mean another update here: read them with the adapt that made it."
+                )
+        return found
 
     def merge(self, params: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Return the merged weights and biases of the targets as a state dict. The model is not touched.
