@@ -155,6 +155,45 @@ def test_foreign_checkpoint_is_an_error(tmp_path):
     assert_trees_equal(trainer.params(), fresh)
 
 
+@pytest.mark.parametrize(
+    ("cfg", "said"),
+    [
+        (ll.LoRAConfig(r=4, alpha=64), r"LoRAConfig\.alpha=64, 16\.0 there"),
+        (ll.LoRAConfig(r=4, rslora=True), r"LoRAConfig\.rslora=True, False there"),
+        (ll.EVAConfig(r=4), "EVAConfig, LoRAConfig there"),
+    ],
+)
+def test_checkpoint_of_another_scale_is_an_error(tmp_path, cfg, said):
+    """The trees have the same shapes: what they mean is in the config alone."""
+    model, adapt, params = started(ll.LoRAConfig(r=4))
+    trainer_of("adapter", adapt, params, arguments(tmp_path)).train()
+    other = ll.build(model, cfg, calibration=[{"input_ids": rows(2)[0]["input_ids"][None]}] if cfg.calibrated else None)
+    trainer = trainer_of("adapter", other, other.init(), arguments(tmp_path))
+    with pytest.raises(
+        ValueError, match=rf"AdapterTrainer: expected the configs of .*found others: .*{said}.*ll\.load\(model, that file\)"
+    ):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_run_resumes_with_another_dropout_and_another_way_to_name_its_layers(tmp_path):
+    model, adapt, params = started(ll.LoRAConfig(r=4))
+    trainer = trainer_of("adapter", adapt, params, arguments(tmp_path))
+    trainer.train()
+    other = ll.build(model, ll.LoRAConfig(r=4, dropout=0.5, target_names="."))  # every layer
+    resumed = trainer_of("adapter", other, other.init(), arguments(tmp_path))
+    resumed.train(resume_from_checkpoint=True)
+    assert_trees_equal(resumed.params(), trainer.params())
+
+
+def test_module_of_another_scale_is_not_read():
+    model, adapt, params = started(ll.LoRAConfig(r=4))
+    other = ll.build(model, ll.LoRAConfig(r=4, alpha=4))
+    with pytest.raises(ValueError, match=r"adapt\.params: .*another config at .*LoRAConfig\.alpha=4, 16\.0 there.*that made it"):
+        other.params(adapt.module(params))
+    same = ll.build(model, ll.LoRAConfig(r=4, dropout=0.5))
+    assert_trees_equal(same.params(adapt.module(params)), params)
+
+
 def test_model_that_calls_itself_quantised_is_trained(tmp_path):
     model, _, _ = started()
     model.is_quantized, model.hf_quantizer = True, types.SimpleNamespace(is_trainable=True)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.clone.assemble import bound_copy, trainable_copy
-from lora_lite.clone.bind import bare, read_params, require_fit, whole
+from lora_lite.clone.bind import bare, bindings, read_params, require_fit, whole
 from lora_lite.clone.fsdp import ShardedReplicas, Sharding, shard_plan
 from lora_lite.clone.per_call import Replica, Replicas
 from lora_lite.clone.structure import clone_again
-from lora_lite.core.config import AdapterConfig
+from lora_lite.core.config import AdapterConfig, departures
+from lora_lite.core.errors import listed
 from lora_lite.core.frozen import Constants
 from lora_lite.core.plan import Plan, Shapes, Targets
 from lora_lite.core.tree import AnyTree, Tree
@@ -58,7 +59,8 @@ class Adapt:
         """Run the adapted model.
 
         Args:
-            params: a tree as `init` makes it; leaves may be of any floating dtype.
+            params: a tree as this `adapt.init` makes it; leaves may be of any floating dtype. It belongs to this `adapt` and those of equal
+                configs: its shapes say the rank, but not `alpha`, so that another's tree runs at another scale.
             batch: a mapping (`model(**batch)`), a tuple or list (`model(*batch)`) or a tensor (`model(batch)`).
             kwargs: further keywords for the model.
 
@@ -155,16 +157,25 @@ class Adapt:
         process must call this.
 
         Raises:
-            ValueError: where `module` is not one.
+            ValueError: where `module` is not one, or was made under other configs, such as another `alpha`.
         """
         module = bare(module)
         try:
-            return read_params(module, self._plan.shapes, whole)
+            found = read_params(module, self._plan.shapes, whole)
         except AttributeError as e:
             raise ValueError(
                 f"adapt.params: expected a module made by this adapt.module(params), found {type(module).__name__} without its "
                 f"params ({e}). Pass the module itself, not the model it was built from."
             ) from e
+        bound = bindings(module)
+        other = {target.path: (cfg, bound[target.path].cfg) for target, cfg in self._plan.entries if target.path in bound}
+        for path, (own, its) in other.items():
+            if its != own and (differ := departures(own, its)):
+                raise ValueError(
+                    f'adapt.params: expected a module made by this adapt.module(params), found one of another config at "{path}": '
+                    f"{listed(differ)}. Its params mean another update here: read them with the adapt that made it."
+                )
+        return found
 
     def merge(self, params: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Return the merged weights and biases of the targets as a state dict. The model is not touched.
@@ -206,6 +217,9 @@ class Adapt:
     def steer(self, params: Mapping[str, Mapping[str, Tensor]], c: float | Tensor) -> Tree:
         """Return the params at strength `c`, 0 for the base model and 1 for the adapter. Differentiable in `c` and `params`.
 
+        Each variant scales what its mathematics asks for: LoRA's update is `c` times as large, a rotation turns by `c` times its angle. `c`
+        times every leaf is another thing: it scales LoRA's `B A` by `c * c`, so that -1 does nothing.
+
         Args:
             params: a params tree, or a stack of K of them.
             c: a number or a scalar tensor; or `(K,)`, a strength for each member of the stack. One tree at `(K,)` strengths gives a
@@ -224,6 +238,13 @@ class Adapt:
             >>> stacked = ll.stack([adapt.init(seed=0), adapt.init(seed=1)])
             >>> adapt.mixed(adapt.steer(stacked, torch.tensor([0.5, -1.0])), torch.randn(6, 8)).shape
             torch.Size([6, 4])
+            >>> params = ll.tree_map(torch.ones_like, adapt.init())  # as after training
+            >>> x = torch.eye(8)
+            >>> update = adapt(params, x) - adapt.base(x)
+            >>> for tree in adapt.steer(params, -1.0), ll.tree_map(lambda p: -p, params):
+            ...     print(round(float(((adapt(tree, x) - adapt.base(x)) / update).mean()), 3))
+            -1.0
+            1.0
         """
         members = stacked_size(params) if is_stacked(params, self.shapes) else None
         self._require(params, "steer", None if members is None else member_shapes(self.shapes, members))
@@ -304,9 +325,22 @@ class Adapt:
     def _macs(self) -> dict[str, int]:
         return macs_by_target(self._plan)
 
-    def summary(self) -> str:
-        """Return a table of path, role, shape, variant, params and multiply-adds per token, with a total."""
-        return table(self._plan, self._macs)
+    def summary(self, full: bool = False) -> str:
+        """Return a table of path, role, shape, variant, params and multiply-adds per token, with totals and the trained share of the model.
+
+        Args:
+            full: a line for each target. Else those whose paths differ only in numbers, such as the same layer of each block, share one.
+
+        Example:
+            >>> import torch, lora_lite as ll
+            >>> blocks = [torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU()) for _ in range(4)]
+            >>> print(ll.build(torch.nn.Sequential(*blocks), ll.LoRAConfig(r=2)).summary())
+            path       role    (o, i)    variant  count  params  MACs/token
+            *.0        reader  (64, 64)  lora         4   1,024       1,024
+            4 targets                                 4   1,024       1,024
+            6.15% of the model's 16,640 params
+        """
+        return table(self._plan, self._macs, full)
 
     def __repr__(self) -> str:
         variants = ", ".join(sorted({cfg.name for cfg in self.configs}))

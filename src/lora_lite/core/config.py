@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from lora_lite.core.documented import with_inherited
 from lora_lite.core.errors import listed, nearest
 from lora_lite.core.fields import at, check_fields, refuse_unknown
 from lora_lite.core.frozen import USES, Constants, Frozen, Params
@@ -74,6 +75,11 @@ class AdapterConfig:
     macs: ClassVar[str | None] = None
 
     __signature__: ClassVar[Any] = _OfInit()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Complete the docstring: `help` of a config is the documentation of all its fields."""
+        super().__init_subclass__(**options)
+        cls.__doc__ = with_inherited(cls) or cls.__doc__
 
     def __new__(cls, *args: Any, **fields: Any) -> Self:
         refuse_unknown(cls, fields)
@@ -246,6 +252,22 @@ def to_json(cfg: AdapterConfig) -> dict[str, Any]:
                 f"{at(cfg, name)} a value that a file can hold, found {value!r} ({e}). Keep the name of it in the field."
             ) from e
     return {**fields, "name": cfg.name}
+
+
+def departures(own: AdapterConfig, other: AdapterConfig) -> list[str]:
+    """List the fields in which `other` would make another function of the same params than `own`, or the variant where that is another.
+
+    A tree's shapes say its rank, but not its `alpha`. Left out are the fields that all configs share, since the tree itself says where a
+    variant acts and in which dtype, and `dropout`, which is no part of the trained function.
+    """
+    if own is other:
+        return []
+    if own.name != other.name:
+        return [f"{type(own).__name__}, {type(other).__name__} there"]
+    left_out = {"dropout", *(f.name for f in dataclasses.fields(AdapterConfig))}
+    here, there = (json.loads(json.dumps({k: v for k, v in to_json(cfg).items() if k not in left_out})) for cfg in (own, other))
+    fields = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    return [f"{type(own).__name__}.{name}={here.get(name)!r}, {there.get(name)!r} there" for name in fields]
 
 
 def from_json(cls: type, fields: Mapping[str, Any]) -> AdapterConfig:

@@ -49,12 +49,19 @@ def tree_map(
 ) -> dict[str, dict[str, Any]]:
     """Apply `f` to the corresponding leaves of one or several params trees. The keys are those of the first.
 
+    Gradients and the steps of an optimiser are mapped so. An adapter's strength is not: most leaves are factors of the update. Minus a LoRA
+    tree is the same update, half of it is a quarter, and the mean of two is not the mean of their updates. `adapt.steer` scales an update.
+
     Example:
         >>> import torch, lora_lite as ll
         >>> params = {"0": {"g": torch.ones(2)}}
         >>> grads = {"0": {"g": torch.full((2,), 2.0)}}
         >>> ll.tree_map(lambda p, g: p - 0.5 * g, params, grads)
         {'0': {'g': tensor([0., 0.])}}
+        >>> A, B = torch.ones(1, 2), torch.full((2, 1), 8.0)
+        >>> half = ll.tree_map(lambda p: 0.5 * p, {"0": {"A": A, "B": B}})["0"]
+        >>> (half["B"] @ half["A"] / (B @ A)).unique()
+        tensor([0.2500])
     """
     return {
         path: {name: f(leaf, *(other[path][name] for other in others)) for name, leaf in leaves.items()} for path, leaves in tree.items()

@@ -16,6 +16,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from lora_lite.adapt import Adapt
 from lora_lite.clone.bind import write_params
+from lora_lite.core.config import departures
 from lora_lite.core.errors import listed
 from lora_lite.core.tree import Tree
 from lora_lite.files.adapter_file import load, save
@@ -73,11 +74,18 @@ class AdapterSaving:
         """Fill the module with the adapter of a checkpoint.
 
         Raises:
-            ValueError: where the checkpoint's constants are others: derived from other weights or other calibration data.
+            ValueError: where the checkpoint's configs are others, or its constants: derived from other weights or other calibration data.
         """
         file, plan = Path(resume_from_checkpoint) / ADAPTER_FILE, self.adapt._plan
         other, params = load(plan.base, file, variants=list(map(type, self.adapt.configs)), kinds=plan.kinds)
         self.adapt._require(params, "AdapterTrainer")
+        there = dict(zip((t.path for t in other.targets), other.configs))
+        fields = [d for target, cfg in zip(self.adapt.targets, self.adapt.configs) for d in departures(cfg, there[target.path])]
+        if fields:
+            raise ValueError(
+                f'AdapterTrainer: expected the configs of "{file}", found others: {listed(dict.fromkeys(fields))}. A run resumes under '
+                "its own: use adapt, params = ll.load(model, that file), and train that adapt. Or start a new run from params."
+            )
         differ = [path for path, own in self.adapt.constants.items() if not _same(own, other.constants.get(path, {}))]
         if differ:
             raise ValueError(

@@ -1,5 +1,7 @@
 """The variants that ship. `VARIANTS` is their only list: the public names, `functional` and the documentation follow from it."""
 
+from typing import TYPE_CHECKING
+
 from lora_lite.core.config import AdapterConfig as _AdapterConfig
 from lora_lite.variants.adalora import AdaLoRAConfig as AdaLoRAConfig
 from lora_lite.variants.antipasto import AntiPaSTOConfig as AntiPaSTOConfig
@@ -51,4 +53,5 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "full": FullConfig,
 }
 
-__all__ = sorted(["VARIANTS", *(cls.__name__ for cls in VARIANTS.values())])
+if not TYPE_CHECKING:  # a type checker cannot compute the list, and without one takes the names that are imported as themselves
+    __all__ = sorted(["VARIANTS", *(cls.__name__ for cls in VARIANTS.values())])
