@@ -36,6 +36,8 @@ CASES = (
     Row("lora-bfloat16", ll.LoRAConfig(r=4, dtype=torch.bfloat16)),
     Row("pissa", ll.PiSSAConfig(r=4)),
     Row("pissa-full-rank", ll.PiSSAConfig(r=24, alpha=6.0)),
+    Row("olora", ll.OLoRAConfig(r=4)),
+    Row("olora-full-rank", ll.OLoRAConfig(r=24, alpha=6.0)),
     Row("dora", ll.DoRAConfig(r=4)),
     Row("dora-rslora", ll.DoRAConfig(r=4, alpha=4.0, rslora=True)),
     Row("dora-dropout", ll.DoRAConfig(r=4, dropout=0.3)),

@@ -20,6 +20,7 @@ from lora_lite.variants.lora_ga import LoRAGAConfig as LoRAGAConfig
 from lora_lite.variants.lora_xs import LoRAXSConfig as LoRAXSConfig
 from lora_lite.variants.loreft import LoReFTConfig as LoReFTConfig
 from lora_lite.variants.oft import OFTConfig as OFTConfig
+from lora_lite.variants.olora import OLoRAConfig as OLoRAConfig
 from lora_lite.variants.pissa import PiSSAConfig as PiSSAConfig
 from lora_lite.variants.road import ROADConfig as ROADConfig
 from lora_lite.variants.ssvd import SSVDConfig as SSVDConfig
@@ -49,6 +50,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "loreft": LoReFTConfig,
     "ln_tuning": LNTuningConfig,
     "full": FullConfig,
+    "olora": OLoRAConfig,
 }
 
 __all__ = sorted(["VARIANTS", *(cls.__name__ for cls in VARIANTS.values())])

@@ -41,9 +41,9 @@ def from_peft(
 ) -> tuple[Adapt, Tree]:
     """Read an adapter that PEFT saved and bind it to a model. The package `peft` is not needed.
 
-    LoRA with its patterns and rank-stabilised scale, on embeddings, convolutions and `target_parameters` too, DoRA, PiSSA, IA3, DeLoRA,
-    HRA, ROAD, OFT, VeRA, AdaLoRA and LN-tuning, with `modules_to_save`, which become targets of `FullConfig`. The layers are those that
-    the file of tensors names. Layers with other hyperparameters get a config of their own.
+    LoRA with its patterns and rank-stabilised scale, on embeddings, convolutions and `target_parameters` too, DoRA, PiSSA, OLoRA, IA3,
+    DeLoRA, HRA, ROAD, OFT, VeRA, AdaLoRA and LN-tuning, with `modules_to_save`, which become targets of `FullConfig`. The layers are those
+    that the file of tensors names. Layers with other hyperparameters get a config of their own.
 
     Args:
         model: the model that the adapter was trained on, as it was before PEFT wrapped it.
@@ -83,6 +83,7 @@ def from_peft(
     )
     _require(faults, folder, model)
     chosen = {path: (row, row.config(**values)) for path, (row, values) in _choose(fields, layers).items()}
+    _require(_misread(model, chosen, kinds), folder, model)
     configs = [*_merged_configs(chosen), *whole.configs_of(fields, values)]
     adapt = _with_constants(build(model, configs, remat=remat, kinds=kinds), chosen, layers, shared, fields.get("task_type"))
     theirs = {path: {n: _as_saved(layers[path][leaf.key], leaf) for n, leaf in row.leaves.items()} for path, (row, _) in chosen.items()}
@@ -149,6 +150,12 @@ def _layer_faults(model: nn.Module, layers: Layers, kinds: Sequence[type[Kind]])
             found = type(modules[path]).__name__ if path in modules else f"nothing; closest: {nearest(path, linear)}"
             faults.append(f'"{path}": expected a linear layer, found {found}')
     return faults
+
+
+def _misread(model: nn.Module, chosen: Chosen, kinds: Sequence[type[Kind]]) -> list[str]:
+    linear = find(model, "linear", kinds)
+    reasons = {path: row.misread(linear[path]) for path, (row, _) in chosen.items()}
+    return [f'"{path}": {type(chosen[path][1]).__name__}: {reason}' for path, reason in reasons.items() if reason]
 
 
 def _choose(fields: Mapping[str, Any], layers: Layers) -> dict[str, tuple[Row, dict[str, Any]]]:

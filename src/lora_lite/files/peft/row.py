@@ -1,4 +1,4 @@
-"""What a row of the table of PEFT's methods holds."""
+"""A row of the table of PEFT's methods: how a variant stands in PEFT's files."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import Constants
+from lora_lite.layers.kind import Kind
 
 Fields = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]
@@ -39,6 +40,7 @@ class Row(NamedTuple):
         signs: signs that align PEFT's factors with ours, by param.
         written: config and params as another variant, where PEFT's files hold them so.
         refused: what of a config PEFT cannot express, as the field and the reason.
+        misread: kinds of layers at which PEFT's file has another meaning than the variant, as the reason.
         lists: PEFT's field that names the layers of this variant among those of its type.
         conv1d: whether PEFT adapts transformers' `Conv1D` by it.
     """
@@ -56,5 +58,6 @@ class Row(NamedTuple):
     signs: Callable[[Tensors, Constants], Leaves] = lambda theirs, constants: {}
     written: Callable[[Any, Leaves, Constants], tuple[Any, Leaves]] = lambda cfg, leaves, constants: (cfg, leaves)
     refused: Callable[[Any], str | None] = lambda cfg: None
+    misread: Callable[[type[Kind]], str | None] = lambda kind: None
     lists: str | None = None
     conv1d: bool = False
