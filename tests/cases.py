@@ -38,6 +38,8 @@ CASES = (
     Row("pissa-full-rank", ll.PiSSAConfig(r=24, alpha=6.0)),
     Row("olora", ll.OLoRAConfig(r=4)),
     Row("olora-full-rank", ll.OLoRAConfig(r=24, alpha=6.0)),
+    Row("mica", ll.MiCAConfig(r=4)),
+    Row("mica-rslora-dropout", ll.MiCAConfig(r=4, alpha=3.0, rslora=True, dropout=0.3)),
     Row("dora", ll.DoRAConfig(r=4)),
     Row("dora-rslora", ll.DoRAConfig(r=4, alpha=4.0, rslora=True)),
     Row("dora-dropout", ll.DoRAConfig(r=4, dropout=0.3)),

@@ -16,6 +16,8 @@ from lora_lite.files.peft.rows import ROWS
 
 TOLERANCE = 1e-5  # float32, relative to the largest entry of the update
 EXACT = {
+    "mica",
+    "mica-rslora",
     "vera",
     "adalora",
     "lora",
@@ -76,6 +78,8 @@ THEIRS = {
     "pissa-rslora": _lora(init_lora_weights="pissa", use_rslora=True),
     "olora": _lora(init_lora_weights="olora"),
     "olora-rslora": _lora(init_lora_weights="olora", use_rslora=True),
+    "mica": _lora(init_lora_weights="mica"),
+    "mica-rslora": _lora(init_lora_weights="mica", use_rslora=True, lora_dropout=0.1),
     "ia3": lambda paths, conv1d: peft.IA3Config(target_modules=paths, feedforward_modules=[], fan_in_fan_out=conv1d),
     "ia3-both": lambda _, conv1d: peft.IA3Config(target_modules=f"{OUTPUT}|{INNER}", feedforward_modules=INNER, fan_in_fan_out=conv1d),
     "delora": _plain(peft.DeloraConfig, r=3, rank_pattern={"2": 2}, lambda_pattern={"4": 7}),
@@ -191,6 +195,7 @@ OURS = {
     "dora": ll.DoRAConfig(r=3),
     "pissa": ll.PiSSAConfig(r=3),
     "olora": ll.OLoRAConfig(r=3),
+    "mica": ll.MiCAConfig(r=3),
     "pissa-and-lora": [ll.PiSSAConfig(r=3, target_names="^0$"), ll.LoRAConfig(r=2, target_names="^2$")],
     "ia3-both": [ll.IA3Config(target_names="^[04]$"), ll.IA3FFConfig(target_names="^2$")],
     "ia3-ff": ll.IA3FFConfig(),

@@ -19,6 +19,7 @@ from lora_lite.variants.lora import LoRAConfig as LoRAConfig
 from lora_lite.variants.lora_ga import LoRAGAConfig as LoRAGAConfig
 from lora_lite.variants.lora_xs import LoRAXSConfig as LoRAXSConfig
 from lora_lite.variants.loreft import LoReFTConfig as LoReFTConfig
+from lora_lite.variants.mica import MiCAConfig as MiCAConfig
 from lora_lite.variants.oft import OFTConfig as OFTConfig
 from lora_lite.variants.olora import OLoRAConfig as OLoRAConfig
 from lora_lite.variants.pissa import PiSSAConfig as PiSSAConfig
@@ -51,6 +52,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "ln_tuning": LNTuningConfig,
     "full": FullConfig,
     "olora": OLoRAConfig,
+    "mica": MiCAConfig,
 }
 
 __all__ = sorted(["VARIANTS", *(cls.__name__ for cls in VARIANTS.values())])

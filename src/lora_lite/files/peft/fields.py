@@ -47,7 +47,7 @@ FREE: dict[str, set[str]] = {
 
 OFF: tuple[Any, ...] = (None, False, "none", [], {}, "")
 
-STARTS = (True, False, "gaussian", "orthogonal", "eva", "pissa", "olora")
+STARTS = (True, False, "gaussian", "orthogonal", "eva", "pissa", "olora", "mica")
 """The values of `init_lora_weights` whose files are understood."""
 
 _CONVERT = "Convert it in PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...) writes a plain LoRA."

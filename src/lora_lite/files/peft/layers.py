@@ -141,7 +141,7 @@ def unsaved(model: nn.Module, target: Target, cfg: AdapterConfig) -> str | None:
         return None
     if cfg.name == "ia3":
         return "on a Conv1d: PEFT's IA3 takes images and volumes" if layer.weight.dim() == 3 else None
-    if cfg.name not in ("lora", "dora", "pissa", "olora"):
+    if cfg.name not in ("lora", "dora", "pissa", "olora", "mica"):
         return "on a convolution: PEFT has another definition there, or none"
     if layer.padding_mode != "zeros" or max(layer.dilation) > 1:
         return "on a convolution with dilation or a padding mode, which PEFT's LoRA leaves out"

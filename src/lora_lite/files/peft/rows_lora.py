@@ -17,6 +17,7 @@ from lora_lite.variants.eva import EVAConfig
 from lora_lite.variants.loftq import LoftQConfig
 from lora_lite.variants.lora import LoRAConfig
 from lora_lite.variants.lora_ga import LoRAGAConfig
+from lora_lite.variants.mica import MiCAConfig
 from lora_lite.variants.olora import OLoRAConfig
 from lora_lite.variants.pissa import PiSSAConfig
 
@@ -35,7 +36,7 @@ def _read_pissa(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
     return {"r": lora["r"], "alpha": lora["alpha"] * (math.sqrt(lora["r"]) if lora["rslora"] else 1)}
 
 
-def _write_lora(cfg: LoRAConfig) -> dict[str, Any]:
+def _write_lora(cfg: Any) -> dict[str, Any]:
     alpha = int(cfg.alpha) if float(cfg.alpha).is_integer() else cfg.alpha
     fixed = {"use_dora": isinstance(cfg, DoRAConfig), "init_lora_weights": True}
     return {"r": cfg.r, "lora_alpha": alpha, "use_rslora": cfg.rslora, "lora_dropout": cfg.dropout, **fixed}
@@ -95,6 +96,17 @@ ROWS: dict[str, Row] = {
         written=_as_lora,
         conv1d=True,
         misread=_not_linear,
+    ),
+    "mica": Row(
+        MiCAConfig,
+        "LORA",
+        {"A": Leaf("lora_A.weight", 2)},
+        _read_lora,
+        lambda cfg: {**_write_lora(cfg), "init_lora_weights": "mica"},
+        when=lambda fields, _: fields.get("init_lora_weights") == "mica",
+        constants={"B": Leaf("lora_B.weight", 2)},
+        saved=lambda _, constants: {"B": constants["B"]},
+        conv1d=True,
     ),
     "dora": Row(
         DoRAConfig,
