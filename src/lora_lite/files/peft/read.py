@@ -1,6 +1,7 @@
 """`from_peft`: PEFT's two files as an `adapt` and its params."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -86,7 +87,8 @@ def from_peft(
     _require(_misread(model, chosen, kinds), folder, model)
     configs = [*_merged_configs(chosen), *whole.configs_of(fields, values)]
     adapt = _with_constants(build(model, configs, remat=remat, kinds=kinds), chosen, layers, shared, fields.get("task_type"))
-    theirs = {path: {n: _as_saved(layers[path][leaf.key], leaf) for n, leaf in row.leaves.items()} for path, (row, _) in chosen.items()}
+    held = {path: row.held(functools.partial(getattr, cfg)) for path, (row, cfg) in chosen.items()}
+    theirs = {path: {n: _as_saved(layers[path][leaf.key], leaf) for n, leaf in leaves.items()} for path, leaves in held.items()}
     theirs = {path: row.completed(cfg, theirs[path]) for path, (row, cfg) in chosen.items()}
     shapes = {path: adapt.shapes[path] for path in chosen}
     _require(tree_faults(theirs, shapes) + _field_faults(fields, layers, chosen), folder, model)
@@ -167,8 +169,9 @@ def _choose(fields: Mapping[str, Any], layers: Layers) -> dict[str, tuple[Row, d
     chosen, faults = {}, []
     for path, tensors in layers.items():
         row = next(row for row in rows_of(fields["peft_type"]) if row.when(fields, tensors))
-        wrong = [f'missing "{join(path, key)}"' for key in sorted(_keys(row) - set(tensors))]
-        wrong += [f'unexpected "{join(path, key)}"' for key in sorted(set(tensors) - _keys(row))]
+        keys = _keys(row, fields)
+        wrong = [f'missing "{join(path, key)}"' for key in sorted(keys - set(tensors))]
+        wrong += [f'unexpected "{join(path, key)}"' for key in sorted(set(tensors) - keys)]
         faults += wrong
         if not wrong:
             chosen[path] = row, _values(row, fields, path, tensors)
@@ -179,12 +182,13 @@ def _choose(fields: Mapping[str, Any], layers: Layers) -> dict[str, tuple[Row, d
     return chosen
 
 
-def _keys(row: Row) -> set[str]:
-    return {leaf.key for leaf in (*row.leaves.values(), *row.constants.values())}
+def _keys(row: Row, fields: Mapping[str, Any]) -> set[str]:
+    held = row.held(lambda field: resolve(fields, field, ""))
+    return {leaf.key for leaf in (*held.values(), *row.constants.values())}
 
 
 def _values(row: Row, fields: Mapping[str, Any], path: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    dtypes = [tensors[leaf.key].dtype for leaf in row.leaves.values()]
+    dtypes = [tensor.dtype for tensor in tensors.values()]
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32  # PEFT keeps half precision as float32 too
     return {**row.read(fields, path, tensors), "dtype": dtype, "target_names": (f"^{re.escape(path)}$",), "exclude_names": ()}
 

@@ -15,12 +15,21 @@ Leaves = dict[str, Tensor]
 
 
 class Leaf(NamedTuple):
-    """A tensor of ours in PEFT's file: its key, its number of axes, its neutral value, its shape where ours is flat."""
+    """A tensor of ours in PEFT's file.
+
+    Attributes:
+        key: its name there, after the layer's path.
+        ndim: number of its axes.
+        origin: `(our config, constants)` to PEFT's neutral value.
+        shape: its shape there, where ours is flat.
+        field: the field, of PEFT's config and of ours, without which there is no such tensor.
+    """
 
     key: str
     ndim: int
     origin: Callable[[Any, Constants], Tensor | float] = lambda cfg, constants: 0.0
     shape: tuple[int, ...] | None = None
+    field: str | None = None
 
 
 class Row(NamedTuple):
@@ -61,3 +70,7 @@ class Row(NamedTuple):
     misread: Callable[[type[Kind]], str | None] = lambda kind: None
     lists: str | None = None
     conv1d: bool = False
+
+    def held(self, value: Callable[[str], Any]) -> dict[str, Leaf]:
+        """Return the leaves of a layer by our names, where `value(field)` is that of the config."""
+        return {name: leaf for name, leaf in self.leaves.items() if leaf.field is None or value(leaf.field)}

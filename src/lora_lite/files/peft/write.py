@@ -1,5 +1,6 @@
 """`to_peft`: an adapter and its params as PEFT's two files."""
 
+import functools
 import json
 import os
 import re
@@ -158,7 +159,7 @@ def _written(target: Target, cfg: AdapterConfig, leaves: Leaves, adapt: Adapt) -
     cfg, leaves = ROWS[cfg.name].written(cfg, leaves, constants)
     row = ROWS[cfg.name]
     tensors = {}
-    for name, leaf in row.leaves.items():
+    for name, leaf in row.held(functools.partial(getattr, cfg)).items():
         value = leaves[name].detach() + leaf.origin(cfg, constants)
         tensors[leaf.key] = value.reshape(leaf.shape) if leaf.shape else value
     tensors |= {row.constants[name].key: t for name, t in row.saved(target.i, constants).items()}
