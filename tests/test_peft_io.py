@@ -14,8 +14,14 @@ from transformers.pytorch_utils import Conv1D
 import lora_lite as ll
 from lora_lite.files.peft.rows import ROWS
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*the targeted layer of type Linear has no bias"),  # nothing is merged here
+    pytest.mark.filterwarnings(r"ignore:.*invalid shape. base_model.*lora_B\.bias"),  # PEFT takes every vector for a shard
+]
+
 TOLERANCE = 1e-5  # float32, relative to the largest entry of the update
 EXACT = {
+    "bias",
     "mica",
     "mica-rslora",
     "vera",
@@ -71,6 +77,7 @@ THEIRS = {
     "rslora": _lora(use_rslora=True, lora_dropout=0.1),
     "patterns": _lora(rank_pattern={"0|c_attn": 2}, alpha_pattern={r"2|h\.1\..*c_proj": 5}),
     "gaussian": _lora(init_lora_weights="gaussian"),
+    "bias": _lora(lora_bias=True, use_rslora=True),
     "orthogonal": _lora(init_lora_weights="orthogonal"),
     "dora": _lora(use_dora=True),
     "dora-rslora": _lora(use_dora=True, use_rslora=True),
@@ -192,6 +199,9 @@ OURS = {
     "lora": ll.LoRAConfig(r=3),
     "two-ranks": [ll.LoRAConfig(r=3, target_names="^0$"), ll.LoRAConfig(r=2, alpha=5.5, target_names="^[24]$")],
     "rslora": ll.LoRAConfig(r=3, rslora=True, dropout=0.1, target_names="^[02]$"),
+    "gaussian": ll.LoRAConfig(r=3, start="gaussian"),
+    "orthogonal": ll.LoRAConfig(r=4, start="orthogonal"),
+    "bias": ll.LoRAConfig(r=3, lora_bias=True),
     "dora": ll.DoRAConfig(r=3),
     "pissa": ll.PiSSAConfig(r=3),
     "olora": ll.OLoRAConfig(r=3),

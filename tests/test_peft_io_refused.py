@@ -51,7 +51,7 @@ def folder(tmp_path):
 
 REFUSED = {
     "peft_type": ("LOHA", 'peft_type in .* to be one of "LORA".*found "LOHA"'),
-    "lora_bias": (True, "lora_bias: expected it off, found True"),
+    "lora_bias": (True, r'missing "0\.lora_B\.bias"'),
     "bias": ("all", "bias: expected it off, found 'all'"),
     "modules_to_save": (["4"], 'modules_to_save: expected the tensors of "4", found none'),
     "use_qalora": (True, "use_qalora: expected it off"),
@@ -152,6 +152,7 @@ def _conv1d(i, o):
 
 UNWRITABLE = {
     "no class": (nn.Linear, ll.SSVDConfig(r=2), '"0": SSVDConfig has no class in PEFT'),
+    "bias": (nn.Linear, ll.LoRAConfig(r=2, start="gaussian", lora_bias=True), "LoRAConfig.lora_bias: PEFT has it with its default start"),
     "copy": (nn.Linear, ll.DeLoRAConfig(r=2, init="copy"), 'DeLoRAConfig.start="copy"'),
     "side": (nn.Linear, ll.HRAConfig(r=2, side="out"), 'HRAConfig.side="out"'),
     "conv1d": (_conv1d, ll.HRAConfig(r=2), '"0": HRAConfig on a Conv1D'),

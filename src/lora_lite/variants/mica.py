@@ -18,7 +18,6 @@ Trained per target: `r i`. Needs the dense weight once, at init.
 Departures: signs are fixed as in every SVD here; PEFT's are those of its library. `alpha` defaults to 16, twice PEFT's.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -26,19 +25,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import (
-    AdapterConfig,
-    Constants,
-    Frozen,
-    NonNegative,
-    Params,
-    Probability,
-    Rank,
-    add_low_rank,
-    checked,
-    require_rank,
-    truncated_svd,
-)
+from lora_lite.core import Constants, Frozen, Params, add_low_rank, checked, require_rank, truncated_svd
+from lora_lite.variants.lora import LowRankConfig
 
 
 class MiCAParams(TypedDict):
@@ -61,30 +49,17 @@ def mica(params: MiCAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: floa
 
 
 @dataclass(frozen=True, kw_only=True)
-class MiCAConfig(AdapterConfig):
-    """Config of MiCA.
+class MiCAConfig(LowRankConfig):
+    """Config of MiCA: the fields of LoRA, with the same meanings.
 
     Args:
         r: number of minor directions, from 1 to the smaller width of the layer.
-        alpha: numerator of the scale, dimensionless, >= 0.
-        rslora: divide `alpha` by `sqrt(r)` instead of `r`.
-        dropout: probability of dropping an entry of the adapter's input, in [0, 1), in training mode.
     """
 
     name = "mica"
     uses = frozenset({"output", "project", "dense"})
+    steered = ("A",)
     trained = "r * i"
-    macs = "r * (i + o)"
-
-    r: Rank = 8
-    alpha: NonNegative = 16.0
-    rslora: bool = False
-    dropout: Probability = 0.0
-
-    @property
-    def scale(self) -> float:
-        """The factor of the update, `alpha / r` or `alpha / sqrt(r)`."""
-        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
         require_rank(self, W)

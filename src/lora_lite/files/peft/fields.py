@@ -7,7 +7,10 @@ from typing import Any
 from lora_lite.core.errors import listed, several
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "LORA": {"r": 8, "lora_alpha": 8, "use_rslora": False, "lora_dropout": 0.0, "use_dora": False, "init_lora_weights": True},
+    "LORA": {
+        **{"r": 8, "lora_alpha": 8, "use_rslora": False, "lora_dropout": 0.0, "use_dora": False},
+        **{"init_lora_weights": True, "lora_bias": False},
+    },
     "IA3": {},
     "DELORA": {"r": 8, "delora_lambda": 15, "module_dropout": 0.0},
     "HRA": {"r": 8},

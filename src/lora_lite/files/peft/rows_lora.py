@@ -31,6 +31,17 @@ def _read_lora(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
     }
 
 
+def _read_plain(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
+    start = resolve(fields, "init_lora_weights", path)
+    options = {"start": start if start in ("gaussian", "orthogonal") else "kaiming", "lora_bias": resolve(fields, "lora_bias", path)}
+    return {**_read_lora(fields, path, tensors), **options}
+
+
+def _write_plain(cfg: LoRAConfig) -> dict[str, Any]:
+    start = True if cfg.start == "kaiming" else cfg.start
+    return {**_write_lora(cfg), "init_lora_weights": start, "lora_bias": cfg.lora_bias}
+
+
 def _read_pissa(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
     lora = _read_lora(fields, path, tensors)
     return {"r": lora["r"], "alpha": lora["alpha"] * (math.sqrt(lora["r"]) if lora["rslora"] else 1)}
@@ -38,7 +49,7 @@ def _read_pissa(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
 
 def _write_lora(cfg: Any) -> dict[str, Any]:
     alpha = int(cfg.alpha) if float(cfg.alpha).is_integer() else cfg.alpha
-    fixed = {"use_dora": isinstance(cfg, DoRAConfig), "init_lora_weights": True}
+    fixed = {"use_dora": isinstance(cfg, DoRAConfig), "init_lora_weights": True, "lora_bias": False}
     return {"r": cfg.r, "lora_alpha": alpha, "use_rslora": cfg.rslora, "lora_dropout": cfg.dropout, **fixed}
 
 
@@ -60,6 +71,10 @@ def _as_lora(cfg: PiSSAConfig, leaves: Leaves, constants: Constants) -> tuple[Lo
 
 def _plain_lora(cfg: EVAConfig | LoftQConfig, leaves: Leaves, constants: Constants) -> tuple[LoRAConfig, Leaves]:
     return LoRAConfig(**{name: getattr(cfg, name) for name in ("r", "alpha", "rslora", "dropout", "dtype")}), leaves
+
+
+def _bias_of_start(cfg: LoRAConfig) -> str | None:
+    return "lora_bias: PEFT has it with its default start alone" if cfg.lora_bias and cfg.start != "kaiming" else None
 
 
 def _never(fields: Fields, tensors: Tensors) -> bool:
@@ -117,7 +132,15 @@ ROWS: dict[str, Row] = {
         when=lambda fields, _: bool(fields.get("use_dora")),
         conv1d=True,
     ),
-    "lora": Row(LoRAConfig, "LORA", _LORA, _read_lora, _write_lora, conv1d=True),
+    "lora": Row(
+        LoRAConfig,
+        "LORA",
+        {**_LORA, "b": Leaf("lora_B.bias", 1, field="lora_bias")},
+        _read_plain,
+        _write_plain,
+        refused=_bias_of_start,
+        conv1d=True,
+    ),
     "eva": Row(EVAConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_plain_lora, conv1d=True),
     "corda": Row(CorDAConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_as_lora, conv1d=True),
     "asvd": Row(ASVDConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_as_lora, conv1d=True),
