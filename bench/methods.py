@@ -73,6 +73,8 @@ ROWS: dict[str, Row] = {
     "lora": Row(theirs=_lora, demo={"r": 8, "alpha": 16}, short_rate=1.25e-3),
     "pissa": Row(theirs=partial(_lora, init_lora_weights="pissa"), short_rate=1.25e-3),
     "dora": Row(theirs=partial(_lora, use_dora=True), demo={"r": 8, "alpha": 16}, short_rate=1.25e-3),
+    "olora": Row(theirs=partial(_lora, init_lora_weights="olora")),
+    "mica": Row(theirs=partial(_lora, init_lora_weights="mica")),
     "ia3": Row(theirs=lambda cfg, on: peft.IA3Config(target_modules=on, feedforward_modules=[]), rate=5e-2, short_rate=2.5e-2),
     "ia3_ff": Row(theirs=lambda cfg, on: peft.IA3Config(target_modules=on, feedforward_modules=on), rate=5e-2),
     "delora": Row(theirs=_delora, demo={"r": 8, "lambda0": 4.0, "start": "copy"}),

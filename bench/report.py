@@ -24,7 +24,7 @@ CALLS = """## Calls
 The price of a call, where arithmetic takes next to no time: a chain of narrow layers, ours and PEFT's same method in turn in one
 process, with the same numbers in both. The products by themselves are the least that LoRA's layer could take."""
 """The head of a section that is shown only where there is a results file of it."""
-MARGIN = {"pissa": 1.15, "corda": 1.15, "lora_ga": 1.15, "asvd": 1.15}
+MARGIN = {"pissa": 1.15, "olora": 1.15, "corda": 1.15, "lora_ga": 1.15, "asvd": 1.15}
 """The allowed excess of the increment form over PEFT's residual form: two products for one, for an exact start and quantised bases."""
 
 COPIED = "each a few milliseconds, most of which go into copies of the module tree; PEFT changes the model that it is given"

@@ -65,6 +65,7 @@ WRONG = {
     "not a tensor": (lambda: lora(lora_params(A=[1.0])), "lora", 'params["A"]', "Float", "[1.0] (list)"),
     "another rank in B": (lambda: lora(lora_params(B=draw(O, R + 1))), "lora", 'params["B"]', "o r", "[5, 3]"),
     "a vector for B": (lambda: lora(lora_params(B=draw(O))), "lora", 'params["B"]', "o r", "[5]"),
+    "an optional b by input": (lambda: lora(lora_params(b=draw(I))), "lora", 'params["b"]', '["o"]', "[6]"),
     "params a list": (lambda: lora([draw(R, I)]), "lora", "params", "a mapping with A, B", "list"),
     "W a vector": (lambda: lora(W=draw(I)), "lora", "W", "o i", "[6]"),
     "W an int tensor": (lambda: lora(W=torch.ones(O, I, dtype=torch.int8)), "lora", "W", "Float", "int8[5, 6]"),

@@ -51,7 +51,7 @@ def folder(tmp_path):
 
 REFUSED = {
     "peft_type": ("LOHA", 'peft_type in .* to be one of "LORA".*found "LOHA"'),
-    "lora_bias": (True, "lora_bias: expected it off, found True"),
+    "lora_bias": (True, r'missing "0\.lora_B\.bias"'),
     "bias": ("all", "bias: expected it off, found 'all'"),
     "modules_to_save": (["4"], 'modules_to_save: expected the tensors of "4", found none'),
     "use_qalora": (True, "use_qalora: expected it off"),
@@ -72,18 +72,25 @@ def test_unsupported_field_is_named(folder, field):
         ll.from_peft(_model(), folder)
 
 
-@pytest.mark.parametrize("start", ["corda", "lora_ga", "olora", "pissa_niter_16"])
+@pytest.mark.parametrize("start", ["corda", "lora_ga", "pissa_niter_16"])
 def test_starts_whose_shift_is_not_in_the_file_are_refused_with_what_to_do(folder, start):
     _edit(folder, init_lora_weights=start)
     with pytest.raises(ValueError, match=f"init_lora_weights in .*found '{start}': the start .*path_initial_model_for_weight_conversion"):
         ll.from_peft(_model(), folder)
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
 @pytest.mark.parametrize(("field", "value"), [("use_dora", True), ("lora_dropout", 0.1)])
-def test_options_that_pissa_does_not_have_are_named(folder, field, value):
-    _edit(folder, init_lora_weights="pissa", **{field: value})
-    with pytest.raises(ValueError, match=f'{field} in .* with init_lora_weights="pissa"'):
+def test_options_that_residual_starts_do_not_have_are_named(folder, start, field, value):
+    _edit(folder, init_lora_weights=start, **{field: value})
+    with pytest.raises(ValueError, match=f'{field} in .* with init_lora_weights="{start}"'):
         ll.from_peft(_model(), folder)
+
+
+def test_a_start_that_means_something_else_on_a_layer_is_named(folder):
+    _edit(folder, init_lora_weights="olora")
+    with pytest.raises(ValueError, match=r'"0": OLoRAConfig: PEFT.s start has this meaning in an nn\.Linear alone'):
+        ll.from_peft(_model(lambda i, o: Conv1D(o, i)), folder)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +152,7 @@ def _conv1d(i, o):
 
 UNWRITABLE = {
     "no class": (nn.Linear, ll.SSVDConfig(r=2), '"0": SSVDConfig has no class in PEFT'),
+    "bias": (nn.Linear, ll.LoRAConfig(r=2, start="gaussian", lora_bias=True), "LoRAConfig.lora_bias: PEFT has it with its default start"),
     "copy": (nn.Linear, ll.DeLoRAConfig(r=2, init="copy"), 'DeLoRAConfig.start="copy"'),
     "side": (nn.Linear, ll.HRAConfig(r=2, side="out"), 'HRAConfig.side="out"'),
     "conv1d": (_conv1d, ll.HRAConfig(r=2), '"0": HRAConfig on a Conv1D'),

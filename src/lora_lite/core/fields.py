@@ -100,7 +100,7 @@ OURS = {
 ELSEWHERE = {
     "modules_to_save": "Put a FullConfig(target_names=...) beside it: build(model, [cfg, ll.FullConfig(...)])",
     "use_dora": "Use DoRAConfig",
-    "init_lora_weights": "Each start is a config of its own, e.g. PiSSAConfig or EVAConfig",
+    "init_lora_weights": '"gaussian" and "orthogonal" are a start of LoRAConfig; others are configs of their own, e.g. PiSSAConfig',
     "rank_pattern": "Give layers of another rank a config of their own: build(model, [first, second])",
     "alpha_pattern": "Give layers of another alpha a config of their own: build(model, [first, second])",
     "task_type": "It follows from the model's class",

@@ -18,6 +18,7 @@ from lora_lite.core.linalg import kaiming
 
 Constants = dict[str, Tensor]
 Params = Mapping[str, Tensor]
+Start = Callable[[int, int, int, torch.Generator], tuple[Tensor, Tensor]]
 
 USES = {
     "output": "calls `W(x)`, the layer's own output",
@@ -113,8 +114,13 @@ class Frozen:
         other.constants = dict(constants)
         return other
 
-    def low_rank_start(self, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw the factors of an update that starts at zero: `A (r, i)` uniform within 1/sqrt(i), and `B (o, r)` of zeros."""
+    def low_rank_start(self, r: int, generator: torch.Generator, draw: Start | None = None) -> tuple[Tensor, Tensor]:
+        """Draw the factors of an update that starts at zero: `A (r, i)` uniform within 1/sqrt(i), and `B (o, r)` of zeros.
+
+        A variant that starts elsewhere passes `draw(r, i, o, generator) -> (A, B)`.
+        """
+        if draw is not None:
+            return draw(r, self.in_features, self.out_features, generator)
         return kaiming(r, self.in_features, generator), torch.zeros(self.out_features, r)
 
     def vectors(self, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_lite.core.frozen import Frozen
+from lora_lite.core.frozen import Frozen, Start
 from lora_lite.layers.kind import Kind, Params, Variant
 
 
@@ -78,8 +78,8 @@ class EmbeddingKind(Kind):
             h = h * F.dropout(torch.ones(x.shape, dtype=h.dtype, device=h.device), dropout)[..., None]
         return h
 
-    def low_rank_start(self, r: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw `B` and leave `A` at zero: tokens that training never sees keep a zero column, and so stay as they were."""
+    def low_rank_start(self, r: int, generator: torch.Generator, draw: Start | None = None) -> tuple[Tensor, Tensor]:
+        """Draw `B` and leave `A` at zero, as every start does here: tokens that training never sees so stay as they were."""
         return torch.zeros(r, self.in_features), torch.randn(self.out_features, r, generator=generator)
 
     def vectors(self, x: Tensor) -> Tensor:

@@ -21,7 +21,9 @@ from lora_lite.variants.lora import LoRAConfig as LoRAConfig
 from lora_lite.variants.lora_ga import LoRAGAConfig as LoRAGAConfig
 from lora_lite.variants.lora_xs import LoRAXSConfig as LoRAXSConfig
 from lora_lite.variants.loreft import LoReFTConfig as LoReFTConfig
+from lora_lite.variants.mica import MiCAConfig as MiCAConfig
 from lora_lite.variants.oft import OFTConfig as OFTConfig
+from lora_lite.variants.olora import OLoRAConfig as OLoRAConfig
 from lora_lite.variants.pissa import PiSSAConfig as PiSSAConfig
 from lora_lite.variants.road import ROADConfig as ROADConfig
 from lora_lite.variants.ssvd import SSVDConfig as SSVDConfig
@@ -51,6 +53,8 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "loreft": LoReFTConfig,
     "ln_tuning": LNTuningConfig,
     "full": FullConfig,
+    "olora": OLoRAConfig,
+    "mica": MiCAConfig,
 }
 
 if not TYPE_CHECKING:  # a type checker cannot compute the list, and without one takes the names that are imported as themselves

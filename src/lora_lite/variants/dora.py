@@ -36,7 +36,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.core import Constants, Frozen, Params, add_low_rank, checked, gate
-from lora_lite.variants.lora import LoRAConfig
+from lora_lite.variants.lora import LowRankConfig
 
 
 class DoRAParams(TypedDict):
@@ -78,7 +78,7 @@ def dora(params: DoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: floa
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoRAConfig(LoRAConfig):
+class DoRAConfig(LowRankConfig):
     """Config of DoRA: the fields of LoRA, with the same meanings."""
 
     name = "dora"
@@ -91,7 +91,8 @@ class DoRAConfig(LoRAConfig):
         return row_norms(W)
 
     def init(self, W: Frozen, generator: torch.Generator) -> DoRAParams:
-        return {**super().init(W, generator), "m": torch.zeros(W.out_features)}
+        A, B = W.low_rank_start(self.r, generator)
+        return {"A": A, "B": B, "m": torch.zeros(W.out_features)}
 
     def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
         return dora(params, W, x, scale=self.scale, dropout=self.dropout)

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from lora_lite.core import AdapterConfig, Constants, Frozen, Within, another_start, require_stats
-from lora_lite.variants.lora import LoRAConfig, LoRAParams, lora
+from lora_lite.variants.lora import LoRAParams, LowRankConfig, lora
 
 eva = another_start(lora, "eva")
 
@@ -53,7 +53,7 @@ def redistributed(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EVAConfig(LoRAConfig):
+class EVAConfig(LowRankConfig):
     """Config of EVA: the fields of LoRA, with the same meanings, and those of its start.
 
     Args:

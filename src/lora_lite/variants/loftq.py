@@ -29,13 +29,13 @@ from typing import Any
 import torch
 
 from lora_lite.core import Constants, Frozen, Positive, another_start, require_rank, truncated_svd
-from lora_lite.variants.lora import LoRAConfig, LoRAParams, lora
+from lora_lite.variants.lora import LoRAParams, LowRankConfig, lora
 
 loftq = another_start(lora, "loftq")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoftQConfig(LoRAConfig):
+class LoftQConfig(LowRankConfig):
     """Config of LoftQ: the fields of LoRA, with the same meanings.
 
     Args:

@@ -48,15 +48,18 @@ def principal_factors(W: Frozen, r: int, scale: float) -> Constants:
     return {"A0": (root[:, None] * Vh).to(weight.dtype), "B0": (U * root).to(weight.dtype)}
 
 
-@checked
-def pissa(params: PiSSAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float) -> Float[Tensor, "*b o"]:
-    """Return `W x + b + scale [(B0 + dB) dA + dB A0] x`. The module's docstring has the formula and the shapes."""
-    dA, dB = params["dA"], params["dB"]
-    start = W.constants or principal_factors(W, dA.shape[0], scale)
-    A0, B0 = start["A0"].to(x.dtype), start["B0"].to(x.dtype)
+def increments(params: PiSSAParams, start: Params, W: Frozen, x: Tensor, scale: float) -> Tensor:
+    """Return `W x + b + scale [(B0 + dB) dA + dB A0] x`, the change of a product that starts at `B0 A0`."""
+    dA, dB, A0, B0 = params["dA"], params["dB"], start["A0"].to(x.dtype), start["B0"].to(x.dtype)
     # Both products in one pair of matrices, twice the rank: half the calls for the same arithmetic.
     h = F.linear(x, torch.cat([dA, A0]))  # (*b, 2r)
     return add_low_rank(W(x), h, torch.cat([B0 + dB, dB], dim=1), scale)
+
+
+@checked
+def pissa(params: PiSSAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float) -> Float[Tensor, "*b o"]:
+    """Return `W x + b + scale [(B0 + dB) dA + dB A0] x`. The module's docstring has the formula and the shapes."""
+    return increments(params, W.constants or principal_factors(W, params["dA"].shape[0], scale), W, x, scale)
 
 
 @dataclass(frozen=True, kw_only=True)

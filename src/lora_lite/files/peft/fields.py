@@ -7,7 +7,10 @@ from typing import Any
 from lora_lite.core.errors import listed, several
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "LORA": {"r": 8, "lora_alpha": 8, "use_rslora": False, "lora_dropout": 0.0, "use_dora": False, "init_lora_weights": True},
+    "LORA": {
+        **{"r": 8, "lora_alpha": 8, "use_rslora": False, "lora_dropout": 0.0, "use_dora": False},
+        **{"init_lora_weights": True, "lora_bias": False},
+    },
     "IA3": {},
     "DELORA": {"r": 8, "delora_lambda": 15, "module_dropout": 0.0},
     "HRA": {"r": 8},
@@ -47,12 +50,11 @@ FREE: dict[str, set[str]] = {
 
 OFF: tuple[Any, ...] = (None, False, "none", [], {}, "")
 
-STARTS = (True, False, "gaussian", "orthogonal", "eva", "pissa")
+STARTS = (True, False, "gaussian", "orthogonal", "eva", "pissa", "olora", "mica")
 """The values of `init_lora_weights` whose files are understood."""
 
 _CONVERT = "Convert it in PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...) writes a plain LoRA."
 _SHIFTED = {
-    "olora": "the start that it shifts the base by is not in the file",
     "corda": "the start that it shifts the base by is not in the file, nor can it be derived from the weight alone",
     "lora_ga": "the start that it shifts the base by is not in the file, nor can it be derived from the weight alone",
     "pissa_niter": "the start is of a randomised SVD, which cannot be repeated to the bit",
@@ -93,11 +95,13 @@ def _check_start(fields: Mapping[str, Any], where: object) -> None:
             f'from_peft: expected init_lora_weights in "{where}" to be one of {", ".join(map(repr, STARTS))}, found {start!r}'
             f"{f': {why}' if why else ''}. {fix}"
         )
-    if start == "pissa" and fields.get("use_dora"):
-        raise ValueError(f'from_peft: expected use_dora in "{where}" off with init_lora_weights="pissa", found True. {_CONVERT}')
-    if start == "pissa" and fields.get("lora_dropout"):
+    if start not in ("pissa", "olora"):
+        return
+    if fields.get("use_dora"):
+        raise ValueError(f'from_peft: expected use_dora in "{where}" off with init_lora_weights="{start}", found True. {_CONVERT}')
+    if fields.get("lora_dropout"):
         raise ValueError(
-            f'from_peft: expected lora_dropout in "{where}" to be 0 with init_lora_weights="pissa", which has no dropout here, found '
+            f'from_peft: expected lora_dropout in "{where}" to be 0 with init_lora_weights="{start}", which has no dropout here, found '
             f"{fields['lora_dropout']}. Set it to 0 in the file: outputs in evaluation mode do not depend on it."
         )
 

@@ -22,7 +22,7 @@ from lora_lite.layers.linear import Conv1DKind
 from lora_lite.layers.parameter import ParameterKind
 
 Tensors = dict[str, Tensor]
-A, B, MAGNITUDE, GATE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "ia3_l"
+A, B, BIAS, MAGNITUDE, GATE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector", "ia3_l"
 _EMBEDDING = {"lora_embedding_A": A, "lora_embedding_B": B}
 _WRAPPER = "base_layer."
 
@@ -113,7 +113,7 @@ def as_saved(model: nn.Module, target: Target, tensors: Mapping[str, Tensor], ta
     if issubclass(target.kind, ConvKind):
         kernel: Any = model.get_submodule(target.path).weight
         ones = [1] * (kernel.dim() - 2)
-        shapes = {A: (-1, *kernel.shape[1:]), B: (len(kernel), -1, *ones), GATE: (1, -1, *ones), MAGNITUDE: (1, -1, *ones)}
+        shapes = {A: (-1, *kernel.shape[1:]), B: (len(kernel), -1, *ones), GATE: (1, -1, *ones), MAGNITUDE: (1, -1, *ones), BIAS: (-1,)}
         return {join(target.path, key): t.reshape(shapes[key]) for key, t in tensors.items()}
     if is_parameter(target):
         return _wrapped(model, target, tensors, {t.path for t in targets})
@@ -137,11 +137,13 @@ def unsaved(model: nn.Module, target: Target, cfg: AdapterConfig) -> str | None:
         return "inside nn.MultiheadAttention: PEFT adds the update of its output projection twice"
     if issubclass(target.kind, ParameterKind | EmbeddingKind) and cfg.name != "lora":
         return f"on {'an embedding' if issubclass(target.kind, EmbeddingKind) else 'a parameter'}: PEFT has LoRA alone there"
+    if issubclass(target.kind, ParameterKind | EmbeddingKind) and getattr(cfg, "lora_bias", False):
+        return f"on {'an embedding' if issubclass(target.kind, EmbeddingKind) else 'a parameter'}: PEFT has no lora_bias there"
     if not issubclass(target.kind, ConvKind):
         return None
     if cfg.name == "ia3":
         return "on a Conv1d: PEFT's IA3 takes images and volumes" if layer.weight.dim() == 3 else None
-    if cfg.name not in ("lora", "dora", "pissa"):
+    if cfg.name not in ("lora", "dora", "pissa", "olora", "mica"):
         return "on a convolution: PEFT has another definition there, or none"
     if layer.padding_mode != "zeros" or max(layer.dilation) > 1:
         return "on a convolution with dilation or a padding mode, which PEFT's LoRA leaves out"

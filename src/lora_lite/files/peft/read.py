@@ -1,6 +1,7 @@
 """`from_peft`: PEFT's two files as an `adapt` and its params."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -41,9 +42,9 @@ def from_peft(
 ) -> tuple[Adapt, Tree]:
     """Read an adapter that PEFT saved and bind it to a model. The package `peft` is not needed.
 
-    LoRA with its patterns and rank-stabilised scale, on embeddings, convolutions and `target_parameters` too, DoRA, PiSSA, IA3, DeLoRA,
-    HRA, ROAD, OFT, VeRA, AdaLoRA and LN-tuning, with `modules_to_save`, which become targets of `FullConfig`. The layers are those that
-    the file of tensors names. Layers with other hyperparameters get a config of their own.
+    LoRA with its patterns and rank-stabilised scale, on embeddings, convolutions and `target_parameters` too, DoRA, PiSSA, OLoRA, MiCA,
+    IA3, DeLoRA, HRA, ROAD, OFT, VeRA, AdaLoRA and LN-tuning, with `modules_to_save`, which become targets of `FullConfig`. The layers are
+    those that the file of tensors names. Layers with other hyperparameters get a config of their own.
 
     Args:
         model: the model that the adapter was trained on, as it was before PEFT wrapped it.
@@ -83,9 +84,11 @@ def from_peft(
     )
     _require(faults, folder, model)
     chosen = {path: (row, row.config(**values)) for path, (row, values) in _choose(fields, layers).items()}
+    _require(_misread(model, chosen, kinds), folder, model)
     configs = [*_merged_configs(chosen), *whole.configs_of(fields, values)]
     adapt = _with_constants(build(model, configs, remat=remat, kinds=kinds), chosen, layers, shared, fields.get("task_type"))
-    theirs = {path: {n: _as_saved(layers[path][leaf.key], leaf) for n, leaf in row.leaves.items()} for path, (row, _) in chosen.items()}
+    held = {path: row.held(functools.partial(getattr, cfg)) for path, (row, cfg) in chosen.items()}
+    theirs = {path: {n: _as_saved(layers[path][leaf.key], leaf) for n, leaf in leaves.items()} for path, leaves in held.items()}
     theirs = {path: row.completed(cfg, theirs[path]) for path, (row, cfg) in chosen.items()}
     shapes = {path: adapt.shapes[path] for path in chosen}
     _require(tree_faults(theirs, shapes) + _field_faults(fields, layers, chosen), folder, model)
@@ -151,6 +154,12 @@ def _layer_faults(model: nn.Module, layers: Layers, kinds: Sequence[type[Kind]])
     return faults
 
 
+def _misread(model: nn.Module, chosen: Chosen, kinds: Sequence[type[Kind]]) -> list[str]:
+    linear = find(model, "linear", kinds)
+    reasons = {path: row.misread(linear[path]) for path, (row, _) in chosen.items()}
+    return [f'"{path}": {type(chosen[path][1]).__name__}: {reason}' for path, reason in reasons.items() if reason]
+
+
 def _choose(fields: Mapping[str, Any], layers: Layers) -> dict[str, tuple[Row, dict[str, Any]]]:
     """Find each layer's variant and its config's values.
 
@@ -160,8 +169,9 @@ def _choose(fields: Mapping[str, Any], layers: Layers) -> dict[str, tuple[Row, d
     chosen, faults = {}, []
     for path, tensors in layers.items():
         row = next(row for row in rows_of(fields["peft_type"]) if row.when(fields, tensors))
-        wrong = [f'missing "{join(path, key)}"' for key in sorted(_keys(row) - set(tensors))]
-        wrong += [f'unexpected "{join(path, key)}"' for key in sorted(set(tensors) - _keys(row))]
+        keys = _keys(row, fields)
+        wrong = [f'missing "{join(path, key)}"' for key in sorted(keys - set(tensors))]
+        wrong += [f'unexpected "{join(path, key)}"' for key in sorted(set(tensors) - keys)]
         faults += wrong
         if not wrong:
             chosen[path] = row, _values(row, fields, path, tensors)
@@ -172,12 +182,13 @@ def _choose(fields: Mapping[str, Any], layers: Layers) -> dict[str, tuple[Row, d
     return chosen
 
 
-def _keys(row: Row) -> set[str]:
-    return {leaf.key for leaf in (*row.leaves.values(), *row.constants.values())}
+def _keys(row: Row, fields: Mapping[str, Any]) -> set[str]:
+    held = row.held(lambda field: resolve(fields, field, ""))
+    return {leaf.key for leaf in (*held.values(), *row.constants.values())}
 
 
 def _values(row: Row, fields: Mapping[str, Any], path: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    dtypes = [tensors[leaf.key].dtype for leaf in row.leaves.values()]
+    dtypes = [tensor.dtype for tensor in tensors.values()]
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32  # PEFT keeps half precision as float32 too
     return {**row.read(fields, path, tensors), "dtype": dtype, "target_names": (f"^{re.escape(path)}$",), "exclude_names": ()}
 

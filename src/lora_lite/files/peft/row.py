@@ -1,4 +1,4 @@
-"""A row of the table of PEFT's methods."""
+"""A row of the table of PEFT's methods: how a variant stands in PEFT's files."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import Constants
+from lora_lite.layers.kind import Kind
 
 Fields = Mapping[str, Any]
 Tensors = Mapping[str, Tensor]
@@ -14,12 +15,21 @@ Leaves = dict[str, Tensor]
 
 
 class Leaf(NamedTuple):
-    """A tensor of ours in PEFT's file: its key, its number of axes, its neutral value, its shape where ours is flat."""
+    """A tensor of ours in PEFT's file.
+
+    Attributes:
+        key: its name there, after the layer's path.
+        ndim: number of its axes.
+        origin: `(our config, constants)` to PEFT's neutral value.
+        shape: its shape there, where ours is flat.
+        field: the field, of PEFT's config and of ours, without which there is no such tensor.
+    """
 
     key: str
     ndim: int
     origin: Callable[[Any, Constants], Tensor | float] = lambda cfg, constants: 0.0
     shape: tuple[int, ...] | None = None
+    field: str | None = None
 
 
 class Row(NamedTuple):
@@ -39,6 +49,7 @@ class Row(NamedTuple):
         signs: signs that align PEFT's factors with ours, by param.
         written: config and params as another variant, where PEFT's files hold them so.
         refused: what of a config PEFT cannot express, as the field and the reason.
+        misread: kinds of layers at which PEFT's file has another meaning than the variant, as the reason.
         lists: PEFT's field that names the layers of this variant among those of its type.
         conv1d: whether PEFT adapts transformers' `Conv1D` by it.
     """
@@ -56,5 +67,10 @@ class Row(NamedTuple):
     signs: Callable[[Tensors, Constants], Leaves] = lambda theirs, constants: {}
     written: Callable[[Any, Leaves, Constants], tuple[Any, Leaves]] = lambda cfg, leaves, constants: (cfg, leaves)
     refused: Callable[[Any], str | None] = lambda cfg: None
+    misread: Callable[[type[Kind]], str | None] = lambda kind: None
     lists: str | None = None
     conv1d: bool = False
+
+    def held(self, value: Callable[[str], Any]) -> dict[str, Leaf]:
+        """Return the leaves of a layer by our names, where `value(field)` is that of the config."""
+        return {name: leaf for name, leaf in self.leaves.items() if leaf.field is None or value(leaf.field)}

@@ -12,66 +12,15 @@ import torch.nn.functional as F
 from lora_lite.core.frozen import Constants
 from lora_lite.files.peft.fields import resolve
 from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
+from lora_lite.files.peft.rows_lora import ROWS as ROWS_LORA
 from lora_lite.variants.adalora import AdaLoRAConfig
-from lora_lite.variants.asvd import ASVDConfig
-from lora_lite.variants.corda import CorDAConfig
 from lora_lite.variants.delora import DeLoRAConfig
-from lora_lite.variants.dora import DoRAConfig
-from lora_lite.variants.eva import EVAConfig
 from lora_lite.variants.hra import HRAConfig
 from lora_lite.variants.ia3 import IA3Config
 from lora_lite.variants.ia3_ff import IA3FFConfig
-from lora_lite.variants.loftq import LoftQConfig
-from lora_lite.variants.lora import LoRAConfig
-from lora_lite.variants.lora_ga import LoRAGAConfig
 from lora_lite.variants.oft import OFTConfig
-from lora_lite.variants.pissa import PiSSAConfig
 from lora_lite.variants.road import ROADConfig
 from lora_lite.variants.vera import VeRAConfig
-
-
-def _read_lora(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
-    return {
-        "r": tensors["lora_A.weight"].shape[-2],
-        "alpha": resolve(fields, "lora_alpha", path),
-        "rslora": resolve(fields, "use_rslora", path),
-        "dropout": resolve(fields, "lora_dropout", path),
-    }
-
-
-def _read_pissa(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
-    lora = _read_lora(fields, path, tensors)
-    return {"r": lora["r"], "alpha": lora["alpha"] * (math.sqrt(lora["r"]) if lora["rslora"] else 1)}
-
-
-def _write_lora(cfg: LoRAConfig) -> dict[str, Any]:
-    alpha = int(cfg.alpha) if float(cfg.alpha).is_integer() else cfg.alpha
-    fixed = {"use_dora": isinstance(cfg, DoRAConfig), "init_lora_weights": True}
-    return {"r": cfg.r, "lora_alpha": alpha, "use_rslora": cfg.rslora, "lora_dropout": cfg.dropout, **fixed}
-
-
-def _pissa_signs(theirs: Tensors, constants: Constants) -> Leaves:
-    # Each pair of singular vectors is free to change its sign; the product does not depend on the choice.
-    same = (theirs["dA"] * constants["A0"]).sum(1) >= 0
-    signs = torch.where(same, 1.0, -1.0)
-    return {"dA": signs[:, None], "dB": signs}
-
-
-def _as_lora(cfg: PiSSAConfig, leaves: Leaves, constants: Constants) -> tuple[LoRAConfig, Leaves]:
-    """Write `B A - B0 A0` as one product of twice the rank, `(B0 + dB) dA + dB A0`.
-
-    Nothing cancels in this form, and the start stays exact."""
-    A0, B0 = constants["A0"], constants["B0"]
-    doubled = LoRAConfig(r=2 * cfg.r, alpha=2 * cfg.alpha, dtype=cfg.dtype)
-    return doubled, {"A": torch.cat([leaves["dA"], A0]), "B": torch.cat([B0 + leaves["dB"], leaves["dB"]], dim=1)}
-
-
-def _plain_lora(cfg: EVAConfig | LoftQConfig, leaves: Leaves, constants: Constants) -> tuple[LoRAConfig, Leaves]:
-    return LoRAConfig(**{name: getattr(cfg, name) for name in ("r", "alpha", "rslora", "dropout", "dtype")}), leaves
-
-
-def _never(fields: Fields, tensors: Tensors) -> bool:
-    return False  # such a file is one of LoRA
 
 
 def _read_delora(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
@@ -120,35 +69,8 @@ def _one(cfg: Any, constants: Constants) -> float:
     return 1.0
 
 
-_LORA = {"A": Leaf("lora_A.weight", 2), "B": Leaf("lora_B.weight", 2)}
-
 ROWS: dict[str, Row] = {
-    "pissa": Row(
-        PiSSAConfig,
-        "LORA",
-        {"dA": Leaf("lora_A.weight", 2, lambda _, c: c["A0"]), "dB": Leaf("lora_B.weight", 2, lambda _, c: c["B0"])},
-        _read_pissa,
-        _write_lora,
-        when=lambda fields, _: fields.get("init_lora_weights") == "pissa",
-        signs=_pissa_signs,
-        written=_as_lora,
-        conv1d=True,
-    ),
-    "dora": Row(
-        DoRAConfig,
-        "LORA",
-        {**_LORA, "m": Leaf("lora_magnitude_vector", 1, lambda _, c: c["sqnorm"].sqrt())},
-        _read_lora,
-        _write_lora,
-        when=lambda fields, _: bool(fields.get("use_dora")),
-        conv1d=True,
-    ),
-    "lora": Row(LoRAConfig, "LORA", _LORA, _read_lora, _write_lora, conv1d=True),
-    "eva": Row(EVAConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_plain_lora, conv1d=True),
-    "corda": Row(CorDAConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_as_lora, conv1d=True),
-    "asvd": Row(ASVDConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_as_lora, conv1d=True),
-    "loftq": Row(LoftQConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_plain_lora, conv1d=True),
-    "lora_ga": Row(LoRAGAConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_as_lora, conv1d=True),
+    **ROWS_LORA,
     "ia3_ff": Row(
         IA3FFConfig,
         "IA3",

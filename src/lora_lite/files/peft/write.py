@@ -1,5 +1,6 @@
 """`to_peft`: an adapter and its params as PEFT's two files."""
 
+import functools
 import json
 import os
 import re
@@ -61,9 +62,9 @@ class Written(NamedTuple):
 def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory: str | os.PathLike[str]) -> None:
     """Write an adapter so that `peft.PeftModel.from_pretrained(model, directory)` gives the same outputs.
 
-    LoRA, DoRA, IA3 with IA3-FF, DeLoRA, HRA, ROAD, OFT, VeRA, AdaLoRA and LN-tuning keep their tensors. EVA and LoftQ are LoRA. PiSSA,
-    CorDA, ASVD and LoRA-GA are written as LoRA of twice the rank, which acts on the weight as it is. Targets of `FullConfig` become
-    `modules_to_save`. Both files are written beside their place and moved, so that neither is ever half-written.
+    LoRA, DoRA, MiCA, IA3 with IA3-FF, DeLoRA, HRA, ROAD, OFT, VeRA, AdaLoRA and LN-tuning keep their tensors. EVA and LoftQ are LoRA.
+    PiSSA, OLoRA, CorDA, ASVD and LoRA-GA are written as LoRA of twice the rank, which acts on the weight as it is. Targets of `FullConfig`
+    become `modules_to_save`. Both files are written beside their place and moved, so that neither is ever half-written.
 
     Args:
         adapt: the adapted model of the params.
@@ -158,7 +159,7 @@ def _written(target: Target, cfg: AdapterConfig, leaves: Leaves, adapt: Adapt) -
     cfg, leaves = ROWS[cfg.name].written(cfg, leaves, constants)
     row = ROWS[cfg.name]
     tensors = {}
-    for name, leaf in row.leaves.items():
+    for name, leaf in row.held(functools.partial(getattr, cfg)).items():
         value = leaves[name].detach() + leaf.origin(cfg, constants)
         tensors[leaf.key] = value.reshape(leaf.shape) if leaf.shape else value
     tensors |= {row.constants[name].key: t for name, t in row.saved(target.i, constants).items()}

@@ -1,0 +1,149 @@
+"""LoRA's family in PEFT's terms: methods that differ in the start, whose files are LoRA's."""
+
+import math
+from typing import Any
+
+import torch
+
+from lora_lite.core.frozen import Constants
+from lora_lite.files.peft.fields import resolve
+from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
+from lora_lite.layers.kind import Kind
+from lora_lite.layers.linear import FalconKind, LinearKind
+from lora_lite.variants.asvd import ASVDConfig
+from lora_lite.variants.corda import CorDAConfig
+from lora_lite.variants.dora import DoRAConfig
+from lora_lite.variants.eva import EVAConfig
+from lora_lite.variants.loftq import LoftQConfig
+from lora_lite.variants.lora import LoRAConfig
+from lora_lite.variants.lora_ga import LoRAGAConfig
+from lora_lite.variants.mica import MiCAConfig
+from lora_lite.variants.olora import OLoRAConfig
+from lora_lite.variants.pissa import PiSSAConfig
+
+
+def _read_lora(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
+    return {
+        "r": tensors["lora_A.weight"].shape[-2],
+        "alpha": resolve(fields, "lora_alpha", path),
+        "rslora": resolve(fields, "use_rslora", path),
+        "dropout": resolve(fields, "lora_dropout", path),
+    }
+
+
+def _read_plain(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
+    start = resolve(fields, "init_lora_weights", path)
+    options = {"start": start if start in ("gaussian", "orthogonal") else "kaiming", "lora_bias": resolve(fields, "lora_bias", path)}
+    return {**_read_lora(fields, path, tensors), **options}
+
+
+def _write_plain(cfg: LoRAConfig) -> dict[str, Any]:
+    start = True if cfg.start == "kaiming" else cfg.start
+    return {**_write_lora(cfg), "init_lora_weights": start, "lora_bias": cfg.lora_bias}
+
+
+def _read_pissa(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
+    lora = _read_lora(fields, path, tensors)
+    return {"r": lora["r"], "alpha": lora["alpha"] * (math.sqrt(lora["r"]) if lora["rslora"] else 1)}
+
+
+def _write_lora(cfg: Any) -> dict[str, Any]:
+    alpha = int(cfg.alpha) if float(cfg.alpha).is_integer() else cfg.alpha
+    fixed = {"use_dora": isinstance(cfg, DoRAConfig), "init_lora_weights": True, "lora_bias": False}
+    return {"r": cfg.r, "lora_alpha": alpha, "use_rslora": cfg.rslora, "lora_dropout": cfg.dropout, **fixed}
+
+
+def _pissa_signs(theirs: Tensors, constants: Constants) -> Leaves:
+    # Each pair of singular vectors is free to change its sign; the product does not depend on the choice.
+    same = (theirs["dA"] * constants["A0"]).sum(1) >= 0
+    signs = torch.where(same, 1.0, -1.0)
+    return {"dA": signs[:, None], "dB": signs}
+
+
+def _as_lora(cfg: PiSSAConfig, leaves: Leaves, constants: Constants) -> tuple[LoRAConfig, Leaves]:
+    """Write `B A - B0 A0` as one product of twice the rank, `(B0 + dB) dA + dB A0`.
+
+    Nothing cancels in this form, and the start stays exact."""
+    A0, B0 = constants["A0"], constants["B0"]
+    doubled = LoRAConfig(r=2 * cfg.r, alpha=2 * cfg.alpha, dtype=cfg.dtype)
+    return doubled, {"A": torch.cat([leaves["dA"], A0]), "B": torch.cat([B0 + leaves["dB"], leaves["dB"]], dim=1)}
+
+
+def _plain_lora(cfg: EVAConfig | LoftQConfig, leaves: Leaves, constants: Constants) -> tuple[LoRAConfig, Leaves]:
+    return LoRAConfig(**{name: getattr(cfg, name) for name in ("r", "alpha", "rslora", "dropout", "dtype")}), leaves
+
+
+def _bias_of_start(cfg: LoRAConfig) -> str | None:
+    return "lora_bias: PEFT has it with its default start alone" if cfg.lora_bias and cfg.start != "kaiming" else None
+
+
+def _never(fields: Fields, tensors: Tensors) -> bool:
+    return False  # such a file is one of LoRA
+
+
+def _not_linear(kind: type[Kind]) -> str | None:
+    # PEFT decomposes the weight as it is stored, transposed in a Conv1D, and rounds the residual of a quantised one again.
+    return None if issubclass(kind, LinearKind | FalconKind) else "PEFT's start has this meaning in an nn.Linear alone"
+
+
+_LORA = {"A": Leaf("lora_A.weight", 2), "B": Leaf("lora_B.weight", 2)}
+
+ROWS: dict[str, Row] = {
+    "pissa": Row(
+        PiSSAConfig,
+        "LORA",
+        {"dA": Leaf("lora_A.weight", 2, lambda _, c: c["A0"]), "dB": Leaf("lora_B.weight", 2, lambda _, c: c["B0"])},
+        _read_pissa,
+        _write_lora,
+        when=lambda fields, _: fields.get("init_lora_weights") == "pissa",
+        signs=_pissa_signs,
+        written=_as_lora,
+        conv1d=True,
+    ),
+    "olora": Row(
+        OLoRAConfig,
+        "LORA",
+        {"dA": Leaf("lora_A.weight", 2, lambda _, c: c["A0"]), "dB": Leaf("lora_B.weight", 2, lambda _, c: c["B0"])},
+        _read_pissa,
+        _write_lora,
+        when=lambda fields, _: fields.get("init_lora_weights") == "olora",
+        signs=_pissa_signs,
+        written=_as_lora,
+        conv1d=True,
+        misread=_not_linear,
+    ),
+    "mica": Row(
+        MiCAConfig,
+        "LORA",
+        {"A": Leaf("lora_A.weight", 2)},
+        _read_lora,
+        lambda cfg: {**_write_lora(cfg), "init_lora_weights": "mica"},
+        when=lambda fields, _: fields.get("init_lora_weights") == "mica",
+        constants={"B": Leaf("lora_B.weight", 2)},
+        saved=lambda _, constants: {"B": constants["B"]},
+        conv1d=True,
+    ),
+    "dora": Row(
+        DoRAConfig,
+        "LORA",
+        {**_LORA, "m": Leaf("lora_magnitude_vector", 1, lambda _, c: c["sqnorm"].sqrt())},
+        _read_lora,
+        _write_lora,
+        when=lambda fields, _: bool(fields.get("use_dora")),
+        conv1d=True,
+    ),
+    "lora": Row(
+        LoRAConfig,
+        "LORA",
+        {**_LORA, "b": Leaf("lora_B.bias", 1, field="lora_bias")},
+        _read_plain,
+        _write_plain,
+        refused=_bias_of_start,
+        conv1d=True,
+    ),
+    "eva": Row(EVAConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_plain_lora, conv1d=True),
+    "corda": Row(CorDAConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_as_lora, conv1d=True),
+    "asvd": Row(ASVDConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_as_lora, conv1d=True),
+    "loftq": Row(LoftQConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_plain_lora, conv1d=True),
+    "lora_ga": Row(LoRAGAConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_as_lora, conv1d=True),
+}
