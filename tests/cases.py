@@ -69,6 +69,9 @@ CASES = (
     Row("loreft", ll.LoReFTConfig(r=4)),
     Row("loreft-identity", ll.LoReFTConfig(r=4, positions="l1", start="identity")),
     Row("ln-tuning", ll.LNTuningConfig()),
+    Row("loha", ll.LoHaConfig(r=2)),
+    Row("loha-dense", ll.LoHaConfig(r=6, alpha=3.0)),
+    Row("loha-dropout", ll.LoHaConfig(r=2, rank_dropout=0.3, module_dropout=0.2)),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 

@@ -21,7 +21,7 @@ from lora_lite.core.frozen import Constants
 from lora_lite.core.tree import Tree, join
 from lora_lite.files.peft import twice, whole
 from lora_lite.files.peft.fields import DEFAULTS, check_fields, resolve
-from lora_lite.files.peft.layers import as_linear, axes_of
+from lora_lite.files.peft.layers import as_linear, axes_of, unsaved
 from lora_lite.files.peft.row import Leaf, Row
 from lora_lite.files.peft.rows import rows_of
 from lora_lite.layers.find import find
@@ -42,8 +42,8 @@ def from_peft(
     """Read an adapter that PEFT saved and bind it to a model. The package `peft` is not needed.
 
     LoRA with its patterns and rank-stabilised scale, on embeddings, convolutions and `target_parameters` too, DoRA, PiSSA, IA3, DeLoRA,
-    HRA, ROAD, OFT, VeRA, AdaLoRA and LN-tuning, with `modules_to_save`, which become targets of `FullConfig`. The layers are those that
-    the file of tensors names. Layers with other hyperparameters get a config of their own.
+    HRA, ROAD, OFT, VeRA, AdaLoRA, LN-tuning and LoHa, with `modules_to_save`, which become targets of `FullConfig`. The layers are
+    those that the file of tensors names. Layers with other hyperparameters get a config of their own.
 
     Args:
         model: the model that the adapter was trained on, as it was before PEFT wrapped it.
@@ -85,6 +85,8 @@ def from_peft(
     chosen = {path: (row, row.config(**values)) for path, (row, values) in _choose(fields, layers).items()}
     configs = [*_merged_configs(chosen), *whole.configs_of(fields, values)]
     adapt = _with_constants(build(model, configs, remat=remat, kinds=kinds), chosen, layers, shared, fields.get("task_type"))
+    reasons = ((t.path, cfg, unsaved(model, t, cfg)) for t, cfg in zip(adapt.targets, adapt.configs))  # PEFT computes something else there
+    _require([f'"{path}": {type(cfg).__name__} {why}' for path, cfg, why in reasons if why], folder, model)
     theirs = {path: {n: _as_saved(layers[path][leaf.key], leaf) for n, leaf in row.leaves.items()} for path, (row, _) in chosen.items()}
     theirs = {path: row.completed(cfg, theirs[path]) for path, (row, cfg) in chosen.items()}
     shapes = {path: adapt.shapes[path] for path in chosen}
