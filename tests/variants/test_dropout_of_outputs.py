@@ -9,7 +9,7 @@ from torch import nn
 import lora_lite as ll
 from cases import by_name, move
 
-CONFIGS = [ll.LoHaConfig(r=2)]
+CONFIGS = [ll.LoHaConfig(r=2), ll.LoKrConfig(r=2), ll.LoKrConfig(r=2, rank_dropout_scale=True)]
 RESCALED = {"loha"}
 
 

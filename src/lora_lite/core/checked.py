@@ -9,7 +9,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_type_hints, is_typeddict
+from typing import Any, NotRequired, get_args, get_origin, get_type_hints, is_typeddict
 
 import torch
 from beartype import BeartypeConf
@@ -103,9 +103,10 @@ def _field_faults(params: object, fields: Mapping[str, Any] | None) -> list[str]
         fields = dict.fromkeys(params, Float[Tensor, "..."])
     faults = [f'params["{name}"]: not expected' for name in params if name not in fields]
     for name, hint in fields.items():
+        optional = get_origin(hint) is NotRequired
         if name in params:
-            faults += _fault(f'params["{name}"]', params[name], hint)
-        else:
+            faults += _fault(f'params["{name}"]', params[name], get_args(hint)[0] if optional else hint)
+        elif not optional:
             faults.append(f'params["{name}"]: expected {_show_hint(hint)}, found nothing')
     return faults
 

@@ -42,7 +42,7 @@ def from_peft(
     """Read an adapter that PEFT saved and bind it to a model. The package `peft` is not needed.
 
     LoRA with its patterns and rank-stabilised scale, on embeddings, convolutions and `target_parameters` too, DoRA, PiSSA, IA3, DeLoRA,
-    HRA, ROAD, OFT, VeRA, AdaLoRA, LN-tuning and LoHa, with `modules_to_save`, which become targets of `FullConfig`. The layers are
+    HRA, ROAD, OFT, VeRA, AdaLoRA, LN-tuning, LoHa and LoKr, with `modules_to_save`, which become targets of `FullConfig`. The layers are
     those that the file of tensors names. Layers with other hyperparameters get a config of their own.
 
     Args:
@@ -87,7 +87,7 @@ def from_peft(
     adapt = _with_constants(build(model, configs, remat=remat, kinds=kinds), chosen, layers, shared, fields.get("task_type"))
     reasons = ((t.path, cfg, unsaved(model, t, cfg)) for t, cfg in zip(adapt.targets, adapt.configs))  # PEFT computes something else there
     _require([f'"{path}": {type(cfg).__name__} {why}' for path, cfg, why in reasons if why], folder, model)
-    theirs = {path: {n: _as_saved(layers[path][leaf.key], leaf) for n, leaf in row.leaves.items()} for path, (row, _) in chosen.items()}
+    theirs = {path: _theirs(row, layers[path]) for path, (row, _) in chosen.items()}
     theirs = {path: row.completed(cfg, theirs[path]) for path, (row, cfg) in chosen.items()}
     shapes = {path: adapt.shapes[path] for path in chosen}
     _require(tree_faults(theirs, shapes) + _field_faults(fields, layers, chosen), folder, model)
@@ -162,7 +162,7 @@ def _choose(fields: Mapping[str, Any], layers: Layers) -> dict[str, tuple[Row, d
     chosen, faults = {}, []
     for path, tensors in layers.items():
         row = next(row for row in rows_of(fields["peft_type"]) if row.when(fields, tensors))
-        wrong = [f'missing "{join(path, key)}"' for key in sorted(_keys(row) - set(tensors))]
+        wrong = [f'missing "{join(path, key)}"' for key in sorted(_keys(row, needed=True) - set(tensors))]
         wrong += [f'unexpected "{join(path, key)}"' for key in sorted(set(tensors) - _keys(row))]
         faults += wrong
         if not wrong:
@@ -174,12 +174,12 @@ def _choose(fields: Mapping[str, Any], layers: Layers) -> dict[str, tuple[Row, d
     return chosen
 
 
-def _keys(row: Row) -> set[str]:
-    return {leaf.key for leaf in (*row.leaves.values(), *row.constants.values())}
+def _keys(row: Row, needed: bool = False) -> set[str]:
+    return {leaf.key for leaf in (*row.leaves.values(), *row.constants.values()) if not (needed and leaf.optional)}
 
 
 def _values(row: Row, fields: Mapping[str, Any], path: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    dtypes = [tensors[leaf.key].dtype for leaf in row.leaves.values()]
+    dtypes = [tensors[leaf.key].dtype for leaf in row.leaves.values() if leaf.key in tensors]
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32  # PEFT keeps half precision as float32 too
     return {**row.read(fields, path, tensors), "dtype": dtype, "target_names": (f"^{re.escape(path)}$",), "exclude_names": ()}
 
@@ -228,8 +228,9 @@ def _within_bound(v: Tensor, cfg: Any, eps: float) -> bool:
     return torch.allclose(project(v, cfg.block_size, eps), v, rtol=1e-5, atol=0.0)
 
 
-def _as_saved(tensor: Tensor, leaf: Leaf) -> Tensor:
-    return tensor.flatten() if leaf.shape else tensor
+def _theirs(row: Row, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    present = {name: leaf for name, leaf in row.leaves.items() if leaf.key in tensors}
+    return {name: tensors[leaf.key].flatten() if leaf.shape else tensors[leaf.key] for name, leaf in present.items()}
 
 
 def _ours(adapt: Adapt, model: nn.Module, path: str, row: Row, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:

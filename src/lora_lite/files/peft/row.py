@@ -14,12 +14,21 @@ Leaves = dict[str, Tensor]
 
 
 class Leaf(NamedTuple):
-    """A tensor of ours in PEFT's file: its key, its number of axes, its neutral value, its shape where ours is flat."""
+    """A tensor of ours in PEFT's file.
+
+    Attributes:
+        key: its name there, below the layer's.
+        ndim: number of its axes.
+        origin: its neutral value, from our config and constants.
+        shape: its shape, where ours is flat.
+        optional: whether a layer may lack it.
+    """
 
     key: str
     ndim: int
     origin: Callable[[Any, Constants], Tensor | float] = lambda cfg, constants: 0.0
     shape: tuple[int, ...] | None = None
+    optional: bool = False
 
 
 class Row(NamedTuple):
