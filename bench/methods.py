@@ -43,6 +43,14 @@ def _vera(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.VeraConfig(r=cfg.r, d_initial=cfg.d_initial, projection_prng_key=cfg.seed, target_modules=on)
 
 
+def _loha(cfg: Any, on: Any) -> peft.PeftConfig:
+    return peft.LoHaConfig(r=cfg.r, alpha=cfg.alpha, target_modules=on)
+
+
+def _lokr(cfg: Any, on: Any) -> peft.PeftConfig:
+    return peft.LoKrConfig(r=cfg.r, alpha=cfg.alpha, decompose_factor=cfg.decompose_factor, target_modules=on)
+
+
 def _delora(cfg: Any, on: Any) -> peft.PeftConfig | None:
     """Return PEFT's config, or None for a start from a frozen copy, which PEFT lacks."""
     return peft.DeloraConfig(r=cfg.r, delora_lambda=cfg.lambda0, target_modules=on) if cfg.start != "copy" else None
@@ -109,6 +117,8 @@ ROWS: dict[str, Row] = {
     "lora_ga": Row(theirs=lambda cfg, on: _lora(cfg, on, init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())),
     "loreft": Row(demo={"r": 8, "positions": "f8+l8"}, rate=1e-2),
     "ln_tuning": Row(theirs=lambda cfg, on: peft.LNTuningConfig(target_modules=".*norm"), rate=2e-2, short_rate=1.6e-1),
+    "loha": Row(theirs=_loha),
+    "lokr": Row(theirs=_lokr),
     "full": Row(
         fields=lambda r: {"target_names": r"(q|v)_proj$"},
         without="Training the weights themselves needs no library.",

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import lora_lite as ll
+from lora_lite.derived.cost import declared
 from lora_lite.testing import CHECKS, KIND_CHECKS
 
 ROOT = Path(__file__).parent.parent
@@ -88,8 +89,7 @@ def costs_table(width: int = 4096) -> str:
         fields = {f.name for f in dataclasses.fields(variant)}
         ranked = {"r": 16} if "r" in fields and variant().r < 64 else {}
         cfg = variant(**ranked)
-        known = {**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}, "i": width, "o": width}
-        trained, macs = (eval(formula, {"__builtins__": {"min": min, "max": max}}, known) for formula in (cfg.trained, cfg.macs))
+        trained, macs = (declared(cfg, fact, width, width) for fact in ("trained", "macs"))
         rank = next((f"{field}={getattr(cfg, field)}" for field in ("r", "init_r", "block_size", "group_size") if field in fields), "")
         rows.append({"variant": f"[{title(variant)}](variants/{name}.md)", "at": rank, "trained": trained, "added": macs / width**2})
     rows.sort(key=lambda row: -row["trained"])

@@ -76,6 +76,14 @@ CASES = (
     Row("loreft", ll.LoReFTConfig(r=4)),
     Row("loreft-identity", ll.LoReFTConfig(r=4, positions="l1", start="identity")),
     Row("ln-tuning", ll.LNTuningConfig()),
+    Row("loha", ll.LoHaConfig(r=2)),
+    Row("loha-dense", ll.LoHaConfig(r=6, alpha=3.0)),
+    Row("loha-dropout", ll.LoHaConfig(r=2, rank_dropout=0.3, module_dropout=0.2)),
+    Row("lokr", ll.LoKrConfig(r=2)),
+    Row("lokr-full", ll.LoKrConfig(r=8, start="lycoris")),
+    Row("lokr-both", ll.LoKrConfig(r=1, alpha=3.0, decompose_both=True, start="lycoris")),
+    Row("lokr-factor", ll.LoKrConfig(r=2, decompose_factor=4)),
+    Row("lokr-dropout", ll.LoKrConfig(r=2, rank_dropout=0.3, rank_dropout_scale=True, module_dropout=0.2)),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 

@@ -24,6 +24,11 @@ EXACT = {
     "bias",
     "mica",
     "mica-rslora",
+    "loha",
+    "lokr",
+    "lokr-both",
+    "lokr-factor",
+    "lokr-bound",
     "vera",
     "adalora",
     "lora",
@@ -94,6 +99,11 @@ THEIRS = {
     "road_1": _plain(peft.RoadConfig, variant="road_1", group_size=4),
     "road_2": _plain(peft.RoadConfig, variant="road_2", group_size=4),
     "road_4": _plain(peft.RoadConfig, variant="road_4", group_size=2),
+    "loha": _plain(peft.LoHaConfig, r=2, alpha=3, rank_pattern={"2": 4}, alpha_pattern={"4": 5}, rank_dropout=0.1, module_dropout=0.2),
+    "lokr": _plain(peft.LoKrConfig, r=1, alpha=3, rank_pattern={"2": 3}, alpha_pattern={"4": 5}, rank_dropout=0.1, rank_dropout_scale=True),
+    "lokr-both": _plain(peft.LoKrConfig, r=1, decompose_both=True, init_weights="lycoris", module_dropout=0.2),
+    "lokr-factor": _plain(peft.LoKrConfig, r=1, decompose_factor=4),
+    "lokr-bound": _plain(peft.LoKrConfig, r=1, decompose_factor=3),
     "vera": lambda paths, conv1d: peft.VeraConfig(r=5, target_modules=paths, projection_prng_key=3, fan_in_fan_out=conv1d),
     "adalora": lambda paths, conv1d: peft.AdaLoraConfig(init_r=5, target_r=3, total_step=9, target_modules=paths, fan_in_fan_out=conv1d),
     "oft": _plain(peft.OFTConfig, oft_block_size=4),
@@ -105,6 +115,7 @@ THEIRS = {
 LINEAR_ONLY = ("delora", "hra", "road", "oft", "olora")  # PEFT's OLoRA takes a Conv1D's weight transposed, and fails where it is not square
 RESIDUAL = ("pissa", "olora")
 """Cases that are written as LoRA of twice the rank."""
+LINEAR_ONLY = ("loha", "lokr", "delora", "hra", "road", "oft")
 PAIRS = [(model, name) for model in MODELS for name in THEIRS if model == "linear" or not name.startswith(LINEAR_ONLY)]
 
 
@@ -214,6 +225,9 @@ OURS = {
     "delora-none": ll.DeLoRAConfig(r=2, w_norm="none"),
     "hra": ll.HRAConfig(r=4),
     "road": ll.ROADConfig(variant="road_2", group_size=4),
+    "loha": [ll.LoHaConfig(r=2, alpha=5.5, target_names="^[02]$"), ll.LoHaConfig(r=3, target_names="^4$")],
+    "lokr": [ll.LoKrConfig(r=2, alpha=5.5, target_names="^[02]$"), ll.LoKrConfig(r=1, target_names="^4$")],
+    "lokr-both": ll.LoKrConfig(r=1, decompose_both=True, decompose_factor=3, start="lycoris"),
     "vera": ll.VeRAConfig(r=5, seed=7),
     "adalora": ll.AdaLoRAConfig(init_r=4, target_r=2, total_step=9, alpha=3.0),
     "oft": ll.OFTConfig(block_size=4, terms=4),

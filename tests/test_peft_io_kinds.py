@@ -60,6 +60,7 @@ CASES = {
     "images": (_images, peft.LoraConfig(r=2, lora_alpha=3, target_modules=["net.0", "net.2", "net.4"])),
     "images-dora": (_images, peft.LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=["net.0", "net.2"])),
     "images-ia3": (_images, peft.IA3Config(target_modules=["net.0", "net.2", "net.4"], feedforward_modules=["net.4"])),
+    "images-loha": (_images, peft.LoHaConfig(r=2, alpha=3, target_modules=["net.0", "net.2", "net.4"])),
     "volumes": (_volumes, peft.LoraConfig(r=2, lora_alpha=3, target_modules=["net.0", "net.2"])),
 }
 
@@ -125,6 +126,11 @@ REFUSED = {
     ),
     "dilated": (lambda: Around(nn.Conv2d(3, 4, 3, dilation=2)), ll.LoRAConfig(r=2, target_names=r"net\.0"), "dilation or a padding mode"),
     "ia3-1d": (lambda: Around(nn.Conv1d(3, 4, 3)), ll.IA3Config(target_names=r"net\.0"), "takes images and volumes"),
+    "loha-padding": (
+        lambda: Around(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")),
+        ll.LoHaConfig(r=2, target_names=r"net\.0"),
+        "a padding mode, which PEFT's LoHa leaves out",
+    ),
     "hra": (lambda: Around(nn.Conv2d(3, 4, 3)), ll.HRAConfig(r=2, target_names=r"net\.0"), "another definition"),
     "ia3-embedding": (lambda: Around(nn.Embedding(5, 4)), ll.IA3Config(target_names=r"net\.0"), "on an embedding: PEFT has LoRA alone"),
 }
@@ -137,6 +143,13 @@ def test_what_peft_has_not_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match=why):
         ll.to_peft(adapt, move(adapt.init()), tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+def test_what_peft_computes_otherwise_is_not_read(tmp_path):
+    model = Around(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"))
+    peft.get_peft_model(copy.deepcopy(model), peft.LoHaConfig(r=2, target_modules=["net.0"])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r'"net\.0": LoHaConfig on .* a padding mode, which PEFT.s LoHa leaves out'):
+        ll.from_peft(model, tmp_path)
 
 
 def test_config_names_parameters(tmp_path):

@@ -17,6 +17,7 @@ THEIRS = {
     "delora": peft.DeloraConfig(r=4, target_modules=["0", "2"]),
     "hra": peft.HRAConfig(r=4, target_modules=["0", "2"]),
     "oft": peft.OFTConfig(oft_block_size=4, target_modules=["0", "2"]),
+    "loha": peft.LoHaConfig(r=4, target_modules=["0", "2"]),
 }
 
 
@@ -50,7 +51,7 @@ def folder(tmp_path):
 
 
 REFUSED = {
-    "peft_type": ("LOHA", 'peft_type in .* to be one of "LORA".*found "LOHA"'),
+    "peft_type": ("TOMORROW", 'peft_type in .* to be one of "LORA".*found "TOMORROW"'),
     "lora_bias": (True, r'missing "0\.lora_B\.bias"'),
     "bias": ("all", "bias: expected it off, found 'all'"),
     "modules_to_save": (["4"], 'modules_to_save: expected the tensors of "4", found none'),
@@ -99,6 +100,7 @@ def test_a_start_that_means_something_else_on_a_layer_is_named(folder):
         ("oft", {"coft": True, "eps": 1e-3}, r'coft: expected it off, or .*"0" beyond it'),
         ("oft", {"peft_version": None}, "peft_version in .* to be 0.18 or newer .*found none"),
         ("oft", {"peft_version": "0.17.1"}, "found 0.17.1"),
+        ("loha", {"use_effective_conv2d": True}, "use_effective_conv2d: expected it off"),  # its factors have the kernel's axes
         ("hra", {"apply_GS": True}, "apply_GS: expected it off"),
         ("ia3", {"modules_to_save": ["head"]}, 'modules_to_save: expected modules of this model, found "head"'),
         ("delora", {"bias": "delora_only"}, "bias: expected it off"),

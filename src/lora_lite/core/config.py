@@ -59,8 +59,8 @@ class AdapterConfig:
     - `identity`: relative tolerance of the identity at init; 0.0 for exact, None if it does not start at the base model.
     - `linear`: whether the adapted layer is an affine map of `x`, so that it can be merged.
     - `steered`: names of the params that a strength scales; None for all, which is right where the update is linear in them together.
-    - `trained`, `macs`: trained numbers per target and multiply-adds per token, as formulas in `i`, `o` and the fields;
-      documentation that the conformance kit holds against the counted ones.
+    - `trained`, `macs`: trained numbers per target and multiply-adds per token, as formulas in `i`, `o`, the fields and the numbers of
+      `sizes`; documentation that the conformance kit holds against the counted ones.
     """
 
     name: ClassVar[str]
@@ -108,6 +108,10 @@ class AdapterConfig:
                 _compile(self, field, pattern)
         object.__setattr__(self, "layers", _indices(self))
         check_fields(self)
+
+    def sizes(self, i: int, o: int) -> Mapping[str, int]:
+        """Return numbers that `trained` and `macs` name beside `i`, `o` and the fields, such as factors that a method finds for `i`."""
+        return {}
 
     def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
         """Derive the frozen tensors of one target. Runs once, at `build`: a loaded file holds them.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_lite.core.linalg import kaiming
+from lora_lite.core.linalg import autocasts, kaiming
 
 Constants = dict[str, Tensor]
 Params = Mapping[str, Tensor]
@@ -41,10 +41,19 @@ class Frozen:
     """
 
     gives: ClassVar[AbstractSet[str]] = frozenset(USES)
+    sums: ClassVar[bool] = True
+    """Whether the layer's output is `F.linear` with its weight to the bit, so that an update may be added to the weight beforehand.
+
+    False for a subclass that has a `__call__` of its own and does not say so."""
     constants: Params
     """The variant's frozen tensors, by name."""
     prompt: Tensor | None = None
     """For a block during a call: the mask of the positions that are prompt, `(b, t)`."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__call__" in vars(cls):
+            cls.sums = vars(cls).get("sums", False)
 
     def __init__(
         self,
@@ -102,6 +111,11 @@ class Frozen:
     def project(self, x: Tensor, A: Tensor, dropout: float = 0.0) -> Tensor:
         """Return `A drop(x)` for an `(r, i)` matrix: `(*b, i) -> (*b, r)`, with dropout in training mode."""
         return F.linear(F.dropout(x, dropout, self.training) if dropout else x, A)
+
+    def updated(self, x: Tensor, D: Tensor, dropout: float = 0.0) -> Tensor:
+        """Return `W x + b + D drop(x)` for an `(o, i)` matrix: by the one product with `W + D` where that sum keeps the digits of `D`."""
+        apart = not self.sums or (dropout and self.training) or torch.finfo(x.dtype).bits < 32 or autocasts(x)
+        return self(x) + self.project(x, D, dropout) if apart else F.linear(x, self.weight + D, self.bias)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the detached weight as a plain `(o, i)` matrix, in `dtype` or else in its own."""

@@ -147,7 +147,15 @@ def cayley(X: Tensor) -> Tensor:
 _AS_IT_IS = nullcontext()
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of `x`."""
+    return torch.is_autocast_enabled(_of_autocast(x))
+
+
 def full_precision(x: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which autocast leaves the dtypes of small products and solves alone."""
-    device = "cpu" if x.is_meta else x.device.type  # autocast knows no meta device
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
+    return torch.autocast(_of_autocast(x), enabled=False) if autocasts(x) else _AS_IT_IS
+
+
+def _of_autocast(x: Tensor) -> str:
+    return "cpu" if x.is_meta else x.device.type  # autocast knows no meta device

@@ -4,6 +4,7 @@ Matrix products count `m n k`, products of two tensors entry by entry count one 
 paid once per forward, whatever the number of tokens, is left out by counting two sizes and taking the difference.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -60,6 +61,17 @@ def macs_per_token(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen, 
         return counter.macs - tokens * own
 
     return (count(5) - count(3)) // 2  # one token alone would turn products with a vector into other operations
+
+
+def declared(cfg: AdapterConfig, fact: str, i: int, o: int) -> int | None:
+    """Return what a config declares as `trained` or `macs` for a layer of widths `i` and `o`, or None where it declares nothing."""
+    formula = getattr(cfg, fact)
+    if formula is None:
+        return None
+    fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
+    known = {**fields, **cfg.sizes(i, o), "i": i, "o": o}
+    count: int = eval(formula, {"__builtins__": {"min": min, "max": max}}, known)  # the class's own text
+    return count
 
 
 def _probe(W: Kind, k: int, part: Any, tokens: int) -> tuple[Frozen, Tensor, int]:

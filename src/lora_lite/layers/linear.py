@@ -14,6 +14,8 @@ from lora_lite.layers.kind import Kind
 class LinearKind(Kind):
     """`nn.Linear`: reads the layer at each call, so that tensors bound for one call are seen."""
 
+    sums: ClassVar[bool] = True
+
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
         return isinstance(layer, nn.Linear)

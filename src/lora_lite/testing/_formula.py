@@ -8,7 +8,7 @@ from torch import Tensor
 from lora_lite.core.checked import set_typecheck
 from lora_lite.core.config import AdapterConfig, with_fields
 from lora_lite.core.frozen import USES
-from lora_lite.derived.cost import macs_per_token
+from lora_lite.derived.cost import declared, macs_per_token
 from lora_lite.derived.merge import merged_layer
 from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32, float64, make_cases
 
@@ -131,8 +131,9 @@ def training(cfg: AdapterConfig) -> None:
     """In training mode it computes the same but for dropout, whose shapes, gradients and `vmap` hold."""
     for evaluated in float32(cfg):
         case = evaluated.in_training()
-        if hasattr(cfg, "dropout"):
-            case = dataclasses.replace(case, cfg=with_fields(case.cfg, dropout=0.5))
+        drops = dict.fromkeys((name for name in dir(cfg) if name.endswith("dropout")), 0.5)  # rank_dropout too
+        if drops:
+            case = dataclasses.replace(case, cfg=with_fields(case.cfg, **drops))
         elif not torch.equal(case(case.params), evaluated(case.params)):
             fail("the same output in training mode, for want of a field named dropout", "another")
 
@@ -177,10 +178,9 @@ def shapes(cfg: AdapterConfig) -> None:
 def counts(cfg: AdapterConfig) -> None:
     """The declared formulas of trained numbers and multiply-adds match the counted ones."""
     for case in float32(cfg):
-        known = {**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}, "i": case.W.in_features, "o": case.W.out_features}
+        i, o = case.W.in_features, case.W.out_features
         own = case.cfg.init(case.W, torch.Generator())  # what all targets share is not one target's
         counted = {"trained": sum(p.numel() for p in own.values()), "macs": macs_per_token(cfg, case.params, case.W)}
         for fact, count in counted.items():
-            formula = getattr(cfg, fact)
-            if formula is not None and eval(formula, {"__builtins__": {"min": min, "max": max}}, known) != count:  # the class's own text
-                fail(f"{fact} = {formula} at i={known['i']}, o={known['o']}", count)
+            if declared(cfg, fact, i, o) not in (None, count):
+                fail(f"{fact} = {getattr(cfg, fact)} at i={i}, o={o}", count)

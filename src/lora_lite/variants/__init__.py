@@ -17,6 +17,8 @@ from lora_lite.variants.ia3 import IA3Config as IA3Config
 from lora_lite.variants.ia3_ff import IA3FFConfig as IA3FFConfig
 from lora_lite.variants.ln_tuning import LNTuningConfig as LNTuningConfig
 from lora_lite.variants.loftq import LoftQConfig as LoftQConfig
+from lora_lite.variants.loha import LoHaConfig as LoHaConfig
+from lora_lite.variants.lokr import LoKrConfig as LoKrConfig
 from lora_lite.variants.lora import LoRAConfig as LoRAConfig
 from lora_lite.variants.lora_ga import LoRAGAConfig as LoRAGAConfig
 from lora_lite.variants.lora_xs import LoRAXSConfig as LoRAXSConfig
@@ -52,6 +54,8 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "lora_ga": LoRAGAConfig,
     "loreft": LoReFTConfig,
     "ln_tuning": LNTuningConfig,
+    "loha": LoHaConfig,
+    "lokr": LoKrConfig,
     "full": FullConfig,
     "olora": OLoRAConfig,
     "mica": MiCAConfig,

@@ -21,12 +21,19 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"orth_reg_weight": 0.5, "total_step": None, "lora_alpha": 8, "lora_dropout": 0.0},
     },
     "LN_TUNING": {},
+    "LOHA": {"r": 8, "alpha": 8, "rank_dropout": 0.0, "module_dropout": 0.0},
+    "LOKR": {
+        **{"r": 8, "alpha": 8, "decompose_both": False, "decompose_factor": -1},
+        **{"rank_dropout": 0.0, "module_dropout": 0.0, "rank_dropout_scale": False},
+    },
     "OFT": {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "block_share": False, "coft": False, "eps": 6e-5},
 }
 """The fields that are read, of each PEFT type, with PEFT's defaults."""
 
 PATTERNS = {
     "LORA": {"r": "rank_pattern", "lora_alpha": "alpha_pattern"},
+    "LOHA": {"r": "rank_pattern", "alpha": "alpha_pattern"},
+    "LOKR": {"r": "rank_pattern", "alpha": "alpha_pattern"},
     "DELORA": {"r": "rank_pattern", "delora_lambda": "lambda_pattern"},
 }
 """The fields that a layer may have of its own, with the field that holds the exceptions."""
@@ -44,6 +51,8 @@ FREE: dict[str, set[str]] = {
     "HRA": {"init_weights"},
     "ROAD": {"init_weights"},
     "LN_TUNING": set(),
+    "LOHA": {"rank_pattern", "alpha_pattern", "init_weights"},
+    "LOKR": {"rank_pattern", "alpha_pattern", "init_weights"},
     "OFT": {"r", "oft_block_size", "module_dropout", "init_weights"},  # PEFT does not apply this dropout; blocks are read off the tensors
 }
 """The fields that may have any value, of each PEFT type: what they say is in the tensors, or nothing in the mathematics."""

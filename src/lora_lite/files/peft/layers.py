@@ -113,8 +113,8 @@ def as_saved(model: nn.Module, target: Target, tensors: Mapping[str, Tensor], ta
     if issubclass(target.kind, ConvKind):
         kernel: Any = model.get_submodule(target.path).weight
         ones = [1] * (kernel.dim() - 2)
-        shapes = {A: (-1, *kernel.shape[1:]), B: (len(kernel), -1, *ones), GATE: (1, -1, *ones), MAGNITUDE: (1, -1, *ones), BIAS: (-1,)}
-        return {join(target.path, key): t.reshape(shapes[key]) for key, t in tensors.items()}
+        shapes = {A: (-1, *kernel.shape[1:]), B: (len(kernel), -1, *ones), GATE: (1, -1, *ones), MAGNITUDE: (1, -1, *ones)}
+        return {join(target.path, key): t.reshape(shapes.get(key, t.shape)) for key, t in tensors.items()}
     if is_parameter(target):
         return _wrapped(model, target, tensors, {t.path for t in targets})
     return {join(target.path, key): t for key, t in tensors.items()}
@@ -143,11 +143,17 @@ def unsaved(model: nn.Module, target: Target, cfg: AdapterConfig) -> str | None:
         return None
     if cfg.name == "ia3":
         return "on a Conv1d: PEFT's IA3 takes images and volumes" if layer.weight.dim() == 3 else None
+    if cfg.name == "loha":
+        return "on a Conv3d or a padding mode, which PEFT's LoHa leaves out" if _unusual(layer) else None
     if cfg.name not in ("lora", "dora", "pissa", "olora", "mica"):
         return "on a convolution: PEFT has another definition there, or none"
     if layer.padding_mode != "zeros" or max(layer.dilation) > 1:
         return "on a convolution with dilation or a padding mode, which PEFT's LoRA leaves out"
     return None
+
+
+def _unusual(layer: Any) -> bool:
+    return layer.padding_mode != "zeros" or layer.weight.dim() == 5
 
 
 def is_parameter(target: Target) -> bool:

@@ -22,7 +22,7 @@ from lora_lite.core.frozen import Constants
 from lora_lite.core.tree import Tree, join
 from lora_lite.files.peft import twice, whole
 from lora_lite.files.peft.fields import DEFAULTS, check_fields, resolve
-from lora_lite.files.peft.layers import as_linear, axes_of
+from lora_lite.files.peft.layers import as_linear, axes_of, unsaved
 from lora_lite.files.peft.row import Leaf, Row
 from lora_lite.files.peft.rows import rows_of
 from lora_lite.layers.find import find
@@ -42,8 +42,8 @@ def from_peft(
 ) -> tuple[Adapt, Tree]:
     """Read an adapter that PEFT saved and bind it to a model. The package `peft` is not needed.
 
-    LoRA with its patterns and rank-stabilised scale, on embeddings, convolutions and `target_parameters` too, DoRA, PiSSA, OLoRA, MiCA,
-    IA3, DeLoRA, HRA, ROAD, OFT, VeRA, AdaLoRA and LN-tuning, with `modules_to_save`, which become targets of `FullConfig`. The layers are
+    LoRA comes with its patterns and rank-stabilised scale, on embeddings, convolutions and `target_parameters` too. The page on PEFT lists
+    the methods. `modules_to_save` become targets of `FullConfig`. The layers are
     those that the file of tensors names. Layers with other hyperparameters get a config of their own.
 
     Args:
@@ -87,8 +87,9 @@ def from_peft(
     _require(_misread(model, chosen, kinds), folder, model)
     configs = [*_merged_configs(chosen), *whole.configs_of(fields, values)]
     adapt = _with_constants(build(model, configs, remat=remat, kinds=kinds), chosen, layers, shared, fields.get("task_type"))
-    held = {path: row.held(functools.partial(getattr, cfg)) for path, (row, cfg) in chosen.items()}
-    theirs = {path: {n: _as_saved(layers[path][leaf.key], leaf) for n, leaf in leaves.items()} for path, leaves in held.items()}
+    reasons = ((t.path, cfg, unsaved(model, t, cfg)) for t, cfg in zip(adapt.targets, adapt.configs))  # PEFT computes something else there
+    _require([f'"{path}": {type(cfg).__name__} {why}' for path, cfg, why in reasons if why], folder, model)
+    theirs = {path: _theirs(row, layers[path]) for path, (row, _) in chosen.items()}
     theirs = {path: row.completed(cfg, theirs[path]) for path, (row, cfg) in chosen.items()}
     shapes = {path: adapt.shapes[path] for path in chosen}
     _require(tree_faults(theirs, shapes) + _field_faults(fields, layers, chosen), folder, model)
@@ -169,9 +170,8 @@ def _choose(fields: Mapping[str, Any], layers: Layers) -> dict[str, tuple[Row, d
     chosen, faults = {}, []
     for path, tensors in layers.items():
         row = next(row for row in rows_of(fields["peft_type"]) if row.when(fields, tensors))
-        keys = _keys(row, fields)
-        wrong = [f'missing "{join(path, key)}"' for key in sorted(keys - set(tensors))]
-        wrong += [f'unexpected "{join(path, key)}"' for key in sorted(set(tensors) - keys)]
+        wrong = [f'missing "{join(path, key)}"' for key in sorted(_keys(row, fields, needed=True) - set(tensors))]
+        wrong += [f'unexpected "{join(path, key)}"' for key in sorted(set(tensors) - _keys(row, fields))]
         faults += wrong
         if not wrong:
             chosen[path] = row, _values(row, fields, path, tensors)
@@ -182,9 +182,9 @@ def _choose(fields: Mapping[str, Any], layers: Layers) -> dict[str, tuple[Row, d
     return chosen
 
 
-def _keys(row: Row, fields: Mapping[str, Any]) -> set[str]:
+def _keys(row: Row, fields: Mapping[str, Any], needed: bool = False) -> set[str]:
     held = row.held(lambda field: resolve(fields, field, ""))
-    return {leaf.key for leaf in (*held.values(), *row.constants.values())}
+    return {leaf.key for leaf in (*held.values(), *row.constants.values()) if not (needed and leaf.optional)}
 
 
 def _values(row: Row, fields: Mapping[str, Any], path: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -237,8 +237,9 @@ def _within_bound(v: Tensor, cfg: Any, eps: float) -> bool:
     return torch.allclose(project(v, cfg.block_size, eps), v, rtol=1e-5, atol=0.0)
 
 
-def _as_saved(tensor: Tensor, leaf: Leaf) -> Tensor:
-    return tensor.flatten() if leaf.shape else tensor
+def _theirs(row: Row, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    present = {name: leaf for name, leaf in row.leaves.items() if leaf.key in tensors}
+    return {name: tensors[leaf.key].flatten() if leaf.shape else tensors[leaf.key] for name, leaf in present.items()}
 
 
 def _ours(adapt: Adapt, model: nn.Module, path: str, row: Row, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:

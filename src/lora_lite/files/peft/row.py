@@ -19,10 +19,12 @@ class Leaf(NamedTuple):
 
     Attributes:
         key: its name there, after the layer's path.
-        ndim: number of its axes.
+        ndim: number of its axes; several where options differ.
         origin: `(our config, constants)` to PEFT's neutral value.
         shape: its shape there, where ours is flat.
         field: the field, of PEFT's config and of ours, without which there is no such tensor.
+        optional: whether a layer may lack it.
+        floating: false for indices, which may have any dtype.
     """
 
     key: str
@@ -30,6 +32,7 @@ class Leaf(NamedTuple):
     origin: Callable[[Any, Constants], Tensor | float] = lambda cfg, constants: 0.0
     shape: tuple[int, ...] | None = None
     field: str | None = None
+    optional: bool = False
 
 
 class Row(NamedTuple):

@@ -13,6 +13,7 @@ from lora_lite.core.frozen import Constants
 from lora_lite.files.peft.fields import resolve
 from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
 from lora_lite.files.peft.rows_lora import ROWS as ROWS_LORA
+from lora_lite.files.peft.rows_products import ROWS_PRODUCTS
 from lora_lite.variants.adalora import AdaLoRAConfig
 from lora_lite.variants.delora import DeLoRAConfig
 from lora_lite.variants.hra import HRAConfig
@@ -130,6 +131,7 @@ ROWS: dict[str, Row] = {
         conv1d=True,
     ),
     "oft": Row(OFTConfig, "OFT", {"v": Leaf("oft_R.weight", 2)}, _read_oft, _write_oft),
+    **ROWS_PRODUCTS,
 }
 
 

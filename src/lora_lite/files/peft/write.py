@@ -45,6 +45,8 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "VERA": {"bias": "none", "save_projection": True},
     "ADALORA": {"bias": "none"},
     "LN_TUNING": {},
+    "LOHA": {},
+    "LOKR": {},
 }
 """Fields that are the same in every file of a PEFT type."""
 
@@ -62,9 +64,9 @@ class Written(NamedTuple):
 def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory: str | os.PathLike[str]) -> None:
     """Write an adapter so that `peft.PeftModel.from_pretrained(model, directory)` gives the same outputs.
 
-    LoRA, DoRA, MiCA, IA3 with IA3-FF, DeLoRA, HRA, ROAD, OFT, VeRA, AdaLoRA and LN-tuning keep their tensors. EVA and LoftQ are LoRA.
-    PiSSA, OLoRA, CorDA, ASVD and LoRA-GA are written as LoRA of twice the rank, which acts on the weight as it is. Targets of `FullConfig`
-    become `modules_to_save`. Both files are written beside their place and moved, so that neither is ever half-written.
+    The page on PEFT lists the methods, and which of them PEFT's files hold as another one: PiSSA and its like are written as LoRA of twice the
+    rank, which acts on the weight as it is. Targets of `FullConfig` become `modules_to_save`. Both files are written beside their place and
+    moved, so that neither is ever half-written.
 
     Args:
         adapt: the adapted model of the params.
@@ -159,8 +161,9 @@ def _written(target: Target, cfg: AdapterConfig, leaves: Leaves, adapt: Adapt) -
     cfg, leaves = ROWS[cfg.name].written(cfg, leaves, constants)
     row = ROWS[cfg.name]
     tensors = {}
-    for name, leaf in row.held(functools.partial(getattr, cfg)).items():
-        value = leaves[name].detach() + leaf.origin(cfg, constants)
+    for name, value in leaves.items():
+        leaf = row.leaves[name]
+        value = value.detach() + leaf.origin(cfg, constants)
         tensors[leaf.key] = value.reshape(leaf.shape) if leaf.shape else value
     tensors |= {row.constants[name].key: t for name, t in row.saved(target.i, constants).items()}
     return Written(target, row, row.write(cfg), {key: t.cpu().contiguous().clone() for key, t in tensors.items()})

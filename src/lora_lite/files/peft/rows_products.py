@@ -1,0 +1,49 @@
+"""PEFT's rows of updates that are entrywise, Kronecker or blockwise products."""
+
+from typing import Any
+
+from lora_lite.files.peft.fields import resolve
+from lora_lite.files.peft.row import Fields, Leaf, Row, Tensors
+from lora_lite.variants.loha import LoHaConfig
+from lora_lite.variants.lokr import LoKrConfig
+
+
+def _whole(value: float) -> float:
+    return int(value) if float(value).is_integer() else value  # PEFT's fields are integers
+
+
+def _fields(fields: Fields, path: str, *names: str) -> dict[str, Any]:
+    return {name: resolve(fields, name, path) for name in names}
+
+
+def _read_loha(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
+    return {"r": tensors["hada_w1_b"].shape[0], **_fields(fields, path, "alpha", "rank_dropout", "module_dropout")}
+
+
+def _write_loha(cfg: LoHaConfig) -> dict[str, Any]:
+    return {"r": cfg.r, "alpha": _whole(cfg.alpha), "rank_dropout": cfg.rank_dropout, "module_dropout": cfg.module_dropout}
+
+
+_LOKR = ("decompose_both", "decompose_factor", "rank_dropout", "module_dropout", "rank_dropout_scale")
+
+
+def _read_lokr(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
+    start = "lycoris" if fields.get("init_weights") == "lycoris" else "zeros"
+    return {**_fields(fields, path, "r", "alpha", *_LOKR), "start": start}
+
+
+def _write_lokr(cfg: LoKrConfig) -> dict[str, Any]:
+    start = cfg.start if cfg.start == "lycoris" else True
+    return {"r": cfg.r, "alpha": _whole(cfg.alpha), **{name: getattr(cfg, name) for name in _LOKR}, "init_weights": start}
+
+
+ROWS_PRODUCTS: dict[str, Row] = {
+    "loha": Row(LoHaConfig, "LOHA", {n: Leaf(f"hada_{n}", 2) for n in ("w1_a", "w1_b", "w2_a", "w2_b")}, _read_loha, _write_loha),
+    "lokr": Row(
+        LoKrConfig,
+        "LOKR",
+        {name: Leaf(f"lokr_{name}", 2, optional=True) for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
+        _read_lokr,
+        _write_lokr,
+    ),
+}
