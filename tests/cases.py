@@ -69,6 +69,13 @@ CASES = (
     Row("loreft", ll.LoReFTConfig(r=4)),
     Row("loreft-identity", ll.LoReFTConfig(r=4, positions="l1", start="identity")),
     Row("ln-tuning", ll.LNTuningConfig()),
+    Row("ether", ll.ETHERConfig()),
+    Row("ether-blocks", ll.ETHERConfig(n_blocks=4)),
+    Row("ether-out", ll.ETHERConfig(side="out")),
+    Row("ether-out-blocks", ll.ETHERConfig(n_blocks=4, side="out")),
+    Row("ether-plus", ll.ETHERPlusConfig()),
+    Row("ether-plus-blocks", ll.ETHERPlusConfig(n_blocks=4)),
+    Row("ether-plus-in", ll.ETHERPlusConfig(n_blocks=2, sides="in")),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 

@@ -14,6 +14,8 @@ from transformers.pytorch_utils import Conv1D
 import lora_lite as ll
 from lora_lite.files.peft.rows import ROWS
 
+pytestmark = pytest.mark.filterwarnings("ignore:The symmetric initialization can NOT be performed when r is odd")  # one reflection is ETHER
+
 TOLERANCE = 1e-5  # float32, relative to the largest entry of the update
 EXACT = {
     "vera",
@@ -24,6 +26,7 @@ EXACT = {
     "gaussian",
     "orthogonal",
     "hra",
+    "ether",
     "oft",
     "oft-exact",
     "oft-terms",
@@ -78,6 +81,7 @@ THEIRS = {
     "ia3-both": lambda _, conv1d: peft.IA3Config(target_modules=f"{OUTPUT}|{INNER}", feedforward_modules=INNER, fan_in_fan_out=conv1d),
     "delora": _plain(peft.DeloraConfig, r=3, rank_pattern={"2": 2}, lambda_pattern={"4": 7}),
     "hra": _plain(peft.HRAConfig, r=4),
+    "ether": _plain(peft.HRAConfig, r=1),  # one reflection
     "road_1": _plain(peft.RoadConfig, variant="road_1", group_size=4),
     "road_2": _plain(peft.RoadConfig, variant="road_2", group_size=4),
     "road_4": _plain(peft.RoadConfig, variant="road_4", group_size=2),
@@ -89,7 +93,7 @@ THEIRS = {
     "oft-shared": _plain(peft.OFTConfig, oft_block_size=4, block_share=True),
     "oft-bound": _plain(peft.OFTConfig, oft_block_size=4, coft=True, eps=100.0),
 }
-LINEAR_ONLY = ("delora", "hra", "road", "oft")
+LINEAR_ONLY = ("delora", "hra", "ether", "road", "oft")
 PAIRS = [(model, name) for model in MODELS for name in THEIRS if model == "linear" or not name.startswith(LINEAR_ONLY)]
 
 
@@ -193,6 +197,7 @@ OURS = {
     "delora-scalar": ll.DeLoRAConfig(r=2, w_norm="scalar", lambda0=2.5),
     "delora-none": ll.DeLoRAConfig(r=2, w_norm="none"),
     "hra": ll.HRAConfig(r=4),
+    "ether": ll.ETHERConfig(),
     "road": ll.ROADConfig(variant="road_2", group_size=4),
     "vera": ll.VeRAConfig(r=5, seed=7),
     "adalora": ll.AdaLoRAConfig(init_r=4, target_r=2, total_step=9, alpha=3.0),

@@ -42,8 +42,8 @@ def from_peft(
     """Read an adapter that PEFT saved and bind it to a model. The package `peft` is not needed.
 
     LoRA with its patterns and rank-stabilised scale, on embeddings, convolutions and `target_parameters` too, DoRA, PiSSA, IA3, DeLoRA,
-    HRA, ROAD, OFT, VeRA, AdaLoRA and LN-tuning, with `modules_to_save`, which become targets of `FullConfig`. The layers are those that
-    the file of tensors names. Layers with other hyperparameters get a config of their own.
+    HRA, ETHER, ROAD, OFT, VeRA, AdaLoRA and LN-tuning, with `modules_to_save`, which become targets of `FullConfig`. The layers are those
+    that the file of tensors names. Layers with other hyperparameters get a config of their own.
 
     Args:
         model: the model that the adapter was trained on, as it was before PEFT wrapped it.
@@ -215,8 +215,9 @@ def _field_faults(fields: Mapping[str, Any], layers: Layers, chosen: Chosen) -> 
     """List fields that the tensors contradict."""
     faults = []
     for path, (row, cfg) in chosen.items():
-        if "r" in DEFAULTS[row.peft_type] and resolve(fields, "r", path) != cfg.r:
-            faults.append(f'r or rank_pattern: expected {cfg.r} at "{path}", as its tensors have, found {resolve(fields, "r", path)}')
+        rank = row.write(cfg)["r"] if "r" in DEFAULTS[row.peft_type] else None
+        if rank is not None and resolve(fields, "r", path) != rank:
+            faults.append(f'r or rank_pattern: expected {rank} at "{path}", as its tensors have, found {resolve(fields, "r", path)}')
         if fields.get("coft") and not _within_bound(layers[path]["oft_R.weight"], cfg, resolve(fields, "eps", path)):
             faults.append(f'coft: expected it off, or rotations within its bound, found "{path}" beyond it: PEFT would change its numbers')
     return faults

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from lora_lite.core.frozen import Constants
 from lora_lite.files.peft.fields import resolve
 from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
+from lora_lite.files.peft.rows_orthogonal import ROWS_ORTHOGONAL
 from lora_lite.variants.adalora import AdaLoRAConfig
 from lora_lite.variants.asvd import ASVDConfig
 from lora_lite.variants.corda import CorDAConfig
@@ -123,6 +124,7 @@ def _one(cfg: Any, constants: Constants) -> float:
 _LORA = {"A": Leaf("lora_A.weight", 2), "B": Leaf("lora_B.weight", 2)}
 
 ROWS: dict[str, Row] = {
+    **ROWS_ORTHOGONAL,
     "pissa": Row(
         PiSSAConfig,
         "LORA",
