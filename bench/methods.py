@@ -119,6 +119,11 @@ ROWS: dict[str, Row] = {
     "ln_tuning": Row(theirs=lambda cfg, on: peft.LNTuningConfig(target_modules=".*norm"), rate=2e-2, short_rate=1.6e-1),
     "loha": Row(theirs=_loha),
     "lokr": Row(theirs=_lokr),
+    "ether": Row(
+        theirs=lambda cfg, on: peft.HRAConfig(r=1, target_modules=on) if (cfg.n_blocks, cfg.side) == (1, "in") else None,
+        rate=2e-3,
+    ),
+    "ether_plus": Row(),
     "full": Row(
         fields=lambda r: {"target_names": r"(q|v)_proj$"},
         without="Training the weights themselves needs no library.",

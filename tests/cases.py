@@ -84,6 +84,13 @@ CASES = (
     Row("lokr-both", ll.LoKrConfig(r=1, alpha=3.0, decompose_both=True, start="lycoris")),
     Row("lokr-factor", ll.LoKrConfig(r=2, decompose_factor=4)),
     Row("lokr-dropout", ll.LoKrConfig(r=2, rank_dropout=0.3, rank_dropout_scale=True, module_dropout=0.2)),
+    Row("ether", ll.ETHERConfig()),
+    Row("ether-blocks", ll.ETHERConfig(n_blocks=4)),
+    Row("ether-out", ll.ETHERConfig(side="out")),
+    Row("ether-out-blocks", ll.ETHERConfig(n_blocks=4, side="out")),
+    Row("ether-plus", ll.ETHERPlusConfig()),
+    Row("ether-plus-blocks", ll.ETHERPlusConfig(n_blocks=4)),
+    Row("ether-plus-in", ll.ETHERPlusConfig(n_blocks=2, sides="in")),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 

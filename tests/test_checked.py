@@ -1,7 +1,7 @@
 """`checked`: with the checks on every wrong shape is a TypeError that says which; with them off nothing is looked at."""
 
 import re
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import pytest
 import torch
@@ -91,6 +91,26 @@ def test_a_wrong_value_is_a_type_error_that_says_which(checks, case):
     assert message.startswith(f"{function}: ")
     faults = re.findall(r"- (.*?): expected (.*), found (.*)", message)
     assert any(name == field and expected in want and found in got for name, want, got in faults), message
+
+
+class ShiftParams(TypedDict):
+    g: Float[Tensor, " o"]
+    shift: NotRequired[Float[Tensor, " o"]]
+
+
+@ll.checked
+def shifted(params: ShiftParams, W: ll.Frozen, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
+    """A field that only some params have."""
+    return W(x) * (1 + params["g"]) + params.get("shift", 0.0)
+
+
+def test_a_field_that_is_not_required_may_be_missing_and_is_tested_where_it_is_there(checks):
+    assert shifted({"g": draw(O)}, draw(O, I), draw(3, I)).shape == (3, O)
+    assert shifted({"g": draw(O), "shift": draw(O)}, draw(O, I), draw(3, I)).shape == (3, O)
+    with pytest.raises(TypeError, match=r'params\["shift"\]: expected Float\["o"\], found float32\[6\]'):
+        shifted({"g": draw(O), "shift": draw(I)}, draw(O, I), draw(3, I))
+    with pytest.raises(TypeError, match=r'params\["g"\]: expected Float\["o"\], found nothing'):
+        shifted({"shift": draw(O)}, draw(O, I), draw(3, I))
 
 
 @pytest.mark.parametrize("extra", ["C", "scale"])

@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*the targeted layer of type Linear has no bias"),  # nothing is merged here
     pytest.mark.filterwarnings(r"ignore:.*invalid shape. base_model.*lora_B\.bias"),  # PEFT takes every vector for a shard
 ]
+pytestmark = pytest.mark.filterwarnings("ignore:The symmetric initialization can NOT be performed when r is odd")  # one reflection is ETHER
 
 TOLERANCE = 1e-5  # float32, relative to the largest entry of the update
 EXACT = {
@@ -37,6 +38,7 @@ EXACT = {
     "gaussian",
     "orthogonal",
     "hra",
+    "ether",
     "oft",
     "oft-exact",
     "oft-terms",
@@ -96,6 +98,7 @@ THEIRS = {
     "ia3-both": lambda _, conv1d: peft.IA3Config(target_modules=f"{OUTPUT}|{INNER}", feedforward_modules=INNER, fan_in_fan_out=conv1d),
     "delora": _plain(peft.DeloraConfig, r=3, rank_pattern={"2": 2}, lambda_pattern={"4": 7}),
     "hra": _plain(peft.HRAConfig, r=4),
+    "ether": _plain(peft.HRAConfig, r=1),  # one reflection
     "road_1": _plain(peft.RoadConfig, variant="road_1", group_size=4),
     "road_2": _plain(peft.RoadConfig, variant="road_2", group_size=4),
     "road_4": _plain(peft.RoadConfig, variant="road_4", group_size=2),
@@ -116,6 +119,7 @@ LINEAR_ONLY = ("delora", "hra", "road", "oft", "olora")  # PEFT's OLoRA takes a 
 RESIDUAL = ("pissa", "olora")
 """Cases that are written as LoRA of twice the rank."""
 LINEAR_ONLY = ("loha", "lokr", "delora", "hra", "road", "oft")
+LINEAR_ONLY = ("delora", "hra", "ether", "road", "oft")
 PAIRS = [(model, name) for model in MODELS for name in THEIRS if model == "linear" or not name.startswith(LINEAR_ONLY)]
 
 
@@ -224,6 +228,7 @@ OURS = {
     "delora-scalar": ll.DeLoRAConfig(r=2, w_norm="scalar", lambda0=2.5),
     "delora-none": ll.DeLoRAConfig(r=2, w_norm="none"),
     "hra": ll.HRAConfig(r=4),
+    "ether": ll.ETHERConfig(),
     "road": ll.ROADConfig(variant="road_2", group_size=4),
     "loha": [ll.LoHaConfig(r=2, alpha=5.5, target_names="^[02]$"), ll.LoHaConfig(r=3, target_names="^4$")],
     "lokr": [ll.LoKrConfig(r=2, alpha=5.5, target_names="^[02]$"), ll.LoKrConfig(r=1, target_names="^4$")],

@@ -2,6 +2,7 @@
 
 beartype looks at the fields of a `TypedDict` not at all, so the fields of the params are tested one by one here, in
 one jaxtyping context with `W`, `x`, the statics and the result: the axes `o`, `i`, `r` must agree across all of them.
+A field marked `NotRequired` may be missing.
 The switch is the environment variable `LORA_LITE_TYPECHECK`, read at import, or `set_typecheck`.
 """
 
@@ -9,7 +10,8 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NotRequired, get_args, get_origin, get_type_hints, is_typeddict
+from collections.abc import Set as AbstractSet
+from typing import Any, get_type_hints, is_typeddict
 
 import torch
 from beartype import BeartypeConf
@@ -41,7 +43,9 @@ def checked(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
         TypeError: with checking on; it lists each value that does not fit, what was expected and what was found.
     """
     hints = get_type_hints(fn, include_extras=True)
-    fields = get_type_hints(hints["params"], include_extras=True) if is_typeddict(hints["params"]) else None
+    named = is_typeddict(hints["params"])
+    fields = get_type_hints(hints["params"]) if named else None  # without the marks of fields that are not required
+    optional = hints["params"].__optional_keys__ if named else frozenset()
 
     @functools.wraps(fn)
     def door(params: Any, W: Frozen | Tensor, x: Tensor, **statics: Any) -> Tensor:
@@ -61,7 +65,7 @@ def checked(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
             W = _frozen_or_fault(W, faults)  # the layer first: its widths bind the axes, and the params must agree
             vectors = W.vectors(x) if isinstance(W, Frozen) and isinstance(x, Tensor) else x
             faults += _fault("x", vectors, hints["x"])
-            faults += _field_faults(params, fields)
+            faults += _field_faults(params, fields, optional)
             faults += [f for name, value in statics.items() for f in _fault(name, value, hints.get(name, Any))]
             given = {**params, "W": W, "x": x} if isinstance(params, Mapping) else {"W": W, "x": x}
             _raise(fn, faults, given)
@@ -96,18 +100,16 @@ def another_start(fn: Callable[..., Tensor], name: str, constants: Sequence[str]
     return same
 
 
-def _field_faults(params: object, fields: Mapping[str, Any] | None) -> list[str]:
+def _field_faults(params: object, fields: Mapping[str, Any] | None, optional: AbstractSet[str]) -> list[str]:
     if not isinstance(params, Mapping):
         return [f"params: expected a mapping with {', '.join(fields or ('names',))}, found {type(params).__name__}"]
     if fields is None:  # a mapping with any names
         fields = dict.fromkeys(params, Float[Tensor, "..."])
     faults = [f'params["{name}"]: not expected' for name in params if name not in fields]
     for name, hint in fields.items():
-        optional = get_origin(hint) is NotRequired
-        hint = get_args(hint)[0] if optional else hint
         if name in params:
             faults += _fault(f'params["{name}"]', params[name], hint)
-        elif not optional:
+        elif name not in optional:
             faults.append(f'params["{name}"]: expected {_show_hint(hint)}, found nothing')
     return faults
 

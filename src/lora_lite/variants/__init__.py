@@ -10,6 +10,8 @@ from lora_lite.variants.bitfit import BitFitConfig as BitFitConfig
 from lora_lite.variants.corda import CorDAConfig as CorDAConfig
 from lora_lite.variants.delora import DeLoRAConfig as DeLoRAConfig
 from lora_lite.variants.dora import DoRAConfig as DoRAConfig
+from lora_lite.variants.ether import ETHERConfig as ETHERConfig
+from lora_lite.variants.ether_plus import ETHERPlusConfig as ETHERPlusConfig
 from lora_lite.variants.eva import EVAConfig as EVAConfig
 from lora_lite.variants.full import FullConfig as FullConfig
 from lora_lite.variants.hra import HRAConfig as HRAConfig
@@ -59,6 +61,8 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "full": FullConfig,
     "olora": OLoRAConfig,
     "mica": MiCAConfig,
+    "ether": ETHERConfig,
+    "ether_plus": ETHERPlusConfig,
 }
 
 if not TYPE_CHECKING:  # a type checker cannot compute the list, and without one takes the names that are imported as themselves

@@ -42,9 +42,9 @@ def from_peft(
 ) -> tuple[Adapt, Tree]:
     """Read an adapter that PEFT saved and bind it to a model. The package `peft` is not needed.
 
-    LoRA comes with its patterns and rank-stabilised scale, on embeddings, convolutions and `target_parameters` too. The page on PEFT lists
-    the methods. `modules_to_save` become targets of `FullConfig`. The layers are
-    those that the file of tensors names. Layers with other hyperparameters get a config of their own.
+    LoRA comes with its patterns and rank-stabilised scale, on embeddings, convolutions and `target_parameters` too; the page on PEFT lists
+    the methods. `modules_to_save` become targets of `FullConfig`. The layers are those that the file of tensors names. Layers with other
+    hyperparameters get a config of their own.
 
     Args:
         model: the model that the adapter was trained on, as it was before PEFT wrapped it.
@@ -226,8 +226,9 @@ def _field_faults(fields: Mapping[str, Any], layers: Layers, chosen: Chosen) -> 
     """List fields that the tensors contradict."""
     faults = []
     for path, (row, cfg) in chosen.items():
-        if "r" in DEFAULTS[row.peft_type] and resolve(fields, "r", path) != cfg.r:
-            faults.append(f'r or rank_pattern: expected {cfg.r} at "{path}", as its tensors have, found {resolve(fields, "r", path)}')
+        rank = row.write(cfg)["r"] if "r" in DEFAULTS[row.peft_type] else None
+        if rank is not None and resolve(fields, "r", path) != rank:
+            faults.append(f'r or rank_pattern: expected {rank} at "{path}", as its tensors have, found {resolve(fields, "r", path)}')
         if fields.get("coft") and not _within_bound(layers[path]["oft_R.weight"], cfg, resolve(fields, "eps", path)):
             faults.append(f'coft: expected it off, or rotations within its bound, found "{path}" beyond it: PEFT would change its numbers')
     return faults

@@ -14,6 +14,7 @@ from lora_lite.files.peft.fields import resolve
 from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
 from lora_lite.files.peft.rows_lora import ROWS as ROWS_LORA
 from lora_lite.files.peft.rows_products import ROWS_PRODUCTS
+from lora_lite.files.peft.rows_orthogonal import ROWS_ORTHOGONAL
 from lora_lite.variants.adalora import AdaLoRAConfig
 from lora_lite.variants.delora import DeLoRAConfig
 from lora_lite.variants.hra import HRAConfig
@@ -72,6 +73,33 @@ def _one(cfg: Any, constants: Constants) -> float:
 
 ROWS: dict[str, Row] = {
     **ROWS_LORA,
+    **ROWS_ORTHOGONAL,
+    "pissa": Row(
+        PiSSAConfig,
+        "LORA",
+        {"dA": Leaf("lora_A.weight", 2, lambda _, c: c["A0"]), "dB": Leaf("lora_B.weight", 2, lambda _, c: c["B0"])},
+        _read_pissa,
+        _write_lora,
+        when=lambda fields, _: fields.get("init_lora_weights") == "pissa",
+        signs=_pissa_signs,
+        written=_as_lora,
+        conv1d=True,
+    ),
+    "dora": Row(
+        DoRAConfig,
+        "LORA",
+        {**_LORA, "m": Leaf("lora_magnitude_vector", 1, lambda _, c: c["sqnorm"].sqrt())},
+        _read_lora,
+        _write_lora,
+        when=lambda fields, _: bool(fields.get("use_dora")),
+        conv1d=True,
+    ),
+    "lora": Row(LoRAConfig, "LORA", _LORA, _read_lora, _write_lora, conv1d=True),
+    "eva": Row(EVAConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_plain_lora, conv1d=True),
+    "corda": Row(CorDAConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_as_lora, conv1d=True),
+    "asvd": Row(ASVDConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_as_lora, conv1d=True),
+    "loftq": Row(LoftQConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_plain_lora, conv1d=True),
+    "lora_ga": Row(LoRAGAConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_as_lora, conv1d=True),
     "ia3_ff": Row(
         IA3FFConfig,
         "IA3",
