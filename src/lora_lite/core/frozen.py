@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_lite.core.linalg import kaiming
+from lora_lite.core.linalg import add_low_rank, kaiming
 
 Constants = dict[str, Tensor]
 Params = Mapping[str, Tensor]
@@ -101,6 +101,10 @@ class Frozen:
     def project(self, x: Tensor, A: Tensor, dropout: float = 0.0) -> Tensor:
         """Return `A drop(x)` for an `(r, i)` matrix: `(*b, i) -> (*b, r)`, with dropout in training mode."""
         return F.linear(F.dropout(x, dropout, self.training) if dropout else x, A)
+
+    def updated(self, x: Tensor, D: Tensor) -> Tensor:
+        """Return `W(x) + D x` for a dense update `D (o, i)` of the weight: `(*b, i) -> (*b, o)`."""
+        return add_low_rank(self(x), x, D)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the detached weight as a plain `(o, i)` matrix, in `dtype` or else in its own."""

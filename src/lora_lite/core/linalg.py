@@ -149,5 +149,13 @@ _AS_IT_IS = nullcontext()
 
 def full_precision(x: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which autocast leaves the dtypes of small products and solves alone."""
-    device = "cpu" if x.is_meta else x.device.type  # autocast knows no meta device
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
+    return torch.autocast(_device_of(x), enabled=False) if autocasts(x) else _AS_IT_IS
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast runs on the device of a tensor."""
+    return torch.is_autocast_enabled(_device_of(x))
+
+
+def _device_of(x: Tensor) -> str:
+    return "cpu" if x.is_meta else x.device.type  # autocast knows no meta device

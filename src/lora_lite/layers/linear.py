@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lite.core.frozen import plus
+from lora_lite.core.linalg import autocasts
 from lora_lite.layers.kind import Kind
 
 
@@ -27,6 +28,16 @@ class LinearKind(Kind):
         if "weight" in table and "bias" in table:  # no parametrization: looking the attributes up would be slow
             return F.linear(x, table["weight"], table["bias"])
         return F.linear(x, self.weight, self.bias)
+
+    def updated(self, x: Tensor, D: Tensor) -> Tensor:
+        """Return `W(x) + D x`, in float32 as one product with the sum of both: half of the arithmetic.
+
+        In less precision the sum would round small updates away.
+        """
+        weight = self.weight
+        plain = type(self).__call__ is LinearKind.__call__ and type(weight) in (nn.Parameter, Tensor)  # not a part of a sharded weight
+        precise = weight.dtype == D.dtype == x.dtype and torch.finfo(x.dtype).bits >= 32 and not autocasts(x)
+        return F.linear(x, weight + D, self.bias) if plain and precise else super().updated(x, D)
 
 
 class _OfTransformers(Kind):
