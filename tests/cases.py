@@ -69,6 +69,10 @@ CASES = (
     Row("loreft", ll.LoReFTConfig(r=4)),
     Row("loreft-identity", ll.LoReFTConfig(r=4, positions="l1", start="identity")),
     Row("ln-tuning", ll.LNTuningConfig()),
+    Row("miss", ll.MiSSConfig(r=8)),
+    Row("miss-padded-dropout", ll.MiSSConfig(r=7, dropout=0.3)),
+    Row("miss-mini", ll.MiSSConfig(r=8, mini_r=4, init="mini")),
+    Row("miss-bat", ll.MiSSConfig(r=8, init="bat")),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 

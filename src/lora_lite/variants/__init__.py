@@ -19,6 +19,7 @@ from lora_lite.variants.lora import LoRAConfig as LoRAConfig
 from lora_lite.variants.lora_ga import LoRAGAConfig as LoRAGAConfig
 from lora_lite.variants.lora_xs import LoRAXSConfig as LoRAXSConfig
 from lora_lite.variants.loreft import LoReFTConfig as LoReFTConfig
+from lora_lite.variants.miss import MiSSConfig as MiSSConfig
 from lora_lite.variants.oft import OFTConfig as OFTConfig
 from lora_lite.variants.pissa import PiSSAConfig as PiSSAConfig
 from lora_lite.variants.road import ROADConfig as ROADConfig
@@ -49,6 +50,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "loreft": LoReFTConfig,
     "ln_tuning": LNTuningConfig,
     "full": FullConfig,
+    "miss": MiSSConfig,
 }
 
 __all__ = sorted(["VARIANTS", *(cls.__name__ for cls in VARIANTS.values())])

@@ -42,8 +42,8 @@ def from_peft(
     """Read an adapter that PEFT saved and bind it to a model. The package `peft` is not needed.
 
     LoRA with its patterns and rank-stabilised scale, on embeddings, convolutions and `target_parameters` too, DoRA, PiSSA, IA3, DeLoRA,
-    HRA, ROAD, OFT, VeRA, AdaLoRA and LN-tuning, with `modules_to_save`, which become targets of `FullConfig`. The layers are those that
-    the file of tensors names. Layers with other hyperparameters get a config of their own.
+    HRA, ROAD, OFT, VeRA, AdaLoRA, MiSS and LN-tuning, with `modules_to_save`, which become targets of `FullConfig`. The layers are those
+    that the file of tensors names. Layers with other hyperparameters get a config of their own.
 
     Args:
         model: the model that the adapter was trained on, as it was before PEFT wrapped it.
@@ -134,9 +134,9 @@ def _by_layer(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> t
             faults.append(f'unexpected "{name}"')
             continue
         path, key = found[1] or "", found[2]
-        axes = keys[key].ndim + axes_of(model, path)
-        if tensor.ndim != axes or not tensor.is_floating_point():
-            faults.append(f'"{name}": expected {axes} axes of a floating dtype, found {tuple(tensor.shape)} of {tensor.dtype}')
+        expected = keys[key].misfit(tensor, axes_of(model, path))
+        if expected is not None:
+            faults.append(f'"{name}": expected {expected}, found {tuple(tensor.shape)} of {tensor.dtype}')
         layers.setdefault(path, {})[key] = tensor
     return layers, faults
 

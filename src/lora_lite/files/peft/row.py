@@ -1,4 +1,4 @@
-"""What a row of the table of PEFT's methods holds."""
+"""The rows of the table of PEFT's methods, and the leaves in them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,12 +14,23 @@ Leaves = dict[str, Tensor]
 
 
 class Leaf(NamedTuple):
-    """A tensor of ours in PEFT's file: its key, its number of axes, its neutral value, its shape where ours is flat."""
+    """A tensor of ours in PEFT's file: its key, its number of axes, its neutral value, its shape where ours is flat.
+
+    `ndim` is several numbers where options differ. `floating` is false for indices, which may have any dtype.
+    """
 
     key: str
-    ndim: int
+    ndim: int | tuple[int, ...]
     origin: Callable[[Any, Constants], Tensor | float] = lambda cfg, constants: 0.0
     shape: tuple[int, ...] | None = None
+    floating: bool = True
+
+    def misfit(self, tensor: Tensor, further: int) -> str | None:
+        """Return the expectation, with so many further axes, that a tensor of the file does not meet, or None."""
+        axes = [n + further for n in (self.ndim if isinstance(self.ndim, tuple) else (self.ndim,))]
+        if tensor.ndim in axes and (tensor.is_floating_point() or not self.floating):
+            return None
+        return f"{' or '.join(map(str, axes))} axes{' of a floating dtype' if self.floating else ''}"
 
 
 class Row(NamedTuple):

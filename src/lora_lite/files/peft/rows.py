@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from lora_lite.core.frozen import Constants
 from lora_lite.files.peft.fields import resolve
 from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
+from lora_lite.files.peft.rows_sparse import ROWS_SPARSE
 from lora_lite.variants.adalora import AdaLoRAConfig
 from lora_lite.variants.asvd import ASVDConfig
 from lora_lite.variants.corda import CorDAConfig
@@ -208,6 +209,7 @@ ROWS: dict[str, Row] = {
         conv1d=True,
     ),
     "oft": Row(OFTConfig, "OFT", {"v": Leaf("oft_R.weight", 2)}, _read_oft, _write_oft),
+    **ROWS_SPARSE,
 }
 
 
