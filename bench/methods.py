@@ -124,6 +124,7 @@ ROWS: dict[str, Row] = {
         rate=2e-3,
     ),
     "ether_plus": Row(),
+    "miss": Row(theirs=lambda cfg, on: peft.MissConfig(r=cfg.r, target_modules=on), rate=1e-2),
     "full": Row(
         fields=lambda r: {"target_names": r"(q|v)_proj$"},
         without="Training the weights themselves needs no library.",

@@ -91,6 +91,10 @@ CASES = (
     Row("ether-plus", ll.ETHERPlusConfig()),
     Row("ether-plus-blocks", ll.ETHERPlusConfig(n_blocks=4)),
     Row("ether-plus-in", ll.ETHERPlusConfig(n_blocks=2, sides="in")),
+    Row("miss", ll.MiSSConfig(r=8)),
+    Row("miss-padded-dropout", ll.MiSSConfig(r=7, dropout=0.3)),
+    Row("miss-mini", ll.MiSSConfig(r=8, mini_r=4, init="mini")),
+    Row("miss-bat", ll.MiSSConfig(r=8, init="bat")),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 

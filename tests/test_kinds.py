@@ -454,5 +454,33 @@ def test_words_of_version_0_1_0_are_translated():
         ll.build(model, ll.DoRAConfig(r=2), kinds=(Old,))
 
 
+# A dense update of a linear layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_dense_update_of_a_linear_layer_is_added_to_its_output(dtype):
+    layer, x, D = nn.Linear(64, 32).to(dtype), torch.randn(2, 3, 64, dtype=dtype), torch.randn(32, 64, dtype=dtype)
+    got, want = LinearKind(layer).updated(x, D), ll.Frozen(layer.weight, layer.bias).updated(x, D)
+    assert torch.allclose(got, want, rtol=0, atol={torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.5}[dtype])
+    assert torch.equal(LinearKind(layer).updated(x, torch.zeros_like(D)), layer(x))
+
+
+def test_a_small_dense_update_is_not_rounded_away_in_bfloat16():
+    layer = nn.Linear(64, 1, bias=False, dtype=torch.bfloat16)
+    layer.weight.data = torch.tensor([1.0, -1.0]).repeat(32)[None].bfloat16()
+    x, D = torch.ones(1, 64, dtype=torch.bfloat16), torch.full((1, 64), 2.0**-10, dtype=torch.bfloat16)
+    assert torch.equal(layer.weight.data + D, layer.weight.data)  # the sum would lose it
+    assert LinearKind(layer).updated(x, D).item() == 2.0**-4
+
+
+def test_a_linear_layer_of_a_kind_of_its_own_is_updated_through_its_own_call():
+    class Doubled(LinearKind):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    layer, x, D = nn.Linear(6, 4), torch.randn(3, 6), torch.randn(4, 6)
+    assert torch.allclose(Doubled(layer).updated(x, D), 2 * layer(x) + x @ D.t(), rtol=0, atol=1e-5)
+
+
 if __name__ == "__main__" and "--write" in sys.argv:
     PAGE.write_text(json.dumps({name: {check: outcome(name, check) for check in KIND_CHECKS} for name in GRID}, indent=1) + "\n", "utf-8")

@@ -44,6 +44,10 @@ EXACT = {
     "oft-terms",
     "oft-shared",
     "oft-bound",
+    "miss",
+    "miss-padded",
+    "miss-mini",
+    "miss-bat",
 }
 """Cases whose tensors PEFT keeps as ours: no neutral value is taken off and added again, which would round."""
 
@@ -114,12 +118,18 @@ THEIRS = {
     "oft-terms": _plain(peft.OFTConfig, oft_block_size=2, num_cayley_neumann_terms=4),
     "oft-shared": _plain(peft.OFTConfig, oft_block_size=4, block_share=True),
     "oft-bound": _plain(peft.OFTConfig, oft_block_size=4, coft=True, eps=100.0),
+    "miss": _plain(peft.MissConfig, r=4),
+    "miss-padded": _plain(peft.MissConfig, r=5, miss_dropout=0.1),
+    "miss-random": _plain(peft.MissConfig, r=4, init_weights=False),
+    "miss-mini": _plain(peft.MissConfig, r=8, mini_r=2, init_weights="mini"),
+    "miss-bat": _plain(peft.MissConfig, r=2, init_weights="bat", miss_dropout=0.1),
 }
 LINEAR_ONLY = ("delora", "hra", "road", "oft", "olora")  # PEFT's OLoRA takes a Conv1D's weight transposed, and fails where it is not square
 RESIDUAL = ("pissa", "olora")
 """Cases that are written as LoRA of twice the rank."""
 LINEAR_ONLY = ("loha", "lokr", "delora", "hra", "road", "oft")
 LINEAR_ONLY = ("delora", "hra", "ether", "road", "oft")
+LINEAR_ONLY = ("delora", "hra", "road", "oft", "miss")
 PAIRS = [(model, name) for model in MODELS for name in THEIRS if model == "linear" or not name.startswith(LINEAR_ONLY)]
 
 
@@ -237,6 +247,9 @@ OURS = {
     "adalora": ll.AdaLoRAConfig(init_r=4, target_r=2, total_step=9, alpha=3.0),
     "oft": ll.OFTConfig(block_size=4, terms=4),
     "oft-exact": ll.OFTConfig(block_size=2, cayley="exact", block_share=True),
+    "miss": ll.MiSSConfig(r=5, dropout=0.1),
+    "miss-mini": ll.MiSSConfig(r=8, mini_r=4, init="mini"),
+    "miss-bat": ll.MiSSConfig(r=4, init="bat"),
 }
 
 

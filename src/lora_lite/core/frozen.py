@@ -115,7 +115,10 @@ class Frozen:
     def updated(self, x: Tensor, D: Tensor, dropout: float = 0.0) -> Tensor:
         """Return `W x + b + D drop(x)` for an `(o, i)` matrix: by the one product with `W + D` where that sum keeps the digits of `D`."""
         apart = not self.sums or (dropout and self.training) or torch.finfo(x.dtype).bits < 32 or autocasts(x)
-        return self(x) + self.project(x, D, dropout) if apart else F.linear(x, self.weight + D, self.bias)
+        weight = None if apart else self.weight
+        if weight is None or type(weight) not in (torch.nn.Parameter, Tensor) or not weight.dtype == D.dtype == x.dtype:
+            return self(x) + self.project(x, D, dropout)
+        return F.linear(x, weight + D, self.bias)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the detached weight as a plain `(o, i)` matrix, in `dtype` or else in its own."""

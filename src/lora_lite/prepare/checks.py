@@ -82,7 +82,7 @@ def _instead(kind: Any, cfg: AdapterConfig, uses: set[str]) -> str:
     if uses - set(kind.gives) == {"dropout"}:
         return "adapt it by a config of its own without dropout: dropout=0.0"
     able = [
-        c for c in VARIANTS.values() if c.adapts == cfg.adapts and not c.calibrated and not c.original and set(c.uses) <= set(kind.gives)
+        c for c in VARIANTS.values() if c.adapts == cfg.adapts and not c.calibrated and not c.original and set(c().uses) <= set(kind.gives)
     ]
     able.sort(key=lambda c: len(dataclasses.fields(c)))  # first those without sizes that have to fit the layer
     found = [c for c in able if type(cfg) is not c]

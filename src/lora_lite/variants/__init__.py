@@ -26,6 +26,7 @@ from lora_lite.variants.lora_ga import LoRAGAConfig as LoRAGAConfig
 from lora_lite.variants.lora_xs import LoRAXSConfig as LoRAXSConfig
 from lora_lite.variants.loreft import LoReFTConfig as LoReFTConfig
 from lora_lite.variants.mica import MiCAConfig as MiCAConfig
+from lora_lite.variants.miss import MiSSConfig as MiSSConfig
 from lora_lite.variants.oft import OFTConfig as OFTConfig
 from lora_lite.variants.olora import OLoRAConfig as OLoRAConfig
 from lora_lite.variants.pissa import PiSSAConfig as PiSSAConfig
@@ -63,6 +64,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "mica": MiCAConfig,
     "ether": ETHERConfig,
     "ether_plus": ETHERPlusConfig,
+    "miss": MiSSConfig,
 }
 
 if not TYPE_CHECKING:  # a type checker cannot compute the list, and without one takes the names that are imported as themselves

@@ -27,6 +27,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"rank_dropout": 0.0, "module_dropout": 0.0, "rank_dropout_scale": False},
     },
     "OFT": {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "block_share": False, "coft": False, "eps": 6e-5},
+    "MISS": {"r": 64, "mini_r": 1, "init_weights": True, "miss_dropout": 0.0},
 }
 """The fields that are read, of each PEFT type, with PEFT's defaults."""
 
@@ -54,6 +55,7 @@ FREE: dict[str, set[str]] = {
     "LOHA": {"rank_pattern", "alpha_pattern", "init_weights"},
     "LOKR": {"rank_pattern", "alpha_pattern", "init_weights"},
     "OFT": {"r", "oft_block_size", "module_dropout", "init_weights"},  # PEFT does not apply this dropout; blocks are read off the tensors
+    "MISS": set(),
 }
 """The fields that may have any value, of each PEFT type: what they say is in the tensors, or nothing in the mathematics."""
 

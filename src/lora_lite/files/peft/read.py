@@ -1,7 +1,6 @@
 """`from_peft`: PEFT's two files as an `adapt` and its params."""
 
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -138,9 +137,9 @@ def _by_layer(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> t
             faults.append(f'unexpected "{name}"')
             continue
         path, key = found[1] or "", found[2]
-        axes = keys[key].ndim + axes_of(model, path)
-        if tensor.ndim != axes or not tensor.is_floating_point():
-            faults.append(f'"{name}": expected {axes} axes of a floating dtype, found {tuple(tensor.shape)} of {tensor.dtype}')
+        expected = keys[key].misfit(tensor, axes_of(model, path))
+        if expected is not None:
+            faults.append(f'"{name}": expected {expected}, found {tuple(tensor.shape)} of {tensor.dtype}')
         layers.setdefault(path, {})[key] = tensor
     return layers, faults
 

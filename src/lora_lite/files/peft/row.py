@@ -28,11 +28,19 @@ class Leaf(NamedTuple):
     """
 
     key: str
-    ndim: int
+    ndim: int | tuple[int, ...]
     origin: Callable[[Any, Constants], Tensor | float] = lambda cfg, constants: 0.0
     shape: tuple[int, ...] | None = None
     field: str | None = None
     optional: bool = False
+    floating: bool = True
+
+    def misfit(self, tensor: Tensor, further: int) -> str | None:
+        """Return the expectation, with so many further axes, that a tensor of the file does not meet, or None."""
+        axes = [n + further for n in (self.ndim if isinstance(self.ndim, tuple) else (self.ndim,))]
+        if tensor.ndim in axes and (tensor.is_floating_point() or not self.floating):
+            return None
+        return f"{' or '.join(map(str, axes))} axes{' of a floating dtype' if self.floating else ''}"
 
 
 class Row(NamedTuple):

@@ -13,8 +13,9 @@ from lora_lite.core.frozen import Constants
 from lora_lite.files.peft.fields import resolve
 from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
 from lora_lite.files.peft.rows_lora import ROWS as ROWS_LORA
-from lora_lite.files.peft.rows_products import ROWS_PRODUCTS
 from lora_lite.files.peft.rows_orthogonal import ROWS_ORTHOGONAL
+from lora_lite.files.peft.rows_products import ROWS_PRODUCTS
+from lora_lite.files.peft.rows_sparse import ROWS_SPARSE
 from lora_lite.variants.adalora import AdaLoRAConfig
 from lora_lite.variants.delora import DeLoRAConfig
 from lora_lite.variants.hra import HRAConfig
@@ -160,6 +161,7 @@ ROWS: dict[str, Row] = {
     ),
     "oft": Row(OFTConfig, "OFT", {"v": Leaf("oft_R.weight", 2)}, _read_oft, _write_oft),
     **ROWS_PRODUCTS,
+    **ROWS_SPARSE,
 }
 
 

@@ -1,6 +1,5 @@
 """`to_peft`: an adapter and its params as PEFT's two files."""
 
-import functools
 import json
 import os
 import re
@@ -47,6 +46,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "LN_TUNING": {},
     "LOHA": {},
     "LOKR": {},
+    "MISS": {"bias": "none"},
 }
 """Fields that are the same in every file of a PEFT type."""
 

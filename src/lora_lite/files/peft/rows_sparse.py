@@ -1,0 +1,24 @@
+"""Variants that share or scatter few numbers over the weight, in PEFT's terms."""
+
+from typing import Any
+
+from lora_lite.files.peft.fields import resolve
+from lora_lite.files.peft.row import Fields, Leaf, Row, Tensors
+from lora_lite.variants.miss import MiSSConfig
+
+
+def _read_miss(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
+    block, start = tensors["miss_block"], resolve(fields, "init_weights", path)
+    found = {"r": block.shape[-1] if start == "bat" else block.shape[0], "start": start if start in ("bat", "mini") else "default"}
+    found["mini_r"] = block.shape[1] if start == "mini" else resolve(fields, "mini_r", path)
+    return found if start == "bat" else {**found, "dropout": resolve(fields, "miss_dropout", path)}  # PEFT's bat applies none
+
+
+def _write_miss(cfg: MiSSConfig) -> dict[str, Any]:
+    start = True if cfg.start == "default" else cfg.start
+    return {"r": cfg.r, "mini_r": cfg.mini_r, "init_weights": start, "miss_dropout": cfg.dropout}
+
+
+ROWS_SPARSE: dict[str, Row] = {
+    "miss": Row(MiSSConfig, "MISS", {"D": Leaf("miss_block", (2, 3))}, _read_miss, _write_miss),
+}
