@@ -73,34 +73,10 @@ def _one(cfg: Any, constants: Constants) -> float:
 
 
 ROWS: dict[str, Row] = {
-    **ROWS_LORA,
     **ROWS_ORTHOGONAL,
-    "pissa": Row(
-        PiSSAConfig,
-        "LORA",
-        {"dA": Leaf("lora_A.weight", 2, lambda _, c: c["A0"]), "dB": Leaf("lora_B.weight", 2, lambda _, c: c["B0"])},
-        _read_pissa,
-        _write_lora,
-        when=lambda fields, _: fields.get("init_lora_weights") == "pissa",
-        signs=_pissa_signs,
-        written=_as_lora,
-        conv1d=True,
-    ),
-    "dora": Row(
-        DoRAConfig,
-        "LORA",
-        {**_LORA, "m": Leaf("lora_magnitude_vector", 1, lambda _, c: c["sqnorm"].sqrt())},
-        _read_lora,
-        _write_lora,
-        when=lambda fields, _: bool(fields.get("use_dora")),
-        conv1d=True,
-    ),
-    "lora": Row(LoRAConfig, "LORA", _LORA, _read_lora, _write_lora, conv1d=True),
-    "eva": Row(EVAConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_plain_lora, conv1d=True),
-    "corda": Row(CorDAConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_as_lora, conv1d=True),
-    "asvd": Row(ASVDConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_as_lora, conv1d=True),
-    "loftq": Row(LoftQConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_plain_lora, conv1d=True),
-    "lora_ga": Row(LoRAGAConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_as_lora, conv1d=True),
+    **ROWS_LORA,
+    **ROWS_PRODUCTS,
+    **ROWS_SPARSE,
     "ia3_ff": Row(
         IA3FFConfig,
         "IA3",
@@ -160,8 +136,6 @@ ROWS: dict[str, Row] = {
         conv1d=True,
     ),
     "oft": Row(OFTConfig, "OFT", {"v": Leaf("oft_R.weight", 2)}, _read_oft, _write_oft),
-    **ROWS_PRODUCTS,
-    **ROWS_SPARSE,
 }
 
 

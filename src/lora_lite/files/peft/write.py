@@ -64,9 +64,9 @@ class Written(NamedTuple):
 def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory: str | os.PathLike[str]) -> None:
     """Write an adapter so that `peft.PeftModel.from_pretrained(model, directory)` gives the same outputs.
 
-    The page on PEFT lists the methods, and which of them PEFT's files hold as another one: PiSSA and its like are written as LoRA of twice the
-    rank, which acts on the weight as it is. Targets of `FullConfig` become `modules_to_save`. Both files are written beside their place and
-    moved, so that neither is ever half-written.
+    The page on PEFT lists the methods, and which of them PEFT's files hold as another one: PiSSA and its like are written as LoRA of
+    twice the rank, which acts on the weight as it is. Targets of `FullConfig` become `modules_to_save`. Both files are written beside
+    their place and moved, so that neither is ever half-written.
 
     Args:
         adapt: the adapted model of the params.
