@@ -190,17 +190,37 @@ def test_counts_are_the_formulas(tiny, name, cfg):
     assert adapt.macs_per_token == sum(macs(t.i, t.o) for t in adapt.targets)
 
 
-def test_summary_has_a_line_for_each_target_and_a_total(tiny):
+def test_full_summary_has_a_line_for_each_target_a_total_and_the_share_of_the_model(tiny):
     model, _ = tiny("llama")
     adapt = ll.build(model, [ll.LoRAConfig(r=4, target_names="q_proj", layers=(0,)), ll.IA3Config(target_names="up_proj", layers=(1,))])
-    head, *rows, total = [line.split() for line in adapt.summary().splitlines()]
+    head, *rows, total, share = [line.split() for line in adapt.summary(full=True).splitlines()]
     assert head == ["path", "role", "(o,", "i)", "variant", "params", "MACs/token"]
     assert rows == [
         ["model.layers.0.self_attn.q_proj", "reader", "(32,", "32)", "lora", "256", "256"],
         ["model.layers.1.mlp.up_proj", "reader", "(64,", "32)", "ia3", "64", "64"],
     ]
     assert total == ["2", "targets", "320", "320"]
-    assert repr(adapt) == "Adapt(LlamaForCausalLM, ia3, lora, 2 targets, 320 params)"
+    size = sum(p.numel() for p in model.parameters())
+    assert " ".join(share) == f"{32000 / size:.3g}% of the model's {size:,} params"
+    assert repr(adapt) == str(adapt) == "Adapt(LlamaForCausalLM, ia3, lora, 2 targets, 320 params)"
+
+
+def test_summary_has_a_line_for_the_same_layer_of_all_blocks(tiny):
+    model, _ = tiny("llama", num_hidden_layers=12)
+    adapt = ll.build(model, [ll.LoRAConfig(r=4, exclude_names="up_proj"), ll.IA3Config(target_names="up_proj", layers=1)])
+    head, *rows, total, _ = [line.split() for line in adapt.summary().splitlines()]
+    assert head == ["path", "role", "(o,", "i)", "variant", "count", "params", "MACs/token"]
+    assert rows[0] == ["model.layers.*.self_attn.q_proj", "reader", "(32,", "32)", "lora", "12", "3,072", "3,072"]
+    assert rows[-1] == ["model.layers.1.mlp.up_proj", "reader", "(64,", "32)", "ia3", "1", "64", "64"]
+    assert len(rows) == 7
+    assert total == ["73", "targets", "73", f"{adapt.num_params:,}", f"{adapt.macs_per_token:,}"]
+
+
+def test_summary_keeps_layers_of_other_widths_apart_and_adds_other_ranks_up():
+    widths = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4), nn.Linear(4, 8))
+    rows = ll.build(widths, [ll.LoRAConfig(r=1, target_names="[01]$"), ll.LoRAConfig(r=2, target_names="2$")]).summary().splitlines()
+    assert [line.split()[0] for line in rows[1:-2]] == ["*", "1"]
+    assert rows[1].split()[-3:] == ["2", "36", "36"]
 
 
 def test_constants_are_the_variants_frozen_tensors(tiny):

@@ -10,6 +10,7 @@ import torch
 
 import lora_lite as ll
 import typed_user
+from lora_lite.core.documented import fields_in
 
 NAMES = sorted(name for name in vars(ll) if not name.startswith("_") and not isinstance(getattr(ll, name), types.ModuleType))
 
@@ -61,6 +62,31 @@ def test_public_name_has_a_docstring_of_its_own(name):
     doc = thing.__dict__.get("__doc__") if inspect.isclass(thing) else thing.__doc__
     assert doc
     assert not (inspect.isclass(thing) and doc.startswith(f"{name}(")), "the docstring that dataclass writes says nothing"
+
+
+@pytest.mark.parametrize("cls", [ll.AdapterConfig, *ll.VARIANTS.values()], ids=lambda cls: cls.__name__)
+def test_docstring_of_a_config_has_every_field(cls):
+    documented = [name for names in fields_in(cls.__doc__) for name in names.split(", ")]
+    assert sorted(documented) == sorted(inspect.signature(cls).parameters)
+
+
+def test_fields_of_a_base_come_after_those_that_a_class_documents_itself():
+    class MineConfig(ll.LoRAConfig):
+        """Config of mine.
+
+        Args:
+            alpha: another meaning,
+                on two lines.
+
+        A paragraph after it.
+        """
+
+    fields = fields_in(MineConfig.__doc__)
+    assert list(fields)[:3] == ["alpha", "r", "rslora"]
+    assert fields["alpha"].split() == ["alpha:", "another", "meaning,", "on", "two", "lines."]
+    assert fields["layers"] == fields_in(ll.AdapterConfig.__doc__)["layers"]
+    assert MineConfig.__doc__.endswith("\n\nA paragraph after it.")
+    assert fields_in(ll.LoRAConfig.__doc__)["alpha"] != fields["alpha"]
 
 
 def _public_methods():

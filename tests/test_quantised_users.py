@@ -50,6 +50,11 @@ def test_building_calling_and_failing_change_nothing(model):
     assert same(before, facts(model))
 
 
+def test_share_of_the_model_is_that_of_the_dense_one(model):
+    share = ll.build(model, CFG).summary().splitlines()[-1]
+    assert share == ll.build(mlp(), CFG).summary().splitlines()[-1] == "4.63% of the model's 16,576 params"
+
+
 def test_users_forward_is_what_it_was(model):
     x = torch.randn(5, 64)
     untouched = copy.deepcopy(model)

@@ -313,9 +313,22 @@ class Adapt:
     def _macs(self) -> dict[str, int]:
         return macs_by_target(self._plan)
 
-    def summary(self) -> str:
-        """Return a table of path, role, shape, variant, params and multiply-adds per token, with a total."""
-        return table(self._plan, self._macs)
+    def summary(self, full: bool = False) -> str:
+        """Return a table of path, role, shape, variant, params and multiply-adds per token, with totals and the trained share of the model.
+
+        Args:
+            full: a line for each target. Else those whose paths differ only in numbers, such as the same layer of each block, share one.
+
+        Example:
+            >>> import torch, lora_lite as ll
+            >>> blocks = [torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU()) for _ in range(4)]
+            >>> print(ll.build(torch.nn.Sequential(*blocks), ll.LoRAConfig(r=2)).summary())
+            path       role    (o, i)    variant  count  params  MACs/token
+            *.0        reader  (64, 64)  lora         4   1,024       1,024
+            4 targets                                 4   1,024       1,024
+            6.15% of the model's 16,640 params
+        """
+        return table(self._plan, self._macs, full)
 
     def __repr__(self) -> str:
         variants = ", ".join(sorted({cfg.name for cfg in self.configs}))

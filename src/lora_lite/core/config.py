@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from lora_lite.core.documented import with_inherited
 from lora_lite.core.errors import listed, nearest
 from lora_lite.core.fields import at, check_fields, refuse_unknown
 from lora_lite.core.frozen import USES, Constants, Frozen, Params
@@ -74,6 +75,11 @@ class AdapterConfig:
     macs: ClassVar[str | None] = None
 
     __signature__: ClassVar[Any] = _OfInit()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Complete the docstring: `help` of a config is the documentation of all its fields."""
+        super().__init_subclass__(**options)
+        cls.__doc__ = with_inherited(cls) or cls.__doc__
 
     def __new__(cls, *args: Any, **fields: Any) -> Self:
         refuse_unknown(cls, fields)

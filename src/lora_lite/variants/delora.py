@@ -103,7 +103,7 @@ class DeLoRAConfig(AdapterConfig):
     Args:
         r: rank of the update, >= 1.
         lambda0: strength at the start, dimensionless, > 0; with `w_norm="channel"` the update is at most this times the weight.
-        init: `"zeros"` for PEFT's start, `"copy"` for the paper's; kept as the field `start`, since `init` is the method.
+        init, start: `"zeros"` for PEFT's start, `"copy"` for the paper's; one option, kept as `start`, since `init` is the method.
         w_norm: what scales the update: `"channel"` each column's norm, `"scalar"` the weight's Frobenius norm, `"none"` nothing.
         dropout: probability of dropping an entry of the adapter's input, in [0, 1), in training mode.
     """

@@ -39,7 +39,12 @@ def full(params: Params, W: Frozen, x: Tensor) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class FullConfig(AdapterConfig):
-    """Config of full training, without hyperparameters of its own. `target_names` must name modules."""
+    """Config of full training, without hyperparameters of its own.
+
+    Args:
+        target_names: regular expressions that name modules, at least one.
+        exclude_names: regular expressions of paths to leave alone; none by default.
+    """
 
     name = "full"
     adapts = "module"

@@ -30,7 +30,11 @@ ln_tuning = another_start(full, "ln_tuning")
 
 @dataclass(frozen=True, kw_only=True)
 class LNTuningConfig(FullConfig):
-    """Config of LN-tuning, which has no hyperparameters of its own."""
+    """Config of LN-tuning, which has no hyperparameters of its own.
+
+    Args:
+        target_names: regular expressions, searched in the paths of norms; empty for all.
+    """
 
     name = "ln_tuning"
     adapts = "norm"

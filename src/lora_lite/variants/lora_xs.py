@@ -61,7 +61,7 @@ class LoRAXSConfig(AdapterConfig):
     Args:
         r: number of singular directions, from 1 to the smaller width of the layer.
         alpha: numerator of the scale `alpha / r`, dimensionless.
-        init: `"normal"` draws `R` with standard deviation 1e-5, `"zeros"` starts at the base model to the bit; kept as the field
+        init, start: `"normal"` draws `R` with standard deviation 1e-5, `"zeros"` starts at the base model to the bit; one option, kept as
             `start`, since `init` is the method.
     """
 
