@@ -56,8 +56,8 @@ def table(plan: Plan, macs: dict[str, int], full: bool) -> str:
         path = target.path if full else _NUMBER.sub("*", target.path)
         alike.setdefault((path, ", ".join(target.shared_with), target.role, f"({target.o}, {target.i})", cfg.name), []).append(target)
     rows: list[tuple[str, ...]] = [("path", "role", "(o, i)", "variant", "count", "params", "MACs/token")]
-    for (pattern, shared, *facts), targets in alike.items():
-        path = (pattern if len(targets) > 1 else targets[0].path) + (f" (weight shared with {shared})" if shared else "")
+    for (_, shared, *facts), targets in alike.items():
+        path = common([t.path for t in targets]) + (f" (weight shared with {shared})" if shared else "")
         sums = sum(count(plan.shapes[t.path]) for t in targets), sum(macs[t.path] for t in targets)
         rows.append((path, *facts, *(f"{n:,}" for n in (len(targets), *sums))))
     params, size = count_all(plan.shapes), model_size(plan)
@@ -67,6 +67,12 @@ def table(plan: Plan, macs: dict[str, int], full: bool) -> str:
     widths = [max(len(cell) for cell in column) for column in zip(*rows)]
     share = [f"{100 * params / size:.3g}% of the model's {size:,} params"] if size else []
     return "\n".join([*(_line(row, widths) for row in rows), *share])
+
+
+def common(paths: list[str]) -> str:
+    """Return paths of equal length as one, with `*` for the parts in which they differ."""
+    parts = [set(part) for part in zip(*(path.split(".") for path in paths), strict=True)]
+    return ".".join(part.pop() if len(part) == 1 else "*" for part in parts)
 
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole part of a path
