@@ -108,6 +108,7 @@ ROWS: dict[str, Row] = {
     "loreft": Row(demo={"r": 8, "positions": "f8+l8"}, rate=1e-2),
     "ln_tuning": Row(theirs=lambda cfg, on: peft.LNTuningConfig(target_modules=".*norm"), rate=2e-2, short_rate=1.6e-1),
     "miss": Row(theirs=lambda cfg, on: peft.MissConfig(r=cfg.r, target_modules=on), rate=1e-2),
+    "shira": Row(theirs=lambda cfg, on: peft.ShiraConfig(r=cfg.r, random_seed=cfg.seed, target_modules=on)),
     "full": Row(
         fields=lambda r: {"target_names": r"(q|v)_proj$"},
         without="Training the weights themselves needs no library.",

@@ -23,6 +23,7 @@ from lora_lite.variants.miss import MiSSConfig as MiSSConfig
 from lora_lite.variants.oft import OFTConfig as OFTConfig
 from lora_lite.variants.pissa import PiSSAConfig as PiSSAConfig
 from lora_lite.variants.road import ROADConfig as ROADConfig
+from lora_lite.variants.shira import SHiRAConfig as SHiRAConfig
 from lora_lite.variants.ssvd import SSVDConfig as SSVDConfig
 from lora_lite.variants.vera import VeRAConfig as VeRAConfig
 
@@ -51,6 +52,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "ln_tuning": LNTuningConfig,
     "full": FullConfig,
     "miss": MiSSConfig,
+    "shira": SHiRAConfig,
 }
 
 __all__ = sorted(["VARIANTS", *(cls.__name__ for cls in VARIANTS.values())])
