@@ -95,6 +95,8 @@ CASES = (
     Row("miss-padded-dropout", ll.MiSSConfig(r=7, dropout=0.3)),
     Row("miss-mini", ll.MiSSConfig(r=8, mini_r=4, init="mini")),
     Row("miss-bat", ll.MiSSConfig(r=8, init="bat")),
+    Row("shira", ll.SHiRAConfig(r=3)),
+    Row("shira-seeded", ll.SHiRAConfig(r=2, seed=5)),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 

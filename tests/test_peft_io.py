@@ -48,6 +48,8 @@ EXACT = {
     "miss-padded",
     "miss-mini",
     "miss-bat",
+    "shira",
+    "shira-unseeded",
 }
 """Cases whose tensors PEFT keeps as ours: no neutral value is taken off and added again, which would round."""
 
@@ -123,6 +125,8 @@ THEIRS = {
     "miss-random": _plain(peft.MissConfig, r=4, init_weights=False),
     "miss-mini": _plain(peft.MissConfig, r=8, mini_r=2, init_weights="mini"),
     "miss-bat": _plain(peft.MissConfig, r=2, init_weights="bat", miss_dropout=0.1),
+    "shira": _plain(peft.ShiraConfig, r=3, random_seed=5),
+    "shira-unseeded": _plain(peft.ShiraConfig, r=2, init_weights=False),
 }
 LINEAR_ONLY = ("delora", "hra", "road", "oft", "olora")  # PEFT's OLoRA takes a Conv1D's weight transposed, and fails where it is not square
 RESIDUAL = ("pissa", "olora")
@@ -130,6 +134,7 @@ RESIDUAL = ("pissa", "olora")
 LINEAR_ONLY = ("loha", "lokr", "delora", "hra", "road", "oft")
 LINEAR_ONLY = ("delora", "hra", "ether", "road", "oft")
 LINEAR_ONLY = ("delora", "hra", "road", "oft", "miss")
+LINEAR_ONLY = ("delora", "hra", "road", "oft", "miss", "shira")
 PAIRS = [(model, name) for model in MODELS for name in THEIRS if model == "linear" or not name.startswith(LINEAR_ONLY)]
 
 
@@ -250,6 +255,7 @@ OURS = {
     "miss": ll.MiSSConfig(r=5, dropout=0.1),
     "miss-mini": ll.MiSSConfig(r=8, mini_r=4, init="mini"),
     "miss-bat": ll.MiSSConfig(r=4, init="bat"),
+    "shira": ll.SHiRAConfig(r=3),
 }
 
 

@@ -95,6 +95,8 @@ OURS = {
     "oft_block_size": "block_size",
     "delora_lambda": "lambda0",
     "projection_prng_key": "seed",
+    "random_seed": "seed",
+    "random_loc_seed": "seed",
 }
 """Names of fields in this library, by their names in others."""
 

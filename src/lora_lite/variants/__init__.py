@@ -31,6 +31,7 @@ from lora_lite.variants.oft import OFTConfig as OFTConfig
 from lora_lite.variants.olora import OLoRAConfig as OLoRAConfig
 from lora_lite.variants.pissa import PiSSAConfig as PiSSAConfig
 from lora_lite.variants.road import ROADConfig as ROADConfig
+from lora_lite.variants.shira import SHiRAConfig as SHiRAConfig
 from lora_lite.variants.ssvd import SSVDConfig as SSVDConfig
 from lora_lite.variants.vera import VeRAConfig as VeRAConfig
 
@@ -65,6 +66,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "ether": ETHERConfig,
     "ether_plus": ETHERPlusConfig,
     "miss": MiSSConfig,
+    "shira": SHiRAConfig,
 }
 
 if not TYPE_CHECKING:  # a type checker cannot compute the list, and without one takes the names that are imported as themselves

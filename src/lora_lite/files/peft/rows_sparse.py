@@ -5,6 +5,7 @@ from typing import Any
 from lora_lite.files.peft.fields import resolve
 from lora_lite.files.peft.row import Fields, Leaf, Row, Tensors
 from lora_lite.variants.miss import MiSSConfig
+from lora_lite.variants.shira import SHiRAConfig
 
 
 def _read_miss(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
@@ -21,4 +22,13 @@ def _write_miss(cfg: MiSSConfig) -> dict[str, Any]:
 
 ROWS_SPARSE: dict[str, Row] = {
     "miss": Row(MiSSConfig, "MISS", {"D": Leaf("miss_block", (2, 3))}, _read_miss, _write_miss),
+    "shira": Row(
+        SHiRAConfig,
+        "SHIRA",
+        {"s": Leaf("shira_weight", 1)},
+        lambda fields, path, _: {"r": resolve(fields, "r", path), "seed": resolve(fields, "random_seed", path)},
+        lambda cfg: {"r": cfg.r, "random_seed": cfg.seed, "mask_type": "random"},
+        constants={"indices": Leaf("shira_indices", 2, floating=False)},
+        saved=lambda i, constants: {"indices": constants["indices"]},
+    ),
 }

@@ -47,6 +47,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "LOHA": {},
     "LOKR": {},
     "MISS": {"bias": "none"},
+    "SHIRA": {},
 }
 """Fields that are the same in every file of a PEFT type."""
 

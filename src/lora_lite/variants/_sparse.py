@@ -1,0 +1,41 @@
+"""Updates that are few numbers at drawn places of the weight: the places, as PEFT draws them, and the products."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from lora_lite.core import Frozen
+
+DENSE = 512
+"""Largest number of entries of a weight for each one that is updated, with which a dense update is the cheaper one, by measurement."""
+
+
+def places(o: int, i: int, count: int, generator: torch.Generator) -> Tensor:
+    """Draw `count` different places of an `(o, i)` weight, as places of the weight laid out flat."""
+    flat = torch.randperm(o * i, generator=generator, device="cpu")[:count].clone()  # a view would keep the whole permutation
+    return flat.to(torch.int32) if o * i <= torch.iinfo(torch.int32).max else flat
+
+
+@functools.lru_cache(maxsize=64)
+def seeded_places(o: int, i: int, count: int, seed: int) -> Tensor:
+    """Return the places that `seed` gives. Layers of one shape have the same, and the permutation of a large weight takes a second."""
+    return places(o, i, count, torch.Generator().manual_seed(seed))
+
+
+def is_dense(count: int, W: Frozen) -> bool:
+    """Whether so many updated entries of a weight are cheaper as a dense update than one by one."""
+    return W.in_features * W.out_features <= DENSE * count
+
+
+def plus_sparse(W: Frozen, x: Tensor, rows: Tensor, cols: Tensor, values: Tensor) -> Tensor:
+    """Return `W(x) + S x`, where `values (k,)` are added up at `rows` and `cols` `(k,)` of an empty `S (o, i)`."""
+    o, i = W.out_features, W.in_features
+    if is_dense(values.shape[0], W):
+        S = values.new_zeros(o * i).index_add(0, rows.long() * i + cols, values)
+        return W.updated(x, S.view(o, i))
+    y = W(x)
+    terms = x.index_select(-1, cols) * values
+    exact = torch.promote_types(x.dtype, torch.float32)  # many small terms for each output
+    update = x.new_zeros(*x.shape[:-1], o, dtype=exact).index_add(-1, rows, terms.to(exact))
+    return y + update.to(y.dtype)
