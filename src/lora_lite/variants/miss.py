@@ -74,7 +74,7 @@ class MiSSConfig(AdapterConfig):
     Args:
         r: width of a shard of the input, from 1 to `i`; with `init="bat"` a divisor of `i` and `o`.
         mini_r: width of a group of outputs with `init="mini"`, >= 1, a divisor of `o`.
-        init: `"default"`, `"mini"` or `"bat"`; kept as the field `start`, since `init` is the method.
+        init, start: `"default"`, `"mini"` or `"bat"`; one option, kept as `start`, since `init` is the method.
         dropout: probability of dropping an entry of the adapter's input, in [0, 1), in training mode; 0 with `init="bat"`.
     """
 
