@@ -17,8 +17,8 @@ from lora_lite.files.peft.rows import ROWS
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*the targeted layer of type Linear has no bias"),  # nothing is merged here
     pytest.mark.filterwarnings(r"ignore:.*invalid shape. base_model.*lora_B\.bias"),  # PEFT takes every vector for a shard
+    pytest.mark.filterwarnings("ignore:The symmetric initialization can NOT be performed when r is odd"),  # one reflection is ETHER
 ]
-pytestmark = pytest.mark.filterwarnings("ignore:The symmetric initialization can NOT be performed when r is odd")  # one reflection is ETHER
 
 TOLERANCE = 1e-5  # float32, relative to the largest entry of the update
 EXACT = {
@@ -128,13 +128,12 @@ THEIRS = {
     "shira": _plain(peft.ShiraConfig, r=3, random_seed=5),
     "shira-unseeded": _plain(peft.ShiraConfig, r=2, init_weights=False),
 }
-LINEAR_ONLY = ("delora", "hra", "road", "oft", "olora")  # PEFT's OLoRA takes a Conv1D's weight transposed, and fails where it is not square
+LINEAR_ONLY = (
+    *("delora", "hra", "ether", "road", "oft", "loha", "lokr", "miss", "shira"),
+    "olora",  # PEFT's takes a Conv1D's weight transposed, and fails where it is not square
+)
 RESIDUAL = ("pissa", "olora")
 """Cases that are written as LoRA of twice the rank."""
-LINEAR_ONLY = ("loha", "lokr", "delora", "hra", "road", "oft")
-LINEAR_ONLY = ("delora", "hra", "ether", "road", "oft")
-LINEAR_ONLY = ("delora", "hra", "road", "oft", "miss")
-LINEAR_ONLY = ("delora", "hra", "road", "oft", "miss", "shira")
 PAIRS = [(model, name) for model in MODELS for name in THEIRS if model == "linear" or not name.startswith(LINEAR_ONLY)]
 
 

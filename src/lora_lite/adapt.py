@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.clone.assemble import bound_copy, trainable_copy
-from lora_lite.clone.bind import bare, bindings, read_params, require_fit, whole
+from lora_lite.clone.bind import bindings
 from lora_lite.clone.fsdp import ShardedReplicas, Sharding, shard_plan
+from lora_lite.clone.params import bare, read_params, require_fit, whole
 from lora_lite.clone.per_call import Replica, Replicas
 from lora_lite.clone.structure import clone_again
 from lora_lite.core.config import AdapterConfig, departures

@@ -4,120 +4,17 @@ A call hands each binding the params of its target. In a module for tools that n
 Elsewhere the child has placeholders on meta, so that a stray read fails rather than computing silently without the adapter.
 """
 
-import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_lite.clone.adapter import Adapter, adapters
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.errors import several, tree_faults
 from lora_lite.core.frozen import in_dtype
-from lora_lite.core.plan import Shapes
-from lora_lite.core.tree import AnyTree, Tree, modules_by_path
-from lora_lite.layers.kind import ADAPTERS, HOST, Kind, Params, ReadTensor, Variant, first_of, module_at, place_of, raw
-
-
-class Adapter(nn.Module):
-    """The params of one target as parameters of a module: a child of the layer that they adapt.
-
-    Called, it is the adapted layer: what wraps modules with trainable parameters of their own (Opacus) finds them here. A module that has
-    children may run through them, as `nn.Sequential` does: there the parameters are registered on the module itself, and nothing is added
-    to its children.
-    """
-
-    names: dict[str, str]
-    """The name of each param in `place`."""
-    place: Any
-    """The module on which the params are registered."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self.path, self.binding, self.names = path, cast("Binding", None), {}  # tensors that targets share are bound to none
-        vars(self)["place"] = self  # not a child
-        self.alone = False  # a copy that some tool calls by itself, on the layer as it is
-
-    @classmethod
-    def on(cls, host: nn.Module, path: str, named: str, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> "Adapter":
-        """Register placeholders for the params of the target at `path` on a module of a copy.
-
-        Names begin with `named` where several adapters meet on one module."""
-        self = cls(path)
-        leaf = not any(not isinstance(child, Adapter) for child in host._modules.values()) and not isinstance(host, _CONTAINERS)
-        if leaf:
-            host.add_module(_free_name(host, named), self)
-        else:
-            vars(self)["place"] = host
-            vars(host).setdefault(ADAPTERS, []).append(self)
-        for name, shape in shapes.items():
-            own = name.replace(".", "/")  # no parameter's name has a dot
-            self.names[name] = _free_name(self, own) if leaf else _free_name(host, f"{named}_{own}")
-            placeholder = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
-            self.place.register_parameter(self.names[name], placeholder)
-        return self
-
-    @property
-    def parameters_by_name(self) -> dict[str, Tensor | None]:
-        """The parameters, by the names that the variant has for them."""
-        table = self.place._parameters
-        return {name: table.get(own) for name, own in self.names.items()}
-
-    def params(self) -> Params:
-        """Return the parameters as params."""
-        place = self.place
-        table = place._parameters
-        return {name: table[own] if own in table else getattr(place, own) for name, own in self.names.items()}
-
-    def fill(self, leaves: Mapping[str, Tensor]) -> None:
-        """Make copies of a target's params the parameters, to be trained."""
-        for name, own in self.names.items():
-            self.place.register_parameter(own, nn.Parameter(leaves[name].detach().clone()))
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.binding.run(args, kwargs)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if hasattr(value, "_local_tensor") and name in vars(self).get("_parameters", ()) and self.binding is not None:
-            hide_reads(self.binding.root)  # FSDP2 takes the params, and will look for the layers' own
-        super().__setattr__(name, value)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
-        if self.binding is not None and not self.alone:
-            W = self.binding.W
-            W.constants = {name: fn(c) for name, c in W.constants.items()}
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Adapter":
-        by_itself = self.binding is not None and id(vars(self.binding.W.layer)[HOST]) not in memo
-        return self.twin() if by_itself else _deep(self, memo)  # as Opacus copies it: it goes on adapting the same layer
-
-    def twin(self) -> "Adapter":
-        """Return an adapter with copies of the parameters, of the same layer."""
-        other = Adapter(self.path)
-        other.names = dict(self.names)
-        for name, p in self._parameters.items():
-            other.register_parameter(name, None if p is None else nn.Parameter(p.detach().clone(), p.requires_grad))
-        other.binding, other.alone = self.binding.with_adapter(other), True
-        return other
-
-
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
-
-def _deep(adapter: Adapter, memo: dict[int, Any]) -> Adapter:
-    other = Adapter.__new__(Adapter)
-    memo[id(adapter)] = other
-    vars(other).update({name: copy.deepcopy(value, memo) for name, value in vars(adapter).items()})
-    return other
-
-
-def _free_name(module: nn.Module, name: str) -> str:
-    while hasattr(module, name):  # names of ours never meet the user's
-        name += "_"
-    return name
+from lora_lite.layers.kind import HOST, Kind, Params, ReadTensor, Variant, first_of, module_at, place_of, raw
 
 
 class Binding:
@@ -158,6 +55,10 @@ class Binding:
         other = Binding(self.path, self.cfg, self.W, adapter, self.shared)
         other.own, other.root = self.own, self.root
         return other
+
+    def hide_reads(self) -> None:
+        """Hide the stand-ins of the whole copy, as `hide_reads` does."""
+        hide_reads(self.root)
 
     def reread(self) -> None:
         """Read the layer anew, after its packed weight has moved."""
@@ -341,104 +242,6 @@ def _show_again(root: nn.Module, args: Any) -> None:
 _HIDDEN = "_lora_lite_hidden"
 
 
-def adapters(module: nn.Module) -> Iterator[Adapter]:
-    """Yield the adapters of a bound copy."""
-    for inner in modules_by_path(module).values():
-        if isinstance(inner, Adapter):
-            yield inner
-        yield from vars(inner).get(ADAPTERS, ())
-
-
-def placeholders(module: nn.Module) -> set[Any]:
-    """Return the parameters of a bound copy that are adapters'."""
-    return {p for adapter in adapters(module) for p in adapter.parameters_by_name.values() if p is not None}
-
-
 def bindings(module: nn.Module) -> dict[str, Binding]:
     """Return the bindings of a bound copy by the path of their target."""
     return {a.binding.path: a.binding for a in adapters(module) if a.binding is not None}
-
-
-def require_fit(params: Any, shapes: Shapes, caller: str, on_meta: bool = False) -> None:
-    """Refuse a params tree of other paths, names or shapes, or without data where the model has some.
-
-    Raises:
-        ValueError: it lists each departure.
-        RuntimeError: for params on meta, which products on a CPU take without a word.
-    """
-    try:
-        if fits(params, shapes):
-            return
-    except (KeyError, TypeError, AttributeError):
-        pass  # whatever is wrong is found again below, and named
-    faults = tree_faults(params, shapes)
-    if not faults:
-        empty = next(path for path, leaves in params.items() for leaf in leaves.values() if leaf.is_meta)
-        if on_meta:
-            return
-        raise RuntimeError(
-            f'{caller}: expected params with data at "{empty}", found them on meta. Pass params on its device; where the model recomputes '
-            "blocks by a checkpoint of its own, leave that to build(..., remat=) instead."
-        )
-    raise ValueError(
-        f"{caller}: expected params that fit this model and config, found:\n{several(faults)}\n"
-        "Use adapt.init(...), or load(...) with the file that the params were saved to."
-    )
-
-
-def fits(params: AnyTree, shapes: Shapes) -> bool:
-    """Whether a params tree has these paths, names and shapes, and data. Plain loops: every call passes here, with hundreds of targets."""
-    if len(params) != len(shapes):
-        return False
-    for path, expected in shapes.items():
-        leaves = params[path]
-        if len(leaves) != len(expected):
-            return False
-        for name, shape in expected.items():
-            leaf = leaves[name]
-            if leaf.shape != shape or not leaf.is_floating_point() or leaf.is_meta:
-                return False
-    return True
-
-
-def read_params(module: nn.Module, shapes: Shapes, get: Callable[[Tensor], Tensor]) -> Tree:
-    """Read a params tree out of a bound module.
-
-    Raises:
-        AttributeError: where the module lacks a target's params.
-    """
-    held = params_in(module)
-    for path in shapes:
-        if path not in held:
-            raise AttributeError(f"no adapter of {path!r}")
-    return {path: {name: get(held[path][name]) for name in names} for path, names in shapes.items()}
-
-
-@torch.no_grad()
-def write_params(module: nn.Module, params: AnyTree) -> None:
-    """Write the values of a params tree into a bound module, in place."""
-    held = params_in(bare(module))
-    for path, leaves in params.items():
-        for name, leaf in leaves.items():
-            held[path][name].copy_(leaf)
-
-
-def params_in(module: nn.Module) -> dict[str, Params]:
-    """Return the parameters of a bound module's adapters as a params tree."""
-    return {adapter.path: adapter.params() for adapter in adapters(module)}
-
-
-def bare(module: nn.Module) -> nn.Module:
-    """Take off the wrappers of DDP, DataParallel and `torch.compile`."""
-    while True:
-        wrapper = "module" if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel) else "_orig_mod"
-        inner = getattr(module, wrapper, None)
-        if not isinstance(inner, nn.Module):
-            return module
-        module = inner
-
-
-def whole(param: Tensor) -> Tensor:
-    """Copy a param out of a module. A param that FSDP2 has split is gathered, by all processes together."""
-    param = param.detach()
-    return param.full_tensor() if hasattr(param, "full_tensor") else param.clone()

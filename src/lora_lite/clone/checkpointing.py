@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from lora_lite.clone.bind import adapters
+from lora_lite.clone.adapter import adapters
 from lora_lite.clone.block_inputs import require_no_escape, watched, with_notes, without_notes, written
 from lora_lite.clone.state import State, volatile
 from lora_lite.core.errors import nearest

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.clone.bind import hide_reads, placeholders
+from lora_lite.clone.adapter import placeholders
+from lora_lite.clone.bind import hide_reads
 from lora_lite.clone.per_call import Replica, Replicas
 from lora_lite.clone.structure import clone_again
 from lora_lite.core.errors import listed, nearest

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from lora_lite.adapt import Adapt
-from lora_lite.clone.bind import write_params
+from lora_lite.clone.params import write_params
 from lora_lite.core.config import departures
 from lora_lite.core.errors import listed
 from lora_lite.core.tree import Tree

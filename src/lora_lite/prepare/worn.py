@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
-from lora_lite.clone.bind import adapters
+from lora_lite.clone.adapter import adapters
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import listed
 from lora_lite.core.tree import modules_by_path

@@ -225,7 +225,7 @@ def _field_faults(fields: Mapping[str, Any], layers: Layers, chosen: Chosen) -> 
     """List fields that the tensors contradict."""
     faults = []
     for path, (row, cfg) in chosen.items():
-        rank = row.write(cfg)["r"] if "r" in DEFAULTS[row.peft_type] else None
+        rank = (getattr(cfg, "r", None) or row.write(cfg)["r"]) if "r" in DEFAULTS[row.peft_type] else None
         if rank is not None and resolve(fields, "r", path) != rank:
             faults.append(f'r or rank_pattern: expected {rank} at "{path}", as its tensors have, found {resolve(fields, "r", path)}')
         if fields.get("coft") and not _within_bound(layers[path]["oft_R.weight"], cfg, resolve(fields, "eps", path)):

@@ -1,0 +1,98 @@
+"""The params of a bound copy as a tree: checked, read and written."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lite.clone.adapter import adapters
+from lora_lite.core.errors import several, tree_faults
+from lora_lite.core.plan import Shapes
+from lora_lite.core.tree import AnyTree, Tree
+from lora_lite.layers.kind import Params
+
+
+def require_fit(params: Any, shapes: Shapes, caller: str, on_meta: bool = False) -> None:
+    """Refuse a params tree of other paths, names or shapes, or without data where the model has some.
+
+    Raises:
+        ValueError: it lists each departure.
+        RuntimeError: for params on meta, which products on a CPU take without a word.
+    """
+    try:
+        if fits(params, shapes):
+            return
+    except (KeyError, TypeError, AttributeError):
+        pass  # whatever is wrong is found again below, and named
+    faults = tree_faults(params, shapes)
+    if not faults:
+        empty = next(path for path, leaves in params.items() for leaf in leaves.values() if leaf.is_meta)
+        if on_meta:
+            return
+        raise RuntimeError(
+            f'{caller}: expected params with data at "{empty}", found them on meta. Pass params on its device; where the model recomputes '
+            "blocks by a checkpoint of its own, leave that to build(..., remat=) instead."
+        )
+    raise ValueError(
+        f"{caller}: expected params that fit this model and config, found:\n{several(faults)}\n"
+        "Use adapt.init(...), or load(...) with the file that the params were saved to."
+    )
+
+
+def fits(params: AnyTree, shapes: Shapes) -> bool:
+    """Whether a params tree has these paths, names and shapes, and data. Plain loops: every call passes here, with hundreds of targets."""
+    if len(params) != len(shapes):
+        return False
+    for path, expected in shapes.items():
+        leaves = params[path]
+        if len(leaves) != len(expected):
+            return False
+        for name, shape in expected.items():
+            leaf = leaves[name]
+            if leaf.shape != shape or not leaf.is_floating_point() or leaf.is_meta:
+                return False
+    return True
+
+
+def read_params(module: nn.Module, shapes: Shapes, get: Callable[[Tensor], Tensor]) -> Tree:
+    """Read a params tree out of a bound module.
+
+    Raises:
+        AttributeError: where the module lacks a target's params.
+    """
+    held = params_in(module)
+    for path in shapes:
+        if path not in held:
+            raise AttributeError(f"no adapter of {path!r}")
+    return {path: {name: get(held[path][name]) for name in names} for path, names in shapes.items()}
+
+
+@torch.no_grad()
+def write_params(module: nn.Module, params: AnyTree) -> None:
+    """Write the values of a params tree into a bound module, in place."""
+    held = params_in(bare(module))
+    for path, leaves in params.items():
+        for name, leaf in leaves.items():
+            held[path][name].copy_(leaf)
+
+
+def params_in(module: nn.Module) -> dict[str, Params]:
+    """Return the parameters of a bound module's adapters as a params tree."""
+    return {adapter.path: adapter.params() for adapter in adapters(module)}
+
+
+def bare(module: nn.Module) -> nn.Module:
+    """Take off the wrappers of DDP, DataParallel and `torch.compile`."""
+    while True:
+        wrapper = "module" if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel) else "_orig_mod"
+        inner = getattr(module, wrapper, None)
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
+
+
+def whole(param: Tensor) -> Tensor:
+    """Copy a param out of a module. A param that FSDP2 has split is gathered, by all processes together."""
+    param = param.detach()
+    return param.full_tensor() if hasattr(param, "full_tensor") else param.clone()
