@@ -77,6 +77,8 @@ CASES = (
     Row("lokr-both", ll.LoKrConfig(r=1, alpha=3.0, decompose_both=True, start="lycoris")),
     Row("lokr-factor", ll.LoKrConfig(r=2, decompose_factor=4)),
     Row("lokr-dropout", ll.LoKrConfig(r=2, rank_dropout=0.3, rank_dropout_scale=True, module_dropout=0.2)),
+    Row("hira", ll.HiRAConfig(r=4)),
+    Row("hira-dropout", ll.HiRAConfig(r=4, dropout=0.3)),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 

@@ -85,6 +85,7 @@ OURS = {
     "lora_dropout": "dropout",
     "module_dropout": "dropout",
     "vera_dropout": "dropout",
+    "hira_dropout": "dropout",
     "use_rslora": "rslora",
     "target_modules": "target_names",
     "target_parameters": "target_names",

@@ -23,6 +23,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"r": 8, "alpha": 8, "decompose_both": False, "decompose_factor": -1},
         **{"rank_dropout": 0.0, "module_dropout": 0.0, "rank_dropout_scale": False},
     },
+    "HIRA": {"hira_dropout": 0.0},
     "OFT": {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "block_share": False, "coft": False, "eps": 6e-5},
 }
 """The fields that are read, of each PEFT type, with PEFT's defaults."""
@@ -50,6 +51,7 @@ FREE: dict[str, set[str]] = {
     "LN_TUNING": set(),
     "LOHA": {"rank_pattern", "alpha_pattern", "init_weights"},
     "LOKR": {"rank_pattern", "alpha_pattern", "init_weights"},
+    "HIRA": {"r", "rank_pattern", "init_weights"},  # PEFT leaves the pattern out; ranks are read off the tensors
     "OFT": {"r", "oft_block_size", "module_dropout", "init_weights"},  # PEFT does not apply this dropout; blocks are read off the tensors
 }
 """The fields that may have any value, of each PEFT type: what they say is in the tensors, or nothing in the mathematics."""

@@ -4,6 +4,7 @@ from typing import Any
 
 from lora_lite.files.peft.fields import resolve
 from lora_lite.files.peft.row import Fields, Leaf, Row, Tensors
+from lora_lite.variants.hira import HiRAConfig
 from lora_lite.variants.loha import LoHaConfig
 from lora_lite.variants.lokr import LoKrConfig
 
@@ -45,5 +46,13 @@ ROWS_PRODUCTS: dict[str, Row] = {
         {name: Leaf(f"lokr_{name}", 2, optional=True) for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
         _read_lokr,
         _write_lokr,
+    ),
+    "hira": Row(
+        HiRAConfig,
+        "HIRA",
+        {"A": Leaf("hira_A", 2), "B": Leaf("hira_B", 2)},
+        lambda fields, path, tensors: {"r": tensors["hira_A"].shape[0], "dropout": resolve(fields, "hira_dropout", path)},
+        lambda cfg: {"r": cfg.r, "hira_dropout": cfg.dropout},
+        conv1d=True,
     ),
 }

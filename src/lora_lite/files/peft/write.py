@@ -46,6 +46,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "LN_TUNING": {},
     "LOHA": {},
     "LOKR": {},
+    "HIRA": {},
 }
 """Fields that are the same in every file of a PEFT type."""
 
@@ -63,7 +64,7 @@ class Written(NamedTuple):
 def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory: str | os.PathLike[str]) -> None:
     """Write an adapter so that `peft.PeftModel.from_pretrained(model, directory)` gives the same outputs.
 
-    LoRA, DoRA, IA3 with IA3-FF, DeLoRA, HRA, ROAD, OFT, VeRA, AdaLoRA, LN-tuning, LoHa and LoKr keep their tensors. EVA and LoftQ
+    LoRA, DoRA, IA3 with IA3-FF, DeLoRA, HRA, ROAD, OFT, VeRA, AdaLoRA, LN-tuning, LoHa, LoKr and HiRA keep their tensors. EVA and LoftQ
     are LoRA. PiSSA, CorDA, ASVD and LoRA-GA are written as LoRA of twice the rank, which acts on the weight as it is. Targets of
     `FullConfig` become `modules_to_save`. Both files are written beside their place and moved, so that neither is ever half-written.
 
