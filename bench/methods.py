@@ -51,6 +51,10 @@ def _lokr(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.LoKrConfig(r=cfg.r, alpha=cfg.alpha, decompose_factor=cfg.decompose_factor, target_modules=on)
 
 
+def _gralora(cfg: Any, on: Any) -> peft.PeftConfig:
+    return peft.GraloraConfig(r=cfg.r, alpha=cfg.alpha, gralora_k=cfg.k, hybrid_r=cfg.hybrid_r, target_modules=on)
+
+
 def _delora(cfg: Any, on: Any) -> peft.PeftConfig | None:
     """Return PEFT's config, or None for a start from a frozen copy, which PEFT lacks."""
     return peft.DeloraConfig(r=cfg.r, delora_lambda=cfg.lambda0, target_modules=on) if cfg.start != "copy" else None
@@ -118,6 +122,7 @@ ROWS: dict[str, Row] = {
     "loha": Row(theirs=_loha),
     "lokr": Row(theirs=_lokr),
     "hira": Row(theirs=lambda cfg, on: peft.HiraConfig(r=cfg.r, target_modules=on)),
+    "gralora": Row(theirs=_gralora),
     "full": Row(
         fields=lambda r: {"target_names": r"(q|v)_proj$"},
         without="Training the weights themselves needs no library.",

@@ -79,6 +79,8 @@ CASES = (
     Row("lokr-dropout", ll.LoKrConfig(r=2, rank_dropout=0.3, rank_dropout_scale=True, module_dropout=0.2)),
     Row("hira", ll.HiRAConfig(r=4)),
     Row("hira-dropout", ll.HiRAConfig(r=4, dropout=0.3)),
+    Row("gralora", ll.GraLoRAConfig(r=4)),
+    Row("gralora-hybrid", ll.GraLoRAConfig(r=4, k=4, hybrid_r=2, dropout=0.3)),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 

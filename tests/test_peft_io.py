@@ -17,6 +17,8 @@ from lora_lite.files.peft.rows import ROWS
 TOLERANCE = 1e-5  # float32, relative to the largest entry of the update
 EXACT = {
     "loha",
+    "gralora",
+    "gralora-hybrid",
     "hira",
     "lokr",
     "lokr-both",
@@ -93,6 +95,10 @@ THEIRS = {
     "lokr-factor": _plain(peft.LoKrConfig, r=1, decompose_factor=4),
     "lokr-bound": _plain(peft.LoKrConfig, r=1, decompose_factor=3),
     "hira": lambda paths, conv1d: peft.HiraConfig(r=3, target_modules=paths, rank_pattern={"2|c_fc": 2}, fan_in_fan_out=conv1d),
+    "gralora": lambda paths, conv1d: peft.GraloraConfig(r=4, alpha=6, target_modules=paths, fan_in_fan_out=conv1d),
+    "gralora-hybrid": lambda paths, conv1d: peft.GraloraConfig(
+        r=4, alpha=6, gralora_k=4, hybrid_r=3, gralora_dropout=0.1, target_modules=paths, fan_in_fan_out=conv1d
+    ),
     "vera": lambda paths, conv1d: peft.VeraConfig(r=5, target_modules=paths, projection_prng_key=3, fan_in_fan_out=conv1d),
     "adalora": lambda paths, conv1d: peft.AdaLoraConfig(init_r=5, target_r=3, total_step=9, target_modules=paths, fan_in_fan_out=conv1d),
     "oft": _plain(peft.OFTConfig, oft_block_size=4),
@@ -210,6 +216,7 @@ OURS = {
     "lokr": [ll.LoKrConfig(r=2, alpha=5.5, target_names="^[02]$"), ll.LoKrConfig(r=1, target_names="^4$")],
     "lokr-both": ll.LoKrConfig(r=1, decompose_both=True, decompose_factor=3, start="lycoris"),
     "hira": ll.HiRAConfig(r=2, dropout=0.1),
+    "gralora": ll.GraLoRAConfig(r=4, k=4, hybrid_r=1, alpha=5.5, dropout=0.1),
     "vera": ll.VeRAConfig(r=5, seed=7),
     "adalora": ll.AdaLoRAConfig(init_r=4, target_r=2, total_step=9, alpha=3.0),
     "oft": ll.OFTConfig(block_size=4, terms=4),

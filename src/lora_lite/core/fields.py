@@ -86,6 +86,8 @@ OURS = {
     "module_dropout": "dropout",
     "vera_dropout": "dropout",
     "hira_dropout": "dropout",
+    "gralora_dropout": "dropout",
+    "gralora_k": "k",
     "use_rslora": "rslora",
     "target_modules": "target_names",
     "target_parameters": "target_names",

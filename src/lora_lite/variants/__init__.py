@@ -10,6 +10,7 @@ from lora_lite.variants.delora import DeLoRAConfig as DeLoRAConfig
 from lora_lite.variants.dora import DoRAConfig as DoRAConfig
 from lora_lite.variants.eva import EVAConfig as EVAConfig
 from lora_lite.variants.full import FullConfig as FullConfig
+from lora_lite.variants.gralora import GraLoRAConfig as GraLoRAConfig
 from lora_lite.variants.hira import HiRAConfig as HiRAConfig
 from lora_lite.variants.hra import HRAConfig as HRAConfig
 from lora_lite.variants.ia3 import IA3Config as IA3Config
@@ -54,6 +55,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "loha": LoHaConfig,
     "lokr": LoKrConfig,
     "hira": HiRAConfig,
+    "gralora": GraLoRAConfig,
     "full": FullConfig,
 }
 

@@ -8,7 +8,7 @@ so do low precision and autocast, where that sum would round the update away.
 Identity at init: exact, since `B = 0`.
 
 Paper: Huang, Ko, Zhuang, Tang, Zhang, *HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language Models*, 2025,
-OpenReview:TwJrTz9cRS (ICLR), eq. (4).
+OpenReview:TwJrTz9cRS (ICLR).
 
 | tensor | shape | trained | init |
 |---|---|---|---|
