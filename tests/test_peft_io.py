@@ -8,11 +8,13 @@ import pytest
 import safetensors.torch
 import torch
 import transformers as tf
+from peft.tuners.boft import layer as boft
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_lite as ll
 from lora_lite.files.peft.rows import ROWS
+from peft_oracle import BlockDiagonal
 
 TOLERANCE = 1e-5  # float32, relative to the largest entry of the update
 EXACT = {
@@ -99,6 +101,9 @@ THEIRS = {
     "gralora-hybrid": lambda paths, conv1d: peft.GraloraConfig(
         r=4, alpha=6, gralora_k=4, hybrid_r=3, gralora_dropout=0.1, target_modules=paths, fan_in_fan_out=conv1d
     ),
+    "boft": _plain(peft.BOFTConfig, boft_block_size=4),
+    "boft-factors": _plain(peft.BOFTConfig, boft_block_size=2, boft_n_butterfly_factor=2, boft_dropout=0.1),
+    "boft-blocks": _plain(peft.BOFTConfig, boft_block_size=0, boft_block_num=2, boft_n_butterfly_factor=2),
     "vera": lambda paths, conv1d: peft.VeraConfig(r=5, target_modules=paths, projection_prng_key=3, fan_in_fan_out=conv1d),
     "adalora": lambda paths, conv1d: peft.AdaLoraConfig(init_r=5, target_r=3, total_step=9, target_modules=paths, fan_in_fan_out=conv1d),
     "oft": _plain(peft.OFTConfig, oft_block_size=4),
@@ -107,7 +112,7 @@ THEIRS = {
     "oft-shared": _plain(peft.OFTConfig, oft_block_size=4, block_share=True),
     "oft-bound": _plain(peft.OFTConfig, oft_block_size=4, coft=True, eps=100.0),
 }
-LINEAR_ONLY = ("loha", "lokr", "delora", "hra", "road", "oft")
+LINEAR_ONLY = ("boft", "loha", "lokr", "delora", "hra", "road", "oft")
 PAIRS = [(model, name) for model in MODELS for name in THEIRS if model == "linear" or not name.startswith(LINEAR_ONLY)]
 
 
@@ -155,6 +160,11 @@ def _saved(folder):
 def _edit(folder, **fields):
     place = folder / "adapter_config.json"
     place.write_text(json.dumps({**json.loads(place.read_text()), **fields}))
+
+
+@pytest.fixture(autouse=True)
+def _kernel_of_boft(monkeypatch):
+    monkeypatch.setattr(boft, "get_fbd_cuda", lambda: BlockDiagonal)
 
 
 @pytest.mark.parametrize(("name", "case"), PAIRS)
@@ -217,6 +227,7 @@ OURS = {
     "lokr-both": ll.LoKrConfig(r=1, decompose_both=True, decompose_factor=3, start="lycoris"),
     "hira": ll.HiRAConfig(r=2, dropout=0.1),
     "gralora": ll.GraLoRAConfig(r=4, k=4, hybrid_r=1, alpha=5.5, dropout=0.1),
+    "boft": ll.BOFTConfig(block_size=2, n_butterfly_factor=2, block_dropout=0.1),
     "vera": ll.VeRAConfig(r=5, seed=7),
     "adalora": ll.AdaLoRAConfig(init_r=4, target_r=2, total_step=9, alpha=3.0),
     "oft": ll.OFTConfig(block_size=4, terms=4),

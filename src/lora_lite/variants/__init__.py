@@ -5,6 +5,7 @@ from lora_lite.variants.adalora import AdaLoRAConfig as AdaLoRAConfig
 from lora_lite.variants.antipasto import AntiPaSTOConfig as AntiPaSTOConfig
 from lora_lite.variants.asvd import ASVDConfig as ASVDConfig
 from lora_lite.variants.bitfit import BitFitConfig as BitFitConfig
+from lora_lite.variants.boft import BOFTConfig as BOFTConfig
 from lora_lite.variants.corda import CorDAConfig as CorDAConfig
 from lora_lite.variants.delora import DeLoRAConfig as DeLoRAConfig
 from lora_lite.variants.dora import DoRAConfig as DoRAConfig
@@ -56,6 +57,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "lokr": LoKrConfig,
     "hira": HiRAConfig,
     "gralora": GraLoRAConfig,
+    "boft": BOFTConfig,
     "full": FullConfig,
 }
 

@@ -25,6 +25,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "HIRA": {"hira_dropout": 0.0},
     "GRALORA": {"r": 32, "alpha": 64, "gralora_k": 2, "hybrid_r": 0, "gralora_dropout": 0.0},
+    "BOFT": {"boft_dropout": 0.0},
     "OFT": {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "block_share": False, "coft": False, "eps": 6e-5},
 }
 """The fields that are read, of each PEFT type, with PEFT's defaults."""
@@ -54,6 +55,7 @@ FREE: dict[str, set[str]] = {
     "LOKR": {"rank_pattern", "alpha_pattern", "init_weights"},
     "HIRA": {"r", "rank_pattern", "init_weights"},  # PEFT leaves the pattern out; ranks are read off the tensors
     "GRALORA": {"init_weights"},
+    "BOFT": {"boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "init_weights"},  # read off the tensors
     "OFT": {"r", "oft_block_size", "module_dropout", "init_weights"},  # PEFT does not apply this dropout; blocks are read off the tensors
 }
 """The fields that may have any value, of each PEFT type: what they say is in the tensors, or nothing in the mathematics."""

@@ -42,7 +42,7 @@ def from_peft(
     """Read an adapter that PEFT saved and bind it to a model. The package `peft` is not needed.
 
     LoRA with its patterns and rank-stabilised scale, on embeddings, convolutions and `target_parameters` too, DoRA, PiSSA, IA3, DeLoRA,
-    HRA, ROAD, OFT, VeRA, AdaLoRA, LN-tuning, LoHa, LoKr, HiRA and GraLoRA, with `modules_to_save`, which become targets of
+    HRA, ROAD, OFT, BOFT, VeRA, AdaLoRA, LN-tuning, LoHa, LoKr, HiRA and GraLoRA, with `modules_to_save`, which become targets of
     `FullConfig`. The layers are those that the file of tensors names. Layers with other hyperparameters get a config of their own.
 
     Args:

@@ -48,6 +48,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "LOKR": {},
     "HIRA": {},
     "GRALORA": {"bias": "none"},
+    "BOFT": {"bias": "none"},
 }
 """Fields that are the same in every file of a PEFT type."""
 
@@ -65,7 +66,7 @@ class Written(NamedTuple):
 def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory: str | os.PathLike[str]) -> None:
     """Write an adapter so that `peft.PeftModel.from_pretrained(model, directory)` gives the same outputs.
 
-    LoRA, DoRA, IA3 with IA3-FF, DeLoRA, HRA, ROAD, OFT, VeRA, AdaLoRA, LN-tuning, LoHa, LoKr, HiRA and GraLoRA keep their
+    LoRA, DoRA, IA3 with IA3-FF, DeLoRA, HRA, ROAD, OFT, BOFT, VeRA, AdaLoRA, LN-tuning, LoHa, LoKr, HiRA and GraLoRA keep their
     tensors. EVA and LoftQ are LoRA. PiSSA, CorDA, ASVD and LoRA-GA are written as LoRA of twice the rank, which acts on the weight as it
     is. Targets of `FullConfig` become `modules_to_save`. Both files are written beside their place and moved, so that neither is ever
     half-written.
