@@ -51,6 +51,16 @@ def _lokr(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.LoKrConfig(r=cfg.r, alpha=cfg.alpha, decompose_factor=cfg.decompose_factor, target_modules=on)
 
 
+def _gralora(cfg: Any, on: Any) -> peft.PeftConfig:
+    return peft.GraloraConfig(r=cfg.r, alpha=cfg.alpha, gralora_k=cfg.k, hybrid_r=cfg.hybrid_r, target_modules=on)
+
+
+def _boft(cfg: Any, on: Any) -> peft.PeftConfig | None:
+    """Return PEFT's config, or None for several factors, which PEFT has only where it can compile its CUDA kernel."""
+    blocks = {"boft_block_size": cfg.block_size, "boft_block_num": cfg.block_num}
+    return peft.BOFTConfig(**blocks, target_modules=on) if cfg.n_butterfly_factor == 1 else None
+
+
 def _delora(cfg: Any, on: Any) -> peft.PeftConfig | None:
     """Return PEFT's config, or None for a start from a frozen copy, which PEFT lacks."""
     return peft.DeloraConfig(r=cfg.r, delora_lambda=cfg.lambda0, target_modules=on) if cfg.start != "copy" else None
@@ -126,6 +136,9 @@ ROWS: dict[str, Row] = {
     "ether_plus": Row(),
     "miss": Row(theirs=lambda cfg, on: peft.MissConfig(r=cfg.r, target_modules=on), rate=1e-2),
     "shira": Row(theirs=lambda cfg, on: peft.ShiraConfig(r=cfg.r, random_seed=cfg.seed, target_modules=on)),
+    "hira": Row(theirs=lambda cfg, on: peft.HiraConfig(r=cfg.r, target_modules=on)),
+    "gralora": Row(theirs=_gralora),
+    "boft": Row(fields=lambda r: {"block_size": 4}, theirs=_boft),
     "full": Row(
         fields=lambda r: {"target_names": r"(q|v)_proj$"},
         without="Training the weights themselves needs no library.",

@@ -48,12 +48,13 @@ def summary(variant: Variant) -> str:
 
 def paper(variant: Variant) -> str:
     """Return the title and year of a variant's paper, as a link."""
-    found = re.search(r"Paper:.*?\*(.+?)\*,\s+(\d{4}),\s+arXiv:([\d.]+\d)", docstring(variant), re.DOTALL)
+    found = re.search(r"Paper:.*?\*(.+?)\*,\s+(\d{4}),\s+(arXiv|OpenReview):([\w.]+\w)", docstring(variant), re.DOTALL)
     if found is None:
         where = variant.__module__
         raise ValueError(f"{where}: expected a line 'Paper: authors, *title*, year, arXiv:id' in its docstring, found none. Write one.")
-    name, year, number = found.groups()
-    return f"[{' '.join(name.split())}](https://arxiv.org/abs/{number}), {year}"
+    name, year, where, number = found.groups()
+    site = {"arXiv": "https://arxiv.org/abs/", "OpenReview": "https://openreview.net/forum?id="}[where]
+    return f"[{' '.join(name.split())}]({site}{number}), {year}"
 
 
 def start(variant: Variant) -> str:

@@ -9,7 +9,7 @@ from cases import CASES, build_any, move, named
 
 opacus = pytest.importorskip("opacus", reason="Opacus is not installed: pip install lora-lite[test]")
 
-DROPS = ("dropout", "rank_dropout", "module_dropout")
+DROPS = ("dropout", "rank_dropout", "module_dropout", "block_dropout")
 ROWS = [row for row in CASES if row.cfg.adapts == "linear" and row.cfg.linear and not any(getattr(row.cfg, d, 0.0) for d in DROPS)]
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Opacus' own: its secure mode, and hooks on modules whose inputs need no gradient

@@ -8,11 +8,13 @@ import pytest
 import safetensors.torch
 import torch
 import transformers as tf
+from peft.tuners.boft import layer as boft
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_lite as ll
 from lora_lite.files.peft.rows import ROWS
+from peft_oracle import BlockDiagonal
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*the targeted layer of type Linear has no bias"),  # nothing is merged here
@@ -26,6 +28,9 @@ EXACT = {
     "mica",
     "mica-rslora",
     "loha",
+    "gralora",
+    "gralora-hybrid",
+    "hira",
     "lokr",
     "lokr-both",
     "lokr-factor",
@@ -113,6 +118,14 @@ THEIRS = {
     "lokr-both": _plain(peft.LoKrConfig, r=1, decompose_both=True, init_weights="lycoris", module_dropout=0.2),
     "lokr-factor": _plain(peft.LoKrConfig, r=1, decompose_factor=4),
     "lokr-bound": _plain(peft.LoKrConfig, r=1, decompose_factor=3),
+    "hira": lambda paths, conv1d: peft.HiraConfig(r=3, target_modules=paths, rank_pattern={"2|c_fc": 2}, fan_in_fan_out=conv1d),
+    "gralora": lambda paths, conv1d: peft.GraloraConfig(r=4, alpha=6, target_modules=paths, fan_in_fan_out=conv1d),
+    "gralora-hybrid": lambda paths, conv1d: peft.GraloraConfig(
+        r=4, alpha=6, gralora_k=4, hybrid_r=3, gralora_dropout=0.1, target_modules=paths, fan_in_fan_out=conv1d
+    ),
+    "boft": _plain(peft.BOFTConfig, boft_block_size=4),
+    "boft-factors": _plain(peft.BOFTConfig, boft_block_size=2, boft_n_butterfly_factor=2, boft_dropout=0.1),
+    "boft-blocks": _plain(peft.BOFTConfig, boft_block_size=0, boft_block_num=2, boft_n_butterfly_factor=2),
     "vera": lambda paths, conv1d: peft.VeraConfig(r=5, target_modules=paths, projection_prng_key=3, fan_in_fan_out=conv1d),
     "adalora": lambda paths, conv1d: peft.AdaLoraConfig(init_r=5, target_r=3, total_step=9, target_modules=paths, fan_in_fan_out=conv1d),
     "oft": _plain(peft.OFTConfig, oft_block_size=4),
@@ -129,7 +142,7 @@ THEIRS = {
     "shira-unseeded": _plain(peft.ShiraConfig, r=2, init_weights=False),
 }
 LINEAR_ONLY = (
-    *("delora", "hra", "ether", "road", "oft", "loha", "lokr", "miss", "shira"),
+    *("delora", "hra", "ether", "road", "oft", "loha", "lokr", "miss", "shira", "boft"),
     "olora",  # PEFT's takes a Conv1D's weight transposed, and fails where it is not square
 )
 RESIDUAL = ("pissa", "olora")
@@ -181,6 +194,11 @@ def _saved(folder):
 def _edit(folder, **fields):
     place = folder / "adapter_config.json"
     place.write_text(json.dumps({**json.loads(place.read_text()), **fields}))
+
+
+@pytest.fixture(autouse=True)
+def _kernel_of_boft(monkeypatch):
+    monkeypatch.setattr(boft, "get_fbd_cuda", lambda: BlockDiagonal)
 
 
 @pytest.mark.parametrize(("name", "case"), PAIRS)
@@ -247,6 +265,9 @@ OURS = {
     "loha": [ll.LoHaConfig(r=2, alpha=5.5, target_names="^[02]$"), ll.LoHaConfig(r=3, target_names="^4$")],
     "lokr": [ll.LoKrConfig(r=2, alpha=5.5, target_names="^[02]$"), ll.LoKrConfig(r=1, target_names="^4$")],
     "lokr-both": ll.LoKrConfig(r=1, decompose_both=True, decompose_factor=3, start="lycoris"),
+    "hira": ll.HiRAConfig(r=2, dropout=0.1),
+    "gralora": ll.GraLoRAConfig(r=4, k=4, hybrid_r=1, alpha=5.5, dropout=0.1),
+    "boft": ll.BOFTConfig(block_size=2, n_butterfly_factor=2, block_dropout=0.1),
     "vera": ll.VeRAConfig(r=5, seed=7),
     "adalora": ll.AdaLoRAConfig(init_r=4, target_r=2, total_step=9, alpha=3.0),
     "oft": ll.OFTConfig(block_size=4, terms=4),

@@ -166,6 +166,7 @@ UNWRITABLE = {
         'lora_dropout: 0.0 and 0.1 at "2"',
     ),
     "rslora": (nn.Linear, [ll.LoRAConfig(target_names="0"), ll.LoRAConfig(rslora=True, target_names="2")], 'use_rslora: .* at "2"'),
+    "ranks of hira": (nn.Linear, [ll.HiRAConfig(r=4, target_names="0"), ll.HiRAConfig(r=2, target_names="2")], 'r: 4 and 2 at "2"'),
     "blocks": (
         nn.Linear,
         [ll.OFTConfig(block_size=4, target_names="0"), ll.OFTConfig(block_size=2, target_names="2")],

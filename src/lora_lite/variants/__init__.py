@@ -7,6 +7,7 @@ from lora_lite.variants.adalora import AdaLoRAConfig as AdaLoRAConfig
 from lora_lite.variants.antipasto import AntiPaSTOConfig as AntiPaSTOConfig
 from lora_lite.variants.asvd import ASVDConfig as ASVDConfig
 from lora_lite.variants.bitfit import BitFitConfig as BitFitConfig
+from lora_lite.variants.boft import BOFTConfig as BOFTConfig
 from lora_lite.variants.corda import CorDAConfig as CorDAConfig
 from lora_lite.variants.delora import DeLoRAConfig as DeLoRAConfig
 from lora_lite.variants.dora import DoRAConfig as DoRAConfig
@@ -14,6 +15,8 @@ from lora_lite.variants.ether import ETHERConfig as ETHERConfig
 from lora_lite.variants.ether_plus import ETHERPlusConfig as ETHERPlusConfig
 from lora_lite.variants.eva import EVAConfig as EVAConfig
 from lora_lite.variants.full import FullConfig as FullConfig
+from lora_lite.variants.gralora import GraLoRAConfig as GraLoRAConfig
+from lora_lite.variants.hira import HiRAConfig as HiRAConfig
 from lora_lite.variants.hra import HRAConfig as HRAConfig
 from lora_lite.variants.ia3 import IA3Config as IA3Config
 from lora_lite.variants.ia3_ff import IA3FFConfig as IA3FFConfig
@@ -60,6 +63,9 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "ln_tuning": LNTuningConfig,
     "loha": LoHaConfig,
     "lokr": LoKrConfig,
+    "hira": HiRAConfig,
+    "gralora": GraLoRAConfig,
+    "boft": BOFTConfig,
     "full": FullConfig,
     "olora": OLoRAConfig,
     "mica": MiCAConfig,

@@ -26,6 +26,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"r": 8, "alpha": 8, "decompose_both": False, "decompose_factor": -1},
         **{"rank_dropout": 0.0, "module_dropout": 0.0, "rank_dropout_scale": False},
     },
+    "HIRA": {"hira_dropout": 0.0},
+    "GRALORA": {"r": 32, "alpha": 64, "gralora_k": 2, "hybrid_r": 0, "gralora_dropout": 0.0},
+    "BOFT": {"boft_dropout": 0.0},
     "OFT": {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "block_share": False, "coft": False, "eps": 6e-5},
     "MISS": {"r": 64, "mini_r": 1, "init_weights": True, "miss_dropout": 0.0},
     "SHIRA": {"r": 32, "random_seed": None},
@@ -55,6 +58,9 @@ FREE: dict[str, set[str]] = {
     "LN_TUNING": set(),
     "LOHA": {"rank_pattern", "alpha_pattern", "init_weights"},
     "LOKR": {"rank_pattern", "alpha_pattern", "init_weights"},
+    "HIRA": {"r", "rank_pattern", "init_weights"},  # PEFT leaves the pattern out; ranks are read off the tensors
+    "GRALORA": {"init_weights"},
+    "BOFT": {"boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "init_weights"},  # read off the tensors
     "OFT": {"r", "oft_block_size", "module_dropout", "init_weights"},  # PEFT does not apply this dropout; blocks are read off the tensors
     "MISS": set(),
     "SHIRA": {"mask_type", "init_weights"},

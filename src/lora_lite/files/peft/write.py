@@ -48,6 +48,9 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "LOKR": {},
     "MISS": {"bias": "none"},
     "SHIRA": {},
+    "HIRA": {},
+    "GRALORA": {"bias": "none"},
+    "BOFT": {"bias": "none"},
 }
 """Fields that are the same in every file of a PEFT type."""
 
