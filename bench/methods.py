@@ -109,6 +109,11 @@ ROWS: dict[str, Row] = {
     "ln_tuning": Row(theirs=lambda cfg, on: peft.LNTuningConfig(target_modules=".*norm"), rate=2e-2, short_rate=1.6e-1),
     "miss": Row(theirs=lambda cfg, on: peft.MissConfig(r=cfg.r, target_modules=on), rate=1e-2),
     "shira": Row(theirs=lambda cfg, on: peft.ShiraConfig(r=cfg.r, random_seed=cfg.seed, target_modules=on)),
+    "c3a": Row(
+        fields=lambda r: {"block_size": 64},  # divides all widths of the models here
+        theirs=lambda cfg, on: peft.C3AConfig(block_size=cfg.block_size, init_weights=True, target_modules=on),
+        rate=1e-1,
+    ),
     "full": Row(
         fields=lambda r: {"target_names": r"(q|v)_proj$"},
         without="Training the weights themselves needs no library.",

@@ -75,6 +75,8 @@ CASES = (
     Row("miss-bat", ll.MiSSConfig(r=8, init="bat")),
     Row("shira", ll.SHiRAConfig(r=3)),
     Row("shira-seeded", ll.SHiRAConfig(r=2, seed=5)),
+    Row("c3a", ll.C3AConfig(block_size=8)),
+    Row("c3a-xavier", ll.C3AConfig(block_size=4, init="xavier_uniform")),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 
@@ -328,6 +330,16 @@ def padded(tiny, name: str, **overrides):
 def row_of(batch, row: int):
     """Return one row of a batch as a batch."""
     return {name: value[row : row + 1] for name, value in batch.items()}
+
+
+class C3AForward:
+    """PEFT's forward of C3A, to be differentiated by torch: PEFT's own backward gives a wrong gradient to the input."""
+
+    @staticmethod
+    def apply(x, w):
+        """Return `C x` as PEFT computes it."""
+        blocks = x.unflatten(-1, w.shape[1:])
+        return torch.fft.fft(torch.einsum("...nb,mnb->...mb", torch.fft.ifft(blocks), torch.fft.fft(w))).real.flatten(-2)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_lite as ll
+from cases import C3AForward
 from lora_lite.files.peft.rows import ROWS
 
 TOLERANCE = 1e-5  # float32, relative to the largest entry of the update
@@ -35,6 +36,9 @@ EXACT = {
     "miss-bat",
     "shira",
     "shira-unseeded",
+    "c3a",
+    "c3a-pattern",
+    "c3a-two-sizes",
 }
 """Cases whose tensors PEFT keeps as ours: no neutral value is taken off and added again, which would round."""
 
@@ -101,8 +105,10 @@ THEIRS = {
     "miss-bat": _plain(peft.MissConfig, r=2, init_weights="bat", miss_dropout=0.1),
     "shira": _plain(peft.ShiraConfig, r=3, random_seed=5),
     "shira-unseeded": _plain(peft.ShiraConfig, r=2, init_weights=False),
+    "c3a": _plain(peft.C3AConfig, block_size=4),
+    "c3a-pattern": _plain(peft.C3AConfig, block_size=4, block_size_pattern={"2": 2}, init_weights=True),
 }
-LINEAR_ONLY = ("delora", "hra", "road", "oft", "miss", "shira")
+LINEAR_ONLY = ("delora", "hra", "road", "oft", "miss", "shira", "c3a")
 PAIRS = [(model, name) for model in MODELS for name in THEIRS if model == "linear" or not name.startswith(LINEAR_ONLY)]
 
 
@@ -150,6 +156,11 @@ def _saved(folder):
 def _edit(folder, **fields):
     place = folder / "adapter_config.json"
     place.write_text(json.dumps({**json.loads(place.read_text()), **fields}))
+
+
+@pytest.fixture(autouse=True)
+def _right_gradients_of_c3a(monkeypatch):
+    monkeypatch.setattr(peft.tuners.c3a.layer, "BlockCircularConvolution", C3AForward)
 
 
 @pytest.mark.parametrize(("name", "case"), PAIRS)
@@ -215,6 +226,8 @@ OURS = {
     "miss-mini": ll.MiSSConfig(r=8, mini_r=4, init="mini"),
     "miss-bat": ll.MiSSConfig(r=4, init="bat"),
     "shira": ll.SHiRAConfig(r=3),
+    "c3a": ll.C3AConfig(block_size=2),
+    "c3a-two-sizes": [ll.C3AConfig(block_size=2, target_names="^0$"), ll.C3AConfig(block_size=4, target_names="^[24]$")],
 }
 
 
@@ -327,6 +340,14 @@ def test_norms_of_delora_are_those_of_the_file(tmp_path):
     adapt, params = ll.from_peft(model, tmp_path)
     base = _run(model, batch).detach()
     _close(adapt(params, batch) - base, _run(theirs, batch) - base)
+
+
+def test_block_sizes_that_peft_would_give_to_other_layers_are_refused(tmp_path):
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "deep": nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})})
+    sizes = {"^a$": 2, "^deep": 4}
+    adapt = ll.build(model, [ll.C3AConfig(block_size=size, target_names=name) for name, size in sizes.items()])
+    with pytest.raises(ValueError, match=r'block_size: 2 at "a", which PEFT takes for "deep\.a" too'):
+        ll.to_peft(adapt, adapt.init(), tmp_path / "ours")
 
 
 def test_writing_again_replaces_both_files_and_leaves_others(tmp_path):

@@ -5,6 +5,7 @@ from lora_lite.variants.adalora import AdaLoRAConfig as AdaLoRAConfig
 from lora_lite.variants.antipasto import AntiPaSTOConfig as AntiPaSTOConfig
 from lora_lite.variants.asvd import ASVDConfig as ASVDConfig
 from lora_lite.variants.bitfit import BitFitConfig as BitFitConfig
+from lora_lite.variants.c3a import C3AConfig as C3AConfig
 from lora_lite.variants.corda import CorDAConfig as CorDAConfig
 from lora_lite.variants.delora import DeLoRAConfig as DeLoRAConfig
 from lora_lite.variants.dora import DoRAConfig as DoRAConfig
@@ -53,6 +54,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "full": FullConfig,
     "miss": MiSSConfig,
     "shira": SHiRAConfig,
+    "c3a": C3AConfig,
 }
 
 __all__ = sorted(["VARIANTS", *(cls.__name__ for cls in VARIANTS.values())])

@@ -21,14 +21,19 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "OFT": {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "block_share": False, "coft": False, "eps": 6e-5},
     "MISS": {"r": 64, "mini_r": 1, "init_weights": True, "miss_dropout": 0.0},
     "SHIRA": {"r": 32, "random_seed": None},
+    "C3A": {},
 }
 """The fields that are read, of each PEFT type, with PEFT's defaults."""
 
 PATTERNS = {
     "LORA": {"r": "rank_pattern", "lora_alpha": "alpha_pattern"},
     "DELORA": {"r": "rank_pattern", "delora_lambda": "lambda_pattern"},
+    "C3A": {"block_size": "block_size_pattern"},
 }
 """The fields that a layer may have of its own, with the field that holds the exceptions."""
+
+BY_PATH = {"C3A"}
+"""The PEFT types whose exceptions are for one layer where they are its whole path, without the marks of an expression."""
 
 _ANY = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
 _ANY |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "modules_to_save"}
@@ -46,6 +51,7 @@ FREE: dict[str, set[str]] = {
     "OFT": {"r", "oft_block_size", "module_dropout", "init_weights"},  # PEFT does not apply this dropout; blocks are read off the tensors
     "MISS": set(),
     "SHIRA": {"mask_type", "init_weights"},
+    "C3A": {"block_size", "block_size_pattern", "init_weights"},  # blocks are read off the tensors
 }
 """The fields that may have any value, of each PEFT type: what they say is in the tensors, or nothing in the mathematics."""
 

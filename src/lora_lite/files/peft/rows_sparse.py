@@ -4,6 +4,7 @@ from typing import Any
 
 from lora_lite.files.peft.fields import resolve
 from lora_lite.files.peft.row import Fields, Leaf, Row, Tensors
+from lora_lite.variants.c3a import C3AConfig
 from lora_lite.variants.miss import MiSSConfig
 from lora_lite.variants.shira import SHiRAConfig
 
@@ -30,5 +31,12 @@ ROWS_SPARSE: dict[str, Row] = {
         lambda cfg: {"r": cfg.r, "random_seed": cfg.seed, "mask_type": "random"},
         constants={"indices": Leaf("shira_indices", 2, floating=False)},
         saved=lambda i, constants: {"indices": constants["indices"]},
+    ),
+    "c3a": Row(
+        C3AConfig,
+        "C3A",
+        {"w": Leaf("c3a_kernel", 3)},
+        lambda fields, path, tensors: {"block_size": tensors["c3a_kernel"].shape[-1]},
+        lambda cfg: {"block_size": cfg.block_size, "init_weights": True},
     ),
 }
