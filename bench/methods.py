@@ -114,6 +114,12 @@ ROWS: dict[str, Row] = {
         theirs=lambda cfg, on: peft.C3AConfig(block_size=cfg.block_size, init_weights=True, target_modules=on),
         rate=1e-1,
     ),
+    "fourierft": Row(
+        theirs=lambda cfg, on: peft.FourierFTConfig(
+            n_frequency=cfg.n_frequency, scaling=cfg.scaling, random_loc_seed=cfg.seed, target_modules=on
+        ),
+        rate=5e-2,
+    ),
     "full": Row(
         fields=lambda r: {"target_names": r"(q|v)_proj$"},
         without="Training the weights themselves needs no library.",

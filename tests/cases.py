@@ -77,6 +77,8 @@ CASES = (
     Row("shira-seeded", ll.SHiRAConfig(r=2, seed=5)),
     Row("c3a", ll.C3AConfig(block_size=8)),
     Row("c3a-xavier", ll.C3AConfig(block_size=4, init="xavier_uniform")),
+    Row("fourierft", ll.FourierFTConfig(n_frequency=50)),
+    Row("fourierft-normal", ll.FourierFTConfig(n_frequency=40, scaling=20.0, seed=3, init="normal")),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 

@@ -39,6 +39,9 @@ EXACT = {
     "c3a",
     "c3a-pattern",
     "c3a-two-sizes",
+    "fourierft",
+    "fourierft-pattern",
+    "fourierft-two-sizes",
 }
 """Cases whose tensors PEFT keeps as ours: no neutral value is taken off and added again, which would round."""
 
@@ -74,6 +77,10 @@ def _plain(cls, **options):
     return lambda paths, conv1d: cls(target_modules=paths, **options)
 
 
+def _either(cls, **options):
+    return lambda paths, conv1d: cls(target_modules=paths, fan_in_fan_out=conv1d, **options)
+
+
 THEIRS = {
     "lora": _lora(),
     "rslora": _lora(use_rslora=True, lora_dropout=0.1),
@@ -107,6 +114,10 @@ THEIRS = {
     "shira-unseeded": _plain(peft.ShiraConfig, r=2, init_weights=False),
     "c3a": _plain(peft.C3AConfig, block_size=4),
     "c3a-pattern": _plain(peft.C3AConfig, block_size=4, block_size_pattern={"2": 2}, init_weights=True),
+    "fourierft": _either(peft.FourierFTConfig, n_frequency=50, random_loc_seed=5),
+    "fourierft-pattern": _either(
+        peft.FourierFTConfig, n_frequency=40, scaling=20.0, n_frequency_pattern={"2": 30, "mlp.c_fc": 60}, init_weights=True
+    ),
 }
 LINEAR_ONLY = ("delora", "hra", "road", "oft", "miss", "shira", "c3a")
 PAIRS = [(model, name) for model in MODELS for name in THEIRS if model == "linear" or not name.startswith(LINEAR_ONLY)]
@@ -228,6 +239,8 @@ OURS = {
     "shira": ll.SHiRAConfig(r=3),
     "c3a": ll.C3AConfig(block_size=2),
     "c3a-two-sizes": [ll.C3AConfig(block_size=2, target_names="^0$"), ll.C3AConfig(block_size=4, target_names="^[24]$")],
+    "fourierft": ll.FourierFTConfig(n_frequency=60, scaling=20.0, seed=3),
+    "fourierft-two-sizes": [ll.FourierFTConfig(n_frequency=n, target_names=f"^{path}$") for path, n in (("0", 60), ("2", 30))],
 }
 
 

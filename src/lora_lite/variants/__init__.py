@@ -10,6 +10,7 @@ from lora_lite.variants.corda import CorDAConfig as CorDAConfig
 from lora_lite.variants.delora import DeLoRAConfig as DeLoRAConfig
 from lora_lite.variants.dora import DoRAConfig as DoRAConfig
 from lora_lite.variants.eva import EVAConfig as EVAConfig
+from lora_lite.variants.fourierft import FourierFTConfig as FourierFTConfig
 from lora_lite.variants.full import FullConfig as FullConfig
 from lora_lite.variants.hra import HRAConfig as HRAConfig
 from lora_lite.variants.ia3 import IA3Config as IA3Config
@@ -55,6 +56,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "miss": MiSSConfig,
     "shira": SHiRAConfig,
     "c3a": C3AConfig,
+    "fourierft": FourierFTConfig,
 }
 
 __all__ = sorted(["VARIANTS", *(cls.__name__ for cls in VARIANTS.values())])

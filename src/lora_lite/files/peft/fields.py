@@ -22,6 +22,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "MISS": {"r": 64, "mini_r": 1, "init_weights": True, "miss_dropout": 0.0},
     "SHIRA": {"r": 32, "random_seed": None},
     "C3A": {},
+    "FOURIERFT": {"scaling": 150.0, "random_loc_seed": 777},
 }
 """The fields that are read, of each PEFT type, with PEFT's defaults."""
 
@@ -29,10 +30,11 @@ PATTERNS = {
     "LORA": {"r": "rank_pattern", "lora_alpha": "alpha_pattern"},
     "DELORA": {"r": "rank_pattern", "delora_lambda": "lambda_pattern"},
     "C3A": {"block_size": "block_size_pattern"},
+    "FOURIERFT": {"n_frequency": "n_frequency_pattern"},
 }
 """The fields that a layer may have of its own, with the field that holds the exceptions."""
 
-BY_PATH = {"C3A"}
+BY_PATH = {"C3A", "FOURIERFT"}
 """The PEFT types whose exceptions are for one layer where they are its whole path, without the marks of an expression."""
 
 _ANY = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
@@ -52,6 +54,7 @@ FREE: dict[str, set[str]] = {
     "MISS": set(),
     "SHIRA": {"mask_type", "init_weights"},
     "C3A": {"block_size", "block_size_pattern", "init_weights"},  # blocks are read off the tensors
+    "FOURIERFT": {"n_frequency", "n_frequency_pattern", "init_weights"},  # as their number is
 }
 """The fields that may have any value, of each PEFT type: what they say is in the tensors, or nothing in the mathematics."""
 

@@ -5,6 +5,7 @@ from typing import Any
 from lora_lite.files.peft.fields import resolve
 from lora_lite.files.peft.row import Fields, Leaf, Row, Tensors
 from lora_lite.variants.c3a import C3AConfig
+from lora_lite.variants.fourierft import FourierFTConfig
 from lora_lite.variants.miss import MiSSConfig
 from lora_lite.variants.shira import SHiRAConfig
 
@@ -19,6 +20,10 @@ def _read_miss(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
 def _write_miss(cfg: MiSSConfig) -> dict[str, Any]:
     start = True if cfg.start == "default" else cfg.start
     return {"r": cfg.r, "mini_r": cfg.mini_r, "init_weights": start, "miss_dropout": cfg.dropout}
+
+
+def _placed(fields: Fields, path: str) -> dict[str, Any]:
+    return {"scaling": resolve(fields, "scaling", path), "seed": resolve(fields, "random_loc_seed", path)}
 
 
 ROWS_SPARSE: dict[str, Row] = {
@@ -38,5 +43,13 @@ ROWS_SPARSE: dict[str, Row] = {
         {"w": Leaf("c3a_kernel", 3)},
         lambda fields, path, tensors: {"block_size": tensors["c3a_kernel"].shape[-1]},
         lambda cfg: {"block_size": cfg.block_size, "init_weights": True},
+    ),
+    "fourierft": Row(
+        FourierFTConfig,
+        "FOURIERFT",
+        {"c": Leaf("fourierft_spectrum", 1)},
+        lambda fields, path, tensors: {"n_frequency": len(tensors["fourierft_spectrum"]), **_placed(fields, path)},
+        lambda cfg: {"n_frequency": cfg.n_frequency, "scaling": cfg.scaling, "random_loc_seed": cfg.seed, "init_weights": True},
+        conv1d=True,
     ),
 }
