@@ -43,6 +43,11 @@ def _vera(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.VeraConfig(r=cfg.r, d_initial=cfg.d_initial, projection_prng_key=cfg.seed, target_modules=on)
 
 
+def _waveft(cfg: Any, on: Any) -> peft.PeftConfig:
+    places = {"n_frequency": cfg.n_frequency, "random_loc_seed": cfg.seed}
+    return peft.WaveFTConfig(scaling=cfg.scaling, use_idwt=cfg.use_idwt, target_modules=on, **places)
+
+
 def _delora(cfg: Any, on: Any) -> peft.PeftConfig | None:
     """Return PEFT's config, or None for a start from a frozen copy, which PEFT lacks."""
     return peft.DeloraConfig(r=cfg.r, delora_lambda=cfg.lambda0, target_modules=on) if cfg.start != "copy" else None
@@ -120,6 +125,7 @@ ROWS: dict[str, Row] = {
         ),
         rate=5e-2,
     ),
+    "waveft": Row(theirs=_waveft, rate=2e-2),
     "full": Row(
         fields=lambda r: {"target_names": r"(q|v)_proj$"},
         without="Training the weights themselves needs no library.",

@@ -79,6 +79,8 @@ CASES = (
     Row("c3a-xavier", ll.C3AConfig(block_size=4, init="xavier_uniform")),
     Row("fourierft", ll.FourierFTConfig(n_frequency=50)),
     Row("fourierft-normal", ll.FourierFTConfig(n_frequency=40, scaling=20.0, seed=3, init="normal")),
+    Row("waveft", ll.WaveFTConfig(n_frequency=50)),
+    Row("waveft-sparse", ll.WaveFTConfig(n_frequency=40, scaling=4.0, seed=3, use_idwt=False)),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 

@@ -42,6 +42,10 @@ EXACT = {
     "fourierft",
     "fourierft-pattern",
     "fourierft-two-sizes",
+    "waveft",
+    "waveft-sparse",
+    "waveft-shares",
+    "waveft-two-sizes",
 }
 """Cases whose tensors PEFT keeps as ours: no neutral value is taken off and added again, which would round."""
 
@@ -118,8 +122,12 @@ THEIRS = {
     "fourierft-pattern": _either(
         peft.FourierFTConfig, n_frequency=40, scaling=20.0, n_frequency_pattern={"2": 30, "mlp.c_fc": 60}, init_weights=True
     ),
+    "waveft": _either(peft.WaveFTConfig, n_frequency=50, random_loc_seed=5),
+    "waveft-sparse": _either(peft.WaveFTConfig, n_frequency=40, scaling=4.0, use_idwt=False, wavelet_family="db3", init_weights=False),
+    "waveft-pattern": _either(peft.WaveFTConfig, n_frequency=40, n_frequency_pattern={"2": 30, "mlp.c_fc": 60}),
+    "waveft-shares": _plain(peft.WaveFTConfig, n_frequency=30, proportional_parameters=True),
 }
-LINEAR_ONLY = ("delora", "hra", "road", "oft", "miss", "shira", "c3a")
+LINEAR_ONLY = ("delora", "hra", "road", "oft", "miss", "shira", "c3a", "waveft-shares")
 PAIRS = [(model, name) for model in MODELS for name in THEIRS if model == "linear" or not name.startswith(LINEAR_ONLY)]
 
 
@@ -241,6 +249,8 @@ OURS = {
     "c3a-two-sizes": [ll.C3AConfig(block_size=2, target_names="^0$"), ll.C3AConfig(block_size=4, target_names="^[24]$")],
     "fourierft": ll.FourierFTConfig(n_frequency=60, scaling=20.0, seed=3),
     "fourierft-two-sizes": [ll.FourierFTConfig(n_frequency=n, target_names=f"^{path}$") for path, n in (("0", 60), ("2", 30))],
+    "waveft": ll.WaveFTConfig(n_frequency=60, scaling=4.0, seed=3),
+    "waveft-two-sizes": [ll.WaveFTConfig(n_frequency=n, target_names=f"^{path}$") for path, n in (("0", 60), ("2", 30))],
 }
 
 

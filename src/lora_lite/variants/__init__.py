@@ -28,6 +28,7 @@ from lora_lite.variants.road import ROADConfig as ROADConfig
 from lora_lite.variants.shira import SHiRAConfig as SHiRAConfig
 from lora_lite.variants.ssvd import SSVDConfig as SSVDConfig
 from lora_lite.variants.vera import VeRAConfig as VeRAConfig
+from lora_lite.variants.waveft import WaveFTConfig as WaveFTConfig
 
 VARIANTS: dict[str, type[_AdapterConfig]] = {
     "lora": LoRAConfig,
@@ -57,6 +58,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "shira": SHiRAConfig,
     "c3a": C3AConfig,
     "fourierft": FourierFTConfig,
+    "waveft": WaveFTConfig,
 }
 
 __all__ = sorted(["VARIANTS", *(cls.__name__ for cls in VARIANTS.values())])

@@ -23,6 +23,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "SHIRA": {"r": 32, "random_seed": None},
     "C3A": {},
     "FOURIERFT": {"scaling": 150.0, "random_loc_seed": 777},
+    "WAVEFT": {"scaling": 25.0, "random_loc_seed": 777, "use_idwt": True, "wavelet_family": "db1"},
 }
 """The fields that are read, of each PEFT type, with PEFT's defaults."""
 
@@ -31,6 +32,7 @@ PATTERNS = {
     "DELORA": {"r": "rank_pattern", "delora_lambda": "lambda_pattern"},
     "C3A": {"block_size": "block_size_pattern"},
     "FOURIERFT": {"n_frequency": "n_frequency_pattern"},
+    "WAVEFT": {"n_frequency": "n_frequency_pattern"},
 }
 """The fields that a layer may have of its own, with the field that holds the exceptions."""
 
@@ -55,6 +57,7 @@ FREE: dict[str, set[str]] = {
     "SHIRA": {"mask_type", "init_weights"},
     "C3A": {"block_size", "block_size_pattern", "init_weights"},  # blocks are read off the tensors
     "FOURIERFT": {"n_frequency", "n_frequency_pattern", "init_weights"},  # as their number is
+    "WAVEFT": {"n_frequency", "n_frequency_pattern", "proportional_parameters", "init_weights"},
 }
 """The fields that may have any value, of each PEFT type: what they say is in the tensors, or nothing in the mathematics."""
 
@@ -95,6 +98,12 @@ def check_fields(fields: Mapping[str, Any], where: object) -> None:
         _check_start(fields, where)
     if method == "OFT" and resolve(fields, "use_cayley_neumann", ""):
         _check_series(fields, where)
+    wavelet = resolve(fields, "wavelet_family", "")
+    if method == "WAVEFT" and resolve(fields, "use_idwt", "") and wavelet != "db1":
+        raise ValueError(
+            f"from_peft: expected wavelet_family in \"{where}\" to be 'db1', whose inverse transform is known in closed form, found "
+            f"{wavelet!r}, whose filters are not here. Merge the adapter with PEFT's merge_and_unload and adapt the merged model."
+        )
 
 
 def _check_start(fields: Mapping[str, Any], where: object) -> None:

@@ -8,6 +8,7 @@ from lora_lite.variants.c3a import C3AConfig
 from lora_lite.variants.fourierft import FourierFTConfig
 from lora_lite.variants.miss import MiSSConfig
 from lora_lite.variants.shira import SHiRAConfig
+from lora_lite.variants.waveft import WaveFTConfig
 
 
 def _read_miss(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
@@ -50,6 +51,17 @@ ROWS_SPARSE: dict[str, Row] = {
         {"c": Leaf("fourierft_spectrum", 1)},
         lambda fields, path, tensors: {"n_frequency": len(tensors["fourierft_spectrum"]), **_placed(fields, path)},
         lambda cfg: {"n_frequency": cfg.n_frequency, "scaling": cfg.scaling, "random_loc_seed": cfg.seed, "init_weights": True},
+        conv1d=True,
+    ),
+    "waveft": Row(
+        WaveFTConfig,
+        "WAVEFT",
+        {"c": Leaf("waveft_spectrum", 1)},
+        lambda fields, path, tensors: {
+            **{"n_frequency": len(tensors["waveft_spectrum"]), "use_idwt": resolve(fields, "use_idwt", path)},
+            **_placed(fields, path),
+        },
+        lambda cfg: {"n_frequency": cfg.n_frequency, "scaling": cfg.scaling, "random_loc_seed": cfg.seed, "use_idwt": cfg.use_idwt},
         conv1d=True,
     ),
 }

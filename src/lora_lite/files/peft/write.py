@@ -48,6 +48,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "SHIRA": {},
     "C3A": {"bias": "none"},
     "FOURIERFT": {"bias": "none"},
+    "WAVEFT": {"bias": "none", "wavelet_family": "db1"},
 }
 """Fields that are the same in every file of a PEFT type."""
 
@@ -65,9 +66,10 @@ class Written(NamedTuple):
 def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory: str | os.PathLike[str]) -> None:
     """Write an adapter so that `peft.PeftModel.from_pretrained(model, directory)` gives the same outputs.
 
-    LoRA, DoRA, IA3 with IA3-FF, DeLoRA, HRA, ROAD, OFT, VeRA, AdaLoRA, MiSS, SHiRA, C3A, FourierFT and LN-tuning keep their tensors. EVA
-    and LoftQ are LoRA. PiSSA, CorDA, ASVD and LoRA-GA are written as LoRA of twice the rank, which acts on the weight as it is. Targets
-    of `FullConfig` become `modules_to_save`. Both files are written beside their place and moved, so that neither is ever half-written.
+    LoRA, DoRA, IA3 with IA3-FF, DeLoRA, HRA, ROAD, OFT, VeRA, AdaLoRA, MiSS, SHiRA, C3A, FourierFT, WaveFT and LN-tuning keep their
+    tensors. EVA and LoftQ are LoRA. PiSSA, CorDA, ASVD and LoRA-GA are written as LoRA of twice the rank, which acts on the weight as it
+    is. Targets of `FullConfig` become `modules_to_save`. Both files are written beside their place and moved, so that neither is ever
+    half-written.
 
     Args:
         adapt: the adapted model of the params.
