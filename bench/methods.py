@@ -59,6 +59,9 @@ def _boft(cfg: Any, on: Any) -> peft.PeftConfig | None:
     """Return PEFT's config, or None for several factors, which PEFT has only where it can compile its CUDA kernel."""
     blocks = {"boft_block_size": cfg.block_size, "boft_block_num": cfg.block_num}
     return peft.BOFTConfig(**blocks, target_modules=on) if cfg.n_butterfly_factor == 1 else None
+def _waveft(cfg: Any, on: Any) -> peft.PeftConfig:
+    places = {"n_frequency": cfg.n_frequency, "random_loc_seed": cfg.seed}
+    return peft.WaveFTConfig(scaling=cfg.scaling, use_idwt=cfg.use_idwt, target_modules=on, **places)
 
 
 def _delora(cfg: Any, on: Any) -> peft.PeftConfig | None:
@@ -139,6 +142,18 @@ ROWS: dict[str, Row] = {
     "hira": Row(theirs=lambda cfg, on: peft.HiraConfig(r=cfg.r, target_modules=on)),
     "gralora": Row(theirs=_gralora),
     "boft": Row(fields=lambda r: {"block_size": 4}, theirs=_boft),
+    "c3a": Row(
+        fields=lambda r: {"block_size": 64},  # divides all widths of the models here
+        theirs=lambda cfg, on: peft.C3AConfig(block_size=cfg.block_size, init_weights=True, target_modules=on),
+        rate=1e-1,
+    ),
+    "fourierft": Row(
+        theirs=lambda cfg, on: peft.FourierFTConfig(
+            n_frequency=cfg.n_frequency, scaling=cfg.scaling, random_loc_seed=cfg.seed, target_modules=on
+        ),
+        rate=5e-2,
+    ),
+    "waveft": Row(theirs=_waveft, rate=2e-2),
     "full": Row(
         fields=lambda r: {"target_names": r"(q|v)_proj$"},
         without="Training the weights themselves needs no library.",

@@ -104,6 +104,12 @@ CASES = (
     Row("boft", ll.BOFTConfig(block_size=4)),
     Row("boft-factors", ll.BOFTConfig(block_size=4, n_butterfly_factor=3)),
     Row("boft-blocks", ll.BOFTConfig(block_size=0, block_num=8, n_butterfly_factor=2, block_dropout=0.3)),
+    Row("c3a", ll.C3AConfig(block_size=8)),
+    Row("c3a-xavier", ll.C3AConfig(block_size=4, init="xavier_uniform")),
+    Row("fourierft", ll.FourierFTConfig(n_frequency=50)),
+    Row("fourierft-normal", ll.FourierFTConfig(n_frequency=40, scaling=20.0, seed=3, init="normal")),
+    Row("waveft", ll.WaveFTConfig(n_frequency=50)),
+    Row("waveft-sparse", ll.WaveFTConfig(n_frequency=40, scaling=4.0, seed=3, use_idwt=False)),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 
@@ -357,6 +363,16 @@ def padded(tiny, name: str, **overrides):
 def row_of(batch, row: int):
     """Return one row of a batch as a batch."""
     return {name: value[row : row + 1] for name, value in batch.items()}
+
+
+class C3AForward:
+    """PEFT's forward of C3A, to be differentiated by torch: PEFT's own backward gives a wrong gradient to the input."""
+
+    @staticmethod
+    def apply(x, w):
+        """Return `C x` as PEFT computes it."""
+        blocks = x.unflatten(-1, w.shape[1:])
+        return torch.fft.fft(torch.einsum("...nb,mnb->...mb", torch.fft.ifft(blocks), torch.fft.fft(w))).real.flatten(-2)
 
 
 @dataclass(frozen=True, kw_only=True)

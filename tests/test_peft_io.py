@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_lite as ll
+from cases import C3AForward
 from lora_lite.files.peft.rows import ROWS
 from peft_oracle import BlockDiagonal
 
@@ -55,6 +56,16 @@ EXACT = {
     "miss-bat",
     "shira",
     "shira-unseeded",
+    "c3a",
+    "c3a-pattern",
+    "c3a-two-sizes",
+    "fourierft",
+    "fourierft-pattern",
+    "fourierft-two-sizes",
+    "waveft",
+    "waveft-sparse",
+    "waveft-shares",
+    "waveft-two-sizes",
 }
 """Cases whose tensors PEFT keeps as ours: no neutral value is taken off and added again, which would round."""
 
@@ -88,6 +99,10 @@ def _lora(**options):
 
 def _plain(cls, **options):
     return lambda paths, conv1d: cls(target_modules=paths, **options)
+
+
+def _either(cls, **options):
+    return lambda paths, conv1d: cls(target_modules=paths, fan_in_fan_out=conv1d, **options)
 
 
 THEIRS = {
@@ -140,9 +155,19 @@ THEIRS = {
     "miss-bat": _plain(peft.MissConfig, r=2, init_weights="bat", miss_dropout=0.1),
     "shira": _plain(peft.ShiraConfig, r=3, random_seed=5),
     "shira-unseeded": _plain(peft.ShiraConfig, r=2, init_weights=False),
+    "c3a": _plain(peft.C3AConfig, block_size=4),
+    "c3a-pattern": _plain(peft.C3AConfig, block_size=4, block_size_pattern={"2": 2}, init_weights=True),
+    "fourierft": _either(peft.FourierFTConfig, n_frequency=50, random_loc_seed=5),
+    "fourierft-pattern": _either(
+        peft.FourierFTConfig, n_frequency=40, scaling=20.0, n_frequency_pattern={"2": 30, "mlp.c_fc": 60}, init_weights=True
+    ),
+    "waveft": _either(peft.WaveFTConfig, n_frequency=50, random_loc_seed=5),
+    "waveft-sparse": _either(peft.WaveFTConfig, n_frequency=40, scaling=4.0, use_idwt=False, wavelet_family="db3", init_weights=False),
+    "waveft-pattern": _either(peft.WaveFTConfig, n_frequency=40, n_frequency_pattern={"2": 30, "mlp.c_fc": 60}),
+    "waveft-shares": _plain(peft.WaveFTConfig, n_frequency=30, proportional_parameters=True),
 }
 LINEAR_ONLY = (
-    *("delora", "hra", "ether", "road", "oft", "loha", "lokr", "miss", "shira", "boft"),
+    *("delora", "hra", "ether", "road", "oft", "loha", "lokr", "miss", "shira", "boft", "c3a", "waveft-shares"),
     "olora",  # PEFT's takes a Conv1D's weight transposed, and fails where it is not square
 )
 RESIDUAL = ("pissa", "olora")
@@ -199,6 +224,11 @@ def _edit(folder, **fields):
 @pytest.fixture(autouse=True)
 def _kernel_of_boft(monkeypatch):
     monkeypatch.setattr(boft, "get_fbd_cuda", lambda: BlockDiagonal)
+
+
+@pytest.fixture(autouse=True)
+def _right_gradients_of_c3a(monkeypatch):
+    monkeypatch.setattr(peft.tuners.c3a.layer, "BlockCircularConvolution", C3AForward)
 
 
 @pytest.mark.parametrize(("name", "case"), PAIRS)
@@ -276,6 +306,12 @@ OURS = {
     "miss-mini": ll.MiSSConfig(r=8, mini_r=4, init="mini"),
     "miss-bat": ll.MiSSConfig(r=4, init="bat"),
     "shira": ll.SHiRAConfig(r=3),
+    "c3a": ll.C3AConfig(block_size=2),
+    "c3a-two-sizes": [ll.C3AConfig(block_size=2, target_names="^0$"), ll.C3AConfig(block_size=4, target_names="^[24]$")],
+    "fourierft": ll.FourierFTConfig(n_frequency=60, scaling=20.0, seed=3),
+    "fourierft-two-sizes": [ll.FourierFTConfig(n_frequency=n, target_names=f"^{path}$") for path, n in (("0", 60), ("2", 30))],
+    "waveft": ll.WaveFTConfig(n_frequency=60, scaling=4.0, seed=3),
+    "waveft-two-sizes": [ll.WaveFTConfig(n_frequency=n, target_names=f"^{path}$") for path, n in (("0", 60), ("2", 30))],
 }
 
 
@@ -388,6 +424,14 @@ def test_norms_of_delora_are_those_of_the_file(tmp_path):
     adapt, params = ll.from_peft(model, tmp_path)
     base = _run(model, batch).detach()
     _close(adapt(params, batch) - base, _run(theirs, batch) - base)
+
+
+def test_block_sizes_that_peft_would_give_to_other_layers_are_refused(tmp_path):
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "deep": nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})})
+    sizes = {"^a$": 2, "^deep": 4}
+    adapt = ll.build(model, [ll.C3AConfig(block_size=size, target_names=name) for name, size in sizes.items()])
+    with pytest.raises(ValueError, match=r'block_size: 2 at "a", which PEFT takes for "deep\.a" too'):
+        ll.to_peft(adapt, adapt.init(), tmp_path / "ours")
 
 
 def test_writing_again_replaces_both_files_and_leaves_others(tmp_path):

@@ -114,6 +114,7 @@ ELSEWHERE = {
     "rank_pattern": "Give layers of another rank a config of their own: build(model, [first, second])",
     "alpha_pattern": "Give layers of another alpha a config of their own: build(model, [first, second])",
     "task_type": "It follows from the model's class",
+    "wavelet_family": "Only Haar's wavelet is here, PEFT's db1: others need tables of filters",
     "bias": "Put a BitFitConfig beside it, on other layers",
 }
 """Advice for options of other libraries that take another form here."""

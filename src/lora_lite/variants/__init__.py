@@ -8,12 +8,14 @@ from lora_lite.variants.antipasto import AntiPaSTOConfig as AntiPaSTOConfig
 from lora_lite.variants.asvd import ASVDConfig as ASVDConfig
 from lora_lite.variants.bitfit import BitFitConfig as BitFitConfig
 from lora_lite.variants.boft import BOFTConfig as BOFTConfig
+from lora_lite.variants.c3a import C3AConfig as C3AConfig
 from lora_lite.variants.corda import CorDAConfig as CorDAConfig
 from lora_lite.variants.delora import DeLoRAConfig as DeLoRAConfig
 from lora_lite.variants.dora import DoRAConfig as DoRAConfig
 from lora_lite.variants.ether import ETHERConfig as ETHERConfig
 from lora_lite.variants.ether_plus import ETHERPlusConfig as ETHERPlusConfig
 from lora_lite.variants.eva import EVAConfig as EVAConfig
+from lora_lite.variants.fourierft import FourierFTConfig as FourierFTConfig
 from lora_lite.variants.full import FullConfig as FullConfig
 from lora_lite.variants.gralora import GraLoRAConfig as GraLoRAConfig
 from lora_lite.variants.hira import HiRAConfig as HiRAConfig
@@ -37,6 +39,7 @@ from lora_lite.variants.road import ROADConfig as ROADConfig
 from lora_lite.variants.shira import SHiRAConfig as SHiRAConfig
 from lora_lite.variants.ssvd import SSVDConfig as SSVDConfig
 from lora_lite.variants.vera import VeRAConfig as VeRAConfig
+from lora_lite.variants.waveft import WaveFTConfig as WaveFTConfig
 
 VARIANTS: dict[str, type[_AdapterConfig]] = {
     "lora": LoRAConfig,
@@ -73,6 +76,9 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "ether_plus": ETHERPlusConfig,
     "miss": MiSSConfig,
     "shira": SHiRAConfig,
+    "c3a": C3AConfig,
+    "fourierft": FourierFTConfig,
+    "waveft": WaveFTConfig,
 }
 
 if not TYPE_CHECKING:  # a type checker cannot compute the list, and without one takes the names that are imported as themselves

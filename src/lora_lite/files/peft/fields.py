@@ -32,6 +32,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "OFT": {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "block_share": False, "coft": False, "eps": 6e-5},
     "MISS": {"r": 64, "mini_r": 1, "init_weights": True, "miss_dropout": 0.0},
     "SHIRA": {"r": 32, "random_seed": None},
+    "C3A": {},
+    "FOURIERFT": {"scaling": 150.0, "random_loc_seed": 777},
+    "WAVEFT": {"scaling": 25.0, "random_loc_seed": 777, "use_idwt": True, "wavelet_family": "db1"},
 }
 """The fields that are read, of each PEFT type, with PEFT's defaults."""
 
@@ -40,8 +43,14 @@ PATTERNS = {
     "LOHA": {"r": "rank_pattern", "alpha": "alpha_pattern"},
     "LOKR": {"r": "rank_pattern", "alpha": "alpha_pattern"},
     "DELORA": {"r": "rank_pattern", "delora_lambda": "lambda_pattern"},
+    "C3A": {"block_size": "block_size_pattern"},
+    "FOURIERFT": {"n_frequency": "n_frequency_pattern"},
+    "WAVEFT": {"n_frequency": "n_frequency_pattern"},
 }
 """The fields that a layer may have of its own, with the field that holds the exceptions."""
+
+BY_PATH = {"C3A", "FOURIERFT"}
+"""The PEFT types whose exceptions are for one layer where they are its whole path, without the marks of an expression."""
 
 _ANY = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
 _ANY |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "modules_to_save"}
@@ -64,6 +73,9 @@ FREE: dict[str, set[str]] = {
     "OFT": {"r", "oft_block_size", "module_dropout", "init_weights"},  # PEFT does not apply this dropout; blocks are read off the tensors
     "MISS": set(),
     "SHIRA": {"mask_type", "init_weights"},
+    "C3A": {"block_size", "block_size_pattern", "init_weights"},  # blocks are read off the tensors
+    "FOURIERFT": {"n_frequency", "n_frequency_pattern", "init_weights"},  # as their number is
+    "WAVEFT": {"n_frequency", "n_frequency_pattern", "proportional_parameters", "init_weights"},
 }
 """The fields that may have any value, of each PEFT type: what they say is in the tensors, or nothing in the mathematics."""
 
@@ -103,6 +115,12 @@ def check_fields(fields: Mapping[str, Any], where: object) -> None:
         _check_start(fields, where)
     if method == "OFT" and resolve(fields, "use_cayley_neumann", ""):
         _check_series(fields, where)
+    wavelet = resolve(fields, "wavelet_family", "")
+    if method == "WAVEFT" and resolve(fields, "use_idwt", "") and wavelet != "db1":
+        raise ValueError(
+            f"from_peft: expected wavelet_family in \"{where}\" to be 'db1', whose inverse transform is known in closed form, found "
+            f"{wavelet!r}, whose filters are not here. Merge the adapter with PEFT's merge_and_unload and adapt the merged model."
+        )
 
 
 def _check_start(fields: Mapping[str, Any], where: object) -> None:

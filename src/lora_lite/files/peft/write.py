@@ -20,7 +20,7 @@ from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.plan import Target
 from lora_lite.files.durable import replace
 from lora_lite.files.peft import twice, whole
-from lora_lite.files.peft.fields import PATTERNS
+from lora_lite.files.peft.fields import BY_PATH, PATTERNS
 from lora_lite.files.peft.layers import as_saved, is_conv1d, is_parameter, unsaved
 from lora_lite.files.peft.read import CONFIG, PREFIX, WEIGHTS
 from lora_lite.files.peft.row import Leaves, Row
@@ -51,6 +51,9 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "HIRA": {},
     "GRALORA": {"bias": "none"},
     "BOFT": {"bias": "none"},
+    "C3A": {"bias": "none"},
+    "FOURIERFT": {"bias": "none"},
+    "WAVEFT": {"bias": "none", "wavelet_family": "db1"},
 }
 """Fields that are the same in every file of a PEFT type."""
 
@@ -202,7 +205,8 @@ def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs) -> dict[str, A
         fields[name] = Counter(values.values()).most_common(1)[0][0]
         others = {path: value for path, value in values.items() if value != fields[name]}
         if name in patterns:
-            fields[patterns[name]] = {f"^{re.escape(path)}": value for path, value in others.items()}
+            fields[patterns[name]] = {path if method in BY_PATH else f"^{re.escape(path)}": value for path, value in others.items()}
+            faults += _taken(name, values, others) if method in BY_PATH else []
         elif others:
             faults.append(f"{name}: {fields[name]!r} and {next(iter(others.values()))!r} at {listed(others)}")
     if faults:
@@ -211,6 +215,12 @@ def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs) -> dict[str, A
             "Keep the adapter with ll.save, or convert it with ll.to_lora first."
         )
     return fields
+
+
+def _taken(name: str, values: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
+    """List the layers whose path ends in that of an exception, and which PEFT would give its value."""
+    ends = [(path, end) for path in values for end in others if re.match(rf".*\.{end}$", path) and values[path] != others[end]]
+    return [f'{name}: {others[end]!r} at "{end}", which PEFT takes for "{path}" too' for path, end in ends]
 
 
 def _expression(paths: list[str]) -> str:
