@@ -43,8 +43,8 @@ def from_peft(
     """Read an adapter that PEFT saved and bind it to a model. The package `peft` is not needed.
 
     LoRA with its patterns and rank-stabilised scale, on embeddings, convolutions and `target_parameters` too, DoRA, PiSSA, OLoRA, MiCA,
-    IA3, DeLoRA, HRA, ROAD, OFT, VeRA, AdaLoRA and LN-tuning, with `modules_to_save`, which become targets of `FullConfig`. The layers are
-    those that the file of tensors names. Layers with other hyperparameters get a config of their own.
+    IA3, DeLoRA, HRA, ROAD, OFT, VeRA, RandLoRA, AdaLoRA and LN-tuning, with `modules_to_save`, which become targets of `FullConfig`. The
+    layers are those that the file of tensors names. Layers with other hyperparameters get a config of their own.
 
     Args:
         model: the model that the adapter was trained on, as it was before PEFT wrapped it.
@@ -69,7 +69,7 @@ def from_peft(
     check_fields(fields, folder / CONFIG)
     tensors = _read_tensors(folder / WEIGHTS)
     shared = {key: tensors.pop(key) for row in rows_of(fields["peft_type"]) for key in row.shared.values() if key in tensors}
-    tensors, faults = twice.at_first_place(model, tensors, PREFIX)
+    tensors, faults = twice.at_first_place(model, _without_copies(tensors, shared), PREFIX)
     values, tensors = whole.split(model, fields, tensors, PREFIX)
     tensors, unfit = as_linear(model, fields, tensors, PREFIX)
     layers, unplaced = _by_layer(model, fields["peft_type"], tensors)
@@ -123,6 +123,13 @@ def _read_tensors(place: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in list(file.keys())}
     except Exception as e:
         raise ValueError(f'from_peft: expected "{place}" to be a whole safetensors file, found {e}. Save the adapter again.') from e
+
+
+def _without_copies(tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out the copies of shared tensors that a file holds for each layer. A copy that differs stays, as a tensor without a place."""
+    of_name = {key.rpartition(".")[2]: tensor for key, tensor in shared.items()}
+    whole = {name: of_name.get(name.rpartition(".")[2]) for name in tensors}
+    return {name: t for name, t in tensors.items() if (same := whole[name]) is None or not torch.equal(same, t)}
 
 
 def _by_layer(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> tuple[Layers, list[str]]:
