@@ -43,6 +43,11 @@ def _vera(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.VeraConfig(r=cfg.r, d_initial=cfg.d_initial, projection_prng_key=cfg.seed, target_modules=on)
 
 
+def _randlora(cfg: Any, on: Any) -> peft.PeftConfig:
+    options = {"sparse": cfg.sparse, "very_sparse": cfg.very_sparse, "projection_prng_key": cfg.seed}
+    return peft.RandLoraConfig(r=cfg.r, randlora_alpha=int(cfg.alpha), target_modules=on, **options)
+
+
 def _delora(cfg: Any, on: Any) -> peft.PeftConfig | None:
     """Return PEFT's config, or None for a start from a frozen copy, which PEFT lacks."""
     return peft.DeloraConfig(r=cfg.r, delora_lambda=cfg.lambda0, target_modules=on) if cfg.start != "copy" else None
@@ -100,6 +105,7 @@ ROWS: dict[str, Row] = {
     "asvd": Row(short_rate=1.25e-3),
     "loftq": Row(without="It starts from the weight before quantisation, and is LoRA on the dense bases here."),
     "vera": Row(fields=lambda r: {"r": 4 * r}, theirs=_vera, demo={"r": 64}, rate=2e-2, short_rate=8e-2),
+    "randlora": Row(fields=lambda r: {"r": 4 * r, "alpha": float(8 * r)}, theirs=_randlora, demo={"r": 16, "alpha": 32.0}),
     "adalora": Row(
         fields=lambda r: {"init_r": r * 3 // 2, "target_r": r, "alpha": float(r), "total_step": 1000},
         theirs=_adalora,

@@ -85,6 +85,8 @@ OURS = {
     "lora_dropout": "dropout",
     "module_dropout": "dropout",
     "vera_dropout": "dropout",
+    "randlora_alpha": "alpha",
+    "randlora_dropout": "dropout",
     "use_rslora": "rslora",
     "target_modules": "target_names",
     "target_parameters": "target_names",

@@ -23,6 +23,7 @@ from lora_lite.variants.mica import MiCAConfig as MiCAConfig
 from lora_lite.variants.oft import OFTConfig as OFTConfig
 from lora_lite.variants.olora import OLoRAConfig as OLoRAConfig
 from lora_lite.variants.pissa import PiSSAConfig as PiSSAConfig
+from lora_lite.variants.randlora import RandLoRAConfig as RandLoRAConfig
 from lora_lite.variants.road import ROADConfig as ROADConfig
 from lora_lite.variants.ssvd import SSVDConfig as SSVDConfig
 from lora_lite.variants.vera import VeRAConfig as VeRAConfig
@@ -53,6 +54,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "full": FullConfig,
     "olora": OLoRAConfig,
     "mica": MiCAConfig,
+    "randlora": RandLoRAConfig,
 }
 
 __all__ = sorted(["VARIANTS", *(cls.__name__ for cls in VARIANTS.values())])

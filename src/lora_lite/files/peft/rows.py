@@ -13,6 +13,7 @@ from lora_lite.core.frozen import Constants
 from lora_lite.files.peft.fields import resolve
 from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
 from lora_lite.files.peft.rows_lora import ROWS as ROWS_LORA
+from lora_lite.files.peft.rows_shared import ROWS as ROWS_SHARED
 from lora_lite.variants.adalora import AdaLoRAConfig
 from lora_lite.variants.delora import DeLoRAConfig
 from lora_lite.variants.hra import HRAConfig
@@ -71,6 +72,7 @@ def _one(cfg: Any, constants: Constants) -> float:
 
 ROWS: dict[str, Row] = {
     **ROWS_LORA,
+    **ROWS_SHARED,
     "ia3_ff": Row(
         IA3FFConfig,
         "IA3",

@@ -43,6 +43,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "ROAD": {},
     "OFT": {"bias": "none"},
     "VERA": {"bias": "none", "save_projection": True},
+    "RANDLORA": {"bias": "none", "save_projection": True},
     "ADALORA": {"bias": "none"},
     "LN_TUNING": {},
 }
@@ -62,9 +63,9 @@ class Written(NamedTuple):
 def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory: str | os.PathLike[str]) -> None:
     """Write an adapter so that `peft.PeftModel.from_pretrained(model, directory)` gives the same outputs.
 
-    LoRA, DoRA, MiCA, IA3 with IA3-FF, DeLoRA, HRA, ROAD, OFT, VeRA, AdaLoRA and LN-tuning keep their tensors. EVA and LoftQ are LoRA.
-    PiSSA, OLoRA, CorDA, ASVD and LoRA-GA are written as LoRA of twice the rank, which acts on the weight as it is. Targets of `FullConfig`
-    become `modules_to_save`. Both files are written beside their place and moved, so that neither is ever half-written.
+    LoRA, DoRA, MiCA, IA3 with IA3-FF, DeLoRA, HRA, ROAD, OFT, VeRA, RandLoRA, AdaLoRA and LN-tuning keep their tensors. EVA and LoftQ are
+    LoRA. PiSSA, OLoRA, CorDA, ASVD and LoRA-GA are written as LoRA of twice the rank, which acts on the weight as it is. Targets of
+    `FullConfig` become `modules_to_save`. Both files are written beside their place and moved, so that neither is ever half-written.
 
     Args:
         adapt: the adapted model of the params.
