@@ -86,6 +86,7 @@ OURS = {
     "module_dropout": "dropout",
     "vera_dropout": "dropout",
     "randlora_alpha": "alpha",
+    "vblora_dropout": "dropout",
     "randlora_dropout": "dropout",
     "use_rslora": "rslora",
     "target_modules": "target_names",
