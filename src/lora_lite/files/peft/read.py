@@ -43,8 +43,8 @@ def from_peft(
     """Read an adapter that PEFT saved and bind it to a model. The package `peft` is not needed.
 
     LoRA with its patterns and rank-stabilised scale, on embeddings, convolutions and `target_parameters` too, DoRA, PiSSA, OLoRA, MiCA,
-    IA3, DeLoRA, HRA, ROAD, OFT, VeRA, RandLoRA, AdaLoRA and LN-tuning, with `modules_to_save`, which become targets of `FullConfig`. The
-    layers are those that the file of tensors names. Layers with other hyperparameters get a config of their own.
+    IA3, DeLoRA, HRA, ROAD, OFT, VeRA, RandLoRA, VB-LoRA, AdaLoRA and LN-tuning, with `modules_to_save`, which become targets of
+    `FullConfig`. The layers are those that the file of tensors names. Layers with other hyperparameters get a config of their own.
 
     Args:
         model: the model that the adapter was trained on, as it was before PEFT wrapped it.
@@ -68,7 +68,7 @@ def from_peft(
     fields = _read_fields(folder / CONFIG)
     check_fields(fields, folder / CONFIG)
     tensors = _read_tensors(folder / WEIGHTS)
-    shared = {key: tensors.pop(key) for row in rows_of(fields["peft_type"]) for key in row.shared.values() if key in tensors}
+    shared = {key: tensors.pop(key) for row in rows_of(fields["peft_type"]) for key in _shared_keys(row) if key in tensors}
     tensors, faults = twice.at_first_place(model, _without_copies(tensors, shared), PREFIX)
     values, tensors = whole.split(model, fields, tensors, PREFIX)
     tensors, unfit = as_linear(model, fields, tensors, PREFIX)
@@ -79,6 +79,7 @@ def from_peft(
         faults
         or whole.faults_of(model, fields, values)
         or ([] if layers or values else ["no tensors"])
+        or _shared_faults(fields["peft_type"], shared)
         or _layer_faults(model, layers, kinds)
         or [fault for path in (*layers, *values) if (fault := twice.fault(model, path.rpartition(".")[0] if path not in paths else path))]
     )
@@ -90,9 +91,12 @@ def from_peft(
     held = {path: row.held(functools.partial(getattr, cfg)) for path, (row, cfg) in chosen.items()}
     theirs = {path: {n: _as_saved(layers[path][leaf.key], leaf) for n, leaf in leaves.items()} for path, leaves in held.items()}
     theirs = {path: row.completed(cfg, theirs[path]) for path, (row, cfg) in chosen.items()}
-    shapes = {path: adapt.shapes[path] for path in chosen}
+    common = {cfg.name: (row, cfg) for row, cfg in chosen.values() if row.shared_leaves}
+    theirs |= {name: {n: shared[leaf.key] for n, leaf in row.shared_leaves.items()} for name, (row, _) in common.items()}
+    shapes = {place: adapt.shapes[place] for place in theirs}
     _require(tree_faults(theirs, shapes) + _field_faults(fields, layers, chosen), folder, model)
     ours = {path: _ours(adapt, model, path, row, theirs[path]) for path, (row, _) in chosen.items()}
+    ours |= {name: _shared_ours(adapt, model, row, cfg, theirs[name]) for name, (row, cfg) in common.items()}
     return adapt, ours | whole.displacements(model, values)
 
 
@@ -123,6 +127,22 @@ def _read_tensors(place: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in list(file.keys())}
     except Exception as e:
         raise ValueError(f'from_peft: expected "{place}" to be a whole safetensors file, found {e}. Save the adapter again.') from e
+
+
+def _shared_keys(row: Row) -> list[str]:
+    return [*row.shared.values(), *(leaf.key for leaf in row.shared_leaves.values())]
+
+
+def _shared_faults(method: str, shared: Mapping[str, Tensor]) -> list[str]:
+    """List the trained tensors of all layers that a file lacks, or holds in another form."""
+    faults = []
+    for leaf in (leaf for row in rows_of(method) for leaf in row.shared_leaves.values()):
+        tensor = shared.get(leaf.key)
+        if tensor is None:
+            faults.append(f'missing "{leaf.key}"')
+        elif tensor.ndim != leaf.ndim or not tensor.is_floating_point():
+            faults.append(f'"{leaf.key}": expected {leaf.ndim} axes of a floating dtype, found {tuple(tensor.shape)} of {tensor.dtype}')
+    return faults
 
 
 def _without_copies(tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -255,3 +275,13 @@ def _ours(adapt: Adapt, model: nn.Module, path: str, row: Row, theirs: Mapping[s
     theirs = {name: t.to(device, cfg.dtype, copy=True) for name, t in theirs.items()}
     signs = row.signs(theirs, constants)
     return {name: (signs.get(name, 1.0) * t - row.leaves[name].origin(cfg, constants)).to(cfg.dtype) for name, t in theirs.items()}
+
+
+def _shared_ours(adapt: Adapt, model: nn.Module, row: Row, cfg: AdapterConfig, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    constants = adapt.constants.get(cfg.name, {})
+    first = next(target for target, own in zip(adapt.targets, adapt.configs) if own.name == cfg.name)
+    device = first.kind.at(model, first.path).device
+    return {
+        name: (t.to(device, cfg.dtype, copy=True) - row.shared_leaves[name].origin(cfg, constants)).to(cfg.dtype)
+        for name, t in theirs.items()
+    }
