@@ -23,6 +23,8 @@ pytestmark = [
 
 TOLERANCE = 1e-5  # float32, relative to the largest entry of the update
 EXACT = {
+    "vblora",
+    "vblora-three",
     "randlora",
     "randlora-sparse",
     "randlora-very-sparse",
@@ -81,6 +83,11 @@ def _randlora(**options):
     return lambda paths, conv1d: peft.RandLoraConfig(r=5, target_modules=paths, fan_in_fan_out=conv1d, **{"randlora_alpha": 10, **options})
 
 
+def _vblora(**options):
+    options = {"r": 3, "num_vectors": 9, "vector_length": 4, "init_vector_bank_bound": 1.0, "init_logits_std": 1.0, **options}
+    return lambda paths, conv1d: peft.VBLoRAConfig(target_modules=paths, fan_in_fan_out=conv1d, **options)
+
+
 THEIRS = {
     "lora": _lora(),
     "rslora": _lora(use_rslora=True, lora_dropout=0.1),
@@ -107,6 +114,8 @@ THEIRS = {
     "randlora": _randlora(projection_prng_key=3, randlora_alpha=10),
     "randlora-sparse": _randlora(sparse=True, randlora_dropout=0.1),
     "randlora-very-sparse": _randlora(very_sparse=True, sparse=True),
+    "vblora": _vblora(),
+    "vblora-three": _vblora(topk=3, num_vectors=7, vblora_dropout=0.1),
     "adalora": lambda paths, conv1d: peft.AdaLoraConfig(init_r=5, target_r=3, total_step=9, target_modules=paths, fan_in_fan_out=conv1d),
     "oft": _plain(peft.OFTConfig, oft_block_size=4),
     "oft-exact": _plain(peft.OFTConfig, oft_block_size=4, use_cayley_neumann=False),
@@ -185,6 +194,10 @@ def test_pefts_file_gives_pefts_values_and_gradients(name, case, tmp_path):
             want = theirs_by_key.pop(f"base_model.model.{target.path}.{ROWS[cfg.name].leaves[leaf].key}".removesuffix(".weight"))
             got, want = (got.abs(), want.abs()) if cfg.name == "pissa" else (got, want)  # the signs of singular vectors are free
             _close(got, want.reshape(got.shape), f"the gradient of {target.path}.{leaf}")
+    for name in {cfg.name for cfg in adapt.configs if ROWS[cfg.name].shared_leaves}:
+        for leaf, got in grads[name].items():
+            last = ROWS[name].shared_leaves[leaf].key.rpartition(".")[2]  # PEFT registers it at each layer, and lists the first
+            _close(got, theirs_by_key.pop(next(key for key in theirs_by_key if key.endswith(last))), f"the gradient of {name}.{leaf}")
     assert theirs_by_key == {}
 
 
@@ -232,6 +245,7 @@ OURS = {
     "vera": ll.VeRAConfig(r=5, seed=7),
     "randlora": ll.RandLoRAConfig(r=5, alpha=10.0, seed=7),
     "randlora-sparse": ll.RandLoRAConfig(r=5, alpha=10.0, sparse=True),
+    "vblora": ll.VBLoRAConfig(r=3, num_vectors=8, vector_length=4),
     "adalora": ll.AdaLoRAConfig(init_r=4, target_r=2, total_step=9, alpha=3.0),
     "oft": ll.OFTConfig(block_size=4, terms=4),
     "oft-exact": ll.OFTConfig(block_size=2, cayley="exact", block_share=True),

@@ -26,6 +26,7 @@ from lora_lite.variants.pissa import PiSSAConfig as PiSSAConfig
 from lora_lite.variants.randlora import RandLoRAConfig as RandLoRAConfig
 from lora_lite.variants.road import ROADConfig as ROADConfig
 from lora_lite.variants.ssvd import SSVDConfig as SSVDConfig
+from lora_lite.variants.vblora import VBLoRAConfig as VBLoRAConfig
 from lora_lite.variants.vera import VeRAConfig as VeRAConfig
 
 VARIANTS: dict[str, type[_AdapterConfig]] = {
@@ -55,6 +56,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "olora": OLoRAConfig,
     "mica": MiCAConfig,
     "randlora": RandLoRAConfig,
+    "vblora": VBLoRAConfig,
 }
 
 __all__ = sorted(["VARIANTS", *(cls.__name__ for cls in VARIANTS.values())])
