@@ -100,7 +100,7 @@ ROWS: dict[str, Row] = {
     "lora_xs": Row(fields=lambda r: {"r": 2 * r, "alpha": float(2 * r)}, demo={"r": 32, "alpha": 32}, rate=1e-2, short_rate=2.5e-3),
     "antipasto": Row(fields=lambda r: {"r": 4 * r}, demo={"r": 64}, rate=2e-2, short_rate=1e-2),
     "ssvd": Row(demo={"r": 32}, rate=1e-2, short_rate=2.5e-3),
-    "bitfit": Row(without="PEFT's BEFT is meant for the biases of value projections alone.", rate=2e-2, short_rate=4e-2),
+    "bitfit": Row(theirs=lambda cfg, on: peft.BeftConfig(target_modules=on), rate=2e-2, short_rate=4e-2),
     "eva": Row(
         theirs=lambda cfg, on: _lora(cfg, on, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=cfg.rho)),
         demo={"r": 8, "alpha": 16},

@@ -35,6 +35,7 @@ CASES = (
     Row("lora-gaussian", ll.LoRAConfig(r=4, start="gaussian")),
     Row("lora-orthogonal", ll.LoRAConfig(r=4, start="orthogonal")),
     Row("lora-bias", ll.LoRAConfig(r=4, lora_bias=True)),
+    Row("lora-own-bias", ll.LoRAConfig(r=4, bias=True)),
     Row("lora-float64", ll.LoRAConfig(r=4, dtype=torch.float64)),
     Row("lora-bfloat16", ll.LoRAConfig(r=4, dtype=torch.bfloat16)),
     Row("pissa", ll.PiSSAConfig(r=4)),

@@ -16,13 +16,14 @@ import lora_lite as ll
 from lora_lite.files.peft.rows import ROWS
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*the targeted layer of type Linear has no bias"),  # nothing is merged here
+    pytest.mark.filterwarnings("ignore:.*layer (of type Linear )?has no bias"),  # nothing is merged here
     pytest.mark.filterwarnings("ignore:Found missing adapter keys.*randlora_A"),  # of each layer; those of the model are there
     pytest.mark.filterwarnings(r"ignore:.*invalid shape. base_model.*lora_B\.bias"),  # PEFT takes every vector for a shard
 ]
 
 TOLERANCE = 1e-5  # float32, relative to the largest entry of the update
 EXACT = {
+    "bitfit",
     "vblora",
     "vblora-three",
     "randlora",
@@ -94,6 +95,8 @@ THEIRS = {
     "patterns": _lora(rank_pattern={"0|c_attn": 2}, alpha_pattern={r"2|h\.1\..*c_proj": 5}),
     "gaussian": _lora(init_lora_weights="gaussian"),
     "bias": _lora(lora_bias=True, use_rslora=True),
+    "own-bias": _lora(bias="lora_only"),
+    "all-biases": _lora(bias="all"),
     "orthogonal": _lora(init_lora_weights="orthogonal"),
     "dora": _lora(use_dora=True),
     "dora-rslora": _lora(use_dora=True, use_rslora=True),
@@ -106,6 +109,7 @@ THEIRS = {
     "ia3": lambda paths, conv1d: peft.IA3Config(target_modules=paths, feedforward_modules=[], fan_in_fan_out=conv1d),
     "ia3-both": lambda _, conv1d: peft.IA3Config(target_modules=f"{OUTPUT}|{INNER}", feedforward_modules=INNER, fan_in_fan_out=conv1d),
     "delora": _plain(peft.DeloraConfig, r=3, rank_pattern={"2": 2}, lambda_pattern={"4": 7}),
+    "bitfit": _plain(peft.BeftConfig),
     "hra": _plain(peft.HRAConfig, r=4),
     "road_1": _plain(peft.RoadConfig, variant="road_1", group_size=4),
     "road_2": _plain(peft.RoadConfig, variant="road_2", group_size=4),
@@ -123,7 +127,8 @@ THEIRS = {
     "oft-shared": _plain(peft.OFTConfig, oft_block_size=4, block_share=True),
     "oft-bound": _plain(peft.OFTConfig, oft_block_size=4, coft=True, eps=100.0),
 }
-LINEAR_ONLY = ("delora", "hra", "road", "oft", "olora")  # PEFT's OLoRA takes a Conv1D's weight transposed, and fails where it is not square
+LINEAR_ONLY = ("delora", "hra", "road", "oft", "olora", "bitfit", "all-biases")
+"""Cases without a Conv1D: PEFT's OLoRA takes its weight transposed, others refuse it. GPT-2's norms have biases, in a test of their own."""
 COPY = re.compile(r"model\..*\.randlora_[AB]$")
 """Keys of the shared bases that PEFT repeats for each layer. They are written once."""
 RESIDUAL = ("pissa", "olora")
@@ -230,6 +235,9 @@ OURS = {
     "gaussian": ll.LoRAConfig(r=3, start="gaussian"),
     "orthogonal": ll.LoRAConfig(r=4, start="orthogonal"),
     "bias": ll.LoRAConfig(r=3, lora_bias=True),
+    "own-bias": ll.LoRAConfig(r=3, bias=True, target_names="^[04]$"),
+    "bitfit": ll.BitFitConfig(),
+    "bitfit-beside": [ll.LoRAConfig(r=3, target_names="^[02]$"), ll.BitFitConfig(target_names="^4$")],
     "dora": ll.DoRAConfig(r=3),
     "pissa": ll.PiSSAConfig(r=3),
     "olora": ll.OLoRAConfig(r=3),
@@ -358,6 +366,29 @@ def test_copies_of_shared_tensors_that_differ_are_named(tmp_path):
     safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=r'unexpected "base_model\.model\.2\.randlora_A"'):
         ll.from_peft(model, tmp_path)
+
+
+def test_biases_of_the_whole_model_become_bitfit_and_whole_norms(tmp_path):
+    model, batch = _make("gpt2")
+    theirs = _wrapped(model, peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, bias="all"))
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    kinds = {(target.path.rpartition(".")[2], cfg.name) for target, cfg in zip(adapt.targets, adapt.configs)}
+    assert kinds == {("c_attn", "lora"), ("c_proj", "bitfit"), ("c_fc", "bitfit"), *((name, "full") for name in ("ln_1", "ln_2", "ln_f"))}
+    base = _run(model, batch).detach()
+    _close(_adapted(adapt, params, batch) - base, _run(theirs, batch) - base)
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
+    _close(_run(again, batch) - base, _run(theirs, batch) - base)
+
+
+def test_biases_that_did_not_move_are_left_out(tmp_path):
+    model, _ = _make("gpt2")
+    peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["c_fc"], fan_in_fan_out=True, bias="all")).save_pretrained(
+        tmp_path
+    )
+    adapt, _ = ll.from_peft(model, tmp_path)
+    assert {cfg.name for cfg in adapt.configs} == {"lora"}
 
 
 def test_adalora_after_pruning_is_read_with_zeros_for_what_was_cut(tmp_path):

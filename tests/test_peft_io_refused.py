@@ -53,7 +53,7 @@ def folder(tmp_path):
 REFUSED = {
     "peft_type": ("LOHA", 'peft_type in .* to be one of "LORA".*found "LOHA"'),
     "lora_bias": (True, r'missing "0\.lora_B\.bias"'),
-    "bias": ("all", "bias: expected it off, found 'all'"),
+    "bias": ("boft_only", "bias in .* to be one of .*found 'boft_only'"),
     "modules_to_save": (["4"], 'modules_to_save: expected the tensors of "4", found none'),
     "use_qalora": (True, "use_qalora: expected it off"),
     "layer_replication": ([[0, 1]], "layer_replication: expected it off"),
@@ -168,6 +168,17 @@ def _conv1d(i, o):
 UNWRITABLE = {
     "no class": (nn.Linear, ll.SSVDConfig(r=2), '"0": SSVDConfig has no class in PEFT'),
     "bias": (nn.Linear, ll.LoRAConfig(r=2, start="gaussian", lora_bias=True), "LoRAConfig.lora_bias: PEFT has it with its default start"),
+    "no bias": (
+        lambda i, o: nn.Linear(i, o, bias=i > 12),
+        [ll.LoRAConfig(r=2, target_names="2"), ll.BitFitConfig(target_names="0")],
+        '"0": BitFitConfig: the layer has no bias for PEFT to train',
+    ),
+    "no own bias": (
+        lambda i, o: nn.Linear(i, o, bias=i > 12),
+        ll.LoRAConfig(r=2, bias=True),
+        '"0": LoRAConfig: the layer has no bias for PEFT to train',
+    ),
+    "beft": (_conv1d, ll.BitFitConfig(), '"0": BitFitConfig on a Conv1D'),
     "copy": (nn.Linear, ll.DeLoRAConfig(r=2, init="copy"), 'DeLoRAConfig.start="copy"'),
     "side": (nn.Linear, ll.HRAConfig(r=2, side="out"), 'HRAConfig.side="out"'),
     "conv1d": (_conv1d, ll.HRAConfig(r=2), '"0": HRAConfig on a Conv1D'),

@@ -107,7 +107,7 @@ ELSEWHERE = {
     "rank_pattern": "Give layers of another rank a config of their own: build(model, [first, second])",
     "alpha_pattern": "Give layers of another alpha a config of their own: build(model, [first, second])",
     "task_type": "It follows from the model's class",
-    "bias": "Put a BitFitConfig beside it, on other layers",
+    "bias": "LoRAConfig has it; put a BitFitConfig beside it, on other layers",
 }
 """Advice for options of other libraries that take another form here."""
 

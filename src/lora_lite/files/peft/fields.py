@@ -9,9 +9,10 @@ from lora_lite.core.errors import listed, several
 DEFAULTS: dict[str, dict[str, Any]] = {
     "LORA": {
         **{"r": 8, "lora_alpha": 8, "use_rslora": False, "lora_dropout": 0.0, "use_dora": False},
-        **{"init_lora_weights": True, "lora_bias": False},
+        **{"init_lora_weights": True, "lora_bias": False, "bias": "none"},
     },
     "IA3": {},
+    "BEFT": {},
     "DELORA": {"r": 8, "delora_lambda": 15, "module_dropout": 0.0},
     "HRA": {"r": 8},
     "ROAD": {"variant": "road_1", "group_size": 64},
@@ -52,6 +53,7 @@ FREE: dict[str, set[str]] = {
     "IA3": {"feedforward_modules", "init_ia3_weights"},
     "DELORA": {"rank_pattern", "lambda_pattern", "init_weights"},
     "HRA": {"init_weights"},
+    "BEFT": {"init_weights"},
     "ROAD": {"init_weights"},
     "LN_TUNING": set(),
     "OFT": {"r", "oft_block_size", "module_dropout", "init_weights"},  # PEFT does not apply this dropout; blocks are read off the tensors
@@ -92,6 +94,11 @@ def check_fields(fields: Mapping[str, Any], where: object) -> None:
         )
     if method == "LORA":
         _check_start(fields, where)
+        if fields.get("bias") not in (*OFF, "all", "lora_only"):
+            raise ValueError(
+                f'from_peft: expected bias in "{where}" to be one of "none", "all", "lora_only", found {fields["bias"]!r}. '
+                "Merge the adapter with PEFT's merge_and_unload and adapt the merged model."
+            )
     if method == "OFT" and resolve(fields, "use_cayley_neumann", ""):
         _check_series(fields, where)
 

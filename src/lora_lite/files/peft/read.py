@@ -20,14 +20,15 @@ from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import nearest, require_type, several, tree_faults
 from lora_lite.core.frozen import Constants
 from lora_lite.core.tree import Tree, join
-from lora_lite.files.peft import twice, whole
-from lora_lite.files.peft.fields import DEFAULTS, check_fields, resolve
+from lora_lite.files.peft import biases, twice, whole
+from lora_lite.files.peft.fields import DEFAULTS, OFF, check_fields, resolve
 from lora_lite.files.peft.layers import as_linear, axes_of
-from lora_lite.files.peft.row import Leaf, Row
+from lora_lite.files.peft.row import Leaf, Row, own_bias
 from lora_lite.files.peft.rows import rows_of
 from lora_lite.layers.find import find
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import as_kinds
+from lora_lite.variants.bitfit import BitFitConfig
 from lora_lite.variants.oft import project
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -43,7 +44,7 @@ def from_peft(
     """Read an adapter that PEFT saved and bind it to a model. The package `peft` is not needed.
 
     LoRA with its patterns and rank-stabilised scale, on embeddings, convolutions and `target_parameters` too, DoRA, PiSSA, OLoRA, MiCA,
-    IA3, DeLoRA, HRA, ROAD, OFT, VeRA, RandLoRA, VB-LoRA, AdaLoRA and LN-tuning, with `modules_to_save`, which become targets of
+    IA3, DeLoRA, HRA, ROAD, OFT, VeRA, RandLoRA, VB-LoRA, BitFit, AdaLoRA and LN-tuning, with `modules_to_save`, which become targets of
     `FullConfig`. The layers are those that the file of tensors names. Layers with other hyperparameters get a config of their own.
 
     Args:
@@ -71,8 +72,11 @@ def from_peft(
     shared = {key: tensors.pop(key) for row in rows_of(fields["peft_type"]) for key in _shared_keys(row) if key in tensors}
     tensors, faults = twice.at_first_place(model, _without_copies(tensors, shared), PREFIX)
     values, tensors = whole.split(model, fields, tensors, PREFIX)
+    adapted, others, tensors = biases.split(model, fields, tensors, PREFIX)
+    shifts, more = biases.of_layers(model, others, kinds)
+    values |= more
     tensors, unfit = as_linear(model, fields, tensors, PREFIX)
-    layers, unplaced = _by_layer(model, fields["peft_type"], tensors)
+    layers, unplaced = _by_layer(model, fields["peft_type"], {**tensors, **adapted})
     faults += unfit + unplaced
     paths = {path for path, _ in model.named_modules()}
     faults = (
@@ -86,7 +90,7 @@ def from_peft(
     _require(faults, folder, model)
     chosen = {path: (row, row.config(**values)) for path, (row, values) in _choose(fields, layers).items()}
     _require(_misread(model, chosen, kinds), folder, model)
-    configs = [*_merged_configs(chosen), *whole.configs_of(fields, values)]
+    configs = [*_merged_configs(chosen), *whole.configs_of(fields, values), *_bitfit(shifts)]
     adapt = _with_constants(build(model, configs, remat=remat, kinds=kinds), chosen, layers, shared, fields.get("task_type"))
     held = {path: row.held(functools.partial(getattr, cfg)) for path, (row, cfg) in chosen.items()}
     theirs = {path: {n: _as_saved(layers[path][leaf.key], leaf) for n, leaf in leaves.items()} for path, leaves in held.items()}
@@ -97,7 +101,7 @@ def from_peft(
     _require(tree_faults(theirs, shapes) + _field_faults(fields, layers, chosen), folder, model)
     ours = {path: _ours(adapt, model, path, row, theirs[path]) for path, (row, _) in chosen.items()}
     ours |= {name: _shared_ours(adapt, model, row, cfg, theirs[name]) for name, (row, cfg) in common.items()}
-    return adapt, ours | whole.displacements(model, values)
+    return adapt, ours | whole.displacements(model, values) | shifts
 
 
 def _require(faults: list[str], folder: Path, model: nn.Module) -> None:
@@ -181,6 +185,10 @@ def _layer_faults(model: nn.Module, layers: Layers, kinds: Sequence[type[Kind]])
     return faults
 
 
+def _bitfit(shifts: Tree) -> list[AdapterConfig]:
+    return [BitFitConfig(target_names=tuple(f"^{re.escape(path)}$" for path in shifts), exclude_names=())] if shifts else []
+
+
 def _misread(model: nn.Module, chosen: Chosen, kinds: Sequence[type[Kind]]) -> list[str]:
     linear = find(model, "linear", kinds)
     reasons = {path: row.misread(linear[path]) for path, (row, _) in chosen.items()}
@@ -196,9 +204,9 @@ def _choose(fields: Mapping[str, Any], layers: Layers) -> dict[str, tuple[Row, d
     chosen, faults = {}, []
     for path, tensors in layers.items():
         row = next(row for row in rows_of(fields["peft_type"]) if row.when(fields, tensors))
-        keys = _keys(row, fields)
-        wrong = [f'missing "{join(path, key)}"' for key in sorted(keys - set(tensors))]
-        wrong += [f'unexpected "{join(path, key)}"' for key in sorted(set(tensors) - keys)]
+        held = [*row.held(lambda field: resolve(fields, field, "") not in OFF).values(), *row.constants.values()]
+        wrong = [f'missing "{join(path, key)}"' for key in sorted({leaf.key for leaf in held if not leaf.optional} - set(tensors))]
+        wrong += [f'unexpected "{join(path, key)}"' for key in sorted(set(tensors) - {leaf.key for leaf in held})]
         faults += wrong
         if not wrong:
             chosen[path] = row, _values(row, fields, path, tensors)
@@ -207,11 +215,6 @@ def _choose(fields: Mapping[str, Any], layers: Layers) -> dict[str, tuple[Row, d
             f"from_peft: expected {WEIGHTS} to hold the tensors that {CONFIG} describes, found:\n{several(faults)}\nSave the adapter again."
         )
     return chosen
-
-
-def _keys(row: Row, fields: Mapping[str, Any]) -> set[str]:
-    held = row.held(lambda field: resolve(fields, field, ""))
-    return {leaf.key for leaf in (*held.values(), *row.constants.values())}
 
 
 def _values(row: Row, fields: Mapping[str, Any], path: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -270,9 +273,9 @@ def _as_saved(tensor: Tensor, leaf: Leaf) -> Tensor:
 
 def _ours(adapt: Adapt, model: nn.Module, path: str, row: Row, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     cfg = dict(zip((t.path for t in adapt.targets), adapt.configs))[path]
-    constants = adapt.constants[path]
-    device = next(t.kind.at(model, path).device for t in adapt.targets if t.path == path)
-    theirs = {name: t.to(device, cfg.dtype, copy=True) for name, t in theirs.items()}
+    layer = next(t.kind.at(model, path) for t in adapt.targets if t.path == path)
+    constants = {**adapt.constants[path], **own_bias(layer)}
+    theirs = {name: t.to(layer.device, cfg.dtype, copy=True) for name, t in theirs.items()}
     signs = row.signs(theirs, constants)
     return {name: (signs.get(name, 1.0) * t - row.leaves[name].origin(cfg, constants)).to(cfg.dtype) for name, t in theirs.items()}
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.frozen import Constants
+from lora_lite.core.frozen import Constants, Frozen
 from lora_lite.layers.kind import Kind
 
 Fields = Mapping[str, Any]
@@ -20,9 +20,10 @@ class Leaf(NamedTuple):
     Attributes:
         key: its name there, after the layer's path.
         ndim: number of its axes.
-        origin: `(our config, constants)` to PEFT's neutral value.
+        origin: `(our config, constants)` to PEFT's neutral value; the layer's own bias is there as `own_bias`.
         shape: its shape there, where ours is flat.
         field: the field, of PEFT's config and of ours, without which there is no such tensor.
+        optional: whether a file may lack it for a layer even so.
     """
 
     key: str
@@ -30,6 +31,7 @@ class Leaf(NamedTuple):
     origin: Callable[[Any, Constants], Tensor | float] = lambda cfg, constants: 0.0
     shape: tuple[int, ...] | None = None
     field: str | None = None
+    optional: bool = False
 
 
 class Row(NamedTuple):
@@ -76,3 +78,8 @@ class Row(NamedTuple):
     def held(self, value: Callable[[str], Any]) -> dict[str, Leaf]:
         """Return the leaves of a layer by our names, where `value(field)` is that of the config."""
         return {name: leaf for name, leaf in self.leaves.items() if leaf.field is None or value(leaf.field)}
+
+
+def own_bias(layer: Frozen) -> Constants:
+    """Return a layer's own bias as an origin finds it among the constants."""
+    return {} if layer.bias is None else {"own_bias": layer.bias.detach()}

@@ -15,6 +15,7 @@ from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
 from lora_lite.files.peft.rows_lora import ROWS as ROWS_LORA
 from lora_lite.files.peft.rows_shared import ROWS as ROWS_SHARED
 from lora_lite.variants.adalora import AdaLoRAConfig
+from lora_lite.variants.bitfit import BitFitConfig
 from lora_lite.variants.delora import DeLoRAConfig
 from lora_lite.variants.hra import HRAConfig
 from lora_lite.variants.ia3 import IA3Config
@@ -94,6 +95,7 @@ ROWS: dict[str, Row] = {
         saved=_delora_norms,
         refused=lambda cfg: 'start="copy": PEFT has no frozen copy to take off' if cfg.start == "copy" else None,
     ),
+    "bitfit": Row(BitFitConfig, "BEFT", {"db": Leaf("beft_bias", 2, shape=(1, -1))}, lambda *_: {}, lambda _: {}),
     "hra": Row(
         HRAConfig,
         "HRA",
