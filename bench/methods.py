@@ -62,6 +62,14 @@ def _boft(cfg: Any, on: Any) -> peft.PeftConfig | None:
 def _waveft(cfg: Any, on: Any) -> peft.PeftConfig:
     places = {"n_frequency": cfg.n_frequency, "random_loc_seed": cfg.seed}
     return peft.WaveFTConfig(scaling=cfg.scaling, use_idwt=cfg.use_idwt, target_modules=on, **places)
+def _randlora(cfg: Any, on: Any) -> peft.PeftConfig:
+    options = {"sparse": cfg.sparse, "very_sparse": cfg.very_sparse, "projection_prng_key": cfg.seed}
+    return peft.RandLoraConfig(r=cfg.r, randlora_alpha=int(cfg.alpha), target_modules=on, **options)
+
+
+def _vblora(cfg: Any, on: Any) -> peft.PeftConfig:
+    names = ("r", "num_vectors", "vector_length", "topk", "init_vector_bank_bound", "init_logits_std")
+    return peft.VBLoRAConfig(**{n: getattr(cfg, n) for n in names}, target_modules=on)
 
 
 def _delora(cfg: Any, on: Any) -> peft.PeftConfig | None:
@@ -111,7 +119,7 @@ ROWS: dict[str, Row] = {
     "lora_xs": Row(fields=lambda r: {"r": 2 * r, "alpha": float(2 * r)}, demo={"r": 32, "alpha": 32}, rate=1e-2, short_rate=2.5e-3),
     "antipasto": Row(fields=lambda r: {"r": 4 * r}, demo={"r": 64}, rate=2e-2, short_rate=1e-2),
     "ssvd": Row(demo={"r": 32}, rate=1e-2, short_rate=2.5e-3),
-    "bitfit": Row(without="PEFT's BEFT is meant for the biases of value projections alone.", rate=2e-2, short_rate=4e-2),
+    "bitfit": Row(theirs=lambda cfg, on: peft.BeftConfig(target_modules=on), rate=2e-2, short_rate=4e-2),
     "eva": Row(
         theirs=lambda cfg, on: _lora(cfg, on, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=cfg.rho)),
         demo={"r": 8, "alpha": 16},
@@ -121,6 +129,12 @@ ROWS: dict[str, Row] = {
     "asvd": Row(short_rate=1.25e-3),
     "loftq": Row(without="It starts from the weight before quantisation, and is LoRA on the dense bases here."),
     "vera": Row(fields=lambda r: {"r": 4 * r}, theirs=_vera, demo={"r": 64}, rate=2e-2, short_rate=8e-2),
+    "randlora": Row(fields=lambda r: {"r": 4 * r, "alpha": float(8 * r)}, theirs=_randlora, demo={"r": 16, "alpha": 32.0}),
+    "vblora": Row(
+        fields=lambda r: {"num_vectors": 64, "vector_length": 32},
+        theirs=_vblora,
+        demo={"num_vectors": 64, "vector_length": 32, "init_vector_bank_bound": 0.1},
+    ),
     "adalora": Row(
         fields=lambda r: {"init_r": r * 3 // 2, "target_r": r, "alpha": float(r), "total_step": 1000},
         theirs=_adalora,

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import peft
 import pytest
@@ -18,13 +19,20 @@ from lora_lite.files.peft.rows import ROWS
 from peft_oracle import BlockDiagonal
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*the targeted layer of type Linear has no bias"),  # nothing is merged here
+    pytest.mark.filterwarnings("ignore:.*layer (of type Linear )?has no bias"),  # nothing is merged here
+    pytest.mark.filterwarnings("ignore:Found missing adapter keys.*randlora_A"),  # of each layer; those of the model are there
     pytest.mark.filterwarnings(r"ignore:.*invalid shape. base_model.*lora_B\.bias"),  # PEFT takes every vector for a shard
     pytest.mark.filterwarnings("ignore:The symmetric initialization can NOT be performed when r is odd"),  # one reflection is ETHER
 ]
 
 TOLERANCE = 1e-5  # float32, relative to the largest entry of the update
 EXACT = {
+    "bitfit",
+    "vblora",
+    "vblora-three",
+    "randlora",
+    "randlora-sparse",
+    "randlora-very-sparse",
     "bias",
     "mica",
     "mica-rslora",
@@ -105,12 +113,23 @@ def _either(cls, **options):
     return lambda paths, conv1d: cls(target_modules=paths, fan_in_fan_out=conv1d, **options)
 
 
+def _randlora(**options):
+    return lambda paths, conv1d: peft.RandLoraConfig(r=5, target_modules=paths, fan_in_fan_out=conv1d, **{"randlora_alpha": 10, **options})
+
+
+def _vblora(**options):
+    options = {"r": 3, "num_vectors": 9, "vector_length": 4, "init_vector_bank_bound": 1.0, "init_logits_std": 1.0, **options}
+    return lambda paths, conv1d: peft.VBLoRAConfig(target_modules=paths, fan_in_fan_out=conv1d, **options)
+
+
 THEIRS = {
     "lora": _lora(),
     "rslora": _lora(use_rslora=True, lora_dropout=0.1),
     "patterns": _lora(rank_pattern={"0|c_attn": 2}, alpha_pattern={r"2|h\.1\..*c_proj": 5}),
     "gaussian": _lora(init_lora_weights="gaussian"),
     "bias": _lora(lora_bias=True, use_rslora=True),
+    "own-bias": _lora(bias="lora_only"),
+    "all-biases": _lora(bias="all"),
     "orthogonal": _lora(init_lora_weights="orthogonal"),
     "dora": _lora(use_dora=True),
     "dora-rslora": _lora(use_dora=True, use_rslora=True),
@@ -123,6 +142,7 @@ THEIRS = {
     "ia3": lambda paths, conv1d: peft.IA3Config(target_modules=paths, feedforward_modules=[], fan_in_fan_out=conv1d),
     "ia3-both": lambda _, conv1d: peft.IA3Config(target_modules=f"{OUTPUT}|{INNER}", feedforward_modules=INNER, fan_in_fan_out=conv1d),
     "delora": _plain(peft.DeloraConfig, r=3, rank_pattern={"2": 2}, lambda_pattern={"4": 7}),
+    "bitfit": _plain(peft.BeftConfig),
     "hra": _plain(peft.HRAConfig, r=4),
     "ether": _plain(peft.HRAConfig, r=1),  # one reflection
     "road_1": _plain(peft.RoadConfig, variant="road_1", group_size=4),
@@ -142,6 +162,11 @@ THEIRS = {
     "boft-factors": _plain(peft.BOFTConfig, boft_block_size=2, boft_n_butterfly_factor=2, boft_dropout=0.1),
     "boft-blocks": _plain(peft.BOFTConfig, boft_block_size=0, boft_block_num=2, boft_n_butterfly_factor=2),
     "vera": lambda paths, conv1d: peft.VeraConfig(r=5, target_modules=paths, projection_prng_key=3, fan_in_fan_out=conv1d),
+    "randlora": _randlora(projection_prng_key=3, randlora_alpha=10),
+    "randlora-sparse": _randlora(sparse=True, randlora_dropout=0.1),
+    "randlora-very-sparse": _randlora(very_sparse=True, sparse=True),
+    "vblora": _vblora(),
+    "vblora-three": _vblora(topk=3, num_vectors=7, vblora_dropout=0.1),
     "adalora": lambda paths, conv1d: peft.AdaLoraConfig(init_r=5, target_r=3, total_step=9, target_modules=paths, fan_in_fan_out=conv1d),
     "oft": _plain(peft.OFTConfig, oft_block_size=4),
     "oft-exact": _plain(peft.OFTConfig, oft_block_size=4, use_cayley_neumann=False),
@@ -167,9 +192,11 @@ THEIRS = {
     "waveft-shares": _plain(peft.WaveFTConfig, n_frequency=30, proportional_parameters=True),
 }
 LINEAR_ONLY = (
-    *("delora", "hra", "ether", "road", "oft", "loha", "lokr", "miss", "shira", "boft", "c3a", "waveft-shares"),
+    *("delora", "hra", "ether", "road", "oft", "loha", "lokr", "miss", "shira", "boft", "c3a", "waveft-shares", "bitfit", "all-biases"),
     "olora",  # PEFT's takes a Conv1D's weight transposed, and fails where it is not square
 )
+COPY = re.compile(r"model\..*\.randlora_[AB]$")
+"""Keys of the shared bases that PEFT repeats for each layer. They are written once."""
 RESIDUAL = ("pissa", "olora")
 """Cases that are written as LoRA of twice the rank."""
 PAIRS = [(model, name) for model in MODELS for name in THEIRS if model == "linear" or not name.startswith(LINEAR_ONLY)]
@@ -248,6 +275,10 @@ def test_pefts_file_gives_pefts_values_and_gradients(name, case, tmp_path):
             want = theirs_by_key.pop(f"base_model.model.{target.path}.{ROWS[cfg.name].leaves[leaf].key}".removesuffix(".weight"))
             got, want = (got.abs(), want.abs()) if cfg.name == "pissa" else (got, want)  # the signs of singular vectors are free
             _close(got, want.reshape(got.shape), f"the gradient of {target.path}.{leaf}")
+    for name in {cfg.name for cfg in adapt.configs if ROWS[cfg.name].shared_leaves}:
+        for leaf, got in grads[name].items():
+            last = ROWS[name].shared_leaves[leaf].key.rpartition(".")[2]  # PEFT registers it at each layer, and lists the first
+            _close(got, theirs_by_key.pop(next(key for key in theirs_by_key if key.endswith(last))), f"the gradient of {name}.{leaf}")
     assert theirs_by_key == {}
 
 
@@ -265,6 +296,7 @@ def test_files_written_back_are_what_peft_loads(name, case, tmp_path):
     _close(_adapted(back, values, batch) - base, _adapted(adapt, params, batch) - base)
     before, after = _saved(tmp_path / "theirs"), _saved(tmp_path / "ours")
     if not case.startswith(RESIDUAL):
+        before = {key: t for key, t in before.items() if not COPY.search(key)}
         assert set(before) == set(after)
         for key, tensor in before.items():
             assert torch.equal(tensor, after[key]) if case in EXACT else torch.allclose(tensor, after[key], rtol=1e-6, atol=1e-6), key
@@ -279,6 +311,9 @@ OURS = {
     "gaussian": ll.LoRAConfig(r=3, start="gaussian"),
     "orthogonal": ll.LoRAConfig(r=4, start="orthogonal"),
     "bias": ll.LoRAConfig(r=3, lora_bias=True),
+    "own-bias": ll.LoRAConfig(r=3, bias=True, target_names="^[04]$"),
+    "bitfit": ll.BitFitConfig(),
+    "bitfit-beside": [ll.LoRAConfig(r=3, target_names="^[02]$"), ll.BitFitConfig(target_names="^4$")],
     "dora": ll.DoRAConfig(r=3),
     "pissa": ll.PiSSAConfig(r=3),
     "olora": ll.OLoRAConfig(r=3),
@@ -299,6 +334,9 @@ OURS = {
     "gralora": ll.GraLoRAConfig(r=4, k=4, hybrid_r=1, alpha=5.5, dropout=0.1),
     "boft": ll.BOFTConfig(block_size=2, n_butterfly_factor=2, block_dropout=0.1),
     "vera": ll.VeRAConfig(r=5, seed=7),
+    "randlora": ll.RandLoRAConfig(r=5, alpha=10.0, seed=7),
+    "randlora-sparse": ll.RandLoRAConfig(r=5, alpha=10.0, sparse=True),
+    "vblora": ll.VBLoRAConfig(r=3, num_vectors=8, vector_length=4),
     "adalora": ll.AdaLoRAConfig(init_r=4, target_r=2, total_step=9, alpha=3.0),
     "oft": ll.OFTConfig(block_size=4, terms=4),
     "oft-exact": ll.OFTConfig(block_size=2, cayley="exact", block_share=True),
@@ -398,6 +436,52 @@ def test_projections_of_vera_are_those_of_the_file_or_drawn_again(saved, tmp_pat
     adapt, params = ll.from_peft(model, tmp_path)
     base = _run(model, batch).detach()
     _close(adapt(params, batch) - base, _run(theirs, batch) - base)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.filterwarnings("ignore:Specified to not save basis_A")
+def test_bases_of_randlora_are_those_of_the_file_or_drawn_again(saved, tmp_path):
+    model, batch = _make("linear")
+    config = peft.RandLoraConfig(r=5, target_modules=["0", "2"], projection_prng_key=3, randlora_alpha=10, save_projection=saved)
+    theirs = _wrapped(model, config)
+    if saved:
+        theirs.base_model.randlora_A["default"].mul_(3)
+    theirs.save_pretrained(tmp_path)
+    adapt, params = ll.from_peft(model, tmp_path)
+    base = _run(model, batch).detach()
+    _close(adapt(params, batch) - base, _run(theirs, batch) - base)
+
+
+def test_copies_of_shared_tensors_that_differ_are_named(tmp_path):
+    model, _ = _make("linear")
+    _wrapped(model, peft.RandLoraConfig(r=5, target_modules=["0", "2"])).save_pretrained(tmp_path)
+    tensors = {key: t + 1 if key == "base_model.model.2.randlora_A" else t for key, t in _saved(tmp_path).items()}
+    safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r'unexpected "base_model\.model\.2\.randlora_A"'):
+        ll.from_peft(model, tmp_path)
+
+
+def test_biases_of_the_whole_model_become_bitfit_and_whole_norms(tmp_path):
+    model, batch = _make("gpt2")
+    theirs = _wrapped(model, peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, bias="all"))
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    kinds = {(target.path.rpartition(".")[2], cfg.name) for target, cfg in zip(adapt.targets, adapt.configs)}
+    assert kinds == {("c_attn", "lora"), ("c_proj", "bitfit"), ("c_fc", "bitfit"), *((name, "full") for name in ("ln_1", "ln_2", "ln_f"))}
+    base = _run(model, batch).detach()
+    _close(_adapted(adapt, params, batch) - base, _run(theirs, batch) - base)
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
+    _close(_run(again, batch) - base, _run(theirs, batch) - base)
+
+
+def test_biases_that_did_not_move_are_left_out(tmp_path):
+    model, _ = _make("gpt2")
+    peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["c_fc"], fan_in_fan_out=True, bias="all")).save_pretrained(
+        tmp_path
+    )
+    adapt, _ = ll.from_peft(model, tmp_path)
+    assert {cfg.name for cfg in adapt.configs} == {"lora"}
 
 
 def test_adalora_after_pruning_is_read_with_zeros_for_what_was_cut(tmp_path):

@@ -16,6 +16,7 @@ THEIRS = {
     "ia3": peft.IA3Config(target_modules=["0", "2"], feedforward_modules=[]),
     "delora": peft.DeloraConfig(r=4, target_modules=["0", "2"]),
     "hra": peft.HRAConfig(r=4, target_modules=["0", "2"]),
+    "vblora": peft.VBLoRAConfig(r=2, num_vectors=6, vector_length=4, target_modules=["0", "2"]),
     "oft": peft.OFTConfig(oft_block_size=4, target_modules=["0", "2"]),
     "loha": peft.LoHaConfig(r=4, target_modules=["0", "2"]),
 }
@@ -53,7 +54,7 @@ def folder(tmp_path):
 REFUSED = {
     "peft_type": ("TOMORROW", 'peft_type in .* to be one of "LORA".*found "TOMORROW"'),
     "lora_bias": (True, r'missing "0\.lora_B\.bias"'),
-    "bias": ("all", "bias: expected it off, found 'all'"),
+    "bias": ("boft_only", "bias in .* to be one of .*found 'boft_only'"),
     "modules_to_save": (["4"], 'modules_to_save: expected the tensors of "4", found none'),
     "use_qalora": (True, "use_qalora: expected it off"),
     "layer_replication": ([[0, 1]], "layer_replication: expected it off"),
@@ -103,6 +104,7 @@ def test_a_start_that_means_something_else_on_a_layer_is_named(folder):
         ("loha", {"use_effective_conv2d": True}, "use_effective_conv2d: expected it off"),  # its factors have the kernel's axes
         ("hra", {"apply_GS": True}, "apply_GS: expected it off"),
         ("ia3", {"modules_to_save": ["head"]}, 'modules_to_save: expected modules of this model, found "head"'),
+        ("vblora", {"save_only_topk_weights": True}, "save_only_topk_weights: expected it off, found True"),
         ("delora", {"bias": "delora_only"}, "bias: expected it off"),
     ],
 )
@@ -131,6 +133,19 @@ def test_tensors_that_do_not_fit_are_named(folder, key, tensor, message):
         ll.from_peft(_model(), folder)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [(None, "missing"), (torch.ones(6), "expected 2 axes"), (torch.ones(5, 4), r"\(5, 4\)")],
+    ids=["none", "flat", "other"],
+)
+def test_tensors_of_all_layers_that_do_not_fit_are_named(tensor, message, tmp_path):
+    _save("vblora", tmp_path)
+    tensors = {**_saved(tmp_path), "base_model.vblora_vector_bank": tensor}
+    safetensors.torch.save_file({k: t for k, t in tensors.items() if t is not None}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        ll.from_peft(_model(), tmp_path)
+
+
 def test_missing_and_damaged_files_are_named(folder):
     model = _model()
     (folder / "adapter_model.safetensors").write_bytes(b"\x80\x04pickled")
@@ -155,6 +170,17 @@ def _conv1d(i, o):
 UNWRITABLE = {
     "no class": (nn.Linear, ll.SSVDConfig(r=2), '"0": SSVDConfig has no class in PEFT'),
     "bias": (nn.Linear, ll.LoRAConfig(r=2, start="gaussian", lora_bias=True), "LoRAConfig.lora_bias: PEFT has it with its default start"),
+    "no bias": (
+        lambda i, o: nn.Linear(i, o, bias=i > 12),
+        [ll.LoRAConfig(r=2, target_names="2"), ll.BitFitConfig(target_names="0")],
+        '"0": BitFitConfig: the layer has no bias for PEFT to train',
+    ),
+    "no own bias": (
+        lambda i, o: nn.Linear(i, o, bias=i > 12),
+        ll.LoRAConfig(r=2, bias=True),
+        '"0": LoRAConfig: the layer has no bias for PEFT to train',
+    ),
+    "beft": (_conv1d, ll.BitFitConfig(), '"0": BitFitConfig on a Conv1D'),
     "copy": (nn.Linear, ll.DeLoRAConfig(r=2, init="copy"), 'DeLoRAConfig.start="copy"'),
     "side": (nn.Linear, ll.HRAConfig(r=2, side="out"), 'HRAConfig.side="out"'),
     "conv1d": (_conv1d, ll.HRAConfig(r=2), '"0": HRAConfig on a Conv1D'),

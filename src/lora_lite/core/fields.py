@@ -93,6 +93,9 @@ OURS = {
     "boft_block_num": "block_num",
     "boft_n_butterfly_factor": "n_butterfly_factor",
     "boft_dropout": "block_dropout",
+    "randlora_alpha": "alpha",
+    "vblora_dropout": "dropout",
+    "randlora_dropout": "dropout",
     "use_rslora": "rslora",
     "target_modules": "target_names",
     "target_parameters": "target_names",
@@ -115,7 +118,7 @@ ELSEWHERE = {
     "alpha_pattern": "Give layers of another alpha a config of their own: build(model, [first, second])",
     "task_type": "It follows from the model's class",
     "wavelet_family": "Only Haar's wavelet is here, PEFT's db1: others need tables of filters",
-    "bias": "Put a BitFitConfig beside it, on other layers",
+    "bias": "LoRAConfig has it; put a BitFitConfig beside it, on other layers",
 }
 """Advice for options of other libraries that take another form here."""
 

@@ -35,9 +35,11 @@ from lora_lite.variants.miss import MiSSConfig as MiSSConfig
 from lora_lite.variants.oft import OFTConfig as OFTConfig
 from lora_lite.variants.olora import OLoRAConfig as OLoRAConfig
 from lora_lite.variants.pissa import PiSSAConfig as PiSSAConfig
+from lora_lite.variants.randlora import RandLoRAConfig as RandLoRAConfig
 from lora_lite.variants.road import ROADConfig as ROADConfig
 from lora_lite.variants.shira import SHiRAConfig as SHiRAConfig
 from lora_lite.variants.ssvd import SSVDConfig as SSVDConfig
+from lora_lite.variants.vblora import VBLoRAConfig as VBLoRAConfig
 from lora_lite.variants.vera import VeRAConfig as VeRAConfig
 from lora_lite.variants.waveft import WaveFTConfig as WaveFTConfig
 
@@ -79,6 +81,8 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "c3a": C3AConfig,
     "fourierft": FourierFTConfig,
     "waveft": WaveFTConfig,
+    "randlora": RandLoRAConfig,
+    "vblora": VBLoRAConfig,
 }
 
 if not TYPE_CHECKING:  # a type checker cannot compute the list, and without one takes the names that are imported as themselves

@@ -91,7 +91,8 @@ class C3AConfig(AdapterConfig):
     name = "c3a"
     uses = frozenset({"output", "vectors"})
     trained = "i * o // block_size"
-    macs = "i * o // block_size ** 2 * (block_size // 2 + 1) if i * o > 200 * (i + o) and block_size >= 16 else 0"  # the dense form is paid for once a call
+    # The dense form is paid for once a call.
+    macs = "i * o // block_size ** 2 * (block_size // 2 + 1) if i * o > 200 * (i + o) and block_size >= 16 else 0"
 
     block_size: Annotated[int, Within(1)] = 256
     start: Literal["zeros", "xavier_uniform", "kaiming_uniform", "gaussian"] = "zeros"

@@ -79,7 +79,8 @@ class WaveFTConfig(AdapterConfig):
     name = "waveft"
     uses = frozenset({"output", "vectors"})
     trained = "n_frequency"
-    macs = "0 if i * o <= 512 * (4 if use_idwt else 1) * n_frequency else (4 if use_idwt else 1) * n_frequency"  # the dense form is paid for once a call
+    # The dense form is paid for once a call.
+    macs = "0 if i * o <= 512 * (4 if use_idwt else 1) * n_frequency else (4 if use_idwt else 1) * n_frequency"
 
     n_frequency: Size = 2592
     scaling: NonNegative = 25.0

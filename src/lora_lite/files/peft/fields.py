@@ -9,13 +9,22 @@ from lora_lite.core.errors import listed, several
 DEFAULTS: dict[str, dict[str, Any]] = {
     "LORA": {
         **{"r": 8, "lora_alpha": 8, "use_rslora": False, "lora_dropout": 0.0, "use_dora": False},
-        **{"init_lora_weights": True, "lora_bias": False},
+        **{"init_lora_weights": True, "lora_bias": False, "bias": "none"},
     },
     "IA3": {},
+    "BEFT": {},
     "DELORA": {"r": 8, "delora_lambda": 15, "module_dropout": 0.0},
     "HRA": {"r": 8},
     "ROAD": {"variant": "road_1", "group_size": 64},
     "VERA": {"r": 256, "projection_prng_key": 0, "d_initial": 0.1, "vera_dropout": 0.0},
+    "RANDLORA": {
+        **{"r": 32, "randlora_alpha": 640, "projection_prng_key": 0, "randlora_dropout": 0.0},
+        **{"sparse": False, "very_sparse": False},
+    },
+    "VBLORA": {
+        **{"r": 4, "num_vectors": 256, "vector_length": 256, "topk": 2, "vblora_dropout": 0.0},
+        **{"init_vector_bank_bound": 0.02, "init_logits_std": 0.1},
+    },
     "ADALORA": {
         **{"init_r": 12, "target_r": 8, "tinit": 0, "tfinal": 0, "deltaT": 1, "beta1": 0.85, "beta2": 0.85},
         **{"orth_reg_weight": 0.5, "total_step": None, "lora_alpha": 8, "lora_dropout": 0.0},
@@ -60,9 +69,12 @@ FREE: dict[str, set[str]] = {
     "LORA": {*_OF_LORA, "alpha_pattern"},
     "ADALORA": {*_OF_LORA, "r", "init_lora_weights"},  # of the fields that it inherits, it uses neither
     "VERA": {"save_projection", "init_weights"},
+    "RANDLORA": {"save_projection", "init_weights"},
+    "VBLORA": set(),
     "IA3": {"feedforward_modules", "init_ia3_weights"},
     "DELORA": {"rank_pattern", "lambda_pattern", "init_weights"},
     "HRA": {"init_weights"},
+    "BEFT": {"init_weights"},
     "ROAD": {"init_weights"},
     "LN_TUNING": set(),
     "LOHA": {"rank_pattern", "alpha_pattern", "init_weights"},
@@ -113,6 +125,11 @@ def check_fields(fields: Mapping[str, Any], where: object) -> None:
         )
     if method == "LORA":
         _check_start(fields, where)
+        if fields.get("bias") not in (*OFF, "all", "lora_only"):
+            raise ValueError(
+                f'from_peft: expected bias in "{where}" to be one of "none", "all", "lora_only", found {fields["bias"]!r}. '
+                "Merge the adapter with PEFT's merge_and_unload and adapt the merged model."
+            )
     if method == "OFT" and resolve(fields, "use_cayley_neumann", ""):
         _check_series(fields, where)
     wavelet = resolve(fields, "wavelet_family", "")

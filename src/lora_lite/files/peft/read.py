@@ -19,14 +19,15 @@ from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import nearest, require_type, several, tree_faults
 from lora_lite.core.frozen import Constants
 from lora_lite.core.tree import Tree, join
-from lora_lite.files.peft import twice, whole
-from lora_lite.files.peft.fields import DEFAULTS, check_fields, resolve
+from lora_lite.files.peft import biases, twice, whole
+from lora_lite.files.peft.fields import DEFAULTS, OFF, check_fields, resolve
 from lora_lite.files.peft.layers import as_linear, axes_of, unsaved
-from lora_lite.files.peft.row import Leaf, Row
+from lora_lite.files.peft.row import Leaf, Row, own_bias
 from lora_lite.files.peft.rows import rows_of
 from lora_lite.layers.find import find
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import as_kinds
+from lora_lite.variants.bitfit import BitFitConfig
 from lora_lite.variants.oft import project
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -67,33 +68,40 @@ def from_peft(
     fields = _read_fields(folder / CONFIG)
     check_fields(fields, folder / CONFIG)
     tensors = _read_tensors(folder / WEIGHTS)
-    shared = {key: tensors.pop(key) for row in rows_of(fields["peft_type"]) for key in row.shared.values() if key in tensors}
-    tensors, faults = twice.at_first_place(model, tensors, PREFIX)
+    shared = {key: tensors.pop(key) for row in rows_of(fields["peft_type"]) for key in _shared_keys(row) if key in tensors}
+    tensors, faults = twice.at_first_place(model, _without_copies(tensors, shared), PREFIX)
     values, tensors = whole.split(model, fields, tensors, PREFIX)
+    adapted, others, tensors = biases.split(model, fields, tensors, PREFIX)
+    shifts, more = biases.of_layers(model, others, kinds)
+    values |= more
     tensors, unfit = as_linear(model, fields, tensors, PREFIX)
-    layers, unplaced = _by_layer(model, fields["peft_type"], tensors)
+    layers, unplaced = _by_layer(model, fields["peft_type"], {**tensors, **adapted})
     faults += unfit + unplaced
     paths = {path for path, _ in model.named_modules()}
     faults = (
         faults
         or whole.faults_of(model, fields, values)
         or ([] if layers or values else ["no tensors"])
+        or _shared_faults(fields["peft_type"], shared)
         or _layer_faults(model, layers, kinds)
         or [fault for path in (*layers, *values) if (fault := twice.fault(model, path.rpartition(".")[0] if path not in paths else path))]
     )
     _require(faults, folder, model)
     chosen = {path: (row, row.config(**values)) for path, (row, values) in _choose(fields, layers).items()}
     _require(_misread(model, chosen, kinds), folder, model)
-    configs = [*_merged_configs(chosen), *whole.configs_of(fields, values)]
+    configs = [*_merged_configs(chosen), *whole.configs_of(fields, values), *_bitfit(shifts)]
     adapt = _with_constants(build(model, configs, remat=remat, kinds=kinds), chosen, layers, shared, fields.get("task_type"))
     reasons = ((t.path, cfg, unsaved(model, t, cfg)) for t, cfg in zip(adapt.targets, adapt.configs))  # PEFT computes something else there
     _require([f'"{path}": {type(cfg).__name__} {why}' for path, cfg, why in reasons if why], folder, model)
     theirs = {path: _theirs(row, layers[path]) for path, (row, _) in chosen.items()}
     theirs = {path: row.completed(cfg, theirs[path]) for path, (row, cfg) in chosen.items()}
-    shapes = {path: adapt.shapes[path] for path in chosen}
+    common = {cfg.name: (row, cfg) for row, cfg in chosen.values() if row.shared_leaves}
+    theirs |= {name: {n: shared[leaf.key] for n, leaf in row.shared_leaves.items()} for name, (row, _) in common.items()}
+    shapes = {place: adapt.shapes[place] for place in theirs}
     _require(tree_faults(theirs, shapes) + _field_faults(fields, layers, chosen), folder, model)
     ours = {path: _ours(adapt, model, path, row, theirs[path]) for path, (row, _) in chosen.items()}
-    return adapt, ours | whole.displacements(model, values)
+    ours |= {name: _shared_ours(adapt, model, row, cfg, theirs[name]) for name, (row, cfg) in common.items()}
+    return adapt, ours | whole.displacements(model, values) | shifts
 
 
 def _require(faults: list[str], folder: Path, model: nn.Module) -> None:
@@ -125,6 +133,29 @@ def _read_tensors(place: Path) -> dict[str, Tensor]:
         raise ValueError(f'from_peft: expected "{place}" to be a whole safetensors file, found {e}. Save the adapter again.') from e
 
 
+def _shared_keys(row: Row) -> list[str]:
+    return [*row.shared.values(), *(leaf.key for leaf in row.shared_leaves.values())]
+
+
+def _shared_faults(method: str, shared: Mapping[str, Tensor]) -> list[str]:
+    """List the trained tensors of all layers that a file lacks, or holds in another form."""
+    faults = []
+    for leaf in (leaf for row in rows_of(method) for leaf in row.shared_leaves.values()):
+        tensor = shared.get(leaf.key)
+        if tensor is None:
+            faults.append(f'missing "{leaf.key}"')
+        elif tensor.ndim != leaf.ndim or not tensor.is_floating_point():
+            faults.append(f'"{leaf.key}": expected {leaf.ndim} axes of a floating dtype, found {tuple(tensor.shape)} of {tensor.dtype}')
+    return faults
+
+
+def _without_copies(tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out the copies of shared tensors that a file holds for each layer. A copy that differs stays, as a tensor without a place."""
+    of_name = {key.rpartition(".")[2]: tensor for key, tensor in shared.items()}
+    whole = {name: of_name.get(name.rpartition(".")[2]) for name in tensors}
+    return {name: t for name, t in tensors.items() if (same := whole[name]) is None or not torch.equal(same, t)}
+
+
 def _by_layer(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> tuple[Layers, list[str]]:
     """Sort tensors by the path of their layer, and list those that have no place."""
     keys: dict[str, Leaf] = {leaf.key: leaf for row in rows_of(method) for leaf in (*row.leaves.values(), *row.constants.values())}
@@ -154,6 +185,10 @@ def _layer_faults(model: nn.Module, layers: Layers, kinds: Sequence[type[Kind]])
     return faults
 
 
+def _bitfit(shifts: Tree) -> list[AdapterConfig]:
+    return [BitFitConfig(target_names=tuple(f"^{re.escape(path)}$" for path in shifts), exclude_names=())] if shifts else []
+
+
 def _misread(model: nn.Module, chosen: Chosen, kinds: Sequence[type[Kind]]) -> list[str]:
     linear = find(model, "linear", kinds)
     reasons = {path: row.misread(linear[path]) for path, (row, _) in chosen.items()}
@@ -169,8 +204,9 @@ def _choose(fields: Mapping[str, Any], layers: Layers) -> dict[str, tuple[Row, d
     chosen, faults = {}, []
     for path, tensors in layers.items():
         row = next(row for row in rows_of(fields["peft_type"]) if row.when(fields, tensors))
-        wrong = [f'missing "{join(path, key)}"' for key in sorted(_keys(row, fields, needed=True) - set(tensors))]
-        wrong += [f'unexpected "{join(path, key)}"' for key in sorted(set(tensors) - _keys(row, fields))]
+        held = [*row.held(lambda field: resolve(fields, field, "") not in OFF).values(), *row.constants.values()]
+        wrong = [f'missing "{join(path, key)}"' for key in sorted({leaf.key for leaf in held if not leaf.optional} - set(tensors))]
+        wrong += [f'unexpected "{join(path, key)}"' for key in sorted(set(tensors) - {leaf.key for leaf in held})]
         faults += wrong
         if not wrong:
             chosen[path] = row, _values(row, fields, path, tensors)
@@ -179,11 +215,6 @@ def _choose(fields: Mapping[str, Any], layers: Layers) -> dict[str, tuple[Row, d
             f"from_peft: expected {WEIGHTS} to hold the tensors that {CONFIG} describes, found:\n{several(faults)}\nSave the adapter again."
         )
     return chosen
-
-
-def _keys(row: Row, fields: Mapping[str, Any], needed: bool = False) -> set[str]:
-    held = row.held(lambda field: resolve(fields, field, ""))
-    return {leaf.key for leaf in (*held.values(), *row.constants.values()) if not (needed and leaf.optional)}
 
 
 def _values(row: Row, fields: Mapping[str, Any], path: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -244,8 +275,18 @@ def _theirs(row: Row, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _ours(adapt: Adapt, model: nn.Module, path: str, row: Row, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     cfg = dict(zip((t.path for t in adapt.targets), adapt.configs))[path]
-    constants = adapt.constants[path]
-    device = next(t.kind.at(model, path).device for t in adapt.targets if t.path == path)
-    theirs = {name: t.to(device, cfg.dtype, copy=True) for name, t in theirs.items()}
+    layer = next(t.kind.at(model, path) for t in adapt.targets if t.path == path)
+    constants = {**adapt.constants[path], **own_bias(layer)}
+    theirs = {name: t.to(layer.device, cfg.dtype, copy=True) for name, t in theirs.items()}
     signs = row.signs(theirs, constants)
     return {name: (signs.get(name, 1.0) * t - row.leaves[name].origin(cfg, constants)).to(cfg.dtype) for name, t in theirs.items()}
+
+
+def _shared_ours(adapt: Adapt, model: nn.Module, row: Row, cfg: AdapterConfig, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    constants = adapt.constants.get(cfg.name, {})
+    first = next(target for target, own in zip(adapt.targets, adapt.configs) if own.name == cfg.name)
+    device = first.kind.at(model, first.path).device
+    return {
+        name: (t.to(device, cfg.dtype, copy=True) - row.shared_leaves[name].origin(cfg, constants)).to(cfg.dtype)
+        for name, t in theirs.items()
+    }

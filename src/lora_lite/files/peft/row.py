@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.frozen import Constants
+from lora_lite.core.frozen import Constants, Frozen
 from lora_lite.layers.kind import Kind
 
 Fields = Mapping[str, Any]
@@ -20,7 +20,7 @@ class Leaf(NamedTuple):
     Attributes:
         key: its name there, after the layer's path.
         ndim: number of its axes; several where options differ.
-        origin: `(our config, constants)` to PEFT's neutral value.
+        origin: `(our config, constants)` to PEFT's neutral value; the layer's own bias is there as `own_bias`.
         shape: its shape there, where ours is flat.
         field: the field, of PEFT's config and of ours, without which there is no such tensor.
         optional: whether a layer may lack it.
@@ -56,6 +56,7 @@ class Row(NamedTuple):
         constants: our constants that the file holds, by name.
         saved: `(target's input width, constants)` to the constants as the file holds them.
         shared: keys of the constants that all layers share, by name; a file may lack them.
+        shared_leaves: our params that all layers share, by name, with whole keys; a file has them.
         completed: PEFT's tensors with what it leaves out of the file.
         signs: signs that align PEFT's factors with ours, by param.
         written: config and params as another variant, where PEFT's files hold them so.
@@ -74,6 +75,7 @@ class Row(NamedTuple):
     constants: Mapping[str, Leaf] = {}
     saved: Callable[[int, Constants], Leaves] = lambda i, constants: {}
     shared: Mapping[str, str] = {}
+    shared_leaves: Mapping[str, Leaf] = {}
     completed: Callable[[Any, Leaves], Leaves] = lambda cfg, theirs: theirs
     signs: Callable[[Tensors, Constants], Leaves] = lambda theirs, constants: {}
     written: Callable[[Any, Leaves, Constants], tuple[Any, Leaves]] = lambda cfg, leaves, constants: (cfg, leaves)
@@ -85,3 +87,8 @@ class Row(NamedTuple):
     def held(self, value: Callable[[str], Any]) -> dict[str, Leaf]:
         """Return the leaves of a layer by our names, where `value(field)` is that of the config."""
         return {name: leaf for name, leaf in self.leaves.items() if leaf.field is None or value(leaf.field)}
+
+
+def own_bias(layer: Frozen) -> Constants:
+    """Return a layer's own bias as an origin finds it among the constants."""
+    return {} if layer.bias is None else {"own_bias": layer.bias.detach()}

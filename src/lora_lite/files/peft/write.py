@@ -19,11 +19,11 @@ from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.plan import Target
 from lora_lite.files.durable import replace
-from lora_lite.files.peft import twice, whole
+from lora_lite.files.peft import biases, twice, whole
 from lora_lite.files.peft.fields import BY_PATH, PATTERNS
 from lora_lite.files.peft.layers import as_saved, is_conv1d, is_parameter, unsaved
 from lora_lite.files.peft.read import CONFIG, PREFIX, WEIGHTS
-from lora_lite.files.peft.row import Leaves, Row
+from lora_lite.files.peft.row import Leaves, Row, own_bias
 from lora_lite.files.peft.rows import ROWS
 from lora_lite.files.peft.tasks import heads_of, task_of
 from lora_lite.variants.full import FullConfig
@@ -39,9 +39,12 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "IA3": {"feedforward_modules": []},
     "DELORA": {"bias": "none"},
     "HRA": {"bias": "none"},
+    "BEFT": {},
     "ROAD": {},
     "OFT": {"bias": "none"},
     "VERA": {"bias": "none", "save_projection": True},
+    "RANDLORA": {"bias": "none", "save_projection": True},
+    "VBLORA": {"bias": "none", "save_only_topk_weights": False},
     "ADALORA": {"bias": "none"},
     "LN_TUNING": {},
     "LOHA": {},
@@ -98,16 +101,23 @@ def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory:
     entries = list(zip(adapt.targets, adapt.configs))
     as_whole: Pairs = [(target, cfg) for target, cfg in entries if isinstance(cfg, FullConfig)]
     of_method = [(target, cfg) for target, cfg in entries if not isinstance(cfg, FullConfig)]
-    _refuse(of_method, as_whole, adapt)
+    as_bias = biases.beside(of_method) if any(row.peft_type == "LORA" for _, cfg in of_method if (row := _row(cfg))) else []
+    of_method = [entry for entry in of_method if entry not in as_bias]
+    _refuse(of_method, as_whole, as_bias, adapt)
     layers = [_written(target, cfg, dict(params[target.path]), adapt) for target, cfg in of_method]
     saved = [as_saved(adapt._plan.base, layer.target, layer.tensors, adapt.targets) for layer in layers]
     tensors = {PREFIX + key: t for one in saved for key, t in one.items()}
     for _, cfg in of_method:
         tensors |= {key: adapt.constants[cfg.name][name].cpu() for name, key in ROWS[cfg.name].shared.items()}
+    tensors |= _shared(adapt, params, {cfg.name: cfg for _, cfg in of_method})
     for target, cfg in as_whole:
         values = whole.full_values(adapt._plan.base, target.path, cfg, params[target.path])
         tensors |= {PREFIX + key: t.contiguous().clone() for key, t in values.items()}
+    for target, _ in as_bias:
+        tensors |= {PREFIX + key: t for key, t in biases.saved(adapt._plan.base, target, params[target.path]).items()}
     fields = _fields(adapt, layers, as_whole)
+    if as_bias or any(getattr(cfg, "bias", False) for _, cfg in of_method):
+        fields["bias"] = "all" if as_bias else "lora_only"
     heads = heads_of(adapt._plan.base, fields["task_type"], [target.path for target, _ in as_whole])
     _write(folder, fields, {**{PREFIX + key: t for key, t in heads.items()}, **tensors})
 
@@ -117,8 +127,11 @@ def _row(cfg: AdapterConfig) -> Row | None:
     return row if row is not None and row.config is type(cfg) else None
 
 
-def _refuse(entries: Pairs, as_whole: Pairs, adapt: Adapt) -> None:
+def _refuse(entries: Pairs, as_whole: Pairs, as_bias: Pairs, adapt: Adapt) -> None:
     faults = _whole_faults(entries, as_whole, adapt)
+    asked = [*as_bias, *((target, cfg) for target, cfg in entries if getattr(cfg, "bias", False))]
+    lacking = [(target, cfg, biases.fault(adapt._plan.base, target, cfg)) for target, cfg in asked]
+    faults += [f'"{target.path}": {type(cfg).__name__}: {reason}' for target, cfg, reason in lacking if reason]
     for target, cfg in entries:
         row, at = _row(cfg), f'"{target.path}": {type(cfg).__name__}'
         if row is None:
@@ -164,7 +177,7 @@ def _whole_faults(entries: Pairs, as_whole: Pairs, adapt: Adapt) -> list[str]:
 
 def _written(target: Target, cfg: AdapterConfig, leaves: Leaves, adapt: Adapt) -> Written:
     path = target.path
-    constants = adapt._plan.constants_at(path, cfg)
+    constants = {**adapt._plan.constants_at(path, cfg), **own_bias(adapt._plan.layer(target, cfg))}
     cfg, leaves = ROWS[cfg.name].written(cfg, leaves, constants)
     row = ROWS[cfg.name]
     tensors = {}
@@ -174,6 +187,16 @@ def _written(target: Target, cfg: AdapterConfig, leaves: Leaves, adapt: Adapt) -
         tensors[leaf.key] = value.reshape(leaf.shape) if leaf.shape else value
     tensors |= {row.constants[name].key: t for name, t in row.saved(target.i, constants).items()}
     return Written(target, row, row.write(cfg), {key: t.cpu().contiguous().clone() for key, t in tensors.items()})
+
+
+def _shared(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], configs: Mapping[str, AdapterConfig]) -> Leaves:
+    """Return the trained tensors that all layers of a variant share, with their whole keys."""
+    found = {}
+    for name, cfg in configs.items():
+        constants = adapt.constants.get(name, {})
+        for own, leaf in ROWS[name].shared_leaves.items():
+            found[leaf.key] = (params[name][own].detach() + leaf.origin(cfg, constants)).cpu().contiguous()
+    return found
 
 
 def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs) -> dict[str, Any]:
