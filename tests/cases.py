@@ -83,7 +83,7 @@ CASES = (
     Row("gralora-hybrid", ll.GraLoRAConfig(r=4, k=4, hybrid_r=2, dropout=0.3)),
     Row("boft", ll.BOFTConfig(block_size=4)),
     Row("boft-factors", ll.BOFTConfig(block_size=4, n_butterfly_factor=3)),
-    Row("boft-blocks", ll.BOFTConfig(block_size=0, block_num=8, n_butterfly_factor=2, block_dropout=0.3)),
+    Row("boft-blocks", ll.BOFTConfig(block_size=0, block_num=4, n_butterfly_factor=2, block_dropout=0.3)),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 

@@ -1,4 +1,4 @@
-"""What a row of the table of PEFT's methods holds."""
+"""A row of the table of PEFT's methods."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
