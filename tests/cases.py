@@ -117,6 +117,7 @@ CASES = (
     Row("fourierft-normal", ll.FourierFTConfig(n_frequency=40, scaling=20.0, seed=3, init="normal")),
     Row("waveft", ll.WaveFTConfig(n_frequency=50)),
     Row("waveft-sparse", ll.WaveFTConfig(n_frequency=40, scaling=4.0, seed=3, use_idwt=False)),
+    Row("boft-blocks", ll.BOFTConfig(block_size=0, block_num=4, n_butterfly_factor=2, block_dropout=0.3)),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 

@@ -64,7 +64,7 @@ def macs_per_token(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen, 
 
 
 def declared(cfg: AdapterConfig, fact: str, i: int, o: int) -> int | None:
-    """Return the number that a config declares as `trained` or `macs` for a layer of widths `i` and `o`; None for nothing."""
+    """Return the number that a config's formula `trained` or `macs` gives for a layer of widths `i` and `o`, or None without a formula."""
     formula = getattr(cfg, fact)
     if formula is None:
         return None
