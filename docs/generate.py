@@ -83,13 +83,15 @@ def costs_table(width: int = 4096) -> str:
     """Return each variant's trained numbers and multiply-adds on one square layer, from the formulas that its class declares."""
     rows = []
     for name, variant in ll.VARIANTS.items():
-        if variant.trained is None or variant.adapts != "linear":
+        if variant.trained is None or variant.adapts != "linear" or variant.tied:  # rows of a table are no update of a square layer
             continue
         fields = {f.name for f in dataclasses.fields(variant)}
         ranked = {"r": 16} if "r" in fields and variant().r < 64 else {}
         cfg = variant(**ranked)
         known = {**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}, "i": width, "o": width}
-        trained, macs = (eval(formula, {"__builtins__": {"min": min, "max": max}}, known) for formula in (cfg.trained, cfg.macs))
+        trained, macs = (
+            eval(formula, {"__builtins__": {"min": min, "max": max, "len": len}}, known) for formula in (cfg.trained, cfg.macs)
+        )
         rank = next((f"{field}={getattr(cfg, field)}" for field in ("r", "init_r", "block_size", "group_size") if field in fields), "")
         rows.append({"variant": f"[{title(variant)}](variants/{name}.md)", "at": rank, "trained": trained, "added": macs / width**2})
     rows.sort(key=lambda row: -row["trained"])

@@ -69,6 +69,7 @@ CASES = (
     Row("loreft", ll.LoReFTConfig(r=4)),
     Row("loreft-identity", ll.LoReFTConfig(r=4, positions="l1", start="identity")),
     Row("ln-tuning", ll.LNTuningConfig()),
+    Row("tokens", ll.TokensConfig(token_ids=(18, 4, 21))),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 
@@ -127,8 +128,8 @@ def derived(cfg: ll.AdapterConfig, W: ll.Frozen, *stats):
 
 
 def build_any(model: nn.Module, cfg: ll.AdapterConfig, batches, **options) -> ll.Adapt:
-    """Build any row's variant: on data and with a loss where it needs them; a whole module is one linear layer."""
-    if cfg.adapts == "module":
+    """Build any row's variant: on data and with a loss where it needs them; a whole module, and a table of tokens, is one linear layer."""
+    if cfg.adapts == "module" or ("rows" in cfg.uses and not hasattr(model, "get_input_embeddings")):
         path = next(path for path, m in model.named_modules() if isinstance(m, nn.Linear))
         cfg = dataclasses.replace(cfg, target_names=f"^{re.escape(path)}$")
     options |= {"calibration": batches} if cfg.calibrated else {}

@@ -57,6 +57,7 @@ class AdapterConfig:
     - `original`: whether `constants` needs the layer's weight from before it was quantised, given to it as `stats`.
     - `identity`: relative tolerance of the identity at init; 0.0 for exact, None if it does not start at the base model.
     - `linear`: whether the adapted layer is an affine map of `x`, so that it can be merged.
+    - `tied`: whether modules that share a target's weight, such as a head tied to an embedding, are adapted with it.
     - `steered`: names of the params that a strength scales; None for all, which is right where the update is linear in them together.
     - `trained`, `macs`: trained numbers per target and multiply-adds per token, as formulas in `i`, `o` and the fields;
       documentation that the conformance kit holds against the counted ones.
@@ -69,6 +70,7 @@ class AdapterConfig:
     original: ClassVar[bool] = False
     identity: ClassVar[float | None] = 0.0
     linear: ClassVar[bool] = True
+    tied: ClassVar[bool] = False
     steered: ClassVar[tuple[str, ...] | None] = None
     trained: ClassVar[str | None] = None
     macs: ClassVar[str | None] = None
@@ -102,6 +104,10 @@ class AdapterConfig:
                 _compile(self, field, pattern)
         object.__setattr__(self, "layers", _indices(self))
         check_fields(self)
+
+    def default_names(self, model: Any) -> Sequence[str]:
+        """Return the expressions that take the place of `target_names` where it is empty; none for all that the other fields allow."""
+        return ()
 
     def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
         """Derive the frozen tensors of one target. Runs once, at `build`: a loaded file holds them.

@@ -24,6 +24,7 @@ USES = {
     "project": "calls `W.project(x, A)`, a projection of the input",
     "vectors": "takes the input `x` itself, as vectors `(*b, i)`",
     "matmul": "calls `W.matmul`, the product without the bias, on vectors of its own",
+    "rows": "calls `W.add_rows`, the output with some rows of the weight moved, as the layer stores it",
     "dense": "calls `W.dense()`, the weight as a matrix, at build or in the forward; norms of it too",
 }
 """The parts of a layer, as words: a variant lists in `uses` the parts that it uses, a kind in `gives` the parts that it has."""
@@ -101,6 +102,21 @@ class Frozen:
     def project(self, x: Tensor, A: Tensor, dropout: float = 0.0) -> Tensor:
         """Return `A drop(x)` for an `(r, i)` matrix: `(*b, i) -> (*b, r)`, with dropout in training mode."""
         return F.linear(F.dropout(x, dropout, self.training) if dropout else x, A)
+
+    @property
+    def table_shape(self) -> tuple[int, int]:
+        """The number and the width of the rows that `add_rows` moves: `(o, i)`, and `(i, o)` of an embedding, which stores `W^T`."""
+        return self.out_features, self.in_features
+
+    def add_rows(self, x: Tensor, index: Tensor, D: Tensor) -> Tensor:
+        """Return the output with rows of the stored weight moved, `(*b, i) -> (*b, o)`; of a linear layer a row is an output.
+
+        Args:
+            x: the input.
+            index: the rows, `(n,)`, each once.
+            D: their displacements, `(n, i)`, and `(n, o)` of an embedding.
+        """
+        return self(x).index_add(-1, index, self.project(x, D))
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the detached weight as a plain `(o, i)` matrix, in `dtype` or else in its own."""

@@ -181,6 +181,6 @@ def counts(cfg: AdapterConfig) -> None:
         own = case.cfg.init(case.W, torch.Generator())  # what all targets share is not one target's
         counted = {"trained": sum(p.numel() for p in own.values()), "macs": macs_per_token(cfg, case.params, case.W)}
         for fact, count in counted.items():
-            formula = getattr(cfg, fact)
-            if formula is not None and eval(formula, {"__builtins__": {"min": min, "max": max}}, known) != count:  # the class's own text
+            formula, words = getattr(cfg, fact), {"__builtins__": {"min": min, "max": max, "len": len}}
+            if formula is not None and eval(formula, words, known) != count:  # the class's own text
                 fail(f"{fact} = {formula} at i={known['i']}, o={known['o']}", count)

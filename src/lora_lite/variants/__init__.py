@@ -23,6 +23,7 @@ from lora_lite.variants.oft import OFTConfig as OFTConfig
 from lora_lite.variants.pissa import PiSSAConfig as PiSSAConfig
 from lora_lite.variants.road import ROADConfig as ROADConfig
 from lora_lite.variants.ssvd import SSVDConfig as SSVDConfig
+from lora_lite.variants.tokens import TokensConfig as TokensConfig
 from lora_lite.variants.vera import VeRAConfig as VeRAConfig
 
 VARIANTS: dict[str, type[_AdapterConfig]] = {
@@ -49,6 +50,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "loreft": LoReFTConfig,
     "ln_tuning": LNTuningConfig,
     "full": FullConfig,
+    "tokens": TokensConfig,
 }
 
 __all__ = sorted(["VARIANTS", *(cls.__name__ for cls in VARIANTS.values())])
