@@ -18,6 +18,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"orth_reg_weight": 0.5, "total_step": None, "lora_alpha": 8, "lora_dropout": 0.0},
     },
     "LN_TUNING": {},
+    "TRAINABLE_TOKENS": {},
     "OFT": {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "block_share": False, "coft": False, "eps": 6e-5},
 }
 """The fields that are read, of each PEFT type, with PEFT's defaults."""
@@ -31,7 +32,7 @@ PATTERNS = {
 _ANY = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
 _ANY |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "modules_to_save"}
 _OF_LORA = {"rank_pattern", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
-_OF_LORA |= {"target_parameters", "megatron_config", "megatron_core", "qalora_group_size", "runtime_config"}
+_OF_LORA |= {"trainable_token_indices", "target_parameters", "megatron_config", "megatron_core", "qalora_group_size", "runtime_config"}
 FREE: dict[str, set[str]] = {
     "LORA": {*_OF_LORA, "alpha_pattern"},
     "ADALORA": {*_OF_LORA, "r", "init_lora_weights"},  # of the fields that it inherits, it uses neither
@@ -41,6 +42,7 @@ FREE: dict[str, set[str]] = {
     "HRA": {"init_weights"},
     "ROAD": {"init_weights"},
     "LN_TUNING": set(),
+    "TRAINABLE_TOKENS": {"token_indices", "init_weights"},
     "OFT": {"r", "oft_block_size", "module_dropout", "init_weights"},  # PEFT does not apply this dropout; blocks are read off the tensors
 }
 """The fields that may have any value, of each PEFT type: what they say is in the tensors, or nothing in the mathematics."""

@@ -19,7 +19,7 @@ from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import nearest, require_type, several, tree_faults
 from lora_lite.core.frozen import Constants
 from lora_lite.core.tree import Tree, join
-from lora_lite.files.peft import twice, whole
+from lora_lite.files.peft import tokens, twice, whole
 from lora_lite.files.peft.fields import DEFAULTS, check_fields, resolve
 from lora_lite.files.peft.layers import as_linear, axes_of
 from lora_lite.files.peft.row import Leaf, Row
@@ -42,8 +42,9 @@ def from_peft(
     """Read an adapter that PEFT saved and bind it to a model. The package `peft` is not needed.
 
     LoRA with its patterns and rank-stabilised scale, on embeddings, convolutions and `target_parameters` too, DoRA, PiSSA, IA3, DeLoRA,
-    HRA, ROAD, OFT, VeRA, AdaLoRA and LN-tuning, with `modules_to_save`, which become targets of `FullConfig`. The layers are those that
-    the file of tensors names. Layers with other hyperparameters get a config of their own.
+    HRA, ROAD, OFT, VeRA, AdaLoRA and LN-tuning, with `modules_to_save`, which become targets of `FullConfig`. Trained tokens, alone or by
+    `trainable_token_indices`, become targets of `TokensConfig`. The layers are those that the file of tensors names. Layers with other
+    hyperparameters get a config of their own.
 
     Args:
         model: the model that the adapter was trained on, as it was before PEFT wrapped it.
@@ -66,31 +67,36 @@ def from_peft(
     folder, kinds = Path(directory), as_kinds(kinds)
     fields = _read_fields(folder / CONFIG)
     check_fields(fields, folder / CONFIG)
-    tensors = _read_tensors(folder / WEIGHTS)
-    shared = {key: tensors.pop(key) for row in rows_of(fields["peft_type"]) for key in row.shared.values() if key in tensors}
-    tensors, faults = twice.at_first_place(model, tensors, PREFIX)
-    values, tensors = whole.split(model, fields, tensors, PREFIX)
-    tensors, unfit = as_linear(model, fields, tensors, PREFIX)
-    layers, unplaced = _by_layer(model, fields["peft_type"], tensors)
-    faults += unfit + unplaced
+    saved = _read_tensors(folder / WEIGHTS)
+    shared = {key: saved.pop(key) for row in rows_of(fields["peft_type"]) for key in row.shared.values() if key in saved}
+    saved, faults = twice.at_first_place(model, saved, PREFIX)
+    values, saved = whole.split(model, fields, saved, PREFIX)
+    rows, saved, misfits = tokens.split(model, fields, saved, PREFIX)
+    saved, unfit = as_linear(model, fields, saved, PREFIX)
+    layers, unplaced = _by_layer(model, fields["peft_type"], saved)
+    faults += misfits + unfit + unplaced
     paths = {path for path, _ in model.named_modules()}
     faults = (
         faults
         or whole.faults_of(model, fields, values)
-        or ([] if layers or values else ["no tensors"])
+        or ([] if layers or values or rows else ["no tensors"])
         or _layer_faults(model, layers, kinds)
-        or [fault for path in (*layers, *values) if (fault := twice.fault(model, path.rpartition(".")[0] if path not in paths else path))]
+        or [
+            fault
+            for path in (*layers, *values, *rows)
+            if (fault := twice.fault(model, path.rpartition(".")[0] if path not in paths else path))
+        ]
     )
     _require(faults, folder, model)
     chosen = {path: (row, row.config(**values)) for path, (row, values) in _choose(fields, layers).items()}
-    configs = [*_merged_configs(chosen), *whole.configs_of(fields, values)]
+    configs = [*_merged_configs(chosen), *whole.configs_of(fields, values), *tokens.configs_of(rows)]
     adapt = _with_constants(build(model, configs, remat=remat, kinds=kinds), chosen, layers, shared, fields.get("task_type"))
     theirs = {path: {n: _as_saved(layers[path][leaf.key], leaf) for n, leaf in row.leaves.items()} for path, (row, _) in chosen.items()}
     theirs = {path: row.completed(cfg, theirs[path]) for path, (row, cfg) in chosen.items()}
     shapes = {path: adapt.shapes[path] for path in chosen}
     _require(tree_faults(theirs, shapes) + _field_faults(fields, layers, chosen), folder, model)
     ours = {path: _ours(adapt, model, path, row, theirs[path]) for path, (row, _) in chosen.items()}
-    return adapt, ours | whole.displacements(model, values)
+    return adapt, ours | whole.displacements(model, values) | tokens.displacements(model, rows)
 
 
 def _require(faults: list[str], folder: Path, model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.plan import Target
 from lora_lite.files.durable import replace
-from lora_lite.files.peft import twice, whole
+from lora_lite.files.peft import tokens, twice, whole
 from lora_lite.files.peft.fields import PATTERNS
 from lora_lite.files.peft.layers import as_saved, is_conv1d, is_parameter, unsaved
 from lora_lite.files.peft.read import CONFIG, PREFIX, WEIGHTS
@@ -28,6 +28,7 @@ from lora_lite.files.peft.rows import ROWS
 from lora_lite.files.peft.tasks import heads_of, task_of
 from lora_lite.variants.full import FullConfig
 from lora_lite.variants.ln_tuning import LNTuningConfig
+from lora_lite.variants.tokens import TokensConfig
 
 Pairs = list[tuple[Target, AdapterConfig]]
 
@@ -44,6 +45,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "VERA": {"bias": "none", "save_projection": True},
     "ADALORA": {"bias": "none"},
     "LN_TUNING": {},
+    "TRAINABLE_TOKENS": {},
 }
 """Fields that are the same in every file of a PEFT type."""
 
@@ -63,7 +65,8 @@ def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory:
 
     LoRA, DoRA, IA3 with IA3-FF, DeLoRA, HRA, ROAD, OFT, VeRA, AdaLoRA and LN-tuning keep their tensors. EVA and LoftQ are LoRA. PiSSA,
     CorDA, ASVD and LoRA-GA are written as LoRA of twice the rank, which acts on the weight as it is. Targets of `FullConfig` become
-    `modules_to_save`. Both files are written beside their place and moved, so that neither is ever half-written.
+    `modules_to_save`, and those of `TokensConfig` beside LoRA `trainable_token_indices`. Both files are written beside their place and
+    moved, so that neither is ever half-written.
 
     Args:
         adapt: the adapted model of the params.
@@ -87,8 +90,9 @@ def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory:
         raise NotADirectoryError(f'to_peft: expected a folder, found the file "{folder}". Name a folder.')
     entries = list(zip(adapt.targets, adapt.configs))
     as_whole: Pairs = [(target, cfg) for target, cfg in entries if isinstance(cfg, FullConfig)]
-    of_method = [(target, cfg) for target, cfg in entries if not isinstance(cfg, FullConfig)]
-    _refuse(of_method, as_whole, adapt)
+    of_tokens = {target.path: cfg for target, cfg in entries if isinstance(cfg, TokensConfig)}
+    of_method = [(target, cfg) for target, cfg in entries if not isinstance(cfg, FullConfig | TokensConfig)]
+    _refuse(of_method, as_whole, of_tokens, adapt)
     layers = [_written(target, cfg, dict(params[target.path]), adapt) for target, cfg in of_method]
     saved = [as_saved(adapt._plan.base, layer.target, layer.tensors, adapt.targets) for layer in layers]
     tensors = {PREFIX + key: t for one in saved for key, t in one.items()}
@@ -97,7 +101,8 @@ def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory:
     for target, cfg in as_whole:
         values = whole.full_values(adapt._plan.base, target.path, cfg, params[target.path])
         tensors |= {PREFIX + key: t.contiguous().clone() for key, t in values.items()}
-    fields = _fields(adapt, layers, as_whole)
+    tensors |= {PREFIX + key: t for key, t in tokens.written(adapt._plan.base, params, of_tokens, alone=not of_method).items()}
+    fields = _fields(adapt, layers, as_whole, of_tokens)
     heads = heads_of(adapt._plan.base, fields["task_type"], [target.path for target, _ in as_whole])
     _write(folder, fields, {**{PREFIX + key: t for key, t in heads.items()}, **tensors})
 
@@ -107,8 +112,10 @@ def _row(cfg: AdapterConfig) -> Row | None:
     return row if row is not None and row.config is type(cfg) else None
 
 
-def _refuse(entries: Pairs, as_whole: Pairs, adapt: Adapt) -> None:
+def _refuse(entries: Pairs, as_whole: Pairs, of_tokens: Mapping[str, TokensConfig], adapt: Adapt) -> None:
     faults = _whole_faults(entries, as_whole, adapt)
+    types = sorted({row.peft_type for _, cfg in entries if (row := _row(cfg))})
+    faults += tokens.unwritable(adapt._plan.base, of_tokens, types, [target.path for target, _ in as_whole])
     for target, cfg in entries:
         row, at = _row(cfg), f'"{target.path}": {type(cfg).__name__}'
         if row is None:
@@ -126,7 +133,6 @@ def _refuse(entries: Pairs, as_whole: Pairs, adapt: Adapt) -> None:
             faults.append(f'"{target.path}": a parameter of the model itself: PEFT adapts parameters of modules inside a model')
         again = twice.fault(adapt._plan.base, target.kind.host(target.path))
         faults += [again] if again else []
-    types = sorted({row.peft_type for _, cfg in entries if (row := _row(cfg))})
     if len(types) > 1:
         faults.append(f"variants of {len(types)} methods, {listed(types)}: a file of PEFT's holds one")
     if faults:
@@ -165,22 +171,23 @@ def _written(target: Target, cfg: AdapterConfig, leaves: Leaves, adapt: Adapt) -
     return Written(target, row, row.write(cfg), {key: t.cpu().contiguous().clone() for key, t in tensors.items()})
 
 
-def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs) -> dict[str, Any]:
+def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs, of_tokens: Mapping[str, TokensConfig]) -> dict[str, Any]:
     """Return the fields of PEFT's config: common values, and patterns where layers may differ.
 
     Raises:
         ValueError: where layers differ in a field that PEFT has once.
     """
     paths = [target.path for target, _ in as_whole]
-    method = layers[0].row.peft_type if layers else whole.LN_TUNING
+    method = layers[0].row.peft_type if layers else whole.LN_TUNING if as_whole else tokens.TRAINABLE_TOKENS
     task = adapt._plan.task_type or task_of(adapt._plan.base, method, [layer.target.path for layer in layers])
     fields = {"peft_type": method, "peft_version": VERSION, "task_type": task, "inference_mode": True, **OF_TYPE[method]}
     fields["base_model_name_or_path"] = getattr(getattr(adapt._plan.base, "config", None), "_name_or_path", None)
-    chosen = [layer.target.path for layer in layers] or paths
+    chosen = [layer.target.path for layer in layers] or paths or list(of_tokens)
     of_path = {t.path: t for t in adapt.targets}
     parameters = [path for path in chosen if is_parameter(of_path[path])]
     fields["target_modules"] = _target_modules(adapt, [path for path in chosen if path not in parameters])
     fields |= {"target_parameters": parameters} if parameters else {}
+    fields |= tokens.fields_of(adapt._plan.base, of_tokens, alone=not layers) if of_tokens else {}
     if not layers:
         return fields
     fields["modules_to_save"] = paths or None
