@@ -70,7 +70,7 @@ def from_peft(
     saved = _read_tensors(folder / WEIGHTS)
     shared = {key: saved.pop(key) for row in rows_of(fields["peft_type"]) for key in row.shared.values() if key in saved}
     saved, faults = twice.at_first_place(model, saved, PREFIX)
-    values, saved = whole.split(model, fields, saved, PREFIX)
+    modules, saved = whole.split(model, fields, saved, PREFIX)
     rows, saved, misfits = tokens.split(model, fields, saved, PREFIX)
     saved, unfit = as_linear(model, fields, saved, PREFIX)
     layers, unplaced = _by_layer(model, fields["peft_type"], saved)
@@ -78,25 +78,25 @@ def from_peft(
     paths = {path for path, _ in model.named_modules()}
     faults = (
         faults
-        or whole.faults_of(model, fields, values)
-        or ([] if layers or values or rows else ["no tensors"])
+        or whole.faults_of(model, fields, modules)
+        or ([] if layers or modules or rows else ["no tensors"])
         or _layer_faults(model, layers, kinds)
         or [
             fault
-            for path in (*layers, *values, *rows)
+            for path in (*layers, *whole.paths_of(modules), *rows)
             if (fault := twice.fault(model, path.rpartition(".")[0] if path not in paths else path))
         ]
     )
     _require(faults, folder, model)
     chosen = {path: (row, row.config(**values)) for path, (row, values) in _choose(fields, layers).items()}
-    configs = [*_merged_configs(chosen), *whole.configs_of(fields, values), *tokens.configs_of(rows)]
+    configs = [*_merged_configs(chosen), *whole.configs_of(modules), *tokens.configs_of(rows)]
     adapt = _with_constants(build(model, configs, remat=remat, kinds=kinds), chosen, layers, shared, fields.get("task_type"))
     theirs = {path: {n: _as_saved(layers[path][leaf.key], leaf) for n, leaf in row.leaves.items()} for path, (row, _) in chosen.items()}
     theirs = {path: row.completed(cfg, theirs[path]) for path, (row, cfg) in chosen.items()}
     shapes = {path: adapt.shapes[path] for path in chosen}
     _require(tree_faults(theirs, shapes) + _field_faults(fields, layers, chosen), folder, model)
     ours = {path: _ours(adapt, model, path, row, theirs[path]) for path, (row, _) in chosen.items()}
-    return adapt, ours | whole.displacements(model, values) | tokens.displacements(model, rows)
+    return adapt, ours | whole.displacements(model, modules) | tokens.displacements(model, rows)
 
 
 def _require(faults: list[str], folder: Path, model: nn.Module) -> None:

@@ -145,8 +145,8 @@ def _refuse(entries: Pairs, as_whole: Pairs, of_tokens: Mapping[str, TokensConfi
 def _whole_faults(entries: Pairs, as_whole: Pairs, adapt: Adapt) -> list[str]:
     norms = [target.path for target, cfg in as_whole if isinstance(cfg, LNTuningConfig)]
     faults = []
-    if norms and (entries or len(norms) < len(as_whole)):
-        faults.append(f"LN-tuning at {listed(norms)} beside others: a file of PEFT's LN-tuning holds nothing else")
+    if norms and entries:
+        faults.append(f"LN-tuning at {listed(norms)} beside another method: a file of PEFT's holds one, and modules trained as a whole")
     if as_whole and not entries and not norms:
         faults.append("nothing but modules trained as a whole: PEFT has them beside a method only")
     for target, cfg in as_whole:
@@ -177,12 +177,14 @@ def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs, of_tokens: Map
     Raises:
         ValueError: where layers differ in a field that PEFT has once.
     """
-    paths = [target.path for target, _ in as_whole]
-    method = layers[0].row.peft_type if layers else whole.LN_TUNING if as_whole else tokens.TRAINABLE_TOKENS
-    task = adapt._plan.task_type or task_of(adapt._plan.base, method, [layer.target.path for layer in layers])
+    norms = [target.path for target, cfg in as_whole if isinstance(cfg, LNTuningConfig)]
+    modules = [target.path for target, cfg in as_whole if not isinstance(cfg, LNTuningConfig)]
+    method = layers[0].row.peft_type if layers else whole.LN_TUNING if norms else tokens.TRAINABLE_TOKENS
+    task = adapt._plan.task_type or task_of(adapt._plan.base, [layer.target.path for layer in layers])
     fields = {"peft_type": method, "peft_version": VERSION, "task_type": task, "inference_mode": True, **OF_TYPE[method]}
     fields["base_model_name_or_path"] = getattr(getattr(adapt._plan.base, "config", None), "_name_or_path", None)
-    chosen = [layer.target.path for layer in layers] or paths or list(of_tokens)
+    fields |= {"modules_to_save": modules} if modules else {}
+    chosen = [layer.target.path for layer in layers] or norms or list(of_tokens)
     of_path = {t.path: t for t in adapt.targets}
     parameters = [path for path in chosen if is_parameter(of_path[path])]
     fields["target_modules"] = _target_modules(adapt, [path for path in chosen if path not in parameters])
@@ -190,7 +192,6 @@ def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs, of_tokens: Map
     fields |= tokens.fields_of(adapt._plan.base, of_tokens, alone=not layers) if of_tokens else {}
     if not layers:
         return fields
-    fields["modules_to_save"] = paths or None
     if any(layer.row.conv1d for layer in layers):
         fields["fan_in_fan_out"] = any(is_conv1d(layer.target) for layer in layers)
     for lists in {layer.row.lists for layer in layers if layer.row.lists}:
