@@ -22,6 +22,7 @@ from lora_lite.core.tree import Tree, join
 from lora_lite.files.peft import tokens, twice, whole
 from lora_lite.files.peft.fields import DEFAULTS, check_fields, resolve
 from lora_lite.files.peft.layers import as_linear, axes_of
+from lora_lite.files.peft.names import in_names_of
 from lora_lite.files.peft.row import Leaf, Row
 from lora_lite.files.peft.rows import rows_of
 from lora_lite.layers.find import find
@@ -44,7 +45,8 @@ def from_peft(
     LoRA with its patterns and rank-stabilised scale, on embeddings, convolutions and `target_parameters` too, DoRA, PiSSA, IA3, DeLoRA,
     HRA, ROAD, OFT, VeRA, AdaLoRA and LN-tuning, with `modules_to_save`, which become targets of `FullConfig`. Trained tokens, alone or by
     `trainable_token_indices`, become targets of `TokensConfig`. The layers are those that the file of tensors names. Layers with other
-    hyperparameters get a config of their own.
+    hyperparameters get a config of their own. Files under older names of transformers' modules, and those of the model with or without its
+    head, are read by transformers' tables, with a warning that lists the names.
 
     Args:
         model: the model that the adapter was trained on, as it was before PEFT wrapped it.
@@ -69,12 +71,13 @@ def from_peft(
     check_fields(fields, folder / CONFIG)
     saved = _read_tensors(folder / WEIGHTS)
     shared = {key: saved.pop(key) for row in rows_of(fields["peft_type"]) for key in row.shared.values() if key in saved}
+    fields, saved, misnamed = in_names_of(model, fields, saved, PREFIX, list(_leaves(fields["peft_type"])), kinds)
     saved, faults = twice.at_first_place(model, saved, PREFIX)
     modules, saved = whole.split(model, fields, saved, PREFIX)
     rows, saved, misfits = tokens.split(model, fields, saved, PREFIX)
     saved, unfit = as_linear(model, fields, saved, PREFIX)
     layers, unplaced = _by_layer(model, fields["peft_type"], saved)
-    faults += misfits + unfit + unplaced
+    faults += misnamed + misfits + unfit + unplaced
     paths = {path for path, _ in model.named_modules()}
     faults = (
         faults
@@ -128,9 +131,13 @@ def _read_tensors(place: Path) -> dict[str, Tensor]:
         raise ValueError(f'from_peft: expected "{place}" to be a whole safetensors file, found {e}. Save the adapter again.') from e
 
 
+def _leaves(method: str) -> dict[str, Leaf]:
+    return {leaf.key: leaf for row in rows_of(method) for leaf in (*row.leaves.values(), *row.constants.values())}
+
+
 def _by_layer(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> tuple[Layers, list[str]]:
     """Sort tensors by the path of their layer, and list those that have no place."""
-    keys: dict[str, Leaf] = {leaf.key: leaf for row in rows_of(method) for leaf in (*row.leaves.values(), *row.constants.values())}
+    keys = _leaves(method)
     ending = re.compile(rf"{re.escape(PREFIX)}(?:(.*)\.)?({'|'.join(map(re.escape, keys))})")
     layers: Layers = {}
     faults = []
