@@ -21,6 +21,7 @@ from lora_lite.core.frozen import Constants
 from lora_lite.core.tree import Tree, join
 from lora_lite.files.peft import tokens, twice, whole
 from lora_lite.files.peft.fields import DEFAULTS, check_fields, resolve
+from lora_lite.files.peft.hub import CONFIG, WEIGHTS, folder_of
 from lora_lite.files.peft.layers import as_linear, axes_of
 from lora_lite.files.peft.names import in_names_of
 from lora_lite.files.peft.row import Leaf, Row
@@ -30,7 +31,7 @@ from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import as_kinds
 from lora_lite.variants.oft import project
 
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+PREFIX = "base_model.model."
 
 Layers = dict[str, dict[str, Tensor]]
 Chosen = dict[str, tuple[Row, Any]]
@@ -38,7 +39,13 @@ Chosen = dict[str, tuple[Row, Any]]
 
 @made_on_cpu
 def from_peft(
-    model: nn.Module, directory: str | os.PathLike[str], *, remat: str | None = None, kinds: Sequence[type[Kind]] = ()
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    remat: str | None = None,
+    kinds: Sequence[type[Kind]] = (),
+    revision: str | None = None,
+    subfolder: str = "",
 ) -> tuple[Adapt, Tree]:
     """Read an adapter that PEFT saved and bind it to a model. The package `peft` is not needed.
 
@@ -50,15 +57,19 @@ def from_peft(
 
     Args:
         model: the model that the adapter was trained on, as it was before PEFT wrapped it.
-        directory: the argument of `save_pretrained`: the folder with `adapter_config.json` and `adapter_model.safetensors`.
+        directory: the argument of `save_pretrained`: the folder with `adapter_config.json` and `adapter_model.safetensors`. Where there is
+            none, the name of a repository on the Hugging Face Hub, `"user/repo"`, which needs `huggingface_hub`.
         remat: as in `build`.
         kinds: as in `build`.
+        revision: a branch, a tag or a commit of the repository; None for its main branch.
+        subfolder: the folder inside `directory` that has the files.
 
     Returns:
         `(adapt, params)`; params on the devices of their layers, in at least float32, as PEFT keeps them.
 
     Raises:
-        FileNotFoundError: where a file is missing.
+        FileNotFoundError: where a file is missing, or neither a folder nor a repository is found.
+        ModuleNotFoundError: where a repository is asked for and `huggingface_hub` is not installed.
         ValueError: where a file is damaged, is of another model, or asks for what is not supported; it names each field and tensor.
         TypeError: where an argument is of another type.
     """
@@ -66,7 +77,7 @@ def from_peft(
         raise TypeError(f"from_peft: expected model as a torch.nn.Module, found {type(model).__name__}. Call from_peft(model, directory).")
     call = "from_peft(model, directory)"
     require_type(isinstance(directory, str | os.PathLike), call, "directory", "the path of a folder", directory)
-    folder, kinds = Path(directory), as_kinds(kinds)
+    folder, kinds = folder_of(directory, revision, subfolder), as_kinds(kinds)
     fields = _read_fields(folder / CONFIG)
     check_fields(fields, folder / CONFIG)
     saved = _read_tensors(folder / WEIGHTS)

@@ -21,8 +21,9 @@ from lora_lite.core.plan import Target
 from lora_lite.files.durable import replace
 from lora_lite.files.peft import tokens, twice, whole
 from lora_lite.files.peft.fields import PATTERNS
+from lora_lite.files.peft.hub import CONFIG, WEIGHTS
 from lora_lite.files.peft.layers import as_saved, is_conv1d, is_parameter, unsaved
-from lora_lite.files.peft.read import CONFIG, PREFIX, WEIGHTS
+from lora_lite.files.peft.read import PREFIX
 from lora_lite.files.peft.row import Leaves, Row
 from lora_lite.files.peft.rows import ROWS
 from lora_lite.files.peft.tasks import heads_of, task_of
