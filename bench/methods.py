@@ -175,6 +175,12 @@ ROWS: dict[str, Row] = {
         rate=1e-3,
         short_rate=5e-4,
     ),
+    "tokens": Row(
+        fields=lambda r: {"token_ids": tuple(range(3, 3 + r))},
+        theirs=lambda cfg, on: peft.TrainableTokensConfig(token_indices=list(cfg.token_ids)),
+        demo={"token_ids": tuple(range(64))},
+        rate=5e-2,
+    ),
 }
 """The variants that run with other fields than their defaults. A variant without a row runs by these, at LoRA's rank."""
 

@@ -85,7 +85,7 @@ def costs_table(width: int = 4096) -> str:
     """Return each variant's trained numbers and multiply-adds on one square layer, from the formulas that its class declares."""
     rows = []
     for name, variant in ll.VARIANTS.items():
-        if variant.trained is None or variant.adapts != "linear":
+        if variant.trained is None or variant.adapts != "linear" or variant.tied:  # rows of a table are no update of a square layer
             continue
         fields = {f.name for f in dataclasses.fields(variant)}
         ranked = {"r": 16} if "r" in fields and variant().r < 64 else {}

@@ -118,6 +118,7 @@ CASES = (
     Row("waveft", ll.WaveFTConfig(n_frequency=50)),
     Row("waveft-sparse", ll.WaveFTConfig(n_frequency=40, scaling=4.0, seed=3, use_idwt=False)),
     Row("boft-blocks", ll.BOFTConfig(block_size=0, block_num=4, n_butterfly_factor=2, block_dropout=0.3)),
+    Row("tokens", ll.TokensConfig(token_ids=(18, 4, 21))),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 
@@ -176,8 +177,8 @@ def derived(cfg: ll.AdapterConfig, W: ll.Frozen, *stats):
 
 
 def build_any(model: nn.Module, cfg: ll.AdapterConfig, batches, **options) -> ll.Adapt:
-    """Build any row's variant: on data and with a loss where it needs them; a whole module is one linear layer."""
-    if cfg.adapts == "module":
+    """Build any row's variant: on data and with a loss where it needs them; a whole module, and a table of tokens, is one linear layer."""
+    if cfg.adapts == "module" or ("rows" in cfg.uses and not hasattr(model, "get_input_embeddings")):
         path = next(path for path, m in model.named_modules() if isinstance(m, nn.Linear))
         cfg = dataclasses.replace(cfg, target_names=f"^{re.escape(path)}$")
     options |= {"calibration": batches} if cfg.calibrated else {}

@@ -77,8 +77,9 @@ class Adapter(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         if self.binding is not None and not self.alone:
-            W = self.binding.W
-            W.constants = {name: fn(c) for name, c in W.constants.items()}
+            constants = {name: fn(c) for name, c in self.binding.W.constants.items()}
+            for binding in (self.binding, *self.binding.followers):
+                binding.W.constants = constants
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Adapter":

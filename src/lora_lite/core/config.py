@@ -59,6 +59,7 @@ class AdapterConfig:
     - `identity`: relative tolerance of the identity at init; 0.0 for exact, None if it does not start at the base model.
     - `linear`: whether the adapted layer is an affine map of `x`, so that it can be merged.
     - `cast`: whether the params come in the dtype of the input. A variant that decides by their values says False, and casts its results.
+    - `tied`: whether modules that share a target's weight, such as a head tied to an embedding, are adapted with it.
     - `steered`: names of the params that a strength scales; None for all, which is right where the update is linear in them together.
     - `trained`, `macs`: trained numbers per target and multiply-adds per token, as formulas in `i`, `o`, the fields and the numbers of
       `sizes`; documentation that the conformance kit holds against the counted ones.
@@ -72,6 +73,7 @@ class AdapterConfig:
     identity: ClassVar[float | None] = 0.0
     linear: ClassVar[bool] = True
     cast: ClassVar[bool] = True
+    tied: ClassVar[bool] = False
     steered: ClassVar[tuple[str, ...] | None] = None
     trained: ClassVar[str | None] = None
     macs: ClassVar[str | None] = None
@@ -114,6 +116,10 @@ class AdapterConfig:
     def sizes(self, i: int, o: int) -> Mapping[str, int]:
         """Return numbers that `trained` and `macs` name beside `i`, `o` and the fields, such as factors that a method finds for `i`."""
         return {}
+
+    def default_names(self, model: Any) -> Sequence[str]:
+        """Return the expressions that take the place of `target_names` where it is empty; none for all that the other fields allow."""
+        return ()
 
     def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
         """Derive the frozen tensors of one target. Runs once, at `build`: a loaded file holds them.

@@ -70,7 +70,7 @@ def declared(cfg: AdapterConfig, fact: str, i: int, o: int) -> int | None:
         return None
     fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
     known = {**fields, **cfg.sizes(i, o), "i": i, "o": o}
-    count: int = eval(formula, {"__builtins__": {"min": min, "max": max}}, known)  # the class's own text
+    count: int = eval(formula, {"__builtins__": {"min": min, "max": max, "len": len}}, known)  # the class's own text
     return count
 
 

@@ -39,6 +39,7 @@ from lora_lite.variants.randlora import RandLoRAConfig as RandLoRAConfig
 from lora_lite.variants.road import ROADConfig as ROADConfig
 from lora_lite.variants.shira import SHiRAConfig as SHiRAConfig
 from lora_lite.variants.ssvd import SSVDConfig as SSVDConfig
+from lora_lite.variants.tokens import TokensConfig as TokensConfig
 from lora_lite.variants.vblora import VBLoRAConfig as VBLoRAConfig
 from lora_lite.variants.vera import VeRAConfig as VeRAConfig
 from lora_lite.variants.waveft import WaveFTConfig as WaveFTConfig
@@ -83,6 +84,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "waveft": WaveFTConfig,
     "randlora": RandLoRAConfig,
     "vblora": VBLoRAConfig,
+    "tokens": TokensConfig,
 }
 
 if not TYPE_CHECKING:  # a type checker cannot compute the list, and without one takes the names that are imported as themselves

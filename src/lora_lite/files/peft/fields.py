@@ -38,6 +38,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "HIRA": {"hira_dropout": 0.0},
     "GRALORA": {"r": 32, "alpha": 64, "gralora_k": 2, "hybrid_r": 0, "gralora_dropout": 0.0},
     "BOFT": {"boft_dropout": 0.0},
+    "TRAINABLE_TOKENS": {},
     "OFT": {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "block_share": False, "coft": False, "eps": 6e-5},
     "MISS": {"r": 64, "mini_r": 1, "init_weights": True, "miss_dropout": 0.0},
     "SHIRA": {"r": 32, "random_seed": None},
@@ -64,7 +65,7 @@ BY_PATH = {"C3A", "FOURIERFT"}
 _ANY = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
 _ANY |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "modules_to_save"}
 _OF_LORA = {"rank_pattern", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
-_OF_LORA |= {"target_parameters", "megatron_config", "megatron_core", "qalora_group_size", "runtime_config"}
+_OF_LORA |= {"trainable_token_indices", "target_parameters", "megatron_config", "megatron_core", "qalora_group_size", "runtime_config"}
 FREE: dict[str, set[str]] = {
     "LORA": {*_OF_LORA, "alpha_pattern"},
     "ADALORA": {*_OF_LORA, "r", "init_lora_weights"},  # of the fields that it inherits, it uses neither
@@ -82,6 +83,7 @@ FREE: dict[str, set[str]] = {
     "HIRA": {"r", "rank_pattern", "init_weights"},  # PEFT leaves the pattern out; ranks are read off the tensors
     "GRALORA": {"init_weights"},
     "BOFT": {"boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "init_weights"},  # read off the tensors
+    "TRAINABLE_TOKENS": {"token_indices", "init_weights"},
     "OFT": {"r", "oft_block_size", "module_dropout", "init_weights"},  # PEFT does not apply this dropout; blocks are read off the tensors
     "MISS": set(),
     "SHIRA": {"mask_type", "init_weights"},

@@ -19,15 +19,17 @@ from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.plan import Target
 from lora_lite.files.durable import replace
-from lora_lite.files.peft import biases, twice, whole
+from lora_lite.files.peft import biases, tokens, twice, whole
 from lora_lite.files.peft.fields import BY_PATH, PATTERNS
+from lora_lite.files.peft.hub import CONFIG, WEIGHTS
 from lora_lite.files.peft.layers import as_saved, is_conv1d, is_parameter, unsaved
-from lora_lite.files.peft.read import CONFIG, PREFIX, WEIGHTS
+from lora_lite.files.peft.read import PREFIX
 from lora_lite.files.peft.row import Leaves, Row, own_bias
 from lora_lite.files.peft.rows import ROWS
 from lora_lite.files.peft.tasks import heads_of, task_of
 from lora_lite.variants.full import FullConfig
 from lora_lite.variants.ln_tuning import LNTuningConfig
+from lora_lite.variants.tokens import TokensConfig
 
 Pairs = list[tuple[Target, AdapterConfig]]
 
@@ -57,6 +59,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "C3A": {"bias": "none"},
     "FOURIERFT": {"bias": "none"},
     "WAVEFT": {"bias": "none", "wavelet_family": "db1"},
+    "TRAINABLE_TOKENS": {},
 }
 """Fields that are the same in every file of a PEFT type."""
 
@@ -100,10 +103,11 @@ def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory:
         raise NotADirectoryError(f'to_peft: expected a folder, found the file "{folder}". Name a folder.')
     entries = list(zip(adapt.targets, adapt.configs))
     as_whole: Pairs = [(target, cfg) for target, cfg in entries if isinstance(cfg, FullConfig)]
-    of_method = [(target, cfg) for target, cfg in entries if not isinstance(cfg, FullConfig)]
+    of_tokens = {target.path: cfg for target, cfg in entries if isinstance(cfg, TokensConfig)}
+    of_method = [(target, cfg) for target, cfg in entries if not isinstance(cfg, FullConfig | TokensConfig)]
     as_bias = biases.beside(of_method) if any(row.peft_type == "LORA" for _, cfg in of_method if (row := _row(cfg))) else []
     of_method = [entry for entry in of_method if entry not in as_bias]
-    _refuse(of_method, as_whole, as_bias, adapt)
+    _refuse(of_method, as_whole, as_bias, of_tokens, adapt)
     layers = [_written(target, cfg, dict(params[target.path]), adapt) for target, cfg in of_method]
     saved = [as_saved(adapt._plan.base, layer.target, layer.tensors, adapt.targets) for layer in layers]
     tensors = {PREFIX + key: t for one in saved for key, t in one.items()}
@@ -115,7 +119,8 @@ def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory:
         tensors |= {PREFIX + key: t.contiguous().clone() for key, t in values.items()}
     for target, _ in as_bias:
         tensors |= {PREFIX + key: t for key, t in biases.saved(adapt._plan.base, target, params[target.path]).items()}
-    fields = _fields(adapt, layers, as_whole)
+    tensors |= {PREFIX + key: t for key, t in tokens.written(adapt._plan.base, params, of_tokens, alone=not of_method).items()}
+    fields = _fields(adapt, layers, as_whole, of_tokens)
     if as_bias or any(getattr(cfg, "bias", False) for _, cfg in of_method):
         fields["bias"] = "all" if as_bias else "lora_only"
     heads = heads_of(adapt._plan.base, fields["task_type"], [target.path for target, _ in as_whole])
@@ -127,8 +132,10 @@ def _row(cfg: AdapterConfig) -> Row | None:
     return row if row is not None and row.config is type(cfg) else None
 
 
-def _refuse(entries: Pairs, as_whole: Pairs, as_bias: Pairs, adapt: Adapt) -> None:
+def _refuse(entries: Pairs, as_whole: Pairs, as_bias: Pairs, of_tokens: Mapping[str, TokensConfig], adapt: Adapt) -> None:
     faults = _whole_faults(entries, as_whole, adapt)
+    types = sorted({row.peft_type for _, cfg in entries if (row := _row(cfg))})
+    faults += tokens.unwritable(adapt._plan.base, of_tokens, types, [target.path for target, _ in as_whole])
     asked = [*as_bias, *((target, cfg) for target, cfg in entries if getattr(cfg, "bias", False))]
     lacking = [(target, cfg, biases.fault(adapt._plan.base, target, cfg)) for target, cfg in asked]
     faults += [f'"{target.path}": {type(cfg).__name__}: {reason}' for target, cfg, reason in lacking if reason]
@@ -149,7 +156,6 @@ def _refuse(entries: Pairs, as_whole: Pairs, as_bias: Pairs, adapt: Adapt) -> No
             faults.append(f'"{target.path}": a parameter of the model itself: PEFT adapts parameters of modules inside a model')
         again = twice.fault(adapt._plan.base, target.kind.host(target.path))
         faults += [again] if again else []
-    types = sorted({row.peft_type for _, cfg in entries if (row := _row(cfg))})
     if len(types) > 1:
         faults.append(f"variants of {len(types)} methods, {listed(types)}: a file of PEFT's holds one")
     if faults:
@@ -162,8 +168,8 @@ def _refuse(entries: Pairs, as_whole: Pairs, as_bias: Pairs, adapt: Adapt) -> No
 def _whole_faults(entries: Pairs, as_whole: Pairs, adapt: Adapt) -> list[str]:
     norms = [target.path for target, cfg in as_whole if isinstance(cfg, LNTuningConfig)]
     faults = []
-    if norms and (entries or len(norms) < len(as_whole)):
-        faults.append(f"LN-tuning at {listed(norms)} beside others: a file of PEFT's LN-tuning holds nothing else")
+    if norms and entries:
+        faults.append(f"LN-tuning at {listed(norms)} beside another method: a file of PEFT's holds one, and modules trained as a whole")
     if as_whole and not entries and not norms:
         faults.append("nothing but modules trained as a whole: PEFT has them beside a method only")
     for target, cfg in as_whole:
@@ -199,25 +205,27 @@ def _shared(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], configs: M
     return found
 
 
-def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs) -> dict[str, Any]:
+def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs, of_tokens: Mapping[str, TokensConfig]) -> dict[str, Any]:
     """Return the fields of PEFT's config: common values, and patterns where layers may differ.
 
     Raises:
         ValueError: where layers differ in a field that PEFT has once.
     """
-    paths = [target.path for target, _ in as_whole]
-    method = layers[0].row.peft_type if layers else whole.LN_TUNING
-    task = adapt._plan.task_type or task_of(adapt._plan.base, method, [layer.target.path for layer in layers])
+    norms = [target.path for target, cfg in as_whole if isinstance(cfg, LNTuningConfig)]
+    modules = [target.path for target, cfg in as_whole if not isinstance(cfg, LNTuningConfig)]
+    method = layers[0].row.peft_type if layers else whole.LN_TUNING if norms else tokens.TRAINABLE_TOKENS
+    task = adapt._plan.task_type or task_of(adapt._plan.base, [layer.target.path for layer in layers])
     fields = {"peft_type": method, "peft_version": VERSION, "task_type": task, "inference_mode": True, **OF_TYPE[method]}
     fields["base_model_name_or_path"] = getattr(getattr(adapt._plan.base, "config", None), "_name_or_path", None)
-    chosen = [layer.target.path for layer in layers] or paths
+    fields |= {"modules_to_save": modules} if modules else {}
+    chosen = [layer.target.path for layer in layers] or norms or list(of_tokens)
     of_path = {t.path: t for t in adapt.targets}
     parameters = [path for path in chosen if is_parameter(of_path[path])]
     fields["target_modules"] = _target_modules(adapt, [path for path in chosen if path not in parameters])
     fields |= {"target_parameters": parameters} if parameters else {}
+    fields |= tokens.fields_of(adapt._plan.base, of_tokens, alone=not layers) if of_tokens else {}
     if not layers:
         return fields
-    fields["modules_to_save"] = paths or None
     if any(layer.row.conv1d for layer in layers):
         fields["fan_in_fan_out"] = any(is_conv1d(layer.target) for layer in layers)
     for lists in {layer.row.lists for layer in layers if layer.row.lists}:
