@@ -7,7 +7,7 @@ from torch import nn
 import lora_lite as ll
 from cases import CASES, build_any, move, named
 
-opacus = pytest.importorskip("opacus", reason="Opacus is not installed: pip install lora-lite[test]")
+opacus = pytest.importorskip("opacus", reason="Opacus is not installed: pip install opacus")
 
 ROWS = [row for row in CASES if row.cfg.adapts == "linear" and row.cfg.linear and not getattr(row.cfg, "dropout", 0.0)]
 
