@@ -95,7 +95,8 @@ def sections(folder: Path = RESULTS, up: str = "../") -> Iterator[tuple[str, str
     ]
     for marker, kind, make in makers:
         found = newest(kind, folder)
-        yield marker, f"{make(found)}\n\nFrom {t.source(found, up)}." if found else NONE
+        threads = t.population_threads(found) if found and marker == "populations" else None
+        yield marker, f"{make(found)}\n\nFrom {t.source(found, up, threads)}." if found else NONE
     yield "gsm8k", t.gsm8k_table(folder, up) or NONE
 
 
@@ -104,7 +105,7 @@ def overview(folder: Path = RESULTS, up: str = "") -> str:
     speed, memory, quality = (newest(kind, folder) for kind in ("speed", "memory", "quality"))
     if speed is None:
         return NONE
-    return "\n\n".join([t.main_table(speed, memory, quality), verdict(speed, memory, quality), t.conditions(speed, quality, up)])
+    return "\n\n".join([t.main_table(speed, memory, quality), verdict(speed, memory, quality), t.conditions(speed, memory, quality, up)])
 
 
 def between(text: str, marker: str, new: str) -> str:

@@ -85,7 +85,7 @@ def show(results: Mapping[str, Any]) -> None:
 
 
 def populations(width: int, layers: int, r: int, repeats: int) -> dict[str, Any]:
-    """Time one step of many adapters, and per-example gradients, against a loop over them: two threads, LoRA on all linear layers."""
+    """Time one step of many adapters, and per-example gradients, against a loop over them: LoRA on all linear layers."""
     model = llama(width, layers)
     adapt = ll.build(model, pairs(r)["lora"][0])
     found = {}

@@ -250,11 +250,13 @@ def files(tmp_path):
         name: {"forward": {"ours": 8, "frozen": 8, "peft": 8}, "step": {"ours": n, "frozen": 90, "peft": 100}}
         for name, n in (("lora", 100), ("pissa", 120))
     }
-    beside = {"lora": {"ours": {**member, "params": 81920}, "peft": member, "agree": True}}
+    beside = {"lora": {"ours": {**member, "params": 40960}, "peft": member, "agree": True}}
     beside |= {"dora": {"ours": {**member, "params": 90000}, "peft": {**member, "exact": 0.9}, "agree": False}}
-    quality = {"steps": 80, "rows": 12, "members": 2, "test": 200, "frozen": {"exact": 0.0}, "full": member, "variants": beside}
+    quality = {"steps": 80, "rows": 12, "members": 2, "test": 200, "frozen": {"exact": 0.0}}
+    quality |= {"full": {**member, "params": 872064}, "variants": beside}
     axes = {axis: {"lora": {"4": RATIO, "8": SLOW}} for axis in ("rank", "width", "rows", "members")}
-    kinds = {"speed": speed, "memory": {"variants": peaks, "lora": {"value_and_grad": 100}}, "quality": quality, "scaling": {"axes": axes}}
+    held = {**sizes, "width": 256, "variants": peaks, "lora": {"value_and_grad": 100}}
+    kinds = {"speed": speed, "memory": held, "quality": quality, "scaling": {"axes": axes}}
     us = {key: {"median": 8.0} for key in ("ours", "peft", "base", "two products", "three products")}
     link = {"forward": {"over_peft": RATIO, "us": us}, "step": {"over_peft": SLOW, "us": us}}
     chain = {"layers": 300, "width": 16, "rows": 4, "r": 8, "variants": {"lora": {**link, "added": RATIO}, "dora": link}}
@@ -270,11 +272,39 @@ def test_report_has_the_lineages_columns_and_pefts_ratio(files):
     text = report.overview(files)
     head, line = (next(row for row in text.splitlines() if row.startswith(start)) for start in ("| variant", "| LoRA |"))
     assert head == (
-        "| variant | r | accuracy | params | added MACs/token | forward, ms | backward, ms | init, s | step / PEFT's | peak / PEFT's |"
+        "| variant | r | params | added MACs/token | forward, ms | backward, ms | init, s | step / PEFT's | peak / PEFT's "
+        "| accuracy, 872.1k model | params there |"
     )
-    assert line == "| LoRA | 16 | 50.0% ± 3.0% | 81.9k | 2.50M | 30 | 20 | 0.020 | 1.10 [1.00, 1.20] | 1.00 |"
-    assert "| BitFit | - | - | 81.9k | 2.50M | 30 | 20 | 0.020 | - | - |" in text
+    assert line == "| LoRA | 16 | 81.9k | 2.50M | 30 | 20 | 0.020 | 1.10 [1.00, 1.20] | 1.00 | 50.0% ± 3.0% | 41.0k |"
+    assert "| BitFit | - | 81.9k | 2.50M | 30 | 20 | 0.020 | - | - | - | - |" in text
     assert "2030-01-02-abc-speed.json`](bench/results/2030-01-02-abc-speed.json), 2-core x86 CPU, 1 thread" in text
+
+
+def test_report_names_the_model_and_the_threads_of_each_figure(files):
+    text = report.overview(files)
+    for kind, said in {
+        "speed": "Costs: one step of a Llama of 4 layers and width 512,",
+        "memory": "Peaks: one step of a Llama of 4 layers and width 256,",
+        "quality": "Accuracy: the demo's Llama of 872.1k params; ",
+    }.items():
+        (paragraph,) = (p for p in text.split("\n\n") if p.startswith(said))
+        assert f"2030-01-02-abc-{kind}.json), 2-core x86 CPU, 1 thread)." in paragraph
+    assert "training all of its params 50.0% ± 3.0% (" in text
+    assert "LoReFT" not in text
+    path = files / "2030-01-02-abc-quality.json"
+    found = json.loads(path.read_text())
+    trained = found["results"]["variants"]
+    trained |= {
+        "full": {"ours": {**trained["lora"]["ours"], "params": 589824}},
+        "loreft": {"ours": {**trained["lora"]["ours"], "exact": 0.0}},
+    }
+    path.write_text(json.dumps(found))
+    text = report.overview(files)
+    assert "50.0% ± 3.0%; the row Full trains 589.8k of them (" in text
+    assert "\n\nLoReFT edits " in text
+    parts = dict(report.sections(files))
+    assert parts["populations"].endswith("2-core x86 CPU, 2 threads.")  # measured on two, whatever the rest of the file was
+    assert "two threads" not in parts["populations"]
 
 
 def test_report_says_plainly_what_is_worse_than_pefts(files):
