@@ -170,6 +170,21 @@ def quality_table(quality: Found) -> str:
     return table(rows)
 
 
+def rates_table(quality: Found, up: str) -> str:
+    """Write the learning rate that was best for each variant in the training of the accuracies, and which training that was."""
+    q = quality["results"]
+    by_rate: dict[float, list[str]] = {}
+    for name, row in q["variants"].items():
+        if row["ours"]["exact"] >= 0.1:  # a rate at which nothing was learnt is none to begin with
+            by_rate.setdefault(row["ours"]["rate"], []).append(title(name))
+    rows = [{"best rate": f"{rate:.2g}", "variants": ", ".join(names)} for rate, names in sorted(by_rate.items())]
+    words = (
+        f"Measured on the demo's Llama of {count(q['full']['params'])} params, in {q['steps']} steps of {q['rows']} rows by AdamW: of a "
+        f"rate and its multiples, the best on problems of their own ({source(quality, up)}):"
+    )
+    return f"{words}\n\n{table(rows)}"
+
+
 def memory_table(memory: Found) -> str:
     """Write peaks of forward and step beside the frozen base's and PEFT's."""
     rows = []
@@ -224,6 +239,36 @@ def compiled_table(speed: Found) -> str:
     heads = {"over_frozen": "step / compiled frozen step", "over_peft": "step / PEFT's compiled", "over_eager": "step / ours in eager mode"}
     found = speed["results"]["compiled"]["variants"]
     return table([{"variant": title(n)} | {head: spread(row.get(key)) for key, head in heads.items()} for n, row in found.items()])
+
+
+def members_table(growth: Found, up: str) -> str:
+    """Write one mixed step's time over a loop's as members and their rows grow, and from how many members on it pays."""
+    r, axes = growth["results"], growth["results"]["axes"]
+    at = r["centre"]
+    facts = f"a Llama of {r['layers']} layers and width {at['width']}, rank {at['rank']}"
+    tokens = r.get("member_tokens", 32)
+    parts = [
+        f"One mixed step's time over that of as many separate steps, one row of {tokens} tokens a member, on {facts} "
+        f"({source(growth, up)}):",
+        _grown(axes["members"], "members: {}"),
+        f"Each of these is faster than the loop, beyond the spread, from {_pays(axes['members'])} members on.",
+    ]
+    if "each" in axes:
+        parts += [f"{at['members']} members with more rows each:", _grown(axes["each"], "rows each: {}")]
+    return "\n\n".join(parts)
+
+
+def _grown(lines: Found, head: str) -> str:
+    return table(
+        [{"variant": title(name)} | {head.format(n): spread(ratio) for n, ratio in points.items()} for name, points in lines.items()]
+    )
+
+
+def _pays(lines: Found) -> str:
+    """Return the least value from which on every line stays below 1, spread and all."""
+    values = list(next(iter(lines.values())))
+    below = [all(points[value]["high"] < 1 for points in lines.values()) for value in values]
+    return next((value for k, value in enumerate(values) if all(below[k:])), f"more than {values[-1]}")
 
 
 def population_threads(speed: Found) -> int:

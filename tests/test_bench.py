@@ -20,6 +20,7 @@ import measure
 import methods
 import quality
 import report
+import scaling as growth
 import timings
 from arithmetic import batch as demo_batch
 from arithmetic import exact_match
@@ -316,6 +317,45 @@ def test_report_says_plainly_what_is_worse_than_pefts(files):
     memory = json.loads((files / "2030-01-02-abc-memory.json").read_text())
     del memory["results"]["variants"]["pissa"]
     assert "No variant is slower or larger" in report.verdict(None, memory, None)
+
+
+def test_rates_are_those_of_the_results_file_without_what_learnt_nothing(files):
+    found = report.t.newest("quality", files)
+    ours = found["results"]["variants"]
+    ours["lora"]["ours"]["rate"] = ours["dora"]["ours"]["rate"] = 1.25e-3
+    ours |= {"vera": {"ours": {"exact": 0.4, "rate": 8e-2}}, "loreft": {"ours": {"exact": 0.0, "rate": 1e-2}}}
+    text = report.t.rates_table(found, "../")
+    assert text.splitlines()[2:] == ["| best rate | variants |", "| --- | --- |", "| 0.0013 | LoRA, DoRA |", "| 0.08 | VeRA |"]
+    assert "Llama of 872.1k params, in 80 steps of 12 rows" in text
+    assert "(../bench/results/2030-01-02-abc-quality.json)" in text
+
+
+def test_mixed_steps_pay_from_where_the_spread_stays_below_one():
+    below, above = {"median": 0.8, "low": 0.7, "high": 0.9, "n": 3}, {"median": 0.9, "low": 0.8, "high": 1.1, "n": 3}
+    lines = {
+        "lora": {"1": above, "2": below, "4": above, "8": below, "16": below},
+        "dora": dict.fromkeys(("1", "2", "4", "8", "16"), below),
+    }
+    growth = {"file": "f.json", "threads": 1, "results": {"layers": 2, "centre": {"width": 256, "rank": 16, "members": 4}, "axes": {}}}
+    growth["results"]["axes"] = {"members": lines}
+    text = report.t.members_table(growth, "../")
+    assert "from 8 members on." in text
+    assert "rows each" not in text
+    growth["results"]["axes"] |= {"each": {"lora": {"1": below, "32": above}}}
+    assert "4 members with more rows each:\n\n| variant | rows each: 1 | rows each: 32 |" in report.t.members_table(growth, "../")
+    lines["lora"]["16"] = above
+    assert "from more than 16 members on." in report.t.members_table(growth, "../")
+
+
+@pytest.mark.parametrize("at", [{"members": 2, "each": 1}, {"members": 2, "each": 3}])
+def test_mixed_and_loop_are_the_same_step(at, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(growth, "interleaved", lambda calls, repeats: seen.update({n: call() for n, call in calls.items()}) or {})
+    monkeypatch.setattr(growth, "ratio", lambda *args: {})
+    growth.members_ratio("lora", {"width": 32, "rank": 4, **at}, 1)
+    assert torch.allclose(seen["mixed"][0], sum(loss for loss, _ in seen["loop"]), rtol=1e-5)
+    for member, (_, alone) in zip(ll.unstack(seen["mixed"][1]), seen["loop"], strict=True):
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ll.tree_leaves(member), ll.tree_leaves(alone), strict=True))
 
 
 def test_what_a_gpu_gave_has_a_part_of_its_own(files):

@@ -74,6 +74,8 @@ def test_no_block_escapes():
             "{kinds}",
             "{architectures}",
             "{costs}",
+            "{rates}",
+            "{members}",
             "{configs-api}",
             "{functions-api}",
             "{support} lora_lite",
