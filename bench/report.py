@@ -95,7 +95,8 @@ def sections(folder: Path = RESULTS, up: str = "../") -> Iterator[tuple[str, str
     ]
     for marker, kind, make in makers:
         found = newest(kind, folder)
-        yield marker, f"{make(found)}\n\nFrom {t.source(found, up)}." if found else NONE
+        threads = t.population_threads(found) if found and marker == "populations" else None
+        yield marker, f"{make(found)}\n\nFrom {t.source(found, up, threads)}." if found else NONE
     yield "gsm8k", t.gsm8k_table(folder, up) or NONE
 
 
@@ -104,7 +105,7 @@ def overview(folder: Path = RESULTS, up: str = "") -> str:
     speed, memory, quality = (newest(kind, folder) for kind in ("speed", "memory", "quality"))
     if speed is None:
         return NONE
-    return "\n\n".join([t.main_table(speed, memory, quality), verdict(speed, memory, quality), t.conditions(speed, quality, up)])
+    return "\n\n".join([t.main_table(speed, memory, quality), verdict(speed, memory, quality), t.conditions(speed, memory, quality, up)])
 
 
 def between(text: str, marker: str, new: str) -> str:
@@ -188,16 +189,25 @@ def arithmetic(axes: Any, speed: Found, quality: Found | None) -> None:
 
 
 def scaling(figure: Any, found: Found) -> None:
-    """Draw cost as rank, width, batch and members grow, a panel each."""
-    names = {"rank": "rank", "width": "width", "rows": "rows of a batch", "members": "members of a mixed batch"}
-    panels = figure.subplots(2, 2).flat
-    for (axis, lines), axes in zip(found["results"]["axes"].items(), panels, strict=True):
+    """Draw cost as rank, width, batch, members and the rows of each grow, a panel each."""
+    names = {
+        "rank": "rank",
+        "width": "width",
+        "rows": "rows of a batch",
+        "members": "members of a mixed batch",
+        "each": "rows of each member",
+    }
+    axes_of = found["results"]["axes"]
+    panels = list(figure.subplots(-(-len(axes_of) // 2), 2).flat)
+    for axes in panels[len(axes_of) :]:
+        axes.remove()
+    for (axis, lines), axes in zip(axes_of.items(), panels):
         for name, points in lines.items():
             x = [int(value) for value in points]
             medians, low, high = ([p[key] for p in points.values()] for key in ("median", "low", "high"))
             axes.plot(x, medians, "o-", lw=1, ms=3, label=title(name))
             axes.fill_between(x, low, high, alpha=0.15, lw=0)
-        axes.set(xlabel=names[axis], xscale="log", ylabel="step / loop" if axis == "members" else "step / frozen step")
+        axes.set(xlabel=names[axis], xscale="log", ylabel="step / loop" if axis in ("members", "each") else "step / frozen step")
         axes.set_xticks(x, [str(value) for value in x])
         axes.minorticks_off()
     figure.axes[0].legend(fontsize=7)

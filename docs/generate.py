@@ -22,8 +22,8 @@ README, RESULTS, PAGES = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT 
 
 sys.path.append(str(ROOT / "bench"))
 
-from report import between, overview, page  # noqa: E402
-from tables import table  # noqa: E402
+from report import NONE, between, overview, page  # noqa: E402
+from tables import members_table, newest, rates_table, table  # noqa: E402
 
 WORDS = {"dense": "its dense form", "matmul": "products with it"}
 """A variant's `uses` of the weight, in words; of two the first says more."""
@@ -95,6 +95,18 @@ def costs_table(width: int = 4096) -> str:
         rows.append({"variant": f"[{title(variant)}](variants/{name}.md)", "at": rank, "trained": trained, "added": macs / width**2})
     rows.sort(key=lambda row: -row["trained"])
     return table([{**row, "trained": f"{row['trained']:,}", "added": f"{row['added']:.2%}"} for row in rows])
+
+
+def best_rates() -> str:
+    """Return the learning rates that were best in the newest measurement of accuracies."""
+    found = newest("quality")
+    return rates_table(found, "../") if found else NONE
+
+
+def members() -> str:
+    """Return the time of one mixed step over a loop's in the newest measurement of growth."""
+    found = newest("scaling")
+    return members_table(found, "../") if found else NONE
 
 
 def stub(name: str) -> str:

@@ -7,7 +7,7 @@ from torch import nn
 import lora_lite as ll
 from cases import CASES, build_any, move, named
 
-opacus = pytest.importorskip("opacus", reason="Opacus is not installed: pip install lora-lite[test]")
+opacus = pytest.importorskip("opacus", reason="Opacus is not installed: pip install opacus")
 
 DROPS = ("dropout", "rank_dropout", "module_dropout", "block_dropout")
 ROWS = [row for row in CASES if row.cfg.adapts == "linear" and row.cfg.linear and not any(getattr(row.cfg, d, 0.0) for d in DROPS)]
