@@ -112,6 +112,8 @@ ROWS: dict[str, Row] = {
         rate=2e-3,
     ),
     "ether_plus": Row(),
+    "goft": Row(rate=1e-2),
+    "qgoft": Row(rate=1e-2),
     "full": Row(
         fields=lambda r: {"target_names": r"(q|v)_proj$"},
         without="Training the weights themselves needs no library.",

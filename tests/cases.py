@@ -76,6 +76,10 @@ CASES = (
     Row("ether-plus", ll.ETHERPlusConfig()),
     Row("ether-plus-blocks", ll.ETHERPlusConfig(n_blocks=4)),
     Row("ether-plus-in", ll.ETHERPlusConfig(n_blocks=2, sides="in")),
+    Row("goft", ll.GOFTConfig()),
+    Row("goft-norms-tanh", ll.GOFTConfig(norms=True, angle="tanh")),
+    Row("qgoft", ll.QGOFTConfig()),
+    Row("qgoft-norms", ll.QGOFTConfig(norms=True)),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 

@@ -12,6 +12,7 @@ from lora_lite.variants.ether import ETHERConfig as ETHERConfig
 from lora_lite.variants.ether_plus import ETHERPlusConfig as ETHERPlusConfig
 from lora_lite.variants.eva import EVAConfig as EVAConfig
 from lora_lite.variants.full import FullConfig as FullConfig
+from lora_lite.variants.goft import GOFTConfig as GOFTConfig
 from lora_lite.variants.hra import HRAConfig as HRAConfig
 from lora_lite.variants.ia3 import IA3Config as IA3Config
 from lora_lite.variants.ia3_ff import IA3FFConfig as IA3FFConfig
@@ -23,6 +24,7 @@ from lora_lite.variants.lora_xs import LoRAXSConfig as LoRAXSConfig
 from lora_lite.variants.loreft import LoReFTConfig as LoReFTConfig
 from lora_lite.variants.oft import OFTConfig as OFTConfig
 from lora_lite.variants.pissa import PiSSAConfig as PiSSAConfig
+from lora_lite.variants.qgoft import QGOFTConfig as QGOFTConfig
 from lora_lite.variants.road import ROADConfig as ROADConfig
 from lora_lite.variants.ssvd import SSVDConfig as SSVDConfig
 from lora_lite.variants.vera import VeRAConfig as VeRAConfig
@@ -53,6 +55,8 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "full": FullConfig,
     "ether": ETHERConfig,
     "ether_plus": ETHERPlusConfig,
+    "goft": GOFTConfig,
+    "qgoft": QGOFTConfig,
 }
 
 __all__ = sorted(["VARIANTS", *(cls.__name__ for cls in VARIANTS.values())])
