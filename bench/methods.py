@@ -114,6 +114,7 @@ ROWS: dict[str, Row] = {
     "ether_plus": Row(),
     "goft": Row(rate=1e-2),
     "qgoft": Row(rate=1e-2),
+    "svft": Row(fields=lambda r: {"r": None}, demo={}, rate=5e-2),
     "full": Row(
         fields=lambda r: {"target_names": r"(q|v)_proj$"},
         without="Training the weights themselves needs no library.",

@@ -86,11 +86,11 @@ def costs_table(width: int = 4096) -> str:
         if variant.trained is None or variant.adapts != "linear":
             continue
         fields = {f.name for f in dataclasses.fields(variant)}
-        ranked = {"r": 16} if "r" in fields and variant().r < 64 else {}
+        ranked = {"r": 16} if "r" in fields and (variant().r or width) < 64 else {}
         cfg = variant(**ranked)
         known = {**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}, "i": width, "o": width}
         trained, macs = (eval(formula, {"__builtins__": {"min": min, "max": max}}, known) for formula in (cfg.trained, cfg.macs))
-        rank = next((f"{field}={getattr(cfg, field)}" for field in ("r", "init_r", "block_size", "group_size") if field in fields), "")
+        rank = next((f"{key}={known[key]}" for key in ("r", "init_r", "block_size", "group_size") if known.get(key) is not None), "")
         rows.append({"variant": f"[{title(variant)}](variants/{name}.md)", "at": rank, "trained": trained, "added": macs / width**2})
     rows.sort(key=lambda row: -row["trained"])
     return table([{**row, "trained": f"{row['trained']:,}", "added": f"{row['added']:.2%}"} for row in rows])

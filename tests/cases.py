@@ -80,6 +80,11 @@ CASES = (
     Row("goft-norms-tanh", ll.GOFTConfig(norms=True, angle="tanh")),
     Row("qgoft", ll.QGOFTConfig()),
     Row("qgoft-norms", ll.QGOFTConfig(norms=True)),
+    Row("svft", ll.SVFTConfig()),
+    Row("svft-r", ll.SVFTConfig(r=8)),
+    Row("svft-banded", ll.SVFTConfig(pattern="banded", off_diag=2)),
+    Row("svft-random", ll.SVFTConfig(pattern="random", off_diag=2)),
+    Row("svft-random-start", ll.SVFTConfig(start="random")),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 

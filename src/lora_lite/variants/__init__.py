@@ -27,6 +27,7 @@ from lora_lite.variants.pissa import PiSSAConfig as PiSSAConfig
 from lora_lite.variants.qgoft import QGOFTConfig as QGOFTConfig
 from lora_lite.variants.road import ROADConfig as ROADConfig
 from lora_lite.variants.ssvd import SSVDConfig as SSVDConfig
+from lora_lite.variants.svft import SVFTConfig as SVFTConfig
 from lora_lite.variants.vera import VeRAConfig as VeRAConfig
 
 VARIANTS: dict[str, type[_AdapterConfig]] = {
@@ -57,6 +58,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "ether_plus": ETHERPlusConfig,
     "goft": GOFTConfig,
     "qgoft": QGOFTConfig,
+    "svft": SVFTConfig,
 }
 
 __all__ = sorted(["VARIANTS", *(cls.__name__ for cls in VARIANTS.values())])
