@@ -45,6 +45,9 @@ FREE: dict[str, set[str]] = {
 }
 """The fields that may have any value, of each PEFT type: what they say is in the tensors, or nothing in the mathematics."""
 
+ONLY: dict[str, dict[str, Any]] = {}
+"""The fields that may have one value that is not off, of each PEFT type."""
+
 OFF: tuple[Any, ...] = (None, False, "none", [], {}, "")
 
 STARTS = (True, False, "gaussian", "orthogonal", "eva", "pissa")
@@ -71,8 +74,9 @@ def check_fields(fields: Mapping[str, Any], where: object) -> None:
             f'from_peft: expected peft_type in "{where}" to be one of {listed(DEFAULTS)}, found "{method}". '
             "Merge the adapter with PEFT's merge_and_unload and adapt the merged model."
         )
-    known = _ANY | FREE[method] | set(DEFAULTS[method])
-    faults = [f"{name}: expected it off, found {value!r}" for name, value in fields.items() if name not in known and value not in OFF]
+    known, only = _ANY | FREE[method] | set(DEFAULTS[method]), ONLY.get(method, {})
+    others = {name: value for name, value in fields.items() if name not in known and value not in (*OFF, only.get(name))}
+    faults = [f"{name}: expected {repr(only[name]) if name in only else 'it off'}, found {value!r}" for name, value in others.items()]
     if faults:
         raise ValueError(
             f'from_peft: expected "{where}" to ask only for what lora_lite computes too, found:\n{several(faults)}\n'

@@ -85,7 +85,7 @@ def from_peft(
     chosen = {path: (row, row.config(**values)) for path, (row, values) in _choose(fields, layers).items()}
     configs = [*_merged_configs(chosen), *whole.configs_of(fields, values)]
     adapt = _with_constants(build(model, configs, remat=remat, kinds=kinds), chosen, layers, shared, fields.get("task_type"))
-    theirs = {path: {n: _as_saved(layers[path][leaf.key], leaf) for n, leaf in row.leaves.items()} for path, (row, _) in chosen.items()}
+    theirs = {path: _theirs(row, layers[path]) for path, (row, _) in chosen.items()}
     theirs = {path: row.completed(cfg, theirs[path]) for path, (row, cfg) in chosen.items()}
     shapes = {path: adapt.shapes[path] for path in chosen}
     _require(tree_faults(theirs, shapes) + _field_faults(fields, layers, chosen), folder, model)
@@ -134,7 +134,8 @@ def _by_layer(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> t
             faults.append(f'unexpected "{name}"')
             continue
         path, key = found[1] or "", found[2]
-        axes = keys[key].ndim + axes_of(model, path)
+        ndim = keys[key].ndim
+        axes = tensor.ndim if ndim is None else ndim + axes_of(model, path)
         if tensor.ndim != axes or not tensor.is_floating_point():
             faults.append(f'"{name}": expected {axes} axes of a floating dtype, found {tuple(tensor.shape)} of {tensor.dtype}')
         layers.setdefault(path, {})[key] = tensor
@@ -160,7 +161,7 @@ def _choose(fields: Mapping[str, Any], layers: Layers) -> dict[str, tuple[Row, d
     chosen, faults = {}, []
     for path, tensors in layers.items():
         row = next(row for row in rows_of(fields["peft_type"]) if row.when(fields, tensors))
-        wrong = [f'missing "{join(path, key)}"' for key in sorted(_keys(row) - set(tensors))]
+        wrong = [f'missing "{join(path, key)}"' for key in sorted(_keys(row, required=True) - set(tensors))]
         wrong += [f'unexpected "{join(path, key)}"' for key in sorted(set(tensors) - _keys(row))]
         faults += wrong
         if not wrong:
@@ -172,12 +173,12 @@ def _choose(fields: Mapping[str, Any], layers: Layers) -> dict[str, tuple[Row, d
     return chosen
 
 
-def _keys(row: Row) -> set[str]:
-    return {leaf.key for leaf in (*row.leaves.values(), *row.constants.values())}
+def _keys(row: Row, required: bool = False) -> set[str]:
+    return {leaf.key for leaf in (*row.leaves.values(), *row.constants.values()) if not (required and leaf.optional)}
 
 
 def _values(row: Row, fields: Mapping[str, Any], path: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    dtypes = [tensors[leaf.key].dtype for leaf in row.leaves.values()]
+    dtypes = [tensors[leaf.key].dtype for leaf in row.leaves.values() if leaf.key in tensors]
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32  # PEFT keeps half precision as float32 too
     return {**row.read(fields, path, tensors), "dtype": dtype, "target_names": (f"^{re.escape(path)}$",), "exclude_names": ()}
 
@@ -227,8 +228,10 @@ def _within_bound(v: Tensor, cfg: Any, eps: float) -> bool:
     return torch.allclose(project(v, cfg.block_size, eps), v, rtol=1e-5, atol=0.0)
 
 
-def _as_saved(tensor: Tensor, leaf: Leaf) -> Tensor:
-    return tensor.flatten() if leaf.shape else tensor
+def _theirs(row: Row, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a layer's tensors under our names, flat where ours are."""
+    found = {name: leaf for name, leaf in row.leaves.items() if leaf.key in tensors}
+    return {name: tensors[leaf.key].flatten() if leaf.shape else tensors[leaf.key] for name, leaf in found.items()}
 
 
 def _ours(adapt: Adapt, model: nn.Module, path: str, row: Row, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,12 +14,16 @@ Leaves = dict[str, Tensor]
 
 
 class Leaf(NamedTuple):
-    """A tensor of ours in PEFT's file: its key, its number of axes, its neutral value, its shape where ours is flat."""
+    """A tensor of ours in PEFT's file: its key, its neutral value, its shape where ours is flat.
+
+    Its number of axes is None where it depends on the config, and `optional` says whether the tensor itself does.
+    """
 
     key: str
-    ndim: int
+    ndim: int | None
     origin: Callable[[Any, Constants], Tensor | float] = lambda cfg, constants: 0.0
     shape: tuple[int, ...] | None = None
+    optional: bool = False
 
 
 class Row(NamedTuple):

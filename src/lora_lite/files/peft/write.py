@@ -159,6 +159,8 @@ def _written(target: Target, cfg: AdapterConfig, leaves: Leaves, adapt: Adapt) -
     row = ROWS[cfg.name]
     tensors = {}
     for name, leaf in row.leaves.items():
+        if leaf.optional and name not in leaves:
+            continue
         value = leaves[name].detach() + leaf.origin(cfg, constants)
         tensors[leaf.key] = value.reshape(leaf.shape) if leaf.shape else value
     tensors |= {row.constants[name].key: t for name, t in row.saved(target.i, constants).items()}
