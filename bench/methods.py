@@ -39,6 +39,11 @@ def _oft(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.OFTConfig(r=0, oft_block_size=cfg.block_size, target_modules=on, **series)
 
 
+def _psoft(cfg: Any, on: Any) -> peft.PeftConfig:
+    names = {"psoft_orth": cfg.orth, "psoft_mag_b": cfg.mag_b, "psoft_mag_a": cfg.mag_a, "ab_svd_init": cfg.ab_svd_init}
+    return peft.PsoftConfig(r=cfg.r, use_cayley_neumann=cfg.cayley == "series", target_modules=on, **names)
+
+
 def _vera(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.VeraConfig(r=cfg.r, d_initial=cfg.d_initial, projection_prng_key=cfg.seed, target_modules=on)
 
@@ -114,6 +119,7 @@ ROWS: dict[str, Row] = {
     "ether_plus": Row(),
     "goft": Row(rate=1e-2),
     "qgoft": Row(rate=1e-2),
+    "psoft": Row(fields=lambda r: {"r": 4 * r}, theirs=_psoft, demo={"r": 32}),
     "svft": Row(fields=lambda r: {"r": None}, demo={}, rate=5e-2),
     "full": Row(
         fields=lambda r: {"target_names": r"(q|v)_proj$"},
@@ -166,7 +172,7 @@ def theirs(cfg: ll.AdapterConfig, on: Sequence[str] = LINEAR) -> peft.PeftConfig
 
 def drawn_start(config: peft.PeftConfig) -> bool:
     """Whether PEFT's method starts from drawn numbers: it decomposes no weight and sees no data."""
-    return getattr(config, "init_lora_weights", True) is True
+    return getattr(config, "init_lora_weights", True) is True and not isinstance(config, peft.PsoftConfig)
 
 
 class Pair(NamedTuple):

@@ -85,6 +85,11 @@ CASES = (
     Row("svft-banded", ll.SVFTConfig(pattern="banded", off_diag=2)),
     Row("svft-random", ll.SVFTConfig(pattern="random", off_diag=2)),
     Row("svft-random-start", ll.SVFTConfig(start="random")),
+    Row("psoft", ll.PSOFTConfig(r=8)),
+    Row("psoft-plain", ll.PSOFTConfig(r=8, mag_a=False, mag_b=False, ab_svd_init="pissa_init")),
+    Row("psoft-free", ll.PSOFTConfig(r=8, orth=False, mag_a=False)),
+    Row("psoft-series", ll.PSOFTConfig(r=8, cayley="series", terms=4)),
+    Row("psoft-bound", ll.PSOFTConfig(r=8, cayley="series", eps=0.3, dropout=0.1)),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 

@@ -92,8 +92,14 @@ THEIRS = {
     "oft-terms": _plain(peft.OFTConfig, oft_block_size=2, num_cayley_neumann_terms=4),
     "oft-shared": _plain(peft.OFTConfig, oft_block_size=4, block_share=True),
     "oft-bound": _plain(peft.OFTConfig, oft_block_size=4, coft=True, eps=100.0),
+    "psoft": _plain(peft.PsoftConfig, r=4),
+    "psoft-plain": _plain(peft.PsoftConfig, r=4, psoft_mag_a=False, psoft_mag_b=False, psoft_alpha=7, psoft_dropout=0.1),
+    "psoft-one-vector": _plain(peft.PsoftConfig, r=5, psoft_mag_a=False, ab_svd_init="pissa_init"),
+    "psoft-free": _plain(peft.PsoftConfig, r=4, psoft_orth=False),
+    "psoft-series": _plain(peft.PsoftConfig, r=4, use_cayley_neumann=True, num_cayley_neumann_terms=4),
+    "psoft-bound": _plain(peft.PsoftConfig, r=6, use_cayley_neumann=True, cayley_neumann_eps=0.2),
 }
-LINEAR_ONLY = ("delora", "hra", "ether", "road", "oft")
+LINEAR_ONLY = ("delora", "hra", "ether", "road", "oft", "psoft")
 PAIRS = [(model, name) for model in MODELS for name in THEIRS if model == "linear" or not name.startswith(LINEAR_ONLY)]
 
 
@@ -202,6 +208,9 @@ OURS = {
     "vera": ll.VeRAConfig(r=5, seed=7),
     "adalora": ll.AdaLoRAConfig(init_r=4, target_r=2, total_step=9, alpha=3.0),
     "oft": ll.OFTConfig(block_size=4, terms=4),
+    "psoft": ll.PSOFTConfig(r=3),
+    "psoft-free": ll.PSOFTConfig(r=3, orth=False, mag_b=False, ab_svd_init="pissa_init"),
+    "psoft-series": ll.PSOFTConfig(r=6, cayley="series", terms=6, eps=0.3, dropout=0.1),
     "oft-exact": ll.OFTConfig(block_size=2, cayley="exact", block_share=True),
 }
 

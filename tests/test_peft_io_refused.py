@@ -16,6 +16,7 @@ THEIRS = {
     "ia3": peft.IA3Config(target_modules=["0", "2"], feedforward_modules=[]),
     "delora": peft.DeloraConfig(r=4, target_modules=["0", "2"]),
     "hra": peft.HRAConfig(r=4, target_modules=["0", "2"]),
+    "psoft": peft.PsoftConfig(r=4, target_modules=["0", "2"]),
     "oft": peft.OFTConfig(oft_block_size=4, target_modules=["0", "2"]),
 }
 
@@ -93,6 +94,10 @@ def test_options_that_pissa_does_not_have_are_named(folder, field, value):
         ("oft", {"peft_version": None}, "peft_version in .* to be 0.18 or newer .*found none"),
         ("oft", {"peft_version": "0.17.1"}, "found 0.17.1"),
         ("hra", {"apply_GS": True}, "apply_GS: expected it off"),
+        ("hra", {"r": 1}, 'r or rank_pattern: expected 4 at "0", as its tensors have, found 1'),
+        ("psoft", {"psoft_svd": "lowrank"}, "psoft_svd: expected 'full', found 'lowrank'"),
+        ("psoft", {"psoft_mag_a": False}, r'unexpected "0\.a"'),
+        ("psoft", {"psoft_orth": False}, r'"0\.Q": expected shape \(4, 4\), found \(6,\)'),
         ("ia3", {"modules_to_save": ["head"]}, 'modules_to_save: expected modules of this model, found "head"'),
         ("delora", {"bias": "delora_only"}, "bias: expected it off"),
     ],

@@ -85,6 +85,10 @@ OURS = {
     "lora_dropout": "dropout",
     "module_dropout": "dropout",
     "vera_dropout": "dropout",
+    "psoft_dropout": "dropout",
+    "psoft_orth": "orth",
+    "psoft_mag_b": "mag_b",
+    "psoft_mag_a": "mag_a",
     "use_rslora": "rslora",
     "target_modules": "target_names",
     "target_parameters": "target_names",
@@ -103,6 +107,7 @@ ELSEWHERE = {
     "init_lora_weights": "Each start is a config of its own, e.g. PiSSAConfig or EVAConfig",
     "rank_pattern": "Give layers of another rank a config of their own: build(model, [first, second])",
     "alpha_pattern": "Give layers of another alpha a config of their own: build(model, [first, second])",
+    "psoft_alpha": "The scale divides one factor and multiplies the update, so that it cancels: leave it out",
     "task_type": "It follows from the model's class",
     "bias": "Put a BitFitConfig beside it, on other layers",
 }

@@ -24,6 +24,7 @@ from lora_lite.variants.lora_xs import LoRAXSConfig as LoRAXSConfig
 from lora_lite.variants.loreft import LoReFTConfig as LoReFTConfig
 from lora_lite.variants.oft import OFTConfig as OFTConfig
 from lora_lite.variants.pissa import PiSSAConfig as PiSSAConfig
+from lora_lite.variants.psoft import PSOFTConfig as PSOFTConfig
 from lora_lite.variants.qgoft import QGOFTConfig as QGOFTConfig
 from lora_lite.variants.road import ROADConfig as ROADConfig
 from lora_lite.variants.ssvd import SSVDConfig as SSVDConfig
@@ -59,6 +60,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "goft": GOFTConfig,
     "qgoft": QGOFTConfig,
     "svft": SVFTConfig,
+    "psoft": PSOFTConfig,
 }
 
 __all__ = sorted(["VARIANTS", *(cls.__name__ for cls in VARIANTS.values())])

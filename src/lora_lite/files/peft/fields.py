@@ -19,6 +19,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "LN_TUNING": {},
     "OFT": {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "block_share": False, "coft": False, "eps": 6e-5},
+    "PSOFT": {
+        **{"r": 32, "psoft_dropout": 0.0, "ab_svd_init": "psoft_init", "psoft_orth": True, "psoft_mag_b": True, "psoft_mag_a": True},
+        **{"use_cayley_neumann": False, "num_cayley_neumann_terms": 5, "cayley_neumann_eps": None},
+    },
 }
 """The fields that are read, of each PEFT type, with PEFT's defaults."""
 
@@ -42,10 +46,11 @@ FREE: dict[str, set[str]] = {
     "ROAD": {"init_weights"},
     "LN_TUNING": set(),
     "OFT": {"r", "oft_block_size", "module_dropout", "init_weights"},  # PEFT does not apply this dropout; blocks are read off the tensors
+    "PSOFT": {"psoft_alpha", "psoft_svd_lowrank_niter", "random_seed", "init_weights"},  # PEFT's scale cancels
 }
 """The fields that may have any value, of each PEFT type: what they say is in the tensors, or nothing in the mathematics."""
 
-ONLY: dict[str, dict[str, Any]] = {}
+ONLY: dict[str, dict[str, Any]] = {"PSOFT": {"psoft_svd": "full"}}
 """The fields that may have one value that is not off, of each PEFT type."""
 
 OFF: tuple[Any, ...] = (None, False, "none", [], {}, "")

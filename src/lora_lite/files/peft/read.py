@@ -42,8 +42,8 @@ def from_peft(
     """Read an adapter that PEFT saved and bind it to a model. The package `peft` is not needed.
 
     LoRA with its patterns and rank-stabilised scale, on embeddings, convolutions and `target_parameters` too, DoRA, PiSSA, IA3, DeLoRA,
-    HRA, ETHER, ROAD, OFT, VeRA, AdaLoRA and LN-tuning, with `modules_to_save`, which become targets of `FullConfig`. The layers are those
-    that the file of tensors names. Layers with other hyperparameters get a config of their own.
+    HRA, ETHER, ROAD, OFT, PSOFT, VeRA, AdaLoRA and LN-tuning, with `modules_to_save`, which become targets of `FullConfig`. The layers are
+    those that the file of tensors names. Layers with other hyperparameters get a config of their own.
 
     Args:
         model: the model that the adapter was trained on, as it was before PEFT wrapped it.

@@ -41,6 +41,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "HRA": {"bias": "none"},
     "ROAD": {},
     "OFT": {"bias": "none"},
+    "PSOFT": {},
     "VERA": {"bias": "none", "save_projection": True},
     "ADALORA": {"bias": "none"},
     "LN_TUNING": {},
@@ -61,9 +62,9 @@ class Written(NamedTuple):
 def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory: str | os.PathLike[str]) -> None:
     """Write an adapter so that `peft.PeftModel.from_pretrained(model, directory)` gives the same outputs.
 
-    LoRA, DoRA, IA3 with IA3-FF, DeLoRA, HRA, ETHER, ROAD, OFT, VeRA, AdaLoRA and LN-tuning keep their tensors. EVA and LoftQ are LoRA.
-    PiSSA, CorDA, ASVD and LoRA-GA are written as LoRA of twice the rank, which acts on the weight as it is. Targets of `FullConfig` become
-    `modules_to_save`. Both files are written beside their place and moved, so that neither is ever half-written.
+    LoRA, DoRA, IA3 with IA3-FF, DeLoRA, HRA, ETHER, ROAD, OFT, PSOFT, VeRA, AdaLoRA and LN-tuning keep their tensors. EVA and LoftQ are
+    LoRA. PiSSA, CorDA, ASVD and LoRA-GA are written as LoRA of twice the rank, which acts on the weight as it is. Targets of
+    `FullConfig` become `modules_to_save`. Both files are written beside their place and moved, so that neither is ever half-written.
 
     Args:
         adapt: the adapted model of the params.
