@@ -120,6 +120,7 @@ ROWS: dict[str, Row] = {
     "goft": Row(rate=1e-2),
     "qgoft": Row(rate=1e-2),
     "psoft": Row(fields=lambda r: {"r": 4 * r}, theirs=_psoft, demo={"r": 32}),
+    "clover": Row(fields=lambda r: {"head_dim": max(2, min(32, 2 * r))}, demo={"head_dim": 16}, rate=1e-3),
     "svft": Row(fields=lambda r: {"r": None}, demo={}, rate=5e-2),
     "full": Row(
         fields=lambda r: {"target_names": r"(q|v)_proj$"},

@@ -90,6 +90,8 @@ CASES = (
     Row("psoft-free", ll.PSOFTConfig(r=8, orth=False, mag_a=False)),
     Row("psoft-series", ll.PSOFTConfig(r=8, cayley="series", terms=4)),
     Row("psoft-bound", ll.PSOFTConfig(r=8, cayley="series", eps=0.3, dropout=0.1)),
+    Row("clover", ll.CLOVERConfig(head_dim=8)),
+    Row("clover-free", ll.CLOVERConfig(head_dim=8, core="free")),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 

@@ -5,6 +5,7 @@ from lora_lite.variants.adalora import AdaLoRAConfig as AdaLoRAConfig
 from lora_lite.variants.antipasto import AntiPaSTOConfig as AntiPaSTOConfig
 from lora_lite.variants.asvd import ASVDConfig as ASVDConfig
 from lora_lite.variants.bitfit import BitFitConfig as BitFitConfig
+from lora_lite.variants.clover import CLOVERConfig as CLOVERConfig
 from lora_lite.variants.corda import CorDAConfig as CorDAConfig
 from lora_lite.variants.delora import DeLoRAConfig as DeLoRAConfig
 from lora_lite.variants.dora import DoRAConfig as DoRAConfig
@@ -61,6 +62,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "qgoft": QGOFTConfig,
     "svft": SVFTConfig,
     "psoft": PSOFTConfig,
+    "clover": CLOVERConfig,
 }
 
 __all__ = sorted(["VARIANTS", *(cls.__name__ for cls in VARIANTS.values())])
