@@ -15,7 +15,8 @@ functions without a look at the weight, in other coordinates for the optimiser.
 $$D_h = C_h^{-1}\, dT_h\, G_h^{-1}, \qquad W_h V_h = U S Z^T, \quad C_h = U^T W_h, \quad G_h = V_h Z, \quad C_h G_h = S$$
 
 which is `U (S + dT_h) Z^T` between the two layers, the paper's joint model, since attention is linear in the values. The value projection
-stays as it is. Heads of the output that share one of the values, as with grouped queries, have a matrix each. It is read once, at build.
+stays as it is. Heads of the output that share one of the values, as with grouped queries, have a matrix each. The value projection is read
+once, at build.
 
 Identity at init: exact, since `dT = 0`.
 

@@ -24,11 +24,12 @@ The pairs of `p` stand level by level from stride 1, in each by ascending `k`, a
 
 Trained per target: `i - 1`, or `2 i - 1`. Needs nothing of the weight but its output.
 
-The tree turns any one vector into any other of its length, which is what the paper proves. It is not every rotation: those have `i (i-1) /
-2` dimensions. The first input meets all others and half of the inputs meet one other each, so results depend on the order of the inputs.
+The tree turns any one vector into any other of its length, which is what the paper proves. It is not every rotation: those have
+`i (i-1) / 2` dimensions. The first input meets all others and half of the inputs meet one other each, so results depend on the order of the
+inputs.
 
 Departures: the angle is `p` itself as in the paper; the official code takes `pi tanh(p)`, which is `angle="tanh"`. `D` is off by default as
-in the paper's GOFT; the official code has it on, which the paper calls GOFT*, and trains `D` itself, `d` is its deviation. The official
+in the paper's GOFT; the official code has it on, which the paper calls GOFT*, and trains `D` itself; `d` is its deviation. The official
 code's version of 2025 pairs each input with its neighbour on every level, whatever the stride. That is no orthogonal map and its merged
 weights are not those of its forward; the pairs here are those of the paper and of the first version.
 """

@@ -23,9 +23,9 @@ Singular Vectors*, 2024, arXiv:2405.19597, eq. (1)-(2), truncation app. C.3.
 
 Trained per target: `k`, or `n`. Needs the dense weight once, at init.
 
-The frozen factors are as large as the weight, twice that of a square one, and so is their arithmetic. `r` keeps the top `r` directions, for
-`r (i + o)` of both. A band goes diagonal by diagonal while it is narrow; other patterns are multiplied as a matrix, since gathering `n`
-numbers a token would take many times the memory of the activations.
+The frozen factors are larger than the weight, twice as large for a square one, and so is their arithmetic. `r` keeps the top `r`
+directions, for `r (i + o)` of both. A band goes diagonal by diagonal while it is narrow; other patterns are multiplied as a matrix, since
+gathering `n` numbers a token would take many times the memory of the activations.
 
 Departures: the official code replaces the weight by its factors and so rounds it, and makes it anew in each forward; here it stays. Its
 `rank` throws the rest of the weight away, here `r` only bounds the pattern. It trains one more number in a layer, a gate with the sigmoid
