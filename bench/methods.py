@@ -39,6 +39,11 @@ def _oft(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.OFTConfig(r=0, oft_block_size=cfg.block_size, target_modules=on, **series)
 
 
+def _psoft(cfg: Any, on: Any) -> peft.PeftConfig:
+    names = {"psoft_orth": cfg.orth, "psoft_mag_b": cfg.mag_b, "psoft_mag_a": cfg.mag_a, "ab_svd_init": cfg.ab_svd_init}
+    return peft.PsoftConfig(r=cfg.r, use_cayley_neumann=cfg.cayley == "series", target_modules=on, **names)
+
+
 def _vera(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.VeraConfig(r=cfg.r, d_initial=cfg.d_initial, projection_prng_key=cfg.seed, target_modules=on)
 
@@ -168,6 +173,11 @@ ROWS: dict[str, Row] = {
         rate=5e-2,
     ),
     "waveft": Row(theirs=_waveft, rate=2e-2),
+    "goft": Row(rate=1e-2),
+    "qgoft": Row(rate=1e-2),
+    "psoft": Row(fields=lambda r: {"r": 4 * r}, theirs=_psoft, demo={"r": 32}),
+    "clover": Row(fields=lambda r: {"head_dim": max(2, min(32, 2 * r))}, demo={"head_dim": 16}, rate=1e-3),
+    "svft": Row(fields=lambda r: {"r": None}, demo={}, rate=5e-2),
     "full": Row(
         fields=lambda r: {"target_names": r"(q|v)_proj$"},
         without="Training the weights themselves needs no library.",
@@ -225,7 +235,7 @@ def theirs(cfg: ll.AdapterConfig, on: Sequence[str] = LINEAR) -> peft.PeftConfig
 
 def drawn_start(config: peft.PeftConfig) -> bool:
     """Whether PEFT's method starts from drawn numbers: it decomposes no weight and sees no data."""
-    return getattr(config, "init_lora_weights", True) is True
+    return getattr(config, "init_lora_weights", True) is True and not isinstance(config, peft.PsoftConfig)
 
 
 class Pair(NamedTuple):

@@ -88,10 +88,11 @@ def costs_table(width: int = 4096) -> str:
         if variant.trained is None or variant.adapts != "linear" or variant.tied:  # rows of a table are no update of a square layer
             continue
         fields = {f.name for f in dataclasses.fields(variant)}
-        ranked = {"r": 16} if "r" in fields and variant().r < 64 else {}
+        ranked = {"r": 16} if "r" in fields and (variant().r or width) < 64 else {}
         cfg = variant(**ranked)
         trained, macs = (declared(cfg, fact, width, width) for fact in ("trained", "macs"))
-        rank = next((f"{field}={getattr(cfg, field)}" for field in ("r", "init_r", "block_size", "group_size") if field in fields), "")
+        sized = ((key, getattr(cfg, key, None)) for key in ("r", "init_r", "block_size", "group_size"))
+        rank = next((f"{key}={size}" for key, size in sized if size is not None), "")
         rows.append({"variant": f"[{title(variant)}](variants/{name}.md)", "at": rank, "trained": trained, "added": macs / width**2})
     rows.sort(key=lambda row: -row["trained"])
     return table([{**row, "trained": f"{row['trained']:,}", "added": f"{row['added']:.2%}"} for row in rows])

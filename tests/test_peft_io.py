@@ -192,7 +192,8 @@ THEIRS = {
     "waveft-shares": _plain(peft.WaveFTConfig, n_frequency=30, proportional_parameters=True),
 }
 LINEAR_ONLY = (
-    *("delora", "hra", "ether", "road", "oft", "loha", "lokr", "miss", "shira", "boft", "c3a", "waveft-shares", "bitfit", "all-biases"),
+    *("delora", "hra", "ether", "road", "oft", "loha", "lokr"),
+    *("miss", "shira", "boft", "c3a", "waveft-shares", "bitfit", "all-biases", "psoft"),
     "olora",  # PEFT's takes a Conv1D's weight transposed, and fails where it is not square
 )
 COPY = re.compile(r"model\..*\.randlora_[AB]$")
@@ -339,6 +340,9 @@ OURS = {
     "vblora": ll.VBLoRAConfig(r=3, num_vectors=8, vector_length=4),
     "adalora": ll.AdaLoRAConfig(init_r=4, target_r=2, total_step=9, alpha=3.0),
     "oft": ll.OFTConfig(block_size=4, terms=4),
+    "psoft": ll.PSOFTConfig(r=3),
+    "psoft-free": ll.PSOFTConfig(r=3, orth=False, mag_b=False, ab_svd_init="pissa_init"),
+    "psoft-series": ll.PSOFTConfig(r=6, cayley="series", terms=6, eps=0.3, dropout=0.1),
     "oft-exact": ll.OFTConfig(block_size=2, cayley="exact", block_share=True),
     "miss": ll.MiSSConfig(r=5, dropout=0.1),
     "miss-mini": ll.MiSSConfig(r=8, mini_r=4, init="mini"),

@@ -17,6 +17,7 @@ THEIRS = {
     "delora": peft.DeloraConfig(r=4, target_modules=["0", "2"]),
     "hra": peft.HRAConfig(r=4, target_modules=["0", "2"]),
     "vblora": peft.VBLoRAConfig(r=2, num_vectors=6, vector_length=4, target_modules=["0", "2"]),
+    "psoft": peft.PsoftConfig(r=4, target_modules=["0", "2"]),
     "oft": peft.OFTConfig(oft_block_size=4, target_modules=["0", "2"]),
     "loha": peft.LoHaConfig(r=4, target_modules=["0", "2"]),
 }
@@ -103,6 +104,10 @@ def test_a_start_that_means_something_else_on_a_layer_is_named(folder):
         ("oft", {"peft_version": "0.17.1"}, "found 0.17.1"),
         ("loha", {"use_effective_conv2d": True}, "use_effective_conv2d: expected it off"),  # its factors have the kernel's axes
         ("hra", {"apply_GS": True}, "apply_GS: expected it off"),
+        ("hra", {"r": 1}, 'r or rank_pattern: expected 4 at "0", as its tensors have, found 1'),
+        ("psoft", {"psoft_svd": "lowrank"}, "psoft_svd: expected 'full', found 'lowrank'"),
+        ("psoft", {"psoft_mag_a": False}, r'unexpected "0\.a"'),
+        ("psoft", {"psoft_orth": False}, r'"0\.Q": expected shape \(4, 4\), found \(6,\)'),
         ("ia3", {"modules_to_save": ["head"]}, 'modules_to_save: expected modules of this model, found "head"'),
         ("vblora", {"save_only_topk_weights": True}, "save_only_topk_weights: expected it off, found True"),
         ("delora", {"bias": "delora_only"}, "bias: expected it off"),

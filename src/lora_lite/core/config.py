@@ -127,7 +127,8 @@ class AdapterConfig:
         Args:
             W: the frozen layer; its own `constants` are empty.
             generator: the only source of randomness, on the CPU.
-            stats: statistics of the layer's input, for calibrated variants; the original weight, for `original` ones.
+            stats: statistics of the layer's input, for calibrated variants; the original weight, for `original` ones; the layer that
+                `partner` names, where it names one.
 
         Returns:
             New tensors by name, of any dtype; `W.constants` holds them from then on.
@@ -145,6 +146,10 @@ class AdapterConfig:
             New tensors by name; `adapt.init` moves them to the layer's device and to `dtype`.
         """
         raise NotImplementedError(f"{type(self).__name__}.init(W, generator) -> params is not defined")
+
+    def partner(self, path: str) -> str | None:
+        """Return the path of another linear layer that `constants` of the target at `path` reads, frozen, or None for none."""
+        return None
 
     def allocate(self, stats: Mapping[str, Any]) -> Mapping[str, "AdapterConfig"]:
         """Return the config of each target by path, from the statistics of all targets. A target left out is not adapted."""

@@ -9,6 +9,7 @@ from lora_lite.variants.asvd import ASVDConfig as ASVDConfig
 from lora_lite.variants.bitfit import BitFitConfig as BitFitConfig
 from lora_lite.variants.boft import BOFTConfig as BOFTConfig
 from lora_lite.variants.c3a import C3AConfig as C3AConfig
+from lora_lite.variants.clover import CLOVERConfig as CLOVERConfig
 from lora_lite.variants.corda import CorDAConfig as CorDAConfig
 from lora_lite.variants.delora import DeLoRAConfig as DeLoRAConfig
 from lora_lite.variants.dora import DoRAConfig as DoRAConfig
@@ -17,6 +18,7 @@ from lora_lite.variants.ether_plus import ETHERPlusConfig as ETHERPlusConfig
 from lora_lite.variants.eva import EVAConfig as EVAConfig
 from lora_lite.variants.fourierft import FourierFTConfig as FourierFTConfig
 from lora_lite.variants.full import FullConfig as FullConfig
+from lora_lite.variants.goft import GOFTConfig as GOFTConfig
 from lora_lite.variants.gralora import GraLoRAConfig as GraLoRAConfig
 from lora_lite.variants.hira import HiRAConfig as HiRAConfig
 from lora_lite.variants.hra import HRAConfig as HRAConfig
@@ -35,10 +37,13 @@ from lora_lite.variants.miss import MiSSConfig as MiSSConfig
 from lora_lite.variants.oft import OFTConfig as OFTConfig
 from lora_lite.variants.olora import OLoRAConfig as OLoRAConfig
 from lora_lite.variants.pissa import PiSSAConfig as PiSSAConfig
+from lora_lite.variants.psoft import PSOFTConfig as PSOFTConfig
+from lora_lite.variants.qgoft import QGOFTConfig as QGOFTConfig
 from lora_lite.variants.randlora import RandLoRAConfig as RandLoRAConfig
 from lora_lite.variants.road import ROADConfig as ROADConfig
 from lora_lite.variants.shira import SHiRAConfig as SHiRAConfig
 from lora_lite.variants.ssvd import SSVDConfig as SSVDConfig
+from lora_lite.variants.svft import SVFTConfig as SVFTConfig
 from lora_lite.variants.tokens import TokensConfig as TokensConfig
 from lora_lite.variants.vblora import VBLoRAConfig as VBLoRAConfig
 from lora_lite.variants.vera import VeRAConfig as VeRAConfig
@@ -85,6 +90,11 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "randlora": RandLoRAConfig,
     "vblora": VBLoRAConfig,
     "tokens": TokensConfig,
+    "goft": GOFTConfig,
+    "qgoft": QGOFTConfig,
+    "svft": SVFTConfig,
+    "psoft": PSOFTConfig,
+    "clover": CLOVERConfig,
 }
 
 if not TYPE_CHECKING:  # a type checker cannot compute the list, and without one takes the names that are imported as themselves

@@ -45,6 +45,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "C3A": {},
     "FOURIERFT": {"scaling": 150.0, "random_loc_seed": 777},
     "WAVEFT": {"scaling": 25.0, "random_loc_seed": 777, "use_idwt": True, "wavelet_family": "db1"},
+    "PSOFT": {
+        **{"r": 32, "psoft_dropout": 0.0, "ab_svd_init": "psoft_init", "psoft_orth": True, "psoft_mag_b": True, "psoft_mag_a": True},
+        **{"use_cayley_neumann": False, "num_cayley_neumann_terms": 5, "cayley_neumann_eps": None},
+    },
 }
 """The fields that are read, of each PEFT type, with PEFT's defaults."""
 
@@ -90,8 +94,12 @@ FREE: dict[str, set[str]] = {
     "C3A": {"block_size", "block_size_pattern", "init_weights"},  # blocks are read off the tensors
     "FOURIERFT": {"n_frequency", "n_frequency_pattern", "init_weights"},  # as their number is
     "WAVEFT": {"n_frequency", "n_frequency_pattern", "proportional_parameters", "init_weights"},
+    "PSOFT": {"psoft_alpha", "psoft_svd_lowrank_niter", "random_seed", "init_weights"},  # PEFT's scale cancels
 }
 """The fields that may have any value, of each PEFT type: what they say is in the tensors, or nothing in the mathematics."""
+
+ONLY: dict[str, dict[str, Any]] = {"PSOFT": {"psoft_svd": "full"}}
+"""The fields that may have one value that is not off, of each PEFT type."""
 
 OFF: tuple[Any, ...] = (None, False, "none", [], {}, "")
 
@@ -118,8 +126,9 @@ def check_fields(fields: Mapping[str, Any], where: object) -> None:
             f'from_peft: expected peft_type in "{where}" to be one of {listed(DEFAULTS)}, found "{method}". '
             "Merge the adapter with PEFT's merge_and_unload and adapt the merged model."
         )
-    known = _ANY | FREE[method] | set(DEFAULTS[method])
-    faults = [f"{name}: expected it off, found {value!r}" for name, value in fields.items() if name not in known and value not in OFF]
+    known, only = _ANY | FREE[method] | set(DEFAULTS[method]), ONLY.get(method, {})
+    others = {name: value for name, value in fields.items() if name not in known and value not in (*OFF, only.get(name))}
+    faults = [f"{name}: expected {repr(only[name]) if name in only else 'it off'}, found {value!r}" for name, value in others.items()]
     if faults:
         raise ValueError(
             f'from_peft: expected "{where}" to ask only for what lora_lite computes too, found:\n{several(faults)}\n'

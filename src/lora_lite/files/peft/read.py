@@ -293,6 +293,7 @@ def _within_bound(v: Tensor, cfg: Any, eps: float) -> bool:
 
 
 def _theirs(row: Row, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a layer's tensors under our names, flat where ours are."""
     present = {name: leaf for name, leaf in row.leaves.items() if leaf.key in tensors}
     return {name: tensors[leaf.key].flatten() if leaf.shape else tensors[leaf.key] for name, leaf in present.items()}
 

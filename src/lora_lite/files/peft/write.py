@@ -44,6 +44,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "BEFT": {},
     "ROAD": {},
     "OFT": {"bias": "none"},
+    "PSOFT": {},
     "VERA": {"bias": "none", "save_projection": True},
     "RANDLORA": {"bias": "none", "save_projection": True},
     "VBLORA": {"bias": "none", "save_only_topk_weights": False},
