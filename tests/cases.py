@@ -101,7 +101,7 @@ CASES = (
     Row("miss", ll.MiSSConfig(r=8)),
     Row("miss-padded-dropout", ll.MiSSConfig(r=7, dropout=0.3)),
     Row("miss-mini", ll.MiSSConfig(r=8, mini_r=4, init="mini")),
-    Row("miss-bat", ll.MiSSConfig(r=8, init="bat")),
+    Row("miss-bat", ll.MiSSConfig(r=8, init="bat", dropout=0.3)),
     Row("shira", ll.SHiRAConfig(r=3)),
     Row("shira-seeded", ll.SHiRAConfig(r=2, seed=5)),
     Row("hira", ll.HiRAConfig(r=4)),

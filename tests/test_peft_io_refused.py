@@ -188,6 +188,7 @@ UNWRITABLE = {
     "beft": (_conv1d, ll.BitFitConfig(), '"0": BitFitConfig on a Conv1D'),
     "copy": (nn.Linear, ll.DeLoRAConfig(r=2, init="copy"), 'DeLoRAConfig.start="copy"'),
     "side": (nn.Linear, ll.HRAConfig(r=2, side="out"), 'HRAConfig.side="out"'),
+    "miss": (nn.Linear, ll.MiSSConfig(r=4, init="bat", dropout=0.1), 'MiSSConfig.dropout with init="bat": PEFT applies none'),
     "conv1d": (_conv1d, ll.HRAConfig(r=2), '"0": HRAConfig on a Conv1D'),
     "methods": (nn.Linear, [ll.LoRAConfig(target_names="0"), ll.IA3Config(target_names="2")], 'variants of 2 methods, "IA3", "LORA"'),
     "dora": (nn.Linear, [ll.LoRAConfig(target_names="0"), ll.DoRAConfig(target_names="2")], 'use_dora: .* at "2"'),

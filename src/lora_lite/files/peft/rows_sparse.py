@@ -28,7 +28,14 @@ def _placed(fields: Fields, path: str) -> dict[str, Any]:
 
 
 ROWS_SPARSE: dict[str, Row] = {
-    "miss": Row(MiSSConfig, "MISS", {"D": Leaf("miss_block", (2, 3))}, _read_miss, _write_miss),
+    "miss": Row(
+        MiSSConfig,
+        "MISS",
+        {"D": Leaf("miss_block", (2, 3))},
+        _read_miss,
+        _write_miss,
+        refused=lambda cfg: 'dropout with init="bat": PEFT applies none' if cfg.start == "bat" and cfg.dropout else None,
+    ),
     "shira": Row(
         SHiRAConfig,
         "SHIRA",
