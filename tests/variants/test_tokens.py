@@ -209,6 +209,25 @@ def test_targets_that_cannot_be_told_or_followed_are_refused():
 
 
 @pytest.mark.parametrize("tied", [True, False])
+def test_opacus_is_refused_where_it_would_see_a_part_of_the_gradient(tied):
+    opacus = pytest.importorskip("opacus")
+    model = nn.Sequential(nn.Embedding(11, 8), nn.Tanh(), nn.Linear(8, 11, bias=False)).eval()
+    model[2].weight = model[0].weight if tied else model[2].weight
+    ids, path = torch.tensor([[3, 0, 7], [7, 7, 1]]), "0"
+    adapt = ll.build(model, ll.TokensConfig(token_ids=(7, 3), target_names=f"^{path}$"))
+    params = move(adapt.init())
+    if tied:
+        with pytest.raises(ValueError, match=r'runs the adapter of "0" by itself.*Use ll\.per_example_grad'):
+            opacus.GradSampleModule(adapt.module(params))
+        return
+    module = opacus.GradSampleModule(adapt.module(params), loss_reduction="sum")
+    module(ids).square().sum().backward()
+    (got,) = [p.grad_sample for p in module.parameters() if p.requires_grad]
+    want = ll.per_example_grad(adapt, lambda out, _: out.square().sum((1, 2)))(params, ids)
+    torch.testing.assert_close(got, want[path]["dE"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
 def test_pefts_values_and_gradients(tied):
     model, batch = _model(tied=tied)
     theirs = peft.get_peft_model(copy.deepcopy(model), peft.TrainableTokensConfig(token_indices=list(IDS)))
