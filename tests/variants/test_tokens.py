@@ -220,7 +220,7 @@ def test_opacus_is_refused_where_it_would_see_a_part_of_the_gradient(tied):
         with pytest.raises(ValueError, match=r'runs the adapter of "0" by itself.*Use ll\.per_example_grad'):
             opacus.GradSampleModule(adapt.module(params))
         return
-    module = opacus.GradSampleModule(adapt.module(params))
+    module = opacus.GradSampleModule(adapt.module(params), loss_reduction="sum")
     module(ids).square().sum().backward()
     (got,) = [p.grad_sample for p in module.parameters() if p.requires_grad]
     want = ll.per_example_grad(adapt, lambda out, _: out.square().sum((1, 2)))(params, ids)
