@@ -64,9 +64,13 @@ def _boft(cfg: Any, on: Any) -> peft.PeftConfig | None:
     """Return PEFT's config, or None for several factors, which PEFT has only where it can compile its CUDA kernel."""
     blocks = {"boft_block_size": cfg.block_size, "boft_block_num": cfg.block_num}
     return peft.BOFTConfig(**blocks, target_modules=on) if cfg.n_butterfly_factor == 1 else None
+
+
 def _waveft(cfg: Any, on: Any) -> peft.PeftConfig:
     places = {"n_frequency": cfg.n_frequency, "random_loc_seed": cfg.seed}
     return peft.WaveFTConfig(scaling=cfg.scaling, use_idwt=cfg.use_idwt, target_modules=on, **places)
+
+
 def _randlora(cfg: Any, on: Any) -> peft.PeftConfig:
     options = {"sparse": cfg.sparse, "very_sparse": cfg.very_sparse, "projection_prng_key": cfg.seed}
     return peft.RandLoraConfig(r=cfg.r, randlora_alpha=int(cfg.alpha), target_modules=on, **options)

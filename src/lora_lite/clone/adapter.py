@@ -86,9 +86,9 @@ class Adapter(nn.Module):
         by_itself = self.binding is not None and id(vars(self.binding.W.layer)[HOST]) not in memo
         if by_itself and self.binding.followers:
             raise ValueError(
-                f'adapt.module: expected a tool that runs the adapter of "{self.path}" by itself, as Opacus does, to see all that its params '
-                "do, found modules with the same weight, such as a tied head, which take them too. Use ll.per_example_grad, or give the head "
-                "a weight of its own."
+                f'adapt.module: expected a tool that runs the adapter of "{self.path}" by itself, as Opacus does, to see all that its '
+                "params do, found modules with the same weight, such as a tied head, which take them too. Use ll.per_example_grad, or give "
+                "the head a weight of its own."
             )
         return self.twin() if by_itself else _deep(self, memo)  # as Opacus copies it: it goes on adapting the same layer
 

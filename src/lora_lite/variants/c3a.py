@@ -84,8 +84,8 @@ class C3AConfig(AdapterConfig):
 
     Args:
         block_size: width of a circulant block, >= 1, a divisor of `i` and `o`.
-        init: `"zeros"`, or PEFT's `"xavier_uniform"`, `"kaiming_uniform"` or `"gaussian"`; kept as the field `start`, since `init` is the
-            method.
+        init, start: `"zeros"`, or PEFT's `"xavier_uniform"`, `"kaiming_uniform"` or `"gaussian"`; one option, kept as `start`, since
+            `init` is the method.
     """
 
     name = "c3a"

@@ -89,7 +89,7 @@ class FourierFTConfig(AdapterConfig):
         n_frequency: number of trained coefficients, from 1 to `i o`.
         scaling: factor `alpha` of the update, dimensionless, >= 0.
         seed: of the places, the same for all layers; PEFT's `random_loc_seed`.
-        init: `"zeros"`, or `"normal"` for PEFT's start; kept as the field `start`, since `init` is the method.
+        init, start: `"zeros"`, or `"normal"` for PEFT's start; one option, kept as `start`, since `init` is the method.
     """
 
     name = "fourierft"
