@@ -8,7 +8,7 @@ python bench/report.py --compare results/a-speed.json results/b-speed.json    # 
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +100,18 @@ def sections(folder: Path = RESULTS, up: str = "../") -> Iterator[tuple[str, str
     yield "gsm8k", t.gsm8k_table(folder, up) or NONE
 
 
-def overview(folder: Path = RESULTS, up: str = "") -> str:
-    """Return the part that README shows: the main table, its conditions, and the figures that speak against us."""
+TELLING = ("lora", "pissa", "dora", "ia3", "hra", "road", "oft", "vera", "adalora", "loha", "full")
+"""The variants that README shows."""
+
+
+def overview(folder: Path = RESULTS, up: str = "", names: Sequence[str] | None = None) -> str:
+    """Return the main table, of all variants or of some, its conditions, and the figures that speak against us."""
     speed, memory, quality = (newest(kind, folder) for kind in ("speed", "memory", "quality"))
     if speed is None:
         return NONE
-    return "\n\n".join([t.main_table(speed, memory, quality), verdict(speed, memory, quality), t.conditions(speed, memory, quality, up)])
+    return "\n\n".join(
+        [t.main_table(speed, memory, quality, names), verdict(speed, memory, quality), t.conditions(speed, memory, quality, up)]
+    )
 
 
 def between(text: str, marker: str, new: str) -> str:
@@ -144,7 +150,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             print("plots:", *(p.name for p in draw(folder, Path(temporary))))
     else:
-        README.write_text(between(README.read_text("utf-8"), "results", overview()), "utf-8")
+        README.write_text(between(README.read_text("utf-8"), "results", overview(names=TELLING)), "utf-8")
         PAGE.write_text(page(PAGE.read_text("utf-8")), "utf-8")
         print("wrote", README.name, PAGE.name, *(p.name for p in draw(RESULTS, PLOTS)))
 

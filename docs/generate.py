@@ -22,7 +22,7 @@ README, RESULTS, PAGES = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT 
 
 sys.path.append(str(ROOT / "bench"))
 
-from report import NONE, between, overview, page  # noqa: E402
+from report import NONE, TELLING, between, overview, page  # noqa: E402
 from tables import members_table, newest, rates_table, table  # noqa: E402
 
 WORDS = {"dense": "its dense form", "matmul": "products with it"}
@@ -152,9 +152,48 @@ def _checks(checks: Mapping[str, Callable[..., object]]) -> str:
     return table([{"check": f"`{name}`", "what holds": (check.__doc__ or "").strip()} for name, check in checks.items()])
 
 
+FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "LoRA and its starts": (
+        "one low-rank update; they differ in where it begins",
+        ("lora", "pissa", "olora", "mica", "corda", "asvd", "eva", "lora_ga", "loftq"),
+    ),
+    "Other low-rank updates": (
+        "magnitude apart, ranks that move, grids, products, gates between the factors",
+        ("dora", "delora", "adalora", "gralora", "loha", "lokr", "hira", "abba", "randlora", "deft", "peanut", "lily", "glora"),
+    ),
+    "Very few numbers": (
+        "gates, shifts, scales and vectors around what is frozen or shared",
+        ("ia3", "ia3_ff", "bitfit", "ln_tuning", "vera", "pvera", "vblora", "tinylora", "unilora"),
+    ),
+    "Sparse, or in another domain": (
+        "chosen entries, shared shards, circulant blocks, Fourier and wavelet coefficients",
+        ("shira", "supertuning", "miss", "c3a", "fourierft", "waveft"),
+    ),
+    "Rotations and reflections": (
+        "lengths and angles between features stay",
+        ("oft", "boft", "hra", "road", "ether", "ether_plus", "goft", "qgoft", "psoft"),
+    ),
+    "In the weight's own directions": (
+        "between or along its singular vectors, or in coordinates that layers share",
+        ("lora_xs", "ssvd", "svft", "antipasto", "clover", "osf", "frod", "adamss"),
+    ),
+    "Beside weights": ("activations, tokens, whole modules", ("loreft", "tokens", "full")),
+}
+"""The variants by family, each family with what its members have in common."""
+
+
+def families(pages: str) -> str:
+    """Return the list of variants by family; `pages` is the way to the folder of their pages."""
+    lines = []
+    for family, (common, names) in FAMILIES.items():
+        links = ", ".join(f"[{title(ll.VARIANTS[name])}]({pages}{name}.md)" for name in names if name in ll.VARIANTS)
+        lines.append(f"- **{family}**, {common}: {links}")
+    return "\n".join(lines)
+
+
 def renewed(text: str) -> str:
     """Return README.md's text with its generated parts renewed."""
-    return between(between(text, "variants", variants_table("docs/variants/")), "results", overview())
+    return between(between(text, "variants", families("docs/variants/")), "results", overview(names=TELLING))
 
 
 if __name__ == "__main__":

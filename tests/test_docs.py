@@ -136,7 +136,12 @@ def test_results_page_is_what_the_results_files_give(generate):
     assert generate.page(text) == text, "run python docs/generate.py"
 
 
-def test_readme_has_a_row_for_each_variant(generate):
+def test_each_variant_has_one_family(generate):
+    named = [name for _, names in generate.FAMILIES.values() for name in names if name in ll.VARIANTS]
+    assert sorted(named) == sorted(ll.VARIANTS)
+
+
+def test_table_has_a_row_for_each_variant(generate):
     rows = generate.variants_table("docs/variants/").splitlines()[2:]
     assert [row.split("](")[1].split(")")[0] for row in rows] == [f"docs/variants/{name}.md" for name in ll.VARIANTS]
     assert all(f"{f'`{v.trained}`' if v.trained else 'all that it has'} | `{v.macs}`" in row for row, v in zip(rows, ll.VARIANTS.values()))
