@@ -96,7 +96,10 @@ class AdapterConfig:
     exclude_names: str | Sequence[str] = ("lm_head", "embed_tokens")
     layers: int | Sequence[int] | None = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, init: object = None) -> None:  # noqa: RUF033  # one for the classes that declare `init` and for the others
+        """Check the fields. A class that declares `init: InitVar[str]` keeps that option as its field `start`: `init` is the method."""
+        if init is not None and not callable(init):  # without the keyword dataclasses pass the method of that name
+            object.__setattr__(self, "start", init)
         dtype = getattr(torch, self.dtype, self.dtype) if isinstance(self.dtype, str) else self.dtype
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"{at(self, 'dtype')} a floating torch.dtype, found {self.dtype!r}. Use torch.float32.")

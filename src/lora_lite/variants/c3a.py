@@ -98,11 +98,6 @@ class C3AConfig(AdapterConfig):
     start: Literal["zeros", "xavier_uniform", "kaiming_uniform", "gaussian"] = "zeros"
     init: InitVar[str]
 
-    def __post_init__(self, init: object) -> None:
-        if not callable(init):  # without the keyword dataclasses pass the method of that name
-            object.__setattr__(self, "start", init)
-        super().__post_init__()
-
     @property
     def identity(self) -> float | None:
         """Exact from zeros, none from a random start."""

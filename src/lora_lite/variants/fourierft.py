@@ -103,11 +103,6 @@ class FourierFTConfig(AdapterConfig):
     start: Literal["zeros", "normal"] = "zeros"
     init: InitVar[str]
 
-    def __post_init__(self, init: object) -> None:
-        if not callable(init):  # without the keyword dataclasses pass the method of that name
-            object.__setattr__(self, "start", init)
-        super().__post_init__()
-
     @property
     def identity(self) -> float | None:
         """Exact from zeros, none from a random start."""

@@ -90,11 +90,6 @@ class MiSSConfig(AdapterConfig):
     dropout: Probability = 0.0
     init: InitVar[str]
 
-    def __post_init__(self, init: object) -> None:
-        if not callable(init):  # without the keyword dataclasses pass the method of that name
-            object.__setattr__(self, "start", init)
-        super().__post_init__()
-
     @property
     def uses(self) -> Set[str]:
         """The parts of a layer that the variant uses: the weight only for `init="bat"`."""
