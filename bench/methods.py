@@ -43,6 +43,10 @@ def _vera(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.VeraConfig(r=cfg.r, d_initial=cfg.d_initial, projection_prng_key=cfg.seed, target_modules=on)
 
 
+def _pvera(cfg: Any, on: Any) -> peft.PeftConfig:
+    return peft.PveraConfig(r=cfg.r, d_initial=cfg.d_initial, projection_prng_key=cfg.seed, target_modules=on)
+
+
 def _loha(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.LoHaConfig(r=cfg.r, alpha=cfg.alpha, target_modules=on)
 
@@ -108,6 +112,7 @@ ROWS: dict[str, Row] = {
     "asvd": Row(short_rate=1.25e-3),
     "loftq": Row(without="It starts from the weight before quantisation, and is LoRA on the dense bases here."),
     "vera": Row(fields=lambda r: {"r": 4 * r}, theirs=_vera, demo={"r": 64}, rate=2e-2, short_rate=8e-2),
+    "pvera": Row(fields=lambda r: {"r": 4 * r}, theirs=_pvera, demo={"r": 64}, rate=2e-2),
     "adalora": Row(
         fields=lambda r: {"init_r": r * 3 // 2, "target_r": r, "alpha": float(r), "total_step": 1000},
         theirs=_adalora,

@@ -19,11 +19,15 @@ from lora_lite.core.statistics import needs_loss
 
 @dataclass(frozen=True)
 class Row:
-    """A variant configuration, and the checks of the kit that it is known to fail, each with the reason."""
+    """A variant configuration, and the checks of the kit that it is known to fail, each with the reason.
+
+    `draws` says that it draws at random in training mode, by more than dropout.
+    """
 
     id: str
     cfg: ll.AdapterConfig
     fails: Mapping[str, str] = field(default_factory=dict)
+    draws: bool = False
 
 
 CASES = (
@@ -70,6 +74,7 @@ CASES = (
     Row("loftq", ll.LoftQConfig(r=4)),
     Row("loftq-alpha", ll.LoftQConfig(r=3, alpha=12.0)),
     Row("vera", ll.VeRAConfig(r=8)),
+    Row("pvera", ll.PVeRAConfig(r=8), draws=True),
     Row("adalora", ll.AdaLoRAConfig(init_r=6, target_r=3)),
     Row("lora-ga", ll.LoRAGAConfig(r=4)),
     Row("lora-ga-official", ll.LoRAGAConfig(r=4, direction="random", scale_start="weight_svd", recipe="official")),

@@ -85,6 +85,7 @@ OURS = {
     "lora_dropout": "dropout",
     "module_dropout": "dropout",
     "vera_dropout": "dropout",
+    "pvera_dropout": "dropout",
     "miss_dropout": "dropout",
     "use_rslora": "rslora",
     "target_modules": "target_names",

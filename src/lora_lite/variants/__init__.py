@@ -30,6 +30,7 @@ from lora_lite.variants.miss import MiSSConfig as MiSSConfig
 from lora_lite.variants.oft import OFTConfig as OFTConfig
 from lora_lite.variants.olora import OLoRAConfig as OLoRAConfig
 from lora_lite.variants.pissa import PiSSAConfig as PiSSAConfig
+from lora_lite.variants.pvera import PVeRAConfig as PVeRAConfig
 from lora_lite.variants.road import ROADConfig as ROADConfig
 from lora_lite.variants.shira import SHiRAConfig as SHiRAConfig
 from lora_lite.variants.ssvd import SSVDConfig as SSVDConfig
@@ -67,6 +68,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "ether_plus": ETHERPlusConfig,
     "miss": MiSSConfig,
     "shira": SHiRAConfig,
+    "pvera": PVeRAConfig,
 }
 
 if not TYPE_CHECKING:  # a type checker cannot compute the list, and without one takes the names that are imported as themselves

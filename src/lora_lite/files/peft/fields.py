@@ -16,6 +16,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "HRA": {"r": 8},
     "ROAD": {"variant": "road_1", "group_size": 64},
     "VERA": {"r": 256, "projection_prng_key": 0, "d_initial": 0.1, "vera_dropout": 0.0},
+    "PVERA": {"r": 256, "projection_prng_key": 0, "d_initial": 0.1, "pvera_dropout": 0.0},
     "ADALORA": {
         **{"init_r": 12, "target_r": 8, "tinit": 0, "tfinal": 0, "deltaT": 1, "beta1": 0.85, "beta2": 0.85},
         **{"orth_reg_weight": 0.5, "total_step": None, "lora_alpha": 8, "lora_dropout": 0.0},
@@ -48,6 +49,7 @@ FREE: dict[str, set[str]] = {
     "LORA": {*_OF_LORA, "alpha_pattern"},
     "ADALORA": {*_OF_LORA, "r", "init_lora_weights"},  # of the fields that it inherits, it uses neither
     "VERA": {"save_projection", "init_weights"},
+    "PVERA": {"save_projection", "init_weights", "generator_seed"},  # the seed is of the noise
     "IA3": {"feedforward_modules", "init_ia3_weights"},
     "DELORA": {"rank_pattern", "lambda_pattern", "init_weights"},
     "HRA": {"init_weights"},

@@ -16,6 +16,7 @@ from lora_lite.files.peft.rows_lora import ROWS as ROWS_LORA
 from lora_lite.files.peft.rows_orthogonal import ROWS_ORTHOGONAL
 from lora_lite.files.peft.rows_products import ROWS_PRODUCTS
 from lora_lite.files.peft.rows_sparse import ROWS_SPARSE
+from lora_lite.files.peft.rows_tied import ROWS_TIED
 from lora_lite.variants.adalora import AdaLoRAConfig
 from lora_lite.variants.delora import DeLoRAConfig
 from lora_lite.variants.hra import HRAConfig
@@ -77,6 +78,7 @@ ROWS: dict[str, Row] = {
     **ROWS_LORA,
     **ROWS_PRODUCTS,
     **ROWS_SPARSE,
+    **ROWS_TIED,
     "ia3_ff": Row(
         IA3FFConfig,
         "IA3",

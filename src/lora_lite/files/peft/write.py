@@ -42,6 +42,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "ROAD": {},
     "OFT": {"bias": "none"},
     "VERA": {"bias": "none", "save_projection": True},
+    "PVERA": {"bias": "none", "save_projection": True},
     "ADALORA": {"bias": "none"},
     "LN_TUNING": {},
     "LOHA": {},
