@@ -53,6 +53,14 @@ def _loha(cfg: Any, on: Any) -> peft.PeftConfig:
 
 def _lokr(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.LoKrConfig(r=cfg.r, alpha=cfg.alpha, decompose_factor=cfg.decompose_factor, target_modules=on)
+def _randlora(cfg: Any, on: Any) -> peft.PeftConfig:
+    options = {"sparse": cfg.sparse, "very_sparse": cfg.very_sparse, "projection_prng_key": cfg.seed}
+    return peft.RandLoraConfig(r=cfg.r, randlora_alpha=int(cfg.alpha), target_modules=on, **options)
+
+
+def _vblora(cfg: Any, on: Any) -> peft.PeftConfig:
+    names = ("r", "num_vectors", "vector_length", "topk", "init_vector_bank_bound", "init_logits_std")
+    return peft.VBLoRAConfig(**{n: getattr(cfg, n) for n in names}, target_modules=on)
 
 
 def _delora(cfg: Any, on: Any) -> peft.PeftConfig | None:
@@ -113,6 +121,12 @@ ROWS: dict[str, Row] = {
     "loftq": Row(without="It starts from the weight before quantisation, and is LoRA on the dense bases here."),
     "vera": Row(fields=lambda r: {"r": 4 * r}, theirs=_vera, demo={"r": 64}, rate=2e-2, short_rate=8e-2),
     "pvera": Row(fields=lambda r: {"r": 4 * r}, theirs=_pvera, demo={"r": 64}, rate=2e-2),
+    "randlora": Row(fields=lambda r: {"r": 4 * r, "alpha": float(8 * r)}, theirs=_randlora, demo={"r": 16, "alpha": 32.0}),
+    "vblora": Row(
+        fields=lambda r: {"num_vectors": 64, "vector_length": 32},
+        theirs=_vblora,
+        demo={"num_vectors": 64, "vector_length": 32, "init_vector_bank_bound": 0.1},
+    ),
     "adalora": Row(
         fields=lambda r: {"init_r": r * 3 // 2, "target_r": r, "alpha": float(r), "total_step": 1000},
         theirs=_adalora,

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import peft
 import pytest
@@ -16,12 +17,18 @@ from lora_lite.files.peft.rows import ROWS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*the targeted layer of type Linear has no bias"),  # nothing is merged here
+    pytest.mark.filterwarnings("ignore:Found missing adapter keys.*randlora_A"),  # of each layer; those of the model are there
     pytest.mark.filterwarnings(r"ignore:.*invalid shape. base_model.*lora_B\.bias"),  # PEFT takes every vector for a shard
     pytest.mark.filterwarnings("ignore:The symmetric initialization can NOT be performed when r is odd"),  # one reflection is ETHER
 ]
 
 TOLERANCE = 1e-5  # float32, relative to the largest entry of the update
 EXACT = {
+    "vblora",
+    "vblora-three",
+    "randlora",
+    "randlora-sparse",
+    "randlora-very-sparse",
     "bias",
     "mica",
     "mica-rslora",
@@ -86,6 +93,15 @@ def _plain(cls, **options):
     return lambda paths, conv1d: cls(target_modules=paths, **options)
 
 
+def _randlora(**options):
+    return lambda paths, conv1d: peft.RandLoraConfig(r=5, target_modules=paths, fan_in_fan_out=conv1d, **{"randlora_alpha": 10, **options})
+
+
+def _vblora(**options):
+    options = {"r": 3, "num_vectors": 9, "vector_length": 4, "init_vector_bank_bound": 1.0, "init_logits_std": 1.0, **options}
+    return lambda paths, conv1d: peft.VBLoRAConfig(target_modules=paths, fan_in_fan_out=conv1d, **options)
+
+
 THEIRS = {
     "lora": _lora(),
     "rslora": _lora(use_rslora=True, lora_dropout=0.1),
@@ -116,6 +132,11 @@ THEIRS = {
     "lokr-bound": _plain(peft.LoKrConfig, r=1, decompose_factor=3),
     "vera": lambda paths, conv1d: peft.VeraConfig(r=5, target_modules=paths, projection_prng_key=3, fan_in_fan_out=conv1d),
     "pvera": lambda paths, conv1d: peft.PveraConfig(r=5, target_modules=paths, projection_prng_key=3, fan_in_fan_out=conv1d),
+    "randlora": _randlora(projection_prng_key=3, randlora_alpha=10),
+    "randlora-sparse": _randlora(sparse=True, randlora_dropout=0.1),
+    "randlora-very-sparse": _randlora(very_sparse=True, sparse=True),
+    "vblora": _vblora(),
+    "vblora-three": _vblora(topk=3, num_vectors=7, vblora_dropout=0.1),
     "adalora": lambda paths, conv1d: peft.AdaLoraConfig(init_r=5, target_r=3, total_step=9, target_modules=paths, fan_in_fan_out=conv1d),
     "oft": _plain(peft.OFTConfig, oft_block_size=4),
     "oft-exact": _plain(peft.OFTConfig, oft_block_size=4, use_cayley_neumann=False),
@@ -134,6 +155,8 @@ LINEAR_ONLY = (
     *("delora", "hra", "ether", "road", "oft", "loha", "lokr", "miss", "shira"),
     "olora",  # PEFT's takes a Conv1D's weight transposed, and fails where it is not square
 )
+COPY = re.compile(r"model\..*\.randlora_[AB]$")
+"""Keys of the shared bases that PEFT repeats for each layer. They are written once."""
 RESIDUAL = ("pissa", "olora")
 """Cases that are written as LoRA of twice the rank."""
 PAIRS = [(model, name) for model in MODELS for name in THEIRS if model == "linear" or not name.startswith(LINEAR_ONLY)]
@@ -202,6 +225,10 @@ def test_pefts_file_gives_pefts_values_and_gradients(name, case, tmp_path):
             want = theirs_by_key.pop(f"base_model.model.{target.path}.{ROWS[cfg.name].leaves[leaf].key}".removesuffix(".weight"))
             got, want = (got.abs(), want.abs()) if cfg.name == "pissa" else (got, want)  # the signs of singular vectors are free
             _close(got, want.reshape(got.shape), f"the gradient of {target.path}.{leaf}")
+    for name in {cfg.name for cfg in adapt.configs if ROWS[cfg.name].shared_leaves}:
+        for leaf, got in grads[name].items():
+            last = ROWS[name].shared_leaves[leaf].key.rpartition(".")[2]  # PEFT registers it at each layer, and lists the first
+            _close(got, theirs_by_key.pop(next(key for key in theirs_by_key if key.endswith(last))), f"the gradient of {name}.{leaf}")
     assert theirs_by_key == {}
 
 
@@ -219,6 +246,7 @@ def test_files_written_back_are_what_peft_loads(name, case, tmp_path):
     _close(_adapted(back, values, batch) - base, _adapted(adapt, params, batch) - base)
     before, after = _saved(tmp_path / "theirs"), _saved(tmp_path / "ours")
     if not case.startswith(RESIDUAL):
+        before = {key: t for key, t in before.items() if not COPY.search(key)}
         assert set(before) == set(after)
         for key, tensor in before.items():
             assert torch.equal(tensor, after[key]) if case in EXACT else torch.allclose(tensor, after[key], rtol=1e-6, atol=1e-6), key
@@ -251,6 +279,9 @@ OURS = {
     "lokr-both": ll.LoKrConfig(r=1, decompose_both=True, decompose_factor=3, start="lycoris"),
     "vera": ll.VeRAConfig(r=5, seed=7),
     "pvera": ll.PVeRAConfig(r=5, seed=7, d_initial=0.3, dropout=0.1),
+    "randlora": ll.RandLoRAConfig(r=5, alpha=10.0, seed=7),
+    "randlora-sparse": ll.RandLoRAConfig(r=5, alpha=10.0, sparse=True),
+    "vblora": ll.VBLoRAConfig(r=3, num_vectors=8, vector_length=4),
     "adalora": ll.AdaLoRAConfig(init_r=4, target_r=2, total_step=9, alpha=3.0),
     "oft": ll.OFTConfig(block_size=4, terms=4),
     "oft-exact": ll.OFTConfig(block_size=2, cayley="exact", block_share=True),
@@ -344,6 +375,29 @@ def test_projections_of_vera_are_those_of_the_file_or_drawn_again(saved, tmp_pat
     adapt, params = ll.from_peft(model, tmp_path)
     base = _run(model, batch).detach()
     _close(adapt(params, batch) - base, _run(theirs, batch) - base)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.filterwarnings("ignore:Specified to not save basis_A")
+def test_bases_of_randlora_are_those_of_the_file_or_drawn_again(saved, tmp_path):
+    model, batch = _make("linear")
+    config = peft.RandLoraConfig(r=5, target_modules=["0", "2"], projection_prng_key=3, randlora_alpha=10, save_projection=saved)
+    theirs = _wrapped(model, config)
+    if saved:
+        theirs.base_model.randlora_A["default"].mul_(3)
+    theirs.save_pretrained(tmp_path)
+    adapt, params = ll.from_peft(model, tmp_path)
+    base = _run(model, batch).detach()
+    _close(adapt(params, batch) - base, _run(theirs, batch) - base)
+
+
+def test_copies_of_shared_tensors_that_differ_are_named(tmp_path):
+    model, _ = _make("linear")
+    _wrapped(model, peft.RandLoraConfig(r=5, target_modules=["0", "2"])).save_pretrained(tmp_path)
+    tensors = {key: t + 1 if key == "base_model.model.2.randlora_A" else t for key, t in _saved(tmp_path).items()}
+    safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r'unexpected "base_model\.model\.2\.randlora_A"'):
+        ll.from_peft(model, tmp_path)
 
 
 def test_adalora_after_pruning_is_read_with_zeros_for_what_was_cut(tmp_path):

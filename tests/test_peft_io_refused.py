@@ -16,6 +16,7 @@ THEIRS = {
     "ia3": peft.IA3Config(target_modules=["0", "2"], feedforward_modules=[]),
     "delora": peft.DeloraConfig(r=4, target_modules=["0", "2"]),
     "hra": peft.HRAConfig(r=4, target_modules=["0", "2"]),
+    "vblora": peft.VBLoRAConfig(r=2, num_vectors=6, vector_length=4, target_modules=["0", "2"]),
     "oft": peft.OFTConfig(oft_block_size=4, target_modules=["0", "2"]),
     "loha": peft.LoHaConfig(r=4, target_modules=["0", "2"]),
 }
@@ -103,6 +104,7 @@ def test_a_start_that_means_something_else_on_a_layer_is_named(folder):
         ("loha", {"use_effective_conv2d": True}, "use_effective_conv2d: expected it off"),  # its factors have the kernel's axes
         ("hra", {"apply_GS": True}, "apply_GS: expected it off"),
         ("ia3", {"modules_to_save": ["head"]}, 'modules_to_save: expected modules of this model, found "head"'),
+        ("vblora", {"save_only_topk_weights": True}, "save_only_topk_weights: expected it off, found True"),
         ("delora", {"bias": "delora_only"}, "bias: expected it off"),
     ],
 )
@@ -129,6 +131,19 @@ def test_tensors_that_do_not_fit_are_named(folder, key, tensor, message):
     safetensors.torch.save_file({k: t for k, t in tensors.items() if t is not None}, folder / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=message):
         ll.from_peft(_model(), folder)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [(None, "missing"), (torch.ones(6), "expected 2 axes"), (torch.ones(5, 4), r"\(5, 4\)")],
+    ids=["none", "flat", "other"],
+)
+def test_tensors_of_all_layers_that_do_not_fit_are_named(tensor, message, tmp_path):
+    _save("vblora", tmp_path)
+    tensors = {**_saved(tmp_path), "base_model.vblora_vector_bank": tensor}
+    safetensors.torch.save_file({k: t for k, t in tensors.items() if t is not None}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        ll.from_peft(_model(), tmp_path)
 
 
 def test_missing_and_damaged_files_are_named(folder):

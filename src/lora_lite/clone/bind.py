@@ -73,7 +73,7 @@ class Binding:
             params, W, x = self.params, self.W, args[0] if args else first_of(args, kwargs)
             if not torch.compiler.is_compiling():  # which would compile again where this differs, and allows no writing in a checkpoint
                 self.used = True
-            for p in params.values():  # type: ignore[union-attr]  # as in_dtype does, without its call
+            for p in params.values() if self.variant.cast else ():  # type: ignore[union-attr]  # as in_dtype does, without its call
                 if p.dtype is not x.dtype:
                     params = in_dtype(params, W, x)  # type: ignore[arg-type]
                     break

@@ -11,7 +11,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any, get_type_hints, is_typeddict
+from typing import Any, get_type_hints, is_typeddict, overload
 
 import torch
 from beartype import BeartypeConf
@@ -32,16 +32,22 @@ def set_typecheck(on: bool) -> bool:
     return before
 
 
-def checked(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+@overload
+def checked(fn: Callable[..., Tensor]) -> Callable[..., Tensor]: ...
+@overload
+def checked(*, cast: bool) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]: ...
+def checked(fn: Callable[..., Tensor] | None = None, *, cast: bool = True) -> Any:
     """Wrap a pure function `(params, W, x, *, statics) -> y`.
 
-    `W` may be a plain `(o, i)` tensor; params take part in the dtype of `x`. With checking on, every field of the
-    params, `W`, `x`, the statics and the result are tested against the annotations of `fn`. Under `torch.compile`
-    the raw function runs, since the checks cannot be traced.
+    `W` may be a plain `(o, i)` tensor; params take part in the dtype of `x`, or with `cast=False` in their own. With
+    checking on, every field of the params, `W`, `x`, the statics and the result are tested against the annotations of
+    `fn`. Under `torch.compile` the raw function runs, since the checks cannot be traced.
 
     Raises:
         TypeError: with checking on; it lists each value that does not fit, what was expected and what was found.
     """
+    if fn is None:
+        return functools.partial(checked, cast=cast)
     hints = get_type_hints(fn, include_extras=True)
     named = is_typeddict(hints["params"])
     fields = get_type_hints(hints["params"]) if named else None  # without the marks of fields that are not required
@@ -53,7 +59,7 @@ def checked(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return tested(params, W, x, statics)
         if not isinstance(W, Frozen):
             W = as_frozen(W)
-        for p in params.values():  # as in_dtype does, without its call
+        for p in params.values() if cast else ():  # as in_dtype does, without its call
             if p.dtype is not x.dtype:
                 params = in_dtype(params, W, x)
                 break
@@ -69,7 +75,7 @@ def checked(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
             faults += [f for name, value in statics.items() for f in _fault(name, value, hints.get(name, Any))]
             given = {**params, "W": W, "x": x} if isinstance(params, Mapping) else {"W": W, "x": x}
             _raise(fn, faults, given)
-            y = fn(in_dtype(params, W, x), W, x, **statics)
+            y = fn(in_dtype(params, W, x) if cast else params, W, x, **statics)
             _raise(fn, _fault("the result", y, hints["return"]), given)
             return y
 

@@ -58,6 +58,7 @@ class AdapterConfig:
     - `original`: whether `constants` needs the layer's weight from before it was quantised, given to it as `stats`.
     - `identity`: relative tolerance of the identity at init; 0.0 for exact, None if it does not start at the base model.
     - `linear`: whether the adapted layer is an affine map of `x`, so that it can be merged.
+    - `cast`: whether the params come in the dtype of the input. A variant that decides by their values says False, and casts its results.
     - `steered`: names of the params that a strength scales; None for all, which is right where the update is linear in them together.
     - `trained`, `macs`: trained numbers per target and multiply-adds per token, as formulas in `i`, `o`, the fields and the numbers of
       `sizes`; documentation that the conformance kit holds against the counted ones.
@@ -70,6 +71,7 @@ class AdapterConfig:
     original: ClassVar[bool] = False
     identity: ClassVar[float | None] = 0.0
     linear: ClassVar[bool] = True
+    cast: ClassVar[bool] = True
     steered: ClassVar[tuple[str, ...] | None] = None
     trained: ClassVar[str | None] = None
     macs: ClassVar[str | None] = None

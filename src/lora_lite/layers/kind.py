@@ -30,13 +30,13 @@ HOST = "_lora_lite_host"
 
 
 class Variant:
-    """A config's function as the kinds apply it: `(params, W, x) -> y`, params cast to the dtype of the call."""
+    """A config's function as the kinds apply it: `(params, W, x) -> y`, params cast to the dtype of the call unless it casts itself."""
 
     def __init__(self, cfg: AdapterConfig) -> None:
-        self.forward, self.uses = cfg.forward, cfg.uses
+        self.forward, self.uses, self.cast = cfg.forward, cfg.uses, cfg.cast
 
     def __call__(self, params: Params, W: Frozen, x: Any) -> Any:
-        return self.forward(in_dtype(params, W, x), W, x)
+        return self.forward(in_dtype(params, W, x) if self.cast else params, W, x)
 
 
 class Kind(Frozen):

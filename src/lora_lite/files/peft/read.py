@@ -67,8 +67,8 @@ def from_peft(
     fields = _read_fields(folder / CONFIG)
     check_fields(fields, folder / CONFIG)
     tensors = _read_tensors(folder / WEIGHTS)
-    shared = {key: tensors.pop(key) for row in rows_of(fields["peft_type"]) for key in row.shared.values() if key in tensors}
-    tensors, faults = twice.at_first_place(model, tensors, PREFIX)
+    shared = {key: tensors.pop(key) for row in rows_of(fields["peft_type"]) for key in _shared_keys(row) if key in tensors}
+    tensors, faults = twice.at_first_place(model, _without_copies(tensors, shared), PREFIX)
     values, tensors = whole.split(model, fields, tensors, PREFIX)
     tensors, unfit = as_linear(model, fields, tensors, PREFIX)
     layers, unplaced = _by_layer(model, fields["peft_type"], tensors)
@@ -78,6 +78,7 @@ def from_peft(
         faults
         or whole.faults_of(model, fields, values)
         or ([] if layers or values else ["no tensors"])
+        or _shared_faults(fields["peft_type"], shared)
         or _layer_faults(model, layers, kinds)
         or [fault for path in (*layers, *values) if (fault := twice.fault(model, path.rpartition(".")[0] if path not in paths else path))]
     )
@@ -90,9 +91,12 @@ def from_peft(
     _require([f'"{path}": {type(cfg).__name__} {why}' for path, cfg, why in reasons if why], folder, model)
     theirs = {path: _theirs(row, layers[path]) for path, (row, _) in chosen.items()}
     theirs = {path: row.completed(cfg, theirs[path]) for path, (row, cfg) in chosen.items()}
-    shapes = {path: adapt.shapes[path] for path in chosen}
+    common = {cfg.name: (row, cfg) for row, cfg in chosen.values() if row.shared_leaves}
+    theirs |= {name: {n: shared[leaf.key] for n, leaf in row.shared_leaves.items()} for name, (row, _) in common.items()}
+    shapes = {place: adapt.shapes[place] for place in theirs}
     _require(tree_faults(theirs, shapes) + _field_faults(fields, layers, chosen), folder, model)
     ours = {path: _ours(adapt, model, path, row, theirs[path]) for path, (row, _) in chosen.items()}
+    ours |= {name: _shared_ours(adapt, model, row, cfg, theirs[name]) for name, (row, cfg) in common.items()}
     return adapt, ours | whole.displacements(model, values)
 
 
@@ -123,6 +127,29 @@ def _read_tensors(place: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in list(file.keys())}
     except Exception as e:
         raise ValueError(f'from_peft: expected "{place}" to be a whole safetensors file, found {e}. Save the adapter again.') from e
+
+
+def _shared_keys(row: Row) -> list[str]:
+    return [*row.shared.values(), *(leaf.key for leaf in row.shared_leaves.values())]
+
+
+def _shared_faults(method: str, shared: Mapping[str, Tensor]) -> list[str]:
+    """List the trained tensors of all layers that a file lacks, or holds in another form."""
+    faults = []
+    for leaf in (leaf for row in rows_of(method) for leaf in row.shared_leaves.values()):
+        tensor = shared.get(leaf.key)
+        if tensor is None:
+            faults.append(f'missing "{leaf.key}"')
+        elif tensor.ndim != leaf.ndim or not tensor.is_floating_point():
+            faults.append(f'"{leaf.key}": expected {leaf.ndim} axes of a floating dtype, found {tuple(tensor.shape)} of {tensor.dtype}')
+    return faults
+
+
+def _without_copies(tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out the copies of shared tensors that a file holds for each layer. A copy that differs stays, as a tensor without a place."""
+    of_name = {key.rpartition(".")[2]: tensor for key, tensor in shared.items()}
+    whole = {name: of_name.get(name.rpartition(".")[2]) for name in tensors}
+    return {name: t for name, t in tensors.items() if (same := whole[name]) is None or not torch.equal(same, t)}
 
 
 def _by_layer(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> tuple[Layers, list[str]]:
@@ -249,3 +276,13 @@ def _ours(adapt: Adapt, model: nn.Module, path: str, row: Row, theirs: Mapping[s
     theirs = {name: t.to(device, cfg.dtype, copy=True) for name, t in theirs.items()}
     signs = row.signs(theirs, constants)
     return {name: (signs.get(name, 1.0) * t - row.leaves[name].origin(cfg, constants)).to(cfg.dtype) for name, t in theirs.items()}
+
+
+def _shared_ours(adapt: Adapt, model: nn.Module, row: Row, cfg: AdapterConfig, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    constants = adapt.constants.get(cfg.name, {})
+    first = next(target for target, own in zip(adapt.targets, adapt.configs) if own.name == cfg.name)
+    device = first.kind.at(model, first.path).device
+    return {
+        name: (t.to(device, cfg.dtype, copy=True) - row.shared_leaves[name].origin(cfg, constants)).to(cfg.dtype)
+        for name, t in theirs.items()
+    }

@@ -56,6 +56,7 @@ class Row(NamedTuple):
         constants: our constants that the file holds, by name.
         saved: `(target's input width, constants)` to the constants as the file holds them.
         shared: keys of the constants that all layers share, by name; a file may lack them.
+        shared_leaves: our params that all layers share, by name, with whole keys; a file has them.
         completed: PEFT's tensors with what it leaves out of the file.
         signs: signs that align PEFT's factors with ours, by param.
         written: config and params as another variant, where PEFT's files hold them so.
@@ -74,6 +75,7 @@ class Row(NamedTuple):
     constants: Mapping[str, Leaf] = {}
     saved: Callable[[int, Constants], Leaves] = lambda i, constants: {}
     shared: Mapping[str, str] = {}
+    shared_leaves: Mapping[str, Leaf] = {}
     completed: Callable[[Any, Leaves], Leaves] = lambda cfg, theirs: theirs
     signs: Callable[[Tensors, Constants], Leaves] = lambda theirs, constants: {}
     written: Callable[[Any, Leaves, Constants], tuple[Any, Leaves]] = lambda cfg, leaves, constants: (cfg, leaves)

@@ -15,6 +15,7 @@ from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
 from lora_lite.files.peft.rows_lora import ROWS as ROWS_LORA
 from lora_lite.files.peft.rows_orthogonal import ROWS_ORTHOGONAL
 from lora_lite.files.peft.rows_products import ROWS_PRODUCTS
+from lora_lite.files.peft.rows_shared import ROWS as ROWS_SHARED
 from lora_lite.files.peft.rows_sparse import ROWS_SPARSE
 from lora_lite.files.peft.rows_tied import ROWS_TIED
 from lora_lite.variants.adalora import AdaLoRAConfig
@@ -79,6 +80,7 @@ ROWS: dict[str, Row] = {
     **ROWS_PRODUCTS,
     **ROWS_SPARSE,
     **ROWS_TIED,
+    **ROWS_SHARED,
     "ia3_ff": Row(
         IA3FFConfig,
         "IA3",

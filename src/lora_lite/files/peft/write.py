@@ -43,6 +43,8 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "OFT": {"bias": "none"},
     "VERA": {"bias": "none", "save_projection": True},
     "PVERA": {"bias": "none", "save_projection": True},
+    "RANDLORA": {"bias": "none", "save_projection": True},
+    "VBLORA": {"bias": "none", "save_only_topk_weights": False},
     "ADALORA": {"bias": "none"},
     "LN_TUNING": {},
     "LOHA": {},
@@ -99,6 +101,7 @@ def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory:
     tensors = {PREFIX + key: t for one in saved for key, t in one.items()}
     for _, cfg in of_method:
         tensors |= {key: adapt.constants[cfg.name][name].cpu() for name, key in ROWS[cfg.name].shared.items()}
+    tensors |= _shared(adapt, params, {cfg.name: cfg for _, cfg in of_method})
     for target, cfg in as_whole:
         values = whole.full_values(adapt._plan.base, target.path, cfg, params[target.path])
         tensors |= {PREFIX + key: t.contiguous().clone() for key, t in values.items()}
@@ -169,6 +172,16 @@ def _written(target: Target, cfg: AdapterConfig, leaves: Leaves, adapt: Adapt) -
         tensors[leaf.key] = value.reshape(leaf.shape) if leaf.shape else value
     tensors |= {row.constants[name].key: t for name, t in row.saved(target.i, constants).items()}
     return Written(target, row, row.write(cfg), {key: t.cpu().contiguous().clone() for key, t in tensors.items()})
+
+
+def _shared(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], configs: Mapping[str, AdapterConfig]) -> Leaves:
+    """Return the trained tensors that all layers of a variant share, with their whole keys."""
+    found = {}
+    for name, cfg in configs.items():
+        constants = adapt.constants.get(name, {})
+        for own, leaf in ROWS[name].shared_leaves.items():
+            found[leaf.key] = (params[name][own].detach() + leaf.origin(cfg, constants)).cpu().contiguous()
+    return found
 
 
 def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs) -> dict[str, Any]:
