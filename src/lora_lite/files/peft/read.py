@@ -1,6 +1,7 @@
 """`from_peft`: PEFT's two files as an `adapt` and its params."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -67,6 +68,7 @@ def from_peft(
     fields = _read_fields(folder / CONFIG)
     check_fields(fields, folder / CONFIG)
     tensors = _read_tensors(folder / WEIGHTS)
+    tensors = _with_entries_joined(fields["peft_type"], tensors)
     shared = {key: tensors.pop(key) for row in rows_of(fields["peft_type"]) for key in _shared_keys(row) if key in tensors}
     tensors, faults = twice.at_first_place(model, _without_copies(tensors, shared), PREFIX)
     values, tensors = whole.split(model, fields, tensors, PREFIX)
@@ -131,6 +133,17 @@ def _read_tensors(place: Path) -> dict[str, Tensor]:
 
 def _shared_keys(row: Row) -> list[str]:
     return [*row.shared.values(), *(leaf.key for leaf in row.shared_leaves.values())]
+
+
+def _with_entries_joined(method: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Join the tensors of a key that ends in a number, from 0 on, to one of that key."""
+    joined = dict(tensors)
+    for key in (key for row in rows_of(method) for key in _shared_keys(row) if key.endswith(".")):
+        names = list(itertools.takewhile(tensors.__contains__, (f"{key}{n}" for n in range(len(tensors)))))
+        entries = [tensors[name] for name in names]
+        if len({(t.shape, t.dtype) for t in entries}) == 1:
+            joined = {name: t for name, t in joined.items() if name not in names} | {key: torch.stack(entries)}
+    return joined
 
 
 def _shared_faults(method: str, shared: Mapping[str, Tensor]) -> list[str]:
@@ -232,7 +245,7 @@ def _with_constants(adapt: Adapt, chosen: Chosen, layers: Layers, shared: Mappin
     plan = adapt._plan
     constants, common = dict(plan.constants), dict(plan.shared)
     for path, (row, cfg) in chosen.items():
-        loaded = {name: (join(path, leaf.key), layers[path][leaf.key]) for name, leaf in row.constants.items()}
+        loaded = {name: (join(path, leaf.key), layers[path][leaf.key]) for name, leaf in row.constants.items() if leaf.key in layers[path]}
         constants[path] = _replaced(constants[path], loaded)
         found = {name: (key, shared[key]) for name, key in row.shared.items() if key in shared}
         if found:

@@ -56,7 +56,8 @@ class Row(NamedTuple):
         constants: our constants that the file holds, by name.
         saved: `(target's input width, constants)` to the constants as the file holds them.
         shared: keys of the constants that all layers share, by name; a file may lack them.
-        shared_leaves: our params that all layers share, by name, with whole keys; a file has them.
+        shared_leaves: our params that all layers share, by name, with whole keys; a file has them. A key that ends in `.` is of the first
+            axis' entries, each a tensor of its own there, by number.
         completed: PEFT's tensors with what it leaves out of the file.
         signs: signs that align PEFT's factors with ours, by param.
         written: config and params as another variant, where PEFT's files hold them so.

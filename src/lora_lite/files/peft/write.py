@@ -176,11 +176,13 @@ def _written(target: Target, cfg: AdapterConfig, leaves: Leaves, adapt: Adapt) -
 
 def _shared(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], configs: Mapping[str, AdapterConfig]) -> Leaves:
     """Return the trained tensors that all layers of a variant share, with their whole keys."""
-    found = {}
+    found: Leaves = {}
     for name, cfg in configs.items():
         constants = adapt.constants.get(name, {})
         for own, leaf in ROWS[name].shared_leaves.items():
-            found[leaf.key] = (params[name][own].detach() + leaf.origin(cfg, constants)).cpu().contiguous()
+            value = (params[name][own].detach() + leaf.origin(cfg, constants)).cpu().contiguous()
+            entries = {f"{leaf.key}{n}": t.clone() for n, t in enumerate(value)} if leaf.key.endswith(".") else {leaf.key: value}
+            found |= entries
     return found
 
 
