@@ -24,7 +24,16 @@ def _pair(cfg):
     return adapt, move(adapt.init()), x, target
 
 
-@pytest.mark.parametrize("row", ROWS, ids=named)
+SHARED = (
+    "Opacus finds a sample's gradient at the module that is called with the sample; tensors that layers share stand at one that none calls"
+)
+EACH = [
+    pytest.param(row, id=row.id, marks=pytest.mark.xfail(reason=SHARED, raises=ValueError, strict=True) if row.cfg.name == "vblora" else ())
+    for row in ROWS
+]
+
+
+@pytest.mark.parametrize("row", EACH)
 def test_gradients_by_sample_are_ours_by_example(row):
     adapt, params, x, target = _pair(row.cfg)
     module = opacus.GradSampleModule(adapt.module(params), loss_reduction="sum")
