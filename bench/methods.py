@@ -47,12 +47,19 @@ def _pvera(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.PveraConfig(r=cfg.r, d_initial=cfg.d_initial, projection_prng_key=cfg.seed, target_modules=on)
 
 
+def _tinylora(cfg: Any, on: Any) -> peft.PeftConfig:
+    tied = {"weight_tying": cfg.weight_tying, "projection_seed": cfg.seed}
+    return peft.TinyLoraConfig(r=cfg.r, u=cfg.u, **tied, target_modules=on)
+
+
 def _loha(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.LoHaConfig(r=cfg.r, alpha=cfg.alpha, target_modules=on)
 
 
 def _lokr(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.LoKrConfig(r=cfg.r, alpha=cfg.alpha, decompose_factor=cfg.decompose_factor, target_modules=on)
+
+
 def _randlora(cfg: Any, on: Any) -> peft.PeftConfig:
     options = {"sparse": cfg.sparse, "very_sparse": cfg.very_sparse, "projection_prng_key": cfg.seed}
     return peft.RandLoraConfig(r=cfg.r, randlora_alpha=int(cfg.alpha), target_modules=on, **options)
@@ -127,6 +134,7 @@ ROWS: dict[str, Row] = {
         theirs=_vblora,
         demo={"num_vectors": 64, "vector_length": 32, "init_vector_bank_bound": 0.1},
     ),
+    "tinylora": Row(fields=lambda r: {"r": 2}, theirs=_tinylora, demo={"r": 2}, rate=2e-2),
     "adalora": Row(
         fields=lambda r: {"init_r": r * 3 // 2, "target_r": r, "alpha": float(r), "total_step": 1000},
         theirs=_adalora,

@@ -86,6 +86,8 @@ OURS = {
     "module_dropout": "dropout",
     "vera_dropout": "dropout",
     "pvera_dropout": "dropout",
+    "tinylora_dropout": "dropout",
+    "projection_seed": "seed",
     "miss_dropout": "dropout",
     "randlora_alpha": "alpha",
     "vblora_dropout": "dropout",

@@ -35,6 +35,7 @@ from lora_lite.variants.randlora import RandLoRAConfig as RandLoRAConfig
 from lora_lite.variants.road import ROADConfig as ROADConfig
 from lora_lite.variants.shira import SHiRAConfig as SHiRAConfig
 from lora_lite.variants.ssvd import SSVDConfig as SSVDConfig
+from lora_lite.variants.tinylora import TinyLoRAConfig as TinyLoRAConfig
 from lora_lite.variants.vblora import VBLoRAConfig as VBLoRAConfig
 from lora_lite.variants.vera import VeRAConfig as VeRAConfig
 
@@ -71,6 +72,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "miss": MiSSConfig,
     "shira": SHiRAConfig,
     "pvera": PVeRAConfig,
+    "tinylora": TinyLoRAConfig,
     "randlora": RandLoRAConfig,
     "vblora": VBLoRAConfig,
 }

@@ -25,6 +25,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"r": 4, "num_vectors": 256, "vector_length": 256, "topk": 2, "vblora_dropout": 0.0},
         **{"init_vector_bank_bound": 0.02, "init_logits_std": 0.1},
     },
+    "TINYLORA": {
+        **{"r": 2, "u": 64, "weight_tying": 0.0, "projection_seed": 42, "init_v_bound": 0.02, "tinylora_dropout": 0.0},
+    },
     "ADALORA": {
         **{"init_r": 12, "target_r": 8, "tinit": 0, "tfinal": 0, "deltaT": 1, "beta1": 0.85, "beta2": 0.85},
         **{"orth_reg_weight": 0.5, "total_step": None, "lora_alpha": 8, "lora_dropout": 0.0},
@@ -57,6 +60,7 @@ FREE: dict[str, set[str]] = {
     "LORA": {*_OF_LORA, "alpha_pattern"},
     "ADALORA": {*_OF_LORA, "r", "init_lora_weights"},  # of the fields that it inherits, it uses neither
     "VERA": {"save_projection", "init_weights"},
+    "TINYLORA": {"save_projection", "init_weights"},
     "PVERA": {"save_projection", "init_weights", "generator_seed"},  # the seed is of the noise
     "RANDLORA": {"save_projection", "init_weights"},
     "VBLORA": set(),

@@ -4,7 +4,10 @@ from typing import Any
 
 from lora_lite.files.peft.fields import resolve
 from lora_lite.files.peft.row import Fields, Leaf, Row, Tensors
+from lora_lite.layers.embedding import EmbeddingKind
+from lora_lite.layers.kind import Kind
 from lora_lite.variants.pvera import PVeRAConfig
+from lora_lite.variants.tinylora import TinyLoRAConfig
 
 _OF_PVERA = {"projection_prng_key": "seed", "d_initial": "d_initial", "pvera_dropout": "dropout"}
 
@@ -12,6 +15,14 @@ _OF_PVERA = {"projection_prng_key": "seed", "d_initial": "d_initial", "pvera_dro
 def _read_pvera(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
     found = {ours: resolve(fields, theirs, path) for theirs, ours in _OF_PVERA.items()}
     return {"r": tensors["pvera_lambda_d"].shape[0] // 2, **found}
+
+
+def _transposed(kind: type[Kind]) -> str | None:
+    return "PEFT decomposes an embedding the other way round" if issubclass(kind, EmbeddingKind) else None
+
+
+_OF_TINYLORA = {"r": "r", "u": "u", "weight_tying": "weight_tying", "projection_seed": "seed"}
+_OF_TINYLORA |= {"init_v_bound": "init_v_bound", "tinylora_dropout": "dropout"}
 
 
 ROWS_TIED: dict[str, Row] = {
@@ -22,6 +33,18 @@ ROWS_TIED: dict[str, Row] = {
         _read_pvera,
         lambda cfg: {"r": cfg.r, **{theirs: getattr(cfg, ours) for theirs, ours in _OF_PVERA.items()}},
         shared={"A": "base_model.pvera_A", "B": "base_model.pvera_B"},
+        conv1d=True,
+    ),
+    "tinylora": Row(
+        TinyLoRAConfig,
+        "TINYLORA",
+        {},
+        lambda fields, path, _: {ours: resolve(fields, theirs, path) for theirs, ours in _OF_TINYLORA.items()},
+        lambda cfg: {theirs: getattr(cfg, ours) for theirs, ours in _OF_TINYLORA.items()},
+        constants={"A": Leaf("tinylora_A", 2), "B": Leaf("tinylora_B", 2), "P": Leaf("tinylora_P", 3, optional=True)},
+        saved=lambda i, constants: {name: constants[name] for name in ("A", "B", "P")},
+        shared_leaves={"v": Leaf("base_model.tinylora_v.", 2)},
+        misread=_transposed,
         conv1d=True,
     ),
 }

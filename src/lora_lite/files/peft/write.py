@@ -45,6 +45,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "PVERA": {"bias": "none", "save_projection": True},
     "RANDLORA": {"bias": "none", "save_projection": True},
     "VBLORA": {"bias": "none", "save_only_topk_weights": False},
+    "TINYLORA": {"bias": "none", "save_projection": True},
     "ADALORA": {"bias": "none"},
     "LN_TUNING": {},
     "LOHA": {},
