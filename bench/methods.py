@@ -52,6 +52,10 @@ def _tinylora(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.TinyLoraConfig(r=cfg.r, u=cfg.u, **tied, target_modules=on)
 
 
+def _unilora(cfg: Any, on: Any) -> peft.PeftConfig:
+    return peft.UniLoraConfig(r=cfg.r, theta_d_length=cfg.theta_d_length, proj_seed=cfg.seed, target_modules=on)
+
+
 def _loha(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.LoHaConfig(r=cfg.r, alpha=cfg.alpha, target_modules=on)
 
@@ -135,6 +139,7 @@ ROWS: dict[str, Row] = {
         demo={"num_vectors": 64, "vector_length": 32, "init_vector_bank_bound": 0.1},
     ),
     "tinylora": Row(fields=lambda r: {"r": 2}, theirs=_tinylora, demo={"r": 2}, rate=2e-2),
+    "unilora": Row(theirs=_unilora, demo={"r": 8, "theta_d_length": 4096}, rate=2e-2),
     "adalora": Row(
         fields=lambda r: {"init_r": r * 3 // 2, "target_r": r, "alpha": float(r), "total_step": 1000},
         theirs=_adalora,

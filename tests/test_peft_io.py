@@ -40,6 +40,8 @@ EXACT = {
     "vera",
     "pvera",
     "tinylora",
+    "unilora",
+    "unilora-zero",
     "tinylora-tied",
     "tinylora-uniform",
     "adalora",
@@ -100,6 +102,11 @@ def _tinylora(**options):
     return lambda paths, conv1d: peft.TinyLoraConfig(target_modules=paths, fan_in_fan_out=conv1d, **options)
 
 
+def _unilora(**options):
+    fields = {"save_indices": True, **options}
+    return lambda paths, conv1d: peft.UniLoraConfig(target_modules=paths, fan_in_fan_out=conv1d, **fields)
+
+
 def _randlora(**options):
     return lambda paths, conv1d: peft.RandLoraConfig(r=5, target_modules=paths, fan_in_fan_out=conv1d, **{"randlora_alpha": 10, **options})
 
@@ -139,6 +146,7 @@ THEIRS = {
     "lokr-bound": _plain(peft.LoKrConfig, r=1, decompose_factor=3),
     "vera": lambda paths, conv1d: peft.VeraConfig(r=5, target_modules=paths, projection_prng_key=3, fan_in_fan_out=conv1d),
     "tinylora": _tinylora(),
+    "unilora": _unilora(r=3, theta_d_length=20, proj_seed=7, init_theta_d_bound=0.5, unilora_dropout=0.1),
     "tinylora-tied": _tinylora(r=10, u=3, weight_tying=0.4, projection_seed=5),  # a rank above a width of 8
     "tinylora-uniform": _tinylora(init_weights="uniform", init_v_bound=0.5, tinylora_dropout=0.1, weight_tying=1.0),
     "pvera": lambda paths, conv1d: peft.PveraConfig(r=5, target_modules=paths, projection_prng_key=3, fan_in_fan_out=conv1d),
@@ -289,6 +297,8 @@ OURS = {
     "lokr": [ll.LoKrConfig(r=2, alpha=5.5, target_names="^[02]$"), ll.LoKrConfig(r=1, target_names="^4$")],
     "lokr-both": ll.LoKrConfig(r=1, decompose_both=True, decompose_factor=3, start="lycoris"),
     "vera": ll.VeRAConfig(r=5, seed=7),
+    "unilora": ll.UniLoRAConfig(r=3, theta_d_length=11, seed=9, start="random", init_theta_d_bound=0.4),
+    "unilora-zero": ll.UniLoRAConfig(r=3, theta_d_length=11),
     "tinylora": ll.TinyLoRAConfig(r=3, u=6, seed=9, weight_tying=0.3),
     "pvera": ll.PVeRAConfig(r=5, seed=7, d_initial=0.3, dropout=0.1),
     "randlora": ll.RandLoRAConfig(r=5, alpha=10.0, seed=7),
@@ -387,6 +397,31 @@ def test_projections_of_vera_are_those_of_the_file_or_drawn_again(saved, tmp_pat
     adapt, params = ll.from_peft(model, tmp_path)
     base = _run(model, batch).detach()
     _close(adapt(params, batch) - base, _run(theirs, batch) - base)
+
+
+@pytest.mark.parametrize("asked", [["0", "4"], "0|4"])
+def test_indices_of_unilora_are_drawn_again_where_the_file_holds_the_vector_alone(asked, tmp_path):
+    model, batch = _make("linear")
+    theirs = _wrapped(model, peft.UniLoraConfig(r=3, theta_d_length=50, target_modules=asked, init_theta_d_bound=0.5))
+    theirs.save_pretrained(tmp_path)
+    assert list(_saved(tmp_path)) == ["base_model.unilora_theta_d"]
+    adapt, params = ll.from_peft(model, tmp_path)
+    assert [t.path for t in adapt.targets] == ["0", "4"]
+    base = _run(model, batch).detach()
+    _close(adapt(params, batch) - base, _run(theirs, batch) - base)
+    _edit(tmp_path, target_modules=r".*", exclude_modules=["2"])
+    assert [t.path for t in ll.from_peft(model, tmp_path)[0].targets] == ["0", "4"]
+
+
+def test_layers_that_no_tensor_names_are_asked_for(tmp_path):
+    model, _ = _make("linear")
+    _wrapped(model, peft.UniLoraConfig(target_modules=["0", "4"])).save_pretrained(tmp_path)
+    _edit(tmp_path, target_modules=None)
+    with pytest.raises(ValueError, match="target_modules: expected names or an expression"):
+        ll.from_peft(model, tmp_path)
+    _edit(tmp_path, target_modules=["0"], layers_to_transform=[0])
+    with pytest.raises(ValueError, match="layers_to_transform: expected none"):
+        ll.from_peft(model, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:Specified to not save projection tensors")

@@ -87,6 +87,8 @@ OURS = {
     "vera_dropout": "dropout",
     "pvera_dropout": "dropout",
     "tinylora_dropout": "dropout",
+    "unilora_dropout": "dropout",
+    "proj_seed": "seed",
     "projection_seed": "seed",
     "miss_dropout": "dropout",
     "randlora_alpha": "alpha",

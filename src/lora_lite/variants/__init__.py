@@ -36,6 +36,7 @@ from lora_lite.variants.road import ROADConfig as ROADConfig
 from lora_lite.variants.shira import SHiRAConfig as SHiRAConfig
 from lora_lite.variants.ssvd import SSVDConfig as SSVDConfig
 from lora_lite.variants.tinylora import TinyLoRAConfig as TinyLoRAConfig
+from lora_lite.variants.unilora import UniLoRAConfig as UniLoRAConfig
 from lora_lite.variants.vblora import VBLoRAConfig as VBLoRAConfig
 from lora_lite.variants.vera import VeRAConfig as VeRAConfig
 
@@ -73,6 +74,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "shira": SHiRAConfig,
     "pvera": PVeRAConfig,
     "tinylora": TinyLoRAConfig,
+    "unilora": UniLoRAConfig,
     "randlora": RandLoRAConfig,
     "vblora": VBLoRAConfig,
 }

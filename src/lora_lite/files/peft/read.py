@@ -23,6 +23,7 @@ from lora_lite.core.tree import Tree, join
 from lora_lite.files.peft import twice, whole
 from lora_lite.files.peft.fields import DEFAULTS, check_fields, resolve
 from lora_lite.files.peft.layers import as_linear, axes_of, unsaved
+from lora_lite.files.peft.named import named
 from lora_lite.files.peft.row import Leaf, Row
 from lora_lite.files.peft.rows import rows_of
 from lora_lite.layers.find import find
@@ -75,6 +76,9 @@ def from_peft(
     tensors, unfit = as_linear(model, fields, tensors, PREFIX)
     layers, unplaced = _by_layer(model, fields["peft_type"], tensors)
     faults += unfit + unplaced
+    if not layers and any(row.bare for row in rows_of(fields["peft_type"])):
+        paths_named, unclear = named(fields, find(model, "linear", kinds))
+        layers, faults = {path: {} for path in paths_named}, faults + unclear
     paths = {path for path, _ in model.named_modules()}
     faults = (
         faults

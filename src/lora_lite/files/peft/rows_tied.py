@@ -2,12 +2,14 @@
 
 from typing import Any
 
+from lora_lite.core.frozen import Constants
 from lora_lite.files.peft.fields import resolve
-from lora_lite.files.peft.row import Fields, Leaf, Row, Tensors
+from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
 from lora_lite.layers.embedding import EmbeddingKind
 from lora_lite.layers.kind import Kind
 from lora_lite.variants.pvera import PVeRAConfig
 from lora_lite.variants.tinylora import TinyLoRAConfig
+from lora_lite.variants.unilora import UniLoRAConfig
 
 _OF_PVERA = {"projection_prng_key": "seed", "d_initial": "d_initial", "pvera_dropout": "dropout"}
 
@@ -23,6 +25,19 @@ def _transposed(kind: type[Kind]) -> str | None:
 
 _OF_TINYLORA = {"r": "r", "u": "u", "weight_tying": "weight_tying", "projection_seed": "seed"}
 _OF_TINYLORA |= {"init_v_bound": "init_v_bound", "tinylora_dropout": "dropout"}
+
+_OF_UNILORA = {"r": "r", "theta_d_length": "theta_d_length", "proj_seed": "seed"}
+_OF_UNILORA |= {"init_theta_d_bound": "init_theta_d_bound", "unilora_dropout": "dropout"}
+_INDICES = {f"index_{f}": Leaf(f"unilora_indices_{f}", 2, optional=True, floating=False) for f in "AB"}
+_SCALES = {f"scale_{f}": Leaf(f"unilora_scales_{f}", 2, optional=True) for f in "AB"}
+
+
+def _read_unilora(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
+    return {**{ours: resolve(fields, theirs, path) for theirs, ours in _OF_UNILORA.items()}, "start": "random"}
+
+
+def _saved_unilora(i: int, constants: Constants) -> Leaves:
+    return {**{name: constants[name].long() for name in _INDICES}, **{name: constants[name] for name in _SCALES}}
 
 
 ROWS_TIED: dict[str, Row] = {
@@ -45,6 +60,18 @@ ROWS_TIED: dict[str, Row] = {
         saved=lambda i, constants: {name: constants[name] for name in ("A", "B", "P")},
         shared_leaves={"v": Leaf("base_model.tinylora_v.", 2)},
         misread=_transposed,
+        conv1d=True,
+    ),
+    "unilora": Row(
+        UniLoRAConfig,
+        "UNILORA",
+        {},
+        _read_unilora,
+        lambda cfg: {theirs: getattr(cfg, ours) for theirs, ours in _OF_UNILORA.items()},
+        constants={**_INDICES, **_SCALES},
+        saved=_saved_unilora,
+        shared_leaves={"theta_d": Leaf("base_model.unilora_theta_d", 1)},
+        bare=True,
         conv1d=True,
     ),
 }

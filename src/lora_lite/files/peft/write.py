@@ -46,6 +46,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "RANDLORA": {"bias": "none", "save_projection": True},
     "VBLORA": {"bias": "none", "save_only_topk_weights": False},
     "TINYLORA": {"bias": "none", "save_projection": True},
+    "UNILORA": {"bias": "none", "save_indices": True},
     "ADALORA": {"bias": "none"},
     "LN_TUNING": {},
     "LOHA": {},
