@@ -140,6 +140,7 @@ ROWS: dict[str, Row] = {
     ),
     "tinylora": Row(fields=lambda r: {"r": 2}, theirs=_tinylora, demo={"r": 2}, rate=2e-2),
     "unilora": Row(theirs=_unilora, demo={"r": 8, "theta_d_length": 4096}, rate=2e-2),
+    "abba": Row(fields=lambda r: dict.fromkeys(("r1", "r2"), max(1, r // 2)), rate=1e-3),
     "adalora": Row(
         fields=lambda r: {"init_r": r * 3 // 2, "target_r": r, "alpha": float(r), "total_step": 1000},
         theirs=_adalora,

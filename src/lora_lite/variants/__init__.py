@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from lora_lite.core.config import AdapterConfig as _AdapterConfig
+from lora_lite.variants.abba import ABBAConfig as ABBAConfig
 from lora_lite.variants.adalora import AdaLoRAConfig as AdaLoRAConfig
 from lora_lite.variants.antipasto import AntiPaSTOConfig as AntiPaSTOConfig
 from lora_lite.variants.asvd import ASVDConfig as ASVDConfig
@@ -75,6 +76,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "pvera": PVeRAConfig,
     "tinylora": TinyLoRAConfig,
     "unilora": UniLoRAConfig,
+    "abba": ABBAConfig,
     "randlora": RandLoRAConfig,
     "vblora": VBLoRAConfig,
 }
