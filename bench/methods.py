@@ -48,6 +48,19 @@ def _vera(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.VeraConfig(r=cfg.r, d_initial=cfg.d_initial, projection_prng_key=cfg.seed, target_modules=on)
 
 
+def _pvera(cfg: Any, on: Any) -> peft.PeftConfig:
+    return peft.PveraConfig(r=cfg.r, d_initial=cfg.d_initial, projection_prng_key=cfg.seed, target_modules=on)
+
+
+def _tinylora(cfg: Any, on: Any) -> peft.PeftConfig:
+    tied = {"weight_tying": cfg.weight_tying, "projection_seed": cfg.seed}
+    return peft.TinyLoraConfig(r=cfg.r, u=cfg.u, **tied, target_modules=on)
+
+
+def _unilora(cfg: Any, on: Any) -> peft.PeftConfig:
+    return peft.UniLoraConfig(r=cfg.r, theta_d_length=cfg.theta_d_length, proj_seed=cfg.seed, target_modules=on)
+
+
 def _loha(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.LoHaConfig(r=cfg.r, alpha=cfg.alpha, target_modules=on)
 
@@ -138,12 +151,16 @@ ROWS: dict[str, Row] = {
     "asvd": Row(short_rate=1.25e-3),
     "loftq": Row(without="It starts from the weight before quantisation, and is LoRA on the dense bases here."),
     "vera": Row(fields=lambda r: {"r": 4 * r}, theirs=_vera, demo={"r": 64}, rate=2e-2, short_rate=8e-2),
+    "pvera": Row(fields=lambda r: {"r": 4 * r}, theirs=_pvera, demo={"r": 64}, rate=2e-2),
     "randlora": Row(fields=lambda r: {"r": 4 * r, "alpha": float(8 * r)}, theirs=_randlora, demo={"r": 16, "alpha": 32.0}),
     "vblora": Row(
         fields=lambda r: {"num_vectors": 64, "vector_length": 32},
         theirs=_vblora,
         demo={"num_vectors": 64, "vector_length": 32, "init_vector_bank_bound": 0.1},
     ),
+    "tinylora": Row(fields=lambda r: {"r": 2}, theirs=_tinylora, demo={"r": 2}, rate=2e-2),
+    "unilora": Row(theirs=_unilora, demo={"r": 8, "theta_d_length": 4096}, rate=2e-2),
+    "abba": Row(fields=lambda r: dict.fromkeys(("r1", "r2"), max(1, r // 2)), rate=1e-3),
     "adalora": Row(
         fields=lambda r: {"init_r": r * 3 // 2, "target_r": r, "alpha": float(r), "total_step": 1000},
         theirs=_adalora,

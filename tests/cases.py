@@ -19,11 +19,15 @@ from lora_lite.core.statistics import needs_loss
 
 @dataclass(frozen=True)
 class Row:
-    """A variant configuration, and the checks of the kit that it is known to fail, each with the reason."""
+    """A variant configuration, and the checks of the kit that it is known to fail, each with the reason.
+
+    `draws` says that it draws at random in training mode, by more than dropout.
+    """
 
     id: str
     cfg: ll.AdapterConfig
     fails: Mapping[str, str] = field(default_factory=dict)
+    draws: bool = False
 
 
 CASES = (
@@ -71,12 +75,21 @@ CASES = (
     Row("loftq", ll.LoftQConfig(r=4)),
     Row("loftq-alpha", ll.LoftQConfig(r=3, alpha=12.0)),
     Row("vera", ll.VeRAConfig(r=8)),
+    Row("pvera", ll.PVeRAConfig(r=8), draws=True),
     Row("randlora", ll.RandLoRAConfig(r=8, alpha=16.0)),
     Row("randlora-odd-rank", ll.RandLoRAConfig(r=7, alpha=16.0, sparse=True)),
     Row("randlora-very-sparse", ll.RandLoRAConfig(r=8, alpha=16.0, very_sparse=True, dropout=0.3)),
     Row("vblora", ll.VBLoRAConfig(num_vectors=12, vector_length=4)),
     Row("vblora-top-three", ll.VBLoRAConfig(r=3, num_vectors=7, vector_length=2, topk=3, dropout=0.3)),
     Row("vblora-random", ll.VBLoRAConfig(num_vectors=12, vector_length=4, start="random")),
+    Row("tinylora", ll.TinyLoRAConfig(u=5)),
+    Row("tinylora-tied-dropout", ll.TinyLoRAConfig(r=3, u=4, weight_tying=1.0, dropout=0.3)),
+    Row("tinylora-uniform", ll.TinyLoRAConfig(r=30, u=3, start="uniform")),
+    Row("unilora", ll.UniLoRAConfig(theta_d_length=20)),
+    Row("unilora-random", ll.UniLoRAConfig(r=3, theta_d_length=15, start="random")),
+    Row("unilora-dropout", ll.UniLoRAConfig(r=2, theta_d_length=9, dropout=0.3)),
+    Row("abba", ll.ABBAConfig(r1=3, r2=2)),
+    Row("abba-dense", ll.ABBAConfig(r1=6, r2=5, alpha1=2.0, alpha2=3.0)),
     Row("adalora", ll.AdaLoRAConfig(init_r=6, target_r=3)),
     Row("lora-ga", ll.LoRAGAConfig(r=4)),
     Row("lora-ga-official", ll.LoRAGAConfig(r=4, direction="random", scale_start="weight_svd", recipe="official")),

@@ -45,6 +45,12 @@ EXACT = {
     "lokr-factor",
     "lokr-bound",
     "vera",
+    "pvera",
+    "tinylora",
+    "unilora",
+    "unilora-zero",
+    "tinylora-tied",
+    "tinylora-uniform",
     "adalora",
     "lora",
     "rslora",
@@ -113,6 +119,15 @@ def _either(cls, **options):
     return lambda paths, conv1d: cls(target_modules=paths, fan_in_fan_out=conv1d, **options)
 
 
+def _tinylora(**options):
+    return lambda paths, conv1d: peft.TinyLoraConfig(target_modules=paths, fan_in_fan_out=conv1d, **options)
+
+
+def _unilora(**options):
+    fields = {"save_indices": True, **options}
+    return lambda paths, conv1d: peft.UniLoraConfig(target_modules=paths, fan_in_fan_out=conv1d, **fields)
+
+
 def _randlora(**options):
     return lambda paths, conv1d: peft.RandLoraConfig(r=5, target_modules=paths, fan_in_fan_out=conv1d, **{"randlora_alpha": 10, **options})
 
@@ -162,6 +177,11 @@ THEIRS = {
     "boft-factors": _plain(peft.BOFTConfig, boft_block_size=2, boft_n_butterfly_factor=2, boft_dropout=0.1),
     "boft-blocks": _plain(peft.BOFTConfig, boft_block_size=0, boft_block_num=2, boft_n_butterfly_factor=2),
     "vera": lambda paths, conv1d: peft.VeraConfig(r=5, target_modules=paths, projection_prng_key=3, fan_in_fan_out=conv1d),
+    "tinylora": _tinylora(),
+    "unilora": _unilora(r=3, theta_d_length=20, proj_seed=7, init_theta_d_bound=0.5, unilora_dropout=0.1),
+    "tinylora-tied": _tinylora(r=10, u=3, weight_tying=0.4, projection_seed=5),  # a rank above a width of 8
+    "tinylora-uniform": _tinylora(init_weights="uniform", init_v_bound=0.5, tinylora_dropout=0.1, weight_tying=1.0),
+    "pvera": lambda paths, conv1d: peft.PveraConfig(r=5, target_modules=paths, projection_prng_key=3, fan_in_fan_out=conv1d),
     "randlora": _randlora(projection_prng_key=3, randlora_alpha=10),
     "randlora-sparse": _randlora(sparse=True, randlora_dropout=0.1),
     "randlora-very-sparse": _randlora(very_sparse=True, sparse=True),
@@ -277,9 +297,10 @@ def test_pefts_file_gives_pefts_values_and_gradients(name, case, tmp_path):
             got, want = (got.abs(), want.abs()) if cfg.name == "pissa" else (got, want)  # the signs of singular vectors are free
             _close(got, want.reshape(got.shape), f"the gradient of {target.path}.{leaf}")
     for name in {cfg.name for cfg in adapt.configs if ROWS[cfg.name].shared_leaves}:
-        for leaf, got in grads[name].items():
-            last = ROWS[name].shared_leaves[leaf].key.rpartition(".")[2]  # PEFT registers it at each layer, and lists the first
-            _close(got, theirs_by_key.pop(next(key for key in theirs_by_key if key.endswith(last))), f"the gradient of {name}.{leaf}")
+        for leaf, whole in grads[name].items():
+            key = ROWS[name].shared_leaves[leaf].key.removeprefix("base_model")  # PEFT registers it at each layer, and lists the first
+            for last, got in {f"{key}{n}": g for n, g in enumerate(whole)}.items() if key.endswith(".") else [(key, whole)]:
+                _close(got, theirs_by_key.pop(next(key for key in theirs_by_key if key.endswith(last))), f"the gradient of {name}.{leaf}")
     assert theirs_by_key == {}
 
 
@@ -335,6 +356,10 @@ OURS = {
     "gralora": ll.GraLoRAConfig(r=4, k=4, hybrid_r=1, alpha=5.5, dropout=0.1),
     "boft": ll.BOFTConfig(block_size=2, n_butterfly_factor=2, block_dropout=0.1),
     "vera": ll.VeRAConfig(r=5, seed=7),
+    "unilora": ll.UniLoRAConfig(r=3, theta_d_length=11, seed=9, start="random", init_theta_d_bound=0.4),
+    "unilora-zero": ll.UniLoRAConfig(r=3, theta_d_length=11),
+    "tinylora": ll.TinyLoRAConfig(r=3, u=6, seed=9, weight_tying=0.3),
+    "pvera": ll.PVeRAConfig(r=5, seed=7, d_initial=0.3, dropout=0.1),
     "randlora": ll.RandLoRAConfig(r=5, alpha=10.0, seed=7),
     "randlora-sparse": ll.RandLoRAConfig(r=5, alpha=10.0, sparse=True),
     "vblora": ll.VBLoRAConfig(r=3, num_vectors=8, vector_length=4),
@@ -440,6 +465,53 @@ def test_projections_of_vera_are_those_of_the_file_or_drawn_again(saved, tmp_pat
     adapt, params = ll.from_peft(model, tmp_path)
     base = _run(model, batch).detach()
     _close(adapt(params, batch) - base, _run(theirs, batch) - base)
+
+
+@pytest.mark.parametrize("asked", [["0", "4"], "0|4"])
+def test_indices_of_unilora_are_drawn_again_where_the_file_holds_the_vector_alone(asked, tmp_path):
+    model, batch = _make("linear")
+    theirs = _wrapped(model, peft.UniLoraConfig(r=3, theta_d_length=50, target_modules=asked, init_theta_d_bound=0.5))
+    theirs.save_pretrained(tmp_path)
+    assert list(_saved(tmp_path)) == ["base_model.unilora_theta_d"]
+    adapt, params = ll.from_peft(model, tmp_path)
+    assert [t.path for t in adapt.targets] == ["0", "4"]
+    base = _run(model, batch).detach()
+    _close(adapt(params, batch) - base, _run(theirs, batch) - base)
+    _edit(tmp_path, target_modules=r".*", exclude_modules=["2"])
+    assert [t.path for t in ll.from_peft(model, tmp_path)[0].targets] == ["0", "4"]
+
+
+def test_layers_that_no_tensor_names_are_asked_for(tmp_path):
+    model, _ = _make("linear")
+    _wrapped(model, peft.UniLoraConfig(target_modules=["0", "4"])).save_pretrained(tmp_path)
+    _edit(tmp_path, target_modules=None)
+    with pytest.raises(ValueError, match="target_modules: expected names or an expression"):
+        ll.from_peft(model, tmp_path)
+    _edit(tmp_path, target_modules=["0"], layers_to_transform=[0])
+    with pytest.raises(ValueError, match="layers_to_transform: expected none"):
+        ll.from_peft(model, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Specified to not save projection tensors")
+def test_matrices_of_tinylora_are_drawn_again_where_the_file_lacks_them(tmp_path):
+    model, batch = _make("linear")
+    theirs = _wrapped(model, peft.TinyLoraConfig(r=3, u=4, target_modules=["0", "4"], projection_seed=7, save_projection=False))
+    theirs.save_pretrained(tmp_path)
+    adapt, params = ll.from_peft(model, tmp_path)
+    base = _run(model, batch).detach()
+    _close(adapt(params, batch) - base, _run(theirs, batch) - base)
+
+
+def test_vectors_of_tinylora_are_counted(tmp_path):
+    model, _ = _make("linear")
+    _wrapped(model, peft.TinyLoraConfig(target_modules=["0", "2", "4"])).save_pretrained(tmp_path)
+    tensors = _saved(tmp_path)
+    safetensors.torch.save_file({k: t for k, t in tensors.items() if not k.endswith("_v.1")}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r'unexpected "base_model\.tinylora_v\.2"'):
+        ll.from_peft(model, tmp_path)
+    safetensors.torch.save_file({k: t for k, t in tensors.items() if not k.endswith("_v.2")}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r'"tinylora\.v": expected shape \(3, 64\), found \(2, 64\)'):
+        ll.from_peft(model, tmp_path)
 
 
 @pytest.mark.parametrize("saved", [True, False])

@@ -129,6 +129,29 @@ def test_faults_of_a_tree_are_named(built):
         adapt(without, x)
 
 
+class NumberedConfig(BankConfig):
+    """The same, and each layer knows its number among all."""
+
+    name = "numbered"
+
+    def allot(self, layers):
+        return {path: {"number": torch.tensor([n, len(layers)])} for n, path in enumerate(layers)}
+
+    def constants(self, W, generator, stats=None):
+        return {"next": W.constants["number"] + 1}
+
+
+def test_constants_that_depend_on_all_targets_reach_each(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    adapt = ll.build(model, NumberedConfig())
+    assert {path: c["number"].tolist() for path, c in adapt.constants.items()} == {"0": [0, 2], "2": [1, 2]}
+    assert adapt.constants["2"]["next"].tolist() == [2, 3]
+    ll.testing.check_variant(NumberedConfig())
+    ll.save(adapt, adapt.init(), tmp_path / "file.safetensors")
+    again, _ = ll.load(model, tmp_path / "file.safetensors", variants=[NumberedConfig])
+    assert again.constants["2"]["number"].tolist() == [1, 2]
+
+
 def test_two_configs_cannot_share_one_name():
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
     with pytest.raises(ValueError, match='the name "bank" to themselves'):

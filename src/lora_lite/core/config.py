@@ -162,6 +162,16 @@ class AdapterConfig:
         """Derive the constants that all targets of this config share. Each target finds them in `W.constants`, beside its own."""
         return {}
 
+    def allot(self, layers: Mapping[str, Frozen]) -> Mapping[str, Constants]:
+        """Derive constants of each target, by its path, that depend on all targets of this config, such as its number among them.
+
+        A target finds them in `W.constants`, from `constants` on.
+
+        Args:
+            layers: the frozen layers of all targets by path, in the model's order.
+        """
+        return {}
+
     def share_init(self, layers: Sequence[Frozen], generator: torch.Generator) -> Params:
         """Return the trained tensors that all targets of this config share, at their start.
 

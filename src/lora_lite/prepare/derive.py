@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.device import made_on_cpu
-from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.core.frozen import Constants, Frozen, Params
 from lora_lite.core.plan import Entries, Plan, Shapes
 from lora_lite.core.progress import shown
 from lora_lite.prepare.start import generator_for, own_start
@@ -30,11 +30,13 @@ def derive(
     shapes: Shapes = {}
     constants: dict[str, Constants] = {}
     common, shared_shapes = share(base, entries)
+    allotted = allot(base, entries)
     for target, cfg in shown(entries, "init", progress):
+        given = allotted.get(target.path, {})
         W = target.kind.at(base, target.path, common.get(cfg.name, {}))
         generators = (generator_for(0, target.path) for _ in range(2))  # each as if it were the only one
         with _noted(f'in {type(cfg).__name__}.constants at target "{target.path}"'):
-            of = functools.partial(own_constants, cfg, generator=next(generators), stats=stats.get(target.path))
+            of = functools.partial(own_constants, cfg, generator=next(generators), stats=stats.get(target.path), given=given)
             own = W.make(of)
         W = W.with_constants({**common.get(cfg.name, {}), **own})
         with _noted(f'in {type(cfg).__name__}.init at target "{target.path}"'):
@@ -71,6 +73,17 @@ def share(base: nn.Module, entries: Entries) -> tuple[dict[str, Constants], Shap
     return common, shapes
 
 
+@made_on_cpu
+def allot(base: nn.Module, entries: Entries) -> dict[str, Constants]:
+    """Derive the constants of each target that depend on all targets of its config."""
+    allotted: dict[str, Constants] = {}
+    for cfg in {id(cfg): cfg for _, cfg in entries}.values():
+        if type(cfg).allot is not AdapterConfig.allot:
+            paths = [target.path for target, other in entries if other is cfg]
+            allotted |= cfg.allot(dict(zip(paths, layers_of(base, entries, cfg))))
+    return allotted
+
+
 def layers_of(base: nn.Module, entries: Entries, cfg: AdapterConfig) -> list[Any]:
     """Read the layers of a config's targets."""
     return [target.kind.at(base, target.path) for target, other in entries if other is cfg]
@@ -83,9 +96,12 @@ def shared_start(cfg: AdapterConfig, layers: Sequence[Any], seed: int) -> Mappin
 
 
 @made_on_cpu
-def own_constants(cfg: AdapterConfig, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
-    """Run a variant's `constants` on one linear map, with statistics where there are any."""
-    return cfg.constants(W, generator) if stats is None else cfg.constants(W, generator, stats)
+def own_constants(
+    cfg: AdapterConfig, W: Frozen, generator: torch.Generator, stats: Any = None, given: Params = MappingProxyType({})
+) -> Constants:
+    """Run a variant's `constants` on one linear map, with statistics where there are any, beside those that it was allotted."""
+    W = W.with_constants({**W.constants, **given}) if given else W
+    return {**given, **(cfg.constants(W, generator) if stats is None else cfg.constants(W, generator, stats))}
 
 
 @contextmanager

@@ -80,8 +80,9 @@ def _make_case(cfg: AdapterConfig, dtype: torch.dtype, i: int, o: int, *, bias: 
     g = torch.Generator().manual_seed(i)
     weight = (torch.randn(o, i, generator=g) / i**0.5).to(dtype)
     W = Frozen(weight, torch.randn(o, generator=g).to(dtype) if bias else None)
-    given = (_statistics(cfg, i, o, dtype),) if cfg.calibrated else (unquantised(weight),) if cfg.original else ()
-    constants = own_constants(cfg, W, torch.Generator().manual_seed(0), *given)
+    stats = _statistics(cfg, i, o, dtype) if cfg.calibrated else unquantised(weight) if cfg.original else None
+    allotted = cfg.allot({"layer": W}).get("layer", {})
+    constants = own_constants(cfg, W, torch.Generator().manual_seed(0), stats, allotted)
     shared = cfg.share_init([W], torch.Generator().manual_seed(1))
     W = Frozen(weight, W.bias, {**cfg.share([W]), **constants})
     start = {name: p.to(cfg.dtype) for name, p in {**shared, **own_start(cfg, W, torch.Generator().manual_seed(0))}.items()}

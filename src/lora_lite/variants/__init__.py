@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from lora_lite.core.config import AdapterConfig as _AdapterConfig
+from lora_lite.variants.abba import ABBAConfig as ABBAConfig
 from lora_lite.variants.adalora import AdaLoRAConfig as AdaLoRAConfig
 from lora_lite.variants.antipasto import AntiPaSTOConfig as AntiPaSTOConfig
 from lora_lite.variants.asvd import ASVDConfig as ASVDConfig
@@ -38,13 +39,16 @@ from lora_lite.variants.oft import OFTConfig as OFTConfig
 from lora_lite.variants.olora import OLoRAConfig as OLoRAConfig
 from lora_lite.variants.pissa import PiSSAConfig as PiSSAConfig
 from lora_lite.variants.psoft import PSOFTConfig as PSOFTConfig
+from lora_lite.variants.pvera import PVeRAConfig as PVeRAConfig
 from lora_lite.variants.qgoft import QGOFTConfig as QGOFTConfig
 from lora_lite.variants.randlora import RandLoRAConfig as RandLoRAConfig
 from lora_lite.variants.road import ROADConfig as ROADConfig
 from lora_lite.variants.shira import SHiRAConfig as SHiRAConfig
 from lora_lite.variants.ssvd import SSVDConfig as SSVDConfig
 from lora_lite.variants.svft import SVFTConfig as SVFTConfig
+from lora_lite.variants.tinylora import TinyLoRAConfig as TinyLoRAConfig
 from lora_lite.variants.tokens import TokensConfig as TokensConfig
+from lora_lite.variants.unilora import UniLoRAConfig as UniLoRAConfig
 from lora_lite.variants.vblora import VBLoRAConfig as VBLoRAConfig
 from lora_lite.variants.vera import VeRAConfig as VeRAConfig
 from lora_lite.variants.waveft import WaveFTConfig as WaveFTConfig
@@ -87,6 +91,10 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "c3a": C3AConfig,
     "fourierft": FourierFTConfig,
     "waveft": WaveFTConfig,
+    "pvera": PVeRAConfig,
+    "tinylora": TinyLoRAConfig,
+    "unilora": UniLoRAConfig,
+    "abba": ABBAConfig,
     "randlora": RandLoRAConfig,
     "vblora": VBLoRAConfig,
     "tokens": TokensConfig,

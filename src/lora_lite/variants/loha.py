@@ -45,6 +45,17 @@ class LoHaParams(TypedDict):
     w2_b: Float[Tensor, "r i"]
 
 
+def plus_product(W: Frozen, x: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], scale: float) -> Tensor:
+    """Return `W(x) + scale [(B1 A1) * (B2 A2)] x` of two pairs `B (o, r)`, `A (r, i)`, in the form that takes fewer multiply-adds."""
+    (B1, A1), (B2, A2) = first, second
+    o, i = len(B1), A1.shape[1]
+    if len(A1) * len(A2) * (i + o) >= i * o:
+        return W.updated(x, (scale * B1 @ A1) * (B2 @ A2))
+    A = (A1[:, None] * A2).flatten(0, 1)  # (r1 r2, i)
+    B = (B1[:, :, None] * B2[:, None]).flatten(1)  # (o, r1 r2)
+    return add_low_rank(W(x), W.project(x, A), B, scale)
+
+
 @checked
 def loha(
     params: LoHaParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float, rank_dropout: float = 0.0, module_dropout: float = 0.0
@@ -54,12 +65,7 @@ def loha(
     stays = kept(W, w1_a, rank_dropout, module_dropout, rescale=True)
     if stays is not None:
         w1_a = stays[:, None] * w1_a
-    (o, r), i = w1_a.shape, w1_b.shape[1]
-    if r * r * (i + o) >= i * o:
-        return W.updated(x, (scale * w1_a @ w1_b) * (w2_a @ w2_b))
-    A = (w1_b[:, None] * w2_b).flatten(0, 1)  # (r^2, i)
-    B = (w1_a[:, :, None] * w2_a[:, None]).flatten(1)  # (o, r^2)
-    return add_low_rank(W(x), W.project(x, A), B, scale)
+    return plus_product(W, x, (w1_a, w1_b), (w2_a, w2_b), scale)
 
 
 @dataclass(frozen=True, kw_only=True)

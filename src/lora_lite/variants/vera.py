@@ -40,11 +40,11 @@ class VeRAParams(TypedDict):
     lambda_b: Float[Tensor, " o"]
 
 
-def projections(layers: Sequence[Frozen], r: int, seed: int) -> Constants:
-    """Draw `A (r, i_max)` and then `B (o_max, r)`, as PEFT does from the same seed."""
+def projections(layers: Sequence[Frozen], r: int, seed: int, parts: int = 1) -> Constants:
+    """Draw `A (parts r, i_max)` and then `B (o_max, r)`, as PEFT does from the same seed."""
     generator = torch.Generator().manual_seed(seed)
     widest = max(W.in_features for W in layers), max(W.out_features for W in layers)
-    shapes = {"A": (r, widest[0]), "B": (widest[1], r)}
+    shapes = {"A": (parts * r, widest[0]), "B": (widest[1], r)}
     drawn = {}
     for name, shape in shapes.items():
         bound = math.sqrt(6 / shape[1])
@@ -52,14 +52,19 @@ def projections(layers: Sequence[Frozen], r: int, seed: int) -> Constants:
     return drawn
 
 
+def of_widths(A: Tensor, B: Tensor, W: Frozen, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the first `i` columns of `A` and the first `o` rows of `B`, in `dtype`. No views where all of them are meant."""
+    A = A if A.shape[1] == W.in_features else A[:, : W.in_features]
+    B = B if len(B) == W.out_features else B[: W.out_features]
+    return A.to(dtype), B.to(dtype)
+
+
 @checked
 def vera(params: VeRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, seed: int = 0, dropout: float = 0.0) -> Float[Tensor, "*b o"]:
     """Return `W x + b + lambda_b (B_o (lambda_d (A_i x)))`. A plain weight takes projections of its own widths, drawn from `seed`."""
     d, b = params["lambda_d"], params["lambda_b"]
     shared = W.constants or projections([W], d.shape[0], seed)
-    A, B = shared["A"], shared["B"]
-    A = (A if A.shape[1] == W.in_features else A[:, : W.in_features]).to(x.dtype)
-    B = (B if len(B) == W.out_features else B[: W.out_features]).to(x.dtype)
+    A, B = of_widths(shared["A"], shared["B"], W, x.dtype)
     # The scales act on the activations: folded into A and B they would need the gradients of these, two more products a token.
     h = d * F.linear(F.dropout(x, dropout, W.training) if dropout else x, A)
     y = W(x)

@@ -17,6 +17,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "HRA": {"r": 8},
     "ROAD": {"variant": "road_1", "group_size": 64},
     "VERA": {"r": 256, "projection_prng_key": 0, "d_initial": 0.1, "vera_dropout": 0.0},
+    "PVERA": {"r": 256, "projection_prng_key": 0, "d_initial": 0.1, "pvera_dropout": 0.0},
     "RANDLORA": {
         **{"r": 32, "randlora_alpha": 640, "projection_prng_key": 0, "randlora_dropout": 0.0},
         **{"sparse": False, "very_sparse": False},
@@ -25,6 +26,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"r": 4, "num_vectors": 256, "vector_length": 256, "topk": 2, "vblora_dropout": 0.0},
         **{"init_vector_bank_bound": 0.02, "init_logits_std": 0.1},
     },
+    "TINYLORA": {
+        **{"r": 2, "u": 64, "weight_tying": 0.0, "projection_seed": 42, "init_v_bound": 0.02, "tinylora_dropout": 0.0},
+    },
+    "UNILORA": {"r": 4, "theta_d_length": 256, "proj_seed": 42, "init_theta_d_bound": 0.02, "unilora_dropout": 0.0},
     "ADALORA": {
         **{"init_r": 12, "target_r": 8, "tinit": 0, "tfinal": 0, "deltaT": 1, "beta1": 0.85, "beta2": 0.85},
         **{"orth_reg_weight": 0.5, "total_step": None, "lora_alpha": 8, "lora_dropout": 0.0},
@@ -74,6 +79,9 @@ FREE: dict[str, set[str]] = {
     "LORA": {*_OF_LORA, "alpha_pattern"},
     "ADALORA": {*_OF_LORA, "r", "init_lora_weights"},  # of the fields that it inherits, it uses neither
     "VERA": {"save_projection", "init_weights"},
+    "TINYLORA": {"save_projection", "init_weights"},
+    "UNILORA": {"save_indices", "init_weights"},
+    "PVERA": {"save_projection", "init_weights", "generator_seed"},  # the seed is of the noise
     "RANDLORA": {"save_projection", "init_weights"},
     "VBLORA": set(),
     "IA3": {"feedforward_modules", "init_ia3_weights"},

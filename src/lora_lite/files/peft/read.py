@@ -1,6 +1,7 @@
 """`from_peft`: PEFT's two files as an `adapt` and its params."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from lora_lite.files.peft.layers import as_linear, axes_of, unsaved
 from lora_lite.files.peft.names import in_names_of
 from lora_lite.files.peft.row import Leaf, Row, own_bias
 from lora_lite.files.peft.rows import rows_of
+from lora_lite.files.peft.targeted import named
 from lora_lite.layers.find import find
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import as_kinds
@@ -80,7 +82,7 @@ def from_peft(
     folder, kinds = folder_of(directory, revision, subfolder), as_kinds(kinds)
     fields = _read_fields(folder / CONFIG)
     check_fields(fields, folder / CONFIG)
-    saved = _read_tensors(folder / WEIGHTS)
+    saved = _with_entries_joined(fields["peft_type"], _read_tensors(folder / WEIGHTS))
     shared = {key: saved.pop(key) for row in rows_of(fields["peft_type"]) for key in _shared_keys(row) if key in saved}
     saved = _without_copies(saved, shared)
     fields, saved, misnamed = in_names_of(model, fields, saved, PREFIX, list(_leaves(fields["peft_type"])), kinds)
@@ -93,6 +95,9 @@ def from_peft(
     saved, unfit = as_linear(model, fields, saved, PREFIX)
     layers, unplaced = _by_layer(model, fields["peft_type"], {**saved, **adapted})
     faults += misnamed + misfits + unfit + unplaced
+    if not layers and any(row.bare for row in rows_of(fields["peft_type"])):
+        paths_named, unclear = named(fields, find(model, "linear", kinds))
+        layers, faults = {path: {} for path in paths_named}, faults + unclear
     paths = {path for path, _ in model.named_modules()}
     faults = (
         faults
@@ -155,6 +160,17 @@ def _read_tensors(place: Path) -> dict[str, Tensor]:
 
 def _shared_keys(row: Row) -> list[str]:
     return [*row.shared.values(), *(leaf.key for leaf in row.shared_leaves.values())]
+
+
+def _with_entries_joined(method: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Join the tensors of a key that ends in a number, from 0 on, to one of that key."""
+    joined = dict(tensors)
+    for key in (key for row in rows_of(method) for key in _shared_keys(row) if key.endswith(".")):
+        names = list(itertools.takewhile(tensors.__contains__, (f"{key}{n}" for n in range(len(tensors)))))
+        entries = [tensors[name] for name in names]
+        if len({(t.shape, t.dtype) for t in entries}) == 1:
+            joined = {name: t for name, t in joined.items() if name not in names} | {key: torch.stack(entries)}
+    return joined
 
 
 def _shared_faults(method: str, shared: Mapping[str, Tensor]) -> list[str]:
@@ -260,7 +276,7 @@ def _with_constants(adapt: Adapt, chosen: Chosen, layers: Layers, shared: Mappin
     plan = adapt._plan
     constants, common = dict(plan.constants), dict(plan.shared)
     for path, (row, cfg) in chosen.items():
-        loaded = {name: (join(path, leaf.key), layers[path][leaf.key]) for name, leaf in row.constants.items()}
+        loaded = {name: (join(path, leaf.key), layers[path][leaf.key]) for name, leaf in row.constants.items() if leaf.key in layers[path]}
         constants[path] = _replaced(constants[path], loaded)
         found = {name: (key, shared[key]) for name, key in row.shared.items() if key in shared}
         if found:

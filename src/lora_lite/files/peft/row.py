@@ -56,12 +56,14 @@ class Row(NamedTuple):
         constants: our constants that the file holds, by name.
         saved: `(target's input width, constants)` to the constants as the file holds them.
         shared: keys of the constants that all layers share, by name; a file may lack them.
-        shared_leaves: our params that all layers share, by name, with whole keys; a file has them.
+        shared_leaves: our params that all layers share, by name, with whole keys; a file has them. A key that ends in `.` is of the first
+            axis' entries, each a tensor of its own there, by number.
         completed: PEFT's tensors with what it leaves out of the file.
         signs: signs that align PEFT's factors with ours, by param.
         written: config and params as another variant, where PEFT's files hold them so.
         refused: what of a config PEFT cannot express, as the field and the reason.
         misread: kinds of layers at which PEFT's file has another meaning than the variant, as the reason.
+        bare: whether a file may hold nothing of a layer; the config's `target_modules` then says which layers there are.
         lists: PEFT's field that names the layers of this variant among those of its type.
         conv1d: whether PEFT adapts transformers' `Conv1D` by it.
     """
@@ -81,6 +83,7 @@ class Row(NamedTuple):
     written: Callable[[Any, Leaves, Constants], tuple[Any, Leaves]] = lambda cfg, leaves, constants: (cfg, leaves)
     refused: Callable[[Any], str | None] = lambda cfg: None
     misread: Callable[[type[Kind]], str | None] = lambda kind: None
+    bare: bool = False
     lists: str | None = None
     conv1d: bool = False
 

@@ -17,6 +17,7 @@ from lora_lite.files.peft.rows_orthogonal import ROWS_ORTHOGONAL
 from lora_lite.files.peft.rows_products import ROWS_PRODUCTS
 from lora_lite.files.peft.rows_shared import ROWS as ROWS_SHARED
 from lora_lite.files.peft.rows_sparse import ROWS_SPARSE
+from lora_lite.files.peft.rows_tied import ROWS_TIED
 from lora_lite.variants.adalora import AdaLoRAConfig
 from lora_lite.variants.bitfit import BitFitConfig
 from lora_lite.variants.delora import DeLoRAConfig
@@ -79,6 +80,7 @@ ROWS: dict[str, Row] = {
     **ROWS_LORA,
     **ROWS_PRODUCTS,
     **ROWS_SPARSE,
+    **ROWS_TIED,
     **ROWS_SHARED,
     "ia3_ff": Row(
         IA3FFConfig,

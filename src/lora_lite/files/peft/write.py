@@ -46,8 +46,11 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "OFT": {"bias": "none"},
     "PSOFT": {},
     "VERA": {"bias": "none", "save_projection": True},
+    "PVERA": {"bias": "none", "save_projection": True},
     "RANDLORA": {"bias": "none", "save_projection": True},
     "VBLORA": {"bias": "none", "save_only_topk_weights": False},
+    "TINYLORA": {"bias": "none", "save_projection": True},
+    "UNILORA": {"bias": "none", "save_indices": True},
     "ADALORA": {"bias": "none"},
     "LN_TUNING": {},
     "LOHA": {},
@@ -198,11 +201,13 @@ def _written(target: Target, cfg: AdapterConfig, leaves: Leaves, adapt: Adapt) -
 
 def _shared(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], configs: Mapping[str, AdapterConfig]) -> Leaves:
     """Return the trained tensors that all layers of a variant share, with their whole keys."""
-    found = {}
+    found: Leaves = {}
     for name, cfg in configs.items():
         constants = adapt.constants.get(name, {})
         for own, leaf in ROWS[name].shared_leaves.items():
-            found[leaf.key] = (params[name][own].detach() + leaf.origin(cfg, constants)).cpu().contiguous()
+            value = (params[name][own].detach() + leaf.origin(cfg, constants)).cpu().contiguous()
+            entries = {f"{leaf.key}{n}": t.clone() for n, t in enumerate(value)} if leaf.key.endswith(".") else {leaf.key: value}
+            found |= entries
     return found
 
 

@@ -1,0 +1,77 @@
+"""Methods whose layers share projections or trained tensors, in PEFT's terms."""
+
+from typing import Any
+
+from lora_lite.core.frozen import Constants
+from lora_lite.files.peft.fields import resolve
+from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
+from lora_lite.layers.embedding import EmbeddingKind
+from lora_lite.layers.kind import Kind
+from lora_lite.variants.pvera import PVeRAConfig
+from lora_lite.variants.tinylora import TinyLoRAConfig
+from lora_lite.variants.unilora import UniLoRAConfig
+
+_OF_PVERA = {"projection_prng_key": "seed", "d_initial": "d_initial", "pvera_dropout": "dropout"}
+
+
+def _read_pvera(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
+    found = {ours: resolve(fields, theirs, path) for theirs, ours in _OF_PVERA.items()}
+    return {"r": tensors["pvera_lambda_d"].shape[0] // 2, **found}
+
+
+def _transposed(kind: type[Kind]) -> str | None:
+    return "PEFT decomposes an embedding the other way round" if issubclass(kind, EmbeddingKind) else None
+
+
+_OF_TINYLORA = {"r": "r", "u": "u", "weight_tying": "weight_tying", "projection_seed": "seed"}
+_OF_TINYLORA |= {"init_v_bound": "init_v_bound", "tinylora_dropout": "dropout"}
+
+_OF_UNILORA = {"r": "r", "theta_d_length": "theta_d_length", "proj_seed": "seed"}
+_OF_UNILORA |= {"init_theta_d_bound": "init_theta_d_bound", "unilora_dropout": "dropout"}
+_INDICES = {f"index_{f}": Leaf(f"unilora_indices_{f}", 2, optional=True, floating=False) for f in "AB"}
+_SCALES = {f"scale_{f}": Leaf(f"unilora_scales_{f}", 2, optional=True) for f in "AB"}
+
+
+def _read_unilora(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
+    return {**{ours: resolve(fields, theirs, path) for theirs, ours in _OF_UNILORA.items()}, "start": "random"}
+
+
+def _saved_unilora(i: int, constants: Constants) -> Leaves:
+    return {**{name: constants[name].long() for name in _INDICES}, **{name: constants[name] for name in _SCALES}}
+
+
+ROWS_TIED: dict[str, Row] = {
+    "pvera": Row(
+        PVeRAConfig,
+        "PVERA",
+        {"lambda_d": Leaf("pvera_lambda_d", 1), "lambda_b": Leaf("pvera_lambda_b", 1)},
+        _read_pvera,
+        lambda cfg: {"r": cfg.r, **{theirs: getattr(cfg, ours) for theirs, ours in _OF_PVERA.items()}},
+        shared={"A": "base_model.pvera_A", "B": "base_model.pvera_B"},
+        conv1d=True,
+    ),
+    "tinylora": Row(
+        TinyLoRAConfig,
+        "TINYLORA",
+        {},
+        lambda fields, path, _: {ours: resolve(fields, theirs, path) for theirs, ours in _OF_TINYLORA.items()},
+        lambda cfg: {theirs: getattr(cfg, ours) for theirs, ours in _OF_TINYLORA.items()},
+        constants={"A": Leaf("tinylora_A", 2), "B": Leaf("tinylora_B", 2), "P": Leaf("tinylora_P", 3, optional=True)},
+        saved=lambda i, constants: {name: constants[name] for name in ("A", "B", "P")},
+        shared_leaves={"v": Leaf("base_model.tinylora_v.", 2)},
+        misread=_transposed,
+        conv1d=True,
+    ),
+    "unilora": Row(
+        UniLoRAConfig,
+        "UNILORA",
+        {},
+        _read_unilora,
+        lambda cfg: {theirs: getattr(cfg, ours) for theirs, ours in _OF_UNILORA.items()},
+        constants={**_INDICES, **_SCALES},
+        saved=_saved_unilora,
+        shared_leaves={"theta_d": Leaf("base_model.unilora_theta_d", 1)},
+        bare=True,
+        conv1d=True,
+    ),
+}

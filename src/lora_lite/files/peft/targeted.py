@@ -1,0 +1,25 @@
+"""The layers that a PEFT config names, for methods whose file of tensors may hold nothing of a layer."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def named(fields: Mapping[str, Any], paths: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the paths that PEFT adapts by `target_modules`, in order, and what hinders an answer."""
+    wanted, others = fields.get("target_modules"), fields.get("exclude_modules") or []
+    if not wanted or wanted == "all-linear":
+        return [], [f"target_modules: expected names or an expression, since the file has no tensors of a layer, found {wanted!r}"]
+    if fields.get("layers_to_transform") is not None:
+        return [], [
+            f"layers_to_transform: expected none, since the file has no tensors of a layer, found {fields['layers_to_transform']!r}"
+        ]
+    whole = [rf"(^|.*\.){name}($|\..*)" for name in fields.get("modules_to_save") or []]
+    return [p for p in paths if _fits(wanted, p) and not _fits(others, p) and not any(re.match(name, p) for name in whole)], []
+
+
+def _fits(names: Any, path: str) -> bool:
+    """Whether an expression matches a path in full, or one of several names is its end."""
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names)
