@@ -244,8 +244,8 @@ def _theirs(row: Row, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _ours(adapt: Adapt, model: nn.Module, path: str, row: Row, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     cfg = dict(zip((t.path for t in adapt.targets), adapt.configs))[path]
-    constants = adapt.constants[path]
-    device = next(t.kind.at(model, path).device for t in adapt.targets if t.path == path)
-    theirs = {name: t.to(device, cfg.dtype, copy=True) for name, t in theirs.items()}
+    W = next(t.kind.at(model, path) for t in adapt.targets if t.path == path)
+    constants = row.derived(cfg, W, adapt.constants[path])
+    theirs = {name: t.to(W.device, cfg.dtype, copy=True) for name, t in theirs.items()}
     signs = row.signs(theirs, constants)
     return {name: (signs.get(name, 1.0) * t - row.leaves[name].origin(cfg, constants)).to(cfg.dtype) for name, t in theirs.items()}

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.frozen import Constants
+from lora_lite.core.frozen import Constants, Frozen
 from lora_lite.layers.kind import Kind
 
 Fields = Mapping[str, Any]
@@ -55,6 +55,7 @@ class Row(NamedTuple):
         when: whether a layer of this PEFT type is of this variant; the first row that fits is taken.
         constants: our constants that the file holds, by name.
         saved: `(target's input width, constants)` to the constants as the file holds them.
+        derived: `(our config, layer, constants)` to the constants with what the origins take of the weight besides.
         shared: keys of the constants that all layers share, by name; a file may lack them.
         completed: PEFT's tensors with what it leaves out of the file.
         signs: signs that align PEFT's factors with ours, by param.
@@ -73,6 +74,7 @@ class Row(NamedTuple):
     when: Callable[[Fields, Tensors], bool] = lambda fields, tensors: True
     constants: Mapping[str, Leaf] = {}
     saved: Callable[[int, Constants], Leaves] = lambda i, constants: {}
+    derived: Callable[[Any, Frozen, Constants], Constants] = lambda cfg, W, constants: constants
     shared: Mapping[str, str] = {}
     completed: Callable[[Any, Leaves], Leaves] = lambda cfg, theirs: theirs
     signs: Callable[[Tensors, Constants], Leaves] = lambda theirs, constants: {}
