@@ -9,7 +9,8 @@ from torch import nn
 import lora_lite as ll
 from cases import CASES, assert_trees_equal, build_any, move
 
-WITH_DROPOUT = {row.cfg.name: dataclasses.replace(row.cfg, dropout=0.5) for row in reversed(CASES) if hasattr(row.cfg, "dropout")}
+FIRST = {row.cfg.name: row.cfg for row in reversed(CASES) if hasattr(row.cfg, "dropout")}  # other options of a variant may refuse it
+WITH_DROPOUT = {name: dataclasses.replace(cfg, dropout=0.5) for name, cfg in FIRST.items()}
 ROWS = 6
 
 
