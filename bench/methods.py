@@ -126,6 +126,7 @@ ROWS: dict[str, Row] = {
     "ether_plus": Row(),
     "miss": Row(theirs=lambda cfg, on: peft.MissConfig(r=cfg.r, target_modules=on), rate=1e-2),
     "shira": Row(theirs=lambda cfg, on: peft.ShiraConfig(r=cfg.r, random_seed=cfg.seed, target_modules=on)),
+    "deft": Row(theirs=lambda cfg, on: peft.DeftConfig(r=cfg.r, decomposition_method=cfg.decomposition_method, target_modules=on)),
     "full": Row(
         fields=lambda r: {"target_names": r"(q|v)_proj$"},
         without="Training the weights themselves needs no library.",

@@ -26,6 +26,8 @@ class Row:
     fails: Mapping[str, str] = field(default_factory=dict)
 
 
+NO_STRENGTH = "A subspace cannot be missing by half."
+
 CASES = (
     Row("lora", ll.LoRAConfig(r=4)),
     Row("lora-rank-one", ll.LoRAConfig(r=1, alpha=3.0)),
@@ -97,6 +99,9 @@ CASES = (
     Row("miss-bat", ll.MiSSConfig(r=8, init="bat")),
     Row("shira", ll.SHiRAConfig(r=3)),
     Row("shira-seeded", ll.SHiRAConfig(r=2, seed=5)),
+    Row("deft", ll.DEFTConfig(r=4)),
+    Row("deft-qr-dropout", ll.DEFTConfig(r=4, decomposition_method="qr", alpha=6.0, dropout=0.3)),
+    *(Row(f"deft-para-{m}", ll.DEFTConfig(r=4, decomposition_method=m, para=True), {"steered": NO_STRENGTH}) for m in ("relu", "qr")),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 

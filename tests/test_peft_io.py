@@ -127,11 +127,20 @@ THEIRS = {
     "miss-bat": _plain(peft.MissConfig, r=2, init_weights="bat", miss_dropout=0.1),
     "shira": _plain(peft.ShiraConfig, r=3, random_seed=5),
     "shira-unseeded": _plain(peft.ShiraConfig, r=2, init_weights=False),
+    "deft": lambda paths, conv1d: peft.DeftConfig(r=3, deft_dropout=0.1, target_modules=paths, fan_in_fan_out=conv1d),
+    "deft-alpha": lambda paths, conv1d: peft.DeftConfig(r=3, alpha=5, init_weights=False, target_modules=paths, fan_in_fan_out=conv1d),
+    "deft-qr": lambda paths, conv1d: peft.DeftConfig(r=4, decomposition_method="qr", target_modules=paths, fan_in_fan_out=conv1d),
+    "deft-para": lambda paths, conv1d: peft.DeftConfig(r=3, para=True, deft_dropout=0.1, target_modules=paths, fan_in_fan_out=conv1d),
+    "deft-para-qr": lambda paths, conv1d: peft.DeftConfig(
+        r=3, para=True, decomposition_method="qr", target_modules=paths, fan_in_fan_out=conv1d
+    ),
 }
 LINEAR_ONLY = (
     *("delora", "hra", "ether", "road", "oft", "loha", "lokr", "miss", "shira"),
     "olora",  # PEFT's takes a Conv1D's weight transposed, and fails where it is not square
 )
+SIGNS_FREE = ("pissa", "pissa-rslora", "deft-qr")
+"""Cases whose factors have signs of their own, here and in PEFT: those of singular vectors, of an orthonormal factor."""
 RESIDUAL = ("pissa", "olora")
 """Cases that are written as LoRA of twice the rank."""
 PAIRS = [(model, name) for model in MODELS for name in THEIRS if model == "linear" or not name.startswith(LINEAR_ONLY)]
@@ -198,7 +207,7 @@ def test_pefts_file_gives_pefts_values_and_gradients(name, case, tmp_path):
     for target, cfg in zip(adapt.targets, adapt.configs):
         for leaf, got in grads[target.path].items():
             want = theirs_by_key.pop(f"base_model.model.{target.path}.{ROWS[cfg.name].leaves[leaf].key}".removesuffix(".weight"))
-            got, want = (got.abs(), want.abs()) if cfg.name == "pissa" else (got, want)  # the signs of singular vectors are free
+            got, want = (got.abs(), want.abs()) if case in SIGNS_FREE else (got, want)
             _close(got, want.reshape(got.shape), f"the gradient of {target.path}.{leaf}")
     assert theirs_by_key == {}
 
@@ -255,6 +264,9 @@ OURS = {
     "miss-mini": ll.MiSSConfig(r=8, mini_r=4, init="mini"),
     "miss-bat": ll.MiSSConfig(r=4, init="bat"),
     "shira": ll.SHiRAConfig(r=3),
+    "deft": ll.DEFTConfig(r=3, alpha=5.0),
+    "deft-qr": ll.DEFTConfig(r=4, decomposition_method="qr"),
+    "deft-para": ll.DEFTConfig(r=3, para=True),
 }
 
 

@@ -8,6 +8,7 @@ from lora_lite.variants.antipasto import AntiPaSTOConfig as AntiPaSTOConfig
 from lora_lite.variants.asvd import ASVDConfig as ASVDConfig
 from lora_lite.variants.bitfit import BitFitConfig as BitFitConfig
 from lora_lite.variants.corda import CorDAConfig as CorDAConfig
+from lora_lite.variants.deft import DEFTConfig as DEFTConfig
 from lora_lite.variants.delora import DeLoRAConfig as DeLoRAConfig
 from lora_lite.variants.dora import DoRAConfig as DoRAConfig
 from lora_lite.variants.ether import ETHERConfig as ETHERConfig
@@ -67,6 +68,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "ether_plus": ETHERPlusConfig,
     "miss": MiSSConfig,
     "shira": SHiRAConfig,
+    "deft": DEFTConfig,
 }
 
 if not TYPE_CHECKING:  # a type checker cannot compute the list, and without one takes the names that are imported as themselves

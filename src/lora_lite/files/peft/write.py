@@ -48,6 +48,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "LOKR": {},
     "MISS": {"bias": "none"},
     "SHIRA": {},
+    "DEFT": {"bias": "none", "init_weights": True},
 }
 """Fields that are the same in every file of a PEFT type."""
 
@@ -158,7 +159,7 @@ def _whole_faults(entries: Pairs, as_whole: Pairs, adapt: Adapt) -> list[str]:
 
 def _written(target: Target, cfg: AdapterConfig, leaves: Leaves, adapt: Adapt) -> Written:
     path = target.path
-    constants = adapt._plan.constants_at(path, cfg)
+    constants = ROWS[cfg.name].derived(cfg, target.kind.at(adapt._plan.base, path), adapt._plan.constants_at(path, cfg))
     cfg, leaves = ROWS[cfg.name].written(cfg, leaves, constants)
     row = ROWS[cfg.name]
     tensors = {}

@@ -1,0 +1,65 @@
+"""PEFT's newer methods, in its terms."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.files.peft.fields import resolve
+from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
+from lora_lite.variants.deft import DEFTConfig, directions
+
+
+def _read_deft(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
+    found = {name: resolve(fields, name, path) for name in ("decomposition_method", "para")}
+    found["r"] = tensors["deft_P"].shape[1]  # PEFT lowers r to the output's width in silence
+    found["dropout"] = 0.0 if found["para"] else resolve(fields, "deft_dropout", path)  # PaRa applies none
+    return {**found, "alpha": resolve(fields, "alpha", path) or None}
+
+
+def _write_deft(cfg: DEFTConfig) -> dict[str, Any]:
+    alpha = int(cfg.alpha) if cfg.alpha is not None and float(cfg.alpha).is_integer() else cfg.alpha
+    return {"r": cfg.r, "alpha": alpha, "decomposition_method": cfg.decomposition_method, "para": cfg.para, "deft_dropout": cfg.dropout}
+
+
+def _deft_start(cfg: DEFTConfig, W: Frozen, constants: Constants) -> Constants:
+    """Derive PEFT's start of `R`, `U_0^T W / s`."""
+    _, U0 = directions(constants["P0"], cfg.decomposition_method)
+    return {**constants, "R0": U0.t() @ W.dense(U0.dtype) / cfg.scale}
+
+
+def _turned(cfg: DEFTConfig, P: Tensor) -> Tensor:
+    """Mark the rows of `R`, `(r, 1)`, that have another sign in PEFT's file: its orthonormal factor has LAPACK's signs."""
+    if cfg.decomposition_method == "relu":
+        return torch.zeros(P.shape[1], 1, dtype=torch.bool, device=P.device)
+    return torch.linalg.qr(P.float()).R.diagonal()[:, None] < 0
+
+
+def _from_lapack_signs(cfg: DEFTConfig, theirs: Leaves) -> Leaves:
+    return {**theirs, "dR": torch.where(_turned(cfg, theirs["dP"]), -theirs["dR"], theirs["dR"])} if "dR" in theirs else theirs
+
+
+def _to_lapack_signs(cfg: DEFTConfig, leaves: Leaves, constants: Constants) -> tuple[DEFTConfig, Leaves]:
+    if cfg.para:
+        return cfg, leaves
+    turned, dR = _turned(cfg, constants["P0"] + leaves["dP"]), leaves["dR"].detach()
+    return cfg, {**leaves, "dR": torch.where(turned, -dR - 2 * constants["R0"], dR)}
+
+
+ROWS_NEWER: dict[str, Row] = {
+    "deft": Row(
+        DEFTConfig,
+        "DEFT",
+        {
+            "dP": Leaf("deft_P", 2, lambda _, c: c["P0"]),
+            "dR": Leaf("deft_R", 2, lambda _, c: c["R0"], optional=True),
+        },
+        _read_deft,
+        _write_deft,
+        derived=_deft_start,
+        completed=_from_lapack_signs,
+        written=_to_lapack_signs,
+        conv1d=True,
+    ),
+}
