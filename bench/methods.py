@@ -127,6 +127,11 @@ ROWS: dict[str, Row] = {
     "miss": Row(theirs=lambda cfg, on: peft.MissConfig(r=cfg.r, target_modules=on), rate=1e-2),
     "shira": Row(theirs=lambda cfg, on: peft.ShiraConfig(r=cfg.r, random_seed=cfg.seed, target_modules=on)),
     "deft": Row(theirs=lambda cfg, on: peft.DeftConfig(r=cfg.r, decomposition_method=cfg.decomposition_method, target_modules=on)),
+    "peanut": Row(theirs=lambda cfg, on: peft.PeanutConfig(r=cfg.r, depth=cfg.depth, act_fn=cfg.act_fn, target_modules=on)),
+    "supertuning": Row(
+        fields=lambda r: {"r": None, "alpha": None},
+        theirs=lambda cfg, on: peft.SupertuningConfig(sparsity=cfg.sparsity, select_top=cfg.select_top, target_modules=on),
+    ),
     "full": Row(
         fields=lambda r: {"target_names": r"(q|v)_proj$"},
         without="Training the weights themselves needs no library.",

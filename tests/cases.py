@@ -102,6 +102,11 @@ CASES = (
     Row("deft", ll.DEFTConfig(r=4)),
     Row("deft-qr-dropout", ll.DEFTConfig(r=4, decomposition_method="qr", alpha=6.0, dropout=0.3)),
     *(Row(f"deft-para-{m}", ll.DEFTConfig(r=4, decomposition_method=m, para=True), {"steered": NO_STRENGTH}) for m in ("relu", "qr")),
+    Row("peanut", ll.PEANuTConfig(r=4)),
+    Row("peanut-deep", ll.PEANuTConfig(r=4, depth=2, act_fn="tanh", scaling=0.7)),
+    Row("supertuning-supra", ll.SuperTuningConfig(sparsity=0.9, r=3, dropout=0.3)),
+    Row("supertuning", ll.SuperTuningConfig()),
+    Row("supertuning-bottom", ll.SuperTuningConfig(sparsity=0.9, select_top=False)),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 

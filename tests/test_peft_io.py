@@ -50,6 +50,11 @@ EXACT = {
     "miss-bat",
     "shira",
     "shira-unseeded",
+    "peanut",
+    "peanut-deep",
+    "supertuning",
+    "supertuning-supra",
+    "supertuning-bottom",
 }
 """Cases whose tensors PEFT keeps as ours: no neutral value is taken off and added again, which would round."""
 
@@ -134,9 +139,15 @@ THEIRS = {
     "deft-para-qr": lambda paths, conv1d: peft.DeftConfig(
         r=3, para=True, decomposition_method="qr", target_modules=paths, fan_in_fan_out=conv1d
     ),
+    "peanut": _plain(peft.PeanutConfig, r=4, scaling=0.7),
+    "peanut-deep": _plain(peft.PeanutConfig, r=4, depth=2, act_fn="swish", init_weights=False),
+    "supertuning": _plain(peft.SupertuningConfig, sparsity=0.9),
+    "supertuning-supra": _plain(peft.SupertuningConfig, sparsity=0.8, r=2, lora_dropout=0.1),
+    "supertuning-bottom": _plain(peft.SupertuningConfig, sparsity=0.8, select_top=False, r=3, lora_alpha=2.5),
 }
 LINEAR_ONLY = (
     *("delora", "hra", "ether", "road", "oft", "loha", "lokr", "miss", "shira"),
+    *("peanut", "supertuning"),
     "olora",  # PEFT's takes a Conv1D's weight transposed, and fails where it is not square
 )
 SIGNS_FREE = ("pissa", "pissa-rslora", "deft-qr")
@@ -206,7 +217,9 @@ def test_pefts_file_gives_pefts_values_and_gradients(name, case, tmp_path):
     theirs_by_key = {key.replace(".default", "").removesuffix(".weight"): p.grad for key, p in theirs.named_parameters() if p.requires_grad}
     for target, cfg in zip(adapt.targets, adapt.configs):
         for leaf, got in grads[target.path].items():
-            want = theirs_by_key.pop(f"base_model.model.{target.path}.{ROWS[cfg.name].leaves[leaf].key}".removesuffix(".weight"))
+            key = f"base_model.model.{target.path}.{ROWS[cfg.name].leaves[leaf].key}".removesuffix(".weight")
+            numbered = [theirs_by_key.pop(key.replace("#", str(n))) for n in range(len(got))] if "#" in key else None
+            want = torch.stack(numbered) if numbered else theirs_by_key.pop(key)
             got, want = (got.abs(), want.abs()) if case in SIGNS_FREE else (got, want)
             _close(got, want.reshape(got.shape), f"the gradient of {target.path}.{leaf}")
     assert theirs_by_key == {}
@@ -267,6 +280,10 @@ OURS = {
     "deft": ll.DEFTConfig(r=3, alpha=5.0),
     "deft-qr": ll.DEFTConfig(r=4, decomposition_method="qr"),
     "deft-para": ll.DEFTConfig(r=3, para=True),
+    "peanut": ll.PEANuTConfig(r=3),
+    "peanut-deep": ll.PEANuTConfig(r=3, depth=2, act_fn="gelu_pytorch_tanh", scaling=2.0),
+    "supertuning": ll.SuperTuningConfig(sparsity=0.9),
+    "supertuning-supra": ll.SuperTuningConfig(sparsity=0.9, r=3, alpha=2.0),
 }
 
 

@@ -30,10 +30,12 @@ from lora_lite.variants.mica import MiCAConfig as MiCAConfig
 from lora_lite.variants.miss import MiSSConfig as MiSSConfig
 from lora_lite.variants.oft import OFTConfig as OFTConfig
 from lora_lite.variants.olora import OLoRAConfig as OLoRAConfig
+from lora_lite.variants.peanut import PEANuTConfig as PEANuTConfig
 from lora_lite.variants.pissa import PiSSAConfig as PiSSAConfig
 from lora_lite.variants.road import ROADConfig as ROADConfig
 from lora_lite.variants.shira import SHiRAConfig as SHiRAConfig
 from lora_lite.variants.ssvd import SSVDConfig as SSVDConfig
+from lora_lite.variants.supertuning import SuperTuningConfig as SuperTuningConfig
 from lora_lite.variants.vera import VeRAConfig as VeRAConfig
 
 VARIANTS: dict[str, type[_AdapterConfig]] = {
@@ -69,6 +71,8 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "miss": MiSSConfig,
     "shira": SHiRAConfig,
     "deft": DEFTConfig,
+    "peanut": PEANuTConfig,
+    "supertuning": SuperTuningConfig,
 }
 
 if not TYPE_CHECKING:  # a type checker cannot compute the list, and without one takes the names that are imported as themselves

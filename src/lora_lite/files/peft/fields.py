@@ -29,6 +29,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "OFT": {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "block_share": False, "coft": False, "eps": 6e-5},
     "MISS": {"r": 64, "mini_r": 1, "init_weights": True, "miss_dropout": 0.0},
     "SHIRA": {"r": 32, "random_seed": None},
+    "PEANUT": {"r": 32, "depth": 0, "act_fn": "relu", "scaling": 1.0},
+    "SUPERTUNING": {"sparsity": 0.99, "select_top": True, "r": None, "lora_alpha": None, "lora_dropout": 0.0},
     "DEFT": {"alpha": None, "decomposition_method": "relu", "para": False, "deft_dropout": 0.0},
 }
 """The fields that are read, of each PEFT type, with PEFT's defaults."""
@@ -59,6 +61,8 @@ FREE: dict[str, set[str]] = {
     "OFT": {"r", "oft_block_size", "module_dropout", "init_weights"},  # PEFT does not apply this dropout; blocks are read off the tensors
     "MISS": set(),
     "SHIRA": {"mask_type", "init_weights"},
+    "PEANUT": {"init_weights"},
+    "SUPERTUNING": {"save_precomputed_indices", "init_weights"},
     "DEFT": {"r", "init_weights", "init_scale"},  # r is read off the tensors, since PEFT lowers it to the output's width
 }
 """The fields that may have any value, of each PEFT type: what they say is in the tensors, or nothing in the mathematics."""

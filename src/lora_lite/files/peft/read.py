@@ -19,7 +19,7 @@ from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import nearest, require_type, several, tree_faults
 from lora_lite.core.frozen import Constants
 from lora_lite.core.tree import Tree, join
-from lora_lite.files.peft import twice, whole
+from lora_lite.files.peft import numbered, twice, whole
 from lora_lite.files.peft.fields import DEFAULTS, check_fields, resolve
 from lora_lite.files.peft.layers import as_linear, axes_of, unsaved
 from lora_lite.files.peft.row import Leaf, Row
@@ -128,6 +128,7 @@ def _read_tensors(place: Path) -> dict[str, Tensor]:
 def _by_layer(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> tuple[Layers, list[str]]:
     """Sort tensors by the path of their layer, and list those that have no place."""
     keys: dict[str, Leaf] = {leaf.key: leaf for row in rows_of(method) for leaf in (*row.leaves.values(), *row.constants.values())}
+    tensors = numbered.stacked(tensors, [key for key in keys if "#" in key])
     ending = re.compile(rf"{re.escape(PREFIX)}(?:(.*)\.)?({'|'.join(map(re.escape, keys))})")
     layers: Layers = {}
     faults = []
@@ -205,7 +206,8 @@ def _with_constants(adapt: Adapt, chosen: Chosen, layers: Layers, shared: Mappin
     plan = adapt._plan
     constants, common = dict(plan.constants), dict(plan.shared)
     for path, (row, cfg) in chosen.items():
-        loaded = {name: (join(path, leaf.key), layers[path][leaf.key]) for name, leaf in row.constants.items()}
+        held = {name: leaf.key for name, leaf in row.constants.items() if leaf.key in layers[path]}
+        loaded = {name: (join(path, key), layers[path][key]) for name, key in held.items()}
         constants[path] = _replaced(constants[path], loaded)
         found = {name: (key, shared[key]) for name, key in row.shared.items() if key in shared}
         if found:

@@ -18,7 +18,7 @@ class Leaf(NamedTuple):
     """A tensor of ours in PEFT's file.
 
     Attributes:
-        key: its name there, after the layer's path.
+        key: its name there, after the layer's path; with a `#`, of one tensor for each number, which ours stacks.
         ndim: number of its axes; several where options differ.
         origin: `(our config, constants)` to PEFT's neutral value.
         shape: its shape there, where ours is flat.

@@ -9,6 +9,8 @@ from lora_lite.core.frozen import Constants, Frozen
 from lora_lite.files.peft.fields import resolve
 from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
 from lora_lite.variants.deft import DEFTConfig, directions
+from lora_lite.variants.peanut import PEANuTConfig
+from lora_lite.variants.supertuning import SuperTuningConfig
 
 
 def _read_deft(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
@@ -47,6 +49,20 @@ def _to_lapack_signs(cfg: DEFTConfig, leaves: Leaves, constants: Constants) -> t
     return cfg, {**leaves, "dR": torch.where(turned, -dR - 2 * constants["R0"], dR)}
 
 
+def _read_supertuning(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
+    found = {name: resolve(fields, name, path) for name in ("sparsity", "select_top", "r")}
+    low_rank = {"alpha": resolve(fields, "lora_alpha", path), "dropout": resolve(fields, "lora_dropout", path)}
+    return {**found, **low_rank} if found["r"] else found
+
+
+def _write_supertuning(cfg: SuperTuningConfig) -> dict[str, Any]:
+    low_rank = {"r": cfg.r, "lora_alpha": cfg.alpha, "lora_dropout": cfg.dropout}
+    return {"sparsity": cfg.sparsity, "select_top": cfg.select_top, **low_rank}
+
+
+_PEANUT = ("r", "depth", "act_fn", "scaling")
+_SAME_FUNCTION = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
+
 ROWS_NEWER: dict[str, Row] = {
     "deft": Row(
         DEFTConfig,
@@ -61,5 +77,27 @@ ROWS_NEWER: dict[str, Row] = {
         completed=_from_lapack_signs,
         written=_to_lapack_signs,
         conv1d=True,
+    ),
+    "peanut": Row(
+        PEANuTConfig,
+        "PEANUT",
+        {
+            **{"A": Leaf("peanut_A.weight", 2), "B": Leaf("peanut_B.weight", 2)},
+            **{"E": Leaf("peanut_encoders.#.weight", 3, field="depth"), "D": Leaf("peanut_decoders.#.weight", 3, field="depth")},
+        },
+        lambda fields, path, _: {name: _SAME_FUNCTION.get(v := resolve(fields, name, path), v) for name in _PEANUT},
+        lambda cfg: {name: getattr(cfg, name) for name in _PEANUT},
+    ),
+    "supertuning": Row(
+        SuperTuningConfig,
+        "SUPERTUNING",
+        {
+            "s": Leaf("supertuning_values", 1),
+            **{name: Leaf(f"supertuning_lora_{name}.weight", 2, field="r") for name in ("A", "B")},
+        },
+        _read_supertuning,
+        _write_supertuning,
+        constants={"indices": Leaf("supertuning_indices", 1, floating=False, optional=True)},
+        saved=lambda _, constants: {"indices": constants["indices"]},
     ),
 }

@@ -19,7 +19,7 @@ from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.plan import Target
 from lora_lite.files.durable import replace
-from lora_lite.files.peft import twice, whole
+from lora_lite.files.peft import numbered, twice, whole
 from lora_lite.files.peft.fields import PATTERNS
 from lora_lite.files.peft.layers import as_saved, is_conv1d, is_parameter, unsaved
 from lora_lite.files.peft.read import CONFIG, PREFIX, WEIGHTS
@@ -49,6 +49,8 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "MISS": {"bias": "none"},
     "SHIRA": {},
     "DEFT": {"bias": "none", "init_weights": True},
+    "PEANUT": {},
+    "SUPERTUNING": {"save_precomputed_indices": True},
 }
 """Fields that are the same in every file of a PEFT type."""
 
@@ -168,7 +170,7 @@ def _written(target: Target, cfg: AdapterConfig, leaves: Leaves, adapt: Adapt) -
         value = value.detach() + leaf.origin(cfg, constants)
         tensors[leaf.key] = value.reshape(leaf.shape) if leaf.shape else value
     tensors |= {row.constants[name].key: t for name, t in row.saved(target.i, constants).items()}
-    return Written(target, row, row.write(cfg), {key: t.cpu().contiguous().clone() for key, t in tensors.items()})
+    return Written(target, row, row.write(cfg), {key: t.cpu().contiguous().clone() for key, t in numbered.unstacked(tensors).items()})
 
 
 def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs) -> dict[str, Any]:
