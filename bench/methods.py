@@ -132,6 +132,7 @@ ROWS: dict[str, Row] = {
         fields=lambda r: {"r": None, "alpha": None},
         theirs=lambda cfg, on: peft.SupertuningConfig(sparsity=cfg.sparsity, select_top=cfg.select_top, target_modules=on),
     ),
+    "osf": Row(theirs=lambda cfg, on: peft.OSFConfig(effective_rank=cfg.effective_rank, target_modules=on), rate=1e-4),
     "full": Row(
         fields=lambda r: {"target_names": r"(q|v)_proj$"},
         without="Training the weights themselves needs no library.",

@@ -107,6 +107,8 @@ CASES = (
     Row("supertuning-supra", ll.SuperTuningConfig(sparsity=0.9, r=3, dropout=0.3)),
     Row("supertuning", ll.SuperTuningConfig()),
     Row("supertuning-bottom", ll.SuperTuningConfig(sparsity=0.9, select_top=False)),
+    Row("osf", ll.OSFConfig()),
+    Row("osf-rank", ll.OSFConfig(effective_rank=5)),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 

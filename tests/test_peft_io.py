@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_lite as ll
 from lora_lite.files.peft.rows import ROWS
+from lora_lite.variants import osf
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*the targeted layer of type Linear has no bias"),  # nothing is merged here
@@ -144,13 +145,15 @@ THEIRS = {
     "supertuning": _plain(peft.SupertuningConfig, sparsity=0.9),
     "supertuning-supra": _plain(peft.SupertuningConfig, sparsity=0.8, r=2, lora_dropout=0.1),
     "supertuning-bottom": _plain(peft.SupertuningConfig, sparsity=0.8, select_top=False, r=3, lora_alpha=2.5),
+    "osf": _plain(peft.OSFConfig),
+    "osf-patterns": _plain(peft.OSFConfig, effective_rank=0.3, rank_pattern={"2": 5, "^4$": 0.8}),
 }
 LINEAR_ONLY = (
     *("delora", "hra", "ether", "road", "oft", "loha", "lokr", "miss", "shira"),
-    *("peanut", "supertuning"),
+    *("peanut", "supertuning", "osf"),
     "olora",  # PEFT's takes a Conv1D's weight transposed, and fails where it is not square
 )
-SIGNS_FREE = ("pissa", "pissa-rslora", "deft-qr")
+SIGNS_FREE = ("pissa", "pissa-rslora", "deft-qr", "osf", "osf-patterns")
 """Cases whose factors have signs of their own, here and in PEFT: those of singular vectors, of an orthonormal factor."""
 RESIDUAL = ("pissa", "olora")
 """Cases that are written as LoRA of twice the rank."""
@@ -214,6 +217,7 @@ def test_pefts_file_gives_pefts_values_and_gradients(name, case, tmp_path):
     weights = torch.randn(want.shape)
     (want * weights).sum().backward()
     _, grads = ll.value_and_grad(lambda p: (_adapted(adapt, p, batch) * weights).sum())(params)
+    grads = osf.project(grads, adapt.constants)  # PEFT's gradients of OSF are projected
     theirs_by_key = {key.replace(".default", "").removesuffix(".weight"): p.grad for key, p in theirs.named_parameters() if p.requires_grad}
     for target, cfg in zip(adapt.targets, adapt.configs):
         for leaf, got in grads[target.path].items():
@@ -241,7 +245,8 @@ def test_files_written_back_are_what_peft_loads(name, case, tmp_path):
     if not case.startswith(RESIDUAL):
         assert set(before) == set(after)
         for key, tensor in before.items():
-            assert torch.equal(tensor, after[key]) if case in EXACT else torch.allclose(tensor, after[key], rtol=1e-6, atol=1e-6), key
+            other = after[key].abs() * tensor.sign() if case in SIGNS_FREE else after[key]
+            assert torch.equal(tensor, other) if case in EXACT else torch.allclose(tensor, other, rtol=1e-6, atol=1e-6), key
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "theirs"]  # no temporary folder stays
     assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
@@ -284,6 +289,8 @@ OURS = {
     "peanut-deep": ll.PEANuTConfig(r=3, depth=2, act_fn="gelu_pytorch_tanh", scaling=2.0),
     "supertuning": ll.SuperTuningConfig(sparsity=0.9),
     "supertuning-supra": ll.SuperTuningConfig(sparsity=0.9, r=3, alpha=2.0),
+    "osf": ll.OSFConfig(effective_rank=0.4),
+    "osf-two-ranks": [ll.OSFConfig(effective_rank=3, target_names="^0$"), ll.OSFConfig(target_names="^[24]$")],
 }
 
 

@@ -30,6 +30,7 @@ from lora_lite.variants.mica import MiCAConfig as MiCAConfig
 from lora_lite.variants.miss import MiSSConfig as MiSSConfig
 from lora_lite.variants.oft import OFTConfig as OFTConfig
 from lora_lite.variants.olora import OLoRAConfig as OLoRAConfig
+from lora_lite.variants.osf import OSFConfig as OSFConfig
 from lora_lite.variants.peanut import PEANuTConfig as PEANuTConfig
 from lora_lite.variants.pissa import PiSSAConfig as PiSSAConfig
 from lora_lite.variants.road import ROADConfig as ROADConfig
@@ -73,6 +74,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "deft": DEFTConfig,
     "peanut": PEANuTConfig,
     "supertuning": SuperTuningConfig,
+    "osf": OSFConfig,
 }
 
 if not TYPE_CHECKING:  # a type checker cannot compute the list, and without one takes the names that are imported as themselves

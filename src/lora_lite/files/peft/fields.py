@@ -31,6 +31,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "SHIRA": {"r": 32, "random_seed": None},
     "PEANUT": {"r": 32, "depth": 0, "act_fn": "relu", "scaling": 1.0},
     "SUPERTUNING": {"sparsity": 0.99, "select_top": True, "r": None, "lora_alpha": None, "lora_dropout": 0.0},
+    "OSF": {"effective_rank": None},
     "DEFT": {"alpha": None, "decomposition_method": "relu", "para": False, "deft_dropout": 0.0},
 }
 """The fields that are read, of each PEFT type, with PEFT's defaults."""
@@ -40,6 +41,7 @@ PATTERNS = {
     "LOHA": {"r": "rank_pattern", "alpha": "alpha_pattern"},
     "LOKR": {"r": "rank_pattern", "alpha": "alpha_pattern"},
     "DELORA": {"r": "rank_pattern", "delora_lambda": "lambda_pattern"},
+    "OSF": {"effective_rank": "rank_pattern"},
 }
 """The fields that a layer may have of its own, with the field that holds the exceptions."""
 
@@ -63,6 +65,7 @@ FREE: dict[str, set[str]] = {
     "SHIRA": {"mask_type", "init_weights"},
     "PEANUT": {"init_weights"},
     "SUPERTUNING": {"save_precomputed_indices", "init_weights"},
+    "OSF": {"rank_pattern", "target_svd_config", "init_weights"},
     "DEFT": {"r", "init_weights", "init_scale"},  # r is read off the tensors, since PEFT lowers it to the output's width
 }
 """The fields that may have any value, of each PEFT type: what they say is in the tensors, or nothing in the mathematics."""

@@ -1,5 +1,6 @@
 """PEFT's newer methods, in its terms."""
 
+import re
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from lora_lite.core.frozen import Constants, Frozen
 from lora_lite.files.peft.fields import resolve
 from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
 from lora_lite.variants.deft import DEFTConfig, directions
+from lora_lite.variants.osf import OSFConfig
 from lora_lite.variants.peanut import PEANuTConfig
 from lora_lite.variants.supertuning import SuperTuningConfig
 
@@ -60,6 +62,18 @@ def _write_supertuning(cfg: SuperTuningConfig) -> dict[str, Any]:
     return {"sparsity": cfg.sparsity, "select_top": cfg.select_top, **low_rank}
 
 
+def _read_osf(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
+    patterns = fields.get("rank_pattern") or {}
+    # PEFT searches its patterns here, where it matches those of other methods.
+    rank = next((rank for pattern, rank in patterns.items() if re.search(pattern, path)), fields.get("effective_rank"))
+    return {"effective_rank": int(rank) if isinstance(rank, float) and rank > 1 else rank}
+
+
+def _osf_signs(theirs: Tensors, constants: Constants) -> Leaves:
+    signs = torch.where((theirs["dV"] * constants["V0"]).sum(1) >= 0, 1.0, -1.0)  # each pair of singular vectors may be turned
+    return {"dU": signs, "dV": signs[:, None]}
+
+
 _PEANUT = ("r", "depth", "act_fn", "scaling")
 _SAME_FUNCTION = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
 
@@ -87,6 +101,18 @@ ROWS_NEWER: dict[str, Row] = {
         },
         lambda fields, path, _: {name: _SAME_FUNCTION.get(v := resolve(fields, name, path), v) for name in _PEANUT},
         lambda cfg: {name: getattr(cfg, name) for name in _PEANUT},
+    ),
+    "osf": Row(
+        OSFConfig,
+        "OSF",
+        {
+            "dU": Leaf("osf_svd_params.U_low", 2, lambda _, c: c["U0"]),
+            "dS": Leaf("osf_svd_params.S_low", 1, lambda _, c: c["S0"]),
+            "dV": Leaf("osf_svd_params.V_low", 2, lambda _, c: c["V0"]),
+        },
+        _read_osf,
+        lambda cfg: {"effective_rank": cfg.effective_rank},
+        signs=_osf_signs,
     ),
     "supertuning": Row(
         SuperTuningConfig,

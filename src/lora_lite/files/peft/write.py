@@ -50,6 +50,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "SHIRA": {},
     "DEFT": {"bias": "none", "init_weights": True},
     "PEANUT": {},
+    "OSF": {},
     "SUPERTUNING": {"save_precomputed_indices": True},
 }
 """Fields that are the same in every file of a PEFT type."""
@@ -202,7 +203,7 @@ def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs) -> dict[str, A
         fields[name] = Counter(values.values()).most_common(1)[0][0]
         others = {path: value for path, value in values.items() if value != fields[name]}
         if name in patterns:
-            fields[patterns[name]] = {f"^{re.escape(path)}": value for path, value in others.items()}
+            fields[patterns[name]] = {f"^{re.escape(path)}$": value for path, value in others.items()}
         elif others:
             faults.append(f"{name}: {fields[name]!r} and {next(iter(others.values()))!r} at {listed(others)}")
     if faults:
