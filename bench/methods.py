@@ -133,6 +133,11 @@ ROWS: dict[str, Row] = {
         theirs=lambda cfg, on: peft.SupertuningConfig(sparsity=cfg.sparsity, select_top=cfg.select_top, target_modules=on),
     ),
     "osf": Row(theirs=lambda cfg, on: peft.OSFConfig(effective_rank=cfg.effective_rank, target_modules=on), rate=1e-4),
+    "glora": Row(
+        theirs=lambda cfg, on: peft.GloraConfig(
+            **{name: getattr(cfg, name) for name in ("r", "config_A_B", "config_C", "config_D_E")}, target_modules=on
+        )
+    ),
     "full": Row(
         fields=lambda r: {"target_names": r"(q|v)_proj$"},
         without="Training the weights themselves needs no library.",

@@ -109,6 +109,10 @@ CASES = (
     Row("supertuning-bottom", ll.SuperTuningConfig(sparsity=0.9, select_top=False)),
     Row("osf", ll.OSFConfig()),
     Row("osf-rank", ll.OSFConfig(effective_rank=5)),
+    Row("glora", ll.GLoRAConfig(r=4)),
+    Row("glora-vector", ll.GLoRAConfig(r=4, config_A_B="vector", config_C="vector", config_D_E="vector")),
+    Row("glora-constant", ll.GLoRAConfig(r=4, config_A_B="constant", config_C="none")),
+    Row("glora-weight", ll.GLoRAConfig(r=4, config_C="none", config_D_E="none")),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 

@@ -56,6 +56,11 @@ EXACT = {
     "supertuning",
     "supertuning-supra",
     "supertuning-bottom",
+    "glora",
+    "glora-vector",
+    "glora-constant",
+    "glora-weight",
+    "glora-bias",
 }
 """Cases whose tensors PEFT keeps as ours: no neutral value is taken off and added again, which would round."""
 
@@ -147,10 +152,14 @@ THEIRS = {
     "supertuning-bottom": _plain(peft.SupertuningConfig, sparsity=0.8, select_top=False, r=3, lora_alpha=2.5),
     "osf": _plain(peft.OSFConfig),
     "osf-patterns": _plain(peft.OSFConfig, effective_rank=0.3, rank_pattern={"2": 5, "^4$": 0.8}),
+    "glora": _plain(peft.GloraConfig, r=3),
+    "glora-vector": _plain(peft.GloraConfig, r=3, config_A_B="vector", config_C="vector", config_D_E="vector", init_weights=False),
+    "glora-constant": _plain(peft.GloraConfig, config_A_B="constant", config_C="none"),
+    "glora-weight": _plain(peft.GloraConfig, config_C="none", config_D_E="none"),
 }
 LINEAR_ONLY = (
     *("delora", "hra", "ether", "road", "oft", "loha", "lokr", "miss", "shira"),
-    *("peanut", "supertuning", "osf"),
+    *("peanut", "supertuning", "osf", "glora"),
     "olora",  # PEFT's takes a Conv1D's weight transposed, and fails where it is not square
 )
 SIGNS_FREE = ("pissa", "pissa-rslora", "deft-qr", "osf", "osf-patterns")
@@ -290,6 +299,9 @@ OURS = {
     "supertuning": ll.SuperTuningConfig(sparsity=0.9),
     "supertuning-supra": ll.SuperTuningConfig(sparsity=0.9, r=3, alpha=2.0),
     "osf": ll.OSFConfig(effective_rank=0.4),
+    "glora": ll.GLoRAConfig(r=3),
+    "glora-vector": ll.GLoRAConfig(r=3, config_A_B="vector", config_D_E="vector"),
+    "glora-bias": ll.GLoRAConfig(config_A_B="none", config_C="vector", target_names="^[04]$"),
     "osf-two-ranks": [ll.OSFConfig(effective_rank=3, target_names="^0$"), ll.OSFConfig(target_names="^[24]$")],
 }
 

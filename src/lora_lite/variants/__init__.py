@@ -15,6 +15,7 @@ from lora_lite.variants.ether import ETHERConfig as ETHERConfig
 from lora_lite.variants.ether_plus import ETHERPlusConfig as ETHERPlusConfig
 from lora_lite.variants.eva import EVAConfig as EVAConfig
 from lora_lite.variants.full import FullConfig as FullConfig
+from lora_lite.variants.glora import GLoRAConfig as GLoRAConfig
 from lora_lite.variants.hra import HRAConfig as HRAConfig
 from lora_lite.variants.ia3 import IA3Config as IA3Config
 from lora_lite.variants.ia3_ff import IA3FFConfig as IA3FFConfig
@@ -75,6 +76,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "peanut": PEANuTConfig,
     "supertuning": SuperTuningConfig,
     "osf": OSFConfig,
+    "glora": GLoRAConfig,
 }
 
 if not TYPE_CHECKING:  # a type checker cannot compute the list, and without one takes the names that are imported as themselves

@@ -32,6 +32,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "PEANUT": {"r": 32, "depth": 0, "act_fn": "relu", "scaling": 1.0},
     "SUPERTUNING": {"sparsity": 0.99, "select_top": True, "r": None, "lora_alpha": None, "lora_dropout": 0.0},
     "OSF": {"effective_rank": None},
+    "GLORA": {"r": 8, "config_A_B": "lora", "config_C": "lora", "config_D_E": "constant"},
     "DEFT": {"alpha": None, "decomposition_method": "relu", "para": False, "deft_dropout": 0.0},
 }
 """The fields that are read, of each PEFT type, with PEFT's defaults."""
@@ -66,6 +67,7 @@ FREE: dict[str, set[str]] = {
     "PEANUT": {"init_weights"},
     "SUPERTUNING": {"save_precomputed_indices", "init_weights"},
     "OSF": {"rank_pattern", "target_svd_config", "init_weights"},
+    "GLORA": {"init_weights"},
     "DEFT": {"r", "init_weights", "init_scale"},  # r is read off the tensors, since PEFT lowers it to the output's width
 }
 """The fields that may have any value, of each PEFT type: what they say is in the tensors, or nothing in the mathematics."""

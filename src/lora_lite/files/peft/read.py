@@ -129,7 +129,8 @@ def _by_layer(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> t
     """Sort tensors by the path of their layer, and list those that have no place."""
     keys: dict[str, Leaf] = {leaf.key: leaf for row in rows_of(method) for leaf in (*row.leaves.values(), *row.constants.values())}
     tensors = numbered.stacked(tensors, [key for key in keys if "#" in key])
-    ending = re.compile(rf"{re.escape(PREFIX)}(?:(.*)\.)?({'|'.join(map(re.escape, keys))})")
+    zeros = {key for row in rows_of(method) for key in row.zeros}
+    ending = re.compile(rf"{re.escape(PREFIX)}(?:(.*)\.)?({'|'.join(map(re.escape, (*keys, *zeros)))})")
     layers: Layers = {}
     faults = []
     for name, tensor in tensors.items():
@@ -138,6 +139,9 @@ def _by_layer(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> t
             faults.append(f'unexpected "{name}"')
             continue
         path, key = found[1] or "", found[2]
+        if key in zeros:
+            faults += [f'"{name}": expected zeros'] if tensor.count_nonzero() else []
+            continue
         expected = keys[key].misfit(tensor, axes_of(model, path))
         if expected is not None:
             faults.append(f'"{name}": expected {expected}, found {tuple(tensor.shape)} of {tensor.dtype}')

@@ -57,6 +57,7 @@ class Row(NamedTuple):
         saved: `(target's input width, constants)` to the constants as the file holds them.
         derived: `(our config, layer, constants)` to the constants with what the origins take of the weight besides.
         shared: keys of the constants that all layers share, by name; a file may lack them.
+        zeros: PEFT's tensors of zeros, with their axes, each of which stands where a layer has no leaf under the same part of the key.
         completed: PEFT's tensors with what it leaves out of the file.
         signs: signs that align PEFT's factors with ours, by param.
         written: config and params as another variant, where PEFT's files hold them so.
@@ -76,6 +77,7 @@ class Row(NamedTuple):
     saved: Callable[[int, Constants], Leaves] = lambda i, constants: {}
     derived: Callable[[Any, Frozen, Constants], Constants] = lambda cfg, W, constants: constants
     shared: Mapping[str, str] = {}
+    zeros: Mapping[str, str] = {}
     completed: Callable[[Any, Leaves], Leaves] = lambda cfg, theirs: theirs
     signs: Callable[[Tensors, Constants], Leaves] = lambda theirs, constants: {}
     written: Callable[[Any, Leaves, Constants], tuple[Any, Leaves]] = lambda cfg, leaves, constants: (cfg, leaves)

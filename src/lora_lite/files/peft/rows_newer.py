@@ -10,6 +10,7 @@ from lora_lite.core.frozen import Constants, Frozen
 from lora_lite.files.peft.fields import resolve
 from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
 from lora_lite.variants.deft import DEFTConfig, directions
+from lora_lite.variants.glora import GLoRAConfig
 from lora_lite.variants.osf import OSFConfig
 from lora_lite.variants.peanut import PEANuTConfig
 from lora_lite.variants.supertuning import SuperTuningConfig
@@ -62,6 +63,20 @@ def _write_supertuning(cfg: SuperTuningConfig) -> dict[str, Any]:
     return {"sparsity": cfg.sparsity, "select_top": cfg.select_top, **low_rank}
 
 
+_GLORA = ("r", "config_A_B", "config_C", "config_D_E")
+_COLUMNS = {"A": "config_A_B", "B": "config_A_B", "C": "config_C"}
+
+
+def _as_columns(cfg: GLoRAConfig, leaves: Leaves, constants: Constants) -> tuple[GLoRAConfig, Leaves]:
+    """Return vectors in the shapes of PEFT, where those of `A`, `B` and `C` are columns."""
+    columns = {name for name, field in _COLUMNS.items() if getattr(cfg, field) == "vector"} | {"Cu"}
+    return cfg, {name: t.unsqueeze(1) if name in columns else t for name, t in leaves.items()}
+
+
+def _from_columns(cfg: GLoRAConfig, theirs: Leaves) -> Leaves:
+    return {name: t.flatten() if name in {"A", "B", "C", "Cu"} else t for name, t in theirs.items()}
+
+
 def _read_osf(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
     patterns = fields.get("rank_pattern") or {}
     # PEFT searches its patterns here, where it matches those of other methods.
@@ -101,6 +116,21 @@ ROWS_NEWER: dict[str, Row] = {
         },
         lambda fields, path, _: {name: _SAME_FUNCTION.get(v := resolve(fields, name, path), v) for name in _PEANUT},
         lambda cfg: {name: getattr(cfg, name) for name in _PEANUT},
+    ),
+    "glora": Row(
+        GLoRAConfig,
+        "GLORA",
+        {
+            f"{path}{part}": Leaf(f"glora_{path}.X{part}", (1, 2), optional=True)
+            for path in "ABCDE"
+            for part in ("d", "u", "")
+            if part == "" or path in "ABC"
+        },
+        lambda fields, path, _: {name: resolve(fields, name, path) for name in _GLORA},
+        lambda cfg: {name: getattr(cfg, name) for name in _GLORA},
+        zeros={"glora_A.zeros": "oi", "glora_B.zeros": "oi", "glora_C.zeros": "i1", "glora_D.zeros": "o", "glora_E.zeros": "o"},
+        completed=_from_columns,
+        written=_as_columns,
     ),
     "osf": Row(
         OSFConfig,

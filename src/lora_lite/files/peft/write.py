@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from lora_lite.adapt import Adapt
@@ -51,6 +52,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "DEFT": {"bias": "none", "init_weights": True},
     "PEANUT": {},
     "OSF": {},
+    "GLORA": {"bias": "none"},
     "SUPERTUNING": {"save_precomputed_indices": True},
 }
 """Fields that are the same in every file of a PEFT type."""
@@ -171,6 +173,9 @@ def _written(target: Target, cfg: AdapterConfig, leaves: Leaves, adapt: Adapt) -
         value = value.detach() + leaf.origin(cfg, constants)
         tensors[leaf.key] = value.reshape(leaf.shape) if leaf.shape else value
     tensors |= {row.constants[name].key: t for name, t in row.saved(target.i, constants).items()}
+    for key, axes in row.zeros.items():
+        if not any(other.startswith(f"{key.rpartition('.')[0]}.") for other in tensors):
+            tensors[key] = torch.zeros([{"i": target.i, "o": target.o}.get(axis, 1) for axis in axes])
     return Written(target, row, row.write(cfg), {key: t.cpu().contiguous().clone() for key, t in numbered.unstacked(tensors).items()})
 
 
