@@ -199,6 +199,18 @@ ROWS: dict[str, Row] = {
     "psoft": Row(fields=lambda r: {"r": 4 * r}, theirs=_psoft, demo={"r": 32}),
     "clover": Row(fields=lambda r: {"head_dim": max(2, min(32, 2 * r))}, demo={"head_dim": 16}, rate=1e-3),
     "svft": Row(fields=lambda r: {"r": None}, demo={}, rate=5e-2),
+    "deft": Row(theirs=lambda cfg, on: peft.DeftConfig(r=cfg.r, decomposition_method=cfg.decomposition_method, target_modules=on)),
+    "peanut": Row(theirs=lambda cfg, on: peft.PeanutConfig(r=cfg.r, depth=cfg.depth, act_fn=cfg.act_fn, target_modules=on)),
+    "supertuning": Row(
+        fields=lambda r: {"r": None, "alpha": None},
+        theirs=lambda cfg, on: peft.SupertuningConfig(sparsity=cfg.sparsity, select_top=cfg.select_top, target_modules=on),
+    ),
+    "osf": Row(theirs=lambda cfg, on: peft.OSFConfig(effective_rank=cfg.effective_rank, target_modules=on), rate=1e-4),
+    "glora": Row(
+        theirs=lambda cfg, on: peft.GloraConfig(
+            **{name: getattr(cfg, name) for name in ("r", "config_A_B", "config_C", "config_D_E")}, target_modules=on
+        )
+    ),
     "full": Row(
         fields=lambda r: {"target_names": r"(q|v)_proj$"},
         without="Training the weights themselves needs no library.",

@@ -30,6 +30,8 @@ class Row:
     draws: bool = False
 
 
+NO_STRENGTH = "A subspace cannot be missing by half."
+
 CASES = (
     Row("lora", ll.LoRAConfig(r=4)),
     Row("lora-rank-one", ll.LoRAConfig(r=1, alpha=3.0)),
@@ -148,6 +150,20 @@ CASES = (
     Row("psoft-bound", ll.PSOFTConfig(r=8, cayley="series", eps=0.3, dropout=0.1)),
     Row("clover", ll.CLOVERConfig(head_dim=8)),
     Row("clover-free", ll.CLOVERConfig(head_dim=8, core="free")),
+    Row("deft", ll.DEFTConfig(r=4)),
+    Row("deft-qr-dropout", ll.DEFTConfig(r=4, decomposition_method="qr", alpha=6.0, dropout=0.3)),
+    *(Row(f"deft-para-{m}", ll.DEFTConfig(r=4, decomposition_method=m, para=True), {"steered": NO_STRENGTH}) for m in ("relu", "qr")),
+    Row("peanut", ll.PEANuTConfig(r=4)),
+    Row("peanut-deep", ll.PEANuTConfig(r=4, depth=2, act_fn="tanh", scaling=0.7)),
+    Row("supertuning-supra", ll.SuperTuningConfig(sparsity=0.9, r=3, dropout=0.3)),
+    Row("supertuning", ll.SuperTuningConfig()),
+    Row("supertuning-bottom", ll.SuperTuningConfig(sparsity=0.9, select_top=False)),
+    Row("osf", ll.OSFConfig()),
+    Row("osf-rank", ll.OSFConfig(effective_rank=5)),
+    Row("glora", ll.GLoRAConfig(r=4)),
+    Row("glora-vector", ll.GLoRAConfig(r=4, config_A_B="vector", config_C="vector", config_D_E="vector")),
+    Row("glora-constant", ll.GLoRAConfig(r=4, config_A_B="constant", config_C="none")),
+    Row("glora-weight", ll.GLoRAConfig(r=4, config_C="none", config_D_E="none")),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 

@@ -77,7 +77,7 @@ def test_groups_equal_a_loop_for_every_variant(row):
         _close(got[2 * k : 2 * k + 2], adapt(member, x[2 * k : 2 * k + 2]))
 
 
-@pytest.mark.parametrize("row", FIRST, ids=named)
+@pytest.mark.parametrize("row", [row for row in FIRST if "steered" not in row.fails], ids=named)
 @pytest.mark.parametrize("strength", STRENGTHS.values(), ids=STRENGTHS)
 def test_members_at_their_own_strength_equal_a_loop(tiny, row, strength):
     model, batch = padded(tiny, "llama", num_hidden_layers=1)

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import lora_lite as ll
 from cases import C3AForward
 from lora_lite.files.peft.rows import ROWS
+from lora_lite.variants import osf
 from peft_oracle import BlockDiagonal
 
 pytestmark = [
@@ -80,6 +81,16 @@ EXACT = {
     "waveft-sparse",
     "waveft-shares",
     "waveft-two-sizes",
+    "peanut",
+    "peanut-deep",
+    "supertuning",
+    "supertuning-supra",
+    "supertuning-bottom",
+    "glora",
+    "glora-vector",
+    "glora-constant",
+    "glora-weight",
+    "glora-bias",
 }
 """Cases whose tensors PEFT keeps as ours: no neutral value is taken off and added again, which would round."""
 
@@ -212,10 +223,12 @@ THEIRS = {
     "waveft-shares": _plain(peft.WaveFTConfig, n_frequency=30, proportional_parameters=True),
 }
 LINEAR_ONLY = (
-    *("delora", "hra", "ether", "road", "oft", "loha", "lokr"),
+    *("delora", "hra", "ether", "road", "oft", "loha", "lokr", "peanut", "supertuning", "osf", "glora"),
     *("miss", "shira", "boft", "c3a", "waveft-shares", "bitfit", "all-biases", "psoft"),
     "olora",  # PEFT's takes a Conv1D's weight transposed, and fails where it is not square
 )
+SIGNS_FREE = ("pissa", "pissa-rslora", "deft-qr", "osf", "osf-patterns")
+"""Cases whose factors have signs of their own, here and in PEFT: those of singular vectors, of an orthonormal factor."""
 COPY = re.compile(r"model\..*\.randlora_[AB]$")
 """Keys of the shared bases that PEFT repeats for each layer. They are written once."""
 RESIDUAL = ("pissa", "olora")
@@ -290,11 +303,14 @@ def test_pefts_file_gives_pefts_values_and_gradients(name, case, tmp_path):
     weights = torch.randn(want.shape)
     (want * weights).sum().backward()
     _, grads = ll.value_and_grad(lambda p: (_adapted(adapt, p, batch) * weights).sum())(params)
+    grads = osf.project(grads, adapt.constants)  # PEFT's gradients of OSF are projected
     theirs_by_key = {key.replace(".default", "").removesuffix(".weight"): p.grad for key, p in theirs.named_parameters() if p.requires_grad}
     for target, cfg in zip(adapt.targets, adapt.configs):
         for leaf, got in grads[target.path].items():
-            want = theirs_by_key.pop(f"base_model.model.{target.path}.{ROWS[cfg.name].leaves[leaf].key}".removesuffix(".weight"))
-            got, want = (got.abs(), want.abs()) if cfg.name == "pissa" else (got, want)  # the signs of singular vectors are free
+            key = f"base_model.model.{target.path}.{ROWS[cfg.name].leaves[leaf].key}".removesuffix(".weight")
+            numbered = [theirs_by_key.pop(key.replace("#", str(n))) for n in range(len(got))] if "#" in key else None
+            want = torch.stack(numbered) if numbered else theirs_by_key.pop(key)
+            got, want = (got.abs(), want.abs()) if case in SIGNS_FREE else (got, want)
             _close(got, want.reshape(got.shape), f"the gradient of {target.path}.{leaf}")
     for name in {cfg.name for cfg in adapt.configs if ROWS[cfg.name].shared_leaves}:
         for leaf, whole in grads[name].items():
@@ -321,7 +337,8 @@ def test_files_written_back_are_what_peft_loads(name, case, tmp_path):
         before = {key: t for key, t in before.items() if not COPY.search(key)}
         assert set(before) == set(after)
         for key, tensor in before.items():
-            assert torch.equal(tensor, after[key]) if case in EXACT else torch.allclose(tensor, after[key], rtol=1e-6, atol=1e-6), key
+            other = after[key].abs() * tensor.sign() if case in SIGNS_FREE else after[key]
+            assert torch.equal(tensor, other) if case in EXACT else torch.allclose(tensor, other, rtol=1e-6, atol=1e-6), key
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "theirs"]  # no temporary folder stays
     assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
@@ -379,6 +396,18 @@ OURS = {
     "fourierft-two-sizes": [ll.FourierFTConfig(n_frequency=n, target_names=f"^{path}$") for path, n in (("0", 60), ("2", 30))],
     "waveft": ll.WaveFTConfig(n_frequency=60, scaling=4.0, seed=3),
     "waveft-two-sizes": [ll.WaveFTConfig(n_frequency=n, target_names=f"^{path}$") for path, n in (("0", 60), ("2", 30))],
+    "deft": ll.DEFTConfig(r=3, alpha=5.0),
+    "deft-qr": ll.DEFTConfig(r=4, decomposition_method="qr"),
+    "deft-para": ll.DEFTConfig(r=3, para=True),
+    "peanut": ll.PEANuTConfig(r=3),
+    "peanut-deep": ll.PEANuTConfig(r=3, depth=2, act_fn="gelu_pytorch_tanh", scaling=2.0),
+    "supertuning": ll.SuperTuningConfig(sparsity=0.9),
+    "supertuning-supra": ll.SuperTuningConfig(sparsity=0.9, r=3, alpha=2.0),
+    "osf": ll.OSFConfig(effective_rank=0.4),
+    "glora": ll.GLoRAConfig(r=3),
+    "glora-vector": ll.GLoRAConfig(r=3, config_A_B="vector", config_D_E="vector"),
+    "glora-bias": ll.GLoRAConfig(config_A_B="none", config_C="vector", target_names="^[04]$"),
+    "osf-two-ranks": [ll.OSFConfig(effective_rank=3, target_names="^0$"), ll.OSFConfig(target_names="^[24]$")],
 }
 
 

@@ -12,6 +12,7 @@ from lora_lite.variants.boft import BOFTConfig as BOFTConfig
 from lora_lite.variants.c3a import C3AConfig as C3AConfig
 from lora_lite.variants.clover import CLOVERConfig as CLOVERConfig
 from lora_lite.variants.corda import CorDAConfig as CorDAConfig
+from lora_lite.variants.deft import DEFTConfig as DEFTConfig
 from lora_lite.variants.delora import DeLoRAConfig as DeLoRAConfig
 from lora_lite.variants.dora import DoRAConfig as DoRAConfig
 from lora_lite.variants.ether import ETHERConfig as ETHERConfig
@@ -19,6 +20,7 @@ from lora_lite.variants.ether_plus import ETHERPlusConfig as ETHERPlusConfig
 from lora_lite.variants.eva import EVAConfig as EVAConfig
 from lora_lite.variants.fourierft import FourierFTConfig as FourierFTConfig
 from lora_lite.variants.full import FullConfig as FullConfig
+from lora_lite.variants.glora import GLoRAConfig as GLoRAConfig
 from lora_lite.variants.goft import GOFTConfig as GOFTConfig
 from lora_lite.variants.gralora import GraLoRAConfig as GraLoRAConfig
 from lora_lite.variants.hira import HiRAConfig as HiRAConfig
@@ -37,6 +39,8 @@ from lora_lite.variants.mica import MiCAConfig as MiCAConfig
 from lora_lite.variants.miss import MiSSConfig as MiSSConfig
 from lora_lite.variants.oft import OFTConfig as OFTConfig
 from lora_lite.variants.olora import OLoRAConfig as OLoRAConfig
+from lora_lite.variants.osf import OSFConfig as OSFConfig
+from lora_lite.variants.peanut import PEANuTConfig as PEANuTConfig
 from lora_lite.variants.pissa import PiSSAConfig as PiSSAConfig
 from lora_lite.variants.psoft import PSOFTConfig as PSOFTConfig
 from lora_lite.variants.pvera import PVeRAConfig as PVeRAConfig
@@ -45,6 +49,7 @@ from lora_lite.variants.randlora import RandLoRAConfig as RandLoRAConfig
 from lora_lite.variants.road import ROADConfig as ROADConfig
 from lora_lite.variants.shira import SHiRAConfig as SHiRAConfig
 from lora_lite.variants.ssvd import SSVDConfig as SSVDConfig
+from lora_lite.variants.supertuning import SuperTuningConfig as SuperTuningConfig
 from lora_lite.variants.svft import SVFTConfig as SVFTConfig
 from lora_lite.variants.tinylora import TinyLoRAConfig as TinyLoRAConfig
 from lora_lite.variants.tokens import TokensConfig as TokensConfig
@@ -103,6 +108,11 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "svft": SVFTConfig,
     "psoft": PSOFTConfig,
     "clover": CLOVERConfig,
+    "deft": DEFTConfig,
+    "peanut": PEANuTConfig,
+    "supertuning": SuperTuningConfig,
+    "osf": OSFConfig,
+    "glora": GLoRAConfig,
 }
 
 if not TYPE_CHECKING:  # a type checker cannot compute the list, and without one takes the names that are imported as themselves

@@ -47,10 +47,17 @@ def plus_sparse(W: Frozen, x: Tensor, rows: Tensor, cols: Tensor, values: Tensor
     """Return `W(x) + S x`, where `values (k,)` are added up at `rows` and `cols` `(k,)` of an empty `S (o, i)`."""
     o, i = W.out_features, W.in_features
     if is_dense(values.shape[0], W):
-        S = values.new_zeros(o * i).index_add(0, rows.long() * i + cols, values)
-        return W.updated(x, S.view(o, i))
+        return plus_flat(W, x, rows.long() * i + cols, values)
     y = W(x)
     terms = x.index_select(-1, cols) * values
     exact = torch.promote_types(x.dtype, torch.float32)  # many small terms for each output
     update = x.new_zeros(*x.shape[:-1], o, dtype=exact).index_add(-1, rows, terms.to(exact))
     return y + update.to(y.dtype)
+
+
+def plus_flat(W: Frozen, x: Tensor, flat: Tensor, values: Tensor) -> Tensor:
+    """Return `W(x) + S x`, where `values (k,)` are added up at the places `flat (k,)` of an empty `S (o, i)` laid out flat."""
+    o, i = W.out_features, W.in_features
+    if not is_dense(values.shape[0], W):
+        return plus_sparse(W, x, flat // i, flat % i, values)
+    return W.updated(x, values.new_zeros(o * i).index_add(0, flat, values).view(o, i))

@@ -54,6 +54,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"r": 32, "psoft_dropout": 0.0, "ab_svd_init": "psoft_init", "psoft_orth": True, "psoft_mag_b": True, "psoft_mag_a": True},
         **{"use_cayley_neumann": False, "num_cayley_neumann_terms": 5, "cayley_neumann_eps": None},
     },
+    "PEANUT": {"r": 32, "depth": 0, "act_fn": "relu", "scaling": 1.0},
+    "SUPERTUNING": {"sparsity": 0.99, "select_top": True, "r": None, "lora_alpha": None, "lora_dropout": 0.0},
+    "OSF": {"effective_rank": None},
+    "GLORA": {"r": 8, "config_A_B": "lora", "config_C": "lora", "config_D_E": "constant"},
+    "DEFT": {"alpha": None, "decomposition_method": "relu", "para": False, "deft_dropout": 0.0},
 }
 """The fields that are read, of each PEFT type, with PEFT's defaults."""
 
@@ -65,6 +70,7 @@ PATTERNS = {
     "C3A": {"block_size": "block_size_pattern"},
     "FOURIERFT": {"n_frequency": "n_frequency_pattern"},
     "WAVEFT": {"n_frequency": "n_frequency_pattern"},
+    "OSF": {"effective_rank": "rank_pattern"},
 }
 """The fields that a layer may have of its own, with the field that holds the exceptions."""
 
@@ -103,6 +109,11 @@ FREE: dict[str, set[str]] = {
     "FOURIERFT": {"n_frequency", "n_frequency_pattern", "init_weights"},  # as their number is
     "WAVEFT": {"n_frequency", "n_frequency_pattern", "proportional_parameters", "init_weights"},
     "PSOFT": {"psoft_alpha", "psoft_svd_lowrank_niter", "random_seed", "init_weights"},  # PEFT's scale cancels
+    "PEANUT": {"init_weights"},
+    "SUPERTUNING": {"save_precomputed_indices", "init_weights"},
+    "OSF": {"rank_pattern", "target_svd_config", "init_weights"},
+    "GLORA": {"init_weights"},
+    "DEFT": {"r", "init_weights", "init_scale"},  # r is read off the tensors, since PEFT lowers it to the output's width
 }
 """The fields that may have any value, of each PEFT type: what they say is in the tensors, or nothing in the mathematics."""
 

@@ -20,7 +20,7 @@ from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import nearest, require_type, several, tree_faults
 from lora_lite.core.frozen import Constants
 from lora_lite.core.tree import Tree, join
-from lora_lite.files.peft import biases, tokens, twice, whole
+from lora_lite.files.peft import biases, numbered, tokens, twice, whole
 from lora_lite.files.peft.fields import DEFAULTS, OFF, check_fields, resolve
 from lora_lite.files.peft.hub import CONFIG, WEIGHTS, folder_of
 from lora_lite.files.peft.layers import as_linear, axes_of, unsaved
@@ -83,9 +83,11 @@ def from_peft(
     fields = _read_fields(folder / CONFIG)
     check_fields(fields, folder / CONFIG)
     saved = _with_entries_joined(fields["peft_type"], _read_tensors(folder / WEIGHTS))
+    keys = [*_leaves(fields["peft_type"]), *_zeros(fields["peft_type"])]
+    saved = numbered.stacked(saved, [key for key in keys if "#" in key])
     shared = {key: saved.pop(key) for row in rows_of(fields["peft_type"]) for key in _shared_keys(row) if key in saved}
     saved = _without_copies(saved, shared)
-    fields, saved, misnamed = in_names_of(model, fields, saved, PREFIX, list(_leaves(fields["peft_type"])), kinds)
+    fields, saved, misnamed = in_names_of(model, fields, saved, PREFIX, keys, kinds)
     saved, faults = twice.at_first_place(model, saved, PREFIX)
     modules, saved = whole.split(model, fields, saved, PREFIX)
     rows, saved, misfits = tokens.split(model, fields, saved, PREFIX)
@@ -192,14 +194,18 @@ def _without_copies(tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor])
     return {name: t for name, t in tensors.items() if (same := whole[name]) is None or not torch.equal(same, t)}
 
 
+def _zeros(method: str) -> set[str]:
+    return {key for row in rows_of(method) for key in row.zeros}
+
+
 def _leaves(method: str) -> dict[str, Leaf]:
     return {leaf.key: leaf for row in rows_of(method) for leaf in (*row.leaves.values(), *row.constants.values())}
 
 
 def _by_layer(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> tuple[Layers, list[str]]:
     """Sort tensors by the path of their layer, and list those that have no place."""
-    keys = _leaves(method)
-    ending = re.compile(rf"{re.escape(PREFIX)}(?:(.*)\.)?({'|'.join(map(re.escape, keys))})")
+    keys, zeros = _leaves(method), _zeros(method)
+    ending = re.compile(rf"{re.escape(PREFIX)}(?:(.*)\.)?({'|'.join(map(re.escape, (*keys, *zeros)))})")
     layers: Layers = {}
     faults = []
     for name, tensor in tensors.items():
@@ -208,6 +214,9 @@ def _by_layer(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> t
             faults.append(f'unexpected "{name}"')
             continue
         path, key = found[1] or "", found[2]
+        if key in zeros:
+            faults += [f'"{name}": expected zeros'] if tensor.count_nonzero() else []
+            continue
         expected = keys[key].misfit(tensor, axes_of(model, path))
         if expected is not None:
             faults.append(f'"{name}": expected {expected}, found {tuple(tensor.shape)} of {tensor.dtype}')
@@ -276,7 +285,8 @@ def _with_constants(adapt: Adapt, chosen: Chosen, layers: Layers, shared: Mappin
     plan = adapt._plan
     constants, common = dict(plan.constants), dict(plan.shared)
     for path, (row, cfg) in chosen.items():
-        loaded = {name: (join(path, leaf.key), layers[path][leaf.key]) for name, leaf in row.constants.items() if leaf.key in layers[path]}
+        held = {name: leaf.key for name, leaf in row.constants.items() if leaf.key in layers[path]}
+        loaded = {name: (join(path, key), layers[path][key]) for name, key in held.items()}
         constants[path] = _replaced(constants[path], loaded)
         found = {name: (key, shared[key]) for name, key in row.shared.items() if key in shared}
         if found:
@@ -316,9 +326,9 @@ def _theirs(row: Row, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _ours(adapt: Adapt, model: nn.Module, path: str, row: Row, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     cfg = dict(zip((t.path for t in adapt.targets), adapt.configs))[path]
-    layer = next(t.kind.at(model, path) for t in adapt.targets if t.path == path)
-    constants = {**adapt.constants[path], **own_bias(layer)}
-    theirs = {name: t.to(layer.device, cfg.dtype, copy=True) for name, t in theirs.items()}
+    W = next(t.kind.at(model, path) for t in adapt.targets if t.path == path)
+    constants = row.derived(cfg, W, {**adapt.constants[path], **own_bias(W)})
+    theirs = {name: t.to(W.device, cfg.dtype, copy=True) for name, t in theirs.items()}
     signs = row.signs(theirs, constants)
     return {name: (signs.get(name, 1.0) * t - row.leaves[name].origin(cfg, constants)).to(cfg.dtype) for name, t in theirs.items()}
 

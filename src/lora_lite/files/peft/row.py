@@ -18,7 +18,7 @@ class Leaf(NamedTuple):
     """A tensor of ours in PEFT's file.
 
     Attributes:
-        key: its name there, after the layer's path.
+        key: its name there, after the layer's path; with a `#`, of one tensor for each number, which ours stacks.
         ndim: number of its axes; several where options differ.
         origin: `(our config, constants)` to PEFT's neutral value; the layer's own bias is there as `own_bias`.
         shape: its shape there, where ours is flat.
@@ -55,9 +55,11 @@ class Row(NamedTuple):
         when: whether a layer of this PEFT type is of this variant; the first row that fits is taken.
         constants: our constants that the file holds, by name.
         saved: `(target's input width, constants)` to the constants as the file holds them.
+        derived: `(our config, layer, constants)` to the constants with what the origins take of the weight besides.
         shared: keys of the constants that all layers share, by name; a file may lack them.
         shared_leaves: our params that all layers share, by name, with whole keys; a file has them. A key that ends in `.` is of the first
             axis' entries, each a tensor of its own there, by number.
+        zeros: PEFT's tensors of zeros, with their axes, each of which stands where a layer has no leaf under the same part of the key.
         completed: PEFT's tensors with what it leaves out of the file.
         signs: signs that align PEFT's factors with ours, by param.
         written: config and params as another variant, where PEFT's files hold them so.
@@ -76,8 +78,10 @@ class Row(NamedTuple):
     when: Callable[[Fields, Tensors], bool] = lambda fields, tensors: True
     constants: Mapping[str, Leaf] = {}
     saved: Callable[[int, Constants], Leaves] = lambda i, constants: {}
+    derived: Callable[[Any, Frozen, Constants], Constants] = lambda cfg, W, constants: constants
     shared: Mapping[str, str] = {}
     shared_leaves: Mapping[str, Leaf] = {}
+    zeros: Mapping[str, str] = {}
     completed: Callable[[Any, Leaves], Leaves] = lambda cfg, theirs: theirs
     signs: Callable[[Tensors, Constants], Leaves] = lambda theirs, constants: {}
     written: Callable[[Any, Leaves, Constants], tuple[Any, Leaves]] = lambda cfg, leaves, constants: (cfg, leaves)

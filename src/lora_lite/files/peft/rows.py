@@ -13,6 +13,7 @@ from lora_lite.core.frozen import Constants
 from lora_lite.files.peft.fields import resolve
 from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
 from lora_lite.files.peft.rows_lora import ROWS as ROWS_LORA
+from lora_lite.files.peft.rows_newer import ROWS_NEWER
 from lora_lite.files.peft.rows_orthogonal import ROWS_ORTHOGONAL
 from lora_lite.files.peft.rows_products import ROWS_PRODUCTS
 from lora_lite.files.peft.rows_shared import ROWS as ROWS_SHARED
@@ -82,6 +83,7 @@ ROWS: dict[str, Row] = {
     **ROWS_SPARSE,
     **ROWS_TIED,
     **ROWS_SHARED,
+    **ROWS_NEWER,
     "ia3_ff": Row(
         IA3FFConfig,
         "IA3",

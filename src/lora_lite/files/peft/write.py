@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from lora_lite.adapt import Adapt
@@ -19,7 +20,7 @@ from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.plan import Target
 from lora_lite.files.durable import replace
-from lora_lite.files.peft import biases, tokens, twice, whole
+from lora_lite.files.peft import biases, numbered, tokens, twice, whole
 from lora_lite.files.peft.fields import BY_PATH, PATTERNS
 from lora_lite.files.peft.hub import CONFIG, WEIGHTS
 from lora_lite.files.peft.layers import as_saved, is_conv1d, is_parameter, unsaved
@@ -64,6 +65,11 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "FOURIERFT": {"bias": "none"},
     "WAVEFT": {"bias": "none", "wavelet_family": "db1"},
     "TRAINABLE_TOKENS": {},
+    "DEFT": {"bias": "none", "init_weights": True},
+    "PEANUT": {},
+    "OSF": {},
+    "GLORA": {"bias": "none"},
+    "SUPERTUNING": {"save_precomputed_indices": True},
 }
 """Fields that are the same in every file of a PEFT type."""
 
@@ -187,7 +193,8 @@ def _whole_faults(entries: Pairs, as_whole: Pairs, adapt: Adapt) -> list[str]:
 
 def _written(target: Target, cfg: AdapterConfig, leaves: Leaves, adapt: Adapt) -> Written:
     path = target.path
-    constants = {**adapt._plan.constants_at(path, cfg), **own_bias(adapt._plan.layer(target, cfg))}
+    layer = adapt._plan.layer(target, cfg)
+    constants = ROWS[cfg.name].derived(cfg, layer, {**adapt._plan.constants_at(path, cfg), **own_bias(layer)})
     cfg, leaves = ROWS[cfg.name].written(cfg, leaves, constants)
     row = ROWS[cfg.name]
     tensors = {}
@@ -196,7 +203,10 @@ def _written(target: Target, cfg: AdapterConfig, leaves: Leaves, adapt: Adapt) -
         value = value.detach() + leaf.origin(cfg, constants)
         tensors[leaf.key] = value.reshape(leaf.shape) if leaf.shape else value
     tensors |= {row.constants[name].key: t for name, t in row.saved(target.i, constants).items()}
-    return Written(target, row, row.write(cfg), {key: t.cpu().contiguous().clone() for key, t in tensors.items()})
+    for key, axes in row.zeros.items():
+        if not any(other.startswith(f"{key.rpartition('.')[0]}.") for other in tensors):
+            tensors[key] = torch.zeros([{"i": target.i, "o": target.o}.get(axis, 1) for axis in axes])
+    return Written(target, row, row.write(cfg), {key: t.cpu().contiguous().clone() for key, t in numbered.unstacked(tensors).items()})
 
 
 def _shared(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], configs: Mapping[str, AdapterConfig]) -> Leaves:
@@ -242,7 +252,7 @@ def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs, of_tokens: Map
         fields[name] = Counter(values.values()).most_common(1)[0][0]
         others = {path: value for path, value in values.items() if value != fields[name]}
         if name in patterns:
-            fields[patterns[name]] = {path if method in BY_PATH else f"^{re.escape(path)}": value for path, value in others.items()}
+            fields[patterns[name]] = {path if method in BY_PATH else f"^{re.escape(path)}$": value for path, value in others.items()}
             faults += _taken(name, values, others) if method in BY_PATH else []
         elif others:
             faults.append(f"{name}: {fields[name]!r} and {next(iter(others.values()))!r} at {listed(others)}")
