@@ -89,6 +89,8 @@ CASES = (
     Row("unilora-dropout", ll.UniLoRAConfig(r=2, theta_d_length=9, dropout=0.3)),
     Row("abba", ll.ABBAConfig(r1=3, r2=2)),
     Row("abba-dense", ll.ABBAConfig(r1=6, r2=5, alpha1=2.0, alpha2=3.0)),
+    Row("frod", ll.FRoDConfig()),
+    Row("frod-sparse-dropout", ll.FRoDConfig(sparse_rate=0.0015, dropout=0.3)),
     Row("adalora", ll.AdaLoRAConfig(init_r=6, target_r=3)),
     Row("lora-ga", ll.LoRAGAConfig(r=4)),
     Row("lora-ga-official", ll.LoRAGAConfig(r=4, direction="random", scale_start="weight_svd", recipe="official")),

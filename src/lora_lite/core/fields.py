@@ -87,6 +87,7 @@ OURS = {
     "vera_dropout": "dropout",
     "pvera_dropout": "dropout",
     "tinylora_dropout": "dropout",
+    "frod_dropout": "dropout",
     "unilora_dropout": "dropout",
     "proj_seed": "seed",
     "projection_seed": "seed",

@@ -14,6 +14,7 @@ from lora_lite.variants.dora import DoRAConfig as DoRAConfig
 from lora_lite.variants.ether import ETHERConfig as ETHERConfig
 from lora_lite.variants.ether_plus import ETHERPlusConfig as ETHERPlusConfig
 from lora_lite.variants.eva import EVAConfig as EVAConfig
+from lora_lite.variants.frod import FRoDConfig as FRoDConfig
 from lora_lite.variants.full import FullConfig as FullConfig
 from lora_lite.variants.hra import HRAConfig as HRAConfig
 from lora_lite.variants.ia3 import IA3Config as IA3Config
@@ -77,6 +78,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "tinylora": TinyLoRAConfig,
     "unilora": UniLoRAConfig,
     "abba": ABBAConfig,
+    "frod": FRoDConfig,
     "randlora": RandLoRAConfig,
     "vblora": VBLoRAConfig,
 }

@@ -21,6 +21,7 @@ from lora_lite.core.errors import nearest, require_type, several, tree_faults
 from lora_lite.core.frozen import Constants
 from lora_lite.core.tree import Tree, join
 from lora_lite.files.peft import twice, whole
+from lora_lite.files.peft.categories import spread
 from lora_lite.files.peft.fields import DEFAULTS, check_fields, resolve
 from lora_lite.files.peft.layers import as_linear, axes_of, unsaved
 from lora_lite.files.peft.named import named
@@ -70,6 +71,8 @@ def from_peft(
     check_fields(fields, folder / CONFIG)
     tensors = _read_tensors(folder / WEIGHTS)
     tensors = _with_entries_joined(fields["peft_type"], tensors)
+    for row in rows_of(fields["peft_type"]):
+        tensors = spread(tensors, row.of_sort, row.sort, PREFIX) if row.of_sort else tensors
     shared = {key: tensors.pop(key) for row in rows_of(fields["peft_type"]) for key in _shared_keys(row) if key in tensors}
     tensors, faults = twice.at_first_place(model, _without_copies(tensors, shared), PREFIX)
     values, tensors = whole.split(model, fields, tensors, PREFIX)
@@ -248,9 +251,11 @@ def _with_constants(adapt: Adapt, chosen: Chosen, layers: Layers, shared: Mappin
     """Take constants that the file holds from there, and its task: the weight may have changed since they were derived."""
     plan = adapt._plan
     constants, common = dict(plan.constants), dict(plan.shared)
+    layer = {target.path: target.kind.at(plan.base, target.path) for target, _ in plan.entries}
     for path, (row, cfg) in chosen.items():
-        loaded = {name: (join(path, leaf.key), layers[path][leaf.key]) for name, leaf in row.constants.items() if leaf.key in layers[path]}
-        constants[path] = _replaced(constants[path], loaded)
+        kept = {name: leaf.key for name, leaf in row.constants.items() if leaf.key in layers[path] and name in constants[path]}
+        loaded = _replaced(constants[path], {name: (join(path, key), layers[path][key]) for name, key in kept.items()})
+        constants[path] = {**loaded, **(row.settled(layer[path], loaded) if kept else {})}
         found = {name: (key, shared[key]) for name, key in row.shared.items() if key in shared}
         if found:
             common[cfg.name] = _replaced(common[cfg.name], found)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.frozen import Constants
+from lora_lite.core.frozen import Constants, Frozen
 from lora_lite.layers.kind import Kind
 
 Fields = Mapping[str, Any]
@@ -58,6 +58,9 @@ class Row(NamedTuple):
         shared: keys of the constants that all layers share, by name; a file may lack them.
         shared_leaves: our params that all layers share, by name, with whole keys; a file has them. A key that ends in `.` is of the first
             axis' entries, each a tensor of its own there, by number.
+        of_sort: keys of the constants that a file holds once for all layers of a sort, each with the sort after it.
+        sort: the sort of a layer by its path.
+        settled: `(layer, constants of the file)` to the constants that follow from them.
         completed: PEFT's tensors with what it leaves out of the file.
         signs: signs that align PEFT's factors with ours, by param.
         written: config and params as another variant, where PEFT's files hold them so.
@@ -78,6 +81,9 @@ class Row(NamedTuple):
     saved: Callable[[int, Constants], Leaves] = lambda i, constants: {}
     shared: Mapping[str, str] = {}
     shared_leaves: Mapping[str, Leaf] = {}
+    of_sort: tuple[str, ...] = ()
+    sort: Callable[[str], str] = lambda path: path
+    settled: Callable[[Frozen, Constants], Constants] = lambda W, constants: {}
     completed: Callable[[Any, Leaves], Leaves] = lambda cfg, theirs: theirs
     signs: Callable[[Tensors, Constants], Leaves] = lambda theirs, constants: {}
     written: Callable[[Any, Leaves, Constants], tuple[Any, Leaves]] = lambda cfg, leaves, constants: (cfg, leaves)
