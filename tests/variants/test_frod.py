@@ -1,4 +1,4 @@
-"""FRoD: one basis for the layers of a sort, in which each weight is what the paper says, and both forms of the product with `S`."""
+"""FRoD: one basis for the layers of a sort, in which each weight is what the paper says, and all forms of the update."""
 
 import peft
 import pytest
@@ -61,12 +61,13 @@ def test_sorts_are_told_by_the_path(path, sort):
     assert category(path) == sort
 
 
+@pytest.mark.parametrize("tokens", [5, 100])
 @pytest.mark.parametrize("n", [1, 40])
-def test_both_forms_are_the_definition(n):
+def test_all_forms_are_the_definition(n, tokens):
     i, o = 30, 7
     assert (i * i <= DENSE * n) == (n == 40)
     g = torch.Generator().manual_seed(0)
-    weight, V, U, x = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in [(o, i), (i, i), (o, i), (5, i)])
+    weight, V, U, x = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in [(o, i), (i, i), (o, i), (tokens, i)])
     diagonal, s = (torch.randn(k, generator=g, dtype=torch.float64) for k in (i, n))
     place = torch.randperm(i * i, generator=g)[:n]
     S = torch.zeros(i * i, dtype=torch.float64)

@@ -26,7 +26,7 @@ its weight and more, in memory and in a file.
 
 Departures: the method is a replacement of `W` by `U (diag(l) + S) V^T`, in which the base model is there to rounding alone, and a quantised
 one is not at all. The difference to it is what is computed here, so that `l` is trained as its displacement. The product with `S` is one
-with a dense matrix, which is faster unless `S` is very sparse.
+with a dense matrix, which is faster unless `S` is very sparse. For more vectors than twice the width the update is multiplied out first.
 """
 
 from collections.abc import Mapping
@@ -113,12 +113,13 @@ def frod(params: FRoDParams, W: Frozen, x: Float[Tensor, "*b i"], *, dropout: fl
     diagonal, s, i = params["lambda_l"], params["lambda_s"], W.in_features
     fixed = W.constants or alone(W, len(s))
     rows, cols = fixed["index"]
-    z = F.linear(F.dropout(x, dropout, W.training) if dropout else x, fixed["V"].to(x.dtype).t())
-    if i * i <= DENSE * len(s):
-        h = F.linear(z, diagonal.diag().flatten().index_add(0, rows.long() * i + cols, s).view(i, i))
-    else:
-        h = diagonal * z + gathered(z, rows, cols, s, i).to(z.dtype)
-    return add_low_rank(W(x), h, fixed["U"].to(x.dtype))
+    U, V, dense = fixed["U"].to(x.dtype), fixed["V"].to(x.dtype), i * i <= DENSE * len(s)
+    inner = diagonal.diag().flatten().index_add(0, rows.long() * i + cols, s).view(i, i) if dense else None
+    if inner is not None and x.numel() > 2 * i * i:  # with more vectors than twice the width, the update itself is the cheaper one
+        return W.updated(x, U @ (inner @ V.t()), dropout)
+    z = F.linear(F.dropout(x, dropout, W.training) if dropout else x, V.t())
+    h = diagonal * z + gathered(z, rows, cols, s, i).to(z.dtype) if inner is None else F.linear(z, inner)
+    return add_low_rank(W(x), h, U)
 
 
 @dataclass(frozen=True, kw_only=True)
