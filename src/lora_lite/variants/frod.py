@@ -104,7 +104,8 @@ def directions(W: Frozen, V: Tensor) -> Constants:
 def alone(W: Frozen, n: int) -> Constants:
     """Derive the constants of a layer that is the only one of its sort, with PEFT's defaults."""
     V = basis([W.dense(torch.float32).cpu()], 1e-3)
-    return {"V": V, "index": off_diagonal(W.in_features, n, torch.Generator().manual_seed(0)), **directions(W, V)}
+    found = {"V": V, "index": off_diagonal(W.in_features, n, torch.Generator().manual_seed(0)), **directions(W, V)}
+    return {name: c.to(W.device) for name, c in found.items()}
 
 
 @checked

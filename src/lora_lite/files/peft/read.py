@@ -255,7 +255,8 @@ def _with_constants(adapt: Adapt, chosen: Chosen, layers: Layers, shared: Mappin
     for path, (row, cfg) in chosen.items():
         kept = {name: leaf.key for name, leaf in row.constants.items() if leaf.key in layers[path] and name in constants[path]}
         loaded = _replaced(constants[path], {name: (join(path, key), layers[path][key]) for name, key in kept.items()})
-        constants[path] = {**loaded, **(row.settled(layer[path], loaded) if kept else {})}
+        follow = row.settled(layer[path], loaded) if kept else {}
+        constants[path] = {**loaded, **{name: c.to(layer[path].device) for name, c in follow.items()}}
         found = {name: (key, shared[key]) for name, key in row.shared.items() if key in shared}
         if found:
             common[cfg.name] = _replaced(common[cfg.name], found)
