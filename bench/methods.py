@@ -61,6 +61,10 @@ def _unilora(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.UniLoraConfig(r=cfg.r, theta_d_length=cfg.theta_d_length, proj_seed=cfg.seed, target_modules=on)
 
 
+def _frod(cfg: Any, on: Any) -> peft.PeftConfig:
+    return peft.FrodConfig(sparse_rate=cfg.sparse_rate, projection_prng_key=cfg.seed, target_modules=on, progressbar=False)
+
+
 def _loha(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.LoHaConfig(r=cfg.r, alpha=cfg.alpha, target_modules=on)
 
@@ -161,6 +165,7 @@ ROWS: dict[str, Row] = {
     "tinylora": Row(fields=lambda r: {"r": 2}, theirs=_tinylora, demo={"r": 2}, rate=2e-2),
     "unilora": Row(theirs=_unilora, demo={"r": 8, "theta_d_length": 4096}, rate=2e-2),
     "abba": Row(fields=lambda r: dict.fromkeys(("r1", "r2"), max(1, r // 2)), rate=1e-3),
+    "frod": Row(theirs=_frod, rate=1e-2),
     "adalora": Row(
         fields=lambda r: {"init_r": r * 3 // 2, "target_r": r, "alpha": float(r), "total_step": 1000},
         theirs=_adalora,

@@ -139,6 +139,10 @@ def _unilora(**options):
     return lambda paths, conv1d: peft.UniLoraConfig(target_modules=paths, fan_in_fan_out=conv1d, **fields)
 
 
+def _frod(**options):
+    return lambda paths, conv1d: peft.FrodConfig(target_modules=paths, fan_in_fan_out=conv1d, progressbar=False, **options)
+
+
 def _randlora(**options):
     return lambda paths, conv1d: peft.RandLoraConfig(r=5, target_modules=paths, fan_in_fan_out=conv1d, **{"randlora_alpha": 10, **options})
 
@@ -188,6 +192,8 @@ THEIRS = {
     "boft-factors": _plain(peft.BOFTConfig, boft_block_size=2, boft_n_butterfly_factor=2, boft_dropout=0.1),
     "boft-blocks": _plain(peft.BOFTConfig, boft_block_size=0, boft_block_num=2, boft_n_butterfly_factor=2),
     "vera": lambda paths, conv1d: peft.VeraConfig(r=5, target_modules=paths, projection_prng_key=3, fan_in_fan_out=conv1d),
+    "frod": _frod(),
+    "frod-dense": _frod(sparse_rate=0.3, projection_prng_key=4, frod_dropout=0.1, regularization_alpha=0.01),
     "tinylora": _tinylora(),
     "unilora": _unilora(r=3, theta_d_length=20, proj_seed=7, init_theta_d_bound=0.5, unilora_dropout=0.1),
     "tinylora-tied": _tinylora(r=10, u=3, weight_tying=0.4, projection_seed=5),  # a rank above a width of 8
@@ -375,6 +381,7 @@ OURS = {
     "vera": ll.VeRAConfig(r=5, seed=7),
     "unilora": ll.UniLoRAConfig(r=3, theta_d_length=11, seed=9, start="random", init_theta_d_bound=0.4),
     "unilora-zero": ll.UniLoRAConfig(r=3, theta_d_length=11),
+    "frod": ll.FRoDConfig(sparse_rate=0.1, seed=3),
     "tinylora": ll.TinyLoRAConfig(r=3, u=6, seed=9, weight_tying=0.3),
     "pvera": ll.PVeRAConfig(r=5, seed=7, d_initial=0.3, dropout=0.1),
     "randlora": ll.RandLoRAConfig(r=5, alpha=10.0, seed=7),

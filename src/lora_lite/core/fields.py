@@ -102,6 +102,7 @@ OURS = {
     "psoft_mag_a": "mag_a",
     "pvera_dropout": "dropout",
     "tinylora_dropout": "dropout",
+    "frod_dropout": "dropout",
     "unilora_dropout": "dropout",
     "proj_seed": "seed",
     "projection_seed": "seed",

@@ -19,6 +19,7 @@ from lora_lite.variants.ether import ETHERConfig as ETHERConfig
 from lora_lite.variants.ether_plus import ETHERPlusConfig as ETHERPlusConfig
 from lora_lite.variants.eva import EVAConfig as EVAConfig
 from lora_lite.variants.fourierft import FourierFTConfig as FourierFTConfig
+from lora_lite.variants.frod import FRoDConfig as FRoDConfig
 from lora_lite.variants.full import FullConfig as FullConfig
 from lora_lite.variants.glora import GLoRAConfig as GLoRAConfig
 from lora_lite.variants.goft import GOFTConfig as GOFTConfig
@@ -100,6 +101,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "tinylora": TinyLoRAConfig,
     "unilora": UniLoRAConfig,
     "abba": ABBAConfig,
+    "frod": FRoDConfig,
     "randlora": RandLoRAConfig,
     "vblora": VBLoRAConfig,
     "tokens": TokensConfig,

@@ -49,10 +49,14 @@ def plus_sparse(W: Frozen, x: Tensor, rows: Tensor, cols: Tensor, values: Tensor
     if is_dense(values.shape[0], W):
         return plus_flat(W, x, rows.long() * i + cols, values)
     y = W(x)
+    return y + gathered(x, rows, cols, values, o).to(y.dtype)
+
+
+def gathered(x: Tensor, rows: Tensor, cols: Tensor, values: Tensor, o: int) -> Tensor:
+    """Return `S x` entry by entry, in the dtype of `x` or in float32 at least."""
     terms = x.index_select(-1, cols) * values
     exact = torch.promote_types(x.dtype, torch.float32)  # many small terms for each output
-    update = x.new_zeros(*x.shape[:-1], o, dtype=exact).index_add(-1, rows, terms.to(exact))
-    return y + update.to(y.dtype)
+    return x.new_zeros(*x.shape[:-1], o, dtype=exact).index_add(-1, rows, terms.to(exact))
 
 
 def plus_flat(W: Frozen, x: Tensor, flat: Tensor, values: Tensor) -> Tensor:

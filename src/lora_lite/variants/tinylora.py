@@ -67,7 +67,7 @@ def numbered(W: Frozen, r: int, u: int, seed: int, number: int, group: int) -> C
     r = min(r, W.in_features, W.out_features)
     generator = torch.Generator().manual_seed(seed + number)
     P = torch.normal(0.0, 1 / r**0.5, (u, r, r), generator=generator, dtype=torch.float32, device="cpu")
-    return {"P": P, "group": torch.tensor([group])}
+    return {"P": P.to(W.device), "group": torch.tensor([group], device=W.device)}
 
 
 @checked

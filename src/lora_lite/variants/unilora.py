@@ -67,9 +67,10 @@ def assigned(layers: Sequence[Frozen], r: int, d: int, seed: int, start: Start) 
         uses += part.bincount(minlength=d)
     scales = uses.clamp_min(1).float().rsqrt()
     found = []
-    for a, b in parts:
+    for W, (a, b) in zip(layers, parts):
         index = {"A": a.view(r, -1), "B": b.view(-1, r)}
-        found.append({**{f"index_{f}": j.int() for f, j in index.items()}, **{f"scale_{f}": scales[j] for f, j in index.items()}})
+        both = {**{f"index_{f}": j.int() for f, j in index.items()}, **{f"scale_{f}": scales[j] for f, j in index.items()}}
+        found.append({name: c.to(W.device) for name, c in both.items()})
     return found
 
 

@@ -30,6 +30,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"r": 2, "u": 64, "weight_tying": 0.0, "projection_seed": 42, "init_v_bound": 0.02, "tinylora_dropout": 0.0},
     },
     "UNILORA": {"r": 4, "theta_d_length": 256, "proj_seed": 42, "init_theta_d_bound": 0.02, "unilora_dropout": 0.0},
+    "FROD": {"sparse_rate": 0.01, "regularization_alpha": 1e-3, "projection_prng_key": 0, "frod_dropout": 0.0},
     "ADALORA": {
         **{"init_r": 12, "target_r": 8, "tinit": 0, "tfinal": 0, "deltaT": 1, "beta1": 0.85, "beta2": 0.85},
         **{"orth_reg_weight": 0.5, "total_step": None, "lora_alpha": 8, "lora_dropout": 0.0},
@@ -87,6 +88,7 @@ FREE: dict[str, set[str]] = {
     "VERA": {"save_projection", "init_weights"},
     "TINYLORA": {"save_projection", "init_weights"},
     "UNILORA": {"save_indices", "init_weights"},
+    "FROD": {"save_projection", "init_weights", "progressbar", "runtime_offload_base_weight"},
     "PVERA": {"save_projection", "init_weights", "generator_seed"},  # the seed is of the noise
     "RANDLORA": {"save_projection", "init_weights"},
     "VBLORA": set(),

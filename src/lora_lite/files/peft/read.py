@@ -21,6 +21,7 @@ from lora_lite.core.errors import nearest, require_type, several, tree_faults
 from lora_lite.core.frozen import Constants
 from lora_lite.core.tree import Tree, join
 from lora_lite.files.peft import biases, numbered, tokens, twice, whole
+from lora_lite.files.peft.categories import spread
 from lora_lite.files.peft.fields import DEFAULTS, OFF, check_fields, resolve
 from lora_lite.files.peft.hub import CONFIG, WEIGHTS, folder_of
 from lora_lite.files.peft.layers import as_linear, axes_of, unsaved
@@ -85,6 +86,8 @@ def from_peft(
     saved = _with_entries_joined(fields["peft_type"], _read_tensors(folder / WEIGHTS))
     keys = [*_leaves(fields["peft_type"]), *_zeros(fields["peft_type"])]
     saved = numbered.stacked(saved, [key for key in keys if "#" in key])
+    for row in rows_of(fields["peft_type"]):
+        saved = spread(saved, row.of_sort, row.sort, PREFIX) if row.of_sort else saved
     shared = {key: saved.pop(key) for row in rows_of(fields["peft_type"]) for key in _shared_keys(row) if key in saved}
     saved = _without_copies(saved, shared)
     fields, saved, misnamed = in_names_of(model, fields, saved, PREFIX, keys, kinds)
@@ -284,10 +287,12 @@ def _with_constants(adapt: Adapt, chosen: Chosen, layers: Layers, shared: Mappin
     """Take constants that the file holds from there, and its task: the weight may have changed since they were derived."""
     plan = adapt._plan
     constants, common = dict(plan.constants), dict(plan.shared)
+    layer = {target.path: target.kind.at(plan.base, target.path) for target, _ in plan.entries}
     for path, (row, cfg) in chosen.items():
-        held = {name: leaf.key for name, leaf in row.constants.items() if leaf.key in layers[path]}
-        loaded = {name: (join(path, key), layers[path][key]) for name, key in held.items()}
-        constants[path] = _replaced(constants[path], loaded)
+        kept = {name: leaf.key for name, leaf in row.constants.items() if leaf.key in layers[path] and name in constants[path]}
+        loaded = _replaced(constants[path], {name: (join(path, key), layers[path][key]) for name, key in kept.items()})
+        follow = row.settled(layer[path], loaded) if kept else {}
+        constants[path] = {**loaded, **{name: c.to(layer[path].device) for name, c in follow.items()}}
         found = {name: (key, shared[key]) for name, key in row.shared.items() if key in shared}
         if found:
             common[cfg.name] = _replaced(common[cfg.name], found)

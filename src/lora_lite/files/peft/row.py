@@ -60,6 +60,9 @@ class Row(NamedTuple):
         shared_leaves: our params that all layers share, by name, with whole keys; a file has them. A key that ends in `.` is of the first
             axis' entries, each a tensor of its own there, by number.
         zeros: PEFT's tensors of zeros, with their axes, each of which stands where a layer has no leaf under the same part of the key.
+        of_sort: keys of the constants that a file holds once for all layers of a sort, each with the sort after it.
+        sort: the sort of a layer by its path.
+        settled: `(layer, constants of the file)` to the constants that follow from them.
         completed: PEFT's tensors with what it leaves out of the file.
         signs: signs that align PEFT's factors with ours, by param.
         written: config and params as another variant, where PEFT's files hold them so.
@@ -82,6 +85,9 @@ class Row(NamedTuple):
     shared: Mapping[str, str] = {}
     shared_leaves: Mapping[str, Leaf] = {}
     zeros: Mapping[str, str] = {}
+    of_sort: tuple[str, ...] = ()
+    sort: Callable[[str], str] = lambda path: path
+    settled: Callable[[Frozen, Constants], Constants] = lambda W, constants: {}
     completed: Callable[[Any, Leaves], Leaves] = lambda cfg, theirs: theirs
     signs: Callable[[Tensors, Constants], Leaves] = lambda theirs, constants: {}
     written: Callable[[Any, Leaves, Constants], tuple[Any, Leaves]] = lambda cfg, leaves, constants: (cfg, leaves)

@@ -2,11 +2,14 @@
 
 from typing import Any
 
+import torch
+
 from lora_lite.core.frozen import Constants
 from lora_lite.files.peft.fields import resolve
 from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
 from lora_lite.layers.embedding import EmbeddingKind
 from lora_lite.layers.kind import Kind
+from lora_lite.variants.frod import FRoDConfig, category, directions
 from lora_lite.variants.pvera import PVeRAConfig
 from lora_lite.variants.tinylora import TinyLoRAConfig
 from lora_lite.variants.unilora import UniLoRAConfig
@@ -40,6 +43,19 @@ def _saved_unilora(i: int, constants: Constants) -> Leaves:
     return {**{name: constants[name].long() for name in _INDICES}, **{name: constants[name] for name in _SCALES}}
 
 
+_OF_FROD = {"sparse_rate": "sparse_rate", "regularization_alpha": "regularization_alpha"}
+_OF_FROD |= {"projection_prng_key": "seed", "frod_dropout": "dropout"}
+_BASES = {
+    "V": Leaf("frod_V", 2, optional=True),
+    "index": Leaf("frod_s_indices", 2, optional=True, floating=False),
+    "size": Leaf("frod_s_size", 1, optional=True, floating=False),  # that of V, which is not kept
+}
+
+
+def _saved_frod(i: int, constants: Constants) -> Leaves:
+    return {"V": constants["V"], "index": constants["index"].long(), "size": torch.tensor([i, i])}
+
+
 ROWS_TIED: dict[str, Row] = {
     "pvera": Row(
         PVeRAConfig,
@@ -48,6 +64,19 @@ ROWS_TIED: dict[str, Row] = {
         _read_pvera,
         lambda cfg: {"r": cfg.r, **{theirs: getattr(cfg, ours) for theirs, ours in _OF_PVERA.items()}},
         shared={"A": "base_model.pvera_A", "B": "base_model.pvera_B"},
+        conv1d=True,
+    ),
+    "frod": Row(
+        FRoDConfig,
+        "FROD",
+        {"lambda_l": Leaf("frod_lambda_l", 1, lambda _, constants: constants["l"]), "lambda_s": Leaf("frod_lambda_s_values", 1)},
+        lambda fields, path, _: {ours: resolve(fields, theirs, path) for theirs, ours in _OF_FROD.items()},
+        lambda cfg: {theirs: getattr(cfg, ours) for theirs, ours in _OF_FROD.items()},
+        constants=_BASES,
+        saved=_saved_frod,
+        of_sort=tuple(leaf.key for leaf in _BASES.values()),
+        sort=category,
+        settled=lambda W, constants: directions(W, constants["V"]),
         conv1d=True,
     ),
     "tinylora": Row(

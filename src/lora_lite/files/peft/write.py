@@ -21,6 +21,7 @@ from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.plan import Target
 from lora_lite.files.durable import replace
 from lora_lite.files.peft import biases, numbered, tokens, twice, whole
+from lora_lite.files.peft.categories import gathered
 from lora_lite.files.peft.fields import BY_PATH, PATTERNS
 from lora_lite.files.peft.hub import CONFIG, WEIGHTS
 from lora_lite.files.peft.layers import as_saved, is_conv1d, is_parameter, unsaved
@@ -52,6 +53,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "VBLORA": {"bias": "none", "save_only_topk_weights": False},
     "TINYLORA": {"bias": "none", "save_projection": True},
     "UNILORA": {"bias": "none", "save_indices": True},
+    "FROD": {"bias": "none", "save_projection": True},
     "ADALORA": {"bias": "none"},
     "LN_TUNING": {},
     "LOHA": {},
@@ -121,6 +123,8 @@ def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory:
     layers = [_written(target, cfg, dict(params[target.path]), adapt) for target, cfg in of_method]
     saved = [as_saved(adapt._plan.base, layer.target, layer.tensors, adapt.targets) for layer in layers]
     tensors = {PREFIX + key: t for one in saved for key, t in one.items()}
+    for row in {layer.row.peft_type: layer.row for layer in layers}.values():
+        tensors = gathered(tensors, row.of_sort, row.sort, PREFIX)
     for _, cfg in of_method:
         tensors |= {key: adapt.constants[cfg.name][name].cpu() for name, key in ROWS[cfg.name].shared.items()}
     tensors |= _shared(adapt, params, {cfg.name: cfg for _, cfg in of_method})
