@@ -128,7 +128,7 @@ def _read_tensors(place: Path) -> dict[str, Tensor]:
 def _by_layer(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> tuple[Layers, list[str]]:
     """Sort tensors by the path of their layer, and list those that have no place."""
     keys: dict[str, Leaf] = {leaf.key: leaf for row in rows_of(method) for leaf in (*row.leaves.values(), *row.constants.values())}
-    tensors = numbered.stacked(tensors, [key for key in keys if "#" in key])
+    tensors = numbered.stacked(tensors, keys)
     zeros = {key for row in rows_of(method) for key in row.zeros}
     ending = re.compile(rf"{re.escape(PREFIX)}(?:(.*)\.)?({'|'.join(map(re.escape, (*keys, *zeros)))})")
     layers: Layers = {}
@@ -211,12 +211,21 @@ def _with_constants(adapt: Adapt, chosen: Chosen, layers: Layers, shared: Mappin
     constants, common = dict(plan.constants), dict(plan.shared)
     for path, (row, cfg) in chosen.items():
         held = {name: leaf.key for name, leaf in row.constants.items() if leaf.key in layers[path]}
+        _require_implied(path, {name: layers[path][key] for name, key in held.items() if row.constants[name].implied}, constants[path])
         loaded = {name: (join(path, key), layers[path][key]) for name, key in held.items()}
         constants[path] = _replaced(constants[path], loaded)
         found = {name: (key, shared[key]) for name, key in row.shared.items() if key in shared}
         if found:
             common[cfg.name] = _replaced(common[cfg.name], found)
     return Adapt(dataclasses.replace(plan, constants=constants, shared=common, task_type=task))
+
+
+def _require_implied(path: str, found: Mapping[str, Tensor], derived: Constants) -> None:
+    for name, tensor in found.items():
+        want = derived[name].tolist()
+        if tensor.tolist() != want:
+            way = "Pass the model that PEFT wrapped."
+            raise ValueError(f'from_peft: expected {name} {want} at "{path}", as its weight implies, found {tensor.tolist()}. {way}')
 
 
 def _replaced(derived: Constants, loaded: Mapping[str, tuple[str, Tensor]]) -> Constants:

@@ -20,7 +20,7 @@ from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.plan import Target
 from lora_lite.files.durable import replace
-from lora_lite.files.peft import numbered, twice, whole
+from lora_lite.files.peft import twice, whole
 from lora_lite.files.peft.fields import PATTERNS
 from lora_lite.files.peft.layers import as_saved, is_conv1d, is_parameter, unsaved
 from lora_lite.files.peft.read import CONFIG, PREFIX, WEIGHTS
@@ -52,6 +52,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "DEFT": {"bias": "none", "init_weights": True},
     "PEANUT": {},
     "OSF": {},
+    "ADAMSS": {"init_weights": "orthogonal"},
     "GLORA": {"bias": "none"},
     "SUPERTUNING": {"save_precomputed_indices": True},
 }
@@ -176,7 +177,7 @@ def _written(target: Target, cfg: AdapterConfig, leaves: Leaves, adapt: Adapt) -
     for key, axes in row.zeros.items():
         if not any(other.startswith(f"{key.rpartition('.')[0]}.") for other in tensors):
             tensors[key] = torch.zeros([{"i": target.i, "o": target.o}.get(axis, 1) for axis in axes])
-    return Written(target, row, row.write(cfg), {key: t.cpu().contiguous().clone() for key, t in numbered.unstacked(tensors).items()})
+    return Written(target, row, row.write(cfg), {key: t.cpu().contiguous().clone() for key, t in row.apart(tensors, constants).items()})
 
 
 def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs) -> dict[str, Any]:
