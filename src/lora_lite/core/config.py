@@ -59,8 +59,8 @@ class AdapterConfig:
     - `identity`: relative tolerance of the identity at init; 0.0 for exact, None if it does not start at the base model.
     - `linear`: whether the adapted layer is an affine map of `x`, so that it can be merged.
     - `steered`: names of the params that a strength scales; None for all, which is right where the update is linear in them together.
-    - `trained`, `macs`: trained numbers per target and multiply-adds per token, as formulas in `i`, `o`, the fields and the numbers of
-      `sizes`; documentation that the conformance kit holds against the counted ones.
+    - `trained`, `macs`: trained numbers per target and multiply-adds per token, as formulas in `i`, `o`, the fields, the numbers of
+      `sizes`, and `bias`, whether the layer has one; documentation that the conformance kit holds against the counted ones.
     """
 
     name: ClassVar[str]

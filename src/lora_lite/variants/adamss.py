@@ -10,7 +10,7 @@ sensitivity, scores the subspaces of the whole model, and freezes the lowest as 
 
 Identity at init: exact, since `B = 0`.
 
-Paper: *AdaMSS: Adaptive Multi-Subspace Approach for Parameter-Efficient Fine-Tuning*, NeurIPS 2025, OpenReview:8ZdWmpYxT0.
+Paper: *AdaMSS: Adaptive Multi-Subspace Approach for Parameter-Efficient Fine-Tuning*, 2025, OpenReview:8ZdWmpYxT0.
 
 | tensor | shape | trained | init |
 |---|---|---|---|
