@@ -216,6 +216,7 @@ ROWS: dict[str, Row] = {
             **{name: getattr(cfg, name) for name in ("r", "config_A_B", "config_C", "config_D_E")}, target_modules=on
         )
     ),
+    "adamss": Row(fields=lambda r: {"r": 100}, without="PEFT's needs scikit-learn, which the benchmarks do not install."),
     "full": Row(
         fields=lambda r: {"target_names": r"(q|v)_proj$"},
         without="Training the weights themselves needs no library.",

@@ -48,13 +48,13 @@ def summary(variant: Variant) -> str:
 
 def paper(variant: Variant) -> str:
     """Return the title and year of a variant's paper, as a link."""
-    found = re.search(r"Paper:.*?\*(.+?)\*,\s+(\d{4}),\s+(arXiv|OpenReview):([\w.]+\w)", docstring(variant), re.DOTALL)
+    found = re.search(r"Paper:.*?\*(.+?)\*,\s+(\d{4}),\s+(arXiv|OpenReview):([\w.]*\w)", docstring(variant), re.DOTALL)
     if found is None:
         where = variant.__module__
         raise ValueError(f"{where}: expected a line 'Paper: authors, *title*, year, arXiv:id' in its docstring, found none. Write one.")
-    name, year, where, number = found.groups()
-    site = {"arXiv": "https://arxiv.org/abs/", "OpenReview": "https://openreview.net/forum?id="}[where]
-    return f"[{' '.join(name.split())}]({site}{number}), {year}"
+    name, year, site, number = found.groups()
+    place = {"arXiv": "arxiv.org/abs/", "OpenReview": "openreview.net/forum?id="}[site]
+    return f"[{' '.join(name.split())}](https://{place}{number}), {year}"
 
 
 def start(variant: Variant) -> str:
@@ -88,11 +88,11 @@ def costs_table(width: int = 4096) -> str:
         if variant.trained is None or variant.adapts != "linear" or variant.tied:  # rows of a table are no update of a square layer
             continue
         fields = {f.name for f in dataclasses.fields(variant)}
-        ranked = {"r": 16} if "r" in fields and (variant().r or width) < 64 else {}
+        ranked = {"r": 16} if "r" in fields and (variant().r or 64) < 64 else {}  # a rank of None is no rank
         cfg = variant(**ranked)
         trained, macs = (declared(cfg, fact, width, width) for fact in ("trained", "macs"))
-        sized = ((key, getattr(cfg, key, None)) for key in ("r", "init_r", "block_size", "group_size"))
-        rank = next((f"{key}={size}" for key, size in sized if size is not None), "")
+        sized = [field for field in ("r", "init_r", "block_size", "group_size") if getattr(cfg, field, None) is not None]
+        rank = f"{sized[0]}={getattr(cfg, sized[0])}" if sized else ""
         rows.append({"variant": f"[{title(variant)}](variants/{name}.md)", "at": rank, "trained": trained, "added": macs / width**2})
     rows.sort(key=lambda row: -row["trained"])
     return table([{**row, "trained": f"{row['trained']:,}", "added": f"{row['added']:.2%}"} for row in rows])

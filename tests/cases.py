@@ -166,6 +166,8 @@ CASES = (
     Row("glora-vector", ll.GLoRAConfig(r=4, config_A_B="vector", config_C="vector", config_D_E="vector")),
     Row("glora-constant", ll.GLoRAConfig(r=4, config_A_B="constant", config_C="none")),
     Row("glora-weight", ll.GLoRAConfig(r=4, config_C="none", config_D_E="none")),
+    Row("adamss", ll.AdaMSSConfig(r=8)),
+    Row("adamss-ranks", ll.AdaMSSConfig(r=6, num_subspaces=4, subspace_rank=2)),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 

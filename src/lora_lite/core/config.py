@@ -61,8 +61,8 @@ class AdapterConfig:
     - `cast`: whether the params come in the dtype of the input. A variant that decides by their values says False, and casts its results.
     - `tied`: whether modules that share a target's weight, such as a head tied to an embedding, are adapted with it.
     - `steered`: names of the params that a strength scales; None for all, which is right where the update is linear in them together.
-    - `trained`, `macs`: trained numbers per target and multiply-adds per token, as formulas in `i`, `o`, the fields and the numbers of
-      `sizes`; documentation that the conformance kit holds against the counted ones.
+    - `trained`, `macs`: trained numbers per target and multiply-adds per token, as formulas in `i`, `o`, the fields, the numbers of
+      `sizes`, and `bias`, whether the layer has one; documentation that the conformance kit holds against the counted ones.
     """
 
     name: ClassVar[str]

@@ -63,13 +63,13 @@ def macs_per_token(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen, 
     return (count(5) - count(3)) // 2  # one token alone would turn products with a vector into other operations
 
 
-def declared(cfg: AdapterConfig, fact: str, i: int, o: int) -> int | None:
+def declared(cfg: AdapterConfig, fact: str, i: int, o: int, biased: bool = False) -> int | None:
     """Return the number that a config's formula `trained` or `macs` gives for a layer of widths `i` and `o`, or None without a formula."""
     formula = getattr(cfg, fact)
     if formula is None:
         return None
     fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
-    known = {**fields, **cfg.sizes(i, o), "i": i, "o": o}
+    known = {**fields, **cfg.sizes(i, o), "i": i, "o": o, "biased": biased}
     count: int = eval(formula, {"__builtins__": {"min": min, "max": max, "len": len}}, known)  # the class's own text
     return count
 

@@ -182,5 +182,5 @@ def counts(cfg: AdapterConfig) -> None:
         own = case.cfg.init(case.W, torch.Generator())  # what all targets share is not one target's
         counted = {"trained": sum(p.numel() for p in own.values()), "macs": macs_per_token(cfg, case.params, case.W)}
         for fact, count in counted.items():
-            if declared(cfg, fact, i, o) not in (None, count):
+            if declared(cfg, fact, i, o, case.W.bias is not None) not in (None, count):
                 fail(f"{fact} = {getattr(cfg, fact)} at i={i}, o={o}", count)

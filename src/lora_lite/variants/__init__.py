@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from lora_lite.core.config import AdapterConfig as _AdapterConfig
 from lora_lite.variants.abba import ABBAConfig as ABBAConfig
 from lora_lite.variants.adalora import AdaLoRAConfig as AdaLoRAConfig
+from lora_lite.variants.adamss import AdaMSSConfig as AdaMSSConfig
 from lora_lite.variants.antipasto import AntiPaSTOConfig as AntiPaSTOConfig
 from lora_lite.variants.asvd import ASVDConfig as ASVDConfig
 from lora_lite.variants.bitfit import BitFitConfig as BitFitConfig
@@ -115,6 +116,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "supertuning": SuperTuningConfig,
     "osf": OSFConfig,
     "glora": GLoRAConfig,
+    "adamss": AdaMSSConfig,
 }
 
 if not TYPE_CHECKING:  # a type checker cannot compute the list, and without one takes the names that are imported as themselves

@@ -17,13 +17,14 @@ Paper: Chavan, Liu, Gupta, Xing, Shen, *One-for-All: Generalized LoRA for Parame
 | `C`, with `"vector"` | `(i,)` | yes | zeros |
 | `D`, `E`, with `config_D_E="vector"` or `"constant"` | `(o,)` or `(1,)` | yes | zeros |
 
-Trained per target: by default `2 r (i + o) + r (i + 1) + 2`. `"lora"` for `A` and `B` reads the dense weight in each forward and builds an
-update of its size. The other paths need the layer's output, and for `C` one more product with `W` in a call, of a single vector.
+Trained per target: `2 r (i + o)`, and with a bias `r (i + 1) + 2`, by default. `"lora"` for `A` and `B` reads the dense weight in each
+forward and builds an update of its size. The other paths need the layer's output, and for `C` one more product with `W` in a call, of a
+single vector.
 
 Departures: none from PEFT. The paper searches for the size of each path in each layer; here a config states it for its layers.
 """
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Literal, NotRequired, TypedDict
 
@@ -87,12 +88,21 @@ class GLoRAConfig(AdapterConfig):
 
     name = "glora"
     steered = ("Ad", "A", "Bd", "B", "Cd", "C", "D", "E")  # the update is linear in them together
+    trained = "of_weight + (of_bias if biased else 0)"
     macs = "2 * o if config_A_B in ('vector', 'constant') else 0"  # the dense form is paid for once a call
 
     r: Rank = 8
     config_A_B: Literal["lora", "vector", "constant", "none"] = "lora"
     config_C: Literal["lora", "vector", "none"] = "lora"
     config_D_E: Literal["vector", "constant", "none"] = "constant"
+
+    def sizes(self, i: int, o: int) -> Mapping[str, int]:
+        """Return the numbers of the weight's paths and of the bias's."""
+        r = self.r
+        of_C = {"lora": r * (i + 1), "vector": i, "none": 0}[self.config_C]
+        of_D_E = {"vector": 2 * o, "constant": 2, "none": 0}[self.config_D_E]
+        of_weight = {"lora": 2 * r * (i + o), "vector": 2 * o, "constant": 2, "none": 0}[self.config_A_B]
+        return {"of_weight": of_weight, "of_bias": of_C + of_D_E}
 
     @property
     def uses(self) -> Set[str]:

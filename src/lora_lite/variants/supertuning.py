@@ -7,7 +7,7 @@ Without `r` there is no low-rank term. With `select_top=False` the smallest entr
 
 Identity at init: exact, since `S = 0` and `B = 0`.
 
-Paper: *Super-Tuning* and its hybrid *Supra*, 2026, arXiv:2607.09287, by magnitude.
+Paper: *Super-Tuning*, 2026, arXiv:2607.09287, its choice by magnitude. There the two are called Super and Supra.
 
 | tensor | shape | trained | init |
 |---|---|---|---|

@@ -59,6 +59,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "SUPERTUNING": {"sparsity": 0.99, "select_top": True, "r": None, "lora_alpha": None, "lora_dropout": 0.0},
     "OSF": {"effective_rank": None},
     "GLORA": {"r": 8, "config_A_B": "lora", "config_C": "lora", "config_D_E": "constant"},
+    "ADAMSS": {
+        **{"r": 100, "num_subspaces": 5, "subspace_rank": 1, "use_dynamic_rank": False, "svd_threshold": 0.1, "random_seed": 0},
+        **{"use_asa": False, "asa_target_subspaces": 50, "init_warmup": 50, "final_warmup": 1000, "mask_interval": 100},
+        **{"asa_importance_beta": 0.85, "asa_uncertainty_beta": 0.85, "asa_schedule_exponent": 3.0},
+    },
     "DEFT": {"alpha": None, "decomposition_method": "relu", "para": False, "deft_dropout": 0.0},
 }
 """The fields that are read, of each PEFT type, with PEFT's defaults."""
@@ -115,6 +120,7 @@ FREE: dict[str, set[str]] = {
     "SUPERTUNING": {"save_precomputed_indices", "init_weights"},
     "OSF": {"rank_pattern", "target_svd_config", "init_weights"},
     "GLORA": {"init_weights"},
+    "ADAMSS": {"init_weights"},
     "DEFT": {"r", "init_weights", "init_scale"},  # r is read off the tensors, since PEFT lowers it to the output's width
 }
 """The fields that may have any value, of each PEFT type: what they say is in the tensors, or nothing in the mathematics."""

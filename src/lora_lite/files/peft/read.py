@@ -85,7 +85,7 @@ def from_peft(
     check_fields(fields, folder / CONFIG)
     saved = _with_entries_joined(fields["peft_type"], _read_tensors(folder / WEIGHTS))
     keys = [*_leaves(fields["peft_type"]), *_zeros(fields["peft_type"])]
-    saved = numbered.stacked(saved, [key for key in keys if "#" in key])
+    saved = numbered.stacked(saved, _leaves(fields["peft_type"]))
     for row in rows_of(fields["peft_type"]):
         saved = spread(saved, row.of_sort, row.sort, PREFIX) if row.of_sort else saved
     shared = {key: saved.pop(key) for row in rows_of(fields["peft_type"]) for key in _shared_keys(row) if key in saved}
@@ -290,6 +290,7 @@ def _with_constants(adapt: Adapt, chosen: Chosen, layers: Layers, shared: Mappin
     layer = {target.path: target.kind.at(plan.base, target.path) for target, _ in plan.entries}
     for path, (row, cfg) in chosen.items():
         kept = {name: leaf.key for name, leaf in row.constants.items() if leaf.key in layers[path] and name in constants[path]}
+        _require_implied(path, {name: layers[path][key] for name, key in kept.items() if row.constants[name].implied}, constants[path])
         loaded = _replaced(constants[path], {name: (join(path, key), layers[path][key]) for name, key in kept.items()})
         follow = row.settled(layer[path], loaded) if kept else {}
         constants[path] = {**loaded, **{name: c.to(layer[path].device) for name, c in follow.items()}}
@@ -297,6 +298,14 @@ def _with_constants(adapt: Adapt, chosen: Chosen, layers: Layers, shared: Mappin
         if found:
             common[cfg.name] = _replaced(common[cfg.name], found)
     return Adapt(dataclasses.replace(plan, constants=constants, shared=common, task_type=task))
+
+
+def _require_implied(path: str, found: Mapping[str, Tensor], derived: Constants) -> None:
+    for name, tensor in found.items():
+        want = derived[name].tolist()
+        if tensor.tolist() != want:
+            way = "Pass the model that PEFT wrapped."
+            raise ValueError(f'from_peft: expected {name} {want} at "{path}", as its weight implies, found {tensor.tolist()}. {way}')
 
 
 def _replaced(derived: Constants, loaded: Mapping[str, tuple[str, Tensor]]) -> Constants:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.files.peft.numbered import unstacked
 from lora_lite.layers.kind import Kind
 
 Fields = Mapping[str, Any]
@@ -18,13 +19,15 @@ class Leaf(NamedTuple):
     """A tensor of ours in PEFT's file.
 
     Attributes:
-        key: its name there, after the layer's path; with a `#`, of one tensor for each number, which ours stacks.
+        key: its name there, after the layer's path; with a `#`, of one tensor for each number, which ours stacks, or else joins.
         ndim: number of its axes; several where options differ.
         origin: `(our config, constants)` to PEFT's neutral value; the layer's own bias is there as `own_bias`.
         shape: its shape there, where ours is flat.
         field: the field, of PEFT's config and of ours, without which there is no such tensor.
         optional: whether a layer may lack it.
         floating: false for indices, which may have any dtype.
+        joined: whether tensors by number are joined at their first axis, or laid out flat where that is the only one here.
+        implied: whether the weight implies it, so that a file of the same model holds the same.
     """
 
     key: str
@@ -34,6 +37,8 @@ class Leaf(NamedTuple):
     field: str | None = None
     optional: bool = False
     floating: bool = True
+    joined: bool = False
+    implied: bool = False
 
     def misfit(self, tensor: Tensor, further: int) -> str | None:
         """Return the expectation, with so many further axes, that a tensor of the file does not meet, or None."""
@@ -63,6 +68,7 @@ class Row(NamedTuple):
         of_sort: keys of the constants that a file holds once for all layers of a sort, each with the sort after it.
         sort: the sort of a layer by its path.
         settled: `(layer, constants of the file)` to the constants that follow from them.
+        apart: our tensors by PEFT's keys, and the constants, to those that the file holds.
         completed: PEFT's tensors with what it leaves out of the file.
         signs: signs that align PEFT's factors with ours, by param.
         written: config and params as another variant, where PEFT's files hold them so.
@@ -88,6 +94,7 @@ class Row(NamedTuple):
     of_sort: tuple[str, ...] = ()
     sort: Callable[[str], str] = lambda path: path
     settled: Callable[[Frozen, Constants], Constants] = lambda W, constants: {}
+    apart: Callable[[Leaves, Constants], Leaves] = lambda tensors, constants: unstacked(tensors)
     completed: Callable[[Any, Leaves], Leaves] = lambda cfg, theirs: theirs
     signs: Callable[[Tensors, Constants], Leaves] = lambda theirs, constants: {}
     written: Callable[[Any, Leaves, Constants], tuple[Any, Leaves]] = lambda cfg, leaves, constants: (cfg, leaves)

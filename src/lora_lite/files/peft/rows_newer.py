@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from lora_lite.core.frozen import Constants, Frozen
-from lora_lite.files.peft.fields import resolve
+from lora_lite.files.peft.fields import DEFAULTS, resolve
 from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
+from lora_lite.variants.adamss import AdaMSSConfig
 from lora_lite.variants.deft import DEFTConfig, directions
 from lora_lite.variants.glora import GLoRAConfig
 from lora_lite.variants.osf import OSFConfig
@@ -63,6 +64,14 @@ def _write_supertuning(cfg: SuperTuningConfig) -> dict[str, Any]:
     return {"sparsity": cfg.sparsity, "select_top": cfg.select_top, **low_rank}
 
 
+def _groups_apart(tensors: Leaves, constants: Constants) -> Leaves:
+    shapes = constants["shapes"].tolist()
+    A, B = tensors["adamss_A.#"].split([rank for _, rank in shapes]), tensors["adamss_B.#"].split([size * rank for size, rank in shapes])
+    of_A = {f"adamss_A.{n}": t for n, t in enumerate(A)}
+    of_B = {f"adamss_B.{n}": t.view(*shape) for n, (t, shape) in enumerate(zip(B, shapes))}
+    return {"adamss_newB": tensors["adamss_newB"], **of_A, **of_B}
+
+
 _GLORA = ("r", "config_A_B", "config_C", "config_D_E")
 _COLUMNS = {"A": "config_A_B", "B": "config_A_B", "C": "config_C"}
 
@@ -93,7 +102,7 @@ _PEANUT = ("r", "depth", "act_fn", "scaling")
 _SAME_FUNCTION = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
 
 ROWS_NEWER: dict[str, Row] = {
-    "deft": Row(
+    "deft": Row(  # PEFT computes this one in float32 in a model of any dtype, so in float64 it is only as exact as that
         DEFTConfig,
         "DEFT",
         {
@@ -131,6 +140,16 @@ ROWS_NEWER: dict[str, Row] = {
         zeros={"glora_A.zeros": "oi", "glora_B.zeros": "oi", "glora_C.zeros": "i1", "glora_D.zeros": "o", "glora_E.zeros": "o"},
         completed=_from_columns,
         written=_as_columns,
+    ),
+    "adamss": Row(
+        AdaMSSConfig,
+        "ADAMSS",
+        {"A": Leaf("adamss_A.#", 2, joined=True), "B": Leaf("adamss_B.#", 1, joined=True)},
+        lambda fields, path, _: {name: resolve(fields, name, path) for name in DEFAULTS["ADAMSS"]},
+        lambda cfg: {name: getattr(cfg, name) for name in DEFAULTS["ADAMSS"]},
+        constants={"V": Leaf("adamss_newB", 2), "shapes": Leaf("adamss_B.#.shapes", 2, floating=False, implied=True)},
+        saved=lambda _, constants: {"V": constants["V"]},
+        apart=_groups_apart,
     ),
     "osf": Row(
         OSFConfig,

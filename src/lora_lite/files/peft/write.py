@@ -20,7 +20,7 @@ from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.plan import Target
 from lora_lite.files.durable import replace
-from lora_lite.files.peft import biases, numbered, tokens, twice, whole
+from lora_lite.files.peft import biases, tokens, twice, whole
 from lora_lite.files.peft.categories import gathered
 from lora_lite.files.peft.fields import BY_PATH, PATTERNS
 from lora_lite.files.peft.hub import CONFIG, WEIGHTS
@@ -70,6 +70,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "DEFT": {"bias": "none", "init_weights": True},
     "PEANUT": {},
     "OSF": {},
+    "ADAMSS": {"init_weights": "orthogonal"},
     "GLORA": {"bias": "none"},
     "SUPERTUNING": {"save_precomputed_indices": True},
 }
@@ -210,7 +211,7 @@ def _written(target: Target, cfg: AdapterConfig, leaves: Leaves, adapt: Adapt) -
     for key, axes in row.zeros.items():
         if not any(other.startswith(f"{key.rpartition('.')[0]}.") for other in tensors):
             tensors[key] = torch.zeros([{"i": target.i, "o": target.o}.get(axis, 1) for axis in axes])
-    return Written(target, row, row.write(cfg), {key: t.cpu().contiguous().clone() for key, t in numbered.unstacked(tensors).items()})
+    return Written(target, row, row.write(cfg), {key: t.cpu().contiguous().clone() for key, t in row.apart(tensors, constants).items()})
 
 
 def _shared(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], configs: Mapping[str, AdapterConfig]) -> Leaves:
