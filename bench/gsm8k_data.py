@@ -31,7 +31,7 @@ OWN: dict[str, dict[str, Any]] = {
 }
 """The fields of a variant, in both tables, in place of LoRA's."""
 UNSCALED = ("pissa", "lora_xs")  # alpha is the rank
-FIELDS: dict[str, dict[str, Any]] = {"delora": {"lambda0": 0.1}, "road": {"group_size": 64}}
+FIELDS: dict[str, dict[str, Any]] = {"delora": {"lambda0": 0.1}, "road": {"group_size": 64}, "tokens": {"token_ids": tuple(range(64))}}
 CORE = {"qwen3.5": {"antipasto": (("core", "gain"),)}}  # its row is the rotation's in the first table, the gain's in the second
 CALIBRATION = {"eva": 4}  # batches; 64 for what estimates a covariance
 
@@ -106,7 +106,7 @@ def config(s: Settings) -> ll.AdapterConfig:
     if unknown:
         raise ValueError(f"gsm8k: expected --set to name fields of {cls.__name__}, {', '.join(known)}, found {unknown}. Name one of them.")
     general: dict[str, Any] = {"r": s.r, "alpha": s.alpha, "init_r": s.r * 3 // 2, "target_r": s.r, "total_step": s.steps}
-    general |= {"target_names": s.targets} if cls.adapts in ("linear", "module") else {}  # norms and blocks have names of their own
+    general |= {"target_names": s.targets} if cls.adapts in ("linear", "module") and not cls.tied else {}  # others have names of their own
     return cls(**{**{k: v for k, v in general.items() if k in known}, **FIELDS.get(s.variant, {}), **dict(s.fields)})
 
 

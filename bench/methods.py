@@ -39,6 +39,11 @@ def _oft(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.OFTConfig(r=0, oft_block_size=cfg.block_size, target_modules=on, **series)
 
 
+def _psoft(cfg: Any, on: Any) -> peft.PeftConfig:
+    names = {"psoft_orth": cfg.orth, "psoft_mag_b": cfg.mag_b, "psoft_mag_a": cfg.mag_a, "ab_svd_init": cfg.ab_svd_init}
+    return peft.PsoftConfig(r=cfg.r, use_cayley_neumann=cfg.cayley == "series", target_modules=on, **names)
+
+
 def _vera(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.VeraConfig(r=cfg.r, d_initial=cfg.d_initial, projection_prng_key=cfg.seed, target_modules=on)
 
@@ -66,6 +71,21 @@ def _loha(cfg: Any, on: Any) -> peft.PeftConfig:
 
 def _lokr(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.LoKrConfig(r=cfg.r, alpha=cfg.alpha, decompose_factor=cfg.decompose_factor, target_modules=on)
+
+
+def _gralora(cfg: Any, on: Any) -> peft.PeftConfig:
+    return peft.GraloraConfig(r=cfg.r, alpha=cfg.alpha, gralora_k=cfg.k, hybrid_r=cfg.hybrid_r, target_modules=on)
+
+
+def _boft(cfg: Any, on: Any) -> peft.PeftConfig | None:
+    """Return PEFT's config, or None for several factors, which PEFT has only where it can compile its CUDA kernel."""
+    blocks = {"boft_block_size": cfg.block_size, "boft_block_num": cfg.block_num}
+    return peft.BOFTConfig(**blocks, target_modules=on) if cfg.n_butterfly_factor == 1 else None
+
+
+def _waveft(cfg: Any, on: Any) -> peft.PeftConfig:
+    places = {"n_frequency": cfg.n_frequency, "random_loc_seed": cfg.seed}
+    return peft.WaveFTConfig(scaling=cfg.scaling, use_idwt=cfg.use_idwt, target_modules=on, **places)
 
 
 def _randlora(cfg: Any, on: Any) -> peft.PeftConfig:
@@ -125,7 +145,7 @@ ROWS: dict[str, Row] = {
     "lora_xs": Row(fields=lambda r: {"r": 2 * r, "alpha": float(2 * r)}, demo={"r": 32, "alpha": 32}, rate=1e-2, short_rate=2.5e-3),
     "antipasto": Row(fields=lambda r: {"r": 4 * r}, demo={"r": 64}, rate=2e-2, short_rate=1e-2),
     "ssvd": Row(demo={"r": 32}, rate=1e-2, short_rate=2.5e-3),
-    "bitfit": Row(without="PEFT's BEFT is meant for the biases of value projections alone.", rate=2e-2, short_rate=4e-2),
+    "bitfit": Row(theirs=lambda cfg, on: peft.BeftConfig(target_modules=on), rate=2e-2, short_rate=4e-2),
     "eva": Row(
         theirs=lambda cfg, on: _lora(cfg, on, init_lora_weights="eva", eva_config=peft.EvaConfig(rho=cfg.rho)),
         demo={"r": 8, "alpha": 16},
@@ -164,12 +184,50 @@ ROWS: dict[str, Row] = {
     "ether_plus": Row(),
     "miss": Row(theirs=lambda cfg, on: peft.MissConfig(r=cfg.r, target_modules=on), rate=1e-2),
     "shira": Row(theirs=lambda cfg, on: peft.ShiraConfig(r=cfg.r, random_seed=cfg.seed, target_modules=on)),
+    "hira": Row(theirs=lambda cfg, on: peft.HiraConfig(r=cfg.r, target_modules=on)),
+    "gralora": Row(theirs=_gralora),
+    "boft": Row(fields=lambda r: {"block_size": 4}, theirs=_boft),
+    "c3a": Row(
+        fields=lambda r: {"block_size": 64},  # divides all widths of the models here
+        theirs=lambda cfg, on: peft.C3AConfig(block_size=cfg.block_size, init_weights=True, target_modules=on),
+        rate=1e-1,
+    ),
+    "fourierft": Row(
+        theirs=lambda cfg, on: peft.FourierFTConfig(
+            n_frequency=cfg.n_frequency, scaling=cfg.scaling, random_loc_seed=cfg.seed, target_modules=on
+        ),
+        rate=5e-2,
+    ),
+    "waveft": Row(theirs=_waveft, rate=2e-2),
+    "goft": Row(rate=1e-2),
+    "qgoft": Row(rate=1e-2),
+    "psoft": Row(fields=lambda r: {"r": 4 * r}, theirs=_psoft, demo={"r": 32}),
+    "clover": Row(fields=lambda r: {"head_dim": max(2, min(32, 2 * r))}, demo={"head_dim": 16}, rate=1e-3),
+    "svft": Row(fields=lambda r: {"r": None}, demo={}, rate=5e-2),
+    "deft": Row(theirs=lambda cfg, on: peft.DeftConfig(r=cfg.r, decomposition_method=cfg.decomposition_method, target_modules=on)),
+    "peanut": Row(theirs=lambda cfg, on: peft.PeanutConfig(r=cfg.r, depth=cfg.depth, act_fn=cfg.act_fn, target_modules=on)),
+    "supertuning": Row(
+        fields=lambda r: {"r": None, "alpha": None},
+        theirs=lambda cfg, on: peft.SupertuningConfig(sparsity=cfg.sparsity, select_top=cfg.select_top, target_modules=on),
+    ),
+    "osf": Row(theirs=lambda cfg, on: peft.OSFConfig(effective_rank=cfg.effective_rank, target_modules=on), rate=1e-4),
+    "glora": Row(
+        theirs=lambda cfg, on: peft.GloraConfig(
+            **{name: getattr(cfg, name) for name in ("r", "config_A_B", "config_C", "config_D_E")}, target_modules=on
+        )
+    ),
     "full": Row(
         fields=lambda r: {"target_names": r"(q|v)_proj$"},
         without="Training the weights themselves needs no library.",
         demo={"target_names": r"layers\.\d+\.mlp$"},
         rate=1e-3,
         short_rate=5e-4,
+    ),
+    "tokens": Row(
+        fields=lambda r: {"token_ids": tuple(range(3, 3 + r))},
+        theirs=lambda cfg, on: peft.TrainableTokensConfig(token_indices=list(cfg.token_ids)),
+        demo={"token_ids": tuple(range(64))},
+        rate=5e-2,
     ),
 }
 """The variants that run with other fields than their defaults. A variant without a row runs by these, at LoRA's rank."""
@@ -215,7 +273,7 @@ def theirs(cfg: ll.AdapterConfig, on: Sequence[str] = LINEAR) -> peft.PeftConfig
 
 def drawn_start(config: peft.PeftConfig) -> bool:
     """Whether PEFT's method starts from drawn numbers: it decomposes no weight and sees no data."""
-    return getattr(config, "init_lora_weights", True) is True
+    return getattr(config, "init_lora_weights", True) is True and not isinstance(config, peft.PsoftConfig)
 
 
 class Pair(NamedTuple):

@@ -8,7 +8,7 @@ python bench/report.py --compare results/a-speed.json results/b-speed.json    # 
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,16 +95,23 @@ def sections(folder: Path = RESULTS, up: str = "../") -> Iterator[tuple[str, str
     ]
     for marker, kind, make in makers:
         found = newest(kind, folder)
-        yield marker, f"{make(found)}\n\nFrom {t.source(found, up)}." if found else NONE
+        threads = t.population_threads(found) if found and marker == "populations" else None
+        yield marker, f"{make(found)}\n\nFrom {t.source(found, up, threads)}." if found else NONE
     yield "gsm8k", t.gsm8k_table(folder, up) or NONE
 
 
-def overview(folder: Path = RESULTS, up: str = "") -> str:
-    """Return the part that README shows: the main table, its conditions, and the figures that speak against us."""
+TELLING = ("lora", "pissa", "dora", "ia3", "hra", "road", "oft", "vera", "adalora", "loha", "full")
+"""The variants that README shows."""
+
+
+def overview(folder: Path = RESULTS, up: str = "", names: Sequence[str] | None = None) -> str:
+    """Return the main table, of all variants or of some, its conditions, and the figures that speak against us."""
     speed, memory, quality = (newest(kind, folder) for kind in ("speed", "memory", "quality"))
     if speed is None:
         return NONE
-    return "\n\n".join([t.main_table(speed, memory, quality), verdict(speed, memory, quality), t.conditions(speed, quality, up)])
+    return "\n\n".join(
+        [t.main_table(speed, memory, quality, names), verdict(speed, memory, quality), t.conditions(speed, memory, quality, up)]
+    )
 
 
 def between(text: str, marker: str, new: str) -> str:
@@ -143,7 +150,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             print("plots:", *(p.name for p in draw(folder, Path(temporary))))
     else:
-        README.write_text(between(README.read_text("utf-8"), "results", overview()), "utf-8")
+        README.write_text(between(README.read_text("utf-8"), "results", overview(names=TELLING)), "utf-8")
         PAGE.write_text(page(PAGE.read_text("utf-8")), "utf-8")
         print("wrote", README.name, PAGE.name, *(p.name for p in draw(RESULTS, PLOTS)))
 
@@ -188,16 +195,25 @@ def arithmetic(axes: Any, speed: Found, quality: Found | None) -> None:
 
 
 def scaling(figure: Any, found: Found) -> None:
-    """Draw cost as rank, width, batch and members grow, a panel each."""
-    names = {"rank": "rank", "width": "width", "rows": "rows of a batch", "members": "members of a mixed batch"}
-    panels = figure.subplots(2, 2).flat
-    for (axis, lines), axes in zip(found["results"]["axes"].items(), panels, strict=True):
+    """Draw cost as rank, width, batch, members and the rows of each grow, a panel each."""
+    names = {
+        "rank": "rank",
+        "width": "width",
+        "rows": "rows of a batch",
+        "members": "members of a mixed batch",
+        "each": "rows of each member",
+    }
+    axes_of = found["results"]["axes"]
+    panels = list(figure.subplots(-(-len(axes_of) // 2), 2).flat)
+    for axes in panels[len(axes_of) :]:
+        axes.remove()
+    for (axis, lines), axes in zip(axes_of.items(), panels):
         for name, points in lines.items():
             x = [int(value) for value in points]
             medians, low, high = ([p[key] for p in points.values()] for key in ("median", "low", "high"))
             axes.plot(x, medians, "o-", lw=1, ms=3, label=title(name))
             axes.fill_between(x, low, high, alpha=0.15, lw=0)
-        axes.set(xlabel=names[axis], xscale="log", ylabel="step / loop" if axis == "members" else "step / frozen step")
+        axes.set(xlabel=names[axis], xscale="log", ylabel="step / loop" if axis in ("members", "each") else "step / frozen step")
         axes.set_xticks(x, [str(value) for value in x])
         axes.minorticks_off()
     figure.axes[0].legend(fontsize=7)

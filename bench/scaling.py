@@ -1,7 +1,7 @@
-"""Measure how the cost of a step grows with rank, width, batch and number of members, and write a results file.
+"""Measure how the cost of a step grows with rank, width, batch, members and their rows, and write a results file.
 
-Each point is a ratio within one run to the frozen base's step on the same model and batch; for members, the time of one mixed step over
-the time of as many separate steps.
+Each point is a ratio within one run to the frozen base's step on the same model and batch; for members, and for the rows of each, the time
+of one mixed step over the time of as many separate steps.
 
     python bench/scaling.py --variants lora dora hra oft
     python bench/scaling.py --quick
@@ -21,14 +21,20 @@ from measure import Job, Part, Spread, batch_of, interleaved, llama, moved, peak
 from methods import MEASURED, pairs
 
 TELLING = ("lora", "dora", "hra", "oft")
-CENTRE = {"rank": 16, "width": 256, "rows": 4, "members": 4}
-POINTS: dict[str, tuple[int, ...]] = {"rank": (4, 16, 64), "width": (128, 256, 512), "rows": (1, 2, 4, 8), "members": (1, 2, 4, 8)}
-QUICK: dict[str, tuple[int, ...]] = {"rank": (4, 8), "width": (64, 128), "rows": (1, 2), "members": (1, 2)}
+CENTRE = {"rank": 16, "width": 256, "rows": 4, "members": 4, "each": 1}
+"""`each` is the rows of each member, where many adapters are one step."""
+POINTS: dict[str, tuple[int, ...]] = {
+    **{"rank": (4, 16, 64), "width": (128, 256, 512), "rows": (1, 2, 4, 8)},
+    **{"members": (1, 2, 4, 8, 16), "each": (1, 2, 8, 32)},
+}
+QUICK: dict[str, tuple[int, ...]] = {"rank": (4, 8), "width": (64, 128), "rows": (1, 2), "members": (1, 2), "each": (1, 2)}
+TOKENS = 64
+MEMBER_TOKENS = 32
 
 
 def step_ratio(name: str, at: Mapping[str, int], repeats: int) -> Spread:
     """Return one variant's step over the frozen step."""
-    model, batch = llama(at["width"], 2), batch_of(at["rows"], 64)
+    model, batch = llama(at["width"], 2), batch_of(at["rows"], TOKENS)
     adapt = build(model, pairs(at["rank"])[name].cfg, [batch])
     params = moved(adapt.init(seed=0))
     step = ll.value_and_grad(lambda p: adapt(p, batch).loss)
@@ -36,21 +42,21 @@ def step_ratio(name: str, at: Mapping[str, int], repeats: int) -> Spread:
 
 
 def members_ratio(name: str, at: Mapping[str, int], repeats: int) -> Spread:
-    """Return the time of one step of many adapters, a row each, over that of a loop over them."""
-    model, batch = llama(at["width"], 2), batch_of(at["members"], 32)
-    adapt = build(model, pairs(at["rank"])[name].cfg, [batch])
+    """Return the time of one step of many adapters, each with as many rows, over that of a loop over them."""
+    model, ids = llama(at["width"], 2), batch_of(at["members"] * at["each"], MEMBER_TOKENS)["input_ids"]
+    adapt = build(model, pairs(at["rank"])[name].cfg, [batch_of(at["members"], MEMBER_TOKENS)])
     trees = [moved(adapt.init(seed=k)) for k in range(at["members"])]
-    stacked, rows = ll.stack(trees), [{"input_ids": row[None], "use_cache": False} for row in batch["input_ids"]]
-    inputs = {"input_ids": batch["input_ids"], "use_cache": False}
+    stacked, inputs = ll.stack(trees), {"input_ids": ids, "use_cache": False}
+    parts = [{"input_ids": part, "use_cache": False} for part in ids.chunk(at["members"])]
     together = ll.value_and_grad(lambda p: row_losses(adapt.mixed(p, inputs), inputs).sum())
-    alone = ll.value_and_grad(lambda p, row: row_losses(adapt(p, row), row).sum())
-    calls = {"mixed": lambda: together(stacked), "loop": lambda: [alone(p, row) for p, row in zip(trees, rows, strict=True)]}
+    alone = ll.value_and_grad(lambda p, part: row_losses(adapt(p, part), part).sum())
+    calls = {"mixed": lambda: together(stacked), "loop": lambda: [alone(p, part) for p, part in zip(trees, parts, strict=True)]}
     return ratio(interleaved(calls, repeats), "mixed", "loop")
 
 
 def scaling(names: Iterable[str], points: Mapping[str, tuple[int, ...]], repeats: int) -> dict[str, Any]:
     """Walk along each axis from the centre: `{axis: {variant: {value: ratio}}}`."""
-    measure: dict[str, Callable[..., Spread]] = {axis: members_ratio if axis == "members" else step_ratio for axis in points}
+    measure: dict[str, Callable[..., Spread]] = {axis: members_ratio if axis in ("members", "each") else step_ratio for axis in points}
     work = [(axis, name, value) for axis, values in points.items() for name in names for value in values]
     found: dict[str, Any] = {axis: {name: {} for name in names} for axis in points}
     for axis, name, value in tqdm(work, desc="scaling", mininterval=5):
@@ -62,7 +68,7 @@ def measure(names: Sequence[str], points: Mapping[str, tuple[int, ...]], repeats
     """Do all measurements once, in this process."""
     warnings.filterwarnings("ignore", module="(transformers|peft|torch)")
     torch.set_num_threads(1)
-    return {"centre": CENTRE, "layers": 2, "tokens": 64, "axes": scaling(names, points, repeats)}
+    return {"centre": CENTRE, "layers": 2, "tokens": TOKENS, "member_tokens": MEMBER_TOKENS, "axes": scaling(names, points, repeats)}
 
 
 def part(options: Sequence[str] | None = None) -> Part:
@@ -85,7 +91,7 @@ def show(results: Mapping[str, Any]) -> None:
 
 
 def populations(width: int, layers: int, r: int, repeats: int) -> dict[str, Any]:
-    """Time one step of many adapters, and per-example gradients, against a loop over them: two threads, LoRA on all linear layers."""
+    """Time one step of many adapters, and per-example gradients, against a loop over them: LoRA on all linear layers."""
     model = llama(width, layers)
     adapt = ll.build(model, pairs(r)["lora"][0])
     found = {}

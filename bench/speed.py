@@ -100,7 +100,7 @@ def calls(sizes: Mapping[str, int], r: int, names: Sequence[str], repeats: int) 
     torch.set_num_threads(1)
     found = {"functions": functions(sizes["width"], 64, r, names, 3 * repeats)}
     torch.set_num_threads(2)
-    return {**found, "populations": populations(sizes["width"], sizes["layers"], r=r, repeats=repeats)}
+    return {**found, "population_threads": 2, "populations": populations(sizes["width"], sizes["layers"], r=r, repeats=repeats)}
 
 
 def part(options: Sequence[str] | None = None) -> Part:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,25 +52,27 @@ def share(found: Found | None) -> str:
     return f"{found['exact']:.1%} ± {found['error']:.1%}" if found else "-"
 
 
-def source(found: Found, up: str) -> str:
-    """Write the source of figures: file, machine, threads."""
-    where = found.get("machine", "CPU")
-    return f"[`{found['file']}`]({up}bench/results/{found['file']}), {where}, {found['threads']} thread{'s' * (found['threads'] > 1)}"
+def source(found: Found, up: str, threads: int | None = None) -> str:
+    """Write the source of figures: file, machine, threads, which a part of a file may have other than the rest."""
+    where, n = found.get("machine", "CPU"), threads or found["threads"]
+    return f"[`{found['file']}`]({up}bench/results/{found['file']}), {where}, {n} thread{'s' * (n > 1)}"
 
 
-def main_table(speed: Found | None, memory: Found | None, quality: Found | None) -> str:
-    """Write the lineage's columns for each variant, and the ratios to PEFT's same method."""
+def main_table(speed: Found | None, memory: Found | None, quality: Found | None, names: Sequence[str] | None = None) -> str:
+    """Write the lineage's columns for each variant, or those named, and the ratios to PEFT's; last the accuracy, of a model of its own."""
     rows = []
     timed = speed["results"]["models"]["variants"] if speed else {}
     held = memory["results"]["variants"] if memory else {}
     learned = quality["results"]["variants"] if quality else {}
+    size = count(quality["results"]["full"]["params"]) if quality else ""
     for name, row in timed.items():
-        peak = held.get(name, {}).get("step", {})
+        if names is not None and name not in names:
+            continue
+        peak, ours = held.get(name, {}).get("step", {}), learned.get(name, {}).get("ours")
         rows.append(
             {
                 "variant": title(name),
                 "r": str(row["r"] or "-"),
-                "accuracy": share(learned.get(name, {}).get("ours")),
                 "params": count(row["params"]),
                 "added MACs/token": count(row["macs_per_token"]),
                 "forward, ms": f"{row['forward']['ms']['ours']['median']:.0f}",
@@ -77,31 +80,49 @@ def main_table(speed: Found | None, memory: Found | None, quality: Found | None)
                 "init, s": f"{row['init']['ms']['ours']['median'] / 1e3:.3f}",
                 "step / PEFT's": spread(row["step"].get("over_peft")),
                 "peak / PEFT's": f"{peak['ours'] / peak['peft']:.2f}" if "peft" in peak else "-",
+                **({f"accuracy, {size} model": share(ours), "params there": count(ours["params"]) if ours else "-"} if quality else {}),
             }
         )
     return table(rows)
 
 
-def conditions(speed: Found | None, quality: Found | None, up: str) -> str:
-    """Write under which conditions the main table's figures were found."""
+UNABLE = {
+    "loreft": "edits the first and last positions of a prompt, and copying digits across an answer asks for more than a few edited states: "
+    "the task is none for it."
+}
+"""Why a variant does not learn the task of the accuracies, where it does not."""
+
+
+def conditions(speed: Found | None, memory: Found | None, quality: Found | None, up: str) -> str:
+    """Write under which conditions the main table's figures were found: for each group of columns its model, and its file."""
     words = []
     if speed:
         m = speed["results"]["models"]
         rounds = next(iter(m["variants"].values()))["step"]["over_frozen"]["n"]
         processes = f" in {n} processes" if (n := speed.get("processes", 1)) > 1 else ""
         words.append(
-            f"Costs: one step of a {m['layers']}-layer Llama of width {m['width']}, all linear layers, {m['rows']} rows of {m['tokens']} "
-            f"tokens; init of one block; medians of {rounds} interleaved rounds{processes}, in "
-            f"brackets the middle 90 % of the ratios within a round ({source(speed, up)}). "
+            f"Costs: one step of a Llama of {m['layers']} layers and width {m['width']}, all linear layers or what else a variant adapts, "
+            f"{m['rows']} rows of {m['tokens']} tokens; init of one block; medians of {rounds} interleaved rounds{processes}, in brackets "
+            f"the middle 90 % of the ratios within a round ({source(speed, up)}). "
             "`r` is the rank, or where there is none the block or group size."
+        )
+    if memory:
+        m = memory["results"]
+        words.append(
+            f"Peaks: one step of a Llama of {m['layers']} layers and width {m['width']}, {m['rows']} rows of {m['tokens']} tokens "
+            f"({source(memory, up)})."
         )
     if quality:
         q = quality["results"]
+        part, whole = q["variants"].get("full", {}).get("ours"), q["full"]
+        beside = f"; the row Full trains {count(part['params'])} of them" if part else ""
         words.append(
-            f"Accuracy: unseen word problems answered exactly after {q['steps']} steps of {q['rows']} rows, mean of {q['members']} seeds ± "
-            f"standard error over seeds and {q['test']} problems; the frozen base {q['frozen']['exact']:.1%}, full fine-tuning "
-            f"{share(q['full'])} ({source(quality, up)})."
+            f"Accuracy: the demo's Llama of {count(whole['params'])} params; `params there` are those trained for it; unseen word problems "
+            f"answered exactly after {q['steps']} steps of {q['rows']} rows, mean of {q['members']} seeds ± standard error over seeds and "
+            f"{q['test']} problems. The frozen base reaches {q['frozen']['exact']:.1%}, training all of its params {share(whole)}{beside} "
+            f"({source(quality, up)})."
         )
+        words += [f"{title(n)} {why}" for n, why in UNABLE.items() if q["variants"].get(n, {}).get("ours", {}).get("exact", 1) < 0.1]
     return "\n\n".join(words)
 
 
@@ -150,6 +171,21 @@ def quality_table(quality: Found) -> str:
             }
         )
     return table(rows)
+
+
+def rates_table(quality: Found, up: str) -> str:
+    """Write the learning rate that was best for each variant in the training of the accuracies, and which training that was."""
+    q = quality["results"]
+    by_rate: dict[float, list[str]] = {}
+    for name, row in q["variants"].items():
+        if row["ours"]["exact"] >= 0.1:  # a rate at which nothing was learnt is none to begin with
+            by_rate.setdefault(row["ours"]["rate"], []).append(title(name))
+    rows = [{"best rate": f"{rate:.2g}", "variants": ", ".join(names)} for rate, names in sorted(by_rate.items())]
+    words = (
+        f"Measured on the demo's Llama of {count(q['full']['params'])} params, in {q['steps']} steps of {q['rows']} rows by AdamW: of a "
+        f"rate and its multiples, the best on problems of their own ({source(quality, up)}):"
+    )
+    return f"{words}\n\n{table(rows)}"
 
 
 def memory_table(memory: Found) -> str:
@@ -208,10 +244,45 @@ def compiled_table(speed: Found) -> str:
     return table([{"variant": title(n)} | {head: spread(row.get(key)) for key, head in heads.items()} for n, row in found.items()])
 
 
+def members_table(growth: Found, up: str) -> str:
+    """Write one mixed step's time over a loop's as members and their rows grow, and from how many members on it pays."""
+    r, axes = growth["results"], growth["results"]["axes"]
+    at = r["centre"]
+    facts = f"a Llama of {r['layers']} layers and width {at['width']}, rank {at['rank']}"
+    tokens = r.get("member_tokens", 32)
+    parts = [
+        f"One mixed step's time over that of as many separate steps, one row of {tokens} tokens a member, on {facts} "
+        f"({source(growth, up)}):",
+        _grown(axes["members"], "members: {}"),
+        f"Each of these is faster than the loop, beyond the spread, from {_pays(axes['members'])} members on.",
+    ]
+    if "each" in axes:
+        parts += [f"{at['members']} members with more rows each:", _grown(axes["each"], "rows each: {}")]
+    return "\n\n".join(parts)
+
+
+def _grown(lines: Found, head: str) -> str:
+    return table(
+        [{"variant": title(name)} | {head.format(n): spread(ratio) for n, ratio in points.items()} for name, points in lines.items()]
+    )
+
+
+def _pays(lines: Found) -> str:
+    """Return the least value from which on every line stays below 1, spread and all."""
+    values = list(next(iter(lines.values())))
+    below = [all(points[value]["high"] < 1 for points in lines.values()) for value in values]
+    return next((value for k, value in enumerate(values) if all(below[k:])), f"more than {values[-1]}")
+
+
+def population_threads(speed: Found) -> int:
+    """Return the threads on which populations were measured. Files that do not say were written when it was two."""
+    return speed["results"].get("population_threads", 2)
+
+
 def populations_table(speed: Found) -> str:
     """Write the time of many adapters in one mixed batch over a loop's."""
     found = speed["results"]["populations"]
-    return table([{"one step, LoRA, two threads": name, "time / a loop's": spread(ratio)} for name, ratio in found.items()])
+    return table([{"one step, LoRA": name, "time / a loop's": spread(ratio)} for name, ratio in found.items()])
 
 
 def quantised_table(found: Found) -> str:
@@ -240,7 +311,8 @@ def serving_table(found: Found) -> str:
     ]
     for name, ratio in throughput["over_peft"].items():
         if not name.startswith("peft"):
-            what = f"{throughput['requests']} requests for {throughput['adapters']} adapters, {name} / PEFT's time"
+            how = f"{throughput['threads']} at once, a thread each" if name == "threads" else name
+            what = f"{throughput['requests']} requests for {throughput['adapters']} adapters, {how} / PEFT's time"
             rows.append({"": what, "ours": spread(ratio), theirs: "1"})
     return table(rows)
 

@@ -22,8 +22,8 @@ README, RESULTS, PAGES = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT 
 
 sys.path.append(str(ROOT / "bench"))
 
-from report import between, overview, page  # noqa: E402
-from tables import table  # noqa: E402
+from report import NONE, TELLING, between, overview, page  # noqa: E402
+from tables import members_table, newest, rates_table, table  # noqa: E402
 
 WORDS = {"dense": "its dense form", "matmul": "products with it"}
 """A variant's `uses` of the weight, in words; of two the first says more."""
@@ -48,12 +48,13 @@ def summary(variant: Variant) -> str:
 
 def paper(variant: Variant) -> str:
     """Return the title and year of a variant's paper, as a link."""
-    found = re.search(r"Paper:.*?\*(.+?)\*,\s+(\d{4}),\s+arXiv:([\d.]+\d)", docstring(variant), re.DOTALL)
+    found = re.search(r"Paper:.*?\*(.+?)\*,\s+(\d{4}),\s+(arXiv|OpenReview):([\w.]+\w)", docstring(variant), re.DOTALL)
     if found is None:
         where = variant.__module__
         raise ValueError(f"{where}: expected a line 'Paper: authors, *title*, year, arXiv:id' in its docstring, found none. Write one.")
-    name, year, number = found.groups()
-    return f"[{' '.join(name.split())}](https://arxiv.org/abs/{number}), {year}"
+    name, year, where, number = found.groups()
+    site = {"arXiv": "https://arxiv.org/abs/", "OpenReview": "https://openreview.net/forum?id="}[where]
+    return f"[{' '.join(name.split())}]({site}{number}), {year}"
 
 
 def start(variant: Variant) -> str:
@@ -84,16 +85,29 @@ def costs_table(width: int = 4096) -> str:
     """Return each variant's trained numbers and multiply-adds on one square layer, from the formulas that its class declares."""
     rows = []
     for name, variant in ll.VARIANTS.items():
-        if variant.trained is None or variant.adapts != "linear":
+        if variant.trained is None or variant.adapts != "linear" or variant.tied:  # rows of a table are no update of a square layer
             continue
         fields = {f.name for f in dataclasses.fields(variant)}
-        ranked = {"r": 16} if "r" in fields and variant().r < 64 else {}
+        ranked = {"r": 16} if "r" in fields and (variant().r or width) < 64 else {}
         cfg = variant(**ranked)
         trained, macs = (declared(cfg, fact, width, width) for fact in ("trained", "macs"))
-        rank = next((f"{field}={getattr(cfg, field)}" for field in ("r", "init_r", "block_size", "group_size") if field in fields), "")
+        sized = ((key, getattr(cfg, key, None)) for key in ("r", "init_r", "block_size", "group_size"))
+        rank = next((f"{key}={size}" for key, size in sized if size is not None), "")
         rows.append({"variant": f"[{title(variant)}](variants/{name}.md)", "at": rank, "trained": trained, "added": macs / width**2})
     rows.sort(key=lambda row: -row["trained"])
     return table([{**row, "trained": f"{row['trained']:,}", "added": f"{row['added']:.2%}"} for row in rows])
+
+
+def best_rates() -> str:
+    """Return the learning rates that were best in the newest measurement of accuracies."""
+    found = newest("quality")
+    return rates_table(found, "../") if found else NONE
+
+
+def members() -> str:
+    """Return the time of one mixed step over a loop's in the newest measurement of growth."""
+    found = newest("scaling")
+    return members_table(found, "../") if found else NONE
 
 
 def stub(name: str) -> str:
@@ -138,9 +152,48 @@ def _checks(checks: Mapping[str, Callable[..., object]]) -> str:
     return table([{"check": f"`{name}`", "what holds": (check.__doc__ or "").strip()} for name, check in checks.items()])
 
 
+FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "LoRA and its starts": (
+        "one low-rank update; they differ in where it begins",
+        ("lora", "pissa", "olora", "mica", "corda", "asvd", "eva", "lora_ga", "loftq"),
+    ),
+    "Other low-rank updates": (
+        "magnitude apart, ranks that move, grids, products, gates between the factors",
+        ("dora", "delora", "adalora", "gralora", "loha", "lokr", "hira", "abba", "randlora", "deft", "peanut", "lily", "glora"),
+    ),
+    "Very few numbers": (
+        "gates, shifts, scales and vectors around what is frozen or shared",
+        ("ia3", "ia3_ff", "bitfit", "ln_tuning", "vera", "pvera", "vblora", "tinylora", "unilora"),
+    ),
+    "Sparse, or in another domain": (
+        "chosen entries, shared shards, circulant blocks, Fourier and wavelet coefficients",
+        ("shira", "supertuning", "miss", "c3a", "fourierft", "waveft"),
+    ),
+    "Rotations and reflections": (
+        "lengths and angles between features stay",
+        ("oft", "boft", "hra", "road", "ether", "ether_plus", "goft", "qgoft", "psoft"),
+    ),
+    "In the weight's own directions": (
+        "between or along its singular vectors, or in coordinates that layers share",
+        ("lora_xs", "ssvd", "svft", "antipasto", "clover", "osf", "frod", "adamss"),
+    ),
+    "Beside weights": ("activations, tokens, whole modules", ("loreft", "tokens", "full")),
+}
+"""The variants by family, each family with what its members have in common."""
+
+
+def families(pages: str) -> str:
+    """Return the list of variants by family; `pages` is the way to the folder of their pages."""
+    lines = []
+    for family, (common, names) in FAMILIES.items():
+        links = ", ".join(f"[{title(ll.VARIANTS[name])}]({pages}{name}.md)" for name in names if name in ll.VARIANTS)
+        lines.append(f"- **{family}**, {common}: {links}")
+    return "\n".join(lines)
+
+
 def renewed(text: str) -> str:
     """Return README.md's text with its generated parts renewed."""
-    return between(between(text, "variants", variants_table("docs/variants/")), "results", overview())
+    return between(between(text, "variants", families("docs/variants/")), "results", overview(names=TELLING))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ class Row:
     draws: bool = False
 
 
+NO_STRENGTH = "A subspace cannot be missing by half."
+
 CASES = (
     Row("lora", ll.LoRAConfig(r=4)),
     Row("lora-rank-one", ll.LoRAConfig(r=1, alpha=3.0)),
@@ -39,6 +41,7 @@ CASES = (
     Row("lora-gaussian", ll.LoRAConfig(r=4, start="gaussian")),
     Row("lora-orthogonal", ll.LoRAConfig(r=4, start="orthogonal")),
     Row("lora-bias", ll.LoRAConfig(r=4, lora_bias=True)),
+    Row("lora-own-bias", ll.LoRAConfig(r=4, bias=True)),
     Row("lora-float64", ll.LoRAConfig(r=4, dtype=torch.float64)),
     Row("lora-bfloat16", ll.LoRAConfig(r=4, dtype=torch.bfloat16)),
     Row("pissa", ll.PiSSAConfig(r=4)),
@@ -115,9 +118,54 @@ CASES = (
     Row("miss", ll.MiSSConfig(r=8)),
     Row("miss-padded-dropout", ll.MiSSConfig(r=7, dropout=0.3)),
     Row("miss-mini", ll.MiSSConfig(r=8, mini_r=4, init="mini")),
-    Row("miss-bat", ll.MiSSConfig(r=8, init="bat")),
+    Row("miss-bat", ll.MiSSConfig(r=8, init="bat", dropout=0.3)),
     Row("shira", ll.SHiRAConfig(r=3)),
     Row("shira-seeded", ll.SHiRAConfig(r=2, seed=5)),
+    Row("hira", ll.HiRAConfig(r=4)),
+    Row("hira-dropout", ll.HiRAConfig(r=4, dropout=0.3)),
+    Row("gralora", ll.GraLoRAConfig(r=4)),
+    Row("gralora-hybrid", ll.GraLoRAConfig(r=4, k=4, hybrid_r=2, dropout=0.3)),
+    Row("boft", ll.BOFTConfig(block_size=4)),
+    Row("boft-factors", ll.BOFTConfig(block_size=4, n_butterfly_factor=3)),
+    Row("boft-blocks", ll.BOFTConfig(block_size=0, block_num=8, n_butterfly_factor=2, block_dropout=0.3)),
+    Row("c3a", ll.C3AConfig(block_size=8)),
+    Row("c3a-xavier", ll.C3AConfig(block_size=4, init="xavier_uniform")),
+    Row("fourierft", ll.FourierFTConfig(n_frequency=50)),
+    Row("fourierft-normal", ll.FourierFTConfig(n_frequency=40, scaling=20.0, seed=3, init="normal")),
+    Row("waveft", ll.WaveFTConfig(n_frequency=50)),
+    Row("waveft-sparse", ll.WaveFTConfig(n_frequency=40, scaling=4.0, seed=3, use_idwt=False)),
+    Row("boft-blocks", ll.BOFTConfig(block_size=0, block_num=4, n_butterfly_factor=2, block_dropout=0.3)),
+    Row("tokens", ll.TokensConfig(token_ids=(18, 4, 21))),
+    Row("goft", ll.GOFTConfig()),
+    Row("goft-norms-tanh", ll.GOFTConfig(norms=True, angle="tanh")),
+    Row("qgoft", ll.QGOFTConfig()),
+    Row("qgoft-norms", ll.QGOFTConfig(norms=True)),
+    Row("svft", ll.SVFTConfig()),
+    Row("svft-r", ll.SVFTConfig(r=8)),
+    Row("svft-banded", ll.SVFTConfig(pattern="banded", off_diag=2)),
+    Row("svft-random", ll.SVFTConfig(pattern="random", off_diag=2)),
+    Row("svft-random-start", ll.SVFTConfig(start="random")),
+    Row("psoft", ll.PSOFTConfig(r=8)),
+    Row("psoft-plain", ll.PSOFTConfig(r=8, mag_a=False, mag_b=False, ab_svd_init="pissa_init")),
+    Row("psoft-free", ll.PSOFTConfig(r=8, orth=False, mag_a=False)),
+    Row("psoft-series", ll.PSOFTConfig(r=8, cayley="series", terms=4)),
+    Row("psoft-bound", ll.PSOFTConfig(r=8, cayley="series", eps=0.3, dropout=0.1)),
+    Row("clover", ll.CLOVERConfig(head_dim=8)),
+    Row("clover-free", ll.CLOVERConfig(head_dim=8, core="free")),
+    Row("deft", ll.DEFTConfig(r=4)),
+    Row("deft-qr-dropout", ll.DEFTConfig(r=4, decomposition_method="qr", alpha=6.0, dropout=0.3)),
+    *(Row(f"deft-para-{m}", ll.DEFTConfig(r=4, decomposition_method=m, para=True), {"steered": NO_STRENGTH}) for m in ("relu", "qr")),
+    Row("peanut", ll.PEANuTConfig(r=4)),
+    Row("peanut-deep", ll.PEANuTConfig(r=4, depth=2, act_fn="tanh", scaling=0.7)),
+    Row("supertuning-supra", ll.SuperTuningConfig(sparsity=0.9, r=3, dropout=0.3)),
+    Row("supertuning", ll.SuperTuningConfig()),
+    Row("supertuning-bottom", ll.SuperTuningConfig(sparsity=0.9, select_top=False)),
+    Row("osf", ll.OSFConfig()),
+    Row("osf-rank", ll.OSFConfig(effective_rank=5)),
+    Row("glora", ll.GLoRAConfig(r=4)),
+    Row("glora-vector", ll.GLoRAConfig(r=4, config_A_B="vector", config_C="vector", config_D_E="vector")),
+    Row("glora-constant", ll.GLoRAConfig(r=4, config_A_B="constant", config_C="none")),
+    Row("glora-weight", ll.GLoRAConfig(r=4, config_C="none", config_D_E="none")),
     Row("full", ll.FullConfig(target_names=r"^\d$")),
 )
 
@@ -125,8 +173,11 @@ FIVE = (ll.LoRAConfig(r=4), ll.PiSSAConfig(r=4), ll.DoRAConfig(r=4), ll.IA3Confi
 """The core variants, for tests over whole models that would take too long for all."""
 
 
-EVERY = (*((row, torch.float64) for row in CASES), *((Row(cfg.name, cfg), torch.float32) for cfg in FIVE))
-"""Every row in float64, where nothing hides in rounding, and the core variants in float32 too."""
+FIRST = tuple({row.cfg.name: row for row in reversed(CASES)}.values())[::-1]
+"""The first row of each variant, for tests over whole models: the kit holds what options change."""
+
+EVERY = (*((row, torch.float64) for row in FIRST), *((Row(cfg.name, cfg), torch.float32) for cfg in FIVE))
+"""Each variant in float64, where nothing hides in rounding, and the core variants in float32 too."""
 
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -176,8 +227,8 @@ def derived(cfg: ll.AdapterConfig, W: ll.Frozen, *stats):
 
 
 def build_any(model: nn.Module, cfg: ll.AdapterConfig, batches, **options) -> ll.Adapt:
-    """Build any row's variant: on data and with a loss where it needs them; a whole module is one linear layer."""
-    if cfg.adapts == "module":
+    """Build any row's variant: on data and with a loss where it needs them; a whole module, and a table of tokens, is one linear layer."""
+    if cfg.adapts == "module" or ("rows" in cfg.uses and not hasattr(model, "get_input_embeddings")):
         path = next(path for path, m in model.named_modules() if isinstance(m, nn.Linear))
         cfg = dataclasses.replace(cfg, target_names=f"^{re.escape(path)}$")
     options |= {"calibration": batches} if cfg.calibrated else {}
@@ -371,6 +422,16 @@ def padded(tiny, name: str, **overrides):
 def row_of(batch, row: int):
     """Return one row of a batch as a batch."""
     return {name: value[row : row + 1] for name, value in batch.items()}
+
+
+class C3AForward:
+    """PEFT's forward of C3A, to be differentiated by torch: PEFT's own backward gives a wrong gradient to the input."""
+
+    @staticmethod
+    def apply(x, w):
+        """Return `C x` as PEFT computes it."""
+        blocks = x.unflatten(-1, w.shape[1:])
+        return torch.fft.fft(torch.einsum("...nb,mnb->...mb", torch.fft.ifft(blocks), torch.fft.fft(w))).real.flatten(-2)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,20 @@ def pair(model: nn.Module, cfg: ll.AdapterConfig | Sequence[ll.AdapterConfig]) -
     return Pair(adapt, theirs, leaves)
 
 
+class BlockDiagonal:
+    """PEFT's CUDA kernel of BOFT in torch: blocks `(m, n, k, k)` as `m` block-diagonal matrices. Without it PEFT takes one factor."""
+
+    @staticmethod
+    def forward(blocks: Tensor) -> list[Tensor]:
+        return [torch.stack([torch.block_diag(*factor) for factor in blocks])]
+
+    @staticmethod
+    def backward(grad: Tensor, blocks: Tensor) -> list[Tensor]:
+        m, n, k, _ = blocks.shape
+        each = grad.view(m, n, k, n, k).diagonal(dim1=1, dim2=3)  # (m, k, k, n)
+        return [each.permute(0, 3, 1, 2)]
+
+
 def dense(layer: nn.Module) -> Tensor:
     """Return a layer's weight as `(o, i)`."""
     weight = layer.weight.detach()

@@ -45,6 +45,8 @@ class Subject:
 
 
 Wrap = Callable[..., Subject]
+MILD: dict[str, dict[str, Any]] = {"waveft": {"scaling": 1.0}}
+"""Fields of methods whose defaults turn a step of the size that all take here into a change beside which the model is nothing."""
 
 
 def moved(params: Params, seed: int) -> Params:
@@ -67,7 +69,7 @@ def tokens(rows: int = 4) -> Tensor:
 
 def ours(name: str) -> Wrap:
     """Return the way to adapt a model by one of our variants."""
-    cfg = methods.config_of(name, RANK)
+    cfg = methods.config_of(name, RANK, **MILD.get(name, {}))
 
     def wrap(model: nn.Module, dtype: torch.dtype = torch.float64, **options: Any) -> Subject:
         if cfg.calibrated:
@@ -85,7 +87,7 @@ def theirs(name: str) -> Wrap:
     """Return the way to adapt a model by PEFT's same method: its trainable parameters swapped in by `functional_call`."""
 
     def wrap(model: nn.Module, dtype: torch.dtype = torch.float64) -> Subject:
-        config = methods.theirs(methods.config_of(name, RANK))
+        config = methods.theirs(methods.config_of(name, RANK, **MILD.get(name, {})))
         quantised = any(isinstance(m, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) for m in model.modules())
         double = model.dtype == torch.float64  # to which it is cast once made: PEFT's PiSSA takes no float64
         base = model if quantised else copy.deepcopy(model).float() if double else copy.deepcopy(model)

@@ -20,6 +20,7 @@ import measure
 import methods
 import quality
 import report
+import scaling as growth
 import timings
 from arithmetic import batch as demo_batch
 from arithmetic import exact_match
@@ -250,11 +251,13 @@ def files(tmp_path):
         name: {"forward": {"ours": 8, "frozen": 8, "peft": 8}, "step": {"ours": n, "frozen": 90, "peft": 100}}
         for name, n in (("lora", 100), ("pissa", 120))
     }
-    beside = {"lora": {"ours": {**member, "params": 81920}, "peft": member, "agree": True}}
+    beside = {"lora": {"ours": {**member, "params": 40960}, "peft": member, "agree": True}}
     beside |= {"dora": {"ours": {**member, "params": 90000}, "peft": {**member, "exact": 0.9}, "agree": False}}
-    quality = {"steps": 80, "rows": 12, "members": 2, "test": 200, "frozen": {"exact": 0.0}, "full": member, "variants": beside}
+    quality = {"steps": 80, "rows": 12, "members": 2, "test": 200, "frozen": {"exact": 0.0}}
+    quality |= {"full": {**member, "params": 872064}, "variants": beside}
     axes = {axis: {"lora": {"4": RATIO, "8": SLOW}} for axis in ("rank", "width", "rows", "members")}
-    kinds = {"speed": speed, "memory": {"variants": peaks, "lora": {"value_and_grad": 100}}, "quality": quality, "scaling": {"axes": axes}}
+    held = {**sizes, "width": 256, "variants": peaks, "lora": {"value_and_grad": 100}}
+    kinds = {"speed": speed, "memory": held, "quality": quality, "scaling": {"axes": axes}}
     us = {key: {"median": 8.0} for key in ("ours", "peft", "base", "two products", "three products")}
     link = {"forward": {"over_peft": RATIO, "us": us}, "step": {"over_peft": SLOW, "us": us}}
     chain = {"layers": 300, "width": 16, "rows": 4, "r": 8, "variants": {"lora": {**link, "added": RATIO}, "dora": link}}
@@ -270,11 +273,39 @@ def test_report_has_the_lineages_columns_and_pefts_ratio(files):
     text = report.overview(files)
     head, line = (next(row for row in text.splitlines() if row.startswith(start)) for start in ("| variant", "| LoRA |"))
     assert head == (
-        "| variant | r | accuracy | params | added MACs/token | forward, ms | backward, ms | init, s | step / PEFT's | peak / PEFT's |"
+        "| variant | r | params | added MACs/token | forward, ms | backward, ms | init, s | step / PEFT's | peak / PEFT's "
+        "| accuracy, 872.1k model | params there |"
     )
-    assert line == "| LoRA | 16 | 50.0% ± 3.0% | 81.9k | 2.50M | 30 | 20 | 0.020 | 1.10 [1.00, 1.20] | 1.00 |"
-    assert "| BitFit | - | - | 81.9k | 2.50M | 30 | 20 | 0.020 | - | - |" in text
+    assert line == "| LoRA | 16 | 81.9k | 2.50M | 30 | 20 | 0.020 | 1.10 [1.00, 1.20] | 1.00 | 50.0% ± 3.0% | 41.0k |"
+    assert "| BitFit | - | 81.9k | 2.50M | 30 | 20 | 0.020 | - | - | - | - |" in text
     assert "2030-01-02-abc-speed.json`](bench/results/2030-01-02-abc-speed.json), 2-core x86 CPU, 1 thread" in text
+
+
+def test_report_names_the_model_and_the_threads_of_each_figure(files):
+    text = report.overview(files)
+    for kind, said in {
+        "speed": "Costs: one step of a Llama of 4 layers and width 512,",
+        "memory": "Peaks: one step of a Llama of 4 layers and width 256,",
+        "quality": "Accuracy: the demo's Llama of 872.1k params; ",
+    }.items():
+        (paragraph,) = (p for p in text.split("\n\n") if p.startswith(said))
+        assert f"2030-01-02-abc-{kind}.json), 2-core x86 CPU, 1 thread)." in paragraph
+    assert "training all of its params 50.0% ± 3.0% (" in text
+    assert "LoReFT" not in text
+    path = files / "2030-01-02-abc-quality.json"
+    found = json.loads(path.read_text())
+    trained = found["results"]["variants"]
+    trained |= {
+        "full": {"ours": {**trained["lora"]["ours"], "params": 589824}},
+        "loreft": {"ours": {**trained["lora"]["ours"], "exact": 0.0}},
+    }
+    path.write_text(json.dumps(found))
+    text = report.overview(files)
+    assert "50.0% ± 3.0%; the row Full trains 589.8k of them (" in text
+    assert "\n\nLoReFT edits " in text
+    parts = dict(report.sections(files))
+    assert parts["populations"].endswith("2-core x86 CPU, 2 threads.")  # measured on two, whatever the rest of the file was
+    assert "two threads" not in parts["populations"]
 
 
 def test_report_says_plainly_what_is_worse_than_pefts(files):
@@ -286,6 +317,45 @@ def test_report_says_plainly_what_is_worse_than_pefts(files):
     memory = json.loads((files / "2030-01-02-abc-memory.json").read_text())
     del memory["results"]["variants"]["pissa"]
     assert "No variant is slower or larger" in report.verdict(None, memory, None)
+
+
+def test_rates_are_those_of_the_results_file_without_what_learnt_nothing(files):
+    found = report.t.newest("quality", files)
+    ours = found["results"]["variants"]
+    ours["lora"]["ours"]["rate"] = ours["dora"]["ours"]["rate"] = 1.25e-3
+    ours |= {"vera": {"ours": {"exact": 0.4, "rate": 8e-2}}, "loreft": {"ours": {"exact": 0.0, "rate": 1e-2}}}
+    text = report.t.rates_table(found, "../")
+    assert text.splitlines()[2:] == ["| best rate | variants |", "| --- | --- |", "| 0.0013 | LoRA, DoRA |", "| 0.08 | VeRA |"]
+    assert "Llama of 872.1k params, in 80 steps of 12 rows" in text
+    assert "(../bench/results/2030-01-02-abc-quality.json)" in text
+
+
+def test_mixed_steps_pay_from_where_the_spread_stays_below_one():
+    below, above = {"median": 0.8, "low": 0.7, "high": 0.9, "n": 3}, {"median": 0.9, "low": 0.8, "high": 1.1, "n": 3}
+    lines = {
+        "lora": {"1": above, "2": below, "4": above, "8": below, "16": below},
+        "dora": dict.fromkeys(("1", "2", "4", "8", "16"), below),
+    }
+    growth = {"file": "f.json", "threads": 1, "results": {"layers": 2, "centre": {"width": 256, "rank": 16, "members": 4}, "axes": {}}}
+    growth["results"]["axes"] = {"members": lines}
+    text = report.t.members_table(growth, "../")
+    assert "from 8 members on." in text
+    assert "rows each" not in text
+    growth["results"]["axes"] |= {"each": {"lora": {"1": below, "32": above}}}
+    assert "4 members with more rows each:\n\n| variant | rows each: 1 | rows each: 32 |" in report.t.members_table(growth, "../")
+    lines["lora"]["16"] = above
+    assert "from more than 16 members on." in report.t.members_table(growth, "../")
+
+
+@pytest.mark.parametrize("at", [{"members": 2, "each": 1}, {"members": 2, "each": 3}])
+def test_mixed_and_loop_are_the_same_step(at, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(growth, "interleaved", lambda calls, repeats: seen.update({n: call() for n, call in calls.items()}) or {})
+    monkeypatch.setattr(growth, "ratio", lambda *args: {})
+    growth.members_ratio("lora", {"width": 32, "rank": 4, **at}, 1)
+    assert torch.allclose(seen["mixed"][0], sum(loss for loss, _ in seen["loop"]), rtol=1e-5)
+    for member, (_, alone) in zip(ll.unstack(seen["mixed"][1]), seen["loop"], strict=True):
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ll.tree_leaves(member), ll.tree_leaves(alone), strict=True))
 
 
 def test_what_a_gpu_gave_has_a_part_of_its_own(files):

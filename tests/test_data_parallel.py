@@ -67,6 +67,16 @@ def test_replica_runs_its_own_copies(replicate, cfg):
     assert torch.equal(module(x), want), "the module itself is as it was"
 
 
+def test_replica_of_a_tied_head_follows_its_own_table(replicate):
+    model = nn.Sequential(nn.Embedding(11, 8), nn.Tanh(), nn.Linear(8, 11, bias=False)).eval()
+    model[2].weight, ids = model[0].weight, torch.tensor([[3, 0, 7]])
+    module = ll.build(model, ll.TokensConfig(token_ids=(7, 3), target_names="^0$")).module({"0": {"dE": torch.randn(2, 8)}})
+    want = module(ids)
+    got = replicate(module)(ids)
+    assert got.dtype == torch.float64
+    assert far(got - want) < TO_FLOAT64 < far(want - model(ids))
+
+
 @pytest.mark.parametrize("cfg", CONFIGS[:4], ids=by_name)
 def test_gradient_of_a_replica_reaches_the_module(replicate, cfg):
     adapt = ll.build(Reading().eval(), cfg)

@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 import re
 import sys
+import tomllib
 import types
 from pathlib import Path
 
@@ -73,6 +74,8 @@ def test_no_block_escapes():
             "{kinds}",
             "{architectures}",
             "{costs}",
+            "{rates}",
+            "{members}",
             "{configs-api}",
             "{functions-api}",
             "{support} lora_lite",
@@ -133,7 +136,12 @@ def test_results_page_is_what_the_results_files_give(generate):
     assert generate.page(text) == text, "run python docs/generate.py"
 
 
-def test_readme_has_a_row_for_each_variant(generate):
+def test_each_variant_has_one_family(generate):
+    named = [name for _, names in generate.FAMILIES.values() for name in names if name in ll.VARIANTS]
+    assert sorted(named) == sorted(ll.VARIANTS)
+
+
+def test_table_has_a_row_for_each_variant(generate):
     rows = generate.variants_table("docs/variants/").splitlines()[2:]
     assert [row.split("](")[1].split(")")[0] for row in rows] == [f"docs/variants/{name}.md" for name in ll.VARIANTS]
     assert all(f"{f'`{v.trained}`' if v.trained else 'all that it has'} | `{v.macs}`" in row for row, v in zip(rows, ll.VARIANTS.values()))
@@ -149,6 +157,25 @@ def test_design_page_names_files_that_exist():
     names = set(re.findall(r"`([a-z_/]+(?:\.py|/))`", (DOCS / "design.md").read_text("utf-8")))
     assert len(names) > 10
     assert {name for name in names if not any((root / name).exists() for root in (ROOT, ROOT / "src" / "lora_lite"))} == set()
+
+
+def test_readme_names_the_versions_that_are_tested():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    tested = (ROOT / "README.md").read_text("utf-8").partition("Tested on")[2].partition("[MIT licence]")[0]
+    pythons = [c.rpartition(" ")[2] for c in project["classifiers"] if c.startswith("Programming Language :: Python :: 3")]
+    assert all(version in tested for version in pythons)
+    pinned = dict(re.findall(r"^(\w+)==(\d+\.\d+)", (ROOT / "tests" / "constraints.txt").read_text("utf-8"), re.MULTILINE))
+    bounds = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
+    for library in ("torch", "transformers", "peft", "bitsandbytes"):
+        named = re.search(rf"{library}((?:(?:,| and)? \d+\.\d+)+)", tested, re.IGNORECASE)[1]
+        lowest = next(bound.partition(">=")[2] for bound in bounds if bound.startswith(f"{library}>="))
+        assert {lowest, pinned.get(library, lowest)} <= set(re.findall(r"\d+\.\d+", named)), library
+
+
+def test_licence_of_the_metadata_is_there():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert all((ROOT / name).read_text("utf-8").startswith(f"{project['license']} License") for name in project["license-files"])
+    assert project["license-files"]
 
 
 def test_readme_gives_the_two_commands():

@@ -142,8 +142,10 @@ class TestPEFT:
             peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"]),
             peft.IA3Config(target_modules=["key"], feedforward_modules=[], modules_to_save=["classifier", "pooler"]),
             peft.LNTuningConfig(target_modules=["LayerNorm"]),
+            peft.LNTuningConfig(target_modules=["LayerNorm"], modules_to_save=["classifier", "pooler"]),
+            peft.LNTuningConfig(target_modules=["LayerNorm"], task_type="SEQ_CLS"),
         ],
-        ids=["lora", "ia3", "ln-tuning"],
+        ids=["lora", "ia3", "ln-tuning", "ln-tuning-and-modules", "ln-tuning-of-a-task"],
     )
     @pytest.mark.filterwarnings("ignore:Unsupported layer type")  # PEFT's own, of the norms that it adapts
     def test_files_are_read_with_their_values_and_gradients_and_written_back(self, config, tmp_path):
@@ -168,7 +170,7 @@ class TestPEFT:
         model, _ = _classifier()
         for cfg, match in (
             (ll.FullConfig(target_names="classifier$"), "beside a method only"),
-            ([ll.LNTuningConfig(), ll.LoRAConfig(r=2, target_names="query$")], "holds nothing else"),
+            ([ll.LNTuningConfig(), ll.LoRAConfig(r=2, target_names="query$")], "LN-tuning at .* beside another method"),
         ):
             adapt = ll.build(model, cfg)
             with pytest.raises(ValueError, match=match):

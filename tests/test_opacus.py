@@ -7,9 +7,9 @@ from torch import nn
 import lora_lite as ll
 from cases import CASES, build_any, move, named
 
-opacus = pytest.importorskip("opacus", reason="Opacus is not installed: pip install lora-lite[test]")
+opacus = pytest.importorskip("opacus", reason="Opacus is not installed: pip install opacus")
 
-DROPS = ("dropout", "rank_dropout", "module_dropout")
+DROPS = ("dropout", "rank_dropout", "module_dropout", "block_dropout")
 ROWS = [row for row in CASES if row.cfg.adapts == "linear" and row.cfg.linear and not any(getattr(row.cfg, d, 0.0) for d in DROPS)]
 STEADY = [row for row in ROWS if not row.draws and row.cfg.trained != "0"]
 """Without rows that draw, for Opacus has no randomness in its vmap, and rows whose trained tensors are all shared: see `SHARED`."""

@@ -9,14 +9,18 @@ import pytest
 import safetensors.torch
 import torch
 import transformers as tf
+from peft.tuners.boft import layer as boft
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_lite as ll
+from cases import C3AForward
 from lora_lite.files.peft.rows import ROWS
+from lora_lite.variants import osf
+from peft_oracle import BlockDiagonal
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*the targeted layer of type Linear has no bias"),  # nothing is merged here
+    pytest.mark.filterwarnings("ignore:.*layer (of type Linear )?has no bias"),  # nothing is merged here
     pytest.mark.filterwarnings("ignore:Found missing adapter keys.*randlora_A"),  # of each layer; those of the model are there
     pytest.mark.filterwarnings(r"ignore:.*invalid shape. base_model.*lora_B\.bias"),  # PEFT takes every vector for a shard
     pytest.mark.filterwarnings("ignore:The symmetric initialization can NOT be performed when r is odd"),  # one reflection is ETHER
@@ -24,6 +28,7 @@ pytestmark = [
 
 TOLERANCE = 1e-5  # float32, relative to the largest entry of the update
 EXACT = {
+    "bitfit",
     "vblora",
     "vblora-three",
     "randlora",
@@ -33,6 +38,9 @@ EXACT = {
     "mica",
     "mica-rslora",
     "loha",
+    "gralora",
+    "gralora-hybrid",
+    "hira",
     "lokr",
     "lokr-both",
     "lokr-factor",
@@ -63,6 +71,26 @@ EXACT = {
     "miss-bat",
     "shira",
     "shira-unseeded",
+    "c3a",
+    "c3a-pattern",
+    "c3a-two-sizes",
+    "fourierft",
+    "fourierft-pattern",
+    "fourierft-two-sizes",
+    "waveft",
+    "waveft-sparse",
+    "waveft-shares",
+    "waveft-two-sizes",
+    "peanut",
+    "peanut-deep",
+    "supertuning",
+    "supertuning-supra",
+    "supertuning-bottom",
+    "glora",
+    "glora-vector",
+    "glora-constant",
+    "glora-weight",
+    "glora-bias",
 }
 """Cases whose tensors PEFT keeps as ours: no neutral value is taken off and added again, which would round."""
 
@@ -98,6 +126,10 @@ def _plain(cls, **options):
     return lambda paths, conv1d: cls(target_modules=paths, **options)
 
 
+def _either(cls, **options):
+    return lambda paths, conv1d: cls(target_modules=paths, fan_in_fan_out=conv1d, **options)
+
+
 def _tinylora(**options):
     return lambda paths, conv1d: peft.TinyLoraConfig(target_modules=paths, fan_in_fan_out=conv1d, **options)
 
@@ -126,6 +158,8 @@ THEIRS = {
     "patterns": _lora(rank_pattern={"0|c_attn": 2}, alpha_pattern={r"2|h\.1\..*c_proj": 5}),
     "gaussian": _lora(init_lora_weights="gaussian"),
     "bias": _lora(lora_bias=True, use_rslora=True),
+    "own-bias": _lora(bias="lora_only"),
+    "all-biases": _lora(bias="all"),
     "orthogonal": _lora(init_lora_weights="orthogonal"),
     "dora": _lora(use_dora=True),
     "dora-rslora": _lora(use_dora=True, use_rslora=True),
@@ -138,6 +172,7 @@ THEIRS = {
     "ia3": lambda paths, conv1d: peft.IA3Config(target_modules=paths, feedforward_modules=[], fan_in_fan_out=conv1d),
     "ia3-both": lambda _, conv1d: peft.IA3Config(target_modules=f"{OUTPUT}|{INNER}", feedforward_modules=INNER, fan_in_fan_out=conv1d),
     "delora": _plain(peft.DeloraConfig, r=3, rank_pattern={"2": 2}, lambda_pattern={"4": 7}),
+    "bitfit": _plain(peft.BeftConfig),
     "hra": _plain(peft.HRAConfig, r=4),
     "ether": _plain(peft.HRAConfig, r=1),  # one reflection
     "road_1": _plain(peft.RoadConfig, variant="road_1", group_size=4),
@@ -148,6 +183,14 @@ THEIRS = {
     "lokr-both": _plain(peft.LoKrConfig, r=1, decompose_both=True, init_weights="lycoris", module_dropout=0.2),
     "lokr-factor": _plain(peft.LoKrConfig, r=1, decompose_factor=4),
     "lokr-bound": _plain(peft.LoKrConfig, r=1, decompose_factor=3),
+    "hira": lambda paths, conv1d: peft.HiraConfig(r=3, target_modules=paths, rank_pattern={"2|c_fc": 2}, fan_in_fan_out=conv1d),
+    "gralora": lambda paths, conv1d: peft.GraloraConfig(r=4, alpha=6, target_modules=paths, fan_in_fan_out=conv1d),
+    "gralora-hybrid": lambda paths, conv1d: peft.GraloraConfig(
+        r=4, alpha=6, gralora_k=4, hybrid_r=3, gralora_dropout=0.1, target_modules=paths, fan_in_fan_out=conv1d
+    ),
+    "boft": _plain(peft.BOFTConfig, boft_block_size=4),
+    "boft-factors": _plain(peft.BOFTConfig, boft_block_size=2, boft_n_butterfly_factor=2, boft_dropout=0.1),
+    "boft-blocks": _plain(peft.BOFTConfig, boft_block_size=0, boft_block_num=2, boft_n_butterfly_factor=2),
     "vera": lambda paths, conv1d: peft.VeraConfig(r=5, target_modules=paths, projection_prng_key=3, fan_in_fan_out=conv1d),
     "frod": _frod(),
     "frod-dense": _frod(sparse_rate=0.3, projection_prng_key=4, frod_dropout=0.1, regularization_alpha=0.01),
@@ -174,11 +217,24 @@ THEIRS = {
     "miss-bat": _plain(peft.MissConfig, r=2, init_weights="bat", miss_dropout=0.1),
     "shira": _plain(peft.ShiraConfig, r=3, random_seed=5),
     "shira-unseeded": _plain(peft.ShiraConfig, r=2, init_weights=False),
+    "c3a": _plain(peft.C3AConfig, block_size=4),
+    "c3a-pattern": _plain(peft.C3AConfig, block_size=4, block_size_pattern={"2": 2}, init_weights=True),
+    "fourierft": _either(peft.FourierFTConfig, n_frequency=50, random_loc_seed=5),
+    "fourierft-pattern": _either(
+        peft.FourierFTConfig, n_frequency=40, scaling=20.0, n_frequency_pattern={"2": 30, "mlp.c_fc": 60}, init_weights=True
+    ),
+    "waveft": _either(peft.WaveFTConfig, n_frequency=50, random_loc_seed=5),
+    "waveft-sparse": _either(peft.WaveFTConfig, n_frequency=40, scaling=4.0, use_idwt=False, wavelet_family="db3", init_weights=False),
+    "waveft-pattern": _either(peft.WaveFTConfig, n_frequency=40, n_frequency_pattern={"2": 30, "mlp.c_fc": 60}),
+    "waveft-shares": _plain(peft.WaveFTConfig, n_frequency=30, proportional_parameters=True),
 }
 LINEAR_ONLY = (
-    *("delora", "hra", "ether", "road", "oft", "loha", "lokr", "miss", "shira"),
+    *("delora", "hra", "ether", "road", "oft", "loha", "lokr", "peanut", "supertuning", "osf", "glora"),
+    *("miss", "shira", "boft", "c3a", "waveft-shares", "bitfit", "all-biases", "psoft"),
     "olora",  # PEFT's takes a Conv1D's weight transposed, and fails where it is not square
 )
+SIGNS_FREE = ("pissa", "pissa-rslora", "deft-qr", "osf", "osf-patterns")
+"""Cases whose factors have signs of their own, here and in PEFT: those of singular vectors, of an orthonormal factor."""
 COPY = re.compile(r"model\..*\.randlora_[AB]$")
 """Keys of the shared bases that PEFT repeats for each layer. They are written once."""
 RESIDUAL = ("pissa", "olora")
@@ -232,6 +288,16 @@ def _edit(folder, **fields):
     place.write_text(json.dumps({**json.loads(place.read_text()), **fields}))
 
 
+@pytest.fixture(autouse=True)
+def _kernel_of_boft(monkeypatch):
+    monkeypatch.setattr(boft, "get_fbd_cuda", lambda: BlockDiagonal)
+
+
+@pytest.fixture(autouse=True)
+def _right_gradients_of_c3a(monkeypatch):
+    monkeypatch.setattr(peft.tuners.c3a.layer, "BlockCircularConvolution", C3AForward)
+
+
 @pytest.mark.parametrize(("name", "case"), PAIRS)
 def test_pefts_file_gives_pefts_values_and_gradients(name, case, tmp_path):
     model, batch = _make(name)
@@ -243,11 +309,14 @@ def test_pefts_file_gives_pefts_values_and_gradients(name, case, tmp_path):
     weights = torch.randn(want.shape)
     (want * weights).sum().backward()
     _, grads = ll.value_and_grad(lambda p: (_adapted(adapt, p, batch) * weights).sum())(params)
+    grads = osf.project(grads, adapt.constants)  # PEFT's gradients of OSF are projected
     theirs_by_key = {key.replace(".default", "").removesuffix(".weight"): p.grad for key, p in theirs.named_parameters() if p.requires_grad}
     for target, cfg in zip(adapt.targets, adapt.configs):
         for leaf, got in grads[target.path].items():
-            want = theirs_by_key.pop(f"base_model.model.{target.path}.{ROWS[cfg.name].leaves[leaf].key}".removesuffix(".weight"))
-            got, want = (got.abs(), want.abs()) if cfg.name == "pissa" else (got, want)  # the signs of singular vectors are free
+            key = f"base_model.model.{target.path}.{ROWS[cfg.name].leaves[leaf].key}".removesuffix(".weight")
+            numbered = [theirs_by_key.pop(key.replace("#", str(n))) for n in range(len(got))] if "#" in key else None
+            want = torch.stack(numbered) if numbered else theirs_by_key.pop(key)
+            got, want = (got.abs(), want.abs()) if case in SIGNS_FREE else (got, want)
             _close(got, want.reshape(got.shape), f"the gradient of {target.path}.{leaf}")
     for name in {cfg.name for cfg in adapt.configs if ROWS[cfg.name].shared_leaves}:
         for leaf, whole in grads[name].items():
@@ -274,7 +343,8 @@ def test_files_written_back_are_what_peft_loads(name, case, tmp_path):
         before = {key: t for key, t in before.items() if not COPY.search(key)}
         assert set(before) == set(after)
         for key, tensor in before.items():
-            assert torch.equal(tensor, after[key]) if case in EXACT else torch.allclose(tensor, after[key], rtol=1e-6, atol=1e-6), key
+            other = after[key].abs() * tensor.sign() if case in SIGNS_FREE else after[key]
+            assert torch.equal(tensor, other) if case in EXACT else torch.allclose(tensor, other, rtol=1e-6, atol=1e-6), key
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "theirs"]  # no temporary folder stays
     assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
@@ -286,6 +356,9 @@ OURS = {
     "gaussian": ll.LoRAConfig(r=3, start="gaussian"),
     "orthogonal": ll.LoRAConfig(r=4, start="orthogonal"),
     "bias": ll.LoRAConfig(r=3, lora_bias=True),
+    "own-bias": ll.LoRAConfig(r=3, bias=True, target_names="^[04]$"),
+    "bitfit": ll.BitFitConfig(),
+    "bitfit-beside": [ll.LoRAConfig(r=3, target_names="^[02]$"), ll.BitFitConfig(target_names="^4$")],
     "dora": ll.DoRAConfig(r=3),
     "pissa": ll.PiSSAConfig(r=3),
     "olora": ll.OLoRAConfig(r=3),
@@ -302,6 +375,9 @@ OURS = {
     "loha": [ll.LoHaConfig(r=2, alpha=5.5, target_names="^[02]$"), ll.LoHaConfig(r=3, target_names="^4$")],
     "lokr": [ll.LoKrConfig(r=2, alpha=5.5, target_names="^[02]$"), ll.LoKrConfig(r=1, target_names="^4$")],
     "lokr-both": ll.LoKrConfig(r=1, decompose_both=True, decompose_factor=3, start="lycoris"),
+    "hira": ll.HiRAConfig(r=2, dropout=0.1),
+    "gralora": ll.GraLoRAConfig(r=4, k=4, hybrid_r=1, alpha=5.5, dropout=0.1),
+    "boft": ll.BOFTConfig(block_size=2, n_butterfly_factor=2, block_dropout=0.1),
     "vera": ll.VeRAConfig(r=5, seed=7),
     "unilora": ll.UniLoRAConfig(r=3, theta_d_length=11, seed=9, start="random", init_theta_d_bound=0.4),
     "unilora-zero": ll.UniLoRAConfig(r=3, theta_d_length=11),
@@ -313,11 +389,32 @@ OURS = {
     "vblora": ll.VBLoRAConfig(r=3, num_vectors=8, vector_length=4),
     "adalora": ll.AdaLoRAConfig(init_r=4, target_r=2, total_step=9, alpha=3.0),
     "oft": ll.OFTConfig(block_size=4, terms=4),
+    "psoft": ll.PSOFTConfig(r=3),
+    "psoft-free": ll.PSOFTConfig(r=3, orth=False, mag_b=False, ab_svd_init="pissa_init"),
+    "psoft-series": ll.PSOFTConfig(r=6, cayley="series", terms=6, eps=0.3, dropout=0.1),
     "oft-exact": ll.OFTConfig(block_size=2, cayley="exact", block_share=True),
     "miss": ll.MiSSConfig(r=5, dropout=0.1),
     "miss-mini": ll.MiSSConfig(r=8, mini_r=4, init="mini"),
     "miss-bat": ll.MiSSConfig(r=4, init="bat"),
     "shira": ll.SHiRAConfig(r=3),
+    "c3a": ll.C3AConfig(block_size=2),
+    "c3a-two-sizes": [ll.C3AConfig(block_size=2, target_names="^0$"), ll.C3AConfig(block_size=4, target_names="^[24]$")],
+    "fourierft": ll.FourierFTConfig(n_frequency=60, scaling=20.0, seed=3),
+    "fourierft-two-sizes": [ll.FourierFTConfig(n_frequency=n, target_names=f"^{path}$") for path, n in (("0", 60), ("2", 30))],
+    "waveft": ll.WaveFTConfig(n_frequency=60, scaling=4.0, seed=3),
+    "waveft-two-sizes": [ll.WaveFTConfig(n_frequency=n, target_names=f"^{path}$") for path, n in (("0", 60), ("2", 30))],
+    "deft": ll.DEFTConfig(r=3, alpha=5.0),
+    "deft-qr": ll.DEFTConfig(r=4, decomposition_method="qr"),
+    "deft-para": ll.DEFTConfig(r=3, para=True),
+    "peanut": ll.PEANuTConfig(r=3),
+    "peanut-deep": ll.PEANuTConfig(r=3, depth=2, act_fn="gelu_pytorch_tanh", scaling=2.0),
+    "supertuning": ll.SuperTuningConfig(sparsity=0.9),
+    "supertuning-supra": ll.SuperTuningConfig(sparsity=0.9, r=3, alpha=2.0),
+    "osf": ll.OSFConfig(effective_rank=0.4),
+    "glora": ll.GLoRAConfig(r=3),
+    "glora-vector": ll.GLoRAConfig(r=3, config_A_B="vector", config_D_E="vector"),
+    "glora-bias": ll.GLoRAConfig(config_A_B="none", config_C="vector", target_names="^[04]$"),
+    "osf-two-ranks": [ll.OSFConfig(effective_rank=3, target_names="^0$"), ll.OSFConfig(target_names="^[24]$")],
 }
 
 
@@ -476,6 +573,29 @@ def test_copies_of_shared_tensors_that_differ_are_named(tmp_path):
         ll.from_peft(model, tmp_path)
 
 
+def test_biases_of_the_whole_model_become_bitfit_and_whole_norms(tmp_path):
+    model, batch = _make("gpt2")
+    theirs = _wrapped(model, peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, bias="all"))
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    kinds = {(target.path.rpartition(".")[2], cfg.name) for target, cfg in zip(adapt.targets, adapt.configs)}
+    assert kinds == {("c_attn", "lora"), ("c_proj", "bitfit"), ("c_fc", "bitfit"), *((name, "full") for name in ("ln_1", "ln_2", "ln_f"))}
+    base = _run(model, batch).detach()
+    _close(_adapted(adapt, params, batch) - base, _run(theirs, batch) - base)
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
+    _close(_run(again, batch) - base, _run(theirs, batch) - base)
+
+
+def test_biases_that_did_not_move_are_left_out(tmp_path):
+    model, _ = _make("gpt2")
+    peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["c_fc"], fan_in_fan_out=True, bias="all")).save_pretrained(
+        tmp_path
+    )
+    adapt, _ = ll.from_peft(model, tmp_path)
+    assert {cfg.name for cfg in adapt.configs} == {"lora"}
+
+
 def test_adalora_after_pruning_is_read_with_zeros_for_what_was_cut(tmp_path):
     model, batch = _make("linear")
     theirs = _wrapped(model, peft.AdaLoraConfig(init_r=5, target_r=2, total_step=9, target_modules=["0", "2", "4"]))
@@ -500,6 +620,14 @@ def test_norms_of_delora_are_those_of_the_file(tmp_path):
     adapt, params = ll.from_peft(model, tmp_path)
     base = _run(model, batch).detach()
     _close(adapt(params, batch) - base, _run(theirs, batch) - base)
+
+
+def test_block_sizes_that_peft_would_give_to_other_layers_are_refused(tmp_path):
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "deep": nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})})
+    sizes = {"^a$": 2, "^deep": 4}
+    adapt = ll.build(model, [ll.C3AConfig(block_size=size, target_names=name) for name, size in sizes.items()])
+    with pytest.raises(ValueError, match=r'block_size: 2 at "a", which PEFT takes for "deep\.a" too'):
+        ll.to_peft(adapt, adapt.init(), tmp_path / "ours")
 
 
 def test_writing_again_replaces_both_files_and_leaves_others(tmp_path):

@@ -17,6 +17,7 @@ THEIRS = {
     "delora": peft.DeloraConfig(r=4, target_modules=["0", "2"]),
     "hra": peft.HRAConfig(r=4, target_modules=["0", "2"]),
     "vblora": peft.VBLoRAConfig(r=2, num_vectors=6, vector_length=4, target_modules=["0", "2"]),
+    "psoft": peft.PsoftConfig(r=4, target_modules=["0", "2"]),
     "oft": peft.OFTConfig(oft_block_size=4, target_modules=["0", "2"]),
     "loha": peft.LoHaConfig(r=4, target_modules=["0", "2"]),
 }
@@ -54,7 +55,7 @@ def folder(tmp_path):
 REFUSED = {
     "peft_type": ("TOMORROW", 'peft_type in .* to be one of "LORA".*found "TOMORROW"'),
     "lora_bias": (True, r'missing "0\.lora_B\.bias"'),
-    "bias": ("all", "bias: expected it off, found 'all'"),
+    "bias": ("boft_only", "bias in .* to be one of .*found 'boft_only'"),
     "modules_to_save": (["4"], 'modules_to_save: expected the tensors of "4", found none'),
     "use_qalora": (True, "use_qalora: expected it off"),
     "layer_replication": ([[0, 1]], "layer_replication: expected it off"),
@@ -103,6 +104,10 @@ def test_a_start_that_means_something_else_on_a_layer_is_named(folder):
         ("oft", {"peft_version": "0.17.1"}, "found 0.17.1"),
         ("loha", {"use_effective_conv2d": True}, "use_effective_conv2d: expected it off"),  # its factors have the kernel's axes
         ("hra", {"apply_GS": True}, "apply_GS: expected it off"),
+        ("hra", {"r": 1}, 'r or rank_pattern: expected 4 at "0", as its tensors have, found 1'),
+        ("psoft", {"psoft_svd": "lowrank"}, "psoft_svd: expected 'full', found 'lowrank'"),
+        ("psoft", {"psoft_mag_a": False}, r'unexpected "0\.a"'),
+        ("psoft", {"psoft_orth": False}, r'"0\.Q": expected shape \(4, 4\), found \(6,\)'),
         ("ia3", {"modules_to_save": ["head"]}, 'modules_to_save: expected modules of this model, found "head"'),
         ("vblora", {"save_only_topk_weights": True}, "save_only_topk_weights: expected it off, found True"),
         ("delora", {"bias": "delora_only"}, "bias: expected it off"),
@@ -170,8 +175,20 @@ def _conv1d(i, o):
 UNWRITABLE = {
     "no class": (nn.Linear, ll.SSVDConfig(r=2), '"0": SSVDConfig has no class in PEFT'),
     "bias": (nn.Linear, ll.LoRAConfig(r=2, start="gaussian", lora_bias=True), "LoRAConfig.lora_bias: PEFT has it with its default start"),
+    "no bias": (
+        lambda i, o: nn.Linear(i, o, bias=i > 12),
+        [ll.LoRAConfig(r=2, target_names="2"), ll.BitFitConfig(target_names="0")],
+        '"0": BitFitConfig: the layer has no bias for PEFT to train',
+    ),
+    "no own bias": (
+        lambda i, o: nn.Linear(i, o, bias=i > 12),
+        ll.LoRAConfig(r=2, bias=True),
+        '"0": LoRAConfig: the layer has no bias for PEFT to train',
+    ),
+    "beft": (_conv1d, ll.BitFitConfig(), '"0": BitFitConfig on a Conv1D'),
     "copy": (nn.Linear, ll.DeLoRAConfig(r=2, init="copy"), 'DeLoRAConfig.start="copy"'),
     "side": (nn.Linear, ll.HRAConfig(r=2, side="out"), 'HRAConfig.side="out"'),
+    "miss": (nn.Linear, ll.MiSSConfig(r=4, init="bat", dropout=0.1), 'MiSSConfig.dropout with init="bat": PEFT applies none'),
     "conv1d": (_conv1d, ll.HRAConfig(r=2), '"0": HRAConfig on a Conv1D'),
     "methods": (nn.Linear, [ll.LoRAConfig(target_names="0"), ll.IA3Config(target_names="2")], 'variants of 2 methods, "IA3", "LORA"'),
     "dora": (nn.Linear, [ll.LoRAConfig(target_names="0"), ll.DoRAConfig(target_names="2")], 'use_dora: .* at "2"'),
@@ -181,6 +198,7 @@ UNWRITABLE = {
         'lora_dropout: 0.0 and 0.1 at "2"',
     ),
     "rslora": (nn.Linear, [ll.LoRAConfig(target_names="0"), ll.LoRAConfig(rslora=True, target_names="2")], 'use_rslora: .* at "2"'),
+    "ranks of hira": (nn.Linear, [ll.HiRAConfig(r=4, target_names="0"), ll.HiRAConfig(r=2, target_names="2")], 'r: 4 and 2 at "2"'),
     "blocks": (
         nn.Linear,
         [ll.OFTConfig(block_size=4, target_names="0"), ll.OFTConfig(block_size=2, target_names="2")],

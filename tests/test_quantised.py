@@ -10,7 +10,7 @@ import lora_lite as ll
 from cases import assert_trees_equal, move
 from measure import peak_bytes
 
-bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install lora-lite[bitsandbytes]")
+bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
 from quantised_models import BACKENDS, quantised_layer, twins  # noqa: E402
 
 CFGS = (ll.LoRAConfig(r=4), ll.PiSSAConfig(r=4), ll.DoRAConfig(r=4), ll.HRAConfig(r=4), ll.IA3Config())

@@ -11,7 +11,7 @@ from torch import nn
 import lora_lite as ll
 from cases import move
 
-bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install lora-lite[bitsandbytes]")
+bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
 from quantised_models import BACKENDS, dequantised, facts, quantised_layer, same, twins  # noqa: E402
 
 CFG = ll.LoRAConfig(r=4, target_names="0")  # so that layer 2 is quantised and no target

@@ -1,6 +1,6 @@
 """Directives that pull a page's text out of the code, as Markdown: `{variant} lora`, `{variants}`, `{checks}`, `{kind-checks}`,
-`{configs-api}`, `{functions-api}`, `{support} peft`, `{cells}`, `{kinds}`
-and `{architectures}`."""
+`{configs-api}`, `{functions-api}`, `{support} peft`, `{cells}`, `{kinds}`,
+`{architectures}`, `{rates}` and `{members}`."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -41,6 +41,18 @@ class Costs(FromCode):
     """The table of each variant's trained numbers and multiply-adds on one layer."""
 
     text = staticmethod(generate.costs_table)
+
+
+class Rates(FromCode):
+    """The learning rates that were best where accuracies were measured."""
+
+    text = staticmethod(generate.best_rates)
+
+
+class Members(FromCode):
+    """The time of one mixed step over a loop's."""
+
+    text = staticmethod(generate.members)
 
 
 class Checks(FromCode):
@@ -101,6 +113,8 @@ def setup(app: Any) -> dict[str, bool]:
         "functions-api": FunctionsApi,
         "architectures": Architectures,
         "kinds": Kinds,
+        "rates": Rates,
+        "members": Members,
     }
     for name, directive in directives.items():
         app.add_directive(name, directive)

@@ -300,7 +300,8 @@ class Adapt:
 
         A branch that a batch does not take is no error. A target that took no part in a whole training was never adapted.
         """
-        return [path for path, binding in self._replicas.main.bindings if not binding.used]
+        used = {path for path, binding in self._replicas.main.bindings if binding.used}
+        return [target.path for target in self.targets if target.path not in used]
 
     @property
     def shapes(self) -> Shapes:

@@ -18,6 +18,7 @@ from lora_lite.prepare.checks import check_entries
 from lora_lite.prepare.derive import derive
 from lora_lite.prepare.heads import warn_of_new_heads
 from lora_lite.prepare.originals import Originals, read_originals
+from lora_lite.prepare.partners import read_partners
 from lora_lite.prepare.targets import find_targets
 
 
@@ -71,7 +72,8 @@ def build(
     originals = read_originals(model, entries, original)
     base = clone_module(model, kinds)
     check_pattern(base, remat)
-    stats = originals if calibration is None else originals | gather(base, entries, calibration, progress, loss, group, kinds)
+    stats = originals | read_partners(base, entries, kinds)
+    stats |= {} if calibration is None else gather(base, entries, calibration, progress, loss, group, kinds)
     return Adapt(derive(base, allocated(entries, stats), remat, stats, progress, kinds))
 
 

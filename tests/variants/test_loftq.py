@@ -10,7 +10,7 @@ from torch import nn
 import lora_lite as ll
 from cases import assert_trees_equal, move, tiny_models
 
-pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install lora-lite[bitsandbytes]")
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
 from quantised_models import twins
 
 

@@ -59,7 +59,6 @@ def test_passes_the_kit_with_defaults():
         ({"r": 8, "init": "bat"}, r"MiSSConfig\.r: expected a divisor of i = 12, found 8\. Use e\.g\. 6"),
         ({"r": 6, "init": "bat"}, r"MiSSConfig\.r: expected a divisor of o = 20, found 6"),
         ({"r": 4, "mini_r": 3, "init": "mini"}, r"MiSSConfig\.mini_r: expected a divisor of o = 20, found 3"),
-        ({"r": 4, "dropout": 0.1, "init": "bat"}, r'MiSSConfig\.dropout: expected 0 with init="bat"'),
         ({"init": "best"}, r"MiSSConfig\.start: expected one of "),
     ],
 )

@@ -77,12 +77,19 @@ class Adapter(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
         if self.binding is not None and not self.alone:
-            W = self.binding.W
-            W.constants = {name: fn(c) for name, c in W.constants.items()}
+            constants = {name: fn(c) for name, c in self.binding.W.constants.items()}
+            for binding in (self.binding, *self.binding.followers):
+                binding.W.constants = constants
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Adapter":
         by_itself = self.binding is not None and id(vars(self.binding.W.layer)[HOST]) not in memo
+        if by_itself and self.binding.followers:
+            raise ValueError(
+                f'adapt.module: expected a tool that runs the adapter of "{self.path}" by itself, as Opacus does, to see all that its '
+                "params do, found modules with the same weight, such as a tied head, which take them too. Use ll.per_example_grad, or give "
+                "the head a weight of its own."
+            )
         return self.twin() if by_itself else _deep(self, memo)  # as Opacus copies it: it goes on adapting the same layer
 
     def twin(self) -> "Adapter":

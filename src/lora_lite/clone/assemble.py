@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lora_lite.clone.adapter import Adapter, adapters
-from lora_lite.clone.bind import Binding, bind_target, show_reads
+from lora_lite.clone.bind import Binding, bind_followers, bind_target, show_reads
 from lora_lite.clone.checkpointing import install
 from lora_lite.clone.data_parallel import replicable
 from lora_lite.clone.state import own_state
@@ -13,16 +13,17 @@ from lora_lite.clone.structure import clone_again
 from lora_lite.core.plan import Plan
 
 
-def bound_copy(plan: Plan) -> tuple[nn.Module, dict[str, Binding]]:
-    """Copy a plan's base and bind the targets to their variants. Return the copy and the bindings by path."""
+def bound_copy(plan: Plan) -> tuple[nn.Module, list[Binding]]:
+    """Copy a plan's base and bind the targets to their variants. Return the copy and the bindings."""
     clone = clone_again(plan.base, plan.kinds)
     shared = {name: _shared(clone, name, plan) for name in plan.shared_params()}
-    bound = {}
+    bound: list[Binding] = []
     for target, cfg in plan.entries:
         path = target.path
         target.kind.install(clone, path)
         constants = plan.constants_at(path, cfg)
-        bound[path] = bind_target(clone, path, target.kind, cfg, plan.shapes[path], constants, shared.get(cfg.name))
+        binding = bind_target(clone, path, target.kind, cfg, plan.shapes[path], constants, shared.get(cfg.name))
+        bound += [binding, *bind_followers(clone, binding, target.shared_with if cfg.tied else ())]
     show_reads(clone)
     install(clone, plan.remat)
     return clone, bound

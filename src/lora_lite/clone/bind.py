@@ -5,7 +5,7 @@ Elsewhere the child has placeholders on meta, so that a stray read fails rather 
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Binding:
         mixed: whether `params` have a leading axis of members.
         index: the member of each row of a mixed batch; None for equal contiguous groups.
         used: whether a call has reached the target.
+        followers: the bindings of other modules with the target's weight, where the variant is tied.
         rows: of the mixed batch, where the target's input is not known to follow them; None where it is.
         mapped: where the caller tells of a mixed batch's rows, the axis of the input that has them, or the member of each of its entries.
         watch: sees the inputs of a call of the frozen model, where one is tried.
@@ -45,6 +46,7 @@ class Binding:
         self.params: Params | None = None
         self.mixed = False
         self.index: Tensor | None = None
+        self.followers: list[Follower] = []
         self.used = self.fast = self.off = self._placed = False
         self.rows: int | None = None
         self.mapped: Tensor | int | None = None
@@ -53,7 +55,7 @@ class Binding:
     def with_adapter(self, adapter: Adapter) -> "Binding":
         """Return the same binding with its params in another adapter."""
         other = Binding(self.path, self.cfg, self.W, adapter, self.shared)
-        other.own, other.root = self.own, self.root
+        other.own, other.root, other.followers = self.own, self.root, self.followers
         return other
 
     def hide_reads(self) -> None:
@@ -195,6 +197,25 @@ class Binding:
         return found if self.shared is None else {**self.shared.params(), **found}
 
 
+class Follower(Binding):
+    """Another module with a target's weight, such as a tied head: it runs the variant on its own reading of it, with the same params.
+
+    Args:
+        leader: the target's binding.
+        W: the module, as the target's kind reads it.
+    """
+
+    def __init__(self, leader: Binding, W: Kind) -> None:
+        super().__init__(leader.path, leader.cfg, W, leader.adapter, leader.shared)
+        self.leader, self.root = leader, leader.root
+
+    def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        return self.run(args, kwargs)  # the adapter's own call is that of the target
+
+    def read(self, name: str) -> Tensor:
+        return self.leader.read("weight")
+
+
 def _missing(*args: Any, **kwargs: Any) -> Any:
     raise RuntimeError("expected a forward of the layer's own, found none")
 
@@ -214,24 +235,44 @@ def bind_target(
     return binding
 
 
+_FOLLOWER = "_lora_lite_follower"
+
+
+def bind_followers(clone: nn.Module, binding: Binding, paths: Sequence[str]) -> list[Follower]:
+    """Bind the modules of a copy that share the weight of a bound target."""
+    for path in paths:
+        module = clone.get_submodule(path)
+        W: Any = binding.W.sharer(module)  # whose kind has one: this is checked before a copy is made
+        follower = Follower(binding, W)
+        follower.own = vars(module).get("forward") or functools.partial(type(module).forward, module)
+        W.bind(module, follower)
+        vars(module)[_FOLLOWER] = follower
+        binding.followers.append(follower)
+    return binding.followers
+
+
 def show_reads(root: nn.Module) -> None:
     """Let whoever reads a parameter of a bound copy find the adapted one."""
-    for binding in bindings(root).values():
-        host = vars(binding.W.layer)[HOST]
-        for name in binding.W.readable():
-            module, own = place_of(host, name)
-            vars(module)[own] = ReadTensor.of(binding, name)
+    for binding, module, own, name in _reads(root):
+        vars(module)[own] = ReadTensor.of(binding, name)
 
 
 def hide_reads(root: nn.Module) -> None:
     """Let whoever reads a parameter find the frozen one until the first call: FSDP2 looks for it when that begins."""
     if _HIDDEN in vars(root):
         return
-    for binding in bindings(root).values():
-        for name in binding.W.readable():
-            module, own = place_of(vars(binding.W.layer)[HOST], name)
-            vars(module).pop(own, None)
+    for _, module, own, _ in _reads(root):
+        vars(module).pop(own, None)
     vars(root)[_HIDDEN] = root.register_forward_pre_hook(_show_again)  # FSDP2 puts its own hook before
+
+
+def _reads(root: nn.Module) -> Iterator[tuple[Binding, nn.Module, str, str]]:
+    """Yield each parameter that is adapted where the model reads it: its binding, the module, its name there and in the target."""
+    for leader in bindings(root).values():
+        for binding in (leader, *leader.followers):
+            for name in leader.W.readable():
+                module, own = place_of(vars(binding.W.layer)[HOST], name)
+                yield binding, module, own, name
 
 
 def _show_again(root: nn.Module, args: Any) -> None:
@@ -245,3 +286,9 @@ _HIDDEN = "_lora_lite_hidden"
 def bindings(module: nn.Module) -> dict[str, Binding]:
     """Return the bindings of a bound copy by the path of their target."""
     return {a.binding.path: a.binding for a in adapters(module) if a.binding is not None}
+
+
+def bindings_inside(block: nn.Module) -> list[Binding]:
+    """List the bindings whose modules lie in a part of a bound copy, with those of modules that follow a target elsewhere."""
+    followers = [vars(module)[_FOLLOWER] for module in block.modules() if _FOLLOWER in vars(module)]
+    return [*(a.binding for a in adapters(block) if a.binding is not None), *followers]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from lora_lite.clone.adapter import adapters
+from lora_lite.clone.bind import bindings_inside
 from lora_lite.clone.block_inputs import require_no_escape, watched, with_notes, without_notes, written
 from lora_lite.clone.state import State, volatile
 from lora_lite.core.errors import nearest
@@ -243,7 +243,7 @@ class Held:
     @classmethod
     def of(cls, block: nn.Module) -> "Held":
         """Find the params and buffers that a call has swapped into a block."""
-        bound = [adapter.binding for adapter in adapters(block) if adapter.binding is not None]
+        bound = bindings_inside(block)
         params = [(b, list(_now(b))) for b in bound]
         index = next((b.index for b in bound if b.index is not None), None)
         buffers = [(m, name, b) for m in block.modules() for name, b in m._buffers.items() if b is not None]

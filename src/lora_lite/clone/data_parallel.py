@@ -61,7 +61,8 @@ def _settle(root: nn.Module, replica: nn.Module) -> None:
     for module, name, stand_in in stand_ins:
         vars(copies[id(module)])[name] = ReadTensor.of(refs.led(stand_in.binding), stand_in.of_parameter)
     for binding in bindings(root).values():
-        _place_constants(binding, refs.led(binding))
+        for each in (binding, *binding.followers):
+            _place_constants(each, refs.led(each))
 
 
 def _pairs(module: nn.Module, replica: nn.Module, seen: dict[nn.Module, nn.Module]) -> dict[nn.Module, nn.Module]:

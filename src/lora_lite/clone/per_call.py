@@ -37,12 +37,12 @@ class Replica:
 
     Args:
         module: the copy.
-        bindings: of its targets, by path.
+        bindings: of its targets, and of the modules that follow them.
         shared: the name under which the params tree has tensors that a target shares with others, for those that do.
     """
 
-    def __init__(self, module: nn.Module, bindings: Mapping[str, Binding], shared: Mapping[str, str]) -> None:
-        self.module, self.bindings = module, list(bindings.items())
+    def __init__(self, module: nn.Module, bindings: Sequence[Binding], shared: Mapping[str, str]) -> None:
+        self.module, self.bindings = module, [(binding.path, binding) for binding in bindings]
         self._shared, self._inside = shared, False
         self._state: State | None = None  # made by the first call, which finds the copy as it is to stay
         self._traced = False

@@ -59,6 +59,7 @@ class AdapterConfig:
     - `identity`: relative tolerance of the identity at init; 0.0 for exact, None if it does not start at the base model.
     - `linear`: whether the adapted layer is an affine map of `x`, so that it can be merged.
     - `cast`: whether the params come in the dtype of the input. A variant that decides by their values says False, and casts its results.
+    - `tied`: whether modules that share a target's weight, such as a head tied to an embedding, are adapted with it.
     - `steered`: names of the params that a strength scales; None for all, which is right where the update is linear in them together.
     - `trained`, `macs`: trained numbers per target and multiply-adds per token, as formulas in `i`, `o`, the fields and the numbers of
       `sizes`; documentation that the conformance kit holds against the counted ones.
@@ -72,6 +73,7 @@ class AdapterConfig:
     identity: ClassVar[float | None] = 0.0
     linear: ClassVar[bool] = True
     cast: ClassVar[bool] = True
+    tied: ClassVar[bool] = False
     steered: ClassVar[tuple[str, ...] | None] = None
     trained: ClassVar[str | None] = None
     macs: ClassVar[str | None] = None
@@ -94,7 +96,10 @@ class AdapterConfig:
     exclude_names: str | Sequence[str] = ("lm_head", "embed_tokens")
     layers: int | Sequence[int] | None = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, init: object = None) -> None:  # noqa: RUF033  # one for the classes that declare `init` and for the others
+        """Check the fields. A class that declares `init: InitVar[str]` keeps that option as its field `start`: `init` is the method."""
+        if init is not None and not callable(init):  # without the keyword dataclasses pass the method of that name
+            object.__setattr__(self, "start", init)
         dtype = getattr(torch, self.dtype, self.dtype) if isinstance(self.dtype, str) else self.dtype
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"{at(self, 'dtype')} a floating torch.dtype, found {self.dtype!r}. Use torch.float32.")
@@ -115,13 +120,18 @@ class AdapterConfig:
         """Return numbers that `trained` and `macs` name beside `i`, `o` and the fields, such as factors that a method finds for `i`."""
         return {}
 
+    def default_names(self, model: Any) -> Sequence[str]:
+        """Return the expressions that take the place of `target_names` where it is empty; none for all that the other fields allow."""
+        return ()
+
     def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
         """Derive the frozen tensors of one target. Runs once, at `build`: a loaded file holds them.
 
         Args:
             W: the frozen layer; its own `constants` are empty.
             generator: the only source of randomness, on the CPU.
-            stats: statistics of the layer's input, for calibrated variants; the original weight, for `original` ones.
+            stats: statistics of the layer's input, for calibrated variants; the original weight, for `original` ones; the layer that
+                `partner` names, where it names one.
 
         Returns:
             New tensors by name, of any dtype; `W.constants` holds them from then on.
@@ -139,6 +149,10 @@ class AdapterConfig:
             New tensors by name; `adapt.init` moves them to the layer's device and to `dtype`.
         """
         raise NotImplementedError(f"{type(self).__name__}.init(W, generator) -> params is not defined")
+
+    def partner(self, path: str) -> str | None:
+        """Return the path of another linear layer that `constants` of the target at `path` reads, frozen, or None for none."""
+        return None
 
     def allocate(self, stats: Mapping[str, Any]) -> Mapping[str, "AdapterConfig"]:
         """Return the config of each target by path, from the statistics of all targets. A target left out is not adapted."""

@@ -25,6 +25,7 @@ USES = {
     "project": "calls `W.project(x, A)`, a projection of the input",
     "vectors": "takes the input `x` itself, as vectors `(*b, i)`",
     "matmul": "calls `W.matmul`, the product without the bias, on vectors of its own",
+    "rows": "calls `W.add_rows`, the output with some rows of the weight moved, as the layer stores it",
     "dense": "calls `W.dense()`, the weight as a matrix, at build or in the forward; norms of it too",
 }
 """The parts of a layer, as words: a variant lists in `uses` the parts that it uses, a kind in `gives` the parts that it has."""
@@ -119,6 +120,21 @@ class Frozen:
         if weight is None or type(weight) not in (torch.nn.Parameter, Tensor) or not weight.dtype == D.dtype == x.dtype:
             return self(x) + self.project(x, D, dropout)
         return F.linear(x, weight + D, self.bias)
+
+    @property
+    def table_shape(self) -> tuple[int, int]:
+        """The number and the width of the rows that `add_rows` moves: `(o, i)`, and `(i, o)` of an embedding, which stores `W^T`."""
+        return self.out_features, self.in_features
+
+    def add_rows(self, x: Tensor, index: Tensor, D: Tensor) -> Tensor:
+        """Return the output with rows of the stored weight moved, `(*b, i) -> (*b, o)`; of a linear layer a row is an output.
+
+        Args:
+            x: the input.
+            index: the rows, `(n,)`, each once.
+            D: their displacements, `(n, i)`, and `(n, o)` of an embedding.
+        """
+        return self(x).index_add(-1, index, self.project(x, D))
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the detached weight as a plain `(o, i)` matrix, in `dtype` or else in its own."""

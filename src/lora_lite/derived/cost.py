@@ -64,13 +64,13 @@ def macs_per_token(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen, 
 
 
 def declared(cfg: AdapterConfig, fact: str, i: int, o: int) -> int | None:
-    """Return the number that a config declares as `trained` or `macs` for a layer of widths `i` and `o`; None for nothing."""
+    """Return the number that a config's formula `trained` or `macs` gives for a layer of widths `i` and `o`, or None without a formula."""
     formula = getattr(cfg, fact)
     if formula is None:
         return None
     fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
     known = {**fields, **cfg.sizes(i, o), "i": i, "o": o}
-    count: int = eval(formula, {"__builtins__": {"min": min, "max": max}}, known)  # the class's own text
+    count: int = eval(formula, {"__builtins__": {"min": min, "max": max, "len": len}}, known)  # the class's own text
     return count
 
 

@@ -60,7 +60,7 @@ class _Fault(Exception):
 def _merged(plan: Plan, target: Target, cfg: AdapterConfig, params: AnyTree) -> tuple[Any, dict[str, Tensor]]:
     if not cfg.linear:
         raise _Fault(f"{type(cfg).__name__} is not linear in its input")
-    if target.shared_with:
+    if target.shared_with and not cfg.tied:
         raise _Fault(f"its weight is shared with {', '.join(target.shared_with)}, which the merged one would change too")
     W = plan.layer(target, cfg)
     try:

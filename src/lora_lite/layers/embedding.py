@@ -4,6 +4,7 @@ Nothing one-hot is ever formed: `W(x)` is the lookup, and `W.project(x, A)` a lo
 (Gemma's) have the scale in `W`.
 """
 
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -13,14 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lite.core.frozen import Frozen, Start
-from lora_lite.layers.kind import Kind, Params, Variant
+from lora_lite.layers.kind import Kind, Params, Variant, raw
+from lora_lite.layers.linear import LinearKind
 
 
 class EmbeddingKind(Kind):
     """`nn.Embedding`: `x` holds ids `(*b)`, `i` is the vocabulary, `o` the width."""
 
     by_name: ClassVar[bool] = True
-    gives: ClassVar[AbstractSet[str]] = frozenset({"output", "project", "dropout"})
+    gives: ClassVar[AbstractSet[str]] = frozenset({"output", "project", "rows", "dropout"})
     state = {"weight": "weight"}  # noqa: RUF012  # read only
     why: ClassVar[str] = "An embedding receives token ids, which are no vectors."
 
@@ -78,6 +80,23 @@ class EmbeddingKind(Kind):
             h = h * F.dropout(torch.ones(x.shape, dtype=h.dtype, device=h.device), dropout)[..., None]
         return h
 
+    @property
+    def table_shape(self) -> tuple[int, int]:
+        return self.in_features, self.out_features
+
+    def add_rows(self, x: Tensor, index: Tensor, D: Tensor) -> Tensor:
+        """Look moved tokens up in `D`, of which each token finds its own row by bisection."""
+        known, order = index.sort()
+        place = torch.searchsorted(known, x).clamp(max=len(index) - 1)
+        row = torch.where(known[place] == x, order[place], len(index))  # a row of zeros for the other tokens
+        if self.layer.padding_idx is not None:  # whose row gets no gradient by a lookup
+            D = torch.where((index == self.layer.padding_idx)[:, None], D.detach(), D)
+        moved = F.embedding(row, torch.cat([D, D.new_zeros(1, D.shape[1])]), scale_grad_by_freq=self.layer.scale_grad_by_freq)
+        return self(x) + self._scaled(moved)
+
+    def sharer(self, module: nn.Module) -> Kind | None:
+        return of_rows_in(module, self.constants)
+
     def low_rank_start(self, r: int, generator: torch.Generator, draw: Start | None = None) -> tuple[Tensor, Tensor]:
         """Draw `B` and leave `A` at zero, as every start does here: tokens that training never sees so stay as they were."""
         return torch.zeros(r, self.in_features), torch.randn(self.out_features, r, generator=generator)
@@ -98,6 +117,9 @@ class EmbeddingKind(Kind):
         W = self if dtype in (None, self.dtype) else self._to(dtype)
         return f(params, W, torch.arange(self.in_features, device=self.device)).t()
 
+    def shifts(self, f: Variant, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return False  # the table holds it
+
     def changes(self, f: Variant, params: Params) -> list[tuple[Tensor, Tensor]]:
         delta = self.adapted(f, params, "weight", torch.float64) - self.dense(torch.float64)
         return [(delta, delta.new_zeros(len(delta)))]
@@ -111,3 +133,9 @@ class EmbeddingKind(Kind):
     def to_weight(self, dense: Tensor) -> Tensor:
         scale = self._scale(dense)
         return dense.t() if scale is None else dense.t() / scale
+
+
+def of_rows_in(module: nn.Module, constants: Params) -> Kind | None:
+    """Read a module whose weight holds a row for each token: an embedding or a head. None for others."""
+    kind = next((kind for kind in (EmbeddingKind, LinearKind) if kind.fits(module) and kind.faithful(module)), None)
+    return None if kind is None else kind(raw(module), constants)

@@ -131,6 +131,10 @@ class Kind(Frozen):
         """Return the paths of other modules that share a weight with the target. `shared` lists them for each module."""
         return tuple(shared.get(path, ()))
 
+    def sharer(self, module: nn.Module) -> "Kind | None":
+        """Read another module that holds this layer's weight, so that a variant which is `tied` adapts it too. None where it cannot be."""
+        return None
+
     @classmethod
     def adopt(cls, layer: nn.Module) -> None:
         """Replace the forward of a layer in the private copy, target or not, where the layer's own would not do."""

@@ -24,6 +24,11 @@ class LinearKind(Kind):
     def faithful(cls, layer: nn.Module) -> bool:
         return type(layer).forward is nn.Linear.forward
 
+    def sharer(self, module: nn.Module) -> Kind | None:
+        from lora_lite.layers.embedding import of_rows_in  # which reads heads as this
+
+        return of_rows_in(module, self.constants)
+
     def __call__(self, x: Tensor) -> Tensor:
         table = self.layer._parameters
         if "weight" in table and "bias" in table:  # no parametrization: looking the attributes up would be slow

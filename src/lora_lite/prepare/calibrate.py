@@ -74,7 +74,7 @@ def gather(
     """
     clone = clone_again(base, kinds)
     install(clone, None)
-    run = Replica(clone.eval(), {}, {})
+    run = Replica(clone.eval(), (), {})
     calibrated = {target.path: cfg for target, cfg in entries if cfg.calibrated}
     watch = Watch({path: statistic_of(cfg) for path, cfg in calibrated.items()}, Positions(run.module))
     if group is not None:

@@ -35,9 +35,29 @@ def check_entries(model: nn.Module, entries: Entries) -> None:
             f"({cls}). Leave them out with exclude_names, pass a kind that computes what the class does, kinds=(ItsKind,), or take a hook "
             "library's patch off first."
         )
+    _refuse_sharers(model, entries)
     for target, cfg in entries:
         _refuse_packed(model, target, cfg)
         check_uses(target, cfg)
+
+
+def _refuse_sharers(model: nn.Module, entries: Entries) -> None:
+    """Refuse a tied variant where a module that shares its target's weight cannot be adapted with it, or is a target itself."""
+    taken = {target.path: type(cfg).__name__ for target, cfg in entries}
+    for target, cfg in entries:
+        name = type(cfg).__name__
+        for path in target.shared_with if cfg.tied else ():
+            module = model.get_submodule(path)
+            if path in taken:
+                raise ValueError(
+                    f'build: expected {name} to adapt all modules that share the weight of "{target.path}", found "{path}" claimed by '
+                    f"{taken[path]}. Leave it out: it follows by itself."
+                )
+            if target.kind.at(model, target.path).sharer(module) is None:
+                raise ValueError(
+                    f'build: {name} cannot adapt "{target.path}": its weight is shared with "{path}" ({type(module).__name__}), which '
+                    "could not follow. Give that module a weight of its own first."
+                )
 
 
 def _strange(model: nn.Module, target: Target) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_lite.core.config import AdapterConfig, as_config, patterns_of
+from lora_lite.core.config import AdapterConfig, as_config, patterns_of, with_fields
 from lora_lite.core.errors import listed, require_type
 from lora_lite.core.plan import Target, Targets
 from lora_lite.core.tree import modules_by_path
@@ -49,6 +49,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[K
     require_type(isinstance(model, nn.Module), "find_targets(model, cfg)", "model", "a torch.nn.Module", model)
     cfg, kinds = as_config(cfg), as_kinds(kinds)
     refuse_bound(model)
+    cfg = cfg if cfg.target_names else with_fields(cfg, target_names=tuple(cfg.default_names(model)))
     everything = find(model, cfg.adapts, kinds)
     known = asked_for(everything, cfg.target_names)
     if not known:

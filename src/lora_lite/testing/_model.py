@@ -66,7 +66,7 @@ def _model(cfg: AdapterConfig) -> tuple[nn.Module, Tensor]:
 def _build(model: nn.Module, cfg: AdapterConfig, width: int | None = None, source: nn.Module | None = None) -> tuple[Adapt, Tree]:
     """Adapt a model of `_model`, calibrated where the variant needs it, with params off their start."""
     i = width or next(model.parameters()).shape[-1]
-    names = (r"^\d$",) if cfg.adapts == "module" else ()
+    names = () if cfg.adapts == "block" else (r"^\d$",)
     given: dict[str, Any] = {"calibration": [inputs(i)]} if cfg.calibrated else {}
     if cfg.original:
         layers = {path: layer.weight for path, layer in (source or model).named_modules() if isinstance(layer, nn.Linear)}

@@ -30,7 +30,7 @@ def quantised_8bit(cfg: AdapterConfig) -> None:
 
 def _bitsandbytes() -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise unittest.SkipTest("bitsandbytes is not installed: pip install lora-lite[bitsandbytes]")
+        raise unittest.SkipTest("bitsandbytes is not installed: pip install bitsandbytes")
     import bitsandbytes
 
     return bitsandbytes

@@ -1,11 +1,12 @@
 """Updates that are few numbers at drawn places of the weight: the places, as PEFT draws them, and the products."""
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_lite.core import Frozen
+from lora_lite.core import Constants, Frozen, expect
 
 DENSE = 512
 """Largest number of entries of a weight for each one that is updated, with which a dense update is the cheaper one, by measurement."""
@@ -23,6 +24,20 @@ def seeded_places(o: int, i: int, count: int, seed: int) -> Tensor:
     return places(o, i, count, torch.Generator().manual_seed(seed))
 
 
+def drawn_places(cfg: Any, W: Frozen) -> Constants:
+    """Return the constant `places` of a config with the fields `n_frequency` and `seed`."""
+    o, i = W.out_features, W.in_features
+    expect(cfg, "n_frequency", cfg.n_frequency <= i * o, f"at most i o = {i * o}", "Lower n_frequency or leave the layer out.")
+    return {"places": seeded_places(o, i, cfg.n_frequency, cfg.seed).clone()}
+
+
+def places_of(W: Frozen, count: int, seed: int) -> Tensor:
+    """Return the places among a layer's constants, or for a plain weight those that `seed` gives."""
+    if W.constants:
+        return W.constants["places"]
+    return places(W.out_features, W.in_features, count, torch.Generator().manual_seed(seed)).to(W.device)
+
+
 def is_dense(count: int, W: Frozen) -> bool:
     """Whether so many updated entries of a weight are cheaper as a dense update than one by one."""
     return W.in_features * W.out_features <= DENSE * count
@@ -32,8 +47,7 @@ def plus_sparse(W: Frozen, x: Tensor, rows: Tensor, cols: Tensor, values: Tensor
     """Return `W(x) + S x`, where `values (k,)` are added up at `rows` and `cols` `(k,)` of an empty `S (o, i)`."""
     o, i = W.out_features, W.in_features
     if is_dense(values.shape[0], W):
-        S = values.new_zeros(o * i).index_add(0, rows.long() * i + cols, values)
-        return W.updated(x, S.view(o, i))
+        return plus_flat(W, x, rows.long() * i + cols, values)
     y = W(x)
     return y + gathered(x, rows, cols, values, o).to(y.dtype)
 
@@ -43,3 +57,11 @@ def gathered(x: Tensor, rows: Tensor, cols: Tensor, values: Tensor, o: int) -> T
     terms = x.index_select(-1, cols) * values
     exact = torch.promote_types(x.dtype, torch.float32)  # many small terms for each output
     return x.new_zeros(*x.shape[:-1], o, dtype=exact).index_add(-1, rows, terms.to(exact))
+
+
+def plus_flat(W: Frozen, x: Tensor, flat: Tensor, values: Tensor) -> Tensor:
+    """Return `W(x) + S x`, where `values (k,)` are added up at the places `flat (k,)` of an empty `S (o, i)` laid out flat."""
+    o, i = W.out_features, W.in_features
+    if not is_dense(values.shape[0], W):
+        return plus_sparse(W, x, flat // i, flat % i, values)
+    return W.updated(x, values.new_zeros(o * i).index_add(0, flat, values).view(o, i))

@@ -120,11 +120,6 @@ class DeLoRAConfig(AdapterConfig):
     dropout: Probability = 0.0
     init: InitVar[str]
 
-    def __post_init__(self, init: object) -> None:
-        if not callable(init):  # without the keyword dataclasses pass the method of that name
-            object.__setattr__(self, "start", init)
-        super().__post_init__()
-
     def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
         copy: Constants = {}
         if self.start == "copy":

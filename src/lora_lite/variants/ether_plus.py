@@ -3,8 +3,8 @@ r"""ETHER+: in blocks, one direction of the input is replaced by another, and of
 $$y = G' W G x + b, \qquad G = \mathrm{diag}(G_1, \dots, G_n), \quad G_k = I - \hat u_k \hat u_k^T + \hat v_k \hat v_k^T, \quad
 \hat u = u / \lVert u \rVert$$
 
-and `G'` the same on the output with vectors of its own. It is evaluated with `e = v_hat + u_hat` and `d = v_hat - u_hat` as `x + (e (d^T x)
-+ d (e^T x)) / 2`: every term carries an `e`, so nothing cancels.
+and `G'` the same on the output with vectors of its own. It is evaluated with `e = v_hat + u_hat` and `d = v_hat - u_hat` as
+`x + (e (d^T x) + d (e^T x)) / 2`: every term carries an `e`, so nothing cancels.
 
 Identity at init: exact, since `v = -u`, so `e = 0`. The gradient does not vanish there.
 
@@ -22,8 +22,8 @@ Trained per target: `2 (i + o)`, or `2 i` with `sides="in"`. Needs nothing of th
 `sqrt(2) sin(phi)`, at most `sqrt(2)` (the paper's bound, 2, is not tight). `G_k` is orthogonal only at `phi = 0`; at a right angle the
 direction `u` is lost and `v` doubled.
 
-The params are directions, as in [ETHER](ether.md): switch weight decay off. A zero vector counts as none. Strength `c` moves `v_hat` to `c
-v_hat - (1 - c) u_hat`: 0 is the base model, 1 the adapter; negative strengths turn the other way.
+The params are directions, as in [ETHER](ether.md): switch weight decay off. A zero vector counts as none. Strength `c` moves `v_hat` to
+`c v_hat - (1 - c) u_hat`: 0 is the base model, 1 the adapter; negative strengths turn the other way.
 
 Departures: for more than one block the official code is not the paper's on the input side; see [ETHER](ether.md), which names its other
 differences too. On fused query-key-value layers it swaps the pairs of the two sides. The paper's method has both sides; one side is its

@@ -12,7 +12,7 @@ These Khatri-Rao factors take `r^2 (i + o)` multiply-adds a token. Where the mat
 Identity at init: exact, since `w2_b = 0`.
 
 Paper: Hyeon-Woo, Ye-Bin, Oh, *FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning*, 2021,
-arXiv:2108.06098, eq. (1) and prop. 1. As an adapter: Yeh, Hsieh, Gao, Yang, Oh, Gong, *Navigating Text-To-Image Customization: From LyCORIS
+arXiv:2108.06098, prop. 1. As an adapter: Yeh, Hsieh, Gao, Yang, Oh, Gong, *Navigating Text-To-Image Customization: From LyCORIS
 Fine-Tuning to Model Evaluation*, 2023, arXiv:2309.14859, sec. 3.
 
 | tensor | shape | trained | init |

@@ -2,7 +2,8 @@ r"""LoRA: a low-rank update beside a frozen weight.
 
 $$y = W x + b + s\, B (A\, \mathrm{drop}(x)), \qquad s = \alpha / r \ \text{ or, rank-stabilised, } \ \alpha / \sqrt{r}$$
 
-With `lora_bias` a trained `s b` is added to every output; it merges into the layer's own bias, where there is one.
+With `lora_bias` a trained `s b` is added to every output, with `bias` a trained `db`, as BitFit's: PEFT's `bias="lora_only"` trains the
+layer's own bias so. Both merge into the layer's bias, where there is one.
 
 Identity at init: exact, since `B = 0` (at an embedding `A = 0`). With `start="orthogonal"` to rounding, 1e-6 in
 float32 and 1e-3 in bfloat16: both factors are drawn, in complementary halves of one random rotation, so that `B A = 0`.
@@ -16,10 +17,11 @@ LoRA*, 2023, arXiv:2312.03732.
 | `A` | `(r, i)` | yes | uniform within 1/sqrt(i) |
 | `B` | `(o, r)` | yes | zeros |
 | `b` | `(o,)` | with `lora_bias` | zeros |
+| `db` | `(o,)` | with `bias` | zeros |
 
 On an embedding `A` starts at zero and `B` is Gaussian, as in PEFT, whatever the start elsewhere.
 
-Trained per target: `r (i + o)`, with `lora_bias` `o` more. Needs nothing of the weight but its output.
+Trained per target: `r (i + o)`, with `lora_bias` or `bias` `o` more. Needs nothing of the weight but its output.
 
 Departures: the paper's text draws `A` from a Gaussian; its code and PEFT draw it uniformly, and so does this. `start="gaussian"` is PEFT's
 Gaussian, of standard deviation `1 / r`; `"orthogonal"` is PEFT's start of that name. `alpha` defaults to 16, twice PEFT's.
@@ -41,13 +43,16 @@ class LoRAParams(TypedDict):
     A: Float[Tensor, "r i"]
     B: Float[Tensor, "o r"]
     b: NotRequired[Float[Tensor, " o"]]
+    db: NotRequired[Float[Tensor, " o"]]
 
 
 @checked
 def lora(params: LoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float, dropout: float = 0.0) -> Float[Tensor, "*b o"]:
-    """Return `W x + b + scale (B A drop(x) + b)`, the latter `b` of the params. The module's docstring has the formula and the shapes."""
+    """Return `W x + b + scale (B A drop(x) + b) + db`, the second `b` of the params. The module's docstring has the shapes."""
     y = add_low_rank(W(x), W.project(x, params["A"], dropout), params["B"], scale)
-    return torch.add(y, params["b"].to(y.dtype), alpha=scale) if "b" in params else y
+    if "b" in params:
+        y = torch.add(y, params["b"].to(y.dtype), alpha=scale)
+    return y + params["db"].to(y.dtype) if "db" in params else y
 
 
 def gaussian(r: int, i: int, o: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -111,14 +116,16 @@ class LoRAConfig(LowRankConfig):
         dropout: probability of dropping an entry of the adapter's input, in [0, 1), in training mode.
         start: how `A` is drawn: `"kaiming"` uniformly within 1/sqrt(i), `"gaussian"`, or `"orthogonal"`, which draws `B` too.
         lora_bias: train a bias of the update.
+        bias: train the layer's own bias too, as its displacement.
     """
 
     name = "lora"
-    steered = ("B", "b")
-    trained = "r * (i + o) + (o if lora_bias else 0)"
+    steered = ("B", "b", "db")
+    trained = "r * (i + o) + (lora_bias + bias) * o"
 
     start: Literal["kaiming", "gaussian", "orthogonal"] = "kaiming"
     lora_bias: bool = False
+    bias: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -131,4 +138,5 @@ class LoRAConfig(LowRankConfig):
 
     def init(self, W: Frozen, generator: torch.Generator) -> LoRAParams:
         A, B = W.low_rank_start(self.r, generator, STARTS[self.start])
-        return {"A": A, "B": B, "b": torch.zeros(W.out_features)} if self.lora_bias else {"A": A, "B": B}
+        shifts = [name for name, on in (("b", self.lora_bias), ("db", self.bias)) if on]
+        return {"A": A, "B": B, **{name: torch.zeros(W.out_features) for name in shifts}}  # type: ignore[typeddict-item]

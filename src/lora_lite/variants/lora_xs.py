@@ -75,11 +75,6 @@ class LoRAXSConfig(AdapterConfig):
     start: Literal["normal", "zeros"] = "normal"
     init: InitVar[str]
 
-    def __post_init__(self, init: object) -> None:
-        if not callable(init):  # without the keyword dataclasses pass the method of that name
-            object.__setattr__(self, "start", init)
-        super().__post_init__()
-
     @property
     def scale(self) -> float:
         """The factor of the update, `alpha / r`."""

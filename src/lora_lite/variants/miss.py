@@ -20,7 +20,7 @@ version calls the methods Bone and Bat.
 Trained per target: `r o`, or `r mini_r`. Needs nothing of the weight but its output. `"bat"` reads the dense weight in each forward, and
 builds an update of its size.
 
-Departures: PEFT takes a dropout with `"bat"` and leaves it out; here it is refused.
+Departures: with `"bat"` dropout falls on the input of the update, where PEFT applies none.
 """
 
 from collections.abc import Set
@@ -57,14 +57,16 @@ def block_update(D: Tensor, weight: Tensor) -> Tensor:
 def miss(params: MiSSParams, W: Frozen, x: Float[Tensor, "*b i"], *, start: str = "default", dropout: float = 0.0) -> Float[Tensor, "*b o"]:
     """Return `W x + b + D^T z`, or the update of another form. The module's docstring has the formulas and the shapes."""
     D = params["D"]
+    dropped = F.dropout(x, dropout, W.training) if dropout else x
     if start == "bat":
-        return W.updated(x, block_update(D, W.dense(D.dtype)))
-    z = sum_of_shards(F.dropout(x, dropout, W.training) if dropout else x, D.shape[0])
+        update = block_update(D, W.dense(D.dtype))
+        return W.updated(x, update) if dropped is x else add_low_rank(W(x), dropped, update)
+    z = sum_of_shards(dropped, D.shape[0])
     y = W(x)
     if start == "default":
         return add_low_rank(y, z, D.t())
-    update = F.linear(z, D.t()).to(y.dtype)  # (*b, mini_r); under autocast the layer's output has another dtype than its input
-    return (y.unflatten(-1, (-1, D.shape[1])) + update.unsqueeze(-2)).flatten(-2)
+    group = F.linear(z, D.t()).to(y.dtype)  # (*b, mini_r); under autocast the layer's output has another dtype than its input
+    return (y.unflatten(-1, (-1, D.shape[1])) + group.unsqueeze(-2)).flatten(-2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,7 @@ class MiSSConfig(AdapterConfig):
         r: width of a shard of the input, from 1 to `i`; with `init="bat"` a divisor of `i` and `o`.
         mini_r: width of a group of outputs with `init="mini"`, >= 1, a divisor of `o`.
         init, start: `"default"`, `"mini"` or `"bat"`; one option, kept as `start`, since `init` is the method.
-        dropout: probability of dropping an entry of the adapter's input, in [0, 1), in training mode; 0 with `init="bat"`.
+        dropout: probability of dropping an entry of the adapter's input, in [0, 1), in training mode.
     """
 
     name = "miss"
@@ -87,13 +89,6 @@ class MiSSConfig(AdapterConfig):
     start: Literal["default", "mini", "bat"] = "default"
     dropout: Probability = 0.0
     init: InitVar[str]
-
-    def __post_init__(self, init: object) -> None:
-        if not callable(init):  # without the keyword dataclasses pass the method of that name
-            object.__setattr__(self, "start", init)
-        super().__post_init__()
-        no_place = self.start == "bat" and self.dropout > 0
-        expect(self, "dropout", not no_place, '0 with init="bat", whose update is one of the weight', "Use another init for it.")
 
     @property
     def uses(self) -> Set[str]:

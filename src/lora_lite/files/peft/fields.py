@@ -9,9 +9,10 @@ from lora_lite.core.errors import listed, several
 DEFAULTS: dict[str, dict[str, Any]] = {
     "LORA": {
         **{"r": 8, "lora_alpha": 8, "use_rslora": False, "lora_dropout": 0.0, "use_dora": False},
-        **{"init_lora_weights": True, "lora_bias": False},
+        **{"init_lora_weights": True, "lora_bias": False, "bias": "none"},
     },
     "IA3": {},
+    "BEFT": {},
     "DELORA": {"r": 8, "delora_lambda": 15, "module_dropout": 0.0},
     "HRA": {"r": 8},
     "ROAD": {"variant": "road_1", "group_size": 64},
@@ -40,9 +41,25 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"r": 8, "alpha": 8, "decompose_both": False, "decompose_factor": -1},
         **{"rank_dropout": 0.0, "module_dropout": 0.0, "rank_dropout_scale": False},
     },
+    "HIRA": {"hira_dropout": 0.0},
+    "GRALORA": {"r": 32, "alpha": 64, "gralora_k": 2, "hybrid_r": 0, "gralora_dropout": 0.0},
+    "BOFT": {"boft_dropout": 0.0},
+    "TRAINABLE_TOKENS": {},
     "OFT": {"use_cayley_neumann": True, "num_cayley_neumann_terms": 5, "block_share": False, "coft": False, "eps": 6e-5},
     "MISS": {"r": 64, "mini_r": 1, "init_weights": True, "miss_dropout": 0.0},
     "SHIRA": {"r": 32, "random_seed": None},
+    "C3A": {},
+    "FOURIERFT": {"scaling": 150.0, "random_loc_seed": 777},
+    "WAVEFT": {"scaling": 25.0, "random_loc_seed": 777, "use_idwt": True, "wavelet_family": "db1"},
+    "PSOFT": {
+        **{"r": 32, "psoft_dropout": 0.0, "ab_svd_init": "psoft_init", "psoft_orth": True, "psoft_mag_b": True, "psoft_mag_a": True},
+        **{"use_cayley_neumann": False, "num_cayley_neumann_terms": 5, "cayley_neumann_eps": None},
+    },
+    "PEANUT": {"r": 32, "depth": 0, "act_fn": "relu", "scaling": 1.0},
+    "SUPERTUNING": {"sparsity": 0.99, "select_top": True, "r": None, "lora_alpha": None, "lora_dropout": 0.0},
+    "OSF": {"effective_rank": None},
+    "GLORA": {"r": 8, "config_A_B": "lora", "config_C": "lora", "config_D_E": "constant"},
+    "DEFT": {"alpha": None, "decomposition_method": "relu", "para": False, "deft_dropout": 0.0},
 }
 """The fields that are read, of each PEFT type, with PEFT's defaults."""
 
@@ -51,13 +68,20 @@ PATTERNS = {
     "LOHA": {"r": "rank_pattern", "alpha": "alpha_pattern"},
     "LOKR": {"r": "rank_pattern", "alpha": "alpha_pattern"},
     "DELORA": {"r": "rank_pattern", "delora_lambda": "lambda_pattern"},
+    "C3A": {"block_size": "block_size_pattern"},
+    "FOURIERFT": {"n_frequency": "n_frequency_pattern"},
+    "WAVEFT": {"n_frequency": "n_frequency_pattern"},
+    "OSF": {"effective_rank": "rank_pattern"},
 }
 """The fields that a layer may have of its own, with the field that holds the exceptions."""
+
+BY_PATH = {"C3A", "FOURIERFT"}
+"""The PEFT types whose exceptions are for one layer where they are its whole path, without the marks of an expression."""
 
 _ANY = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
 _ANY |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "modules_to_save"}
 _OF_LORA = {"rank_pattern", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
-_OF_LORA |= {"target_parameters", "megatron_config", "megatron_core", "qalora_group_size", "runtime_config"}
+_OF_LORA |= {"trainable_token_indices", "target_parameters", "megatron_config", "megatron_core", "qalora_group_size", "runtime_config"}
 FREE: dict[str, set[str]] = {
     "LORA": {*_OF_LORA, "alpha_pattern"},
     "ADALORA": {*_OF_LORA, "r", "init_lora_weights"},  # of the fields that it inherits, it uses neither
@@ -71,15 +95,32 @@ FREE: dict[str, set[str]] = {
     "IA3": {"feedforward_modules", "init_ia3_weights"},
     "DELORA": {"rank_pattern", "lambda_pattern", "init_weights"},
     "HRA": {"init_weights"},
+    "BEFT": {"init_weights"},
     "ROAD": {"init_weights"},
     "LN_TUNING": set(),
     "LOHA": {"rank_pattern", "alpha_pattern", "init_weights"},
     "LOKR": {"rank_pattern", "alpha_pattern", "init_weights"},
+    "HIRA": {"r", "rank_pattern", "init_weights"},  # PEFT leaves the pattern out; ranks are read off the tensors
+    "GRALORA": {"init_weights"},
+    "BOFT": {"boft_block_size", "boft_block_num", "boft_n_butterfly_factor", "init_weights"},  # read off the tensors
+    "TRAINABLE_TOKENS": {"token_indices", "init_weights"},
     "OFT": {"r", "oft_block_size", "module_dropout", "init_weights"},  # PEFT does not apply this dropout; blocks are read off the tensors
     "MISS": set(),
     "SHIRA": {"mask_type", "init_weights"},
+    "C3A": {"block_size", "block_size_pattern", "init_weights"},  # blocks are read off the tensors
+    "FOURIERFT": {"n_frequency", "n_frequency_pattern", "init_weights"},  # as their number is
+    "WAVEFT": {"n_frequency", "n_frequency_pattern", "proportional_parameters", "init_weights"},
+    "PSOFT": {"psoft_alpha", "psoft_svd_lowrank_niter", "random_seed", "init_weights"},  # PEFT's scale cancels
+    "PEANUT": {"init_weights"},
+    "SUPERTUNING": {"save_precomputed_indices", "init_weights"},
+    "OSF": {"rank_pattern", "target_svd_config", "init_weights"},
+    "GLORA": {"init_weights"},
+    "DEFT": {"r", "init_weights", "init_scale"},  # r is read off the tensors, since PEFT lowers it to the output's width
 }
 """The fields that may have any value, of each PEFT type: what they say is in the tensors, or nothing in the mathematics."""
+
+ONLY: dict[str, dict[str, Any]] = {"PSOFT": {"psoft_svd": "full"}}
+"""The fields that may have one value that is not off, of each PEFT type."""
 
 OFF: tuple[Any, ...] = (None, False, "none", [], {}, "")
 
@@ -106,8 +147,9 @@ def check_fields(fields: Mapping[str, Any], where: object) -> None:
             f'from_peft: expected peft_type in "{where}" to be one of {listed(DEFAULTS)}, found "{method}". '
             "Merge the adapter with PEFT's merge_and_unload and adapt the merged model."
         )
-    known = _ANY | FREE[method] | set(DEFAULTS[method])
-    faults = [f"{name}: expected it off, found {value!r}" for name, value in fields.items() if name not in known and value not in OFF]
+    known, only = _ANY | FREE[method] | set(DEFAULTS[method]), ONLY.get(method, {})
+    others = {name: value for name, value in fields.items() if name not in known and value not in (*OFF, only.get(name))}
+    faults = [f"{name}: expected {repr(only[name]) if name in only else 'it off'}, found {value!r}" for name, value in others.items()]
     if faults:
         raise ValueError(
             f'from_peft: expected "{where}" to ask only for what lora_lite computes too, found:\n{several(faults)}\n'
@@ -115,8 +157,19 @@ def check_fields(fields: Mapping[str, Any], where: object) -> None:
         )
     if method == "LORA":
         _check_start(fields, where)
+        if fields.get("bias") not in (*OFF, "all", "lora_only"):
+            raise ValueError(
+                f'from_peft: expected bias in "{where}" to be one of "none", "all", "lora_only", found {fields["bias"]!r}. '
+                "Merge the adapter with PEFT's merge_and_unload and adapt the merged model."
+            )
     if method == "OFT" and resolve(fields, "use_cayley_neumann", ""):
         _check_series(fields, where)
+    wavelet = resolve(fields, "wavelet_family", "")
+    if method == "WAVEFT" and resolve(fields, "use_idwt", "") and wavelet != "db1":
+        raise ValueError(
+            f"from_peft: expected wavelet_family in \"{where}\" to be 'db1', whose inverse transform is known in closed form, found "
+            f"{wavelet!r}, whose filters are not here. Merge the adapter with PEFT's merge_and_unload and adapt the merged model."
+        )
 
 
 def _check_start(fields: Mapping[str, Any], where: object) -> None:

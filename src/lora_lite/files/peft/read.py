@@ -20,19 +20,23 @@ from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import nearest, require_type, several, tree_faults
 from lora_lite.core.frozen import Constants
 from lora_lite.core.tree import Tree, join
-from lora_lite.files.peft import twice, whole
+from lora_lite.files.peft import biases, numbered, tokens, twice, whole
 from lora_lite.files.peft.categories import spread
-from lora_lite.files.peft.fields import DEFAULTS, check_fields, resolve
+from lora_lite.files.peft.fields import DEFAULTS, OFF, check_fields, resolve
+from lora_lite.files.peft.hub import CONFIG, WEIGHTS, folder_of
 from lora_lite.files.peft.layers import as_linear, axes_of, unsaved
-from lora_lite.files.peft.named import named
-from lora_lite.files.peft.row import Leaf, Row
+from lora_lite.files.peft.names import in_names_of
+from lora_lite.files.peft.row import Leaf, Row, own_bias
 from lora_lite.files.peft.rows import rows_of
+from lora_lite.files.peft.targeted import named
 from lora_lite.layers.find import find
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import as_kinds
+from lora_lite.variants.bitfit import BitFitConfig
+from lora_lite.variants.full import FullConfig
 from lora_lite.variants.oft import project
 
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+PREFIX = "base_model.model."
 
 Layers = dict[str, dict[str, Tensor]]
 Chosen = dict[str, tuple[Row, Any]]
@@ -40,7 +44,13 @@ Chosen = dict[str, tuple[Row, Any]]
 
 @made_on_cpu
 def from_peft(
-    model: nn.Module, directory: str | os.PathLike[str], *, remat: str | None = None, kinds: Sequence[type[Kind]] = ()
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    remat: str | None = None,
+    kinds: Sequence[type[Kind]] = (),
+    revision: str | None = None,
+    subfolder: str = "",
 ) -> tuple[Adapt, Tree]:
     """Read an adapter that PEFT saved and bind it to a model. The package `peft` is not needed.
 
@@ -50,15 +60,19 @@ def from_peft(
 
     Args:
         model: the model that the adapter was trained on, as it was before PEFT wrapped it.
-        directory: the argument of `save_pretrained`: the folder with `adapter_config.json` and `adapter_model.safetensors`.
+        directory: the argument of `save_pretrained`: the folder with `adapter_config.json` and `adapter_model.safetensors`. Where there is
+            none, the name of a repository on the Hugging Face Hub, `"user/repo"`, which needs `huggingface_hub`.
         remat: as in `build`.
         kinds: as in `build`.
+        revision: a branch, a tag or a commit of the repository; None for its main branch.
+        subfolder: the folder inside `directory` that has the files.
 
     Returns:
         `(adapt, params)`; params on the devices of their layers, in at least float32, as PEFT keeps them.
 
     Raises:
-        FileNotFoundError: where a file is missing.
+        FileNotFoundError: where a file is missing, or neither a folder nor a repository is found.
+        ModuleNotFoundError: where a repository is asked for and `huggingface_hub` is not installed.
         ValueError: where a file is damaged, is of another model, or asks for what is not supported; it names each field and tensor.
         TypeError: where an argument is of another type.
     """
@@ -66,35 +80,46 @@ def from_peft(
         raise TypeError(f"from_peft: expected model as a torch.nn.Module, found {type(model).__name__}. Call from_peft(model, directory).")
     call = "from_peft(model, directory)"
     require_type(isinstance(directory, str | os.PathLike), call, "directory", "the path of a folder", directory)
-    folder, kinds = Path(directory), as_kinds(kinds)
+    folder, kinds = folder_of(directory, revision, subfolder), as_kinds(kinds)
     fields = _read_fields(folder / CONFIG)
     check_fields(fields, folder / CONFIG)
-    tensors = _read_tensors(folder / WEIGHTS)
-    tensors = _with_entries_joined(fields["peft_type"], tensors)
+    saved = _with_entries_joined(fields["peft_type"], _read_tensors(folder / WEIGHTS))
+    keys = [*_leaves(fields["peft_type"]), *_zeros(fields["peft_type"])]
+    saved = numbered.stacked(saved, [key for key in keys if "#" in key])
+    shared = {key: saved.pop(key) for row in rows_of(fields["peft_type"]) for key in _shared_keys(row) if key in saved}
+    saved = _without_copies(saved, shared)
     for row in rows_of(fields["peft_type"]):
-        tensors = spread(tensors, row.of_sort, row.sort, PREFIX) if row.of_sort else tensors
-    shared = {key: tensors.pop(key) for row in rows_of(fields["peft_type"]) for key in _shared_keys(row) if key in tensors}
-    tensors, faults = twice.at_first_place(model, _without_copies(tensors, shared), PREFIX)
-    values, tensors = whole.split(model, fields, tensors, PREFIX)
-    tensors, unfit = as_linear(model, fields, tensors, PREFIX)
-    layers, unplaced = _by_layer(model, fields["peft_type"], tensors)
-    faults += unfit + unplaced
+        saved = spread(saved, row.of_sort, row.sort, PREFIX) if row.of_sort else saved
+    fields, saved, misnamed = in_names_of(model, fields, saved, PREFIX, keys, kinds)
+    saved, faults = twice.at_first_place(model, saved, PREFIX)
+    modules, saved = whole.split(model, fields, saved, PREFIX)
+    rows, saved, misfits = tokens.split(model, fields, saved, PREFIX)
+    adapted, others, saved = biases.split(model, fields, saved, PREFIX)
+    shifts, more = biases.of_layers(model, others, kinds)
+    modules = {**modules, FullConfig: {**modules.get(FullConfig, {}), **more}} if more else modules
+    saved, unfit = as_linear(model, fields, saved, PREFIX)
+    layers, unplaced = _by_layer(model, fields["peft_type"], {**saved, **adapted})
+    faults += misnamed + misfits + unfit + unplaced
     if not layers and any(row.bare for row in rows_of(fields["peft_type"])):
         paths_named, unclear = named(fields, find(model, "linear", kinds))
         layers, faults = {path: {} for path in paths_named}, faults + unclear
     paths = {path for path, _ in model.named_modules()}
     faults = (
         faults
-        or whole.faults_of(model, fields, values)
-        or ([] if layers or values else ["no tensors"])
+        or whole.faults_of(model, fields, modules)
+        or ([] if layers or modules or rows else ["no tensors"])
         or _shared_faults(fields["peft_type"], shared)
         or _layer_faults(model, layers, kinds)
-        or [fault for path in (*layers, *values) if (fault := twice.fault(model, path.rpartition(".")[0] if path not in paths else path))]
+        or [
+            fault
+            for path in (*layers, *whole.paths_of(modules), *rows)
+            if (fault := twice.fault(model, path.rpartition(".")[0] if path not in paths else path))
+        ]
     )
     _require(faults, folder, model)
     chosen = {path: (row, row.config(**values)) for path, (row, values) in _choose(fields, layers).items()}
     _require(_misread(model, chosen, kinds), folder, model)
-    configs = [*_merged_configs(chosen), *whole.configs_of(fields, values)]
+    configs = [*_merged_configs(chosen), *whole.configs_of(modules), *tokens.configs_of(rows), *_bitfit(shifts)]
     adapt = _with_constants(build(model, configs, remat=remat, kinds=kinds), chosen, layers, shared, fields.get("task_type"))
     reasons = ((t.path, cfg, unsaved(model, t, cfg)) for t, cfg in zip(adapt.targets, adapt.configs))  # PEFT computes something else there
     _require([f'"{path}": {type(cfg).__name__} {why}' for path, cfg, why in reasons if why], folder, model)
@@ -106,7 +131,7 @@ def from_peft(
     _require(tree_faults(theirs, shapes) + _field_faults(fields, layers, chosen), folder, model)
     ours = {path: _ours(adapt, model, path, row, theirs[path]) for path, (row, _) in chosen.items()}
     ours |= {name: _shared_ours(adapt, model, row, cfg, theirs[name]) for name, (row, cfg) in common.items()}
-    return adapt, ours | whole.displacements(model, values)
+    return adapt, ours | whole.displacements(model, modules) | tokens.displacements(model, rows) | shifts
 
 
 def _require(faults: list[str], folder: Path, model: nn.Module) -> None:
@@ -172,10 +197,18 @@ def _without_copies(tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor])
     return {name: t for name, t in tensors.items() if (same := whole[name]) is None or not torch.equal(same, t)}
 
 
+def _zeros(method: str) -> set[str]:
+    return {key for row in rows_of(method) for key in row.zeros}
+
+
+def _leaves(method: str) -> dict[str, Leaf]:
+    return {leaf.key: leaf for row in rows_of(method) for leaf in (*row.leaves.values(), *row.constants.values())}
+
+
 def _by_layer(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> tuple[Layers, list[str]]:
     """Sort tensors by the path of their layer, and list those that have no place."""
-    keys: dict[str, Leaf] = {leaf.key: leaf for row in rows_of(method) for leaf in (*row.leaves.values(), *row.constants.values())}
-    ending = re.compile(rf"{re.escape(PREFIX)}(?:(.*)\.)?({'|'.join(map(re.escape, keys))})")
+    keys, zeros = _leaves(method), _zeros(method)
+    ending = re.compile(rf"{re.escape(PREFIX)}(?:(.*)\.)?({'|'.join(map(re.escape, (*keys, *zeros)))})")
     layers: Layers = {}
     faults = []
     for name, tensor in tensors.items():
@@ -184,6 +217,9 @@ def _by_layer(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> t
             faults.append(f'unexpected "{name}"')
             continue
         path, key = found[1] or "", found[2]
+        if key in zeros:
+            faults += [f'"{name}": expected zeros'] if tensor.count_nonzero() else []
+            continue
         expected = keys[key].misfit(tensor, axes_of(model, path))
         if expected is not None:
             faults.append(f'"{name}": expected {expected}, found {tuple(tensor.shape)} of {tensor.dtype}')
@@ -201,6 +237,10 @@ def _layer_faults(model: nn.Module, layers: Layers, kinds: Sequence[type[Kind]])
     return faults
 
 
+def _bitfit(shifts: Tree) -> list[AdapterConfig]:
+    return [BitFitConfig(target_names=tuple(f"^{re.escape(path)}$" for path in shifts), exclude_names=())] if shifts else []
+
+
 def _misread(model: nn.Module, chosen: Chosen, kinds: Sequence[type[Kind]]) -> list[str]:
     linear = find(model, "linear", kinds)
     reasons = {path: row.misread(linear[path]) for path, (row, _) in chosen.items()}
@@ -216,8 +256,9 @@ def _choose(fields: Mapping[str, Any], layers: Layers) -> dict[str, tuple[Row, d
     chosen, faults = {}, []
     for path, tensors in layers.items():
         row = next(row for row in rows_of(fields["peft_type"]) if row.when(fields, tensors))
-        wrong = [f'missing "{join(path, key)}"' for key in sorted(_keys(row, fields, needed=True) - set(tensors))]
-        wrong += [f'unexpected "{join(path, key)}"' for key in sorted(set(tensors) - _keys(row, fields))]
+        held = [*row.held(lambda field: resolve(fields, field, "") not in OFF).values(), *row.constants.values()]
+        wrong = [f'missing "{join(path, key)}"' for key in sorted({leaf.key for leaf in held if not leaf.optional} - set(tensors))]
+        wrong += [f'unexpected "{join(path, key)}"' for key in sorted(set(tensors) - {leaf.key for leaf in held})]
         faults += wrong
         if not wrong:
             chosen[path] = row, _values(row, fields, path, tensors)
@@ -226,11 +267,6 @@ def _choose(fields: Mapping[str, Any], layers: Layers) -> dict[str, tuple[Row, d
             f"from_peft: expected {WEIGHTS} to hold the tensors that {CONFIG} describes, found:\n{several(faults)}\nSave the adapter again."
         )
     return chosen
-
-
-def _keys(row: Row, fields: Mapping[str, Any], needed: bool = False) -> set[str]:
-    held = row.held(lambda field: resolve(fields, field, ""))
-    return {leaf.key for leaf in (*held.values(), *row.constants.values()) if not (needed and leaf.optional)}
 
 
 def _values(row: Row, fields: Mapping[str, Any], path: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -288,15 +324,16 @@ def _within_bound(v: Tensor, cfg: Any, eps: float) -> bool:
 
 
 def _theirs(row: Row, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a layer's tensors under our names, flat where ours are."""
     present = {name: leaf for name, leaf in row.leaves.items() if leaf.key in tensors}
     return {name: tensors[leaf.key].flatten() if leaf.shape else tensors[leaf.key] for name, leaf in present.items()}
 
 
 def _ours(adapt: Adapt, model: nn.Module, path: str, row: Row, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     cfg = dict(zip((t.path for t in adapt.targets), adapt.configs))[path]
-    constants = adapt.constants[path]
-    device = next(t.kind.at(model, path).device for t in adapt.targets if t.path == path)
-    theirs = {name: t.to(device, cfg.dtype, copy=True) for name, t in theirs.items()}
+    W = next(t.kind.at(model, path) for t in adapt.targets if t.path == path)
+    constants = row.derived(cfg, W, {**adapt.constants[path], **own_bias(W)})
+    theirs = {name: t.to(W.device, cfg.dtype, copy=True) for name, t in theirs.items()}
     signs = row.signs(theirs, constants)
     return {name: (signs.get(name, 1.0) * t - row.leaves[name].origin(cfg, constants)).to(cfg.dtype) for name, t in theirs.items()}
 

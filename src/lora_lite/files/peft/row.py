@@ -18,9 +18,9 @@ class Leaf(NamedTuple):
     """A tensor of ours in PEFT's file.
 
     Attributes:
-        key: its name there, after the layer's path.
+        key: its name there, after the layer's path; with a `#`, of one tensor for each number, which ours stacks.
         ndim: number of its axes; several where options differ.
-        origin: `(our config, constants)` to PEFT's neutral value.
+        origin: `(our config, constants)` to PEFT's neutral value; the layer's own bias is there as `own_bias`.
         shape: its shape there, where ours is flat.
         field: the field, of PEFT's config and of ours, without which there is no such tensor.
         optional: whether a layer may lack it.
@@ -55,12 +55,14 @@ class Row(NamedTuple):
         when: whether a layer of this PEFT type is of this variant; the first row that fits is taken.
         constants: our constants that the file holds, by name.
         saved: `(target's input width, constants)` to the constants as the file holds them.
+        derived: `(our config, layer, constants)` to the constants with what the origins take of the weight besides.
         shared: keys of the constants that all layers share, by name; a file may lack them.
         shared_leaves: our params that all layers share, by name, with whole keys; a file has them. A key that ends in `.` is of the first
             axis' entries, each a tensor of its own there, by number.
         of_sort: keys of the constants that a file holds once for all layers of a sort, each with the sort after it.
         sort: the sort of a layer by its path.
         settled: `(layer, constants of the file)` to the constants that follow from them.
+        zeros: PEFT's tensors of zeros, with their axes, each of which stands where a layer has no leaf under the same part of the key.
         completed: PEFT's tensors with what it leaves out of the file.
         signs: signs that align PEFT's factors with ours, by param.
         written: config and params as another variant, where PEFT's files hold them so.
@@ -79,11 +81,13 @@ class Row(NamedTuple):
     when: Callable[[Fields, Tensors], bool] = lambda fields, tensors: True
     constants: Mapping[str, Leaf] = {}
     saved: Callable[[int, Constants], Leaves] = lambda i, constants: {}
+    derived: Callable[[Any, Frozen, Constants], Constants] = lambda cfg, W, constants: constants
     shared: Mapping[str, str] = {}
     shared_leaves: Mapping[str, Leaf] = {}
     of_sort: tuple[str, ...] = ()
     sort: Callable[[str], str] = lambda path: path
     settled: Callable[[Frozen, Constants], Constants] = lambda W, constants: {}
+    zeros: Mapping[str, str] = {}
     completed: Callable[[Any, Leaves], Leaves] = lambda cfg, theirs: theirs
     signs: Callable[[Tensors, Constants], Leaves] = lambda theirs, constants: {}
     written: Callable[[Any, Leaves, Constants], tuple[Any, Leaves]] = lambda cfg, leaves, constants: (cfg, leaves)
@@ -96,3 +100,8 @@ class Row(NamedTuple):
     def held(self, value: Callable[[str], Any]) -> dict[str, Leaf]:
         """Return the leaves of a layer by our names, where `value(field)` is that of the config."""
         return {name: leaf for name, leaf in self.leaves.items() if leaf.field is None or value(leaf.field)}
+
+
+def own_bias(layer: Frozen) -> Constants:
+    """Return a layer's own bias as an origin finds it among the constants."""
+    return {} if layer.bias is None else {"own_bias": layer.bias.detach()}

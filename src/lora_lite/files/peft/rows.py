@@ -13,12 +13,14 @@ from lora_lite.core.frozen import Constants
 from lora_lite.files.peft.fields import resolve
 from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
 from lora_lite.files.peft.rows_lora import ROWS as ROWS_LORA
+from lora_lite.files.peft.rows_newer import ROWS_NEWER
 from lora_lite.files.peft.rows_orthogonal import ROWS_ORTHOGONAL
 from lora_lite.files.peft.rows_products import ROWS_PRODUCTS
 from lora_lite.files.peft.rows_shared import ROWS as ROWS_SHARED
 from lora_lite.files.peft.rows_sparse import ROWS_SPARSE
 from lora_lite.files.peft.rows_tied import ROWS_TIED
 from lora_lite.variants.adalora import AdaLoRAConfig
+from lora_lite.variants.bitfit import BitFitConfig
 from lora_lite.variants.delora import DeLoRAConfig
 from lora_lite.variants.hra import HRAConfig
 from lora_lite.variants.ia3 import IA3Config
@@ -81,6 +83,7 @@ ROWS: dict[str, Row] = {
     **ROWS_SPARSE,
     **ROWS_TIED,
     **ROWS_SHARED,
+    **ROWS_NEWER,
     "ia3_ff": Row(
         IA3FFConfig,
         "IA3",
@@ -102,6 +105,7 @@ ROWS: dict[str, Row] = {
         saved=_delora_norms,
         refused=lambda cfg: 'start="copy": PEFT has no frozen copy to take off' if cfg.start == "copy" else None,
     ),
+    "bitfit": Row(BitFitConfig, "BEFT", {"db": Leaf("beft_bias", 2, shape=(1, -1))}, lambda *_: {}, lambda _: {}),
     "hra": Row(
         HRAConfig,
         "HRA",

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from lora_lite.core.frozen import Constants
+from lora_lite.files.peft.biases import ADAPTED
 from lora_lite.files.peft.fields import resolve
 from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
 from lora_lite.layers.kind import Kind
@@ -34,7 +35,7 @@ def _read_lora(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
 def _read_plain(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
     start = resolve(fields, "init_lora_weights", path)
     options = {"start": start if start in ("gaussian", "orthogonal") else "kaiming", "lora_bias": resolve(fields, "lora_bias", path)}
-    return {**_read_lora(fields, path, tensors), **options}
+    return {**_read_lora(fields, path, tensors), **options, "bias": ADAPTED in tensors}
 
 
 def _write_plain(cfg: LoRAConfig) -> dict[str, Any]:
@@ -88,6 +89,8 @@ def _not_linear(kind: type[Kind]) -> str | None:
 
 _LORA = {"A": Leaf("lora_A.weight", 2), "B": Leaf("lora_B.weight", 2)}
 
+_OWN_BIAS = Leaf(ADAPTED, 1, lambda _, c: c["own_bias"], field="bias", optional=True)  # of layers that have one
+
 ROWS: dict[str, Row] = {
     "pissa": Row(
         PiSSAConfig,
@@ -135,7 +138,7 @@ ROWS: dict[str, Row] = {
     "lora": Row(
         LoRAConfig,
         "LORA",
-        {**_LORA, "b": Leaf("lora_B.bias", 1, field="lora_bias")},
+        {**_LORA, "b": Leaf("lora_B.bias", 1, field="lora_bias"), "db": _OWN_BIAS},
         _read_plain,
         _write_plain,
         refused=_bias_of_start,

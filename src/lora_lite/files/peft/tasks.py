@@ -20,7 +20,7 @@ _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score
 """The modules that PEFT's class of a task trains as a whole, asked or not."""
 
 
-def task_of(model: nn.Module, method: str, targets: Iterable[str]) -> str | None:
+def task_of(model: nn.Module, targets: Iterable[str]) -> str | None:
     """Infer the task of a model of transformers from its class; None where PEFT's classes of tasks would not run it.
 
     They call the model with `input_ids`; that of a classifier takes the head as trained whole, which shuts other targets in it out; that
@@ -28,7 +28,6 @@ def task_of(model: nn.Module, method: str, targets: Iterable[str]) -> str | None
 
     Args:
         model: the model.
-        method: the PEFT type; LN-tuning, which holds nothing but norms, is of no task.
         targets: paths of the targets that are not trained as a whole.
     """
     name = type(model).__name__
@@ -41,7 +40,7 @@ def task_of(model: nn.Module, method: str, targets: Iterable[str]) -> str | None
     if task == "SEQ_2_SEQ_LM" and not getattr(config, "is_encoder_decoder", True):
         return None
     heads = _HEADS.get(task or "", ())
-    return None if any(set(path.split(".")) & set(heads) for path in targets) or (heads and method == "LN_TUNING") else task
+    return None if any(set(path.split(".")) & set(heads) for path in targets) else task
 
 
 def heads_of(model: nn.Module, task: str | None, whole: Iterable[str]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Modules trained as a whole in PEFT's files: `modules_to_save`, and the norms of LN-tuning. PEFT keeps full values, we displacements."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,57 +16,60 @@ from lora_lite.variants.ln_tuning import LNTuningConfig
 LN_TUNING = "LN_TUNING"
 _NORM = "ln_tuning_layers."
 Values = dict[str, dict[str, Tensor]]
+"""The full values of modules, by path and parameter name."""
+Whole = Mapping[type[AdapterConfig], Values]
+"""The same by our config of the modules: `FullConfig`, or `LNTuningConfig` for norms."""
 
 
-def split(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> tuple[Values, dict[str, Tensor]]:
-    """Split a file's tensors into those of whole modules, by module path and parameter name, and the rest."""
-    rest, values = dict(tensors), dict[str, dict[str, Tensor]]()
-    for path, name, key in _keys(model, fields):
+def split(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> tuple[Whole, dict[str, Tensor]]:
+    """Split a file's tensors into those of whole modules and the rest."""
+    rest, whole = dict(tensors), dict[type[AdapterConfig], Values]()
+    for config, path, name, key in _keys(model, fields):
         tensor = rest.pop(prefix + key, None)
         if tensor is not None:
-            values.setdefault(path, {})[name] = tensor
-    return values, rest
+            whole.setdefault(config, {}).setdefault(path, {})[name] = tensor
+    return whole, rest
 
 
-def _keys(model: nn.Module, fields: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """List `(path, parameter, key)` of every parameter that a file with these fields may hold in full."""
-    names = fields.get("modules_to_save") or []
-    keys = [(path, name, join(path, name)) for path in _whole(model, names) for name, _ in model.get_submodule(path).named_parameters()]
-    if fields["peft_type"] == LN_TUNING:
-        norms = [(path, name) for path, module in model.named_modules() for name, _ in module.named_parameters(recurse=False)]
-        keys += [(path, name, join(path, _NORM + name)) for path, name in norms]
-    return keys
+def _keys(model: nn.Module, fields: Mapping[str, Any]) -> Iterator[tuple[type[AdapterConfig], str, str, str]]:
+    """Yield `(config, path, parameter, key)` of every parameter that a file with these fields may hold in full."""
+    for path in _asked(model, fields.get("modules_to_save") or []):
+        yield from ((FullConfig, path, name, join(path, name)) for name, _ in model.get_submodule(path).named_parameters())
+    for path, module in model.named_modules() if fields["peft_type"] == LN_TUNING else ():
+        yield from ((LNTuningConfig, path, name, join(path, _NORM + name)) for name in module._parameters)
 
 
-def faults_of(model: nn.Module, fields: Mapping[str, Any], values: Values) -> list[str]:
+def paths_of(whole: Whole) -> list[str]:
+    """List the paths of all whole modules."""
+    return [path for values in whole.values() for path in values]
+
+
+def faults_of(model: nn.Module, fields: Mapping[str, Any], whole: Whole) -> list[str]:
     """List the modules that a file promises in full and lacks."""
-    names = fields.get("modules_to_save") or []
-    missing = [path for path in _whole(model, names) if path not in values]
-    faults = [f'modules_to_save: expected the tensors of "{path}", found none' for path in missing]
+    names, values = fields.get("modules_to_save") or [], whole.get(FullConfig, {})
+    faults = [f'modules_to_save: expected the tensors of "{path}", found none' for path in _asked(model, names) if path not in values]
     if names and not values:
         faults = faults or [f"modules_to_save: expected modules of this model, found {listed(names)}"]
     return faults
 
 
-def _whole(model: nn.Module, names: list[str]) -> list[str]:
+def _asked(model: nn.Module, names: list[str]) -> list[str]:
     return [path for path, _ in model.named_modules() if path and any(path.endswith(name) for name in names)]
 
 
-def configs_of(fields: Mapping[str, Any], values: Values) -> list[AdapterConfig]:
-    """Return the config that adapts the modules of `values`, none where there are none."""
-    names = tuple(f"^{re.escape(path)}$" for path in values)
-    config = LNTuningConfig if fields["peft_type"] == LN_TUNING else FullConfig
-    return [config(target_names=names)] if names else []
+def configs_of(whole: Whole) -> list[AdapterConfig]:
+    """Return the configs that adapt whole modules, one of a class."""
+    return [config(target_names=tuple(f"^{re.escape(path)}$" for path in values)) for config, values in whole.items()]
 
 
-def displacements(model: nn.Module, values: Values) -> Tree:
+def displacements(model: nn.Module, whole: Whole) -> Tree:
     """Return the params of modules whose full values PEFT saved. Parameters that the file leaves out did not move.
 
     Raises:
         ValueError: for a tensor of another shape; it lists each.
     """
     faults, params = [], dict[str, dict[str, Tensor]]()
-    for path, saved in values.items():
+    for path, saved in (entry for values in whole.values() for entry in values.items()):
         own = ModuleKind(model.get_submodule(path)).parameters
         faults += [
             f'"{join(path, n)}": expected {tuple(own[n].shape)}, found {tuple(t.shape)}'

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from lora_lite.adapt import Adapt
@@ -19,16 +20,18 @@ from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.plan import Target
 from lora_lite.files.durable import replace
-from lora_lite.files.peft import twice, whole
+from lora_lite.files.peft import biases, numbered, tokens, twice, whole
 from lora_lite.files.peft.categories import gathered
-from lora_lite.files.peft.fields import PATTERNS
+from lora_lite.files.peft.fields import BY_PATH, PATTERNS
+from lora_lite.files.peft.hub import CONFIG, WEIGHTS
 from lora_lite.files.peft.layers import as_saved, is_conv1d, is_parameter, unsaved
-from lora_lite.files.peft.read import CONFIG, PREFIX, WEIGHTS
-from lora_lite.files.peft.row import Leaves, Row
+from lora_lite.files.peft.read import PREFIX
+from lora_lite.files.peft.row import Leaves, Row, own_bias
 from lora_lite.files.peft.rows import ROWS
 from lora_lite.files.peft.tasks import heads_of, task_of
 from lora_lite.variants.full import FullConfig
 from lora_lite.variants.ln_tuning import LNTuningConfig
+from lora_lite.variants.tokens import TokensConfig
 
 Pairs = list[tuple[Target, AdapterConfig]]
 
@@ -40,8 +43,10 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "IA3": {"feedforward_modules": []},
     "DELORA": {"bias": "none"},
     "HRA": {"bias": "none"},
+    "BEFT": {},
     "ROAD": {},
     "OFT": {"bias": "none"},
+    "PSOFT": {},
     "VERA": {"bias": "none", "save_projection": True},
     "PVERA": {"bias": "none", "save_projection": True},
     "RANDLORA": {"bias": "none", "save_projection": True},
@@ -55,6 +60,18 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "LOKR": {},
     "MISS": {"bias": "none"},
     "SHIRA": {},
+    "HIRA": {},
+    "GRALORA": {"bias": "none"},
+    "BOFT": {"bias": "none"},
+    "C3A": {"bias": "none"},
+    "FOURIERFT": {"bias": "none"},
+    "WAVEFT": {"bias": "none", "wavelet_family": "db1"},
+    "TRAINABLE_TOKENS": {},
+    "DEFT": {"bias": "none", "init_weights": True},
+    "PEANUT": {},
+    "OSF": {},
+    "GLORA": {"bias": "none"},
+    "SUPERTUNING": {"save_precomputed_indices": True},
 }
 """Fields that are the same in every file of a PEFT type."""
 
@@ -98,8 +115,11 @@ def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory:
         raise NotADirectoryError(f'to_peft: expected a folder, found the file "{folder}". Name a folder.')
     entries = list(zip(adapt.targets, adapt.configs))
     as_whole: Pairs = [(target, cfg) for target, cfg in entries if isinstance(cfg, FullConfig)]
-    of_method = [(target, cfg) for target, cfg in entries if not isinstance(cfg, FullConfig)]
-    _refuse(of_method, as_whole, adapt)
+    of_tokens = {target.path: cfg for target, cfg in entries if isinstance(cfg, TokensConfig)}
+    of_method = [(target, cfg) for target, cfg in entries if not isinstance(cfg, FullConfig | TokensConfig)]
+    as_bias = biases.beside(of_method) if any(row.peft_type == "LORA" for _, cfg in of_method if (row := _row(cfg))) else []
+    of_method = [entry for entry in of_method if entry not in as_bias]
+    _refuse(of_method, as_whole, as_bias, of_tokens, adapt)
     layers = [_written(target, cfg, dict(params[target.path]), adapt) for target, cfg in of_method]
     saved = [as_saved(adapt._plan.base, layer.target, layer.tensors, adapt.targets) for layer in layers]
     tensors = {PREFIX + key: t for one in saved for key, t in one.items()}
@@ -111,7 +131,12 @@ def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory:
     for target, cfg in as_whole:
         values = whole.full_values(adapt._plan.base, target.path, cfg, params[target.path])
         tensors |= {PREFIX + key: t.contiguous().clone() for key, t in values.items()}
-    fields = _fields(adapt, layers, as_whole)
+    for target, _ in as_bias:
+        tensors |= {PREFIX + key: t for key, t in biases.saved(adapt._plan.base, target, params[target.path]).items()}
+    tensors |= {PREFIX + key: t for key, t in tokens.written(adapt._plan.base, params, of_tokens, alone=not of_method).items()}
+    fields = _fields(adapt, layers, as_whole, of_tokens)
+    if as_bias or any(getattr(cfg, "bias", False) for _, cfg in of_method):
+        fields["bias"] = "all" if as_bias else "lora_only"
     heads = heads_of(adapt._plan.base, fields["task_type"], [target.path for target, _ in as_whole])
     _write(folder, fields, {**{PREFIX + key: t for key, t in heads.items()}, **tensors})
 
@@ -121,8 +146,13 @@ def _row(cfg: AdapterConfig) -> Row | None:
     return row if row is not None and row.config is type(cfg) else None
 
 
-def _refuse(entries: Pairs, as_whole: Pairs, adapt: Adapt) -> None:
+def _refuse(entries: Pairs, as_whole: Pairs, as_bias: Pairs, of_tokens: Mapping[str, TokensConfig], adapt: Adapt) -> None:
     faults = _whole_faults(entries, as_whole, adapt)
+    types = sorted({row.peft_type for _, cfg in entries if (row := _row(cfg))})
+    faults += tokens.unwritable(adapt._plan.base, of_tokens, types, [target.path for target, _ in as_whole])
+    asked = [*as_bias, *((target, cfg) for target, cfg in entries if getattr(cfg, "bias", False))]
+    lacking = [(target, cfg, biases.fault(adapt._plan.base, target, cfg)) for target, cfg in asked]
+    faults += [f'"{target.path}": {type(cfg).__name__}: {reason}' for target, cfg, reason in lacking if reason]
     for target, cfg in entries:
         row, at = _row(cfg), f'"{target.path}": {type(cfg).__name__}'
         if row is None:
@@ -140,7 +170,6 @@ def _refuse(entries: Pairs, as_whole: Pairs, adapt: Adapt) -> None:
             faults.append(f'"{target.path}": a parameter of the model itself: PEFT adapts parameters of modules inside a model')
         again = twice.fault(adapt._plan.base, target.kind.host(target.path))
         faults += [again] if again else []
-    types = sorted({row.peft_type for _, cfg in entries if (row := _row(cfg))})
     if len(types) > 1:
         faults.append(f"variants of {len(types)} methods, {listed(types)}: a file of PEFT's holds one")
     if faults:
@@ -153,8 +182,8 @@ def _refuse(entries: Pairs, as_whole: Pairs, adapt: Adapt) -> None:
 def _whole_faults(entries: Pairs, as_whole: Pairs, adapt: Adapt) -> list[str]:
     norms = [target.path for target, cfg in as_whole if isinstance(cfg, LNTuningConfig)]
     faults = []
-    if norms and (entries or len(norms) < len(as_whole)):
-        faults.append(f"LN-tuning at {listed(norms)} beside others: a file of PEFT's LN-tuning holds nothing else")
+    if norms and entries:
+        faults.append(f"LN-tuning at {listed(norms)} beside another method: a file of PEFT's holds one, and modules trained as a whole")
     if as_whole and not entries and not norms:
         faults.append("nothing but modules trained as a whole: PEFT has them beside a method only")
     for target, cfg in as_whole:
@@ -168,7 +197,8 @@ def _whole_faults(entries: Pairs, as_whole: Pairs, adapt: Adapt) -> list[str]:
 
 def _written(target: Target, cfg: AdapterConfig, leaves: Leaves, adapt: Adapt) -> Written:
     path = target.path
-    constants = adapt._plan.constants_at(path, cfg)
+    layer = adapt._plan.layer(target, cfg)
+    constants = ROWS[cfg.name].derived(cfg, layer, {**adapt._plan.constants_at(path, cfg), **own_bias(layer)})
     cfg, leaves = ROWS[cfg.name].written(cfg, leaves, constants)
     row = ROWS[cfg.name]
     tensors = {}
@@ -177,7 +207,10 @@ def _written(target: Target, cfg: AdapterConfig, leaves: Leaves, adapt: Adapt) -
         value = value.detach() + leaf.origin(cfg, constants)
         tensors[leaf.key] = value.reshape(leaf.shape) if leaf.shape else value
     tensors |= {row.constants[name].key: t for name, t in row.saved(target.i, constants).items()}
-    return Written(target, row, row.write(cfg), {key: t.cpu().contiguous().clone() for key, t in tensors.items()})
+    for key, axes in row.zeros.items():
+        if not any(other.startswith(f"{key.rpartition('.')[0]}.") for other in tensors):
+            tensors[key] = torch.zeros([{"i": target.i, "o": target.o}.get(axis, 1) for axis in axes])
+    return Written(target, row, row.write(cfg), {key: t.cpu().contiguous().clone() for key, t in numbered.unstacked(tensors).items()})
 
 
 def _shared(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], configs: Mapping[str, AdapterConfig]) -> Leaves:
@@ -192,25 +225,27 @@ def _shared(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], configs: M
     return found
 
 
-def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs) -> dict[str, Any]:
+def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs, of_tokens: Mapping[str, TokensConfig]) -> dict[str, Any]:
     """Return the fields of PEFT's config: common values, and patterns where layers may differ.
 
     Raises:
         ValueError: where layers differ in a field that PEFT has once.
     """
-    paths = [target.path for target, _ in as_whole]
-    method = layers[0].row.peft_type if layers else whole.LN_TUNING
-    task = adapt._plan.task_type or task_of(adapt._plan.base, method, [layer.target.path for layer in layers])
+    norms = [target.path for target, cfg in as_whole if isinstance(cfg, LNTuningConfig)]
+    modules = [target.path for target, cfg in as_whole if not isinstance(cfg, LNTuningConfig)]
+    method = layers[0].row.peft_type if layers else whole.LN_TUNING if norms else tokens.TRAINABLE_TOKENS
+    task = adapt._plan.task_type or task_of(adapt._plan.base, [layer.target.path for layer in layers])
     fields = {"peft_type": method, "peft_version": VERSION, "task_type": task, "inference_mode": True, **OF_TYPE[method]}
     fields["base_model_name_or_path"] = getattr(getattr(adapt._plan.base, "config", None), "_name_or_path", None)
-    chosen = [layer.target.path for layer in layers] or paths
+    fields |= {"modules_to_save": modules} if modules else {}
+    chosen = [layer.target.path for layer in layers] or norms or list(of_tokens)
     of_path = {t.path: t for t in adapt.targets}
     parameters = [path for path in chosen if is_parameter(of_path[path])]
     fields["target_modules"] = _target_modules(adapt, [path for path in chosen if path not in parameters])
     fields |= {"target_parameters": parameters} if parameters else {}
+    fields |= tokens.fields_of(adapt._plan.base, of_tokens, alone=not layers) if of_tokens else {}
     if not layers:
         return fields
-    fields["modules_to_save"] = paths or None
     if any(layer.row.conv1d for layer in layers):
         fields["fan_in_fan_out"] = any(is_conv1d(layer.target) for layer in layers)
     for lists in {layer.row.lists for layer in layers if layer.row.lists}:
@@ -221,7 +256,8 @@ def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs) -> dict[str, A
         fields[name] = Counter(values.values()).most_common(1)[0][0]
         others = {path: value for path, value in values.items() if value != fields[name]}
         if name in patterns:
-            fields[patterns[name]] = {f"^{re.escape(path)}": value for path, value in others.items()}
+            fields[patterns[name]] = {path if method in BY_PATH else f"^{re.escape(path)}$": value for path, value in others.items()}
+            faults += _taken(name, values, others) if method in BY_PATH else []
         elif others:
             faults.append(f"{name}: {fields[name]!r} and {next(iter(others.values()))!r} at {listed(others)}")
     if faults:
@@ -230,6 +266,12 @@ def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs) -> dict[str, A
             "Keep the adapter with ll.save, or convert it with ll.to_lora first."
         )
     return fields
+
+
+def _taken(name: str, values: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
+    """List the layers whose path ends in that of an exception, and which PEFT would give its value."""
+    ends = [(path, end) for path in values for end in others if re.match(rf".*\.{end}$", path) and values[path] != others[end]]
+    return [f'{name}: {others[end]!r} at "{end}", which PEFT takes for "{path}" too' for path, end in ends]
 
 
 def _expression(paths: list[str]) -> str:
