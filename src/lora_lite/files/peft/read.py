@@ -90,6 +90,8 @@ def from_peft(
         saved = spread(saved, row.of_sort, row.sort, PREFIX) if row.of_sort else saved
     shared = {key: saved.pop(key) for row in rows_of(fields["peft_type"]) for key in _shared_keys(row) if key in saved}
     saved = _without_copies(saved, shared)
+    for row in rows_of(fields["peft_type"]):
+        saved = spread(saved, row.of_sort, row.sort, PREFIX) if row.of_sort else saved
     fields, saved, misnamed = in_names_of(model, fields, saved, PREFIX, keys, kinds)
     saved, faults = twice.at_first_place(model, saved, PREFIX)
     modules, saved = whole.split(model, fields, saved, PREFIX)
