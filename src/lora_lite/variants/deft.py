@@ -62,12 +62,14 @@ def orthonormal(P: Tensor) -> Tensor:
     return Q * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
 
 
-def directions(P: Tensor, method: str) -> tuple[Tensor, Tensor]:
-    """Compute `Q` and `U`, `(*n, o, r)` each: the directions that are written, and those that are taken out."""
+def directions(P: Tensor, start: Tensor | None, method: str) -> tuple[Tensor, Tensor]:
+    """Compute `Q` and `U - U_0`, `(o, r)` each: the directions that are written, and those that are taken out. No start is no `U_0`."""
     if method == "relu":
-        return P, P.relu()
-    Q = orthonormal(P)
-    return Q, Q
+        return P, P.relu() if start is None else P.relu() - start.relu()
+    if start is None:
+        return (Q := orthonormal(P)), Q
+    Q, Q0 = orthonormal(torch.stack([P, start]))  # in one factorisation, so that they are equal to the bit at the start, on any device
+    return Q, Q - Q0
 
 
 @checked
@@ -78,13 +80,7 @@ def deft(
     P0 = W.constants["P0"]
     with full_precision(x):
         P = P0 + params["dP"]
-        if "dR" in params:
-            # One factorisation for both, so that they are equal to the bit at the start, on any device.
-            Q, U = directions(torch.stack([P, P0.to(P.dtype)]), method)
-            Q, U = Q[0], U[0] - U[1]
-        else:
-            Q, U = directions(P, method)
-        Q, U = Q.to(x.dtype), U.to(x.dtype)
+        Q, U = (t.to(x.dtype) for t in directions(P, P0.to(P.dtype) if "dR" in params else None, method))
     y0 = W(x)
     h = F.linear(y0, -U.t(), None if W.bias is None else W.bias @ U)  # -U^T W x, without a second product with W
     if "dR" in params:

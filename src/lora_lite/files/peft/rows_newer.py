@@ -31,7 +31,7 @@ def _write_deft(cfg: DEFTConfig) -> dict[str, Any]:
 
 def _deft_start(cfg: DEFTConfig, W: Frozen, constants: Constants) -> Constants:
     """Derive PEFT's start of `R`, `U_0^T W / s`."""
-    _, U0 = directions(constants["P0"], cfg.decomposition_method)
+    _, U0 = directions(constants["P0"], None, cfg.decomposition_method)
     return {**constants, "R0": U0.t() @ W.dense(U0.dtype) / cfg.scale}
 
 
