@@ -221,8 +221,6 @@ CELLS: dict[str, Callable[[Wrap], None]] = {
 
 EXPECTED = {
     ("dora", "hvp"): "wrong numbers",  # the norm is held fixed in the gradient, whose derivative is then another function's
-    ("deft", "hvp"): "wrong numbers",  # a difference of gradients crosses the kinks of its relu
-    ("peanut", "hvp"): "wrong numbers",  # the same
     ("full", "four_bit"): "ValueError",  # packed weights cannot be trained as a whole
     ("full", "eight_bit"): "ValueError",
 }

@@ -1,7 +1,6 @@
 """`from_peft`: PEFT's two files as an `adapt` and its params."""
 
 import dataclasses
-import itertools
 import json
 import os
 import re
@@ -20,7 +19,7 @@ from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import nearest, require_type, several, tree_faults
 from lora_lite.core.frozen import Constants
 from lora_lite.core.tree import Tree, join
-from lora_lite.files.peft import biases, numbered, tokens, twice, whole
+from lora_lite.files.peft import biases, numbered, shared, tokens, twice, whole
 from lora_lite.files.peft.categories import spread
 from lora_lite.files.peft.fields import DEFAULTS, OFF, check_fields, resolve
 from lora_lite.files.peft.hub import CONFIG, WEIGHTS, folder_of
@@ -83,15 +82,12 @@ def from_peft(
     folder, kinds = folder_of(directory, revision, subfolder), as_kinds(kinds)
     fields = _read_fields(folder / CONFIG)
     check_fields(fields, folder / CONFIG)
-    saved = _with_entries_joined(fields["peft_type"], _read_tensors(folder / WEIGHTS))
+    saved = shared.entries_joined(fields["peft_type"], _read_tensors(folder / WEIGHTS))
     keys = [*_leaves(fields["peft_type"]), *_zeros(fields["peft_type"])]
     saved = numbered.stacked(saved, _leaves(fields["peft_type"]))
     for row in rows_of(fields["peft_type"]):
         saved = spread(saved, row.of_sort, row.sort, PREFIX) if row.of_sort else saved
-    shared = {key: saved.pop(key) for row in rows_of(fields["peft_type"]) for key in _shared_keys(row) if key in saved}
-    saved = _without_copies(saved, shared)
-    for row in rows_of(fields["peft_type"]):
-        saved = spread(saved, row.of_sort, row.sort, PREFIX) if row.of_sort else saved
+    common, saved = shared.split(fields["peft_type"], saved)
     fields, saved, misnamed = in_names_of(model, fields, saved, PREFIX, keys, kinds)
     saved, faults = twice.at_first_place(model, saved, PREFIX)
     modules, saved = whole.split(model, fields, saved, PREFIX)
@@ -110,7 +106,7 @@ def from_peft(
         faults
         or whole.faults_of(model, fields, modules)
         or ([] if layers or modules or rows else ["no tensors"])
-        or _shared_faults(fields["peft_type"], shared)
+        or shared.faults_of(fields["peft_type"], common)
         or _layer_faults(model, layers, kinds)
         or [
             fault
@@ -122,17 +118,17 @@ def from_peft(
     chosen = {path: (row, row.config(**values)) for path, (row, values) in _choose(fields, layers).items()}
     _require(_misread(model, chosen, kinds), folder, model)
     configs = [*_merged_configs(chosen), *whole.configs_of(modules), *tokens.configs_of(rows), *_bitfit(shifts)]
-    adapt = _with_constants(build(model, configs, remat=remat, kinds=kinds), chosen, layers, shared, fields.get("task_type"))
+    adapt = _with_constants(build(model, configs, remat=remat, kinds=kinds), chosen, layers, common, fields.get("task_type"))
     reasons = ((t.path, cfg, unsaved(model, t, cfg)) for t, cfg in zip(adapt.targets, adapt.configs))  # PEFT computes something else there
     _require([f'"{path}": {type(cfg).__name__} {why}' for path, cfg, why in reasons if why], folder, model)
     theirs = {path: _theirs(row, layers[path]) for path, (row, _) in chosen.items()}
     theirs = {path: row.completed(cfg, theirs[path]) for path, (row, cfg) in chosen.items()}
-    common = {cfg.name: (row, cfg) for row, cfg in chosen.values() if row.shared_leaves}
-    theirs |= {name: {n: shared[leaf.key] for n, leaf in row.shared_leaves.items()} for name, (row, _) in common.items()}
+    sharing = {cfg.name: (row, cfg) for row, cfg in chosen.values() if row.shared_leaves}
+    theirs |= {name: {n: common[leaf.key] for n, leaf in row.shared_leaves.items()} for name, (row, _) in sharing.items()}
     shapes = {place: adapt.shapes[place] for place in theirs}
     _require(tree_faults(theirs, shapes) + _field_faults(fields, layers, chosen), folder, model)
     ours = {path: _ours(adapt, model, path, row, theirs[path]) for path, (row, _) in chosen.items()}
-    ours |= {name: _shared_ours(adapt, model, row, cfg, theirs[name]) for name, (row, cfg) in common.items()}
+    ours |= {name: _shared_ours(adapt, model, row, cfg, theirs[name]) for name, (row, cfg) in sharing.items()}
     return adapt, ours | whole.displacements(model, modules) | tokens.displacements(model, rows) | shifts
 
 
@@ -163,40 +159,6 @@ def _read_tensors(place: Path) -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in list(file.keys())}
     except Exception as e:
         raise ValueError(f'from_peft: expected "{place}" to be a whole safetensors file, found {e}. Save the adapter again.') from e
-
-
-def _shared_keys(row: Row) -> list[str]:
-    return [*row.shared.values(), *(leaf.key for leaf in row.shared_leaves.values())]
-
-
-def _with_entries_joined(method: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Join the tensors of a key that ends in a number, from 0 on, to one of that key."""
-    joined = dict(tensors)
-    for key in (key for row in rows_of(method) for key in _shared_keys(row) if key.endswith(".")):
-        names = list(itertools.takewhile(tensors.__contains__, (f"{key}{n}" for n in range(len(tensors)))))
-        entries = [tensors[name] for name in names]
-        if len({(t.shape, t.dtype) for t in entries}) == 1:
-            joined = {name: t for name, t in joined.items() if name not in names} | {key: torch.stack(entries)}
-    return joined
-
-
-def _shared_faults(method: str, shared: Mapping[str, Tensor]) -> list[str]:
-    """List the trained tensors of all layers that a file lacks, or holds in another form."""
-    faults = []
-    for leaf in (leaf for row in rows_of(method) for leaf in row.shared_leaves.values()):
-        tensor = shared.get(leaf.key)
-        if tensor is None:
-            faults.append(f'missing "{leaf.key}"')
-        elif tensor.ndim != leaf.ndim or not tensor.is_floating_point():
-            faults.append(f'"{leaf.key}": expected {leaf.ndim} axes of a floating dtype, found {tuple(tensor.shape)} of {tensor.dtype}')
-    return faults
-
-
-def _without_copies(tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out the copies of shared tensors that a file holds for each layer. A copy that differs stays, as a tensor without a place."""
-    of_name = {key.rpartition(".")[2]: tensor for key, tensor in shared.items()}
-    whole = {name: of_name.get(name.rpartition(".")[2]) for name in tensors}
-    return {name: t for name, t in tensors.items() if (same := whole[name]) is None or not torch.equal(same, t)}
 
 
 def _zeros(method: str) -> set[str]:

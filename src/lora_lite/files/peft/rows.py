@@ -10,15 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from lora_lite.core.frozen import Constants
+from lora_lite.files.peft import rows_lora, rows_newer, rows_orthogonal, rows_products, rows_shared, rows_sparse, rows_tied
 from lora_lite.files.peft.fields import resolve
 from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
-from lora_lite.files.peft.rows_lora import ROWS as ROWS_LORA
-from lora_lite.files.peft.rows_newer import ROWS_NEWER
-from lora_lite.files.peft.rows_orthogonal import ROWS_ORTHOGONAL
-from lora_lite.files.peft.rows_products import ROWS_PRODUCTS
-from lora_lite.files.peft.rows_shared import ROWS as ROWS_SHARED
-from lora_lite.files.peft.rows_sparse import ROWS_SPARSE
-from lora_lite.files.peft.rows_tied import ROWS_TIED
 from lora_lite.variants.adalora import AdaLoRAConfig
 from lora_lite.variants.bitfit import BitFitConfig
 from lora_lite.variants.delora import DeLoRAConfig
@@ -77,13 +71,13 @@ def _one(cfg: Any, constants: Constants) -> float:
 
 
 ROWS: dict[str, Row] = {
-    **ROWS_ORTHOGONAL,
-    **ROWS_LORA,
-    **ROWS_PRODUCTS,
-    **ROWS_SPARSE,
-    **ROWS_TIED,
-    **ROWS_SHARED,
-    **ROWS_NEWER,
+    **rows_orthogonal.ROWS,
+    **rows_lora.ROWS,
+    **rows_products.ROWS,
+    **rows_sparse.ROWS,
+    **rows_tied.ROWS,
+    **rows_shared.ROWS,
+    **rows_newer.ROWS,
     "ia3_ff": Row(
         IA3FFConfig,
         "IA3",

@@ -101,7 +101,7 @@ def _osf_signs(theirs: Tensors, constants: Constants) -> Leaves:
 _PEANUT = ("r", "depth", "act_fn", "scaling")
 _SAME_FUNCTION = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
 
-ROWS_NEWER: dict[str, Row] = {
+ROWS: dict[str, Row] = {
     "deft": Row(  # PEFT computes this one in float32 in a model of any dtype, so in float64 it is only as exact as that
         DEFTConfig,
         "DEFT",

@@ -47,7 +47,7 @@ def _write_psoft(cfg: PSOFTConfig) -> dict[str, Any]:
     return {**written, "use_cayley_neumann": True, "num_cayley_neumann_terms": cfg.terms, "cayley_neumann_eps": cfg.eps}
 
 
-ROWS_ORTHOGONAL: dict[str, Row] = {
+ROWS: dict[str, Row] = {
     "ether": Row(  # one reflection of the whole input, which PEFT has as an HRA of rank 1
         ETHERConfig,
         "HRA",

@@ -61,7 +61,7 @@ def _write_boft(cfg: BOFTConfig) -> dict[str, Any]:
     return {**blocks, "boft_n_butterfly_factor": cfg.n_butterfly_factor, "boft_dropout": cfg.block_dropout}
 
 
-ROWS_PRODUCTS: dict[str, Row] = {
+ROWS: dict[str, Row] = {
     "loha": Row(LoHaConfig, "LOHA", {n: Leaf(f"hada_{n}", 2) for n in ("w1_a", "w1_b", "w2_a", "w2_b")}, _read_loha, _write_loha),
     "lokr": Row(
         LoKrConfig,

@@ -27,7 +27,7 @@ def _placed(fields: Fields, path: str) -> dict[str, Any]:
     return {"scaling": resolve(fields, "scaling", path), "seed": resolve(fields, "random_loc_seed", path)}
 
 
-ROWS_SPARSE: dict[str, Row] = {
+ROWS: dict[str, Row] = {
     "miss": Row(
         MiSSConfig,
         "MISS",

@@ -56,7 +56,7 @@ def _saved_frod(i: int, constants: Constants) -> Leaves:
     return {"V": constants["V"], "index": constants["index"].long(), "size": torch.tensor([i, i])}
 
 
-ROWS_TIED: dict[str, Row] = {
+ROWS: dict[str, Row] = {
     "pvera": Row(
         PVeRAConfig,
         "PVERA",
