@@ -1,6 +1,7 @@
 """Experts in one module as targets: each against a linear layer of its own, against PEFT's `target_parameters`, and by memory."""
 
 import copy
+import dataclasses
 import gc
 import weakref
 
@@ -255,3 +256,26 @@ def test_quantities_are_those_of_one_expert():
     adapt = ll.build(model, BOTH)
     assert adapt.num_params == 2 * 4 * 3 * (32 + 32 + 32 + 16)
     assert adapt.macs_per_token == 2 * 3 * (32 + 32 + 32 + 16)
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        ll.VeRAConfig(r=2),
+        ll.RandLoRAConfig(r=2),
+        ll.FRoDConfig(),
+        ll.UniLoRAConfig(r=2),
+        ll.VBLoRAConfig(r=2, num_vectors=8, vector_length=4),
+    ],
+    ids=lambda cfg: cfg.name,
+)
+def test_variants_whose_layers_share_tensors_are_refused_by_name(cfg):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = tf.MixtralForCausalLM(tf.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=3))
+    name = r"experts\.down_proj$"
+    with pytest.raises(
+        ValueError, match=r'cannot adapt "model\.layers\.0\.mlp\.experts\.down_proj": its layers share tensors.*3 linear maps'
+    ):
+        ll.build(model, dataclasses.replace(cfg, target_names=name))
+    assert ll.build(model, [dataclasses.replace(cfg, target_names="q_proj"), ll.LoRAConfig(r=2, target_names=name)]).num_params > 0

@@ -85,8 +85,26 @@ def allot(base: nn.Module, entries: Entries) -> dict[str, Constants]:
 
 
 def layers_of(base: nn.Module, entries: Entries, cfg: AdapterConfig) -> list[Any]:
-    """Read the layers of a config's targets."""
-    return [target.kind.at(base, target.path) for target, other in entries if other is cfg]
+    """Read the layers of a config whose targets share tensors.
+
+    Raises:
+        ValueError: where one holds several linear maps, each of which would take a part of the shared tensors for its own; it is named.
+    """
+    layers = {target.path: target.kind.at(base, target.path) for target, other in entries if other is cfg}
+    for path, W in layers.items():
+        maps: list[Frozen] = []
+        W.make(functools.partial(_noted_map, maps))
+        if len(maps) > 1:
+            raise ValueError(
+                f'build: {type(cfg).__name__} cannot adapt "{path}": its layers share tensors, and this one holds {len(maps)} linear maps, '
+                "such as experts. Leave it out with exclude_names, or adapt it by a config whose layers share none, e.g. LoRAConfig."
+            )
+    return list(layers.values())
+
+
+def _noted_map(maps: list[Frozen], one: Frozen) -> Params:
+    maps.append(one)
+    return {"": torch.empty(0)}
 
 
 @made_on_cpu
