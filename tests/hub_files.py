@@ -13,7 +13,7 @@ from gsm8k_data import published
 
 END = "<|endoftext|>"
 VARIANTS = [name for name, cls in ll.VARIANTS.items() if not cls.original]
-SMALL = {"road": (("group_size", 16),)}
+SMALL = {"road": (("group_size", 16),), "c3a": (("block_size", 16),), "vblora": (("vector_length", 16),)}
 
 
 def hub_tokenizer():

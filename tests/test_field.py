@@ -509,7 +509,15 @@ DEFAULTS = {
         for name, cls in ll.VARIANTS.items()
         if "r" in cls.__dataclass_fields__ and name not in ("adalora", "antipasto", "loftq")
     },
-    **{name: ll.VARIANTS[name]() for name in ("ia3", "ia3_ff", "bitfit", "ln_tuning")},
+    **{name: ll.VARIANTS[name]() for name in ("ia3", "ia3_ff", "bitfit", "ln_tuning", "goft", "qgoft", "supertuning")},
+    "vblora": ll.VBLoRAConfig(r=2, num_vectors=8, vector_length=4),
+    "boft": ll.BOFTConfig(block_size=4, n_butterfly_factor=2),
+    "c3a": ll.C3AConfig(block_size=4, init="gaussian"),
+    "fourierft": ll.FourierFTConfig(n_frequency=20),
+    "waveft": ll.WaveFTConfig(n_frequency=20),
+    "ether": ll.ETHERConfig(n_blocks=2),
+    "ether_plus": ll.ETHERPlusConfig(n_blocks=2),
+    "clover": ll.CLOVERConfig(head_dim=8),
     "antipasto": ll.AntiPaSTOConfig(r=8),
     "adalora": ll.AdaLoRAConfig(init_r=4, target_r=2, total_step=10),
     "road": ll.ROADConfig(group_size=4),

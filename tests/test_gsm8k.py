@@ -98,7 +98,7 @@ def test_options_change_the_tables_settings(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--set", "bar=3"], r"expected --set to name fields of LoRAConfig, dtype.*dropout, found \['bar'\]\. Name one"),
+        (["--set", "bar=3"], r"expected --set to name fields of LoRAConfig, dtype.*dropout.*, found \['bar'\]\. Name one"),
         (["--set", "r"], r"expected --set FIELD=VALUE, found \['r'\]\. Write e\.g\."),
         (["--set", "r=0"], r"LoRAConfig\.r: expected an integer >= 1, found 0"),
         (["--set", "rslora=1"], r"LoRAConfig\.rslora: expected True or False, found 1"),

@@ -17,7 +17,8 @@ def join(path: str, name: str) -> str:
 def modules_by_path(root: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
     """Return the modules that `named_modules` yields. A build asks a dozen times, and generators in generators take their time."""
     found: dict[str, nn.Module] = {}
-    seen, todo = set[int](), [(prefix, root)]
+    seen: set[int] = set()
+    todo = [(prefix, root)]
     while todo:
         path, module = todo.pop()
         if id(module) not in seen:

@@ -18,7 +18,7 @@ from lora_lite.layers.convolution import ConvKind
 from lora_lite.layers.embedding import EmbeddingKind
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import kind_of
-from lora_lite.layers.linear import Conv1DKind
+from lora_lite.layers.linear import Conv1DKind, FalconKind, LinearKind
 from lora_lite.layers.parameter import ParameterKind
 
 Tensors = dict[str, Tensor]
@@ -154,6 +154,18 @@ def unsaved(model: nn.Module, target: Target, cfg: AdapterConfig) -> str | None:
 
 def _unusual(layer: Any) -> bool:
     return layer.padding_mode != "zeros" or layer.weight.dim() == 5
+
+
+def not_linear(kind: type[Kind]) -> str | None:
+    """Return why a start that PEFT decomposes from the weight has another meaning at a kind of layer, or None.
+
+    It decomposes the weight as it is stored, transposed in a Conv1D, and rounds the residual of a quantised one again."""
+    return None if issubclass(kind, LinearKind | FalconKind) else "PEFT's start has this meaning in an nn.Linear alone"
+
+
+def transposed(kind: type[Kind]) -> str | None:
+    """Return why singular vectors of PEFT's have another meaning at a kind of layer, or None."""
+    return "PEFT decomposes an embedding the other way round" if issubclass(kind, EmbeddingKind) else None
 
 
 def is_parameter(target: Target) -> bool:

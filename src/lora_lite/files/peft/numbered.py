@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def stacked(tensors: Mapping[str, Tensor], leaves: Mapping[str, Any]) -> dict[str, Tensor]:
+def joined(tensors: Mapping[str, Tensor], leaves: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return a file's tensors with the numbered ones of each leaf as one, where their numbers and shapes allow it.
 
     Of joined ones the shapes stand beside them, at `<key>.shapes`, where a leaf asks for them.

@@ -84,7 +84,7 @@ def from_peft(
     check_fields(fields, folder / CONFIG)
     saved = shared.entries_joined(fields["peft_type"], _read_tensors(folder / WEIGHTS))
     keys = [*_leaves(fields["peft_type"]), *_zeros(fields["peft_type"])]
-    saved = numbered.stacked(saved, _leaves(fields["peft_type"]))
+    saved = numbered.joined(saved, _leaves(fields["peft_type"]))
     for row in rows_of(fields["peft_type"]):
         saved = spread(saved, row.of_sort, row.sort, PREFIX) if row.of_sort else saved
     common, saved = shared.split(fields["peft_type"], saved)
@@ -119,7 +119,8 @@ def from_peft(
     _require(_misread(model, chosen, kinds), folder, model)
     configs = [*_merged_configs(chosen), *whole.configs_of(modules), *tokens.configs_of(rows), *_bitfit(shifts)]
     adapt = _with_constants(build(model, configs, remat=remat, kinds=kinds), chosen, layers, common, fields.get("task_type"))
-    reasons = ((t.path, cfg, unsaved(model, t, cfg)) for t, cfg in zip(adapt.targets, adapt.configs))  # PEFT computes something else there
+    pairs = [(t, cfg) for t, cfg in zip(adapt.targets, adapt.configs) if t.path in chosen]
+    reasons = ((t.path, cfg, unsaved(model, t, cfg)) for t, cfg in pairs)  # PEFT computes something else there
     _require([f'"{path}": {type(cfg).__name__} {why}' for path, cfg, why in reasons if why], folder, model)
     theirs = {path: _theirs(row, layers[path]) for path, (row, _) in chosen.items()}
     theirs = {path: row.completed(cfg, theirs[path]) for path, (row, cfg) in chosen.items()}

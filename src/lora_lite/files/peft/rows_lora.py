@@ -8,9 +8,8 @@ import torch
 from lora_lite.core.frozen import Constants
 from lora_lite.files.peft.biases import ADAPTED
 from lora_lite.files.peft.fields import resolve
+from lora_lite.files.peft.layers import not_linear
 from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
-from lora_lite.layers.kind import Kind
-from lora_lite.layers.linear import FalconKind, LinearKind
 from lora_lite.variants.asvd import ASVDConfig
 from lora_lite.variants.corda import CorDAConfig
 from lora_lite.variants.dora import DoRAConfig
@@ -82,11 +81,6 @@ def _never(fields: Fields, tensors: Tensors) -> bool:
     return False  # such a file is one of LoRA
 
 
-def _not_linear(kind: type[Kind]) -> str | None:
-    # PEFT decomposes the weight as it is stored, transposed in a Conv1D, and rounds the residual of a quantised one again.
-    return None if issubclass(kind, LinearKind | FalconKind) else "PEFT's start has this meaning in an nn.Linear alone"
-
-
 _LORA = {"A": Leaf("lora_A.weight", 2), "B": Leaf("lora_B.weight", 2)}
 
 _OWN_BIAS = Leaf(ADAPTED, 1, lambda _, c: c["own_bias"], field="bias", optional=True)  # of layers that have one
@@ -113,7 +107,7 @@ ROWS: dict[str, Row] = {
         signs=_pissa_signs,
         written=_as_lora,
         conv1d=True,
-        misread=_not_linear,
+        misread=not_linear,
     ),
     "mica": Row(
         MiCAConfig,

@@ -6,9 +6,8 @@ import torch
 
 from lora_lite.core.frozen import Constants
 from lora_lite.files.peft.fields import resolve
+from lora_lite.files.peft.layers import transposed
 from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
-from lora_lite.layers.embedding import EmbeddingKind
-from lora_lite.layers.kind import Kind
 from lora_lite.variants.frod import FRoDConfig, category, directions
 from lora_lite.variants.pvera import PVeRAConfig
 from lora_lite.variants.tinylora import TinyLoRAConfig
@@ -20,10 +19,6 @@ _OF_PVERA = {"projection_prng_key": "seed", "d_initial": "d_initial", "pvera_dro
 def _read_pvera(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
     found = {ours: resolve(fields, theirs, path) for theirs, ours in _OF_PVERA.items()}
     return {"r": tensors["pvera_lambda_d"].shape[0] // 2, **found}
-
-
-def _transposed(kind: type[Kind]) -> str | None:
-    return "PEFT decomposes an embedding the other way round" if issubclass(kind, EmbeddingKind) else None
 
 
 _OF_TINYLORA = {"r": "r", "u": "u", "weight_tying": "weight_tying", "projection_seed": "seed"}
@@ -88,7 +83,7 @@ ROWS: dict[str, Row] = {
         constants={"A": Leaf("tinylora_A", 2), "B": Leaf("tinylora_B", 2), "P": Leaf("tinylora_P", 3, optional=True)},
         saved=lambda i, constants: {name: constants[name] for name in ("A", "B", "P")},
         shared_leaves={"v": Leaf("base_model.tinylora_v.", 2)},
-        misread=_transposed,
+        misread=transposed,
         conv1d=True,
     ),
     "unilora": Row(
