@@ -75,8 +75,10 @@ def contender(model: nn.Module, pair: Pair, batch: Mapping[str, Any]) -> Contend
         return _alone(model, pair, batch)._replace(theirs=bare, trained=trained)
     adapt, params = read
     with torch.no_grad():
-        checked = check(pair.cfg.name, model(**batch).logits, adapt(params, batch).logits, bare(**batch).logits)
-    return Contender(adapt, params, bare, trained, checked)
+        # In evaluation: some methods draw while they train, each side by itself.
+        outputs = (f(**batch).logits for f in (model, lambda **kw: adapt.eval()(params, kw), bare.eval()))
+        checked = check(pair.cfg.name, *outputs)
+    return Contender(adapt, params, bare.train(), trained, checked)
 
 
 def _alone(model: nn.Module, pair: Pair, batch: Mapping[str, Any]) -> Contender:
