@@ -46,7 +46,7 @@ def balanced(count: int, d: int, seed: int) -> Tensor:
     try:
         import numpy as np  # PEFT's generator
     except ImportError as e:
-        raise ModuleNotFoundError("UniLoRAConfig: expected numpy, whose generator gives PEFT's indices, found none: pip install numpy.") from e
+        raise ModuleNotFoundError("UniLoRAConfig: expected numpy, whose generator gives PEFT's indices: pip install numpy.") from e
     generator = np.random.default_rng(seed)
     rest = generator.choice(d, size=count % d, replace=False) if count % d else np.empty(0, dtype=np.int64)
     indices = np.concatenate([np.repeat(np.arange(d), count // d), rest])
