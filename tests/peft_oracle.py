@@ -5,11 +5,14 @@ only where the two decompositions chose opposite singular vectors. So each gradi
 """
 
 import copy
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import peft
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -128,3 +131,36 @@ def _leaves(cfg: ll.AdapterConfig, layer: nn.Module, W: Tensor, constants: dict[
     if isinstance(cfg, ll.DoRAConfig):
         found["m"] = Leaf(layer.lora_magnitude_vector["default"].weight, W.norm(dim=1), one)
     return found
+
+
+# Files of PEFT's
+
+
+def wrapped(model: nn.Module, config: peft.PeftConfig) -> nn.Module:
+    """Adapt a copy of a model by PEFT, in evaluation mode, with every tensor that it trains off its start."""
+    theirs = peft.get_peft_model(copy.deepcopy(model), copy.deepcopy(config)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+    return theirs
+
+
+def saved(folder: Path) -> dict[str, Tensor]:
+    """Read the tensors of a file of PEFT's."""
+    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
+
+
+def edit(folder: Path, **fields: object) -> None:
+    """Change fields of a file's config."""
+    place = folder / "adapter_config.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), **fields}))
+
+
+def assert_close(got: Tensor, want: Tensor, what: str = "the update") -> None:
+    """Hold two updates, or gradients, against each other to 1e-5 of the largest entry, where there is something to compare."""
+    assert got.shape == want.shape, what
+    error, largest = float((got - want).detach().abs().max()), float(want.detach().abs().max())
+    assert largest > 1e-3, f"{what}: nothing is compared"
+    assert error <= 1e-5 * largest, f"{what}: {error / largest:.1e} of the largest entry apart"

@@ -17,7 +17,7 @@ import lora_lite as ll
 from cases import C3AForward
 from lora_lite.files.peft.rows import ROWS
 from lora_lite.variants import osf
-from peft_oracle import BlockDiagonal
+from peft_oracle import BlockDiagonal, assert_close, edit, saved, wrapped
 from sklearn_stand_in import stand_in
 
 pytestmark = [
@@ -298,31 +298,6 @@ def _moved(tree, scale=0.1):
     return ll.tree_map(lambda p: p + scale * torch.randn(p.shape), tree)
 
 
-def _wrapped(model, config):
-    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
-    with torch.no_grad():
-        for p in theirs.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn(p.shape))
-    return theirs
-
-
-def _close(got, want, what="the update"):
-    assert got.shape == want.shape, what
-    error, largest = float((got - want).detach().abs().max()), float(want.detach().abs().max())
-    assert largest > 1e-3, f"{what}: nothing is compared"
-    assert error <= TOLERANCE * largest, f"{what}: {error / largest:.1e} of the largest entry apart"
-
-
-def _saved(folder):
-    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
-
-
-def _edit(folder, **fields):
-    place = folder / "adapter_config.json"
-    place.write_text(json.dumps({**json.loads(place.read_text()), **fields}))
-
-
 @pytest.fixture(autouse=True)
 def _kernel_of_boft(monkeypatch):
     monkeypatch.setattr(boft, "get_fbd_cuda", lambda: BlockDiagonal)
@@ -336,11 +311,11 @@ def _right_gradients_of_c3a(monkeypatch):
 @pytest.mark.parametrize(("name", "case"), PAIRS)
 def test_pefts_file_gives_pefts_values_and_gradients(name, case, tmp_path):
     model, batch = _make(name)
-    theirs = _wrapped(model, THEIRS[case](PATHS[name], name != "linear"))
+    theirs = wrapped(model, THEIRS[case](PATHS[name], name != "linear"))
     theirs.save_pretrained(tmp_path)
     adapt, params = ll.from_peft(model, tmp_path)
     base, want = _run(model, batch).detach(), _run(theirs, batch)
-    _close(_adapted(adapt, params, batch) - base, want - base)
+    assert_close(_adapted(adapt, params, batch) - base, want - base)
     weights = torch.randn(want.shape)
     (want * weights).sum().backward()
     _, grads = ll.value_and_grad(lambda p: (_adapted(adapt, p, batch) * weights).sum())(params)
@@ -352,28 +327,30 @@ def test_pefts_file_gives_pefts_values_and_gradients(name, case, tmp_path):
             names = [key.replace("#", str(n)) for n in range(len(got))] if "#" in key else [key]
             want = torch.cat([theirs_by_key.pop(name).flatten() for name in names if name in theirs_by_key])
             got, want = (got.abs(), want.abs()) if case in SIGNS_FREE else (got, want)
-            _close(got, want.reshape(got.shape), f"the gradient of {target.path}.{leaf}")
+            assert_close(got, want.reshape(got.shape), f"the gradient of {target.path}.{leaf}")
     for name in {cfg.name for cfg in adapt.configs if ROWS[cfg.name].shared_leaves}:
         for leaf, whole in grads[name].items():
             key = ROWS[name].shared_leaves[leaf].key.removeprefix("base_model")  # PEFT registers it at each layer, and lists the first
-            for last, got in {f"{key}{n}": g for n, g in enumerate(whole)}.items() if key.endswith(".") else [(key, whole)]:
-                _close(got, theirs_by_key.pop(next(key for key in theirs_by_key if key.endswith(last))), f"the gradient of {name}.{leaf}")
+            parts = [(key.replace("#", str(n)), g) for n, g in enumerate(whole)] if "#" in key else [(key, whole)]
+            for last, got in parts:
+                want = theirs_by_key.pop(next(key for key in theirs_by_key if key.endswith(last)))
+                assert_close(got, want, f"the gradient of {name}.{leaf}")
     assert theirs_by_key == {}
 
 
 @pytest.mark.parametrize(("name", "case"), PAIRS)
 def test_files_written_back_are_what_peft_loads(name, case, tmp_path):
     model, batch = _make(name)
-    theirs = _wrapped(model, THEIRS[case](PATHS[name], name != "linear"))
+    theirs = wrapped(model, THEIRS[case](PATHS[name], name != "linear"))
     theirs.save_pretrained(tmp_path / "theirs")
     adapt, params = ll.from_peft(model, tmp_path / "theirs")
     ll.to_peft(adapt, params, tmp_path / "ours")
     base = _run(model, batch).detach()
     again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
-    _close(_run(again, batch) - base, _run(theirs, batch) - base)
+    assert_close(_run(again, batch) - base, _run(theirs, batch) - base)
     back, values = ll.from_peft(model, tmp_path / "ours")
-    _close(_adapted(back, values, batch) - base, _adapted(adapt, params, batch) - base)
-    before, after = _saved(tmp_path / "theirs"), _saved(tmp_path / "ours")
+    assert_close(_adapted(back, values, batch) - base, _adapted(adapt, params, batch) - base)
+    before, after = saved(tmp_path / "theirs"), saved(tmp_path / "ours")
     if not case.startswith(RESIDUAL):
         before = {key: t for key, t in before.items() if not COPY.search(key)}
         assert set(before) == set(after)
@@ -462,9 +439,9 @@ def test_peft_loads_what_we_write(case, tmp_path):
     ll.to_peft(adapt, params, tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
     base = _run(model, batch).detach()
-    _close(_run(theirs, batch) - base, adapt(params, batch) - base)
+    assert_close(_run(theirs, batch) - base, adapt(params, batch) - base)
     back, again = ll.from_peft(model, tmp_path / "ours")
-    _close(back(again, batch) - base, adapt(params, batch) - base)
+    assert_close(back(again, batch) - base, adapt(params, batch) - base)
     if not case.startswith(RESIDUAL):
         assert [t.path for t in back.targets] == [t.path for t in adapt.targets]
         for got, want in zip(ll.tree_leaves({p: again[p] for p in params}), ll.tree_leaves(params)):
@@ -475,7 +452,7 @@ def test_peft_loads_what_we_write(case, tmp_path):
 def folder(tmp_path):
     """A LoRA that PEFT saved from the linear model."""
     model, _ = _make("linear")
-    _wrapped(model, peft.LoraConfig(r=4, target_modules=["0", "2"])).save_pretrained(tmp_path / "lora")
+    wrapped(model, peft.LoraConfig(r=4, target_modules=["0", "2"])).save_pretrained(tmp_path / "lora")
     return tmp_path / "lora"
 
 
@@ -492,14 +469,14 @@ def test_converted_pissa_is_plain_lora_on_the_weight_as_it_was(tmp_path):
     adapt, params = ll.from_peft(model, tmp_path / "converted")
     assert {cfg.name for cfg in adapt.configs} == {"lora"}
     base = _run(model, batch).detach()
-    _close(adapt(params, batch) - base, _run(theirs, batch) - base)
+    assert_close(adapt(params, batch) - base, _run(theirs, batch) - base)
 
 
 @pytest.mark.parametrize("start", ["eva", None, False])
 def test_plain_starts_are_plain_lora(folder, start):
     model, _ = _make("linear")
     _, want = ll.from_peft(model, folder)
-    _edit(folder, init_lora_weights=start)
+    edit(folder, init_lora_weights=start)
     _, params = ll.from_peft(model, folder)
     assert all(torch.equal(a, b) for a, b in zip(ll.tree_leaves(params), ll.tree_leaves(want)))
 
@@ -507,9 +484,9 @@ def test_plain_starts_are_plain_lora(folder, start):
 def test_fields_that_select_layers_and_half_precision_do_not_matter(folder):
     model, _ = _make("linear")
     adapt, params = ll.from_peft(model, folder)
-    half = {key: t.to(torch.bfloat16) for key, t in _saved(folder).items()}
+    half = {key: t.to(torch.bfloat16) for key, t in saved(folder).items()}
     safetensors.torch.save_file(half, folder / "adapter_model.safetensors")
-    _edit(folder, target_modules="all-linear", exclude_modules=["9"], layers_to_transform=[7], task_type="CAUSAL_LM")
+    edit(folder, target_modules="all-linear", exclude_modules=["9"], layers_to_transform=[7], task_type="CAUSAL_LM")
     _, rounded = ll.from_peft(model, folder)
     for got, want in zip(ll.tree_leaves(rounded), ll.tree_leaves(params)):
         assert torch.equal(got, want.to(torch.bfloat16).float())
@@ -518,48 +495,48 @@ def test_fields_that_select_layers_and_half_precision_do_not_matter(folder):
 
 def test_dropout_and_mode_are_taken_over(folder):
     model, batch = _make("linear")
-    _edit(folder, lora_dropout=0.5)
+    edit(folder, lora_dropout=0.5)
     adapt, params = ll.from_peft(model, folder)
     assert torch.equal(adapt(params, batch), adapt(params, batch))
     train = adapt.train()
     assert not torch.equal(train(params, batch), train(params, batch))
 
 
-@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("held", [True, False])
 @pytest.mark.filterwarnings("ignore:Specified to not save vera_A")
-def test_projections_of_vera_are_those_of_the_file_or_drawn_again(saved, tmp_path):
+def test_projections_of_vera_are_those_of_the_file_or_drawn_again(held, tmp_path):
     model, batch = _make("linear")
-    theirs = _wrapped(model, peft.VeraConfig(r=5, target_modules=["0", "2"], projection_prng_key=3, save_projection=saved))
-    if saved:
+    theirs = wrapped(model, peft.VeraConfig(r=5, target_modules=["0", "2"], projection_prng_key=3, save_projection=held))
+    if held:
         theirs.base_model.vera_A["default"].mul_(3)
     theirs.save_pretrained(tmp_path)
-    assert ("base_model.vera_A" in _saved(tmp_path)) == saved
+    assert ("base_model.vera_A" in saved(tmp_path)) == held
     adapt, params = ll.from_peft(model, tmp_path)
     base = _run(model, batch).detach()
-    _close(adapt(params, batch) - base, _run(theirs, batch) - base)
+    assert_close(adapt(params, batch) - base, _run(theirs, batch) - base)
 
 
 @pytest.mark.parametrize("asked", [["0", "4"], "0|4"])
 def test_indices_of_unilora_are_drawn_again_where_the_file_holds_the_vector_alone(asked, tmp_path):
     model, batch = _make("linear")
-    theirs = _wrapped(model, peft.UniLoraConfig(r=3, theta_d_length=50, target_modules=asked, init_theta_d_bound=0.5))
+    theirs = wrapped(model, peft.UniLoraConfig(r=3, theta_d_length=50, target_modules=asked, init_theta_d_bound=0.5))
     theirs.save_pretrained(tmp_path)
-    assert list(_saved(tmp_path)) == ["base_model.unilora_theta_d"]
+    assert list(saved(tmp_path)) == ["base_model.unilora_theta_d"]
     adapt, params = ll.from_peft(model, tmp_path)
     assert [t.path for t in adapt.targets] == ["0", "4"]
     base = _run(model, batch).detach()
-    _close(adapt(params, batch) - base, _run(theirs, batch) - base)
-    _edit(tmp_path, target_modules=r".*", exclude_modules=["2"])
+    assert_close(adapt(params, batch) - base, _run(theirs, batch) - base)
+    edit(tmp_path, target_modules=r".*", exclude_modules=["2"])
     assert [t.path for t in ll.from_peft(model, tmp_path)[0].targets] == ["0", "4"]
 
 
 def test_layers_that_no_tensor_names_are_asked_for(tmp_path):
     model, _ = _make("linear")
-    _wrapped(model, peft.UniLoraConfig(target_modules=["0", "4"])).save_pretrained(tmp_path)
-    _edit(tmp_path, target_modules=None)
+    wrapped(model, peft.UniLoraConfig(target_modules=["0", "4"])).save_pretrained(tmp_path)
+    edit(tmp_path, target_modules=None)
     with pytest.raises(ValueError, match="target_modules: expected names or an expression"):
         ll.from_peft(model, tmp_path)
-    _edit(tmp_path, target_modules=["0"], layers_to_transform=[0])
+    edit(tmp_path, target_modules=["0"], layers_to_transform=[0])
     with pytest.raises(ValueError, match="layers_to_transform: expected none"):
         ll.from_peft(model, tmp_path)
 
@@ -567,17 +544,17 @@ def test_layers_that_no_tensor_names_are_asked_for(tmp_path):
 @pytest.mark.filterwarnings("ignore:Specified to not save projection tensors")
 def test_matrices_of_tinylora_are_drawn_again_where_the_file_lacks_them(tmp_path):
     model, batch = _make("linear")
-    theirs = _wrapped(model, peft.TinyLoraConfig(r=3, u=4, target_modules=["0", "4"], projection_seed=7, save_projection=False))
+    theirs = wrapped(model, peft.TinyLoraConfig(r=3, u=4, target_modules=["0", "4"], projection_seed=7, save_projection=False))
     theirs.save_pretrained(tmp_path)
     adapt, params = ll.from_peft(model, tmp_path)
     base = _run(model, batch).detach()
-    _close(adapt(params, batch) - base, _run(theirs, batch) - base)
+    assert_close(adapt(params, batch) - base, _run(theirs, batch) - base)
 
 
 def test_vectors_of_tinylora_are_counted(tmp_path):
     model, _ = _make("linear")
-    _wrapped(model, peft.TinyLoraConfig(target_modules=["0", "2", "4"])).save_pretrained(tmp_path)
-    tensors = _saved(tmp_path)
+    wrapped(model, peft.TinyLoraConfig(target_modules=["0", "2", "4"])).save_pretrained(tmp_path)
+    tensors = saved(tmp_path)
     safetensors.torch.save_file({k: t for k, t in tensors.items() if not k.endswith("_v.1")}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=r'unexpected "base_model\.tinylora_v\.2"'):
         ll.from_peft(model, tmp_path)
@@ -591,19 +568,19 @@ def test_vectors_of_tinylora_are_counted(tmp_path):
 def test_bases_of_randlora_are_those_of_the_file_or_drawn_again(saved, tmp_path):
     model, batch = _make("linear")
     config = peft.RandLoraConfig(r=5, target_modules=["0", "2"], projection_prng_key=3, randlora_alpha=10, save_projection=saved)
-    theirs = _wrapped(model, config)
+    theirs = wrapped(model, config)
     if saved:
         theirs.base_model.randlora_A["default"].mul_(3)
     theirs.save_pretrained(tmp_path)
     adapt, params = ll.from_peft(model, tmp_path)
     base = _run(model, batch).detach()
-    _close(adapt(params, batch) - base, _run(theirs, batch) - base)
+    assert_close(adapt(params, batch) - base, _run(theirs, batch) - base)
 
 
 def test_copies_of_shared_tensors_that_differ_are_named(tmp_path):
     model, _ = _make("linear")
-    _wrapped(model, peft.RandLoraConfig(r=5, target_modules=["0", "2"])).save_pretrained(tmp_path)
-    tensors = {key: t + 1 if key == "base_model.model.2.randlora_A" else t for key, t in _saved(tmp_path).items()}
+    wrapped(model, peft.RandLoraConfig(r=5, target_modules=["0", "2"])).save_pretrained(tmp_path)
+    tensors = {key: t + 1 if key == "base_model.model.2.randlora_A" else t for key, t in saved(tmp_path).items()}
     safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=r'unexpected "base_model\.model\.2\.randlora_A"'):
         ll.from_peft(model, tmp_path)
@@ -611,16 +588,16 @@ def test_copies_of_shared_tensors_that_differ_are_named(tmp_path):
 
 def test_biases_of_the_whole_model_become_bitfit_and_whole_norms(tmp_path):
     model, batch = _make("gpt2")
-    theirs = _wrapped(model, peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, bias="all"))
+    theirs = wrapped(model, peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, bias="all"))
     theirs.save_pretrained(tmp_path / "theirs")
     adapt, params = ll.from_peft(model, tmp_path / "theirs")
     kinds = {(target.path.rpartition(".")[2], cfg.name) for target, cfg in zip(adapt.targets, adapt.configs)}
     assert kinds == {("c_attn", "lora"), ("c_proj", "bitfit"), ("c_fc", "bitfit"), *((name, "full") for name in ("ln_1", "ln_2", "ln_f"))}
     base = _run(model, batch).detach()
-    _close(_adapted(adapt, params, batch) - base, _run(theirs, batch) - base)
+    assert_close(_adapted(adapt, params, batch) - base, _run(theirs, batch) - base)
     ll.to_peft(adapt, params, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
-    _close(_run(again, batch) - base, _run(theirs, batch) - base)
+    assert_close(_run(again, batch) - base, _run(theirs, batch) - base)
 
 
 def test_biases_that_did_not_move_are_left_out(tmp_path):
@@ -634,28 +611,28 @@ def test_biases_that_did_not_move_are_left_out(tmp_path):
 
 def test_adalora_after_pruning_is_read_with_zeros_for_what_was_cut(tmp_path):
     model, batch = _make("linear")
-    theirs = _wrapped(model, peft.AdaLoraConfig(init_r=5, target_r=2, total_step=9, target_modules=["0", "2", "4"]))
+    theirs = wrapped(model, peft.AdaLoraConfig(init_r=5, target_r=2, total_step=9, target_modules=["0", "2", "4"]))
     theirs(batch).square().sum().backward()
     for step in range(1, 10):
         theirs.base_model.update_and_allocate(step)
     theirs.save_pretrained(tmp_path)
-    ranks = [t.shape[0] for key, t in _saved(tmp_path).items() if key.endswith("lora_E")]
+    ranks = [t.shape[0] for key, t in saved(tmp_path).items() if key.endswith("lora_E")]
     assert sum(ranks) == 6
     adapt, params = ll.from_peft(model, tmp_path)
     assert adapt.shapes["0"] == {"A": (5, 12), "B": (20, 5), "E": (5,)}
     assert [int(params[path]["E"].count_nonzero()) for path in params] == ranks
     base = _run(model, batch).detach()
-    _close(adapt(params, batch) - base, _run(theirs, batch) - base)
+    assert_close(adapt(params, batch) - base, _run(theirs, batch) - base)
 
 
 def test_norms_of_delora_are_those_of_the_file(tmp_path):
     model, batch = _make("linear")
-    theirs = _wrapped(model, THEIRS["delora"](PATHS["linear"], False))
+    theirs = wrapped(model, THEIRS["delora"](PATHS["linear"], False))
     theirs.base_model.model.get_submodule("0").delora_w_norm["default"].mul_(3)
     theirs.save_pretrained(tmp_path)
     adapt, params = ll.from_peft(model, tmp_path)
     base = _run(model, batch).detach()
-    _close(adapt(params, batch) - base, _run(theirs, batch) - base)
+    assert_close(adapt(params, batch) - base, _run(theirs, batch) - base)
 
 
 def test_block_sizes_that_peft_would_give_to_other_layers_are_refused(tmp_path):

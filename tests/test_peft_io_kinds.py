@@ -11,6 +11,7 @@ from torch import nn
 
 import lora_lite as ll
 from cases import assert_trees_equal, move, tiny_models
+from peft_oracle import assert_close
 
 TOLERANCE = 1e-5
 pytestmark = [
@@ -73,11 +74,6 @@ def _run(model, batch):
     return _values(model(**batch) if isinstance(batch, dict) else model(batch))
 
 
-def _close(got, want):
-    assert want.abs().max() > 1e-3
-    assert float((got - want).abs().max()) <= TOLERANCE * float(want.abs().max())
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_reads_pefts_files_and_writes_what_peft_reads(name, tmp_path):
     torch.manual_seed(0)
@@ -92,11 +88,11 @@ def test_reads_pefts_files_and_writes_what_peft_reads(name, tmp_path):
     base, want = _run(model, batch), _run(theirs, batch)
 
     adapt, params = ll.from_peft(model, tmp_path / "theirs")
-    _close(_values(adapt(params, batch)) - base, want - base)
+    assert_close(_values(adapt(params, batch)) - base, want - base)
 
     ll.to_peft(adapt, params, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
-    _close(_run(again, batch) - base, want - base)
+    assert_close(_run(again, batch) - base, want - base)
     back, read = ll.from_peft(model, tmp_path / "ours")
     assert [t.path for t in back.targets] == [t.path for t in adapt.targets]
     assert_trees_equal(read, params, 1e-6)

@@ -1,7 +1,6 @@
 """PEFT's files under older module names, or those of the model with or without its head: read by transformers' tables, as by PEFT."""
 
 import copy
-import json
 import re
 
 import peft
@@ -13,44 +12,20 @@ from torch import nn
 
 import lora_lite as ll
 from cases import tiny_models
+from peft_oracle import assert_close, edit, saved, wrapped
 
 TOLERANCE = 1e-5
 WARNED = "the file names modules otherwise than this model"
 
 
-def _wrapped(model, config):
-    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in theirs.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn(p.shape, generator=g))
-    return theirs
-
-
-def _saved(folder):
-    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
-
-
-def _edit(folder, **fields):
-    place = folder / "adapter_config.json"
-    place.write_text(json.dumps({**json.loads(place.read_text()), **fields}))
-
-
 def _rename(folder, *pairs):
     """Give a file's tensors older names; of the pairs `(expression, replacement)` the first that matches holds."""
     found = {}
-    for name, tensor in _saved(folder).items():
+    for name, tensor in saved(folder).items():
         hits = [re.sub(pattern, new, name, count=1) for pattern, new in pairs if re.search(pattern, name)]
         found[hits[0] if hits else name] = tensor
-    assert set(found) != set(_saved(folder))
+    assert set(found) != set(saved(folder))
     safetensors.torch.save_file(found, folder / "adapter_model.safetensors")
-
-
-def _close(got, want):
-    got, want = got.detach(), want.detach()
-    assert want.abs().max() > 1e-3
-    assert float((got - want).abs().max()) <= TOLERANCE * float(want.abs().max())
 
 
 def _llava():
@@ -93,7 +68,7 @@ LLAVA = {
 @pytest.mark.parametrize("case", LLAVA)
 def test_llavas_older_names_are_the_newer_ones(case, tmp_path):
     model, batch = _llava()
-    theirs = _wrapped(model, LLAVA[case])
+    theirs = wrapped(model, LLAVA[case])
     theirs.save_pretrained(tmp_path, save_embedding_layers=False)
     want, base = theirs(**batch).logits, model(**batch).logits
     adapt, _ = ll.from_peft(model, tmp_path)
@@ -102,20 +77,20 @@ def test_llavas_older_names_are_the_newer_ones(case, tmp_path):
         again, read = ll.from_peft(model, tmp_path)
     if case == "attention":  # PEFT 0.21 leaves out heads and projectors, whose newer name it takes for a part of the older
         loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path).eval()
-        _close(loaded(**batch).logits - base, want - base)
+        assert_close(loaded(**batch).logits - base, want - base)
     assert [t.path for t in again.targets] == [t.path for t in adapt.targets]
     assert again.configs == adapt.configs
-    _close(again(read, batch).logits - base, want - base)
+    assert_close(again(read, batch).logits - base, want - base)
 
 
 def test_patterns_by_older_paths_hold_for_the_newer_ones(tmp_path):
     model, _ = _llava()
     path = "model.language_model.layers.1.self_attn.q_proj"
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], rank_pattern={path: 2}, alpha_pattern={path: 5})
-    _wrapped(model, config).save_pretrained(tmp_path)
+    wrapped(model, config).save_pretrained(tmp_path)
     adapt, _ = ll.from_peft(model, tmp_path)
     older = "language_model.model.layers.1.self_attn.q_proj"
-    _edit(tmp_path, rank_pattern={older: 2}, alpha_pattern={older: 5})
+    edit(tmp_path, rank_pattern={older: 2}, alpha_pattern={older: 5})
     _rename(tmp_path, *OLDER)
     with pytest.warns(UserWarning, match=WARNED):
         again, _ = ll.from_peft(model, tmp_path)
@@ -135,7 +110,7 @@ def test_an_adapter_of_the_backbone_fits_the_model_with_a_head_and_the_reverse(m
         "ln_tuning": peft.LNTuningConfig(target_modules=["input_layernorm"]),
     }[method]
     trained, other = (model.model, model) if bare else (model, model.model)
-    theirs = _wrapped(trained.eval(), config)
+    theirs = wrapped(trained.eval(), config)
     theirs.save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match=WARNED):
         adapt, params = ll.from_peft(other.eval(), tmp_path)
@@ -143,7 +118,7 @@ def test_an_adapter_of_the_backbone_fits_the_model_with_a_head_and_the_reverse(m
         getattr(out, "last_hidden_state", None) if getattr(out, "last_hidden_state", None) is not None else out.hidden_states[-1]
         for out in (adapt(params, batch, output_hidden_states=True), theirs(**batch, output_hidden_states=True), model.model(**batch))
     ]
-    _close(hidden[0] - hidden[2], hidden[1] - hidden[2])
+    assert_close(hidden[0] - hidden[2], hidden[1] - hidden[2])
 
 
 def _mixtral():
@@ -205,13 +180,13 @@ def test_single_experts_are_read_into_the_fused_ones(rslora, tmp_path):
     }
     base = model(**batch).logits
     want = _by_hand(model, tensors, 5 / (3**0.5 if rslora else 3))(**batch).logits
-    _close(adapt(params, batch).logits - base, want - base)
+    assert_close(adapt(params, batch).logits - base, want - base)
     if not rslora:  # whose scale PEFT gives the fused weights sqrt(2) times
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "theirs").eval()
-        _close(adapt(params, batch).logits - base, theirs(**batch).logits - base)
+        assert_close(adapt(params, batch).logits - base, theirs(**batch).logits - base)
     ll.to_peft(adapt, params, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
-    _close(again(**batch).logits - base, want - base)
+    assert_close(again(**batch).logits - base, want - base)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +208,7 @@ def test_experts_that_lack_some_are_refused(lose, message, tmp_path):
 
 def test_names_that_fit_nothing_are_refused_by_name_and_nothing_is_guessed(tmp_path):
     model, _ = tiny_models["llama"]()
-    _wrapped(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    wrapped(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
     _rename(tmp_path, (r"layers\.1", "layers.7"))
     with pytest.raises(ValueError, match=r'"model\.layers\.7\.self_attn\.q_proj": expected a linear layer, found nothing'):
         ll.from_peft(model, tmp_path)
@@ -251,18 +226,18 @@ def test_the_older_form_of_the_table_is_read_too(tmp_path):
             return self.new["body"](x)
 
     model, x = Older(), torch.randn(2, 4)
-    theirs = _wrapped(model, peft.LoraConfig(r=2, target_modules=["body"]))
+    theirs = wrapped(model, peft.LoraConfig(r=2, target_modules=["body"]))
     theirs.save_pretrained(tmp_path)
     _rename(tmp_path, (r"new\.body", "body"))
     with pytest.warns(UserWarning, match='"body" as "new.body"'):
         adapt, params = ll.from_peft(model, tmp_path)
-    _close(adapt(params, x) - model(x), theirs(x) - model(x))
+    assert_close(adapt(params, x) - model(x), theirs(x) - model(x))
 
 
 def test_no_module_is_given_two_of_the_file(tmp_path):
     model, _ = tiny_models["llama"]()
-    _wrapped(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
-    tensors = _saved(tmp_path)
+    wrapped(model, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    tensors = saved(tmp_path)
     tensors |= {name.replace("model.model.layers", "model.layers"): t.clone() for name, t in tensors.items()}
     safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=r'"layers\.0\.self_attn\.q_proj": expected a linear layer, found nothing'):

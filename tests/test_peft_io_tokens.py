@@ -5,11 +5,11 @@ import json
 
 import peft
 import pytest
-import safetensors.torch
 import torch
 
 import lora_lite as ll
 from cases import assert_trees_equal, move, tiny_models
+from peft_oracle import assert_close, edit, saved, wrapped
 
 IDS = [20, 3, 41]
 TOLERANCE = 1e-5
@@ -43,49 +43,25 @@ def _model(name):
     return model.eval(), batch, embedding
 
 
-def _wrapped(model, config):
-    theirs = peft.get_peft_model(copy.deepcopy(model), config).eval()
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in theirs.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn(p.shape, generator=g))
-    return theirs
-
-
-def _saved(folder):
-    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
-
-
-def _edit(folder, **fields):
-    place = folder / "adapter_config.json"
-    place.write_text(json.dumps({**json.loads(place.read_text()), **fields}))
-
-
-def _close(got, want):
-    assert want.abs().max() > 1e-3
-    assert float((got - want).detach().abs().max()) <= TOLERANCE * float(want.detach().abs().max())
-
-
 @pytest.mark.parametrize("case", THEIRS)
 @pytest.mark.parametrize("name", MODELS)
 def test_files_are_read_with_pefts_values_and_gradients_and_written_back(name, case, tmp_path):
     model, batch, embedding = _model(name)
-    theirs = _wrapped(model, THEIRS[case](embedding))
+    theirs = wrapped(model, THEIRS[case](embedding))
     theirs.save_pretrained(tmp_path / "theirs")
     adapt, params = ll.from_peft(model, tmp_path / "theirs")
     base, out = model(**batch).logits.detach(), theirs(**batch)
-    _close(adapt(params, batch).logits - base, out.logits - base)
+    assert_close(adapt(params, batch).logits - base, out.logits - base)
     out.loss.backward()
     grads = ll.value_and_grad(lambda p: adapt(p, batch).loss)(params)[1]
     (path,) = [t.path for t, cfg in zip(adapt.targets, adapt.configs) if cfg.name == "tokens"]
     (delta,) = [p for key, p in theirs.named_parameters() if "trainable_tokens_delta" in key]
-    _close(grads[path]["dE"], delta.grad)
+    assert_close(grads[path]["dE"], delta.grad)
 
     ll.to_peft(adapt, params, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours", is_trainable=True).eval()  # else AdaLoRA has no loss
-    _close(again(**batch).logits - base, out.logits - base)
-    before, after = (_saved(tmp_path / folder) for folder in ("theirs", "ours"))
+    assert_close(again(**batch).logits - base, out.logits - base)
+    before, after = (saved(tmp_path / folder) for folder in ("theirs", "ours"))
     assert set(before) == set(after)
     for key, tensor in before.items():
         torch.testing.assert_close(after[key], tensor, rtol=1e-6, atol=1e-6)
@@ -97,23 +73,23 @@ def test_files_are_read_with_pefts_values_and_gradients_and_written_back(name, c
 def test_tables_may_have_tokens_of_their_own(tmp_path):
     model, batch, _ = _model("untied")
     config = peft.LoraConfig(r=2, target_modules=ON, trainable_token_indices={"embed_tokens": IDS, "lm_head": [5]})
-    theirs = _wrapped(model, config)
+    theirs = wrapped(model, config)
     theirs.save_pretrained(tmp_path / "theirs")
     adapt, params = ll.from_peft(model, tmp_path / "theirs")
     assert params["lm_head"]["dE"].shape == (1, 32)
     base, want = model(**batch).logits, theirs(**batch).logits
-    _close(adapt(params, batch).logits - base, want - base)
+    assert_close(adapt(params, batch).logits - base, want - base)
     ll.to_peft(adapt, params, tmp_path / "ours")
     fields = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     assert fields["trainable_token_indices"] == {"model.embed_tokens": IDS, "lm_head": [5]}
     again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
-    _close(again(**batch).logits - base, want - base)
+    assert_close(again(**batch).logits - base, want - base)
 
 
 @pytest.mark.parametrize("case", ["alone", "list"])
 def test_tables_saved_beside_their_rows_are_held_to_the_model_where_they_are_not_trained(case, tmp_path):
     model, batch, embedding = _model("tied")
-    theirs = _wrapped(model, THEIRS[case](embedding))
+    theirs = wrapped(model, THEIRS[case](embedding))
     theirs.save_pretrained(tmp_path, save_embedding_layers=True)  # as PEFT does by itself where tokens were added
     with torch.no_grad():
         model.model.embed_tokens.weight[IDS] = 0.0  # drawn anew when the vocabulary was resized
@@ -128,7 +104,7 @@ def test_tables_saved_beside_their_rows_are_held_to_the_model_where_they_are_not
 def test_half_precision_keeps_rows_in_float32(tmp_path):
     model, batch, embedding = _model("tied")
     model.bfloat16()
-    theirs = _wrapped(model, THEIRS["list"](embedding))
+    theirs = wrapped(model, THEIRS["list"](embedding))
     theirs.save_pretrained(tmp_path)
     adapt, params = ll.from_peft(model, tmp_path)
     assert {p.dtype for p in ll.tree_leaves(params)} == {torch.float32}
@@ -153,15 +129,15 @@ def test_half_precision_keeps_rows_in_float32(tmp_path):
 )
 def test_files_that_contradict_themselves_are_refused(fields, message, tmp_path):
     model, _, embedding = _model("tied")
-    _wrapped(model, THEIRS["list"](embedding)).save_pretrained(tmp_path)
-    _edit(tmp_path, **fields)
+    wrapped(model, THEIRS["list"](embedding)).save_pretrained(tmp_path)
+    edit(tmp_path, **fields)
     with pytest.raises(ValueError, match=f"(?s){message}"):
         ll.from_peft(model, tmp_path)
 
 
 def test_a_tie_that_pefts_head_would_not_follow_is_refused_both_ways(tmp_path):
     model, _, embedding = _model("tied")
-    _wrapped(model, THEIRS["list"](embedding)).save_pretrained(tmp_path / "theirs")
+    wrapped(model, THEIRS["list"](embedding)).save_pretrained(tmp_path / "theirs")
     adapt = ll.build(model, [ll.TokensConfig(token_ids=IDS)])
     model.config.tie_word_embeddings = adapt._plan.base.config.tie_word_embeddings = False  # and yet they share a weight
     with pytest.raises(ValueError, match=r'"model\.embed_tokens": PEFT leaves "lm_head" as it was'):

@@ -11,7 +11,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any, get_type_hints, is_typeddict, overload
+from typing import Any, get_type_hints, is_typeddict
 
 import torch
 from beartype import BeartypeConf
@@ -32,22 +32,19 @@ def set_typecheck(on: bool) -> bool:
     return before
 
 
-@overload
-def checked(fn: Callable[..., Tensor]) -> Callable[..., Tensor]: ...
-@overload
-def checked(*, cast: bool) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]: ...
-def checked(fn: Callable[..., Tensor] | None = None, *, cast: bool = True) -> Any:
+def checked(fn: Callable[..., Tensor], *, cast: bool = True) -> Callable[..., Tensor]:
     """Wrap a pure function `(params, W, x, *, statics) -> y`.
 
-    `W` may be a plain `(o, i)` tensor; params take part in the dtype of `x`, or with `cast=False` in their own. With
-    checking on, every field of the params, `W`, `x`, the statics and the result are tested against the annotations of
-    `fn`. Under `torch.compile` the raw function runs, since the checks cannot be traced.
+    `W` may be a plain `(o, i)` tensor. With checking on, every field of the params, `W`, `x`, the statics and the result are tested
+    against the annotations of `fn`. Under `torch.compile` the raw function runs, since the checks cannot be traced.
+
+    Args:
+        fn: the function.
+        cast: whether the params take part in the dtype of `x`, else in their own: `@functools.partial(checked, cast=False)`.
 
     Raises:
         TypeError: with checking on; it lists each value that does not fit, what was expected and what was found.
     """
-    if fn is None:
-        return functools.partial(checked, cast=cast)
     hints = get_type_hints(fn, include_extras=True)
     named = is_typeddict(hints["params"])
     fields = get_type_hints(hints["params"]) if named else None  # without the marks of fields that are not required

@@ -26,7 +26,6 @@ the mode here: `adapt.train()` draws, `adapt.eval()` takes the mean, which is wh
 that of dropout does, where PEFT has a `generator_seed`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -35,8 +34,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import AdapterConfig, Constants, Count, Frozen, NonNegative, Params, Probability, Rank, checked
-from lora_lite.variants.vera import of_widths, projections
+from lora_lite.core import Frozen, Params, checked
+from lora_lite.variants.vera import VeRAConfig, of_widths, projections
 
 
 class PVeRAParams(TypedDict):
@@ -61,32 +60,12 @@ def pvera(params: PVeRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, seed: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class PVeRAConfig(AdapterConfig):
-    """Config of PVeRA.
-
-    Args:
-        r: rank of the projections, >= 1.
-        d_initial: start of `lambda_d`, dimensionless.
-        seed: of the shared projections; PEFT's `projection_prng_key`.
-        dropout: probability of dropping an entry of the adapter's input, in [0, 1), in training mode.
-    """
+class PVeRAConfig(VeRAConfig):
+    """Config of PVeRA: the fields of VeRA's."""
 
     name = "pvera"
-    uses = frozenset({"output", "vectors"})
-    steered = ("lambda_b",)
+    parts = 2
     trained = "2 * r + o"
-    macs = "r * (i + o) + r + o"
-
-    r: Rank = 256
-    d_initial: NonNegative = 0.1
-    seed: Count = 0
-    dropout: Probability = 0.0
-
-    def share(self, layers: Sequence[Frozen]) -> Constants:
-        return projections(layers, self.r, self.seed, parts=2)
-
-    def init(self, W: Frozen, generator: torch.Generator) -> PVeRAParams:
-        return {"lambda_d": torch.full((2 * self.r,), float(self.d_initial)), "lambda_b": torch.zeros(W.out_features)}
 
     def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
         return pvera(params, W, x, seed=self.seed, dropout=self.dropout)

@@ -23,6 +23,7 @@ does. Strength scales the bank, which both factors are made of: the update grows
 by the logits as they are trained, in float32 under a bfloat16 model too: rounded ones would choose others than merged weights have.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
@@ -60,7 +61,7 @@ def mixtures(logits: Tensor, bank: Tensor, topk: int) -> Tensor:
     return (best.softmax(-1)[:, None] @ vectors)[:, 0]
 
 
-@checked(cast=False)
+@functools.partial(checked, cast=False)
 def vblora(params: VBLoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, topk: int, dropout: float = 0.0) -> Float[Tensor, "*b o"]:
     """Return `W x + b + B A drop(x)`. The module's docstring has the formula and the shapes."""
     u, v = params["logits_A"], params["logits_B"]

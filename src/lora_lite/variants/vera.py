@@ -25,7 +25,7 @@ value of `lambda_d` is not zero, but the zero tree is the base model, and streng
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import ClassVar, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +83,8 @@ class VeRAConfig(AdapterConfig):
     """
 
     name = "vera"
+    parts: ClassVar[int] = 1
+    """The rows of `A` over `r`: PVeRA has a mean and a variance."""
     uses = frozenset({"output", "vectors"})
     steered = ("lambda_b",)
     trained = "r + o"
@@ -94,10 +96,10 @@ class VeRAConfig(AdapterConfig):
     dropout: Probability = 0.0
 
     def share(self, layers: Sequence[Frozen]) -> Constants:
-        return projections(layers, self.r, self.seed)
+        return projections(layers, self.r, self.seed, self.parts)
 
     def init(self, W: Frozen, generator: torch.Generator) -> VeRAParams:
-        return {"lambda_d": torch.full((self.r,), float(self.d_initial)), "lambda_b": torch.zeros(W.out_features)}
+        return {"lambda_d": torch.full((self.parts * self.r,), float(self.d_initial)), "lambda_b": torch.zeros(W.out_features)}
 
     def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
         return vera(params, W, x, seed=self.seed, dropout=self.dropout)

@@ -16,28 +16,22 @@ from lora_lite.adapt import Adapt
 from lora_lite.build import build
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.device import made_on_cpu
-from lora_lite.core.errors import nearest, require_type, several, tree_faults
+from lora_lite.core.errors import require_type, several, tree_faults
 from lora_lite.core.frozen import Constants
 from lora_lite.core.tree import Tree, join
-from lora_lite.files.peft import biases, numbered, shared, tokens, twice, whole
-from lora_lite.files.peft.categories import spread
+from lora_lite.files.peft import tokens, whole
 from lora_lite.files.peft.fields import DEFAULTS, OFF, check_fields, resolve
 from lora_lite.files.peft.hub import CONFIG, WEIGHTS, folder_of
-from lora_lite.files.peft.layers import as_linear, axes_of, unsaved
-from lora_lite.files.peft.names import in_names_of
-from lora_lite.files.peft.row import Leaf, Row, own_bias
+from lora_lite.files.peft.layers import unsaved
+from lora_lite.files.peft.parts import Layers, Parts, parts_of
+from lora_lite.files.peft.row import Row, own_bias
 from lora_lite.files.peft.rows import rows_of
-from lora_lite.files.peft.targeted import named
 from lora_lite.layers.find import find
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import as_kinds
 from lora_lite.variants.bitfit import BitFitConfig
-from lora_lite.variants.full import FullConfig
 from lora_lite.variants.oft import project
 
-PREFIX = "base_model.model."
-
-Layers = dict[str, dict[str, Tensor]]
 Chosen = dict[str, tuple[Row, Any]]
 
 
@@ -82,55 +76,19 @@ def from_peft(
     folder, kinds = folder_of(directory, revision, subfolder), as_kinds(kinds)
     fields = _read_fields(folder / CONFIG)
     check_fields(fields, folder / CONFIG)
-    saved = shared.entries_joined(fields["peft_type"], _read_tensors(folder / WEIGHTS))
-    keys = [*_leaves(fields["peft_type"]), *_zeros(fields["peft_type"])]
-    saved = numbered.joined(saved, _leaves(fields["peft_type"]))
-    for row in rows_of(fields["peft_type"]):
-        saved = spread(saved, row.of_sort, row.sort, PREFIX) if row.of_sort else saved
-    common, saved = shared.split(fields["peft_type"], saved)
-    fields, saved, misnamed = in_names_of(model, fields, saved, PREFIX, keys, kinds)
-    saved, faults = twice.at_first_place(model, saved, PREFIX)
-    modules, saved = whole.split(model, fields, saved, PREFIX)
-    rows, saved, misfits = tokens.split(model, fields, saved, PREFIX)
-    adapted, others, saved = biases.split(model, fields, saved, PREFIX)
-    shifts, more = biases.of_layers(model, others, kinds)
-    modules = {**modules, FullConfig: {**modules.get(FullConfig, {}), **more}} if more else modules
-    saved, unfit = as_linear(model, fields, saved, PREFIX)
-    layers, unplaced = _by_layer(model, fields["peft_type"], {**saved, **adapted})
-    faults += misnamed + misfits + unfit + unplaced
-    if not layers and any(row.bare for row in rows_of(fields["peft_type"])):
-        paths_named, unclear = named(fields, find(model, "linear", kinds))
-        layers, faults = {path: {} for path in paths_named}, faults + unclear
-    paths = {path for path, _ in model.named_modules()}
-    faults = (
-        faults
-        or whole.faults_of(model, fields, modules)
-        or ([] if layers or modules or rows else ["no tensors"])
-        or shared.faults_of(fields["peft_type"], common)
-        or _layer_faults(model, layers, kinds)
-        or [
-            fault
-            for path in (*layers, *whole.paths_of(modules), *rows)
-            if (fault := twice.fault(model, path.rpartition(".")[0] if path not in paths else path))
-        ]
-    )
-    _require(faults, folder, model)
-    chosen = {path: (row, row.config(**values)) for path, (row, values) in _choose(fields, layers).items()}
+    parts = parts_of(model, fields, _read_tensors(folder / WEIGHTS), kinds)
+    _require(parts.faults, folder, model)
+    chosen = {path: (row, row.config(**values)) for path, (row, values) in _choose(parts.fields, parts.layers).items()}
     _require(_misread(model, chosen, kinds), folder, model)
-    configs = [*_merged_configs(chosen), *whole.configs_of(modules), *tokens.configs_of(rows), *_bitfit(shifts)]
-    adapt = _with_constants(build(model, configs, remat=remat, kinds=kinds), chosen, layers, common, fields.get("task_type"))
-    pairs = [(t, cfg) for t, cfg in zip(adapt.targets, adapt.configs) if t.path in chosen]
-    reasons = ((t.path, cfg, unsaved(model, t, cfg)) for t, cfg in pairs)  # PEFT computes something else there
-    _require([f'"{path}": {type(cfg).__name__} {why}' for path, cfg, why in reasons if why], folder, model)
-    theirs = {path: _theirs(row, layers[path]) for path, (row, _) in chosen.items()}
-    theirs = {path: row.completed(cfg, theirs[path]) for path, (row, cfg) in chosen.items()}
-    sharing = {cfg.name: (row, cfg) for row, cfg in chosen.values() if row.shared_leaves}
-    theirs |= {name: {n: common[leaf.key] for n, leaf in row.shared_leaves.items()} for name, (row, _) in sharing.items()}
+    configs = [*_merged_configs(chosen), *whole.configs_of(parts.modules), *tokens.configs_of(parts.rows), *_bitfit(parts.shifts)]
+    built = build(model, configs, remat=remat, kinds=kinds)
+    _require(_undefined(model, built, chosen), folder, model)
+    adapt = _with_constants(built, chosen, parts)
+    theirs = _theirs(chosen, parts)
     shapes = {place: adapt.shapes[place] for place in theirs}
-    _require(tree_faults(theirs, shapes) + _field_faults(fields, layers, chosen), folder, model)
-    ours = {path: _ours(adapt, model, path, row, theirs[path]) for path, (row, _) in chosen.items()}
-    ours |= {name: _shared_ours(adapt, model, row, cfg, theirs[name]) for name, (row, cfg) in sharing.items()}
-    return adapt, ours | whole.displacements(model, modules) | tokens.displacements(model, rows) | shifts
+    _require(tree_faults(theirs, shapes) + _field_faults(parts, chosen), folder, model)
+    others = whole.displacements(model, parts.modules) | tokens.displacements(model, parts.rows) | parts.shifts
+    return adapt, _ours(adapt, chosen, theirs) | others
 
 
 def _require(faults: list[str], folder: Path, model: nn.Module) -> None:
@@ -162,48 +120,15 @@ def _read_tensors(place: Path) -> dict[str, Tensor]:
         raise ValueError(f'from_peft: expected "{place}" to be a whole safetensors file, found {e}. Save the adapter again.') from e
 
 
-def _zeros(method: str) -> set[str]:
-    return {key for row in rows_of(method) for key in row.zeros}
-
-
-def _leaves(method: str) -> dict[str, Leaf]:
-    return {leaf.key: leaf for row in rows_of(method) for leaf in (*row.leaves.values(), *row.constants.values())}
-
-
-def _by_layer(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> tuple[Layers, list[str]]:
-    """Sort tensors by the path of their layer, and list those that have no place."""
-    keys, zeros = _leaves(method), _zeros(method)
-    ending = re.compile(rf"{re.escape(PREFIX)}(?:(.*)\.)?({'|'.join(map(re.escape, (*keys, *zeros)))})")
-    layers: Layers = {}
-    faults = []
-    for name, tensor in tensors.items():
-        found = ending.fullmatch(name)
-        if found is None:
-            faults.append(f'unexpected "{name}"')
-            continue
-        path, key = found[1] or "", found[2]
-        if key in zeros:
-            faults += [f'"{name}": expected zeros'] if tensor.count_nonzero() else []
-            continue
-        expected = keys[key].misfit(tensor, axes_of(model, path))
-        if expected is not None:
-            faults.append(f'"{name}": expected {expected}, found {tuple(tensor.shape)} of {tensor.dtype}')
-        layers.setdefault(path, {})[key] = tensor
-    return layers, faults
-
-
-def _layer_faults(model: nn.Module, layers: Layers, kinds: Sequence[type[Kind]]) -> list[str]:
-    modules, linear = dict(model.named_modules()), find(model, "linear", kinds)
-    faults = []
-    for path in layers:
-        if path not in linear:
-            found = type(modules[path]).__name__ if path in modules else f"nothing; closest: {nearest(path, linear)}"
-            faults.append(f'"{path}": expected a linear layer, found {found}')
-    return faults
-
-
 def _bitfit(shifts: Tree) -> list[AdapterConfig]:
     return [BitFitConfig(target_names=tuple(f"^{re.escape(path)}$" for path in shifts), exclude_names=())] if shifts else []
+
+
+def _undefined(model: nn.Module, adapt: Adapt, chosen: Chosen) -> list[str]:
+    """List the layers at which PEFT computes something else than the variant, or nothing."""
+    pairs = [(t, cfg) for t, cfg in zip(adapt.targets, adapt.configs) if t.path in chosen]
+    reasons = [(t.path, cfg, unsaved(model, t, cfg)) for t, cfg in pairs]
+    return [f'"{path}": {type(cfg).__name__} {why}' for path, cfg, why in reasons if why]
 
 
 def _misread(model: nn.Module, chosen: Chosen, kinds: Sequence[type[Kind]]) -> list[str]:
@@ -248,21 +173,26 @@ def _merged_configs(chosen: Chosen) -> list[AdapterConfig]:
     return [dataclasses.replace(cfg, target_names=tuple(names)) for cfg, names in groups.items()]
 
 
-def _with_constants(adapt: Adapt, chosen: Chosen, layers: Layers, shared: Mapping[str, Tensor], task: str | None) -> Adapt:
+def _with_constants(adapt: Adapt, chosen: Chosen, parts: Parts) -> Adapt:
     """Take constants that the file holds from there, and its task: the weight may have changed since they were derived."""
     plan = adapt._plan
-    constants, common = dict(plan.constants), dict(plan.shared)
-    layer = {target.path: target.kind.at(plan.base, target.path) for target, _ in plan.entries}
+    constants, common, layers = dict(plan.constants), dict(plan.shared), _layers_of(adapt)
     for path, (row, cfg) in chosen.items():
-        kept = {name: leaf.key for name, leaf in row.constants.items() if leaf.key in layers[path] and name in constants[path]}
-        _require_implied(path, {name: layers[path][key] for name, key in kept.items() if row.constants[name].implied}, constants[path])
-        loaded = _replaced(constants[path], {name: (join(path, key), layers[path][key]) for name, key in kept.items()})
-        follow = row.settled(layer[path], loaded) if kept else {}
-        constants[path] = {**loaded, **{name: c.to(layer[path].device) for name, c in follow.items()}}
-        found = {name: (key, shared[key]) for name, key in row.shared.items() if key in shared}
+        tensors = parts.layers[path]
+        kept = {name: leaf.key for name, leaf in row.constants.items() if leaf.key in tensors and name in constants[path]}
+        _require_implied(path, {name: tensors[key] for name, key in kept.items() if row.constants[name].implied}, constants[path])
+        loaded = _replaced(constants[path], {name: (join(path, key), tensors[key]) for name, key in kept.items()})
+        follow = row.settled(layers[path], loaded) if kept else {}
+        constants[path] = {**loaded, **{name: c.to(layers[path].device) for name, c in follow.items()}}
+        found = {name: (key, parts.common[key]) for name, key in row.shared.items() if key in parts.common}
         if found:
             common[cfg.name] = _replaced(common[cfg.name], found)
-    return Adapt(dataclasses.replace(plan, constants=constants, shared=common, task_type=task))
+    return Adapt(dataclasses.replace(plan, constants=constants, shared=common, task_type=parts.fields.get("task_type")))
+
+
+def _layers_of(adapt: Adapt) -> dict[str, Kind]:
+    """Read the layers of all targets, by path."""
+    return {target.path: target.kind.at(adapt._plan.base, target.path) for target in adapt.targets}
 
 
 def _require_implied(path: str, found: Mapping[str, Tensor], derived: Constants) -> None:
@@ -281,14 +211,14 @@ def _replaced(derived: Constants, loaded: Mapping[str, tuple[str, Tensor]]) -> C
     return {**derived, **{name: tensor.to(derived[name], copy=True) for name, (_, tensor) in loaded.items()}}
 
 
-def _field_faults(fields: Mapping[str, Any], layers: Layers, chosen: Chosen) -> list[str]:
+def _field_faults(parts: Parts, chosen: Chosen) -> list[str]:
     """List fields that the tensors contradict."""
-    faults = []
+    fields, faults = parts.fields, []
     for path, (row, cfg) in chosen.items():
         rank = (getattr(cfg, "r", None) or row.write(cfg)["r"]) if "r" in DEFAULTS[row.peft_type] else None
         if rank is not None and resolve(fields, "r", path) != rank:
             faults.append(f'r or rank_pattern: expected {rank} at "{path}", as its tensors have, found {resolve(fields, "r", path)}')
-        if fields.get("coft") and not _within_bound(layers[path]["oft_R.weight"], cfg, resolve(fields, "eps", path)):
+        if fields.get("coft") and not _within_bound(parts.layers[path]["oft_R.weight"], cfg, resolve(fields, "eps", path)):
             faults.append(f'coft: expected it off, or rotations within its bound, found "{path}" beyond it: PEFT would change its numbers')
     return faults
 
@@ -297,26 +227,36 @@ def _within_bound(v: Tensor, cfg: Any, eps: float) -> bool:
     return torch.allclose(project(v, cfg.block_size, eps), v, rtol=1e-5, atol=0.0)
 
 
-def _theirs(row: Row, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a layer's tensors under our names, flat where ours are."""
-    present = {name: leaf for name, leaf in row.leaves.items() if leaf.key in tensors}
-    return {name: tensors[leaf.key].flatten() if leaf.shape else tensors[leaf.key] for name, leaf in present.items()}
+def _sharing(chosen: Chosen) -> Chosen:
+    """Return by name the variants whose layers share trained tensors."""
+    return {cfg.name: (row, cfg) for row, cfg in chosen.values() if row.shared_leaves}
 
 
-def _ours(adapt: Adapt, model: nn.Module, path: str, row: Row, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    cfg = dict(zip((t.path for t in adapt.targets), adapt.configs))[path]
-    W = next(t.kind.at(model, path) for t in adapt.targets if t.path == path)
-    constants = row.derived(cfg, W, {**adapt.constants[path], **own_bias(W)})
-    theirs = {name: t.to(W.device, cfg.dtype, copy=True) for name, t in theirs.items()}
-    signs = row.signs(theirs, constants)
-    return {name: (signs.get(name, 1.0) * t - row.leaves[name].origin(cfg, constants)).to(cfg.dtype) for name, t in theirs.items()}
+def _theirs(chosen: Chosen, parts: Parts) -> Tree:
+    """Return PEFT's tensors by place and under our names, flat where ours are."""
+    found: Tree = {}
+    for path, (row, cfg) in chosen.items():
+        tensors = parts.layers[path]
+        present = {name: leaf for name, leaf in row.leaves.items() if leaf.key in tensors}
+        own = {name: tensors[leaf.key].flatten() if leaf.shape else tensors[leaf.key] for name, leaf in present.items()}
+        found[path] = row.completed(cfg, own)
+    for name, (row, _) in _sharing(chosen).items():
+        found[name] = {own: parts.common[leaf.key] for own, leaf in row.shared_leaves.items()}
+    return found
 
 
-def _shared_ours(adapt: Adapt, model: nn.Module, row: Row, cfg: AdapterConfig, theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    constants = adapt.constants.get(cfg.name, {})
-    first = next(target for target, own in zip(adapt.targets, adapt.configs) if own.name == cfg.name)
-    device = first.kind.at(model, first.path).device
-    return {
-        name: (t.to(device, cfg.dtype, copy=True) - row.shared_leaves[name].origin(cfg, constants)).to(cfg.dtype)
-        for name, t in theirs.items()
-    }
+def _ours(adapt: Adapt, chosen: Chosen, theirs: Tree) -> Tree:
+    """Return PEFT's tensors as params: without their neutral values, signs aligned."""
+    layers, found = _layers_of(adapt), Tree()
+    for path, (row, cfg) in chosen.items():
+        W = layers[path]
+        constants = row.derived(cfg, W, {**adapt.constants[path], **own_bias(W)})
+        own = {name: t.to(W.device, cfg.dtype, copy=True) for name, t in theirs[path].items()}
+        signs = row.signs(own, constants)
+        found[path] = {n: (signs.get(n, 1.0) * t - row.leaves[n].origin(cfg, constants)).to(cfg.dtype) for n, t in own.items()}
+    for name, (row, cfg) in _sharing(chosen).items():
+        constants = adapt.constants.get(name, {})
+        device = next(layers[path].device for path, (_, own) in chosen.items() if own.name == name)
+        moved = {n: t.to(device, cfg.dtype, copy=True) for n, t in theirs[name].items()}
+        found[name] = {n: (t - row.shared_leaves[n].origin(cfg, constants)).to(cfg.dtype) for n, t in moved.items()}
+    return found

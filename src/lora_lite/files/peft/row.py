@@ -62,8 +62,7 @@ class Row(NamedTuple):
         saved: `(target's input width, constants)` to the constants as the file holds them.
         derived: `(our config, layer, constants)` to the constants with what the origins take of the weight besides.
         shared: keys of the constants that all layers share, by name; a file may lack them.
-        shared_leaves: our params that all layers share, by name, with whole keys; a file has them. A key that ends in `.` is of the first
-            axis' entries, each a tensor of its own there, by number.
+        shared_leaves: our params that all layers share, by name, with whole keys; a file has them.
         zeros: PEFT's tensors of zeros, with their axes, each of which stands where a layer has no leaf under the same part of the key.
         of_sort: keys of the constants that a file holds once for all layers of a sort, each with the sort after it.
         sort: the sort of a layer by its path.

@@ -82,7 +82,7 @@ ROWS: dict[str, Row] = {
         lambda cfg: {theirs: getattr(cfg, ours) for theirs, ours in _OF_TINYLORA.items()},
         constants={"A": Leaf("tinylora_A", 2), "B": Leaf("tinylora_B", 2), "P": Leaf("tinylora_P", 3, optional=True)},
         saved=lambda i, constants: {name: constants[name] for name in ("A", "B", "P")},
-        shared_leaves={"v": Leaf("base_model.tinylora_v.", 2)},
+        shared_leaves={"v": Leaf("base_model.tinylora_v.#", 2)},
         misread=transposed,
         conv1d=True,
     ),

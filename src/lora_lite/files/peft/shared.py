@@ -1,6 +1,5 @@
 """Tensors of PEFT's files that all layers of a variant share: they stand once, or in a copy for each layer."""
 
-import itertools
 from collections.abc import Mapping
 
 import torch
@@ -20,17 +19,6 @@ def split(method: str, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor]
 def keys_of(row: Row) -> list[str]:
     """List the whole keys of what all layers of a method share."""
     return [*row.shared.values(), *(leaf.key for leaf in row.shared_leaves.values())]
-
-
-def entries_joined(method: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Join the tensors of a key that ends in a number, from 0 on, to one of that key."""
-    joined = dict(tensors)
-    for key in (key for row in rows_of(method) for key in keys_of(row) if key.endswith(".")):
-        names = list(itertools.takewhile(tensors.__contains__, (f"{key}{n}" for n in range(len(tensors)))))
-        entries = [tensors[name] for name in names]
-        if len({(t.shape, t.dtype) for t in entries}) == 1:
-            joined = {name: t for name, t in joined.items() if name not in names} | {key: torch.stack(entries)}
-    return joined
 
 
 def faults_of(method: str, shared: Mapping[str, Tensor]) -> list[str]:

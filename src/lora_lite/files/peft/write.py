@@ -25,7 +25,8 @@ from lora_lite.files.peft.categories import gathered
 from lora_lite.files.peft.fields import BY_PATH, PATTERNS
 from lora_lite.files.peft.hub import CONFIG, WEIGHTS
 from lora_lite.files.peft.layers import as_saved, is_conv1d, is_parameter, unsaved
-from lora_lite.files.peft.read import PREFIX
+from lora_lite.files.peft.numbered import unstacked
+from lora_lite.files.peft.parts import PREFIX
 from lora_lite.files.peft.row import Leaves, Row, own_bias
 from lora_lite.files.peft.rows import ROWS
 from lora_lite.files.peft.tasks import heads_of, task_of
@@ -220,10 +221,8 @@ def _shared(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], configs: M
     for name, cfg in configs.items():
         constants = adapt.constants.get(name, {})
         for own, leaf in ROWS[name].shared_leaves.items():
-            value = (params[name][own].detach() + leaf.origin(cfg, constants)).cpu().contiguous()
-            entries = {f"{leaf.key}{n}": t.clone() for n, t in enumerate(value)} if leaf.key.endswith(".") else {leaf.key: value}
-            found |= entries
-    return found
+            found[leaf.key] = (params[name][own].detach() + leaf.origin(cfg, constants)).cpu()
+    return {key: t.contiguous().clone() for key, t in unstacked(found).items()}
 
 
 def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs, of_tokens: Mapping[str, TokensConfig]) -> dict[str, Any]:

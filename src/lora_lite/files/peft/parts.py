@@ -1,0 +1,124 @@
+"""A file's tensors, sorted: those of layers, of modules trained as a whole, of tokens, of biases, and those that all layers share."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from lora_lite.core.errors import nearest
+from lora_lite.core.tree import Tree
+from lora_lite.files.peft import biases, numbered, shared, tokens, twice, whole
+from lora_lite.files.peft.categories import spread
+from lora_lite.files.peft.layers import as_linear, axes_of
+from lora_lite.files.peft.names import in_names_of
+from lora_lite.files.peft.row import Leaf
+from lora_lite.files.peft.rows import rows_of
+from lora_lite.files.peft.targeted import named
+from lora_lite.layers.find import find
+from lora_lite.layers.kind import Kind
+from lora_lite.variants.full import FullConfig
+
+PREFIX = "base_model.model."
+
+Layers = dict[str, dict[str, Tensor]]
+
+
+class Parts(NamedTuple):
+    """The tensors of a file, and its fields in the model's names.
+
+    Attributes:
+        fields: of PEFT's config.
+        layers: tensors by layer and by key.
+        modules: full values of modules, by our config of them.
+        rows: of embeddings, by path.
+        shifts: params of BitFit, of layers without another method.
+        common: tensors that all layers share, by whole keys.
+        faults: what has no place or does not fit.
+    """
+
+    fields: Mapping[str, Any]
+    layers: Layers
+    modules: whole.Whole
+    rows: Mapping[str, tokens.Rows]
+    shifts: Tree
+    common: Mapping[str, Tensor]
+    faults: list[str]
+
+
+def parts_of(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], kinds: Sequence[type[Kind]]) -> Parts:
+    """Sort the tensors of a file of PEFT's."""
+    method = fields["peft_type"]
+    keys = [*_leaves(method), *_zeros(method)]
+    of_all = {leaf.key: leaf for row in rows_of(method) for leaf in row.shared_leaves.values()}
+    saved = numbered.joined(tensors, {**_leaves(method), **of_all})
+    for row in rows_of(method):
+        saved = spread(saved, row.of_sort, row.sort, PREFIX) if row.of_sort else saved
+    common, saved = shared.split(method, saved)
+    fields, saved, misnamed = in_names_of(model, fields, saved, PREFIX, keys, kinds)
+    saved, faults = twice.at_first_place(model, saved, PREFIX)
+    modules, saved = whole.split(model, fields, saved, PREFIX)
+    rows, saved, misfits = tokens.split(model, fields, saved, PREFIX)
+    adapted, others, saved = biases.split(model, fields, saved, PREFIX)
+    shifts, more = biases.of_layers(model, others, kinds)
+    modules = {**modules, FullConfig: {**modules.get(FullConfig, {}), **more}} if more else modules
+    saved, unfit = as_linear(model, fields, saved, PREFIX)
+    layers, unplaced = _by_layer(model, method, {**saved, **adapted})
+    faults += misnamed + misfits + unfit + unplaced
+    if not layers and any(row.bare for row in rows_of(method)):
+        paths_named, unclear = named(fields, find(model, "linear", kinds))
+        layers, faults = {path: {} for path in paths_named}, faults + unclear
+    paths = {path for path, _ in model.named_modules()}
+    faults = (
+        faults
+        or whole.faults_of(model, fields, modules)
+        or ([] if layers or modules or rows else ["no tensors"])
+        or shared.faults_of(method, common)
+        or _layer_faults(model, layers, kinds)
+        or [
+            fault
+            for path in (*layers, *whole.paths_of(modules), *rows)
+            if (fault := twice.fault(model, path.rpartition(".")[0] if path not in paths else path))
+        ]
+    )
+    return Parts(fields, layers, modules, rows, shifts, common, faults)
+
+
+def _zeros(method: str) -> set[str]:
+    return {key for row in rows_of(method) for key in row.zeros}
+
+
+def _leaves(method: str) -> dict[str, Leaf]:
+    return {leaf.key: leaf for row in rows_of(method) for leaf in (*row.leaves.values(), *row.constants.values())}
+
+
+def _by_layer(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> tuple[Layers, list[str]]:
+    """Sort tensors by the path of their layer, and list those that have no place."""
+    keys, zeros = _leaves(method), _zeros(method)
+    ending = re.compile(rf"{re.escape(PREFIX)}(?:(.*)\.)?({'|'.join(map(re.escape, (*keys, *zeros)))})")
+    layers: Layers = {}
+    faults = []
+    for name, tensor in tensors.items():
+        found = ending.fullmatch(name)
+        if found is None:
+            faults.append(f'unexpected "{name}"')
+            continue
+        path, key = found[1] or "", found[2]
+        if key in zeros:
+            faults += [f'"{name}": expected zeros'] if tensor.count_nonzero() else []
+            continue
+        expected = keys[key].misfit(tensor, axes_of(model, path))
+        if expected is not None:
+            faults.append(f'"{name}": expected {expected}, found {tuple(tensor.shape)} of {tensor.dtype}')
+        layers.setdefault(path, {})[key] = tensor
+    return layers, faults
+
+
+def _layer_faults(model: nn.Module, layers: Layers, kinds: Sequence[type[Kind]]) -> list[str]:
+    modules, linear = dict(model.named_modules()), find(model, "linear", kinds)
+    faults = []
+    for path in layers:
+        if path not in linear:
+            found = type(modules[path]).__name__ if path in modules else f"nothing; closest: {nearest(path, linear)}"
+            faults.append(f'"{path}": expected a linear layer, found {found}')
+    return faults
