@@ -139,11 +139,10 @@ def _leaves(cfg: ll.AdapterConfig, layer: nn.Module, W: Tensor, constants: dict[
 def wrapped(model: nn.Module, config: peft.PeftConfig) -> nn.Module:
     """Adapt a copy of a model by PEFT, in evaluation mode, with every tensor that it trains off its start."""
     theirs = peft.get_peft_model(copy.deepcopy(model), copy.deepcopy(config)).eval()
-    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in theirs.parameters():
             if p.requires_grad:
-                p.add_(0.1 * torch.randn(p.shape, generator=generator))
+                p.add_(0.1 * torch.randn(p.shape))
     return theirs
 
 

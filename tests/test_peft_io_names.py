@@ -106,7 +106,7 @@ def test_an_adapter_of_the_backbone_fits_the_model_with_a_head_and_the_reverse(m
     batch = {"input_ids": batch["input_ids"]}
     config = {
         "lora": peft.LoraConfig(r=2, target_modules=["q_proj"]),
-        "ia3": peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+        "ia3": peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[]),
         "ln_tuning": peft.LNTuningConfig(target_modules=["input_layernorm"]),
     }[method]
     trained, other = (model.model, model) if bare else (model, model.model)
