@@ -3,26 +3,21 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_lite.clone.assemble import bound_copy, trainable_copy
-from lora_lite.clone.bind import bindings
 from lora_lite.clone.fsdp import ShardedReplicas, Sharding, shard_plan
-from lora_lite.clone.params import bare, read_params, require_fit, whole
+from lora_lite.clone.params import bare, read_params, require_configs, require_fit, whole
 from lora_lite.clone.per_call import Replica, Replicas
 from lora_lite.clone.structure import clone_again
-from lora_lite.core.config import AdapterConfig, departures
-from lora_lite.core.errors import listed
-from lora_lite.core.frozen import Constants
-from lora_lite.core.plan import Plan, Shapes, Targets
+from lora_lite.core.plan import Plan, Shapes
 from lora_lite.core.tree import AnyTree, Tree
+from lora_lite.derived.described import Described
 from lora_lite.derived.merge import merge, merge_error
 from lora_lite.derived.mixed import index_of, is_stacked, member_shapes, stacked_size, steered
-from lora_lite.derived.report import count_all, macs_by_target, table
 from lora_lite.derived.rows import Followed, RowMap
 from lora_lite.prepare.derive import layers_of, shared_start
 from lora_lite.prepare.start import generator_for, placed, start_params
@@ -31,7 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-class Adapt:
+class Adapt(Described):
     """An adapted model as a function: `adapt(params, batch)`.
 
     Made by `build` or `load`. It holds no trained state: params are a plain tree `{target path: {name: tensor}}`, made by `init`
@@ -168,14 +163,7 @@ class Adapt:
                 f"adapt.params: expected a module made by this adapt.module(params), found {type(module).__name__} without its "
                 f"params ({e}). Pass the module itself, not the model it was built from."
             ) from e
-        bound = bindings(module)
-        other = {target.path: (cfg, bound[target.path].cfg) for target, cfg in self._plan.entries if target.path in bound}
-        for path, (own, its) in other.items():
-            if its != own and (differ := departures(own, its)):
-                raise ValueError(
-                    f'adapt.params: expected a module made by this adapt.module(params), found one of another config at "{path}": '
-                    f"{listed(differ)}. Its params mean another update here: read them with the adapt that made it."
-                )
+        require_configs(module, self._plan.entries)
         return found
 
     def merge(self, params: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -285,16 +273,6 @@ class Adapt:
         self._require_whole("shard")
         return Adapt(shard_plan(self._plan, Sharding(mesh, blocks)))
 
-    @property
-    def targets(self) -> Targets:
-        """The adapted layers, in order."""
-        return Targets(target for target, _ in self._plan.entries)
-
-    @property
-    def configs(self) -> tuple[AdapterConfig, ...]:
-        """The configs, one for each of `targets`."""
-        return tuple(cfg for _, cfg in self._plan.entries)
-
     def unused(self) -> list[str]:
         """List the targets that no call in the building thread has reached yet: their layers were neither called nor read.
 
@@ -302,51 +280,6 @@ class Adapt:
         """
         used = {path for path, binding in self._replicas.main.bindings if binding.used}
         return [target.path for target in self.targets if target.path not in used]
-
-    @property
-    def shapes(self) -> Shapes:
-        """The shape of every leaf of a params tree."""
-        return self._plan.shapes
-
-    @property
-    def constants(self) -> dict[str, Constants]:
-        """The variants' frozen tensors, by target path and name. Tensors that targets share stand under the variant's name."""
-        return {path: dict(constants) for path, constants in {**self._plan.shared, **self._plan.constants}.items()}
-
-    @property
-    def num_params(self) -> int:
-        """The number of values in a params tree."""
-        return count_all(self.shapes)
-
-    @property
-    def macs_per_token(self) -> int:
-        """Multiply-adds that the adapter adds for one token passing through every target once."""
-        return sum(self._macs.values())
-
-    @cached_property
-    def _macs(self) -> dict[str, int]:
-        return macs_by_target(self._plan)
-
-    def summary(self, full: bool = False) -> str:
-        """Return a table of path, role, shape, variant, params and multiply-adds per token, with totals and the trained share of the model.
-
-        Args:
-            full: a line for each target. Else those whose paths differ only in numbers, such as the same layer of each block, share one.
-
-        Example:
-            >>> import torch, lora_lite as ll
-            >>> blocks = [torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU()) for _ in range(4)]
-            >>> print(ll.build(torch.nn.Sequential(*blocks), ll.LoRAConfig(r=2)).summary())
-            path       role    (o, i)    variant  count  params  MACs/token
-            *.0        reader  (64, 64)  lora         4   1,024       1,024
-            4 targets                                 4   1,024       1,024
-            6.15% of the model's 16,640 params
-        """
-        return table(self._plan, self._macs, full)
-
-    def __repr__(self) -> str:
-        variants = ", ".join(sorted({cfg.name for cfg in self.configs}))
-        return f"Adapt({type(self._plan.base).__name__}, {variants}, {len(self._plan.entries)} targets, {self.num_params:,} params)"
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Adapt, (self._plan,)  # only the plan is copied and pickled: the clones follow from it, and belong to this process's threads

@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_lite.core.errors import listed
 from lora_lite.core.tree import modules_by_path
-from lora_lite.layers.kind import ADOPTED
+from lora_lite.layers.access import ADOPTED
 
 
 def moves_inputs(module: nn.Module) -> bool:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.core.tree import modules_by_path
-from lora_lite.layers.kind import ADAPTERS, HOST, Params
+from lora_lite.layers.access import ADAPTERS, HOST
+from lora_lite.layers.kind import Params
 
 
 class Adapter(nn.Module):

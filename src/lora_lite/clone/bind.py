@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lora_lite.clone.adapter import Adapter, adapters
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import in_dtype
-from lora_lite.layers.kind import HOST, Kind, Params, ReadTensor, Variant, first_of, module_at, place_of, raw
+from lora_lite.layers.access import HOST, ReadTensor, first_of, module_at, place_of, raw
+from lora_lite.layers.kind import Kind, Params, Variant
 
 
 class Binding:
@@ -42,7 +43,8 @@ class Binding:
         self.own: Callable[..., Any] = _missing
         self.root: nn.Module = adapter
         self.variant, self.forward = Variant(cfg), cfg.forward
-        self.direct = type(W).call is Kind.call and type(W).apply is Kind.apply  # what stands between the call and the formula is nothing
+        # Nothing stands between the call and the formula, but the dtype of the params.
+        self.direct = cfg.cast and type(W).call is Kind.call and type(W).apply is Kind.apply
         self.params: Params | None = None
         self.mixed = False
         self.index: Tensor | None = None
@@ -75,7 +77,7 @@ class Binding:
             params, W, x = self.params, self.W, args[0] if args else first_of(args, kwargs)
             if not torch.compiler.is_compiling():  # which would compile again where this differs, and allows no writing in a checkpoint
                 self.used = True
-            for p in params.values() if self.variant.cast else ():  # type: ignore[union-attr]  # as in_dtype does, without its call
+            for p in params.values():  # type: ignore[union-attr]  # as in_dtype does, without its call
                 if p.dtype is not x.dtype:
                     params = in_dtype(params, W, x)  # type: ignore[arg-type]
                     break

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_lite.clone.bind import Binding, bindings
 from lora_lite.clone.references import References
-from lora_lite.layers.kind import ReadTensor
+from lora_lite.layers.access import ReadTensor
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _OWN = "_replicate_for_data_parallel"

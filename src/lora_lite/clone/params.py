@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.clone.adapter import adapters
-from lora_lite.core.errors import several, tree_faults
-from lora_lite.core.plan import Shapes
+from lora_lite.clone.bind import bindings
+from lora_lite.core.config_json import departures
+from lora_lite.core.errors import listed, several, tree_faults
+from lora_lite.core.plan import Entries, Shapes
 from lora_lite.core.tree import AnyTree, Tree
 from lora_lite.layers.kind import Params
 
@@ -66,6 +68,21 @@ def read_params(module: nn.Module, shapes: Shapes, get: Callable[[Tensor], Tenso
         if path not in held:
             raise AttributeError(f"no adapter of {path!r}")
     return {path: {name: get(held[path][name]) for name in names} for path, names in shapes.items()}
+
+
+def require_configs(module: nn.Module, entries: Entries) -> None:
+    """Refuse a bound module whose targets have other configs, under which its params mean another update.
+
+    Raises:
+        ValueError: it names the fields.
+    """
+    bound = bindings(module)
+    for path, own, its in ((target.path, cfg, bound[target.path].cfg) for target, cfg in entries if target.path in bound):
+        if its != own and (differ := departures(own, its)):
+            raise ValueError(
+                f'adapt.params: expected a module made by this adapt.module(params), found one of another config at "{path}": '
+                f"{listed(differ)}. Its params mean another update here: read them with the adapt that made it."
+            )
 
 
 @torch.no_grad()

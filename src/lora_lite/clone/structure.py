@@ -17,8 +17,9 @@ from lora_lite.clone.accelerate import carry, moves_inputs, runs_class_forward
 from lora_lite.clone.references import PLAIN, References, containers_in
 from lora_lite.core.errors import listed, several
 from lora_lite.core.tree import join, modules_by_path
+from lora_lite.layers.access import ADOPTED
 from lora_lite.layers.find import adopt, faults
-from lora_lite.layers.kind import ADOPTED, Kind
+from lora_lite.layers.kind import Kind
 
 _TABLES = frozenset(name for name, value in vars(nn.Module()).items() if hasattr(value, "copy"))  # hooks, and what nn.Module notes
 _HOOKS = frozenset(name for name in _TABLES if name.endswith("_hooks"))

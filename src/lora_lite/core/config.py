@@ -5,9 +5,7 @@ do the work.
 """
 
 import copy
-import dataclasses
 import inspect
-import json
 import re
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -263,58 +261,3 @@ def with_fields(cfg: AdapterConfig, **values: Any) -> AdapterConfig:
     for name, value in values.items():
         object.__setattr__(changed, name, value)
     return changed
-
-
-def to_json(cfg: AdapterConfig) -> dict[str, Any]:
-    """Return a config as plain values: its variant's name, every field and every other attribute of the instance.
-
-    Raises:
-        TypeError: for a value that JSON cannot hold.
-    """
-    names = [*(f.name for f in dataclasses.fields(cfg)), *vars(cfg)]
-    fields = {name: getattr(cfg, name) for name in names}
-    fields |= {name: str(value).removeprefix("torch.") for name, value in fields.items() if isinstance(value, torch.dtype)}
-    for name, value in fields.items():
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError) as e:
-            raise TypeError(
-                f"{at(cfg, name)} a value that a file can hold, found {value!r} ({e}). Keep the name of it in the field."
-            ) from e
-    return {**fields, "name": cfg.name}
-
-
-def departures(own: AdapterConfig, other: AdapterConfig) -> list[str]:
-    """List the fields in which `other` would make another function of the same params than `own`, or the variant where that is another.
-
-    A tree's shapes say its rank, but not its `alpha`. Left out are the fields that all configs share, since the tree itself says where a
-    variant acts and in which dtype, and `dropout`, which is no part of the trained function.
-    """
-    if own is other:
-        return []
-    if own.name != other.name:
-        return [f"{type(own).__name__}, {type(other).__name__} there"]
-    left_out = {"dropout", *(f.name for f in dataclasses.fields(AdapterConfig))}
-    here, there = (json.loads(json.dumps({k: v for k, v in to_json(cfg).items() if k not in left_out})) for cfg in (own, other))
-    fields = [name for name in {**here, **there} if here.get(name) != there.get(name)]
-    return [f"{type(own).__name__}.{name}={here.get(name)!r}, {there.get(name)!r} there" for name in fields]
-
-
-def from_json(cls: type, fields: Mapping[str, Any]) -> AdapterConfig:
-    """Build a config of `cls` from the values that `to_json` returned.
-
-    Raises:
-        ValueError: for a field that `cls` does not take.
-    """
-    cls = getattr(cls, "_written", cls)  # the user's own class, where as_config completed it
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "name"}
-    known = {f.name for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else set(values)
-    if not issubclass(cls, AdapterConfig):  # its shared fields are the defaults, not its own
-        values = {k: v for k, v in values.items() if k in known and not hasattr(AdapterConfig, k)}
-    unknown = [k for k in values if k not in known]
-    if unknown:
-        raise ValueError(
-            f"{cls.__name__}: expected the fields {listed(sorted(known), 20)}, found also {listed(unknown)}. "
-            "Load the file with the version that wrote it."
-        )
-    return as_config(cls(**values))

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import Frozen
-from lora_lite.layers.kind import Kind, Variant, on_meta
+from lora_lite.layers.identity import on_meta
+from lora_lite.layers.kind import Kind, Variant
 
 aten = torch.ops.aten
 _MATMULS = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.baddbmm: 1}

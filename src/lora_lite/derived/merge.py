@@ -12,7 +12,8 @@ from lora_lite.core.errors import several
 from lora_lite.core.frozen import Frozen
 from lora_lite.core.plan import Plan, Target
 from lora_lite.core.tree import AnyTree, join
-from lora_lite.layers.kind import Variant, at_identity, exact_dtype
+from lora_lite.layers.identity import at_identity, exact_dtype
+from lora_lite.layers.kind import Variant
 
 
 def merged_layer(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen) -> tuple[Tensor, Tensor]:

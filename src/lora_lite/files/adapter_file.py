@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lora_lite.adapt import Adapt
 from lora_lite.clone.structure import clone_module
-from lora_lite.core.config import AdapterConfig, from_json, to_json
+from lora_lite.core.config import AdapterConfig
+from lora_lite.core.config_json import from_json, to_json
 from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import listed, nearest, require_type, several, tree_faults
 from lora_lite.core.plan import Entries, Plan, Target

@@ -16,7 +16,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from lora_lite.adapt import Adapt
 from lora_lite.clone.params import write_params
-from lora_lite.core.config import departures
+from lora_lite.core.config_json import departures
 from lora_lite.core.errors import listed
 from lora_lite.core.tree import Tree
 from lora_lite.files.adapter_file import load, save

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lite.core.frozen import Frozen
-from lora_lite.layers.kind import Kind, Params, Run, Variant, first_of
+from lora_lite.layers.access import first_of
+from lora_lite.layers.kind import Kind, Params, Run, Variant
 
 CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONVS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)

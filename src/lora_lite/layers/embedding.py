@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lite.core.frozen import Frozen, Start
-from lora_lite.layers.kind import Kind, Params, Variant, raw
+from lora_lite.layers.access import raw
+from lora_lite.layers.kind import Kind, Params, Variant
 from lora_lite.layers.linear import LinearKind
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lora_lite.core.frozen import Frozen
-from lora_lite.layers.kind import Kind, Params, Variant, at_identity, on_meta
+from lora_lite.layers.identity import at_identity, on_meta
+from lora_lite.layers.kind import Kind, Params, Variant
 
 
 class FusedKind(Kind):

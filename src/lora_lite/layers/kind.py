@@ -4,29 +4,23 @@ A variant sees the members of `Frozen`. The others say where such a layer is fou
 it is merged, mixed and counted. Each method has a default that is right for a linear layer.
 """
 
-import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.frozen import Frozen, Params, in_dtype, plus
+from lora_lite.core.frozen import Frozen, Params, in_dtype
 from lora_lite.core.legacy import gives_of
 from lora_lite.core.tree import join
+from lora_lite.layers.access import HOST, first_of, module_at, raw
+from lora_lite.layers.identity import adapted_part, at_identity, exact_dtype, on_meta
 
 Run = Callable[[Frozen, Any], Any]
 """A variant with its params: `(W, x) -> y`."""
-ADAPTERS = "_lora_lite_adapters"
-"""The attribute of a module with children that lists the adapters whose params are registered on the module."""
-ADOPTED = "_lora_lite_adopted"
-"""The attribute that marks a layer of a private copy which runs its kind."""
-HOST = "_lora_lite_host"
-"""The attribute of a view that holds the module it is a view of."""
 
 
 class Variant:
@@ -322,7 +316,7 @@ class Kind(Frozen):
         """Return the update of the weight `(o, i)` and the bias `(o,)` of each linear map in float64, in the order of `make`."""
         found = []
         for W, leaves in self.pairs(params):
-            adapted = self.adapted if W is self else functools.partial(_adapted_part, W)
+            adapted = self.adapted if W is self else functools.partial(adapted_part, W)
             weight, bias = (adapted(f, leaves, role, torch.float64) for role in ("weight", "bias"))
             found.append((weight - W.dense(torch.float64), bias if W.bias is None else bias - W.bias.detach().double()))
         return found
@@ -341,145 +335,8 @@ class Kind(Frozen):
         return name, weights.get(name)
 
 
-class AtIdentity(Frozen):
-    """A linear map that gives its own transpose at `points`, the rows of the identity, without a product."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, constants: Params) -> None:
-        super().__init__(weight, bias, constants)
-        self._points: Tensor | None = None
-
-    @property
-    def points(self) -> Tensor:
-        """The rows of the identity, `(i, i)`."""
-        if self._points is None:
-            self._points = torch.eye(self.in_features, dtype=self.dtype, device=self.device)
-        return self._points
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return plus(self.weight.t(), self.bias) if x is self._points else super().__call__(x)
-
-    def matmul(self, x: Tensor) -> Tensor:
-        return self.weight.t() if x is self._points else super().matmul(x)
-
-    def project(self, x: Tensor, A: Tensor, dropout: float = 0.0) -> Tensor:
-        return A.t() if x is self._points else super().project(x, A, dropout)
-
-
-def at_identity(f: Variant, params: Params, W: Frozen, role: str, dtype: torch.dtype | None) -> Tensor:
-    """Return the `weight` `(o, i)` or the `bias` `(o,)` of a linear map with a variant on it, evaluated in `dtype`."""
-    weight = W.dense(dtype)
-    bias = W.bias.detach().to(weight.dtype) if role == "bias" and W.bias is not None else None
-    at = AtIdentity(weight, bias, W.constants)
-    offset = f(params, at, weight.new_zeros(1, W.in_features))[0]
-    return offset if role == "bias" else (f(params, at, at.points) - offset).t()
-
-
-def _adapted_part(W: Frozen, f: Variant, params: Params, role: str, dtype: torch.dtype) -> Tensor:
-    return at_identity(f, params, W, role, dtype)
-
-
-def on_meta(W: Frozen, tokens: int) -> tuple[Frozen, Tensor, int]:
-    """Return a linear map and an input of `tokens` tokens on meta, and the map's own multiply-adds for one token."""
-    constants = {name: torch.empty(c.shape, dtype=c.dtype, device="meta") for name, c in W.constants.items()}
-    bias = None if W.bias is None else torch.empty(W.out_features, device="meta")
-    layer = Frozen(torch.empty(W.out_features, W.in_features, device="meta"), bias, constants)
-    return layer, torch.empty(tokens, W.in_features, device="meta"), W.in_features * W.out_features
-
-
-def exact_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which merged weights are computed: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def of_rows(params: Params, index: Tensor | None) -> tuple[Params, int]:
     """Gather the params of each row of a batch. Return them with the number of rows or, without an index, of members."""
     if index is None:
         return params, next(iter(params.values())).shape[0]
     return {name: p.index_select(0, index) for name, p in params.items()}, index.shape[0]
-
-
-def module_at(root: nn.Module, path: str) -> Any:
-    """Return the module at a path that is known to lead to one; `get_submodule` checks each step, which takes longer than the step."""
-    for name in path.split(".") if path else ():
-        root = root._modules[name]  # type: ignore[assignment]
-    return root
-
-
-def place_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Return the module inside that holds a parameter, and the parameter's name there."""
-    parent, _, own = name.rpartition(".")
-    return module.get_submodule(parent), own
-
-
-def first_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Return the first argument of a call, by place or by name."""
-    return args[0] if args else next(iter(kwargs.values()))
-
-
-def raw(layer: nn.Module) -> Any:
-    """Return a view of a module whose attributes are its frozen tensors, even where the model reads adapted ones.
-
-    The view shares the tables of parameters, buffers and submodules, so that tensors swapped in for a call are seen. It runs no hooks.
-    """
-    twin = type(layer).__new__(type(layer))
-    vars(twin).update({name: value for name, value in vars(layer).items() if not isinstance(value, ReadTensor)})
-    vars(twin).pop("forward", None)
-    vars(twin)[HOST] = layer  # its mode may change
-    return twin
-
-
-class ReadTensor(Tensor):
-    """A stand-in for an adapted parameter that the model reads. It has the parameter's shape and dtype. Each use sees the adapted tensor.
-
-    The stand-in lies in the module's `__dict__`, which Python searches before the table of parameters. That table keeps the frozen tensor.
-    """
-
-    binding: Any
-    of_parameter: str
-
-    @classmethod
-    def of(cls, binding: Any, name: str) -> "ReadTensor":
-        """Make the stand-in for a parameter of a bound layer."""
-        module, own = place_of(binding.W.layer, name)
-        p: Any = module._parameters[own]
-        whole = type(p.data) is Tensor  # else a part of a sharded weight, or a tensor of a class of its own
-        like = p.detach() if whole else torch.empty((), dtype=p.dtype, device=p.device)
-        return _stand_in(like, binding, name, tuple(p.shape), vars(p))
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") == "__get__" and getattr(func.__self__, "__name__", "") in _FACTS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        args = tuple(_adapted(a) for a in args)
-        return func(*args, **{name: _adapted(a) for name, a in (kwargs or {}).items()})
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ReadTensor":
-        with torch._C.DisableTorchFunctionSubclass():
-            return _stand_in(self.detach(), copy.deepcopy(self.binding, memo), self.of_parameter, tuple(self.shape))
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            like = torch.empty((), dtype=self.dtype, device=self.device)
-            return _stand_in, (like, self.binding, self.of_parameter, tuple(self.shape))
-
-
-_FACTS = frozenset(
-    ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "is_meta", "is_cuda", "is_cpu", "is_mps", "is_quantized")
-)
-"""The attributes that a stand-in answers from the frozen parameter."""
-
-
-def _stand_in(like: Tensor, binding: Any, name: str, shape: tuple[int, ...], noted: Mapping[str, Any] = MappingProxyType({})) -> ReadTensor:
-    self: ReadTensor = (like if like.shape == shape else like.expand(shape)).as_subclass(ReadTensor)
-    vars(self).update(noted)  # what a library keeps on the parameter
-    self.binding, self.of_parameter = binding, name
-    return self
-
-
-def _adapted(value: Any) -> Any:
-    if isinstance(value, ReadTensor):
-        return value.binding.read(value.of_parameter)
-    if isinstance(value, list | tuple) and any(isinstance(v, ReadTensor) for v in value):
-        return type(value)(_adapted(v) for v in value)
-    return value

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lora_lite.core.errors import listed
 from lora_lite.core.frozen import Frozen
-from lora_lite.layers.kind import ADAPTERS, Kind, Params, Run, Variant, first_of, place_of
+from lora_lite.layers.access import ADAPTERS, first_of, place_of
+from lora_lite.layers.kind import Kind, Params, Run, Variant
 
 Own = Callable[..., Any]
 

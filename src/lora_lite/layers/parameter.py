@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from lora_lite.core.frozen import Frozen
 from lora_lite.core.tree import join
-from lora_lite.layers.kind import Kind, Params, Variant, at_identity, module_at, on_meta, raw
+from lora_lite.layers.access import module_at, raw
+from lora_lite.layers.identity import at_identity, on_meta
+from lora_lite.layers.kind import Kind, Params, Variant
 
 UNREAD = (nn.RNNBase, nn.RNNCellBase)
 """Classes that reach their parameters by other references than attributes, so that a stand-in would not be read."""

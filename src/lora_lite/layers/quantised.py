@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_lite.layers.access import ADOPTED, raw
 from lora_lite.layers.compiled_product import traced_product
-from lora_lite.layers.kind import ADOPTED, Kind, raw
+from lora_lite.layers.kind import Kind
 
 
 class _Product(torch.autograd.Function):

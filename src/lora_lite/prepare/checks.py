@@ -10,8 +10,8 @@ from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import listed
 from lora_lite.core.frozen import USES
 from lora_lite.core.plan import Entries, Target
+from lora_lite.layers.access import module_at
 from lora_lite.layers.find import packed
-from lora_lite.layers.kind import module_at
 from lora_lite.layers.module import refuse_nested
 from lora_lite.prepare.worn import refuse_bound, refuse_worn
 

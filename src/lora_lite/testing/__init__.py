@@ -33,9 +33,9 @@ from lora_lite.testing._formula import (
     vmapped,
 )
 from lora_lite.testing._kind import KIND_CHECKS as KIND_CHECKS
-from lora_lite.testing._kind import KindCase as KindCase
 from lora_lite.testing._kind import check_kind as check_kind
-from lora_lite.testing._kind import make_kind_case as make_kind_case
+from lora_lite.testing._kind_case import KindCase as KindCase
+from lora_lite.testing._kind_case import make_kind_case as make_kind_case
 from lora_lite.testing._model import compiles, mixed_batch, saved, untouched
 from lora_lite.testing._quantised import quantised_4bit, quantised_8bit
 

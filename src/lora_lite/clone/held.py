@@ -1,0 +1,72 @@
+"""The tensors that a call has swapped into a block, as explicit inputs of the block's recomputation."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_lite.clone.bind import bindings_inside
+from lora_lite.clone.state import State, volatile
+
+
+def _now(binding: Any) -> Any:
+    if binding.off:
+        return {}
+    return binding.registered() if binding.params is None else binding.params
+
+
+class Held:
+    """The params and buffers that a call has swapped into a block: explicit inputs of the block's recomputation."""
+
+    def __init__(
+        self, params: list[tuple[Any, list[str]]], index: Tensor | None, buffers: list[tuple[dict[str, Any], str]], written: list[bool]
+    ) -> None:
+        self._params, self._index, self._buffers, self._written = params, index, buffers, written
+        self._off = any(binding.off for binding, _ in params)
+        self._mixed = any(binding.mixed for binding, _ in params)
+        held = [(_now(binding), names) for binding, names in params]
+        self.tensors: list[Tensor] = [leaves[name] for leaves, names in held for name in names]
+        self.tensors += [] if index is None else [index]
+        self.tensors += [table[name].clone() if own else table[name] for (table, name), own in zip(buffers, written)]
+
+    @classmethod
+    def of(cls, block: nn.Module) -> "Held":
+        """Find the params and buffers that a call has swapped into a block."""
+        bound = bindings_inside(block)
+        params = [(b, list(_now(b))) for b in bound]
+        index = next((b.index for b in bound if b.index is not None), None)
+        buffers = [(m, name, b) for m in block.modules() for name, b in m._buffers.items() if b is not None]
+        written = [volatile(b, m.training) for m, name, b in buffers]
+        return cls(params, index, [(m._buffers, name) for m, name, _ in buffers], written)
+
+    @contextmanager
+    def in_place(self, tensors: Sequence[Tensor], state: State | None) -> Iterator[None]:
+        """Put tensors where these stood for the length of a run.
+
+        The first run, which has no `state`, leaves the block as its forward does. A later one begins with the block's state before that,
+        and leaves no trace.
+        """
+        given = iter(tensors)
+        before = [b.standing for b, _ in self._params]
+        params: dict[Any, Any] = {}
+        stood = [table.get(name) for table, name in self._buffers]
+        around = None if state is None else state.now()
+        try:
+            for binding, names in self._params:
+                params[binding] = {name: next(given) for name in names}
+            index = None if self._index is None else next(given)
+            for binding, own in params.items():
+                binding.set(None if self._off else own, self._mixed, index, self._off)
+            if state is not None:
+                state.put(state.kept)
+            for (table, name), own in zip(self._buffers, self._written):
+                table[name] = next(given).clone() if own else next(given)
+            yield
+        finally:
+            for (binding, _), was in zip(self._params, before):
+                binding.set(*was)
+            if state is not None:
+                for (table, name), tensor in zip(self._buffers, stood):
+                    table[name] = tensor
+                state.put(around)  # type: ignore[arg-type]

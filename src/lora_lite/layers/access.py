@@ -1,0 +1,103 @@
+"""Ways into the modules of a copy: the places of its tensors, views without adapters, and stand-ins for weights that the model reads."""
+
+import copy
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ADAPTERS = "_lora_lite_adapters"
+"""The attribute of a module with children that lists the adapters whose params are registered on the module."""
+ADOPTED = "_lora_lite_adopted"
+"""The attribute that marks a layer of a private copy which runs its kind."""
+HOST = "_lora_lite_host"
+"""The attribute of a view that holds the module it is a view of."""
+
+
+def module_at(root: nn.Module, path: str) -> Any:
+    """Return the module at a path that is known to lead to one; `get_submodule` checks each step, which takes longer than the step."""
+    for name in path.split(".") if path else ():
+        root = root._modules[name]  # type: ignore[assignment]
+    return root
+
+
+def place_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module inside that holds a parameter, and the parameter's name there."""
+    parent, _, own = name.rpartition(".")
+    return module.get_submodule(parent), own
+
+
+def first_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the first argument of a call, by place or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def raw(layer: nn.Module) -> Any:
+    """Return a view of a module whose attributes are its frozen tensors, even where the model reads adapted ones.
+
+    The view shares the tables of parameters, buffers and submodules, so that tensors swapped in for a call are seen. It runs no hooks.
+    """
+    twin = type(layer).__new__(type(layer))
+    vars(twin).update({name: value for name, value in vars(layer).items() if not isinstance(value, ReadTensor)})
+    vars(twin).pop("forward", None)
+    vars(twin)[HOST] = layer  # its mode may change
+    return twin
+
+
+class ReadTensor(Tensor):
+    """A stand-in for an adapted parameter that the model reads. It has the parameter's shape and dtype. Each use sees the adapted tensor.
+
+    The stand-in lies in the module's `__dict__`, which Python searches before the table of parameters. That table keeps the frozen tensor.
+    """
+
+    binding: Any
+    of_parameter: str
+
+    @classmethod
+    def of(cls, binding: Any, name: str) -> "ReadTensor":
+        """Make the stand-in for a parameter of a bound layer."""
+        module, own = place_of(binding.W.layer, name)
+        p: Any = module._parameters[own]
+        whole = type(p.data) is Tensor  # else a part of a sharded weight, or a tensor of a class of its own
+        like = p.detach() if whole else torch.empty((), dtype=p.dtype, device=p.device)
+        return _stand_in(like, binding, name, tuple(p.shape), vars(p))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == "__get__" and getattr(func.__self__, "__name__", "") in _FACTS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        args = tuple(_adapted(a) for a in args)
+        return func(*args, **{name: _adapted(a) for name, a in (kwargs or {}).items()})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ReadTensor":
+        with torch._C.DisableTorchFunctionSubclass():
+            return _stand_in(self.detach(), copy.deepcopy(self.binding, memo), self.of_parameter, tuple(self.shape))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            like = torch.empty((), dtype=self.dtype, device=self.device)
+            return _stand_in, (like, self.binding, self.of_parameter, tuple(self.shape))
+
+
+_FACTS = frozenset(
+    ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "is_meta", "is_cuda", "is_cpu", "is_mps", "is_quantized")
+)
+"""The attributes that a stand-in answers from the frozen parameter."""
+
+
+def _stand_in(like: Tensor, binding: Any, name: str, shape: tuple[int, ...], noted: Mapping[str, Any] = MappingProxyType({})) -> ReadTensor:
+    self: ReadTensor = (like if like.shape == shape else like.expand(shape)).as_subclass(ReadTensor)
+    vars(self).update(noted)  # what a library keeps on the parameter
+    self.binding, self.of_parameter = binding, name
+    return self
+
+
+def _adapted(value: Any) -> Any:
+    if isinstance(value, ReadTensor):
+        return value.binding.read(value.of_parameter)
+    if isinstance(value, list | tuple) and any(isinstance(v, ReadTensor) for v in value):
+        return type(value)(_adapted(v) for v in value)
+    return value
