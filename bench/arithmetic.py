@@ -15,6 +15,7 @@ every test problem and every evaluated sum uses one. Sentences come from `wordin
 `base`, `train` and `test` have no sentence in common.
 """
 
+import inspect
 import json
 import random
 import re
@@ -27,11 +28,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 CHARS = "\n 0123456789+-=#>.,?'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 PAD, END = 0, 1  # END is the newline
 VOCAB_SIZE = len(CHARS) + 1
 IGNORE = -100  # the label that transformers leaves out of the loss
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"  # from 5.24 on, and before
 WORDING = json.loads((Path(__file__).parent / "wording.json").read_text())
 # Kinds of problem: the sentences in order, and the work in the letters of their numbers, where
 # `?` is the sign of the next event.
@@ -235,7 +238,7 @@ def generate(forward: Forward, prompts: Sequence[str], max_new: int = 48) -> lis
     """Continue each prompt greedily to its newline; the prompts run together, padded left.
 
     `forward` takes a mapping with `input_ids`, `attention_mask`, `position_ids`, `use_cache` and
-    `past_key_values`, as a causal model of transformers does, and returns its output.
+    `CACHE`, as a causal model of transformers does, and returns its output.
     """
     ids = _pad([encode("\n" + prompt) for prompt in prompts], PAD, left=True)
     mask = (ids != PAD).long()
@@ -243,7 +246,7 @@ def generate(forward: Forward, prompts: Sequence[str], max_new: int = 48) -> lis
     done, out, past = torch.zeros(len(ids), dtype=torch.bool), [], None
     for _ in range(max_new):
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        output = forward(inputs | {"past_key_values": past, "use_cache": True})
+        output = forward(inputs | {CACHE: past, "use_cache": True})
         ids, past = output.logits[:, -1:].argmax(-1), output.past_key_values
         out.append(ids)
         done |= ids[:, 0] == END

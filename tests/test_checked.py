@@ -9,7 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import lora_lite as ll
+from cases import CASES
 from lora_lite import functional as lf
+from lora_lite.testing._case import float64
 
 I, O, R = 6, 5, 2  # noqa: E741
 
@@ -237,3 +239,24 @@ def test_an_error_inside_an_init_says_at_which_target():
     with pytest.raises(ValueError, match=r"PiSSAConfig\.r") as raised:
         ll.build(model, ll.PiSSAConfig(r=4))
     assert raised.value.__notes__ == ['in PiSSAConfig.constants at target "1"']
+
+
+NEED_CONSTANTS = {"adamss", "deft", "osf", "supertuning", "tokens"}
+
+
+@pytest.mark.parametrize("row", [row for row in CASES if row.cfg.name in NEED_CONSTANTS], ids=lambda row: row.id)
+def test_a_plain_weight_without_the_constants_that_a_variant_needs_is_named(row):
+    case = float64(row.cfg)[0]
+    missing = r"Frozen: expected the variant's constant '(\w+)' beside the weight, found a plain weight. Take it from config.constants"
+    with pytest.raises(ValueError, match=missing) as refusal:
+        case.cfg.forward(case.params, ll.Frozen(case.W.weight, case.W.bias), case.x)
+    assert re.search(missing, str(refusal.value))[1] in case.W.constants
+    again = ll.Frozen(case.W.weight, case.W.bias, case.W.constants)
+    assert torch.equal(case.cfg.forward(case.params, again, case.x), case(case.params))  # the way out
+
+
+@pytest.mark.parametrize("row", [row for row in CASES if row.cfg.name not in NEED_CONSTANTS], ids=lambda row: row.id)
+def test_every_other_variant_does_with_a_plain_weight(row):
+    case = float64(row.cfg)[0]
+    y = case.cfg.forward(case.params, ll.Frozen(case.W.weight, case.W.bias), case.x)
+    assert y.shape == case(case.params).shape and y.isfinite().all()

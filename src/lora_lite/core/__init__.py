@@ -18,6 +18,7 @@ from lora_lite.core.frozen import Constants as Constants
 from lora_lite.core.frozen import Frozen as Frozen
 from lora_lite.core.frozen import Params as Params
 from lora_lite.core.linalg import add_low_rank as add_low_rank
+from lora_lite.core.linalg import balanced_factors as balanced_factors
 from lora_lite.core.linalg import cayley_excess as cayley_excess
 from lora_lite.core.linalg import full_precision as full_precision
 from lora_lite.core.linalg import gate as gate

@@ -7,7 +7,6 @@ matrix `(o, i)`, `W.constants` holds what the variant derived at build. The fram
 import copy
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
-from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -29,6 +28,17 @@ USES = {
     "dense": "calls `W.dense()`, the weight as a matrix, at build or in the forward; norms of it too",
 }
 """The parts of a layer, as words: a variant lists in `uses` the parts that it uses, a kind in `gives` the parts that it has."""
+
+
+class NoConstants(dict[str, Tensor]):
+    """The constants of a plain weight, which has none: a variant that cannot do without says so."""
+
+    def __missing__(self, name: str) -> Tensor:
+        way = "Take it from config.constants(W, generator) and pass Frozen(weight, bias, constants), or use build."
+        raise ValueError(f"Frozen: expected the variant's constant {name!r} beside the weight, found a plain weight. {way}")
+
+
+NONE = NoConstants()
 
 
 class Frozen:
@@ -60,11 +70,11 @@ class Frozen:
         self,
         weight: Tensor,
         bias: Tensor | None = None,
-        constants: Params = MappingProxyType({}),
+        constants: Params | None = None,
         training: bool = False,
     ) -> None:
         self._weight, self._bias, self._training = weight, bias, training
-        self.constants = constants
+        self.constants = NONE if constants is None else constants
 
     @property
     def weight(self) -> Tensor:
@@ -111,7 +121,11 @@ class Frozen:
 
     def project(self, x: Tensor, A: Tensor, dropout: float = 0.0) -> Tensor:
         """Return `A drop(x)` for an `(r, i)` matrix: `(*b, i) -> (*b, r)`, with dropout in training mode."""
-        return F.linear(F.dropout(x, dropout, self.training) if dropout else x, A)
+        return F.linear(self.dropped(x, dropout), A)
+
+    def dropped(self, x: Tensor, dropout: float) -> Tensor:
+        """Return `x` with entries dropped at this probability in training mode, and `x` itself where nothing is dropped."""
+        return F.dropout(x, dropout) if dropout and self.training else x
 
     def updated(self, x: Tensor, D: Tensor, dropout: float = 0.0) -> Tensor:
         """Return `W x + b + D drop(x)` for an `(o, i)` matrix: by the one product with `W + D` where that sum keeps the digits of `D`."""

@@ -46,6 +46,16 @@ def truncated_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     return (U * signs.t()).contiguous(), S.clone(), (Vh * signs).contiguous()
 
 
+def balanced_factors(weight: Tensor, r: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Compute `A (r, i)` and `B (o, r)` of which `scale B A` is the best rank-`r` approximation, with the roots of `S / scale` in each.
+
+    In at least float32, with the signs of `truncated_svd`.
+    """
+    U, S, Vh = truncated_svd(weight, r)
+    root = (S / scale).sqrt()
+    return root[:, None] * Vh, U * root
+
+
 def leading_eigenpairs(C: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Compute the largest `k` eigenvalues `(k,)`, descending, and eigenvectors `(n, k)` of a symmetric `C (n, n)`.
 

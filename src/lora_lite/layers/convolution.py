@@ -65,8 +65,7 @@ class ConvKind(Kind):
         return self._convolve(x, self.layer.weight)
 
     def project(self, x: Tensor, A: Tensor, dropout: float = 0.0) -> Tensor:
-        x = F.dropout(x, dropout, self.training) if dropout else x
-        return self._convolve(x, A.view(len(A), *self.layer.weight.shape[1:]))
+        return self._convolve(self.dropped(x, dropout), A.view(len(A), *self.layer.weight.shape[1:]))
 
     def vectors(self, x: Tensor) -> Tensor:
         return torch.empty((1, self.in_features), dtype=x.dtype, device="meta").expand(*self._space(x), -1)

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_lite.core.tree import AnyTree, tree_map
+
 Leaves = Mapping[str, Tensor]
-AnyTree = Mapping[str, Leaves]
 
 
 def allocate(cfg: Any, params: AnyTree, grads: AnyTree, state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return params with pruned `E`, and the next state: step, smoothed sensitivity and uncertainty, mask."""
     ours = [path for path, leaves in params.items() if set(leaves) == {"A", "B", "E"}]
-    zeros = {path: {name: torch.zeros_like(p) for name, p in params[path].items()} for path in ours}
+    zeros = tree_map(torch.zeros_like, {path: params[path] for path in ours})
     state = state or {"step": 0, "sensitivity": zeros, "uncertainty": zeros, "mask": None}
     step = state["step"] + 1
     sensitivity, uncertainty, mask = state["sensitivity"], state["uncertainty"], state["mask"]

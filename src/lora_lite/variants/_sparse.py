@@ -15,7 +15,12 @@ DENSE = 512
 def places(o: int, i: int, count: int, generator: torch.Generator) -> Tensor:
     """Draw `count` different places of an `(o, i)` weight, as places of the weight laid out flat."""
     flat = torch.randperm(o * i, generator=generator, device="cpu")[:count].clone()  # a view would keep the whole permutation
-    return flat.to(torch.int32) if o * i <= torch.iinfo(torch.int32).max else flat
+    return narrow(flat, o * i)
+
+
+def narrow(places: Tensor, size: int) -> Tensor:
+    """Return places of a weight of so many entries in the smallest dtype of indices that has room for them."""
+    return places.to(torch.int32) if size <= torch.iinfo(torch.int32).max else places
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-AnyTree = Mapping[str, Mapping[str, Tensor]]
+from lora_lite.core.tree import AnyTree, tree_map
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def allocate(cfg: Any, params: AnyTree, grads: AnyTree, state: Allocation) -> tu
     """Return the params with frozen subspaces restored, and the next state."""
     ours = [path for path, leaves in params.items() if set(leaves) == {"A", "B"} and "cells" in state.constants.get(path, {})]
     if not state.active:
-        zeros = {path: {name: torch.zeros_like(p) for name, p in params[path].items()} for path in ours}
+        zeros = tree_map(torch.zeros_like, {path: params[path] for path in ours})
         active = {path: torch.ones_like(state.constants[path]["shapes"][:, 0], dtype=torch.bool) for path in ours}
         state = replace(state, sensitivity=zeros, uncertainty=zeros, active=active, kept=params)
     owners = {path: owners_of(state.constants[path]) for path in ours}
@@ -51,7 +51,7 @@ def allocate(cfg: Any, params: AnyTree, grads: AnyTree, state: Allocation) -> tu
     if cfg.init_warmup <= step <= cfg.final_warmup:
         state = _smoothed(cfg, restored, grads, trained, state)
         if step % cfg.mask_interval == 0:
-            zeros = {path: {name: torch.zeros_like(p) for name, p in params[path].items()} for path in ours}
+            zeros = tree_map(torch.zeros_like, {path: params[path] for path in ours})
             active = _active(cfg, state, owners)
             state = replace(state, active=active, kept=restored, sensitivity=zeros, uncertainty=zeros)
     return restored, replace(state, step=step + 1)

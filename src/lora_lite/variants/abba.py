@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import AdapterConfig, Frozen, NonNegative, Params, Size, checked, expect, kaiming, truncated_svd
+from lora_lite.core import AdapterConfig, Frozen, NonNegative, Params, Size, balanced_factors, checked, expect, kaiming
 from lora_lite.variants.loha import plus_product
 
 
@@ -71,10 +71,8 @@ class ABBAConfig(AdapterConfig):
     def init(self, W: Frozen, generator: torch.Generator) -> ABBAParams:
         i, o = W.in_features, W.out_features
         expect(self, "r1", self.r1 <= min(i, o), f"at most min(i, o) = {min(i, o)} for a layer of shape ({o}, {i})", "Lower r1.")
-        U, S, Vh = truncated_svd(W.dense(), self.r1)
-        root = S.sqrt()
-        A2 = 6**0.5 * kaiming(self.r2, i, generator)
-        return {"A1": root[:, None] * Vh, "B1": U * root, "A2": A2, "B2": torch.zeros(o, self.r2)}
+        A1, B1 = balanced_factors(W.dense(), self.r1)
+        return {"A1": A1, "B1": B1, "A2": 6**0.5 * kaiming(self.r2, i, generator), "B2": torch.zeros(o, self.r2)}
 
     def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
         return abba(params, W, x, scale=(self.alpha1 * self.alpha2) ** 0.5)

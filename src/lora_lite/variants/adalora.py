@@ -24,7 +24,6 @@ gradients, and the orthogonality term is a mean of Frobenius norms, not the pape
 official 0.1. The first call of `update` is step 1.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -33,9 +32,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.core import AdapterConfig, Count, Frozen, NonNegative, Params, Probability, Rank, Size, add_low_rank, checked, expect
+from lora_lite.core.tree import AnyTree
 from lora_lite.variants._allocation import allocate
 
-AnyTree = Mapping[str, Mapping[str, Tensor]]
 NAMES = {"A", "B", "E"}
 
 

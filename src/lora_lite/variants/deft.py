@@ -84,7 +84,7 @@ def deft(
     y0 = W(x)
     h = F.linear(y0, -U.t(), None if W.bias is None else W.bias @ U)  # -U^T W x, without a second product with W
     if "dR" in params:
-        h = add_low_rank(h, F.dropout(x, dropout, W.training) if dropout else x, params["dR"], scale)
+        h = add_low_rank(h, W.dropped(x, dropout), params["dR"], scale)
     return add_low_rank(y0, h, Q)
 
 

@@ -92,7 +92,7 @@ def delora(
 ) -> Float[Tensor, "*b o"]:
     """Return `W x + b + lambda/r sum_j b_j a_j^T (w x)`. The module's docstring has the formula and the shapes."""
     right, left = factors(params, W.constants or weight_norm(W, w_norm), lambda0)
-    h = F.linear(F.dropout(x, dropout, W.training) if dropout else x, right.to(x.dtype))
+    h = F.linear(W.dropped(x, dropout), right.to(x.dtype))
     return add_low_rank(W(x), h, left.to(x.dtype))
 
 

@@ -118,7 +118,7 @@ def frod(params: FRoDParams, W: Frozen, x: Float[Tensor, "*b i"], *, dropout: fl
     inner = diagonal.diag().flatten().index_add(0, rows.long() * i + cols, s).view(i, i) if dense else None
     if inner is not None and x.numel() > 2 * i * i:  # with more vectors than twice the width, the update itself is the cheaper one
         return W.updated(x, U @ (inner @ V.t()), dropout)
-    z = F.linear(F.dropout(x, dropout, W.training) if dropout else x, V.t())
+    z = F.linear(W.dropped(x, dropout), V.t())
     h = diagonal * z + gathered(z, rows, cols, s, i).to(z.dtype) if inner is None else F.linear(z, inner)
     return add_low_rank(W(x), h, U)
 
@@ -137,7 +137,7 @@ class FRoDConfig(AdapterConfig):
     name = "frod"
     uses = frozenset({"output", "vectors", "dense"})
     trained = "i + n"
-    macs = "i * i + i * o + (i * i if i * i <= 512 * n else i + n)"
+    macs = f"i * i + i * o + (i * i if i * i <= {DENSE} * n else i + n)"
 
     sparse_rate: NonNegative = 0.01
     regularization_alpha: Positive = 1e-3

@@ -58,8 +58,7 @@ class GraLoRAParams(TypedDict):
 def gralora(params: GraLoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float, dropout: float = 0.0) -> Float[Tensor, "*b o"]:
     """Return `W x + b + scale [z_1; ...; z_k]`. The module's docstring has the formula and the shapes."""
     y = W(x)
-    if dropout:
-        x = F.dropout(x, dropout, W.training)
+    x = W.dropped(x, dropout)
     k, width, r = params["A"].shape
     h = torch.bmm(x.reshape(-1, k, width).transpose(0, 1), params["A"])  # (n, tokens, r)
     h = h.unflatten(-1, (k, r // k)).permute(2, 1, 0, 3).flatten(2)  # (j, tokens, r): what each input chunk has for output chunk j

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from lora_lite.core import Constants, Frozen, Positive, another_start, require_rank, truncated_svd
+from lora_lite.core import Constants, Frozen, Positive, another_start, balanced_factors, require_rank
 from lora_lite.variants.lora import LoRAParams, LowRankConfig, lora
 
 loftq = another_start(lora, "loftq")
@@ -58,14 +58,14 @@ class LoftQConfig(LowRankConfig):
             )
         weight = W.dense()
         exact = torch.promote_types(weight.dtype, torch.float32)
-        U, S, Vh = truncated_svd(stats.to(weight.device, exact) - weight.to(exact), self.r)
-        if not S[0] > 0:
+        lost = stats.to(weight.device, exact) - weight.to(exact)
+        if not lost.any():
             raise ValueError(
                 "LoftQConfig: expected an original weight that quantising has changed, found the layer's own. Pass the unquantised model's "
                 "weights, or use LoRAConfig on a base that is not quantised."
             )
-        root = (S / self.scale).sqrt()
-        return {"A0": root[:, None] * Vh, "B0": U * root}
+        A0, B0 = balanced_factors(lost, self.r, self.scale)
+        return {"A0": A0, "B0": B0}
 
     def init(self, W: Frozen, generator: torch.Generator) -> LoRAParams:
         return {"A": W.constants["A0"].clone(), "B": W.constants["B0"].clone()}

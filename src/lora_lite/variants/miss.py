@@ -57,7 +57,7 @@ def block_update(D: Tensor, weight: Tensor) -> Tensor:
 def miss(params: MiSSParams, W: Frozen, x: Float[Tensor, "*b i"], *, start: str = "default", dropout: float = 0.0) -> Float[Tensor, "*b o"]:
     """Return `W x + b + D^T z`, or the update of another form. The module's docstring has the formulas and the shapes."""
     D = params["D"]
-    dropped = F.dropout(x, dropout, W.training) if dropout else x
+    dropped = W.dropped(x, dropout)
     if start == "bat":
         update = block_update(D, W.dense(D.dtype))
         return W.updated(x, update) if dropped is x else add_low_rank(W(x), dropped, update)

@@ -38,8 +38,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.core import AdapterConfig, Constants, Frozen, Params, Size, Within, add_low_rank, checked, expect, truncated_svd
-
-AnyTree = Mapping[str, Mapping[str, Tensor]]
+from lora_lite.core.tree import AnyTree
 
 
 class OSFParams(TypedDict):

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import AdapterConfig, Constants, Frozen, Params, Positive, Rank, add_low_rank, checked, require_rank, truncated_svd
+from lora_lite.core import AdapterConfig, Constants, Frozen, Params, Positive, Rank, add_low_rank, balanced_factors, checked, require_rank
 
 
 class PiSSAParams(TypedDict):
@@ -43,9 +43,8 @@ class PiSSAParams(TypedDict):
 def principal_factors(W: Frozen, r: int, scale: float) -> Constants:
     """Compute the start `A0 (r, i)`, `B0 (o, r)` with `scale B0 A0` the best rank-`r` approximation of the weight, eq. (2)-(3)."""
     weight = W.dense()
-    U, S, Vh = truncated_svd(weight, r)
-    root = (S / scale).sqrt()
-    return {"A0": (root[:, None] * Vh).to(weight.dtype), "B0": (U * root).to(weight.dtype)}
+    A0, B0 = balanced_factors(weight, r, scale)
+    return {"A0": A0.to(weight.dtype), "B0": B0.to(weight.dtype)}
 
 
 def increments(params: PiSSAParams, start: Params, W: Frozen, x: Tensor, scale: float) -> Tensor:

@@ -103,7 +103,7 @@ def psoft(
     basis = W.constants or principal_subspace(W, r, ab_svd_init)
     with full_precision(x):
         core = excess_core(params, r, cayley, terms, eps).to(x.dtype)
-    h = F.linear(F.dropout(x, dropout, W.training) if dropout else x, basis["A"].to(x.dtype))
+    h = F.linear(W.dropped(x, dropout), basis["A"].to(x.dtype))
     return add_low_rank(W(x), F.linear(h, core), basis["B"].to(x.dtype))
 
 

@@ -51,7 +51,7 @@ def pvera(params: PVeRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, seed: int
     shared = W.constants or projections([W], r, seed, parts=2)
     rows = 2 * r if W.training else r
     A, B = of_widths(shared["A"][:rows], shared["B"], W, x.dtype)
-    z = d[:rows] * F.linear(F.dropout(x, dropout, W.training) if dropout else x, A)
+    z = d[:rows] * F.linear(W.dropped(x, dropout), A)
     if W.training:
         mean, log_variance = z.chunk(2, dim=-1)
         z = torch.addcmul(mean, torch.randn_like(mean), (0.5 * log_variance).exp())

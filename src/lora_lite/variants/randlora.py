@@ -86,7 +86,7 @@ def randlora(
     B = shared["B"][: max(W.in_features, W.out_features), :n].to(x.dtype).flatten(1)  # (m, n r)
     A = (A * (L[..., None] * G)).flatten(0, 1)  # (r n, k); the frozen factor last, so that its product with the others is not kept
     right, left = (A, B) if k == W.in_features else (B.t(), A.t())
-    return add_low_rank(W(x), F.linear(F.dropout(x, dropout, W.training) if dropout else x, right), left, scale)
+    return add_low_rank(W(x), F.linear(W.dropped(x, dropout), right), left, scale)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.core import AdapterConfig, Constants, Count, Frozen, Params, Rank, checked, expect
-from lora_lite.variants._sparse import places, plus_sparse
+from lora_lite.variants._sparse import DENSE, places, plus_sparse
 
 
 class SHiRAParams(TypedDict):
@@ -63,7 +63,7 @@ class SHiRAConfig(AdapterConfig):
     name = "shira"
     uses = frozenset({"output", "vectors"})
     trained = "r * (i + o)"
-    macs = "0 if i * o <= 512 * r * (i + o) else r * (i + o)"  # the dense form is paid for once a call
+    macs = f"0 if i * o <= {DENSE} * r * (i + o) else r * (i + o)"  # the dense form is paid for once a call
 
     r: Rank = 32
     seed: Count | None = None

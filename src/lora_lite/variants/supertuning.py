@@ -31,7 +31,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.core import AdapterConfig, Constants, Frozen, NonNegative, Params, Probability, Rank, add_low_rank, checked, expect
-from lora_lite.variants._sparse import plus_flat
+from lora_lite.variants._sparse import DENSE, narrow, plus_flat
 
 
 class SuperTuningParams(TypedDict):
@@ -65,7 +65,7 @@ class SuperTuningConfig(AdapterConfig):
     uses = frozenset({"output", "vectors", "project", "dense"})
     steered = ("s", "B")
     trained = "k + (r * (i + o) if r else 0)"
-    macs = "(0 if i * o <= 512 * k else k) + (r * (i + o) if r else 0)"  # the dense form is paid for once a call
+    macs = f"(0 if i * o <= {DENSE} * k else k) + (r * (i + o) if r else 0)"  # the dense form is paid for once a call
 
     sparsity: Probability = 0.99
     select_top: bool = True
@@ -93,7 +93,7 @@ class SuperTuningConfig(AdapterConfig):
         count, fix = self.sizes(W.in_features, W.out_features)["k"], "Lower it or leave the layer out."
         expect(self, "sparsity", count > 0, f"at most {1 - 1 / magnitude.numel():.4g} for a layer of {magnitude.numel()} entries", fix)
         places = magnitude.topk(count, largest=self.select_top).indices
-        return {"indices": places.to(torch.int32) if magnitude.numel() <= torch.iinfo(torch.int32).max else places}
+        return {"indices": narrow(places, magnitude.numel())}
 
     def init(self, W: Frozen, generator: torch.Generator) -> SuperTuningParams:
         sparse: SuperTuningParams = {"s": torch.zeros(W.constants["indices"].shape[0])}

@@ -45,9 +45,9 @@ from lora_lite.core import (
     Rank,
     Size,
     add_low_rank,
+    balanced_factors,
     checked,
     expect,
-    truncated_svd,
 )
 
 
@@ -58,8 +58,8 @@ class TinyLoRAParams(TypedDict):
 def factors(W: Frozen, r: int) -> Constants:
     """Compute `A (r, i)` and `B (o, r)`, which have the roots of the singular values each."""
     weight = W.dense()
-    U, S, Vh = truncated_svd(weight, r)
-    return {"A": (S.sqrt()[:, None] * Vh).to(weight.dtype), "B": (U * S.sqrt()).to(weight.dtype)}
+    A, B = balanced_factors(weight, r)
+    return {"A": A.to(weight.dtype), "B": B.to(weight.dtype)}
 
 
 def numbered(W: Frozen, r: int, u: int, seed: int, number: int, group: int) -> Constants:

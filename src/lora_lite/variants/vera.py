@@ -66,7 +66,7 @@ def vera(params: VeRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, seed: int =
     shared = W.constants or projections([W], d.shape[0], seed)
     A, B = of_widths(shared["A"], shared["B"], W, x.dtype)
     # The scales act on the activations: folded into A and B they would need the gradients of these, two more products a token.
-    h = d * F.linear(F.dropout(x, dropout, W.training) if dropout else x, A)
+    h = d * F.linear(W.dropped(x, dropout), A)
     y = W(x)
     return torch.addcmul(y, b.to(y.dtype), F.linear(h, B).to(y.dtype))  # under autocast the layer's output has another dtype than its input
 

@@ -35,7 +35,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.core import AdapterConfig, Constants, Count, Frozen, NonNegative, Params, Size, checked
-from lora_lite.variants._sparse import drawn_places, places_of, plus_sparse
+from lora_lite.variants._sparse import DENSE, drawn_places, places_of, plus_sparse
 
 
 class WaveFTParams(TypedDict):
@@ -80,7 +80,7 @@ class WaveFTConfig(AdapterConfig):
     uses = frozenset({"output", "vectors"})
     trained = "n_frequency"
     # The dense form is paid for once a call.
-    macs = "0 if i * o <= 512 * (4 if use_idwt else 1) * n_frequency else (4 if use_idwt else 1) * n_frequency"
+    macs = f"0 if i * o <= {DENSE} * (4 if use_idwt else 1) * n_frequency else (4 if use_idwt else 1) * n_frequency"
 
     n_frequency: Size = 2592
     scaling: NonNegative = 25.0
