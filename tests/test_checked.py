@@ -259,4 +259,5 @@ def test_a_plain_weight_without_the_constants_that_a_variant_needs_is_named(row)
 def test_every_other_variant_does_with_a_plain_weight(row):
     case = float64(row.cfg)[0]
     y = case.cfg.forward(case.params, ll.Frozen(case.W.weight, case.W.bias), case.x)
-    assert y.shape == case(case.params).shape and y.isfinite().all()
+    assert y.shape == case(case.params).shape
+    assert y.isfinite().all()
