@@ -32,6 +32,8 @@ class Binding:
         mixed: whether `params` have a leading axis of members.
         index: the member of each row of a mixed batch; None for equal contiguous groups.
         used: whether a call has reached the target.
+        fast: whether the call that runs goes straight to the formula; "first" where none has yet reached the target, and it is noted. Not
+            while a compiler traces: it would compile again after the first call.
         followers: the bindings of other modules with the target's weight, where the variant is tied.
         rows: of the mixed batch, where the target's input is not known to follow them; None where it is.
         mapped: where the caller tells of a mixed batch's rows, the axis of the input that has them, or the member of each of its entries.
@@ -49,7 +51,8 @@ class Binding:
         self.mixed = False
         self.index: Tensor | None = None
         self.followers: list[Follower] = []
-        self.used = self.fast = self.off = self._placed = False
+        self.used = self.off = self._placed = False
+        self.fast: bool | str = False
         self.rows: int | None = None
         self.mapped: Tensor | int | None = None
         self.watch: Callable[[Any], Any] | None = None
@@ -71,14 +74,15 @@ class Binding:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the variant where the model calls the layer: one step from there to its formula, where nothing stands between."""
-        if not self.fast:
-            return self._call(args, kwargs)
+        if self.fast is not True:
+            if not self.fast:
+                return self._call(args, kwargs)
+            self.used = True
         try:
             params, W, x = self.params, self.W, args[0] if args else first_of(args, kwargs)
-            if not torch.compiler.is_compiling():  # which would compile again where this differs, and allows no writing in a checkpoint
-                self.used = True
+            dtype = x.dtype
             for p in params.values():  # type: ignore[union-attr]  # as in_dtype does, without its call
-                if p.dtype is not x.dtype:
+                if p.dtype is not dtype:
                     params = in_dtype(params, W, x)  # type: ignore[arg-type]
                     break
             return self.forward(params, W, x)  # type: ignore[arg-type]
@@ -94,7 +98,7 @@ class Binding:
     def set(self, params: Params | None, mixed: bool = False, index: Tensor | None = None, off: bool = False) -> None:
         """Put the params of a call in place, or what stood there for the call around it; without arguments nothing stands."""
         self.params, self.mixed, self.index, self.off = params, mixed, index, off
-        self.fast = self.direct and not mixed and params is not None
+        self.fast = self.direct and not mixed and params is not None and (self.used or torch.compiler.is_compiling() or "first")
 
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self.params is None and not self.off and self.adapter.place is self.adapter:  # in a module: its hooks may be those of a tool

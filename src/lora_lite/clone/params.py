@@ -42,6 +42,9 @@ def require_fit(params: Any, shapes: Shapes, caller: str, on_meta: bool = False)
     )
 
 
+FLOATING = frozenset(dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+
+
 def fits(params: AnyTree, shapes: Shapes) -> bool:
     """Whether a params tree has these paths, names and shapes, and data. Plain loops: every call passes here, with hundreds of targets."""
     if len(params) != len(shapes):
@@ -52,7 +55,7 @@ def fits(params: AnyTree, shapes: Shapes) -> bool:
             return False
         for name, shape in expected.items():
             leaf = leaves[name]
-            if leaf.shape != shape or not leaf.is_floating_point() or leaf.is_meta:
+            if leaf.shape != shape or leaf.dtype not in FLOATING or leaf.is_meta:
                 return False
     return True
 

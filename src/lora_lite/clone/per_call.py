@@ -92,14 +92,20 @@ class Replica:
         before = [b.standing for _, b in self.bindings] if self._inside else ()
         was_inside, self._inside = self._inside, True
         try:
+            other, traced = mixed or off or was_inside, torch.compiler.is_compiling()  # a plain call leaves what stands for others as it is
             for (_, binding), own in zip(self.bindings, leaves):
-                binding.params, binding.mixed, binding.index, binding.off = own, mixed, index, off
-                binding.fast = binding.direct and not mixed and not off
-            return self._traced_run(args, kwargs) if torch.compiler.is_compiling() else self._run(args, kwargs, was_inside)
+                if other:
+                    binding.set(own, mixed, index, off)
+                else:
+                    binding.params, binding.fast = own, binding.direct and (traced or binding.used or "first")
+            return self._traced_run(args, kwargs) if traced else self._run(args, kwargs, was_inside)
         finally:
             self._inside = was_inside
             for _, binding in self.bindings:
-                binding.params, binding.fast, binding.index, binding.off = None, False, None, False
+                if other:
+                    binding.set(None)
+                else:
+                    binding.params, binding.fast = None, False
             for (_, binding), was in zip(self.bindings, before):
                 binding.set(*was)
 

@@ -56,8 +56,9 @@ def checked(fn: Callable[..., Tensor], *, cast: bool = True) -> Callable[..., Te
             return tested(params, W, x, statics)
         if not isinstance(W, Frozen):
             W = as_frozen(W)
+        dtype = x.dtype
         for p in params.values() if cast else ():  # as in_dtype does, without its call
-            if p.dtype is not x.dtype:
+            if p.dtype is not dtype:
                 params = in_dtype(params, W, x)
                 break
         return fn(params, W, x, **statics)

@@ -170,9 +170,11 @@ def require_rank(cfg: Any, W: Frozen) -> None:
 def require_divisor(cfg: object, field: str, width: int, axis: str, step: int = 1) -> None:
     """Raise unless a field divides the width of a layer's axis `"i"` or `"o"`. The message offers multiples of `step`."""
     size = getattr(cfg, field)
+    if width % size == 0:
+        return
     fits = sorted((d for d in range(2, width + 1, step) if width % d == 0), key=lambda d: abs(d - size))[:3]
     fix = f"Use e.g. {' or '.join(map(str, fits))}." if fits else "Leave the layer out."
-    expect(cfg, field, width % size == 0, f"a divisor of {axis} = {width}", fix)
+    expect(cfg, field, False, f"a divisor of {axis} = {width}", fix)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import linear
 
 from lora_lite.core.linalg import autocasts, kaiming
 
@@ -121,7 +122,7 @@ class Frozen:
 
     def project(self, x: Tensor, A: Tensor, dropout: float = 0.0) -> Tensor:
         """Return `A drop(x)` for an `(r, i)` matrix: `(*b, i) -> (*b, r)`, with dropout in training mode."""
-        return F.linear(self.dropped(x, dropout), A)
+        return linear(self.dropped(x, dropout) if dropout else x, A)
 
     def dropped(self, x: Tensor, dropout: float) -> Tensor:
         """Return `x` with entries dropped at this probability in training mode, and `x` itself where nothing is dropped."""

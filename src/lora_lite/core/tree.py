@@ -24,7 +24,9 @@ def modules_by_path(root: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
         if id(module) not in seen:
             seen.add(id(module))
             found[path] = module
-            todo += [(join(path, name), child) for name, child in reversed(module._modules.items()) if child is not None]
+            if children := module._modules:
+                above = f"{path}." if path else ""
+                todo += [(above + name, child) for name, child in reversed(children.items()) if child is not None]
     return found
 
 

@@ -6,6 +6,7 @@ packed tensors it was made with. The library is recognised by name and used thro
 """
 
 import copy
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ class _Packed8bit(NamedTuple):
     scales: Tensor
 
 
+@functools.lru_cache  # every build asks of every module
 def _is(cls: type, name: str) -> bool:
     return any(c.__name__ == name and c.__module__.startswith("bitsandbytes.") for c in cls.__mro__)
 

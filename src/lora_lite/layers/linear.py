@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from lora_lite.core.frozen import plus
 from lora_lite.layers.kind import Kind
@@ -32,8 +32,8 @@ class LinearKind(Kind):
     def __call__(self, x: Tensor) -> Tensor:
         table = self.layer._parameters
         if "weight" in table and "bias" in table:  # no parametrization: looking the attributes up would be slow
-            return F.linear(x, table["weight"], table["bias"])
-        return F.linear(x, self.weight, self.bias)
+            return linear(x, table["weight"], table["bias"])
+        return linear(x, self.weight, self.bias)
 
 
 class _OfTransformers(Kind):
