@@ -19,6 +19,7 @@ from tables import RESULTS, Found, newest, title
 ROOT = Path(__file__).parent.parent
 NONE = "No results file yet."
 README, PAGE, PLOTS = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "plots"
+SUPPORT = ROOT / "docs" / "support.json"
 CALLS = """## Calls
 
 The price of a call, where arithmetic takes next to no time: a chain of narrow layers, ours and PEFT's same method in turn in one
@@ -100,18 +101,51 @@ def sections(folder: Path = RESULTS, up: str = "../") -> Iterator[tuple[str, str
     yield "gsm8k", t.gsm8k_table(folder, up) or NONE
 
 
-TELLING = ("lora", "pissa", "dora", "ia3", "hra", "road", "oft", "vera", "adalora", "loha", "full")
-"""The variants that README shows."""
+TELLING = ("lora", "dora", "hra", "boft", "lokr", "hira")
+"""The variants whose steps README tells."""
 
 
-def overview(folder: Path = RESULTS, up: str = "", names: Sequence[str] | None = None) -> str:
-    """Return the main table, of all variants or of some, its conditions, and the figures that speak against us."""
+def headlines(folder: Path = RESULTS, support: Path = SUPPORT) -> str:
+    """Return README's figures, each with the way to where it stands."""
+    speed, memory, serving = (newest(kind, folder) for kind in ("speed", "memory", "serving"))
+    lines = []
+    if speed:
+        rows = {n: row["step"]["over_peft"] for n, row in speed["results"]["models"]["variants"].items() if "over_peft" in row["step"]}
+        slower = [n for n, ratio in rows.items() if ratio["low"] > MARGIN.get(n, 1.0)]
+        told = ", ".join(f"{t.title(n)} {rows[n]['median']:.2f}" for n in TELLING if n in rows)
+        end = f"slower beyond the spread: {', '.join(map(t.title, slower))}" if slower else "none of them is slower beyond the spread"
+        lines.append(f"**A training step over PEFT's**, {len(rows)} methods in one run: {told}; {end} ([time](docs/results.md#time)).")
+    if memory:
+        rows = {n: row["step"]["ours"] / row["step"]["peft"] for n, row in memory["results"]["variants"].items() if "peft" in row["step"]}
+        told = ", ".join(f"{t.title(n)} {rows[n]:.2f}" for n in TELLING if n in rows)
+        larger = [f"{t.title(n)} {ratio:.2f}" for n, ratio in rows.items() if ratio > 1.005 * MARGIN.get(n, 1.0)]
+        end = f"larger: {', '.join(larger)}" if larger else "none is larger"
+        lines.append(f"**Its peak memory over PEFT's**: {told}; {end} ([memory](docs/results.md#memory)).")
+    if serving:
+        told = serving["results"]["throughput"]
+        ours, theirs = (told["requests_per_second"][way]["median"] for way in ("mixed", "peft set_adapter"))
+        lines.append(
+            f"**{told['requests']} requests for {told['adapters']} adapters**: {ours:.0f} a second in one mixed batch, "
+            f"{theirs:.0f} with PEFT's `set_adapter` ([serving](docs/results.md#serving))."
+        )
+    if support.is_file():
+        cells = json.loads(support.read_text("utf-8"))["results"]
+        right = {side: [row["mixed"] for row in cells[side].values()] for side in ("lora_lite", "peft")}
+        silent = sum(cell.startswith("wrong numbers") for cell in right["peft"])
+        ours, theirs = (f"{side.count('ok')} of {len(side)}" for side in right.values())
+        lines.append(
+            f"**Rows of one batch through different adapters**: right for {ours} variants; in PEFT for {theirs} methods, and {silent} give "
+            "wrong numbers without an error ([support](docs/support.md))."
+        )
+    return "\n".join(f"- {line}" for line in lines) or NONE
+
+
+def overview(folder: Path = RESULTS, up: str = "") -> str:
+    """Return the main table, its conditions, and the figures that speak against us."""
     speed, memory, quality = (newest(kind, folder) for kind in ("speed", "memory", "quality"))
     if speed is None:
         return NONE
-    return "\n\n".join(
-        [t.main_table(speed, memory, quality, names), verdict(speed, memory, quality), t.conditions(speed, memory, quality, up)]
-    )
+    return "\n\n".join([t.main_table(speed, memory, quality), verdict(speed, memory, quality), t.conditions(speed, memory, quality, up)])
 
 
 def between(text: str, marker: str, new: str) -> str:
@@ -150,7 +184,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as temporary:
             print("plots:", *(p.name for p in draw(folder, Path(temporary))))
     else:
-        README.write_text(between(README.read_text("utf-8"), "results", overview(names=TELLING)), "utf-8")
+        README.write_text(between(README.read_text("utf-8"), "results", headlines()), "utf-8")
         PAGE.write_text(page(PAGE.read_text("utf-8")), "utf-8")
         print("wrote", README.name, PAGE.name, *(p.name for p in draw(RESULTS, PLOTS)))
 
@@ -161,37 +195,44 @@ STYLE = {
 }
 
 
-def accuracy(axes: Any, speed: Found, quality: Found) -> None:
-    """Draw accuracy against trained parameters."""
-    for name, row in quality["results"]["variants"].items():
-        ours = row["ours"]
-        axes.errorbar(ours["params"], 100 * ours["exact"], yerr=100 * ours["error"], fmt="o", color="tab:blue", capsize=2, lw=1)
-        axes.annotate(title(name), (ours["params"], 100 * ours["exact"]), xytext=(4, 3), textcoords="offset points", fontsize=7)
+def accuracy(axes: Any, quality: Found) -> None:
+    """Draw each variant's accuracy, a line each, in the order of trained parameters."""
+    rows = sorted(quality["results"]["variants"].items(), key=lambda item: item[1]["ours"]["params"])
+    for y, (_, row) in enumerate(rows):
+        axes.errorbar(100 * row["ours"]["exact"], y, xerr=100 * row["ours"]["error"], fmt="o", color="tab:blue", capsize=2, lw=1)
     full, frozen = quality["results"]["full"], quality["results"]["frozen"]
-    axes.axhline(100 * full["exact"], color="grey", lw=0.8, ls="--", label="full fine-tuning")
-    axes.axhline(100 * frozen["exact"], color="grey", lw=0.8, ls=":", label="frozen base")
-    axes.set(xscale="log", xlabel="trained parameters", ylabel="exact answers, %")
-    axes.legend()
+    axes.axvline(100 * full["exact"], color="grey", lw=0.8, ls="--", label="full fine-tuning")
+    axes.axvline(100 * frozen["exact"], color="grey", lw=0.8, ls=":", label="frozen base")
+    axes.set(xlabel="exact answers, %; fewest trained parameters at the bottom")
+    _lines(axes, [f"{title(name)}, {t.count(row['ours']['params'])}" for name, row in rows])
 
 
-def arithmetic(axes: Any, speed: Found, quality: Found | None) -> None:
-    """Draw a step's time against what its multiply-adds alone would give, ours and PEFT's."""
-    top = 1.0
-    for name, row in speed["results"]["models"]["variants"].items():
+def arithmetic(axes: Any, speed: Found) -> None:
+    """Draw each variant's step over the frozen step, a line each: by its multiply-adds alone, ours, and PEFT's."""
+    rows = sorted(speed["results"]["models"]["variants"].items(), key=lambda item: item[1]["step"]["over_frozen"]["median"])
+    for y, (_, row) in enumerate(rows):
         step = row["step"]
-        top = max(top, step["by_arithmetic"], step["over_frozen"]["high"])
-        peft = step.get("peft_over_frozen")
+        ours, peft = step["over_frozen"], step.get("peft_over_frozen")
+        axes.plot([ours["low"], ours["high"]], [y, y], color="tab:blue", lw=1)
+        axes.plot(ours["median"], y, "o", color="tab:blue")
+        axes.plot(step["by_arithmetic"], y, "|", color="black")
         if peft:
-            axes.plot([step["by_arithmetic"]] * 2, [step["over_frozen"]["median"], peft["median"]], color="lightgrey", lw=0.8, zorder=0)
-            axes.plot(step["by_arithmetic"], peft["median"], "x", color="tab:orange")
-        axes.plot(step["by_arithmetic"], step["over_frozen"]["median"], "o", color="tab:blue")
-        place = (step["by_arithmetic"], step["over_frozen"]["median"])
-        axes.annotate(title(name), place, xytext=(4, -3), textcoords="offset points", fontsize=7)
-    axes.plot([1, top], [1, top], color="grey", lw=0.8, ls="--")
-    axes.plot([], [], "o", color="tab:blue", label="lora-lite")
-    axes.plot([], [], "x", color="tab:orange", label="PEFT")
-    axes.set(xlabel="step / frozen step, by arithmetic alone", ylabel="step / frozen step, measured", yscale="log")
-    axes.legend()
+            axes.plot(peft["median"], y, "x", color="tab:orange")
+    for mark, color, what in (("o", "tab:blue", "lora-lite"), ("x", "tab:orange", "PEFT"), ("|", "black", "by arithmetic alone")):
+        axes.plot([], [], mark, color=color, label=what)
+    axes.set(xlabel="step / frozen step", xscale="log")
+    ticks = [1, 1.5, 2, 3, 5, 10]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    _lines(axes, [title(name) for name, _ in rows])
+
+
+def _lines(axes: Any, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.set_ylim(-0.7, len(names) - 0.3)
+    axes.grid(axis="y", lw=0.3)
+    axes.figure.set_figheight(1.2 + 0.17 * len(names))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.12 * 8 / axes.figure.get_figheight()), ncols=3)
 
 
 def scaling(figure: Any, found: Found) -> None:
@@ -228,9 +269,9 @@ def draw(results: Path, folder: Path) -> list[Path]:
     drawn = []
     with mpl.rc_context(STYLE):
         if quality:
-            drawn.append(_saved(folder / "accuracy.svg", lambda f: accuracy(f.subplots(), speed or {}, quality)))
+            drawn.append(_saved(folder / "accuracy.svg", lambda f: accuracy(f.subplots(), quality)))
         if speed:
-            drawn.append(_saved(folder / "arithmetic.svg", lambda f: arithmetic(f.subplots(), speed, quality)))
+            drawn.append(_saved(folder / "arithmetic.svg", lambda f: arithmetic(f.subplots(), speed)))
         if growth:
             drawn.append(_saved(folder / "scaling.svg", lambda f: scaling(f, growth)))
     return drawn

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +57,14 @@ def source(found: Found, up: str, threads: int | None = None) -> str:
     return f"[`{found['file']}`]({up}bench/results/{found['file']}), {where}, {n} thread{'s' * (n > 1)}"
 
 
-def main_table(speed: Found | None, memory: Found | None, quality: Found | None, names: Sequence[str] | None = None) -> str:
-    """Write the lineage's columns for each variant, or those named, and the ratios to PEFT's; last the accuracy, of a model of its own."""
+def main_table(speed: Found | None, memory: Found | None, quality: Found | None) -> str:
+    """Write the lineage's columns for each variant, and the ratios to PEFT's; last the accuracy, of a model of its own."""
     rows = []
     timed = speed["results"]["models"]["variants"] if speed else {}
     held = memory["results"]["variants"] if memory else {}
     learned = quality["results"]["variants"] if quality else {}
     size = count(quality["results"]["full"]["params"]) if quality else ""
     for name, row in timed.items():
-        if names is not None and name not in names:
-            continue
         peak, ours = held.get(name, {}).get("step", {}), learned.get(name, {}).get("ours")
         rows.append(
             {

@@ -14,8 +14,8 @@ project = "lora-lite"
 author = "the lora-lite authors"
 version = release = lora_lite.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax", "from_code"]
-exclude_patterns = ["_build", "_ext"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml", "from_code"]
+exclude_patterns = ["_build", "_ext", "_static"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
@@ -24,8 +24,12 @@ autodoc_typehints = "signature"
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
+html_math_renderer = "mathml"
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 html_title = f"lora-lite {version}"
+html_show_copyright = False
 
 
 def code_in_markdown_way(app: Any, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:

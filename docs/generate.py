@@ -22,7 +22,7 @@ README, RESULTS, PAGES = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT 
 
 sys.path.append(str(ROOT / "bench"))
 
-from report import NONE, TELLING, between, overview, page  # noqa: E402
+from report import NONE, between, headlines, page  # noqa: E402
 from tables import members_table, newest, rates_table, table  # noqa: E402
 
 WORDS = {"dense": "its dense form", "matmul": "products with it"}
@@ -193,7 +193,7 @@ def families(pages: str) -> str:
 
 def renewed(text: str) -> str:
     """Return README.md's text with its generated parts renewed."""
-    return between(between(text, "variants", families("docs/variants/")), "results", overview(names=TELLING))
+    return between(between(text, "variants", families("docs/variants/")), "results", headlines())
 
 
 if __name__ == "__main__":

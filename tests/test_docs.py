@@ -67,6 +67,7 @@ def test_no_block_escapes():
             "text",
             "{eval-rst}",
             "{toctree}",
+            "{families}",
             "{variants}",
             "{checks}",
             "{kind-checks}",
@@ -134,6 +135,12 @@ def test_readme_table_is_what_the_code_gives(generate):
 def test_results_page_is_what_the_results_files_give(generate):
     text = (DOCS / "results.md").read_text("utf-8")
     assert generate.page(text) == text, "run python docs/generate.py"
+
+
+def test_no_two_pages_share_a_title():
+    titles = [page.read_text("utf-8").partition("\n")[0] for page in PAGES if page.parent != ROOT and page.name != "index.md"]
+    assert all(title.startswith("# ") for title in titles)
+    assert len(set(titles)) == len(titles)
 
 
 def test_each_variant_has_one_family(generate):

@@ -1,6 +1,5 @@
-"""Directives that pull a page's text out of the code, as Markdown: `{variant} lora`, `{variants}`, `{checks}`, `{kind-checks}`,
-`{configs-api}`, `{functions-api}`, `{support} peft`, `{cells}`, `{kinds}`,
-`{architectures}`, `{rates}` and `{members}`."""
+"""Directives that pull a page's text out of the code, as Markdown: `{variant} lora`, `{variants}`, `{families}`, `{checks}`,
+`{kind-checks}`, `{configs-api}`, `{functions-api}`, `{support} peft`, `{cells}`, `{kinds}`, `{architectures}`, `{rates}`, `{members}`."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -35,6 +34,12 @@ class Variants(FromCode):
     """The table of all variants."""
 
     text = staticmethod(lambda: generate.variants_table("variants/"))
+
+
+class Families(FromCode):
+    """The list of variants by family."""
+
+    text = staticmethod(lambda: generate.families("variants/"))
 
 
 class Costs(FromCode):
@@ -106,7 +111,15 @@ class Architectures(FromCode):
 
 def setup(app: Any) -> dict[str, bool]:
     """Register the directives."""
-    directives = {"variant": Variant, "variants": Variants, "costs": Costs, "checks": Checks, "support": Support, "cells": Cells}
+    directives = {
+        "variant": Variant,
+        "variants": Variants,
+        "families": Families,
+        "costs": Costs,
+        "checks": Checks,
+        "support": Support,
+        "cells": Cells,
+    }
     directives |= {
         "kind-checks": KindChecks,
         "configs-api": ConfigsApi,
