@@ -35,6 +35,7 @@ from lora_lite.layers.kind import Kind as Kind
 from lora_lite.layers.quantised import FrozenQuantised as FrozenQuantised
 from lora_lite.prepare.targets import find_targets as find_targets
 from lora_lite.transforms.all_reduce import all_reduce_mean as all_reduce_mean
+from lora_lite.transforms.combine import combine as combine
 from lora_lite.transforms.curvature import fisher_diag as fisher_diag
 from lora_lite.transforms.curvature import ggn_vp as ggn_vp
 from lora_lite.transforms.curvature import hvp as hvp
