@@ -20,7 +20,7 @@ DENSE = {name: {"density": 0.5} if method.prune else {} for name, method in METH
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(24, 32), nn.LayerNorm(32)).eval()
+    return nn.Sequential(nn.Linear(24, 32)).eval()
 
 
 def update(adapt, params, i=24):
@@ -33,28 +33,37 @@ def miss(found, wanted):
     return float((found - wanted).norm() / wanted.norm())
 
 
+@pytest.fixture
+def unchecked():
+    """Leave out the checks of shapes, which the conformance kit runs for every variant and which take most of the time here."""
+    before = ll.set_typecheck(False)
+    yield
+    ll.set_typecheck(before)
+
+
 LINEAR = [row for row in FIRST if row.cfg.linear]
 
 
 @pytest.mark.parametrize("row", LINEAR, ids=lambda row: row.id)
-def test_laws_of_every_linear_variant(model, row):
-    adapt = build_any(model, row.cfg, [torch.randn(64, 24, generator=torch.Generator().manual_seed(0))])
-    trees = [move(adapt.init(), seed, 0.3) for seed in (1, 2)]
-    a, b = (update(adapt, tree) for tree in trees)
-    atol = 2e-6 * float(adapt.base(torch.eye(24)).norm() / min(a.norm(), b.norm()))  # the rounding of outputs
-
-    def found(trees, weights, method="cat", **options):
-        result, params, errors = ll.combine(adapt, trees, weights, method, **options)
-        assert set(errors) == {target.path for target in adapt.targets}
-        assert max(errors.values()) < 1e-6
-        return update(result, params)
-
-    assert miss(found(trees[:1], [1.0]), a) < 1e-5 + atol
-    assert miss(found(trees[:1], [-1.0]), -a) < 1e-5 + atol
-    assert miss(found(trees[:1], [-1.0], "ties", density=1.0, r=24), -a) < 1e-5 + atol
-    for method, options in (("cat", {}), ("linear", {}), ("svd", {"r": 24})):
-        assert miss(found(trees, [0.7, -0.4], method, **options), 0.7 * a - 0.4 * b) < 1e-5 + atol
-    assert miss(found(trees[::-1], [-0.4, 0.7], "linear"), 0.7 * a - 0.4 * b) < 1e-5 + atol
+def test_laws_of_every_linear_variant(row, unchecked):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(24) if row.cfg.adapts == "norm" else nn.Linear(24, 32)).double().eval()
+    x = torch.cat([torch.eye(24), torch.zeros(1, 24)]).double()
+    adapt = build_any(model, row.cfg, [torch.randn(64, 24, dtype=torch.float64)])
+    trees = [move(adapt.init(), seed) for seed in (1, 2)]
+    base = model(x).detach()
+    a, b = (adapt(tree, x).detach() - base for tree in trees)
+    for trees_, weights, method, options, wanted in (
+        (trees[:1], [1.0], "linear", {}, a),
+        (trees[:1], [-1.0], "cat", {}, -a),
+        (trees, [0.7, -0.4], "cat", {}, 0.7 * a - 0.4 * b),
+        (trees[::-1], [-0.4, 0.7], "linear", {}, 0.7 * a - 0.4 * b),
+        (trees, [0.7, -0.4], "svd", {"r": 24}, 0.7 * a - 0.4 * b),
+    ):
+        result, params, errors = ll.combine(adapt, trees_, weights, method, **options)
+        assert errors.keys() == {"0"}
+        assert errors["0"] < 1e-6
+        assert miss(result(params, x).detach() - base, wanted) < 1e-5
 
 
 def test_ranks_add_up_side_by_side_and_are_the_layers_own_on_one_basis(model):
@@ -96,7 +105,7 @@ def test_large_updates_of_low_rank_are_found_without_their_decomposition(monkeyp
     trees = [move(adapt.init(), seed) for seed in (1, 2)]
     whole, svd = [], torch.linalg.svd
     monkeypatch.setattr(torch.linalg, "svd", lambda t, **options: whole.append(min(t.shape)) or svd(t, **options))
-    result, tree, errors = ll.combine(adapt, trees, [1.0, -1.0])
+    result, tree, _ = ll.combine(adapt, trees, [1.0, -1.0])
     assert max(whole) <= 64
     assert result.configs[0].r == 6
     assert miss(update(result, tree, 300), update(adapt, trees[0], 300) - update(adapt, trees[1], 300)) < 1e-5
@@ -177,9 +186,9 @@ def test_adapters_of_other_configs_and_targets_on_one_model(tmp_path):
 
 
 def test_modules_trained_as_a_whole_are_summed_and_pruned_by_their_parameters(model):
-    adapt = ll.build(model, ll.FullConfig(target_names="^[01]$"))
+    adapt = ll.build(model, ll.FullConfig(target_names="^0$"))
     a, b = move(adapt.init(), 1), move(adapt.init(), 2)
-    result, params, errors = ll.combine(adapt, [a, b], [1.0, -1.0])
+    _, params, errors = ll.combine(adapt, [a, b], [1.0, -1.0])
     torch.testing.assert_close(params, ll.tree_map(lambda a, b: a - b, a, b))
     assert max(errors.values()) < 1e-6
     pruned = ll.combine(adapt, [a], [1.0], "magnitude_prune", density=0.25)[1]
@@ -248,8 +257,8 @@ def pefts(tmp_path_factory):
 
     def make(**options):
         config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"], **options)
-        theirs = peft.get_peft_model(copy.deepcopy(model), config, adapter_name="a")
-        theirs.add_adapter("b", config)
+        theirs = peft.get_peft_model(copy.deepcopy(model), config, adapter_name="one")
+        theirs.add_adapter("two", config)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, p in theirs.named_parameters():
@@ -257,16 +266,16 @@ def pefts(tmp_path_factory):
                     p += 0.1 * torch.randn(p.shape, generator=generator)
         folder = tmp_path_factory.mktemp("peft")
         theirs.save_pretrained(folder)
-        return theirs, *zip(*(ll.from_peft(model, folder / name) for name in "ab"))
+        return theirs, *zip(*(ll.from_peft(model, folder / name) for name in ("one", "two")))
 
     return make
 
 
 def of_peft(theirs, name):
     theirs.base_model.set_adapter(name)
-    layers = {n.removeprefix("model."): m for n, m in theirs.base_model.named_modules() if hasattr(m, "lora_A")}
+    layers = {path: m for path, m in theirs.base_model.model.named_modules() if hasattr(m, "lora_A")}
     with torch.no_grad():
-        return {f"model.{n.removeprefix('model.')}": _change(m, m.base_layer) for n, m in layers.items()}
+        return {path: _change(m, m.base_layer) for path, m in layers.items()}
 
 
 def of_ours(adapt, params):
@@ -290,29 +299,28 @@ SAME = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The density 1.0 is greater than or equal to 1")
 def test_equals_pefts_on_plain_lora(pefts):
     """Theirs draws by torch's default generator, so that what draws is compared where nothing is dropped."""
     theirs, adapts, trees = pefts()
-    for (name, method), weights in itertools.product(SAME.items(), ([0.7, -0.4], [1.0, 1.0])):
+    for name, method in SAME.items():
         density = 1.0 if "dare" in name else 0.4
-        theirs.add_weighted_adapter(["a", "b"], weights, f"{name}{weights[0] == 1}", combination_type=name, density=density)
-        wanted = of_peft(theirs, f"{name}{weights[0] == 1}")
-        result, params, _ = ll.combine(adapts, trees, weights, method, density=density)
-        found = of_ours(result, params)
+        theirs.add_weighted_adapter(["one", "two"], [0.7, -0.4], name, combination_type=name, density=density)
+        wanted = of_peft(theirs, name)
+        found = of_ours(*ll.combine(adapts, trees, [0.7, -0.4], method, density=density)[:2])
         assert found.keys() == wanted.keys()
-        assert max(miss(found[path], wanted[path]) for path in found) < 1e-4, (name, weights)
-    for weight in (1.0, -1.0):
-        theirs.add_weighted_adapter(["a"], [weight], f"one{weight}", combination_type="linear")
-        wanted = of_peft(theirs, f"one{weight}")
-        found = of_ours(*ll.combine(adapts[:1], trees[:1], [weight], "linear")[:2])
-        assert max(miss(found[path], wanted[path]) for path in found) < 1e-4
+        assert max(miss(found[path], wanted[path]) for path in found) < 1e-4, name
+    theirs.add_weighted_adapter(["one"], [-1.0], "opposite", combination_type="linear")
+    wanted = of_peft(theirs, "opposite")
+    found = of_ours(*ll.combine(adapts[:1], trees[:1], [-1.0], "linear")[:2])
+    assert max(miss(found[path], wanted[path]) for path in found) < 1e-4
 
 
 def test_pefts_linear_sum_of_two_has_cross_terms(pefts):
     """It adds factors, so that two adapters' product has the `B` of one with the `A` of the other. Ours is the sum of the updates."""
     theirs, adapts, trees = pefts()
-    theirs.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mean", combination_type="linear")
-    a, b, mean = (of_peft(theirs, name) for name in ("a", "b", "mean"))
+    theirs.add_weighted_adapter(["one", "two"], [0.5, 0.5], "mean", combination_type="linear")
+    a, b, mean = (of_peft(theirs, name) for name in ("one", "two", "mean"))
     found = of_ours(*ll.combine(adapts, trees, [0.5, 0.5], "linear")[:2])
     for path in a:
         wanted = (a[path] + b[path]) / 2
@@ -324,11 +332,11 @@ def test_pefts_linear_sum_of_two_has_cross_terms(pefts):
 def test_exact_where_pefts_is_not(pefts, options):
     """An adapter with weight 1 is itself here; PEFT's has another scale, lacks the bias, or keeps none of DoRA's magnitudes."""
     theirs, adapts, trees = pefts(**options)
-    theirs.add_weighted_adapter(["a"], [1.0], "one", combination_type="cat")
-    a, one = of_peft(theirs, "a"), of_peft(theirs, "one")
+    theirs.add_weighted_adapter(["one"], [1.0], "itself", combination_type="cat")
+    a, itself = of_peft(theirs, "one"), of_peft(theirs, "itself")
     found = of_ours(*ll.combine(adapts[:1], trees[:1], [1.0])[:2])
     for path in a:
-        assert miss(one[path], a[path]) > 0.3
+        assert miss(itself[path], a[path]) > 0.3
         assert miss(found[path], a[path]) < 1e-5
 
 
@@ -343,7 +351,7 @@ def test_dare_keeps_a_share_that_the_seed_decides_and_the_mean_stays():
     first = drawn(0)
     assert torch.equal(first, drawn(0))
     assert not torch.equal(first, drawn(1))
-    assert set(first.unique().tolist()) == {0.0, pytest.approx(1 / 0.3)}
+    torch.testing.assert_close(first.unique(), torch.tensor([0.0, 1 / 0.3]))
     assert abs(float(first.mean()) - 1) < 0.15
     two = drawn(0, (params, params), (1.0, 1.0))
     assert len(two.unique()) == 3  # each adapter has a draw of its own
@@ -366,7 +374,7 @@ def test_ties_elects_a_sign_and_averages_those_that_agree():
 def test_bad_arguments_are_refused(model):
     adapt = ll.build(model, ll.LoRAConfig(r=2))
     trees = [move(adapt.init(), seed) for seed in (1, 2)]
-    other = ll.build(copy.deepcopy(model).apply(lambda m: nn.init.ones_(m.weight)), ll.LoRAConfig(r=2))
+    other = ll.build(copy.deepcopy(model).apply(lambda m: hasattr(m, "weight") and nn.init.ones_(m.weight)), ll.LoRAConfig(r=2))
     weights = [1.0, 1.0]
     wide = ll.build(model, ll.LoRAConfig(r=3)).init()
     tracked = torch.ones(2, requires_grad=True)
@@ -399,7 +407,7 @@ def test_targets_that_no_adapter_can_hold_are_named():
     model = tiny_llama(tie_word_embeddings=True)
     adapts = {
         "reft": ll.build(model, ll.LoReFTConfig(r=2)),
-        "lora": ll.build(model, ll.LoRAConfig(r=2, target_names="down_proj|embed_tokens$")),
+        "lora": ll.build(model, ll.LoRAConfig(r=2, target_names=("down_proj", "embed_tokens$"), exclude_names=())),
         "whole": ll.build(model, ll.FullConfig(target_names=r"layers\.1\.mlp$")),
         "layer": ll.build(model, ll.FullConfig(target_names=r"layers\.0\.mlp\.down_proj$")),
         "tokens": ll.build(model, ll.TokensConfig(token_ids=(1,))),

@@ -48,7 +48,7 @@ def drawn(update: Tensor, density: float, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Method:
-    """How updates are combined.
+    """A way to combine updates.
 
     Attributes:
         prune: thins each update out first; None for a method that reads no density.

@@ -23,7 +23,7 @@ from lora_lite.variants.tokens import TokensConfig
 
 @dataclass(frozen=True)
 class Part:
-    """One adapter to combine: its adapted model and its params."""
+    """An adapter to combine: its adapted model and its params."""
 
     adapt: Adapt
     params: AnyTree
