@@ -76,10 +76,10 @@ class Factored:
             trees = [{"db": b} for b in self.biases]
         else:
             r = max(r, 1)
-            cfg = LoRAConfig(r=r, alpha=float(r), bias=bool(self.biases), dtype=self.dtype)
+            cfg = LoRAConfig(r=r, alpha=float(r), lora_bias=bool(self.biases), dtype=self.dtype)
             trees = [dict(widened(A, B, r)) for A, B in self.pairs]
             for tree, b in zip(trees, self.biases):
-                tree["db"] = b
+                tree["b"] = b
         check_uses(self.target, cfg)
         given = iter(trees)
         leaves = self.W.make(lambda _: {name: t.to(self.dtype) for name, t in next(given).items()})
