@@ -3,7 +3,6 @@
 import copy
 import itertools
 import math
-import re
 
 import peft
 import pytest
