@@ -15,7 +15,7 @@ from lora_lite.prepare.start import generator_for
 from lora_lite.transforms.held import Held, assembled, hold
 from lora_lite.transforms.merging import METHODS, Method
 from lora_lite.transforms.places import Part, Place, places_of
-from lora_lite.transforms.updates import lost
+from lora_lite.transforms.updates import Update, lost
 
 CALL = "combine(adapt, trees, weights)"
 
@@ -106,7 +106,7 @@ def _combined(
         names = dict.fromkeys(name for update in updates for name in update)
         own = [weights[k].to(updates[0][next(iter(names))].device) for k, _ in place.owners]
         generator = generator_for(seed, place.path)
-        wanted = {}
+        wanted: Update = {}
         for name in names:
             having = [(update[name], w) for update, w in zip(updates, own) if name in update]
             wanted[name] = how([t for t, _ in having], [w for _, w in having], density, generator)

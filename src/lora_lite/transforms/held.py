@@ -16,6 +16,7 @@ from lora_lite.core.tree import Tree
 from lora_lite.prepare.checks import check_uses
 from lora_lite.transforms.merging import total
 from lora_lite.transforms.places import Part, Place
+from lora_lite.transforms.product import Product, dense
 from lora_lite.transforms.updates import Update, best_of_rank, decomposed, on_one_basis, side_by_side, update_of, widened
 from lora_lite.variants.bitfit import BitFitConfig
 from lora_lite.variants.full import FullConfig
@@ -65,9 +66,10 @@ class Factored:
     @torch.no_grad()
     def update(self) -> Update:
         """The update that the factors make once they are rounded."""
-        weights = [B.to(self.dtype).double() @ A.to(self.dtype).double() for A, B in self.pairs]
-        biases = [b.to(self.dtype) for b in self.biases] or [w.new_zeros(len(w)) for w in weights]
-        return {f"{role}.{n}": t for n, pair in enumerate(zip(weights, biases)) for role, t in zip(("weight", "bias"), pair)}
+        weights = [Product(B.to(self.dtype).double(), A.to(self.dtype).double()) for A, B in self.pairs]
+        biases = [b.to(self.dtype) for b in self.biases] or [B.new_zeros(len(B)) for _, B in self.pairs]
+        found: Update = {f"weight.{n}": product for n, product in enumerate(weights)}
+        return found | {f"bias.{n}": b for n, b in enumerate(biases)}
 
     def settled(self, r: int, needed: int) -> Kept:
         """Return the target at rank `r`: LoRA of scale 1, and BitFit where biases alone are moved, so that no rank is needed."""
@@ -117,14 +119,15 @@ def hold(
     first = parts[place.owners[0][0]]
     if place.whole:
         return _as_displacements(first, place, wanted, dtype)
-    if keep is not None and _is_additive(parts, place):
+    factored = any(isinstance(t, Product) for update in updates for t in update.values())
+    if keep is not None and not factored and _is_additive(parts, place):
         return _as_it_is(parts, place, weights, dtype)
     return _as_factors(first, place, updates, wanted, weights, keep, r, dtype)
 
 
 def _as_rows(place: Place, wanted: Update, dtype: torch.dtype) -> Kept:
     tokens = tuple(int(token) for token in wanted)
-    dE = torch.stack(list(wanted.values())).to(dtype)
+    dE = torch.stack([dense(row) for row in wanted.values()]).to(dtype)
     constants = {"ids": torch.tensor(tokens, device=dE.device)}
     return Kept(place.target, with_fields(place.cfg, token_ids=tokens, dtype=dtype), {"dE": dE}, constants, _as(dtype, wanted))
 
@@ -132,12 +135,12 @@ def _as_rows(place: Place, wanted: Update, dtype: torch.dtype) -> Kept:
 def _as_displacements(part: Part, place: Place, wanted: Update, dtype: torch.dtype) -> Kept:
     whole = FullConfig if place.cfg.adapts == "module" else LNTuningConfig
     own = part.layer(place.path).parameters
-    leaves = {name: wanted[name].to(dtype) if name in wanted else torch.zeros_like(p, dtype=dtype) for name, p in own.items()}
+    leaves = {name: dense(wanted[name]).to(dtype) if name in wanted else torch.zeros_like(p, dtype=dtype) for name, p in own.items()}
     return Kept(place.target, whole(dtype=dtype), leaves, {}, _as(dtype, wanted))
 
 
 def _as(dtype: torch.dtype, update: Update) -> Update:
-    return {name: t.to(dtype) for name, t in update.items()}
+    return {name: dense(t).to(dtype) for name, t in update.items()}
 
 
 def _is_additive(parts: Sequence[Part], place: Place) -> bool:
@@ -156,7 +159,7 @@ def _as_it_is(parts: Sequence[Part], place: Place, weights: Sequence[Tensor], dt
     trees = [parts[k].leaves(place.path) for k, _ in place.owners]
     leaves = {name: total([tree[name].detach().double() for tree in trees], weights).to(dtype) for name in trees[0]}
     update = update_of(part.layer(place.path), place.cfg, {name: leaf.detach() for name, leaf in leaves.items()})
-    return Kept(place.target, with_fields(place.cfg, dtype=dtype), leaves, part.constants(place.path), update)
+    return Kept(place.target, with_fields(place.cfg, dtype=dtype), leaves, part.constants(place.path), dict(update))
 
 
 def _as_factors(
@@ -179,7 +182,7 @@ def _as_factors(
             pairs.append(best_of_rank(wanted[name], r or max(len(decomposed(delta)[1]) for delta in deltas)))
         else:
             pairs.append((side_by_side if keep == "factors" else on_one_basis)(deltas, weights))
-    biases = [wanted[f"bias.{n}"] for n in range(maps)]
+    biases = [dense(wanted[f"bias.{n}"]) for n in range(maps)]
     size = 1.0 if W.bias is None else max(1.0, float(W.bias.detach().abs().max()))
     moved = any(float(b.detach().abs().max()) > 1e-12 * size for b in biases)
     group = tuple((k, id(cfg)) for k, cfg in place.owners)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_lite.transforms.product import Matrix, Product, dense, summed
+
 Weights = Sequence[Tensor]
 Prune = Callable[[Tensor, float, torch.Generator], Tensor]
 
@@ -60,11 +62,15 @@ class Method:
     join: Callable[[Sequence[Tensor], Weights], Tensor] = total
     keep: str | None = None
 
-    def __call__(self, updates: Sequence[Tensor], weights: Weights, density: float | None, generator: torch.Generator) -> Tensor:
-        """Combine the updates of one tensor."""
+    def __call__(self, updates: Sequence[Matrix], weights: Weights, density: float | None, generator: torch.Generator) -> Matrix:
+        """Combine the updates of one tensor. A sum of products is one."""
+        products = [update for update in updates if isinstance(update, Product)]
+        if self.prune is None and self.join is total and len(products) == len(updates):
+            return summed(products, weights)
+        tensors = [dense(update) for update in updates]
         if self.prune is not None and density is not None:
-            updates = [self.prune(update, density, generator) for update in updates]
-        return self.join(updates, weights)
+            tensors = [self.prune(tensor, density, generator) for tensor in tensors]
+        return self.join(tensors, weights)
 
 
 METHODS = {

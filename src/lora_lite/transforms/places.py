@@ -17,7 +17,7 @@ from lora_lite.core.tree import AnyTree, modules_by_path
 from lora_lite.derived.merge import leaves_at
 from lora_lite.layers.access import module_at
 from lora_lite.prepare.start import generator_for
-from lora_lite.transforms.updates import Update, lost, update_of
+from lora_lite.transforms.updates import Update, factored_update_of, lost, update_of
 from lora_lite.variants.tokens import TokensConfig
 
 
@@ -112,7 +112,7 @@ class Place:
         leaves = part.leaves(self.path)
         if self.rows:
             return {str(token): row for token, row in zip(cfg.token_ids, leaves["dE"].detach().double())}
-        return update_of(part.layer(self.path), cfg, leaves)
+        return factored_update_of(part.layer(self.path), cfg, leaves)
 
     def fault(self) -> str | None:
         """Return the reason why no adapter can hold what these make of the layer. None where one can."""
