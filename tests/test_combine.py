@@ -223,6 +223,20 @@ def test_embeddings_experts_and_convolutions():
         torch.testing.assert_close(result(params, ids), other(ids), rtol=1e-4, atol=1e-5)
 
 
+def test_scaled_embeddings_keep_their_scale():
+    """Gemma scales its lookups, those of the factors too: the update that LoRA holds is that of the table."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=40, hidden_size=12, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, head_dim=6)
+    embed = tf.GemmaForCausalLM(tf.GemmaConfig(**sizes, num_key_value_heads=1)).eval().model.embed_tokens
+    model, ids = nn.Sequential(embed), torch.arange(40)
+    adapt = ll.build(model, ll.LoRAConfig(r=2, target_names="0"))
+    params = move(adapt.init())
+    wanted = (adapt(params, ids) - model(ids)).detach()
+    for lora, tree, errors in (ll.combine(adapt, [params], [1.0]), ll.to_lora(adapt, params, r=2)):
+        assert errors["0"] < 1e-6
+        assert miss((lora(tree, ids) - model(ids)).detach(), wanted) < 1e-5
+
+
 # Strengths by gradient
 
 

@@ -1,7 +1,7 @@
 """`combine`: a weighted sum of adapters, or a merge of them by other methods, as one adapter. It works on updates, not on params."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from lora_lite.adapt import Adapt
 from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import listed, nearest, require_type, several
+from lora_lite.core.progress import shown
 from lora_lite.core.tree import AnyTree, Tree
 from lora_lite.prepare.start import generator_for
 from lora_lite.transforms.held import Held, assembled, hold
@@ -29,6 +30,7 @@ def combine(
     r: int | None = None,
     density: float | None = None,
     seed: int = 0,
+    progress: bool = True,
 ) -> tuple[Adapt, Tree, dict[str, float]]:
     """Combine adapters of linear variants into one whose update is the weighted sum of theirs, or their merge by another method.
 
@@ -56,6 +58,7 @@ def combine(
         density: share of the entries that are kept, in (0, 1], for `"ties"`, `"magnitude_prune"`, `"dare_linear"` and `"dare_ties"`; the
             others do not read it.
         seed: of the random entries, for `"dare_linear"` and `"dare_ties"`, any integer.
+        progress: show a progress bar on stderr when it takes more than a second.
 
     Returns:
         `(adapt, params, errors)`: an `Adapt` over the frozen weights of the first, its params in at least float32, and for each target the
@@ -89,11 +92,11 @@ def combine(
     places = places_of(parts)
     if r is not None:
         _require_rank(r, places)
-    return _combined(parts, places, strengths, how, r, density, seed)
+    return _combined(parts, shown(places, "combine", progress), strengths, how, r, density, seed)
 
 
 def _combined(
-    parts: Sequence[Part], places: Sequence[Place], weights: Sequence[Tensor], how: Method, r: int | None, density: float | None, seed: int
+    parts: Sequence[Part], places: Iterable[Place], weights: Sequence[Tensor], how: Method, r: int | None, density: float | None, seed: int
 ) -> tuple[Adapt, Tree, dict[str, float]]:
     found: list[Held] = []
     errors, faults = {}, []
