@@ -70,8 +70,7 @@ def train(
             start = time.perf_counter()
             frozen(rows)
             ratios.append(seconds / (time.perf_counter() - start))
-        for leaf, grad in zip(leaves, ll.tree_leaves(grads)):
-            leaf.grad = grad
+        ll.set_grads(params, grads)
         torch.nn.utils.clip_grad_norm_(leaves, 1.0)
         optimizer.step()
         schedule.step()

@@ -74,15 +74,13 @@ def probe(s: Settings, out: Path) -> dict[str, Any]:
         base, fresh = adapt.base(rows, use_cache=False).logits, adapt(params, rows, use_cache=False).logits
         # By noise: what moves all entries alike is lost on HRA, whose reflections start as pairs that cancel.
         perturbed = adapt(ll.tree_map(lambda p: p + 0.25 * torch.randn_like(p), params), rows, use_cache=False).logits
-    leaves = ll.tree_leaves(params)
-    adam = torch.optim.AdamW(leaves, lr=s.rate)
+    adam = torch.optim.AdamW(ll.tree_leaves(params), lr=s.rate)
     losses, norms = [], []
     for _ in range(s.steps):
         loss, grads = gradients(adapt, params, [rows])
         losses.append(loss)
         norms.append(norm(grads))
-        for leaf, grad in zip(leaves, ll.tree_leaves(grads), strict=True):
-            leaf.grad = grad
+        ll.set_grads(params, grads)
         adam.step()
     losses.append(gradients(adapt, params, [rows])[0])
     out.mkdir(parents=True, exist_ok=True)

@@ -123,8 +123,7 @@ def train(
         starts = range(first, first + s.accumulate * s.rows, s.rows)
         loss, grads = gradients(adapt, params, [batch(data[k : k + s.rows], pad, where) for k in starts])
         adam.param_groups[0]["lr"] = s.rate * 0.5 * (1 + math.cos(math.pi * step / s.steps))
-        for leaf, grad in zip(leaves, ll.tree_leaves(grads), strict=True):
-            leaf.grad = grad
+        ll.set_grads(params, grads)
         torch.nn.utils.clip_grad_norm_(leaves, 1.0)
         adam.step()
         updated, update = adapt.configs[0].update(params, grads, update)

@@ -207,10 +207,9 @@ def train_ours(adapt: ll.Adapt, data: Sequence[Iterator[Any]], test: Sequence[Ro
     step = ll.value_and_grad(total)
     for parts in zip(*data, strict=True):
         grads = step(params, joined(parts))[1]
-        by_leaf = ll.tree_leaves(grads)
-        norm = torch.stack([g.reshape(members, -1).square().sum(1) for g in by_leaf]).sum(0).sqrt()  # (members,)
-        for leaf, grad in zip(leaves, by_leaf, strict=True):
-            leaf.grad = grad / _along(norm.clamp(min=1.0), grad)
+        norm = torch.stack([g.reshape(members, -1).square().sum(1) for g in ll.tree_leaves(grads)]).sum(0).sqrt()  # (members,)
+        over = norm.clamp(min=1.0)
+        ll.set_grads(params, ll.tree_map(lambda grad, over=over: grad / _along(over, grad), grads))
         before = [leaf.clone() for leaf in leaves]
         adam.step()
         schedule.step()

@@ -89,8 +89,7 @@ def train_tree(adapt, params, batch, average=lambda grads: grads):
     for _ in range(STEPS):
         grads = average(step(params)[1])
         first = first or grads
-        for leaf, grad in zip(leaves, ll.tree_leaves(grads)):
-            leaf.grad = grad
+        ll.set_grads(params, grads)
         stepper.step()
     return first, params
 

@@ -28,13 +28,11 @@ def data(member: int, step: int):
 
 def alone(adapt, member: int, steps: int):
     params = adapt.init(seed=member)
-    leaves = ll.tree_leaves(params)
-    optimizer = torch.optim.AdamW(leaves, lr=LRS[member])
+    optimizer = torch.optim.AdamW(ll.tree_leaves(params), lr=LRS[member])
     for step in range(steps):
         batch = {"input_ids": data(member, step)}
         _, grads = ll.value_and_grad(lambda p, batch=batch: losses(adapt(p, batch), batch).mean())(params)
-        for leaf, grad in zip(leaves, ll.tree_leaves(grads)):
-            leaf.grad = grad
+        ll.set_grads(params, grads)
         optimizer.step()
     return params
 
@@ -53,8 +51,7 @@ def together(adapt, steps: int, dropped: dict[int, int]):
         batch = {"input_ids": torch.cat([data(k, step) for k in alive])}
         _, grads = ll.value_and_grad(loss)(stacked, batch, torch.tensor(alive).repeat_interleave(2))
         for k, grad in enumerate(ll.unstack(grads)):
-            for leaf, g in zip(ll.tree_leaves(members[k]), ll.tree_leaves(grad)):
-                leaf.grad = g if k in alive else None  # an optimiser leaves alone what has no gradient
+            ll.set_grads(members[k], grad if k in alive else None)
         optimizer.step()
     return stacked
 

@@ -39,8 +39,7 @@ tokens = torch.randint(0, 64, (8, 12), generator=torch.Generator().manual_seed(1
 rows = tokens[rank::processes].to(leaves[0].device)  # of equal number in each process, so that the mean of means is the mean
 for _ in range(10):
     value, grads = ll.all_reduce_mean(step(params, {"input_ids": rows, "labels": rows}))
-    for leaf, grad in zip(leaves, ll.tree_leaves(grads)):
-        leaf.grad = grad
+    ll.set_grads(params, grads)
     optimizer.step()
 
 if rank == 0:

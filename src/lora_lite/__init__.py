@@ -35,9 +35,11 @@ from lora_lite.layers.kind import Kind as Kind
 from lora_lite.layers.quantised import FrozenQuantised as FrozenQuantised
 from lora_lite.prepare.targets import find_targets as find_targets
 from lora_lite.transforms.all_reduce import all_reduce_mean as all_reduce_mean
+from lora_lite.transforms.combine import combine as combine
 from lora_lite.transforms.curvature import fisher_diag as fisher_diag
 from lora_lite.transforms.curvature import ggn_vp as ggn_vp
 from lora_lite.transforms.curvature import hvp as hvp
+from lora_lite.transforms.gradients import set_grads as set_grads
 from lora_lite.transforms.gradients import value_and_grad as value_and_grad
 from lora_lite.transforms.lora_plus import lora_plus as lora_plus
 from lora_lite.transforms.per_example import per_example_grad as per_example_grad

@@ -90,7 +90,8 @@ def choose(model: nn.Module, cfg: AdapterConfig | Sequence[AdapterConfig], kinds
                 raise ValueError(
                     f'build: expected each layer in one config, found "{target.path}" in both {type(other).__name__} and '
                     f"{type(config).__name__}. Narrow target_names of one, or leave the layer out of one: "
-                    f'exclude_names=(r"{re.escape(target.path)}$",).'
+                    f'exclude_names=(r"{re.escape(target.path)}$",). Two adapters on one layer are the sum of their updates: build each by '
+                    "itself, and ll.combine([a, b], [a_params, b_params], [1, 1])."
                 )
             claimed[target.path] = (target, config)
     check_entries(model, tuple(claimed.values()))

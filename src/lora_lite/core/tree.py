@@ -53,7 +53,8 @@ def tree_map(
     """Apply `f` to the corresponding leaves of one or several params trees. The keys are those of the first.
 
     Gradients and the steps of an optimiser are mapped so. An adapter's strength is not: most leaves are factors of the update. Minus a LoRA
-    tree is the same update, half of it is a quarter, and the mean of two is not the mean of their updates. `adapt.steer` scales an update.
+    tree is the same update, half of it is a quarter, and the mean of two is not the mean of their updates. `adapt.steer` scales an update,
+    and `combine` sums several.
 
     Example:
         >>> import torch, lora_lite as ll

@@ -122,8 +122,10 @@ class EmbeddingKind(Kind):
         return False  # the table holds it
 
     def changes(self, f: Variant, params: Params) -> list[tuple[Tensor, Tensor]]:
+        """Return the update of the table before lookups are scaled, since `project` scales factors of it in the same way."""
         delta = self.adapted(f, params, "weight", torch.float64) - self.dense(torch.float64)
-        return [(delta, delta.new_zeros(len(delta)))]
+        scale = self._scale(delta)
+        return [(delta if scale is None else delta / scale, delta.new_zeros(len(delta)))]
 
     def merged(self, f: Variant, params: Params) -> dict[str, Tensor]:
         return {"weight": self.to_weight(self.adapted(f, params, "weight", torch.promote_types(self.dtype, torch.float32)))}

@@ -321,6 +321,10 @@ class Kind(Frozen):
             found.append((weight - W.dense(torch.float64), bias if W.bias is None else bias - W.bias.detach().double()))
         return found
 
+    def displacements(self, f: Variant, params: Params) -> Mapping[str, Tensor] | None:
+        """Return the displacements of a module's parameters by name, for a kind whose module is no linear map. None for the others."""
+        return None
+
     def probe(self, tokens: int) -> list[tuple[str, Frozen, Tensor, int]]:
         """Return each linear map that counts: its name, the map, an input of `tokens` tokens on meta, and its multiply-adds a token."""
         return [("", *on_meta(self, tokens))]

@@ -120,10 +120,10 @@ class ModuleKind(Kind):
 
     def merged(self, f: Variant, params: Params) -> dict[str, Tensor]:
         """Run the variant on a recorder of displacements. A variant that does more than displace parameters has no merged weights."""
-        deltas = self._recorded(f, params)
+        deltas = self.displacements(f, params)
         return {name: p + deltas[name] if name in deltas else p for name, p in self.parameters.items()}
 
-    def _recorded(self, f: Variant, params: Params) -> Mapping[str, Tensor]:
+    def displacements(self, f: Variant, params: Params) -> Mapping[str, Tensor]:
         W = _Recorder(self)
         f.forward(params, W, self.weight.new_zeros(1, self.in_features))
         if W.deltas is None or W.called:
@@ -137,7 +137,7 @@ class ModuleKind(Kind):
         if self._now is not None:
             return self._now[name] if name in self._now else self.parameters[name]
         p = self.parameters[name]
-        deltas = self._recorded(f, params)
+        deltas = self.displacements(f, params)
         return (p + deltas[name]).to(p.dtype) if name in deltas else p
 
     def readable(self) -> list[str]:

@@ -1,14 +1,16 @@
-"""Transforms of functions of a params tree."""
+"""Gradients of functions of a params tree, and their way to torch's optimisers."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lora_lite.core.errors import require_type, several, tree_faults
 from lora_lite.core.tracing import in_transform
+from lora_lite.core.tree import AnyTree, flatten, tree_leaves
 
 
 def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[..., tuple[Any, Any]]:
@@ -91,3 +93,53 @@ def _plain(f: Callable[..., Any], has_aux: bool, params: Any, args: tuple[Any, .
     if has_aux:
         value = (value, pytree.tree_map_only(Tensor, Tensor.detach, aux))
     return value, pytree.tree_unflatten(list(grads), spec)
+
+
+def set_grads(params: AnyTree, grads: AnyTree | None) -> None:
+    """Put a tree of gradients onto the `.grad` of the leaves of params, where torch's optimisers and `clip_grad_norm_` look for it.
+
+    Args:
+        params: a params tree, or a stack or a member of one; its leaves are those that the optimiser was made with.
+        grads: a tree of the same paths, names, shapes, dtypes and devices, as `value_and_grad` returns it. Its tensors are taken as they
+            are, and take the place of former gradients. None leaves no gradient, so that an optimiser passes the leaves by.
+
+    Raises:
+        ValueError: where `grads` differs from `params`; it lists each departure, and no leaf is changed.
+        TypeError: where either is no tree of tensors.
+
+    Example:
+        >>> import torch, lora_lite as ll
+        >>> params = {"0": {"g": torch.tensor([1.0, 2.0])}}
+        >>> optimizer = torch.optim.SGD(ll.tree_leaves(params), lr=0.5)
+        >>> value, grads = ll.value_and_grad(lambda p: (p["0"]["g"] ** 2).sum())(params)
+        >>> ll.set_grads(params, grads)
+        >>> optimizer.step()
+        >>> params
+        {'0': {'g': tensor([0., 0.])}}
+    """
+    trees = {"params": params} if grads is None else {"params": params, "grads": grads}
+    for name, tree in trees.items():
+        require_type(_is_tree(tree), "set_grads(params, grads)", name, "a tree {target path: {name: tensor}}", tree)
+    if grads is None:
+        for leaf in tree_leaves(params):
+            leaf.grad = None
+        return
+    faults = tree_faults(grads, {path: {name: tuple(leaf.shape) for name, leaf in leaves.items()} for path, leaves in params.items()})
+    if not faults:
+        own, given = flatten(params), flatten(grads)
+        for attribute in ("dtype", "device"):
+            pairs = ((where, getattr(leaf, attribute), getattr(given[where], attribute)) for where, leaf in own.items())
+            faults += [f'"{where}": expected {attribute} {wanted}, found {found}' for where, wanted, found in pairs if wanted != found]
+    if faults:
+        raise ValueError(
+            f"set_grads: expected gradients that fit the params, found:\n{several(faults)}\n"
+            "Pass what ll.value_and_grad(f)(params) returned for the same params."
+        )
+    for path, leaves in params.items():
+        for name, leaf in leaves.items():
+            leaf.grad = grads[path][name]
+
+
+def _is_tree(tree: Any) -> bool:
+    rows = tree.values() if isinstance(tree, Mapping) else [None]
+    return all(isinstance(leaves, Mapping) and all(isinstance(leaf, Tensor) for leaf in leaves.values()) for leaves in rows)
