@@ -212,6 +212,54 @@ def transforms(rank):
     return found
 
 
+class Turned(torch.nn.Module):
+    """Two layers, of which the second sees the batch in another form; it may refuse a single row."""
+
+    def __init__(self, fixed=False):
+        super().__init__()
+        self.fixed, self.first, self.second = fixed, torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+
+    def forward(self, x, form="flat"):
+        x = self.first(x).tanh()
+        if self.fixed and len(x) != 2:
+            raise RuntimeError("two rows, or none")
+        if form == "flat":
+            return self.second(x.flatten(0, 1)).view_as(x)
+        return self.second(x.transpose(0, 1)).transpose(0, 1) if form == "time first" else self.second(x)
+
+
+def rows(rank):
+    """Mixed calls in which the processes differ in what they know and in what they ask."""
+    return {training: _rows(rank, training) for training in (False, True)}
+
+
+def _rows(rank, training):
+    adapt = ll.build(Turned().train(training), FIVE[0])
+    sharded = adapt.shard(mesh(), "first|second")
+    stacked, x = ll.stack([move(adapt.init(), seed=k) for k in range(2)]), torch.randn(4, 5, 6)
+
+    def gradient(a, x, index, form):
+        return ll.value_and_grad(lambda p: a.mixed(p, x, index, form=form).square().sum())(stacked)[1]
+
+    def differ(x, index, form="flat"):
+        pairs = zip(*(ll.tree_leaves(gradient(a, x, index, form)) for a in (sharded, adapt)))
+        return max(float((g - w).abs().max()) for g, w in pairs)
+
+    differences = [
+        differ(x[: 3 + rank, : 4 + rank], [0, 1, 1, 0][: 3 + rank]),  # other rows, other lengths
+        differ(x[:2, :4] if rank else x[:2, :3], [0, 1]),  # one has seen the length, the other has not
+        differ(x[: 2 - rank, :2], [0, 1][: 2 - rank]),  # one row has nothing to be followed
+        differ(x[:3, :4], [1, 0, 1], ("flat", "as it is")[rank]),
+    ]
+    form = ("flat", "time first")[rank]
+    refused = [_message(lambda: sharded.mixed(stacked, x[:2], [0, 1], form=form)) for _ in range(2)]  # by both, and again
+    fixed = ll.build(Turned(fixed=True), FIVE[0])
+    sharded = fixed.shard(mesh(), "first|second")
+    untried = _message(lambda: sharded.mixed(stacked, x[:2], [0, 1]))
+    same = [a.mixed(stacked, x[:2], [0, 1], form="as it is") for a in (fixed, sharded)]
+    return [*differences, float((same[0] - same[1]).abs().max())], refused, untried
+
+
 def refusals(rank):
     _, adapt, params = start()
     sharded, batch = adapt.shard(mesh()), batch_for(rank)
@@ -314,6 +362,7 @@ JOBS = {
         fsdp_by_module,
         variants,
         transforms,
+        rows,
         refusals,
         saving,
         calibration,
@@ -409,6 +458,15 @@ def test_calls_and_transforms_of_a_sharded_adapt_are_exact(of):
     for found in of(transforms):
         assert len(found) == 2 * 2 * len(_calls(None))
         assert {key: error for key, error in found.items() if error > TOLERANCE[torch.float32]} == {}
+
+
+def test_processes_try_the_rows_of_all_their_batches_together(of):
+    for found in of(rows):
+        for differences, refused, untried in found.values():
+            assert max(differences) < 1e-5
+            for message in refused:
+                assert 'ValueError: adapt.mixed: at "second" expected an input whose first axis is made of the batch' in message
+            assert 'at "second" expected an input with a multiple of 2 rows whose order is known' in untried
 
 
 @pytest.mark.parametrize(
