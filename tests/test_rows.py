@@ -224,6 +224,18 @@ def test_row_map_gives_the_forms_that_are_refused_without_it(form, places, index
         torch.testing.assert_close(compiled(ll.stack(params), batch), want)
 
 
+def test_recomputed_blocks_keep_the_row_map_of_their_own_call():
+    torch.manual_seed(0)
+    model, x, maps, grads = Toy("time first and flat"), torch.randn(2, 3, 6), [{"second": [0, 1] * 3}, {"second": [1, 0] * 3}], []
+    for remat in (None, "second"):
+        adapt = ll.build(model, ll.LoRAConfig(r=2, target_names="second"), remat=remat)
+        stacked = ll.stack(members(adapt))
+        both = lambda p, a=adapt: sum((k + 1) * a.mixed(p, x, [0, 1], row_map=own).square().sum() for k, own in enumerate(maps))  # noqa: E731
+        grads.append(ll.value_and_grad(both)(stacked)[1])
+    for a, b in zip(*map(ll.tree_leaves, grads)):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize(
     ("row_map", "error", "match"),
     [

@@ -258,16 +258,16 @@ class Adapt(Described):
         nothing of the model is shared: the model and this `adapt` may be deleted. Params stay whole, a plain tree on every process;
         average their gradients with `all_reduce_mean`. Each call of the result is one of all processes together.
 
-        Calls, `mixed` and `base` work as ever, under `value_and_grad` and under transforms. Not supported: nested reverse-mode
-        transforms, `torch.compile`, other threads, `merge`, `module`.
+        Packed weights are split as they are. Calls, `mixed` and `base` work as ever, under `value_and_grad` and under transforms. Not
+        supported: nested reverse-mode transforms, `torch.compile`, other threads, `merge`, `module`.
 
         Args:
             mesh: a mesh of one axis, `torch.distributed.device_mesh.init_device_mesh(device, (processes,))`.
             blocks: regular expression of the paths of blocks whose weights are gathered one at a time.
 
         Raises:
-            ValueError: where `blocks` matches nothing, the mesh has more than one axis, or a weight cannot be split, such as a
-                quantised one.
+            ValueError: where `blocks` matches nothing, the mesh has more than one axis, or a weight cannot be split, such as one
+                that is offloaded or of a class that no kind reads.
             TypeError: where `mesh` is of another type.
         """
         self._require_whole("shard")

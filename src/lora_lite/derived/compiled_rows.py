@@ -23,7 +23,7 @@ _FIXED = (bool, str, type(None), torch.dtype)
 
 
 class Graph:
-    """What a compiled graph needs to check the rows of its batches.
+    """A compiled graph, with all that it needs to check the rows of its batches.
 
     Args:
         layout: of the batch, as `taken_apart` returns it.

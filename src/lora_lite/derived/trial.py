@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from lora_lite.clone.per_call import Replica
 
 Batch = tuple[Any, dict[str, Any]]
-"""What a model is called with: a batch, and keywords."""
+"""The arguments of a call: a batch, and keywords."""
 
 _CLOSE = 0.1
 """The distance, in norms, of inputs that count as equal: low dtypes round by the size of a batch, and other rows are about 1 away."""
