@@ -1,5 +1,6 @@
 """More than one process: DDP, FSDP2 by function and by module, calibration, saving. Two gloo processes on the CPU against one."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from torch.distributed.tensor import DTensor
 
 import lora_lite as ll
 from cases import FIVE, TOLERANCE, assert_trees_equal, move, tiny_models
+from quantised_models import facts, twins
+from quantised_models import same as unchanged
 from two_processes import PATIENCE, run_jobs
 
 STEPS = 3
@@ -211,6 +214,95 @@ def transforms(rank):
     return found
 
 
+def quantised(rank):
+    """A base in 4 or 8 bits, by function and by module, beside one process with all rows."""
+    return {backend: _quantised(rank, backend) for backend in ("nf4", "nf4-nested", "8-bit")}
+
+
+def _quantised(rank, backend):
+    model = twins(whole_model(num_hidden_layers=1), backend)[0]
+    before, begun = facts(model), _packed_bytes()
+    adapt = ll.build(model, FIVE[0])
+    params = move(adapt.init())
+    grads, want = train_tree(adapt, ll.tree_map(torch.clone, params), batch_for())
+    sharded = adapt.shard(mesh())
+    first, by_function = train_tree(sharded, ll.tree_map(torch.clone, params), batch_for(rank), ll.all_reduce_mean)
+    mixed = [a.mixed(ll.stack([params, want]), batch_for(rank), [0, 1]).logits for a in (sharded, adapt)]
+    module = adapt.module(params)
+    for block in (*module.model.layers, module):
+        fully_shard(block, mesh=mesh())
+    by_module = train_module(adapt, module, batch_for(rank))
+    untouched = unchanged(before, facts(model))
+    del model, adapt, before
+    alive = [_packed_bytes()]
+    del sharded
+    alive.append(_packed_bytes())
+    del module, block
+    pairs = [(first, grads), (by_function, want), (by_module, want)]
+    differences = [max(float((a - b).abs().max()) for a, b in zip(*map(ll.tree_leaves, pair))) for pair in pairs]
+    return [*differences, float((mixed[0] - mixed[1]).abs().max())], untouched, begun, alive, _packed_bytes()
+
+
+def _packed_bytes():
+    """Count the bytes of packed weights and scales that are alive in this process, each storage once."""
+    gc.collect()
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and not issubclass(type(o), DTensor) and not o.is_meta]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.dtype in (torch.uint8, torch.int8)}
+    return sum(storages.values())
+
+
+class Turned(torch.nn.Module):
+    """Two layers, of which the second sees the batch in another form; it may refuse a single row."""
+
+    def __init__(self, fixed=False):
+        super().__init__()
+        self.fixed, self.first, self.second = fixed, torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+
+    def forward(self, x, form="flat"):
+        x = self.first(x).tanh()
+        if self.fixed and len(x) != 2:
+            raise RuntimeError("two rows, or none")
+        if form == "flat":
+            return self.second(x.flatten(0, 1)).view_as(x)
+        return self.second(x.transpose(0, 1)).transpose(0, 1) if form == "time first" else self.second(x)
+
+
+def rows(rank):
+    """Mixed calls in which the processes differ in what they know and in what they ask."""
+    return {training: _rows(rank, training) for training in (False, True)}
+
+
+def _rows(rank, training):
+    adapt = ll.build(Turned().train(training), FIVE[0])
+    sharded = adapt.shard(mesh(), "first|second")
+    stacked, x = ll.stack([move(adapt.init(), seed=k) for k in range(2)]), torch.randn(4, 5, 6)
+
+    def gradient(a, x, index, form):
+        return ll.value_and_grad(lambda p: a.mixed(p, x, index, form=form).square().sum())(stacked)[1]
+
+    def differ(x, index, form="flat"):
+        pairs = zip(*(ll.tree_leaves(gradient(a, x, index, form)) for a in (sharded, adapt)))
+        return max(float((g - w).abs().max()) for g, w in pairs)
+
+    differences = [
+        differ(x[: 3 + rank, : 4 + rank], [0, 1, 1, 0][: 3 + rank]),  # other rows, other lengths
+        differ(x[:2, :4] if rank else x[:2, :3], [0, 1]),  # one has seen the length, the other has not
+        differ(x[: 2 - rank, :2], [0, 1][: 2 - rank]),  # one row has nothing to be followed
+        differ(x[:3, :4], [1, 0, 1], ("flat", "as it is")[rank]),
+    ]
+    form = ("flat", "time first")[rank]
+    refused = [_message(lambda: sharded.mixed(stacked, x[:2], [0, 1], form=form)) for _ in range(2)]  # by both, and again
+    fixed = ll.build(Turned(fixed=True), FIVE[0])
+    sharded = fixed.shard(mesh(), "first|second")
+    untried = _message(lambda: sharded.mixed(stacked, x[:2], [0, 1]))
+    same = [a.mixed(stacked, x[:2], [0, 1], form="as it is") for a in (fixed, sharded)]
+    return [*differences, float((same[0] - same[1]).abs().max())], refused, untried
+
+
+class Packed(torch.nn.Parameter):
+    """A class of weights that no kind reads."""
+
+
 def refusals(rank):
     _, adapt, params = start()
     sharded, batch = adapt.shard(mesh()), batch_for(rank)
@@ -231,8 +323,8 @@ def refusals(rank):
         thread.join()
         raise failed[0]
 
-    integers = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
-    integers[1].register_parameter("packed", torch.nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False))
+    unread = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    unread[1].register_parameter("packed", Packed(torch.zeros(4, dtype=torch.uint8), requires_grad=False))
     refused = {
         "reverse twice": lambda: torch.func.grad(norm)(params),
         "compile": lambda: torch.compile(loss, backend="eager", fullgraph=True)(params),
@@ -245,7 +337,7 @@ def refusals(rank):
         "pattern": lambda: adapt.shard(mesh(), blocks="("),
         "mesh": lambda: adapt.shard(2),
         "mesh axes": lambda: adapt.shard(init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b"))),
-        "packed": lambda: ll.build(integers, ll.LoRAConfig(target_names="0")).shard(mesh(), blocks="1"),
+        "packed": lambda: ll.build(unread, ll.LoRAConfig(target_names="0")).shard(mesh(), blocks="1"),
         "not mergeable": lambda: start(Counting(), calibration=_calibration(), group=dist.group.WORLD),
         "not floating": lambda: ll.all_reduce_mean({"n": torch.tensor(3)}),
         "in a transform": lambda: torch.func.grad(lambda x: ll.all_reduce_mean(x).sum())(torch.ones(2)),
@@ -313,6 +405,8 @@ JOBS = {
         fsdp_by_module,
         variants,
         transforms,
+        rows,
+        quantised,
         refusals,
         saving,
         calibration,
@@ -410,6 +504,25 @@ def test_calls_and_transforms_of_a_sharded_adapt_are_exact(of):
         assert {key: error for key, error in found.items() if error > TOLERANCE[torch.float32]} == {}
 
 
+def test_quantised_bases_train_what_one_process_trains_on_half_of_the_base_each(of):
+    for found in of(quantised):
+        for differences, untouched, begun, alive, left in found.values():
+            assert max(differences) < 1e-6
+            assert untouched
+            both, of_module = alive
+            assert max(both - of_module, of_module) < 0.52 * begun
+            assert left < 0.02 * begun
+
+
+def test_processes_try_the_rows_of_all_their_batches_together(of):
+    for found in of(rows):
+        for differences, refused, untried in found.values():
+            assert max(differences) < 1e-5
+            for message in refused:
+                assert 'ValueError: adapt.mixed: at "second" expected an input whose first axis is made of the batch' in message
+            assert 'at "second" expected an input with a multiple of 2 rows whose order is known' in untried
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -424,7 +537,7 @@ def test_calls_and_transforms_of_a_sharded_adapt_are_exact(of):
         ("pattern", ("ValueError: shard: expected blocks as a regular expression", "found '('")),
         ("mesh", ("TypeError: shard: expected mesh as a DeviceMesh, found int", "init_device_mesh")),
         ("mesh axes", ("ValueError: shard: expected a mesh of one axis, found 2",)),
-        ("packed", ("ValueError: shard: expected plain floating weights", '"1.packed"')),
+        ("packed", ("ValueError: shard: expected plain weights", '"1.packed"', "distribute(layer, device)")),
         ("not mergeable", ("ValueError: build: expected statistics with merge(other)", 'found none in "Count"', "leave group out")),
         ("not floating", ("TypeError: all_reduce_mean: expected floating tensors, found torch.int64",)),
         ("in a transform", ("RuntimeError: all_reduce_mean: expected plain tensors", "what the transform returns")),

@@ -1,5 +1,9 @@
 """Rows of a mixed batch: each target's input is followed to the batch's rows, or the target is refused by name."""
 
+import gc
+import shutil
+import weakref
+
 import pytest
 import torch
 import transformers as tf
@@ -220,6 +224,18 @@ def test_row_map_gives_the_forms_that_are_refused_without_it(form, places, index
         torch.testing.assert_close(compiled(ll.stack(params), batch), want)
 
 
+def test_recomputed_blocks_keep_the_row_map_of_their_own_call():
+    torch.manual_seed(0)
+    model, x, maps, grads = Toy("time first and flat"), torch.randn(2, 3, 6), [{"second": [0, 1] * 3}, {"second": [1, 0] * 3}], []
+    for remat in (None, "second"):
+        adapt = ll.build(model, ll.LoRAConfig(r=2, target_names="second"), remat=remat)
+        stacked = ll.stack(members(adapt))
+        both = lambda p, a=adapt: sum((k + 1) * a.mixed(p, x, [0, 1], row_map=own).square().sum() for k, own in enumerate(maps))  # noqa: E731
+        grads.append(ll.value_and_grad(both)(stacked)[1])
+    for a, b in zip(*map(ll.tree_leaves, grads)):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize(
     ("row_map", "error", "match"),
     [
@@ -235,3 +251,125 @@ def test_wrong_row_map_is_refused(row_map, error, match):
     adapt = ll.build(Toy("time first and flat"), ll.LoRAConfig(r=2))
     with pytest.raises(error, match=match):
         adapt.mixed(ll.stack(members(adapt)), torch.randn(4, 5, 6), row_map=row_map)
+
+
+# Inside `torch.compile`, and inside transforms.
+
+
+def compiled(f, backend="aot_eager"):
+    torch.compiler.reset()
+    return torch.compile(f, fullgraph=True, backend=backend)
+
+
+def by_row(output, batch):
+    return output.square().flatten(1).mean(1)
+
+
+def two_rows(length):
+    return {"x": torch.randn(2, length, 6), "mask": torch.ones(2, length, dtype=torch.long)}
+
+
+def mixed_step(adapt):
+    return lambda stacked, batch, index: ll.value_and_grad(lambda p: adapt.mixed(p, batch, index).square().sum())(stacked)
+
+
+@pytest.mark.parametrize(("form", "length"), [("time first", 2), ("time first and flat", 4), ("table", 2), ("table", 6)])
+def test_compiled_call_refuses_what_an_eager_one_does(form, length):
+    adapt = ll.build(Toy(form), ll.LoRAConfig(r=2))
+    with pytest.raises(ValueError, match='at "second".*' + REFUSED):
+        compiled(adapt.mixed)(ll.stack(members(adapt)), two_rows(length))
+
+
+def test_compiled_gradients_by_row_refuse_it_too():
+    adapt = ll.build(Toy("time first"), ll.LoRAConfig(r=2))
+    with pytest.raises(ValueError, match='at "second".*' + REFUSED):
+        compiled(ll.per_example_grad(adapt, by_row))(adapt.init(), two_rows(2))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_compiled_call_is_tried_once_and_not_compiled_again(backend):
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor compiles with g++, found none")
+    adapt = ll.build(Toy("flat"), ll.LoRAConfig(r=2))
+    params, tried = members(adapt), []
+    adapt._followed._replicas.main.inputs = count(adapt._followed._replicas.main.inputs, tried)
+    step = compiled(mixed_step(adapt), backend)
+    for k, index in enumerate(([0, 1], [1, 0], [1, 1])):
+        batch = two_rows(4)
+        with torch.compiler.set_stance("fail_on_recompile" if k else "default"):
+            value, grads = step(ll.stack(params), batch, torch.tensor(index))
+        want = sum(adapt(params[n], {name: t[row : row + 1] for name, t in batch.items()}).square().sum() for row, n in enumerate(index))
+        torch.testing.assert_close(value, want)
+        assert all(leaf.abs().max() > 0 for leaf in ll.tree_leaves(grads))
+    assert len(tried) == 4, "one row and two, as the mode has it and in evaluation mode"
+
+
+def count(f, calls):
+    return lambda *args: (calls.append(1), f(*args))[1]
+
+
+def test_compiled_table_of_relative_positions_is_refused():
+    config = tf.T5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    adapt = ll.build(tf.T5EncoderModel(config).eval(), ll.LoRAConfig(r=2, target_names=("relative_attention_bias$", r"\.q$")))
+    batch, stacked = {"input_ids": torch.randint(3, 64, (2, 8))}, ll.stack(members(adapt))
+    with pytest.raises(ValueError, match="relative_attention_bias.*" + REFUSED):
+        compiled(lambda p: adapt.mixed(p, batch, torch.tensor([0, 1])).last_hidden_state)(stacked)
+
+
+class Fixed(nn.Module):
+    """Two layers that take two rows and no others, of which the second sees them flat."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x, flat=True):
+        if x.shape[0] != 2:
+            raise RuntimeError("two rows, or none")
+        x = self.first(x)
+        return self.second(x.flatten(0, 1)).view_as(x) if flat else self.second(x)
+
+
+def test_compiled_model_that_cannot_be_tried_needs_the_rows_on_each_first_axis():
+    adapt, x = ll.build(Fixed(), ll.LoRAConfig(r=2)), torch.randn(2, 4, 6)
+    stacked = ll.stack(members(adapt))
+    for call in (adapt.mixed, compiled(lambda p, batch, index: adapt.mixed(p, batch, index))):
+        with pytest.raises(ValueError, match='at "second" expected an input with a multiple of 2 rows whose order is known'):
+            call(stacked, {"x": x, "flat": True}, torch.tensor([0, 1]))
+    want = adapt.mixed(stacked, {"x": x, "flat": False}, [0, 1])
+    got = compiled(lambda p, batch, index: adapt.mixed(p, batch, index))(stacked, {"x": x, "flat": False}, torch.tensor([0, 1]))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, compiled], ids=["eager", "compiled"])
+def test_rows_are_tried_inside_transforms(wrap):
+    many = torch.randn(3, 2, 2, 6)  # batches of two rows of length 2
+    for form in ("time first", "flat"):
+        adapt = ll.build(Toy(form), ll.LoRAConfig(r=2))
+        stacked = ll.stack(members(adapt))
+        calls = {
+            "vmap": lambda adapt=adapt, stacked=stacked: torch.vmap(lambda x: adapt.mixed(stacked, x))(many),
+            "of the batch": lambda adapt=adapt, stacked=stacked: torch.func.grad(lambda x: adapt.mixed(stacked, x).square().sum())(many[0]),
+            "both": lambda adapt=adapt, stacked=stacked: torch.vmap(torch.func.grad(lambda x: adapt.mixed(stacked, x).sum()))(many),
+            "jvp": lambda adapt=adapt, stacked=stacked: torch.func.jvp(lambda x: adapt.mixed(stacked, x), (many[0],), (many[0],))[1],
+        }
+        for name, call in calls.items():
+            if form == "flat":
+                wrap(call)()
+            elif wrap is not compiled or name == "vmap":
+                with pytest.raises(ValueError, match='at "second".*' + REFUSED):
+                    wrap(call)()
+                adapt._followed._known.clear()
+
+
+def test_compiled_code_keeps_no_model_alive():
+    adapt = ll.build(Toy("flat"), ll.LoRAConfig(r=2))
+    step = compiled(mixed_step(adapt))
+    step(ll.stack(members(adapt)), two_rows(4), torch.tensor([0, 1]))
+    gone = weakref.ref(adapt._replicas.main.module)
+    del adapt, step
+    torch.compiler.reset()
+    gc.collect()
+    assert gone() is None
+    with pytest.raises(RuntimeError, match="expected compiled code to run in the process that compiled it, while its adapt is alive"):
+        torch.ops.lora_lite.see_rows([], [], [], 2, "no graph of this name")

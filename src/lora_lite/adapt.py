@@ -48,8 +48,8 @@ class Adapt(Described):
         of_shared = {target.path: cfg.name for target, cfg in plan.entries if cfg.name in shared}
         self._on_meta = any(p.is_meta for p in plan.base.parameters())
         make = functools.partial(_replica, plan, of_shared)
-        self._followed = Followed()
         self._replicas = Replicas(make) if plan.sharding is None else ShardedReplicas(make, plan.sharding)
+        self._followed = Followed(self._replicas, plan.sharding and plan.sharding.mesh.get_group())
 
     def __call__(self, params: Mapping[str, Mapping[str, Tensor]], batch: Any, **kwargs: Any) -> Any:
         """Run the adapted model.
@@ -82,8 +82,8 @@ class Adapt(Described):
         """Run each row of a batch through its own adapter, the frozen model once.
 
         Each target's input must have the batch's rows on its first axis, one entry or several for each row, unless `row_map` says where
-        they are. The first batch with rows of a shape is tried: the frozen model runs on its first row, alone and beside itself. Sharded
-        models and compiled calls are not tried.
+        they are. The first batch with rows of a shape is tried: the frozen model runs on its first row, alone and beside itself. A compiled
+        function tries it when it runs. The processes of a sharded model try the batches of all of them together.
 
         Args:
             stacked: a params tree with a leading adapter axis of length K, as `stack` makes it.
@@ -106,8 +106,8 @@ class Adapt(Described):
         self._require(stacked, "mixed", member_shapes(self.shapes, members))
         leaf = next(leaf for leaves in stacked.values() for leaf in leaves.values())
         replica, index = self._replicas.here(), index_of(index, members, leaf.device)
-        rows = self._followed.rows(replica, batch, kwargs, members, index, row_map, self._plan.sharding is None)
-        return replica.adapted(stacked, batch, kwargs, True, index, rows)
+        rows = self._followed.rows(replica, batch, kwargs, members, index, row_map)
+        return replica.adapted(stacked, batch, kwargs, rows, index)
 
     def base(self, batch: Any, **kwargs: Any) -> Any:
         """Run the frozen model, as `adapt` runs the adapted one."""
@@ -258,16 +258,16 @@ class Adapt(Described):
         nothing of the model is shared: the model and this `adapt` may be deleted. Params stay whole, a plain tree on every process;
         average their gradients with `all_reduce_mean`. Each call of the result is one of all processes together.
 
-        Calls, `mixed` and `base` work as ever, under `value_and_grad` and under transforms. Not supported: nested reverse-mode
-        transforms, `torch.compile`, other threads, `merge`, `module`.
+        Packed weights are split as they are. Calls, `mixed` and `base` work as ever, under `value_and_grad` and under transforms. Not
+        supported: nested reverse-mode transforms, `torch.compile`, other threads, `merge`, `module`.
 
         Args:
             mesh: a mesh of one axis, `torch.distributed.device_mesh.init_device_mesh(device, (processes,))`.
             blocks: regular expression of the paths of blocks whose weights are gathered one at a time.
 
         Raises:
-            ValueError: where `blocks` matches nothing, the mesh has more than one axis, or a weight cannot be split, such as a
-                quantised one.
+            ValueError: where `blocks` matches nothing, the mesh has more than one axis, or a weight cannot be split, such as one
+                that is offloaded or of a class that no kind reads.
             TypeError: where `mesh` is of another type.
         """
         self._require_whole("shard")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.clone.adapter import Adapter, adapters
+from lora_lite.clone.rows import Rows
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import in_dtype
 from lora_lite.layers.access import HOST, ReadTensor, first_of, module_at, place_of, raw
@@ -29,14 +30,12 @@ class Binding:
         own: the forward that the layer had.
         params: those of the call that runs; None outside of one, where the adapter's own parameters stand.
         off: whether the call that runs is one of the frozen model.
-        mixed: whether `params` have a leading axis of members.
+        rows: of a mixed batch, in which `params` have a leading axis of members; None for other calls.
         index: the member of each row of a mixed batch; None for equal contiguous groups.
         used: whether a call has reached the target.
         fast: whether the call that runs goes straight to the formula; "first" where none has yet reached the target, and it is noted. Not
             while a compiler traces: it would compile again after the first call.
         followers: the bindings of other modules with the target's weight, where the variant is tied.
-        rows: of the mixed batch, where the target's input is not known to follow them; None where it is.
-        mapped: where the caller tells of a mixed batch's rows, the axis of the input that has them, or the member of each of its entries.
         watch: sees the inputs of a call of the frozen model, where one is tried.
     """
 
@@ -48,13 +47,11 @@ class Binding:
         # Nothing stands between the call and the formula, but the dtype of the params.
         self.direct = cfg.cast and type(W).call is Kind.call and type(W).apply is Kind.apply
         self.params: Params | None = None
-        self.mixed = False
+        self.rows: Rows | None = None
         self.index: Tensor | None = None
         self.followers: list[Follower] = []
         self.used = self.off = self._placed = False
         self.fast: bool | str = False
-        self.rows: int | None = None
-        self.mapped: Tensor | int | None = None
         self.watch: Callable[[Any], Any] | None = None
 
     def with_adapter(self, adapter: Adapter) -> "Binding":
@@ -91,14 +88,14 @@ class Binding:
             raise
 
     @property
-    def standing(self) -> tuple[Params | None, bool, Tensor | None, bool]:
+    def standing(self) -> tuple[Params | None, Rows | None, Tensor | None, bool]:
         """The arguments that `set` put in place."""
-        return self.params, self.mixed, self.index, self.off
+        return self.params, self.rows, self.index, self.off
 
-    def set(self, params: Params | None, mixed: bool = False, index: Tensor | None = None, off: bool = False) -> None:
+    def set(self, params: Params | None, rows: Rows | None = None, index: Tensor | None = None, off: bool = False) -> None:
         """Put the params of a call in place, or what stood there for the call around it; without arguments nothing stands."""
-        self.params, self.mixed, self.index, self.off = params, mixed, index, off
-        self.fast = self.direct and not mixed and params is not None and (self.used or torch.compiler.is_compiling() or "first")
+        self.params, self.rows, self.index, self.off = params, rows, index, off
+        self.fast = self.direct and rows is None and params is not None and (self.used or torch.compiler.is_compiling() or "first")
 
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self.params is None and not self.off and self.adapter.place is self.adapter:  # in a module: its hooks may be those of a tool
@@ -115,31 +112,23 @@ class Binding:
                 return W(first_of(args, kwargs)) if self.direct else W.frozen(self.own, args, kwargs)
             params = self.registered() if self.params is None else self.params
             self._note()
-            if self.mixed and self.rows is not None:
-                self._require_rows(W.given(args, kwargs), self.rows)
+            if self.rows is not None:
+                self.rows.require(self.path, functools.partial(W.given, args, kwargs))
             return W.call(functools.partial(self._apply, params), self.own, args, kwargs)
         except Exception as e:
             e.add_note(f'in {type(self.cfg).__name__} at target "{self.path}"')
             raise
 
-    def _require_rows(self, x: Any, rows: int) -> None:
-        if not isinstance(x, Tensor) or not x.dim() or x.shape[0] != rows:
-            found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(
-                f'adapt.mixed: at "{self.path}" expected an input with a multiple of {rows} rows whose order is known, found {found}. '
-                "Leave the layer out with exclude_names, or run the members one by one, or tell with row_map which rows its entries belong "
-                "to. An index has a number for each row of the batch."
-            )
-
     def _apply(self, params: Params, W: Any, x: Any) -> Any:
-        if not self.mixed:
+        if self.rows is None:
             return W.apply(self.variant, params, x)
+        mapped = self.rows.mapped.get(self.path)
         try:
-            if isinstance(self.mapped, int):
-                return W.apply_rows(self.variant, params, x.movedim(self.mapped, 0), self.index).movedim(0, self.mapped)
-            if self.mapped is not None and len(self.mapped) != x.shape[0]:
-                raise ValueError(f"expected an input with {len(self.mapped)} entries, as row_map has, found shape {tuple(x.shape)}.")
-            return W.apply_rows(self.variant, params, x, self.index if self.mapped is None else self.mapped)
+            if isinstance(mapped, int):
+                return W.apply_rows(self.variant, params, x.movedim(mapped, 0), self.index).movedim(0, mapped)
+            if mapped is not None and len(mapped) != x.shape[0]:
+                raise ValueError(f"expected an input with {len(mapped)} entries, as row_map has, found shape {tuple(x.shape)}.")
+            return W.apply_rows(self.variant, params, x, self.index if mapped is None else mapped)
         except ValueError as e:
             raise ValueError(f'adapt.mixed: at "{self.path}" {e}') from e
 
@@ -153,7 +142,7 @@ class Binding:
         params = self.registered() if self.params is None else self.params
         self._note()
         self._require_place(name)
-        if self.mixed and not self.W.moving:
+        if self.rows is not None and not self.W.moving:
             raise ValueError(
                 f'adapt.mixed: at "{self.path}" expected a target that is called with rows of the batch, found a weight that the module '
                 "around it reads: all rows see the same one. Leave it out, or run the members one by one."

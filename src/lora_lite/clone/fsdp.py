@@ -10,7 +10,7 @@ gradient, in reverse mode twice, would run the backward of a backward, which FSD
 
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,8 @@ from lora_lite.clone.per_call import Replica, Replicas
 from lora_lite.clone.structure import clone_again
 from lora_lite.core.errors import listed, nearest
 from lora_lite.core.plan import Plan
+from lora_lite.layers.find import distribute
+from lora_lite.layers.kind import Kind
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,13 @@ class Sharding:
 
 def shard_plan(plan: Plan, sharding: Sharding) -> Plan:
     """Return a plan over this process's part of the base, with the constants on the mesh's device."""
-    base, device = shard_base(plan.base, sharding), _device(sharding.mesh)
+    base, device = shard_base(plan.base, sharding, plan.kinds), _device(sharding.mesh)
     constants = {path: {name: c.to(device) for name, c in own.items()} for path, own in plan.constants.items()}
     shared = {variant: {name: c.to(device) for name, c in common.items()} for variant, common in plan.shared.items()}
     return replace(plan, base=base, constants=constants, shared=shared, sharding=sharding)
 
 
-def shard_base(base: nn.Module, sharding: Sharding) -> nn.Module:
+def shard_base(base: nn.Module, sharding: Sharding, kinds: Sequence[type[Kind]] = ()) -> nn.Module:
     """Clone a module tree with this process's part of every weight, copied to the mesh's device one weight at a time.
 
     Raises:
@@ -49,13 +51,14 @@ def shard_base(base: nn.Module, sharding: Sharding) -> nn.Module:
     """
     _require_mesh(sharding.mesh)
     _blocks(base, sharding.blocks)
-    odd = [n for n, p in base.named_parameters() if type(p) is not nn.Parameter or not p.is_floating_point() or p.is_meta or not p.dim()]
+    clone, device = clone_again(base, kinds), _device(sharding.mesh)
+    distribute(clone.modules(), device, kinds)
+    odd = [n for n, p in clone.named_parameters() if type(p) is not nn.Parameter or p.is_meta or not p.dim()]
     if odd:
         raise ValueError(
-            f"shard: expected plain floating weights with data and at least one axis, found others at {listed(odd)}. Quantised, offloaded "
-            "and already sharded layers cannot be split here."
+            f"shard: expected plain weights with data and at least one axis, found others at {listed(odd)}. Offloaded and already sharded "
+            "layers cannot be split here. A class of weights that no kind reads needs a Kind with distribute(layer, device)."
         )
-    clone = clone_again(base)
     parts: dict[int, nn.Parameter] = {}
     for module in clone.modules():
         for name, weight in module._parameters.items():
@@ -64,7 +67,7 @@ def shard_base(base: nn.Module, sharding: Sharding) -> nn.Module:
                     parts[id(weight)] = nn.Parameter(_own_part(weight.detach(), sharding.mesh), requires_grad=False)
                 module._parameters[name] = parts[id(weight)]
         for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(_device(sharding.mesh), copy=True)
+            module._buffers[name] = None if buffer is None else buffer.to(device, copy=True)
     return clone
 
 

@@ -24,7 +24,7 @@ class Held:
     ) -> None:
         self._params, self._index, self._buffers, self._written = params, index, buffers, written
         self._off = any(binding.off for binding, _ in params)
-        self._mixed = any(binding.mixed for binding, _ in params)
+        self._rows = next((binding.rows for binding, _ in params if binding.rows is not None), None)
         held = [(_now(binding), names) for binding, names in params]
         self.tensors: list[Tensor] = [leaves[name] for leaves, names in held for name in names]
         self.tensors += [] if index is None else [index]
@@ -57,7 +57,7 @@ class Held:
                 params[binding] = {name: next(given) for name in names}
             index = None if self._index is None else next(given)
             for binding, own in params.items():
-                binding.set(None if self._off else own, self._mixed, index, self._off)
+                binding.set(None if self._off else own, self._rows, index, self._off)
             if state is not None:
                 state.put(state.kept)
             for (table, name), own in zip(self._buffers, self._written):

@@ -2,34 +2,16 @@
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lora_lite.clone.bind import Binding
+from lora_lite.clone.rows import Rows
 from lora_lite.clone.state import State, volatile_buffers
 from lora_lite.core.tracing import outside_transforms, while_traced
 from lora_lite.core.tree import AnyTree
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a mixed batch, as the inputs of targets follow them.
-
-    Attributes:
-        count: the batch's rows; None where they are not followed.
-        known: the targets whose input is known to be made of them, at its first axis and in their order.
-        mapped: of targets whose input has them elsewhere, the axis that they are on, or the member of each entry of the first axis.
-    """
-
-    count: int | None = None
-    known: frozenset[str] = frozenset()
-    mapped: Mapping[str, Tensor | int] = field(default_factory=dict)
-
-
-_FIRST_AXIS = Rows()
 
 
 class Replica:
@@ -53,24 +35,19 @@ class Replica:
         params: AnyTree,
         batch: Any,
         kwargs: Mapping[str, Any],
-        mixed: bool = False,
+        rows: Rows | None = None,
         index: Tensor | None = None,
-        rows: Rows = _FIRST_AXIS,
     ) -> Any:
-        """Run the adapted model. For a mixed batch, `index` is the member of each row, and `rows` is as `Followed.rows` returns it."""
-        if mixed:
-            for path, binding in self.bindings:
-                binding.mapped = rows.mapped.get(path)
-                binding.rows = None if path in rows.known or path in rows.mapped else rows.count
+        """Run the adapted model. For a mixed batch, `rows` is as `Followed.rows` returns it, and `index` is the member of each row."""
         if self._shared:
             leaves = [{**params[self._shared[p]], **params[p]} if p in self._shared else params[p] for p, _ in self.bindings]
         else:
             leaves = [params[path] for path, _ in self.bindings]
-        return self._call(leaves, batch, kwargs, mixed, index)
+        return self._call(leaves, batch, kwargs, rows, index)
 
     def frozen(self, batch: Any, kwargs: Mapping[str, Any]) -> Any:
         """Run the model without its adapters."""
-        return self._call([None] * len(self.bindings), batch, kwargs, False, None, off=True)
+        return self._call([None] * len(self.bindings), batch, kwargs, None, None, off=True)
 
     def inputs(self, batch: Any, kwargs: Mapping[str, Any], read: Callable[[Any], Any]) -> dict[str, list[Any]]:
         """Run the model without its adapters; return what `read` makes of each target's inputs, by path."""
@@ -85,17 +62,20 @@ class Replica:
         return seen
 
     def _call(
-        self, leaves: Sequence[Any], batch: Any, kwargs: Mapping[str, Any], mixed: bool, index: Tensor | None, off: bool = False
+        self, leaves: Sequence[Any], batch: Any, kwargs: Mapping[str, Any], rows: Rows | None, index: Tensor | None, off: bool = False
     ) -> Any:
         args, kwargs = arguments(batch, kwargs)
         # A hook of the model may call it again: then what stands is put back after, else nothing is left standing.
         before = [b.standing for _, b in self.bindings] if self._inside else ()
         was_inside, self._inside = self._inside, True
         try:
-            other, traced = mixed or off or was_inside, torch.compiler.is_compiling()  # a plain call leaves what stands for others as it is
+            other, traced = (
+                rows is not None or off or was_inside,
+                torch.compiler.is_compiling(),
+            )  # a plain call leaves what stands for others as it is
             for (_, binding), own in zip(self.bindings, leaves):
                 if other:
-                    binding.set(own, mixed, index, off)
+                    binding.set(own, rows, index, off)
                 else:
                     binding.params, binding.fast = own, binding.direct and (traced or binding.used or "first")
             return self._traced_run(args, kwargs) if traced else self._run(args, kwargs, was_inside)

@@ -2,10 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor, maybe_get_bdim
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def transformed() -> bool:
@@ -25,7 +30,21 @@ def outside_transforms() -> Iterator[None]:
         yield
 
 
-def while_traced(f: Callable[[], None]) -> Callable[[], None]:
-    """Let the compiler run a function while it traces, instead of tracing it. It is not run again by the compiled code."""
+def unwrapped(tensor: Tensor) -> Tensor:
+    """Return the plain tensor inside those of active transforms; of the many that `vmap` maps over the first."""
+    axes = []
+    while is_functorch_wrapped_tensor(tensor):
+        axes += [maybe_get_bdim(tensor)] if is_batchedtensor(tensor) else []
+        tensor = get_unwrapped(tensor)
+    for axis in reversed(axes):  # that of an outer vmap first: inner ones count the axes without it
+        tensor = tensor.select(axis, 0)
+    return tensor
+
+
+def while_traced(f: F) -> F:
+    """Let the compiler run a function while it traces, instead of tracing it. It is not run again by the compiled code.
+
+    Arguments must be constants, and the compiler takes the result for one.
+    """
     f._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, without importing the compiler
     return f

@@ -1,34 +1,41 @@
-"""The rows of a target's input that belong to each row of the batch.
+"""The rows of a target's input that belong to each row of the batch: known by a trial, or refused by name."""
 
-A layer's input need not have the rows of the batch on its first axis. Packed patches, tables of relative positions and time before rows are
-cases in which an even division proves nothing. So the frozen model runs on one row and on two, and each target's input must grow by the row
-that came in.
-"""
-
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lora_lite.clone.per_call import Replica, Rows
+from lora_lite.clone.per_call import Replica, Replicas
+from lora_lite.clone.rows import Rows, unknown
 from lora_lite.core.errors import listed
-from lora_lite.core.tracing import in_transform
+from lora_lite.core.tracing import in_transform, outside_transforms, unwrapped, while_traced
+from lora_lite.derived.compiled_rows import Graph, Layout, see_rows, taken_apart
+from lora_lite.derived.questions import Question, asked
+from lora_lite.derived.trial import Batch, cut, trial
 
 RowMap = Mapping[str, Tensor | Sequence[int] | int]
 
-_CLOSE = 0.1
-"""The distance, in norms, of inputs that count as equal: low dtypes round by the size of a batch, and other rows are about 1 away."""
 _PLAIN = (Tensor, int, float, str, bool, type(None), torch.dtype)
 
 
 class Followed:
-    """The targets whose input follows the batch's rows, by the structure of a batch."""
+    """The targets whose input follows the batch's rows, by the structure of a batch.
 
-    def __init__(self) -> None:
+    Args:
+        replicas: the copies to try.
+        group: the processes over which they are sharded; None where they are whole.
+    """
+
+    def __init__(self, replicas: Replicas, group: Any = None) -> None:
+        self._replicas, self._group = replicas, group
         self._known: dict[Any, dict[str, bool]] = {}
+        self._graphs: dict[str, Graph] = {}
+        self._begin = while_traced(lambda layout, mapped: self._new_graph(layout, mapped))
+        self._note = while_traced(lambda graph, path: self._graphs[graph].unsure.append(path))
 
     def rows(
         self,
@@ -38,46 +45,88 @@ class Followed:
         members: int,
         index: Tensor | None,
         row_map: RowMap | None = None,
-        tried: bool = True,
     ) -> Rows:
         """Return the batch's rows, and the targets whose input is known to be made of them, at their first axis and in their order.
 
         The first batch with rows of a shape runs the frozen model on its first row, alone and beside itself, unless the batch holds
-        objects that a run may change, such as a cache. The global random state is put back. What compiles is not tried.
+        objects that a run may change, such as a cache. In a compiled function the same is done when it runs. The processes of a sharded
+        model do it together, each for the batches of all.
 
         Args:
-            replica: the copy to run.
+            replica: the copy that is called.
             batch, kwargs: as in `adapt.mixed`.
             members: of the stack.
             index: the member of each row; None for `members` equal contiguous groups.
             row_map: what the caller says of targets whose input has the rows elsewhere.
-            tried: whether the model can be tried.
 
         Raises:
             ValueError: where a target's input is known not to be, the rows make no equal groups, or `row_map` names no target or no row.
             TypeError: where `row_map` holds no integers.
         """
         plain = (dict(batch) if isinstance(batch, Mapping) else batch, dict(kwargs))
-        leaves = pytree.tree_leaves_with_path(plain)
-        lengths = [len(leaf) for _, leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
+        lengths = _lengths(plain)
         rows = _rows(lengths, members) if index is None else len(index)
         mapped = _mapped(row_map or {}, [path for path, _ in replica.bindings], rows, members, index)
-        if not tried or rows < 2 or torch.compiler.is_compiling():
-            return Rows(mapped=mapped)
+        if torch.compiler.is_compiling():
+            return Rows(mapped=mapped) if rows < 2 else self._traced(plain, rows, mapped)
+        known = self._follow(plain, rows, mapped)
+        return Rows(mapped=mapped) if rows < 2 else Rows(rows, frozenset(known), mapped)
+
+    def _follow(self, plain: Any, rows: int, mapped: Collection[str]) -> dict[str, bool]:
+        """Return for each target whether its input follows the rows, by a trial or from memory; nothing where none can be made.
+
+        Raises:
+            ValueError: where one does not, here or in another process.
+        """
+        own = None if plain is None or rows < 2 else self._question(plain, rows, mapped)
+        for question in asked(own, self._group):
+            if question.key not in self._known:
+                with outside_transforms():
+                    self._known[question.key] = trial(self._replicas.here(), *question.pair) if question.pair else {}
+            _refuse(self._known[question.key], question.mapped)
+        return {} if own is None else self._known[own.key]
+
+    def _question(self, plain: Batch, rows: int, mapped: Collection[str]) -> Question:
+        leaves = pytree.tree_leaves_with_path(plain)
         key = tuple((pytree.keystr(path), *_facts(leaf, rows)) for path, leaf in leaves)
-        if key not in self._known:
-            can = rows in lengths and all(isinstance(leaf, _PLAIN) for _, leaf in leaves)
-            self._known[key] = _try(replica, plain, rows) if can else {}
-        known = self._known[key]
-        lost = [path for path, follows in known.items() if not follows and path not in mapped]
-        if lost:
-            more = f", as at {len(lost) - 1} more targets" if lost[1:] else ""
-            raise ValueError(
-                f'adapt.mixed: at "{lost[0]}" expected an input whose first axis is made of the batch\'s rows, found one that does not '
-                f"grow with them{more}. Leave such layers out with exclude_names, or run the members one by one, or tell "
-                "with row_map where the rows are."
-            )
-        return Rows(rows, frozenset(known), mapped)
+        if key in self._known or rows not in _lengths(plain) or not all(isinstance(leaf, _PLAIN) for _, leaf in leaves):
+            return Question(key, tuple(mapped), None)
+        with outside_transforms():
+            bare = pytree.tree_map_only(Tensor, unwrapped, plain)
+            return Question(key, tuple(mapped), (cut(bare, rows, 1), cut(bare, rows, 2)))
+
+    def _traced(self, plain: Any, rows: int, mapped: dict[str, Tensor | int]) -> Rows:
+        """Let the graph that is traced check the rows of its batches."""
+        parts: tuple[list[Tensor], list[int], list[float]] = ([], [], [])
+        graph: str = self._begin(taken_apart(plain, *parts), tuple(mapped))
+        see_rows(parts, rows, graph)
+        return Rows(rows, frozenset(), mapped, functools.partial(self._note, graph))
+
+    def _new_graph(self, layout: Layout, mapped: tuple[str, ...]) -> str:
+        def check(plain: Any, rows: int, unsure: Collection[str]) -> None:
+            known = self._follow(plain, rows, mapped)
+            lost = [path for path in unsure if path not in known]
+            if lost:
+                raise ValueError(unknown(lost[0], rows, "another"))
+
+        graph = Graph(layout, check)
+        self._graphs[graph.name] = graph
+        return graph.name
+
+
+def _refuse(known: Mapping[str, bool], mapped: Collection[str]) -> None:
+    lost = [path for path, follows in known.items() if not follows and path not in mapped]
+    if lost:
+        more = f", as at {len(lost) - 1} more targets" if lost[1:] else ""
+        raise ValueError(
+            f'adapt.mixed: at "{lost[0]}" expected an input whose first axis is made of the batch\'s rows, found one that does not '
+            f"grow with them{more}. Leave such layers out with exclude_names, or run the members one by one, or tell "
+            "with row_map where the rows are."
+        )
+
+
+def _lengths(plain: Any) -> list[int]:
+    return [len(leaf) for leaf in pytree.tree_leaves(plain) if isinstance(leaf, Tensor) and leaf.dim()]
 
 
 def _mapped(row_map: RowMap, paths: Sequence[str], rows: int, members: int, index: Tensor | None) -> dict[str, Tensor | int]:
@@ -120,71 +169,6 @@ def _rows(lengths: list[int], members: int) -> int:
 def _facts(leaf: Any, rows: int) -> tuple[Any, ...]:
     """Return everything about a part of a batch that a trial may depend on, but for its values and the number of rows."""
     if not isinstance(leaf, Tensor):
-        return (type(leaf), leaf if isinstance(leaf, bool | int | str) else None)
+        return (type(leaf).__qualname__, leaf if isinstance(leaf, bool | int | str) else None)
     own = leaf.dim() > 0 and leaf.shape[0] == rows
-    return (leaf.dtype, own, tuple(leaf.shape[1:] if own else leaf.shape))
-
-
-def _try(replica: Replica, plain: tuple[Any, dict[str, Any]], rows: int) -> dict[str, bool]:
-    """Return, for each target that one row reaches, whether its input follows rows; nothing where the model refuses such a batch."""
-    devices = {leaf.device for leaf in pytree.tree_leaves(plain) if isinstance(leaf, Tensor) and leaf.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
-        try:
-            found = _grown(*(replica.inputs(*_cut(plain, rows, n), _print) for n in (1, 2)), values=not replica.module.training)
-            if replica.module.training:  # dropout draws otherwise: the order shows in evaluation mode
-                still = _grown(*(_in_evaluation(replica, *_cut(plain, rows, n)) for n in (1, 2)), values=True)
-                found = {path: follows and still.get(path, True) for path, follows in found.items()}
-            return found
-        except Exception:  # whatever the model does not like about a part of its batch: then only its own rows are known
-            return {}
-
-
-def _in_evaluation(replica: Replica, batch: Any, kwargs: dict[str, Any]) -> dict[str, list[Tensor | None]]:
-    modes = [(module, module.training) for module in replica.module.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        return replica.inputs(batch, kwargs, _print)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _cut(plain: tuple[Any, dict[str, Any]], rows: int, n: int) -> tuple[Any, dict[str, Any]]:
-    """Return the batch's first row `n` times. The last time it is masked one position earlier, as a shorter text is."""
-
-    def cut(path: Any, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != rows:
-            return leaf
-        first = leaf[:1]
-        last = first
-        if n > 1 and "mask" in pytree.keystr(path) and leaf.dim() == 2 and leaf.shape[1] > 1:
-            last = torch.cat([first[:, :-1], torch.zeros_like(first[:, -1:])], 1)
-        return first if n == 1 else torch.cat([first, last])
-
-    parts: tuple[Any, dict[str, Any]] = pytree.tree_map_with_path(cut, plain)
-    return parts
-
-
-def _print(x: Any) -> Tensor | None:
-    """Return a projection and the norm of each entry of an input's first axis, `(n, 2)`, by which the entry is known again."""
-    if not isinstance(x, Tensor) or not x.dim():
-        return None
-    flat = x.reshape(len(x), -1).to(torch.float32 if x.is_floating_point() else torch.float64)
-    weights = torch.arange(1, flat.shape[1] + 1, dtype=flat.dtype, device=flat.device).mul(1.7).cos()  # a plain sum is zero after LayerNorm
-    return torch.stack([flat @ weights, torch.linalg.vector_norm(flat, dim=1)], 1)
-
-
-def _grown(one: Mapping[str, list[Tensor | None]], two: Mapping[str, list[Tensor | None]], *, values: bool) -> dict[str, bool]:
-    """Return, for each target, whether its inputs on two rows are those on one row, and as much again."""
-    pairs = {path: (seen, two.get(path, [])) for path, seen in one.items()}
-    return {path: len(a) == len(b) and all(map(_twice, a, b, [values] * len(a))) for path, (a, b) in pairs.items()}
-
-
-def _twice(one: Tensor | None, two: Tensor | None, values: bool) -> bool:
-    if one is None or two is None or len(two) != 2 * len(one):
-        return False
-    if not values or not len(one):
-        return True
-    far = (two[: len(one)] - one)[:, 0].abs().max()
-    return bool(far <= _CLOSE * one[:, 1].max()) if one.dtype == torch.float32 else not far
+    return (type(leaf).__qualname__, leaf.dtype, own, tuple(leaf.shape[1:] if own else leaf.shape))

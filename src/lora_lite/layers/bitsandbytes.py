@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_lite.layers.quantised import FrozenQuantised
 
 _PACKED = "_lora_lite_packed"
+_ABSMAX = "_lora_lite_absmax"
 _LANES = 32  # rows that the layout for evaluation on a CPU interleaves
 
 
@@ -28,8 +29,7 @@ class _Scales(NamedTuple):
 
 
 class _Packed4bit(NamedTuple):
-    data: Tensor
-    absmax: Tensor
+    absmax: Tensor | None  # None where the layer has them as a parameter, to be split
     nested: _Scales | None
     blocksize: int
     quant_type: str
@@ -37,7 +37,6 @@ class _Packed4bit(NamedTuple):
 
 
 class _Packed8bit(NamedTuple):
-    codes: Tensor
     scales: Tensor
 
 
@@ -83,11 +82,24 @@ class Linear4bitKind(_FrozenBitsandbytes):
         layer.quant_state = layer.weight.quant_state = state
         layer.weight.module = layer
         nested = _Scales(state.state2.absmax, state.state2.code, state.state2.blocksize, state.offset) if state.nested else None
-        packed = _Packed4bit(layer.weight.detach(), state.absmax, nested, state.blocksize, state.quant_type, tuple(state.shape))
-        vars(layer)[_PACKED] = packed
+        vars(layer)[_PACKED] = _Packed4bit(state.absmax, nested, state.blocksize, state.quant_type, tuple(state.shape))
+
+    @classmethod
+    def distribute(cls, layer: Any, device: torch.device) -> None:
+        state = layer.quant_state  # the layer's own, by `isolate`
+        layer._parameters["weight"] = nn.Parameter(layer.weight.detach(), requires_grad=False)
+        layer.register_parameter(_ABSMAX, nn.Parameter(state.absmax, requires_grad=False))
+        state.absmax = None
+        state.code = state.code.to(device, copy=True)
+        if state.nested:
+            state.offset = state.offset.to(device, copy=True)
+            state.state2.absmax, state.state2.code = (t.to(device, copy=True) for t in (state.state2.absmax, state.state2.code))
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
-        data, absmax, nested, blocksize, quant_type, shape = self._packed
+        absmax, nested, blocksize, quant_type, shape = self._packed
+        data = self.layer.weight.detach()
+        if absmax is None:
+            absmax = getattr(self.layer, _ABSMAX).detach()
         if nested is not None:
             scales = torch.ops.bitsandbytes.dequantize_blockwise.default
             absmax = scales(absmax, nested.absmax, nested.code, nested.blocksize, torch.float32) + nested.offset
@@ -120,14 +132,19 @@ class Linear8bitKind(_FrozenBitsandbytes):
     @classmethod
     def isolate(cls, layer: Any) -> None:
         layer.state = copy.copy(layer.state)
-        vars(layer)[_PACKED] = _Packed8bit(layer.weight.detach(), _scales(layer))
+        vars(layer)[_PACKED] = _Packed8bit(_scales(layer))
+
+    @classmethod
+    def distribute(cls, layer: Any, device: torch.device) -> None:
+        layer.state.CB, layer.state.SCB = None, _scales(layer).to(device, copy=True)
+        layer._parameters["weight"] = nn.Parameter(layer.weight.detach(), requires_grad=False)
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
-        codes, scales = self._packed
+        codes, (scales,) = self.layer.weight.detach(), self._packed
         return codes.to(dtype).mul_((scales / 127)[:, None])  # in place: no second dense matrix, and a low dtype is rounded to once
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        codes, scales = self._packed
+        codes, (scales,) = self.layer.weight.detach(), self._packed
         # In the order of the definition, to its last digit: an SVD magnifies digits, and this is not run for every product.
         return (codes * scales[:, None] / 127).to(dtype or self.dtype)
 

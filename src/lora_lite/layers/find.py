@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
+import torch
 from torch import nn
 
 from lora_lite.core.tree import modules_by_path
@@ -62,6 +63,12 @@ def adopt(modules: Iterable[nn.Module], kinds: Sequence[type[Kind]] = ()) -> Non
     """Let the kinds of layers in a private copy replace the layers' forward, where their own would not do."""
     for module, kind in _of_kinds_with("adopt", ((module, module) for module in modules), kinds):
         kind.adopt(module)
+
+
+def distribute(modules: Iterable[nn.Module], device: torch.device, kinds: Sequence[type[Kind]] = ()) -> None:
+    """Let the kinds of layers in a private copy prepare them for their parameters to be split over processes."""
+    for module, kind in _of_kinds_with("distribute", ((module, module) for module in modules), kinds):
+        kind.distribute(module, device)
 
 
 def faults(model: nn.Module, kinds: Sequence[type[Kind]] = ()) -> list[str]:

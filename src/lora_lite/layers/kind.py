@@ -134,6 +134,14 @@ class Kind(Frozen):
         """Replace the forward of a layer in the private copy, target or not, where the layer's own would not do."""
 
     @classmethod
+    def distribute(cls, layer: nn.Module, device: torch.device) -> None:
+        """Prepare a layer of a private copy whose parameters and buffers are about to be split over processes.
+
+        By default nothing is done. A kind whose weight is of a class of its own makes it a plain parameter, and copies to `device` what it
+        holds besides parameters and buffers.
+        """
+
+    @classmethod
     def install(cls, clone: nn.Module, path: str) -> None:
         """Prepare the module around a target, in a copy of the model that is about to be bound."""
 
