@@ -98,6 +98,10 @@ def _vblora(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.VBLoRAConfig(**{n: getattr(cfg, n) for n in names}, target_modules=on)
 
 
+def _lily(cfg: Any, on: Any) -> peft.PeftConfig:
+    return peft.LilyConfig(r=cfg.r, stride_A=cfg.stride_A, num_B=cfg.num_B, scaling=cfg.scaling, target_modules=on)
+
+
 def _delora(cfg: Any, on: Any) -> peft.PeftConfig | None:
     """Return PEFT's config, or None for a start from a frozen copy, which PEFT lacks."""
     return peft.DeloraConfig(r=cfg.r, delora_lambda=cfg.lambda0, target_modules=on) if cfg.start != "copy" else None
@@ -162,6 +166,7 @@ ROWS: dict[str, Row] = {
         theirs=_vblora,
         demo={"num_vectors": 64, "vector_length": 32, "init_vector_bank_bound": 0.1},
     ),
+    "lily": Row(fields=lambda r: {"r": 2 * r, "stride_A": 2}, theirs=_lily, demo={"r": 16, "stride_A": 2}),
     "tinylora": Row(fields=lambda r: {"r": 2}, theirs=_tinylora, demo={"r": 2}, rate=2e-2),
     "unilora": Row(theirs=_unilora, demo={"r": 8, "theta_d_length": 4096}, rate=2e-2),
     "abba": Row(fields=lambda r: dict.fromkeys(("r1", "r2"), max(1, r // 2)), rate=1e-3),

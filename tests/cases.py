@@ -84,6 +84,8 @@ CASES = (
     Row("vblora", ll.VBLoRAConfig(num_vectors=12, vector_length=4)),
     Row("vblora-top-three", ll.VBLoRAConfig(r=3, num_vectors=7, vector_length=2, topk=3, dropout=0.3)),
     Row("vblora-random", ll.VBLoRAConfig(num_vectors=12, vector_length=4, start="random")),
+    Row("lily", ll.LilyConfig(r=4)),
+    Row("lily-strided", ll.LilyConfig(r=3, stride_A=2, num_B=3, scaling=0.7, start="random")),
     Row("tinylora", ll.TinyLoRAConfig(u=5)),
     Row("tinylora-tied-dropout", ll.TinyLoRAConfig(r=3, u=4, weight_tying=1.0, dropout=0.3)),
     Row("tinylora-uniform", ll.TinyLoRAConfig(r=30, u=3, start="uniform")),

@@ -22,7 +22,8 @@ def bound_copy(plan: Plan) -> tuple[nn.Module, list[Binding]]:
         path = target.path
         target.kind.install(clone, path)
         constants = plan.constants_at(path, cfg)
-        binding = bind_target(clone, path, target.kind, cfg, plan.shapes[path], constants, shared.get(cfg.name))
+        others = {name: (shared[place], there) for name, (place, there) in plan.places(path, cfg).items()}
+        binding = bind_target(clone, path, target.kind, cfg, plan.shapes[path], constants, others)
         bound += [binding, *bind_followers(clone, binding, target.shared_with if cfg.tied else ())]
     show_reads(clone)
     install(clone, plan.remat)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_lite.clone.bind import Binding
 from lora_lite.clone.state import State, volatile_buffers
+from lora_lite.core.plan import Places, reaching
 from lora_lite.core.tracing import outside_transforms, while_traced
 from lora_lite.core.tree import AnyTree
 
@@ -38,10 +39,10 @@ class Replica:
     Args:
         module: the copy.
         bindings: of its targets, and of the modules that follow them.
-        shared: the name under which the params tree has tensors that a target shares with others, for those that do.
+        shared: where a params tree has the tensors that a target shares with others, by path, for those that do.
     """
 
-    def __init__(self, module: nn.Module, bindings: Sequence[Binding], shared: Mapping[str, str]) -> None:
+    def __init__(self, module: nn.Module, bindings: Sequence[Binding], shared: Mapping[str, Places]) -> None:
         self.module, self.bindings = module, [(binding.path, binding) for binding in bindings]
         self._shared, self._inside = shared, False
         self._state: State | None = None  # made by the first call, which finds the copy as it is to stay
@@ -63,7 +64,7 @@ class Replica:
                 binding.mapped = rows.mapped.get(path)
                 binding.rows = None if path in rows.known or path in rows.mapped else rows.count
         if self._shared:
-            leaves = [{**params[self._shared[p]], **params[p]} if p in self._shared else params[p] for p, _ in self.bindings]
+            leaves = [reaching(params, p, self._shared[p]) for p, _ in self.bindings]
         else:
             leaves = [params[path] for path, _ in self.bindings]
         return self._call(leaves, batch, kwargs, mixed, index)

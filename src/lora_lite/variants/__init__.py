@@ -29,6 +29,7 @@ from lora_lite.variants.hira import HiRAConfig as HiRAConfig
 from lora_lite.variants.hra import HRAConfig as HRAConfig
 from lora_lite.variants.ia3 import IA3Config as IA3Config
 from lora_lite.variants.ia3_ff import IA3FFConfig as IA3FFConfig
+from lora_lite.variants.lily import LilyConfig as LilyConfig
 from lora_lite.variants.ln_tuning import LNTuningConfig as LNTuningConfig
 from lora_lite.variants.loftq import LoftQConfig as LoftQConfig
 from lora_lite.variants.loha import LoHaConfig as LoHaConfig
@@ -82,6 +83,7 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "adalora": AdaLoRAConfig,
     "lora_ga": LoRAGAConfig,
     "loreft": LoReFTConfig,
+    "lily": LilyConfig,
     "ln_tuning": LNTuningConfig,
     "loha": LoHaConfig,
     "lokr": LoKrConfig,

@@ -55,6 +55,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"r": 32, "psoft_dropout": 0.0, "ab_svd_init": "psoft_init", "psoft_orth": True, "psoft_mag_b": True, "psoft_mag_a": True},
         **{"use_cayley_neumann": False, "num_cayley_neumann_terms": 5, "cayley_neumann_eps": None},
     },
+    "LILY": {"r": 32, "stride_A": 1, "num_B": 2, "scaling": 1.0, "init_weights": True},
     "PEANUT": {"r": 32, "depth": 0, "act_fn": "relu", "scaling": 1.0},
     "SUPERTUNING": {"sparsity": 0.99, "select_top": True, "r": None, "lora_alpha": None, "lora_dropout": 0.0},
     "OSF": {"effective_rank": None},
@@ -97,6 +98,7 @@ FREE: dict[str, set[str]] = {
     "PVERA": {"save_projection", "init_weights", "generator_seed"},  # the seed is of the noise
     "RANDLORA": {"save_projection", "init_weights"},
     "VBLORA": set(),
+    "LILY": set(),
     "IA3": {"feedforward_modules", "init_ia3_weights"},
     "DELORA": {"rank_pattern", "lambda_pattern", "init_weights"},
     "HRA": {"init_weights"},
