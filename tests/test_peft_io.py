@@ -207,6 +207,7 @@ THEIRS = {
     "vera": lambda paths, conv1d: peft.VeraConfig(r=5, target_modules=paths, projection_prng_key=3, fan_in_fan_out=conv1d),
     "frod": _frod(),
     "frod-dense": _frod(sparse_rate=0.3, projection_prng_key=4, frod_dropout=0.1, regularization_alpha=0.01),
+    "kasa": _lora(kasa_config=peft.KasaConfig(beta=0.2, gamma=0.3), use_rslora=True),
     "lily": _plain(peft.LilyConfig, r=4),
     "lily-three": _plain(peft.LilyConfig, r=3, num_B=3, stride_A=2, scaling=0.7, init_weights=False),
     "tinylora": _tinylora(),
@@ -270,7 +271,7 @@ THEIRS = {
     "glora-weight": _plain(peft.GloraConfig, config_C="none", config_D_E="none"),
 }
 LINEAR_ONLY = (
-    *("lily", "delora", "hra", "ether", "road", "oft", "loha", "lokr", "peanut", "supertuning", "osf", "glora", "adamss"),
+    *("lily", "kasa", "delora", "hra", "ether", "road", "oft", "loha", "lokr", "peanut", "supertuning", "osf", "glora", "adamss"),
     *("miss", "shira", "boft", "c3a", "waveft-shares", "bitfit", "all-biases", "psoft"),
     "olora",  # PEFT's takes a Conv1D's weight transposed, and fails where it is not square
 )
@@ -403,6 +404,7 @@ OURS = {
     "unilora": ll.UniLoRAConfig(r=3, theta_d_length=11, seed=9, start="random", init_theta_d_bound=0.4),
     "unilora-zero": ll.UniLoRAConfig(r=3, theta_d_length=11),
     "frod": ll.FRoDConfig(sparse_rate=0.1, seed=3),
+    "kasa": ll.KaSAConfig(r=3),
     "lily": ll.LilyConfig(r=3, stride_A=2, start="random"),
     "lily-groups": ll.LilyConfig(r=3, stride_A=2, groups=".*"),
     "tinylora": ll.TinyLoRAConfig(r=3, u=6, seed=9, weight_tying=0.3),

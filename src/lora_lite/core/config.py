@@ -48,7 +48,7 @@ class AdapterConfig:
     annotations: `r: ll.Rank = 8`. The other facts are class variables with defaults:
 
     - `adapts`: the site, a key of `lora_lite.layers.kinds.SITES`: linear layers, norms, whole modules or the outputs of blocks.
-    - `uses`: the parts of a layer that it uses, a set of words of `lora_lite.core.frozen.USES`, by default all of them. A variant that uses
+    - `uses`: the parts of a layer that it uses, a set of words of `lora_lite.core.frozen.USES`, by default all but `"positions"`. One using
       less can adapt more kinds of layers (an embedding has no input vectors, a packed weight may have no dense form).
     - `calibrated`: whether `constants` needs statistics of the inputs. A class variable `statistic` may name their class, by default
       `lora_lite.Statistics`. With `label_mask` positions whose label is -100 are left out. `lora_lite.Gradient` gathers the weight's
@@ -56,6 +56,7 @@ class AdapterConfig:
     - `original`: whether `constants` needs the layer's weight from before it was quantised, given to it as `stats`.
     - `identity`: relative tolerance of the identity at init; 0.0 for exact, None if it does not start at the base model.
     - `linear`: whether the adapted layer is an affine map of `x`, so that it can be merged.
+    - `acts_at`: where it acts at some positions only, a function of a call's arguments to their mask, such as `core.invocation.Invocation`.
     - `rowwise`: whether each row of a batch is adapted by itself. If not, `mixed` runs each row as a batch of its own.
     - `cast`: whether the params come in the dtype of the input. A variant that decides by their values says False, and casts its results.
     - `tied`: whether modules that share a target's weight, such as a head tied to an embedding, are adapted with it.
@@ -66,7 +67,8 @@ class AdapterConfig:
 
     name: ClassVar[str]
     adapts: ClassVar[str] = "linear"
-    uses: ClassVar[AbstractSet[str]] = frozenset(USES)
+    uses: ClassVar[AbstractSet[str]] = frozenset(USES) - {"positions"}
+    acts_at: ClassVar[Any] = None
     calibrated: ClassVar[bool] = False
     original: ClassVar[bool] = False
     identity: ClassVar[float | None] = 0.0

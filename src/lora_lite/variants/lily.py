@@ -10,7 +10,7 @@ Layers share with those of the same name, such as `q_proj`, and the same shape: 
 
 Identity at init: exact, since `B = 0`. With `start="random"` there is none.
 
-Paper: Zhong, Zhou, *Low-Rank Interconnected Adaptation across Layers*, 2024, arXiv:2407.09946.
+Paper: Zhong, Zhao, Zhou, *Low-Rank Interconnected Adaptation across Layers*, 2024, arXiv:2407.09946.
 
 | tensor | shape | trained | init |
 |---|---|---|---|

@@ -9,7 +9,8 @@ from lora_lite.core.errors import listed, several
 DEFAULTS: dict[str, dict[str, Any]] = {
     "LORA": {
         **{"r": 8, "lora_alpha": 8, "use_rslora": False, "lora_dropout": 0.0, "use_dora": False},
-        **{"init_lora_weights": True, "lora_bias": False, "bias": "none"},
+        **{"init_lora_weights": True, "lora_bias": False, "bias": "none", "alora_invocation_tokens": None},
+        "kasa_config": None,
     },
     "IA3": {},
     "BEFT": {},
@@ -189,6 +190,7 @@ def _check_start(fields: Mapping[str, Any], where: object) -> None:
             f'from_peft: expected init_lora_weights in "{where}" to be one of {", ".join(map(repr, STARTS))}, found {start!r}'
             f"{f': {why}' if why else ''}. {fix}"
         )
+    _check_alone(fields, start, where)
     if start not in ("pissa", "olora"):
         return
     if fields.get("use_dora"):
@@ -198,6 +200,19 @@ def _check_start(fields: Mapping[str, Any], where: object) -> None:
             f'from_peft: expected lora_dropout in "{where}" to be 0 with init_lora_weights="{start}", which has no dropout here, found '
             f"{fields['lora_dropout']}. Set it to 0 in the file: outputs in evaluation mode do not depend on it."
         )
+
+
+def _check_alone(fields: Mapping[str, Any], start: Any, where: object) -> None:
+    """Refuse an invocation, or KaSA, beside another form of LoRA."""
+    beside = [name for name in ("use_dora", "lora_bias") if fields.get(name)] + ([start] if start in ("pissa", "olora", "mica") else [])
+    for name in ("alora_invocation_tokens", "kasa_config"):
+        others = [*beside, *(other for other in ("alora_invocation_tokens",) if other != name and fields.get(other))]
+        others += ["lora_dropout"] if name == "kasa_config" and fields.get("lora_dropout") else []  # which has none here
+        if fields.get(name) and others:
+            raise ValueError(
+                f'from_peft: expected {name} in "{where}" beside a plain LoRA, found {listed(others)}. Merge the adapter with PEFT\'s '
+                "merge_and_unload and adapt the merged model."
+            )
 
 
 def _check_series(fields: Mapping[str, Any], where: object) -> None:

@@ -258,8 +258,8 @@ def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs, of_tokens: Map
     for lists in {layer.row.lists for layer in layers if layer.row.lists}:
         fields[lists] = expression([layer.target.path for layer in layers if layer.row.lists == lists])
     patterns, faults = PATTERNS.get(method, {}), []
-    for name in layers[0].fields:
-        values = {layer.target.path: layer.fields[name] for layer in layers}
+    for name in dict.fromkeys(name for layer in layers for name in layer.fields):
+        values = {layer.target.path: layer.fields.get(name) for layer in layers}
         fields[name] = Counter(values.values()).most_common(1)[0][0]
         others = {path: value for path, value in values.items() if value != fields[name]}
         if name in patterns:
