@@ -25,6 +25,11 @@ def _lora(cfg: Any, on: Any, **more: Any) -> peft.PeftConfig:
     return peft.LoraConfig(r=cfg.r, lora_alpha=cfg.alpha, target_modules=on, **more)
 
 
+def _kasa(cfg: Any, on: Any) -> peft.PeftConfig | None:
+    """Return PEFT's config, or None for a start at the base model, which PEFT lacks."""
+    return _lora(cfg, on, kasa_config=peft.KasaConfig(beta=cfg.beta, gamma=cfg.gamma)) if cfg.start == "truncated" else None
+
+
 def _corda(cfg: Any, on: Any) -> peft.PeftConfig:
     return _lora(cfg, on, init_lora_weights="corda", corda_config=CordaConfig(corda_method=cfg.method))
 
@@ -98,6 +103,10 @@ def _vblora(cfg: Any, on: Any) -> peft.PeftConfig:
     return peft.VBLoRAConfig(**{n: getattr(cfg, n) for n in names}, target_modules=on)
 
 
+def _lily(cfg: Any, on: Any) -> peft.PeftConfig:
+    return peft.LilyConfig(r=cfg.r, stride_A=cfg.stride_A, num_B=cfg.num_B, scaling=cfg.scaling, target_modules=on)
+
+
 def _delora(cfg: Any, on: Any) -> peft.PeftConfig | None:
     """Return PEFT's config, or None for a start from a frozen copy, which PEFT lacks."""
     return peft.DeloraConfig(r=cfg.r, delora_lambda=cfg.lambda0, target_modules=on) if cfg.start != "copy" else None
@@ -162,6 +171,7 @@ ROWS: dict[str, Row] = {
         theirs=_vblora,
         demo={"num_vectors": 64, "vector_length": 32, "init_vector_bank_bound": 0.1},
     ),
+    "lily": Row(fields=lambda r: {"r": 2 * r, "stride_A": 2}, theirs=_lily, demo={"r": 16, "stride_A": 2}),
     "tinylora": Row(fields=lambda r: {"r": 2}, theirs=_tinylora, demo={"r": 2}, rate=2e-2),
     "unilora": Row(theirs=_unilora, demo={"r": 8, "theta_d_length": 4096}, rate=2e-2),
     "abba": Row(fields=lambda r: dict.fromkeys(("r1", "r2"), max(1, r // 2)), rate=1e-3),
@@ -176,6 +186,8 @@ ROWS: dict[str, Row] = {
     "loreft": Row(demo={"r": 8, "positions": "f8+l8"}, rate=1e-2),
     "ln_tuning": Row(theirs=lambda cfg, on: peft.LNTuningConfig(target_modules=".*norm"), rate=2e-2, short_rate=1.6e-1),
     "loha": Row(theirs=_loha),
+    "alora": Row(without="PEFT's acts on texts with an invocation alone; without one it is LoRA.", rate=5e-3),
+    "kasa": Row(fields=lambda r: {"start": "truncated"}, theirs=_kasa, demo={"r": 8}, rate=1e-3),
     "lokr": Row(theirs=_lokr),
     "ether": Row(
         theirs=lambda cfg, on: peft.HRAConfig(r=1, target_modules=on) if (cfg.n_blocks, cfg.side) == (1, "in") else None,
@@ -274,7 +286,8 @@ def theirs(cfg: ll.AdapterConfig, on: Sequence[str] = LINEAR) -> peft.PeftConfig
 
 def drawn_start(config: peft.PeftConfig) -> bool:
     """Whether PEFT's method starts from drawn numbers: it decomposes no weight and sees no data."""
-    return getattr(config, "init_lora_weights", True) is True and not isinstance(config, peft.PsoftConfig)
+    decomposed = isinstance(config, peft.PsoftConfig) or getattr(config, "kasa_config", None) is not None
+    return getattr(config, "init_lora_weights", True) is True and not decomposed
 
 
 class Pair(NamedTuple):

@@ -155,11 +155,11 @@ def _checks(checks: Mapping[str, Callable[..., object]]) -> str:
 FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "LoRA and its starts": (
         "one low-rank update; they differ in where it begins",
-        ("lora", "pissa", "olora", "mica", "corda", "asvd", "eva", "lora_ga", "loftq"),
+        ("lora", "alora", "pissa", "olora", "mica", "corda", "asvd", "eva", "lora_ga", "loftq"),
     ),
     "Other low-rank updates": (
         "magnitude apart, ranks that move, grids, products, gates between the factors",
-        ("dora", "delora", "adalora", "gralora", "loha", "lokr", "hira", "abba", "randlora", "deft", "peanut", "lily", "glora"),
+        ("dora", "delora", "adalora", "gralora", "loha", "lokr", "hira", "abba", "randlora", "deft", "peanut", "lily", "kasa", "glora"),
     ),
     "Very few numbers": (
         "gates, shifts, scales and vectors around what is frozen or shared",

@@ -38,8 +38,8 @@ def test_hessian_product_is_a_difference_of_gradients(tiny, cfg):
         return adapt(p, batch, use_cache=False).logits.square().mean()
 
     got = ll.hvp(loss)(params, along)
-    sides = [ll.value_and_grad(loss)(ll.tree_map(lambda p, v, s=s: p + s * 1e-5 * v, params, along))[1] for s in (1, -1)]
-    _close(got, ll.tree_map(lambda a, b: (a - b) / 2e-5, *sides), 1e-4)
+    sides = [ll.value_and_grad(loss)(ll.tree_map(lambda p, v, s=s: p + s * 1e-6 * v, params, along))[1] for s in (1, -1)]
+    _close(got, ll.tree_map(lambda a, b: (a - b) / 2e-6, *sides), 1e-4)
 
 
 @pytest.mark.parametrize("cfg", CONFIGS.values(), ids=CONFIGS)

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_lite as ll
 from cases import C3AForward
+from lora_lite.files.peft import grouped
 from lora_lite.files.peft.rows import ROWS
 from lora_lite.variants import osf
 from peft_oracle import BlockDiagonal, assert_close, edit, saved, wrapped
@@ -49,6 +50,9 @@ EXACT = {
     "vera",
     "pvera",
     "tinylora",
+    "lily",
+    "lily-three",
+    "lily-groups",
     "unilora",
     "unilora-zero",
     "tinylora-tied",
@@ -203,6 +207,9 @@ THEIRS = {
     "vera": lambda paths, conv1d: peft.VeraConfig(r=5, target_modules=paths, projection_prng_key=3, fan_in_fan_out=conv1d),
     "frod": _frod(),
     "frod-dense": _frod(sparse_rate=0.3, projection_prng_key=4, frod_dropout=0.1, regularization_alpha=0.01),
+    "kasa": _lora(kasa_config=peft.KasaConfig(beta=0.2, gamma=0.3), use_rslora=True),
+    "lily": _plain(peft.LilyConfig, r=4),
+    "lily-three": _plain(peft.LilyConfig, r=3, num_B=3, stride_A=2, scaling=0.7, init_weights=False),
     "tinylora": _tinylora(),
     "unilora": _unilora(r=3, theta_d_length=20, proj_seed=7, init_theta_d_bound=0.5, unilora_dropout=0.1),
     "tinylora-tied": _tinylora(r=10, u=3, weight_tying=0.4, projection_seed=5),  # a rank above a width of 8
@@ -264,7 +271,7 @@ THEIRS = {
     "glora-weight": _plain(peft.GloraConfig, config_C="none", config_D_E="none"),
 }
 LINEAR_ONLY = (
-    *("delora", "hra", "ether", "road", "oft", "loha", "lokr", "peanut", "supertuning", "osf", "glora", "adamss"),
+    *("lily", "kasa", "delora", "hra", "ether", "road", "oft", "loha", "lokr", "peanut", "supertuning", "osf", "glora", "adamss"),
     *("miss", "shira", "boft", "c3a", "waveft-shares", "bitfit", "all-biases", "psoft"),
     "olora",  # PEFT's takes a Conv1D's weight transposed, and fails where it is not square
 )
@@ -322,10 +329,13 @@ def test_pefts_file_gives_pefts_values_and_gradients(name, case, tmp_path):
     grads = osf.project(grads, adapt.constants)  # PEFT's gradients of OSF are projected
     theirs_by_key = {key.replace(".default", "").removesuffix(".weight"): p.grad for key, p in theirs.named_parameters() if p.requires_grad}
     for target, cfg in zip(adapt.targets, adapt.configs):
-        for leaf, got in grads[target.path].items():
+        for leaf, got in grouped.copies(adapt._plan, grads, target.path).items():
             key = f"base_model.model.{target.path}.{ROWS[cfg.name].leaves[leaf].key}".removesuffix(".weight")
             names = [key.replace("#", str(n)) for n in range(len(got))] if "#" in key else [key]
-            want = torch.cat([theirs_by_key.pop(name).flatten() for name in names if name in theirs_by_key])
+            found = [theirs_by_key.pop(name).flatten() for name in names if name in theirs_by_key]
+            if not found and leaf in adapt._plan.groups.get(target.path, {}):
+                continue  # PEFT lists it at the first layer of its group
+            want = torch.cat(found)
             got, want = (got.abs(), want.abs()) if case in SIGNS_FREE else (got, want)
             assert_close(got, want.reshape(got.shape), f"the gradient of {target.path}.{leaf}")
     for name in {cfg.name for cfg in adapt.configs if ROWS[cfg.name].shared_leaves}:
@@ -394,6 +404,9 @@ OURS = {
     "unilora": ll.UniLoRAConfig(r=3, theta_d_length=11, seed=9, start="random", init_theta_d_bound=0.4),
     "unilora-zero": ll.UniLoRAConfig(r=3, theta_d_length=11),
     "frod": ll.FRoDConfig(sparse_rate=0.1, seed=3),
+    "kasa": ll.KaSAConfig(r=3),
+    "lily": ll.LilyConfig(r=3, stride_A=2, start="random"),
+    "lily-groups": ll.LilyConfig(r=3, stride_A=2, groups=".*"),
     "tinylora": ll.TinyLoRAConfig(r=3, u=6, seed=9, weight_tying=0.3),
     "pvera": ll.PVeRAConfig(r=5, seed=7, d_initial=0.3, dropout=0.1),
     "randlora": ll.RandLoRAConfig(r=5, alpha=10.0, seed=7),

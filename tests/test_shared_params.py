@@ -152,6 +152,69 @@ def test_constants_that_depend_on_all_targets_reach_each(tmp_path):
     assert again.constants["2"]["number"].tolist() == [1, 2]
 
 
+class PairsConfig(ll.LoRAConfig):
+    """LoRA whose `A` each two layers in a row share, where they have one shape."""
+
+    name = "pairs"
+
+    def share_groups(self, layers):
+        paths = list(layers)
+        return {path: {"A": paths[n // 2 * 2]} for n, path in enumerate(paths)}
+
+
+@pytest.fixture
+def paired():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(3))).double().eval()
+    adapt = ll.build(model, PairsConfig(r=2, dtype=torch.float64))
+    return model, adapt, move(adapt.init()), torch.randn(5, 6).double()
+
+
+def untied(model, params, x):
+    of = {"0": "0", "1": "0", "2": "2"}
+    lora = ll.build(model, ll.LoRAConfig(r=2, dtype=torch.float64))
+    return lora({path: {"A": params["pairs"][f"{first}.A"], **params[path]} for path, first in of.items()}, x)
+
+
+def test_groups_share_what_they_name(paired, tmp_path):
+    model, adapt, params, x = paired
+    assert {path: list(leaves) for path, leaves in params.items()} == {"0": ["B"], "1": ["B"], "2": ["B"], "pairs": ["0.A", "2.A"]}
+    assert adapt.num_params == 2 * 2 * 6 + 3 * 2 * 6
+    torch.testing.assert_close(adapt(params, x), untied(model, params, x))
+    want = torch.func.grad(lambda p: untied(model, p, x).square().sum())(params)
+    assert_trees_equal(ll.value_and_grad(lambda p: adapt(p, x).square().sum())(params)[1], want, 1e-12)
+    recomputed = ll.build(model, adapt.configs[0], remat=r"^1$")
+    assert_trees_equal(ll.value_and_grad(lambda p: recomputed(p, x).square().sum())(params)[1], want, 1e-12)
+    ll.save(adapt, params, tmp_path / "pairs.safetensors")
+    again, read = ll.load(model, tmp_path / "pairs.safetensors", variants=[PairsConfig])
+    assert_trees_equal(read, params)
+    assert torch.equal(again(read, x), adapt(params, x))
+    assert_trees_equal(again.init(seed=2), adapt.init(seed=2))
+
+
+def test_groups_take_part_in_everything(paired):
+    model, adapt, params, x = paired
+    module = adapt.module(params)
+    module(x).square().sum().backward()
+    want = ll.value_and_grad(lambda p: adapt(p, x).square().sum())(params)[1]
+    assert sum(p.numel() for p in module.parameters() if p.requires_grad) == adapt.num_params
+    grads = [p.grad for p in module.parameters() if p.requires_grad]
+    assert all(any(g.shape == leaf.shape and torch.allclose(g, leaf) for g in grads) for leaf in ll.tree_leaves(want))
+    assert_trees_equal(adapt.params(copy.deepcopy(module)), params)
+    members = [params, move(params, seed=5)]
+    mixed = adapt.mixed(ll.stack(members), x, [0, 1, 1, 0, 1])
+    torch.testing.assert_close(mixed, torch.stack([adapt(members[k], x[n : n + 1])[0] for n, k in enumerate([0, 1, 1, 0, 1])]))
+    torch.testing.assert_close(adapt(adapt.steer(params, 0.0), x), model(x))
+    torch.testing.assert_close(adapt(adapt.steer(params, 0.5), x), untied(model, adapt.steer(params, 0.5), x))
+    merged = copy.deepcopy(model)
+    merged.load_state_dict(adapt.merge(params), strict=False)
+    torch.testing.assert_close(merged(x), adapt(params, x))
+    lora, _, errors = ll.to_lora(adapt, params, r=2)
+    assert max(errors.values()) < 1e-6
+    assert "60" in str(adapt)
+    assert [type(cfg) for cfg in lora.configs] == [ll.LoRAConfig] * 3
+
+
 def test_two_configs_cannot_share_one_name():
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
     with pytest.raises(ValueError, match='the name "bank" to themselves'):

@@ -13,12 +13,12 @@ from lora_lite.clone.fsdp import ShardedReplicas, Sharding, shard_plan
 from lora_lite.clone.params import bare, read_params, require_configs, require_fit, whole
 from lora_lite.clone.per_call import Replica, Replicas
 from lora_lite.clone.structure import clone_again
-from lora_lite.core.plan import Plan, Shapes
+from lora_lite.core.plan import Places, Plan, Shapes
 from lora_lite.core.tree import AnyTree, Tree
 from lora_lite.derived.described import Described
 from lora_lite.derived.merge import merge, merge_error
 from lora_lite.derived.mixed import index_of, is_stacked, member_shapes, stacked_size, steered
-from lora_lite.derived.rows import Followed, RowMap
+from lora_lite.derived.rows import Followed, RowMap, own_rows
 from lora_lite.prepare.derive import layers_of, shared_start
 from lora_lite.prepare.start import generator_for, placed, start_params
 
@@ -44,10 +44,9 @@ class Adapt(Described):
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        shared = plan.shared_params()
-        of_shared = {target.path: cfg.name for target, cfg in plan.entries if cfg.name in shared}
+        shared = {target.path: plan.places(target.path, cfg) for target, cfg in plan.entries} if plan.shared_params() else {}
         self._on_meta = any(p.is_meta for p in plan.base.parameters())
-        make = functools.partial(_replica, plan, of_shared)
+        make = functools.partial(_replica, plan, shared)
         self._replicas = Replicas(make) if plan.sharding is None else ShardedReplicas(make, plan.sharding)
         self._followed = Followed(self._replicas, plan.sharding and plan.sharding.mesh.get_group())
 
@@ -95,7 +94,7 @@ class Adapt(Described):
             kwargs: further keywords for the model.
 
         Returns:
-            The model's output, row `n` as adapter `index[n]` alone would compute it.
+            The model's output, row `n` as adapter `index[n]` alone would compute it, in a batch of that row.
 
         Raises:
             ValueError: where `stacked` does not fit, `index` names no member, `row_map` no target or no row, or a target's input is not
@@ -105,6 +104,7 @@ class Adapt(Described):
         members = stacked_size(stacked)
         self._require(stacked, "mixed", member_shapes(self.shapes, members))
         leaf = next(leaf for leaves in stacked.values() for leaf in leaves.values())
+        index = own_rows(batch, kwargs, members) if index is None and not all(cfg.rowwise for cfg in self.configs) else index
         replica, index = self._replicas.here(), index_of(index, members, leaf.device)
         rows = self._followed.rows(replica, batch, kwargs, members, index, row_map)
         return replica.adapted(stacked, batch, kwargs, rows, index)
@@ -131,7 +131,7 @@ class Adapt(Described):
             cfg = next(cfg for _, cfg in plan.entries if cfg.name == name)
             layers = layers_of(plan.base, plan.entries, cfg)
             tree[name] = {leaf: placed(p, layers[0].device, cfg.dtype) for leaf, p in shared_start(cfg, layers, seed).items()}
-        return tree
+        return plan.regrouped(tree)
 
     def module(self, params: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
         """Return an `nn.Module` of the model's own class with copies of `params` as its only trainable parameters.
@@ -295,6 +295,6 @@ class Adapt(Described):
             )
 
 
-def _replica(plan: Plan, shared: Mapping[str, str]) -> Replica:
+def _replica(plan: Plan, shared: Mapping[str, Places]) -> Replica:
     module, bound = bound_copy(plan)
     return Replica(module, bound, shared)

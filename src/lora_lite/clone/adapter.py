@@ -58,9 +58,13 @@ class Adapter(nn.Module):
 
     def params(self) -> Params:
         """Return the parameters as params."""
-        place = self.place
-        table = place._parameters
-        return {name: table[own] if own in table else getattr(place, own) for name, own in self.names.items()}
+        return {name: self.param(name) for name in self.names}
+
+    def param(self, name: str) -> Tensor:
+        """Return one of the parameters, by the variant's name of it."""
+        own, table = self.names[name], self.place._parameters
+        found: Tensor = table[own] if own in table else getattr(self.place, own)
+        return found
 
     def fill(self, leaves: Mapping[str, Tensor]) -> None:
         """Make copies of a target's params the parameters, to be trained."""
@@ -102,6 +106,9 @@ class Adapter(nn.Module):
         other.binding, other.alone = self.binding.with_adapter(other), True
         return other
 
+
+Shared = Mapping[str, tuple[Adapter, str]] | tuple[()]
+"""Params that a target shares with others, by its own names: the adapter in which they lie, and the name there."""
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

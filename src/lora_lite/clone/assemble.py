@@ -10,7 +10,9 @@ from lora_lite.clone.checkpointing import install
 from lora_lite.clone.data_parallel import replicable
 from lora_lite.clone.state import own_state
 from lora_lite.clone.structure import clone_again
+from lora_lite.core.invocation import ACTIVE
 from lora_lite.core.plan import Plan
+from lora_lite.layers.notes import note
 
 
 def bound_copy(plan: Plan) -> tuple[nn.Module, list[Binding]]:
@@ -21,8 +23,11 @@ def bound_copy(plan: Plan) -> tuple[nn.Module, list[Binding]]:
     for target, cfg in plan.entries:
         path = target.path
         target.kind.install(clone, path)
+        if cfg.acts_at is not None:
+            note(clone, path, ACTIVE, cfg.acts_at)
         constants = plan.constants_at(path, cfg)
-        binding = bind_target(clone, path, target.kind, cfg, plan.shapes[path], constants, shared.get(cfg.name))
+        others = {name: (shared[place], there) for name, (place, there) in plan.places(path, cfg).items()}
+        binding = bind_target(clone, path, target.kind, cfg, plan.shapes[path], constants, others)
         bound += [binding, *bind_followers(clone, binding, target.shared_with if cfg.tied else ())]
     show_reads(clone)
     install(clone, plan.remat)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.clone.adapter import Adapter, adapters
+from lora_lite.clone.adapter import Adapter, Shared, adapters
 from lora_lite.clone.rows import Rows
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import in_dtype
@@ -27,6 +27,7 @@ class Binding:
         cfg: its variant.
         W: its layer, with the variant's constants.
         adapter: where the params lie as parameters of a module.
+        shared: of params that the target shares with others, by its own names, the adapter in which they lie and the name there.
         own: the forward that the layer had.
         params: those of the call that runs; None outside of one, where the adapter's own parameters stand.
         off: whether the call that runs is one of the frozen model.
@@ -39,8 +40,8 @@ class Binding:
         watch: sees the inputs of a call of the frozen model, where one is tried.
     """
 
-    def __init__(self, path: str, cfg: AdapterConfig, W: Kind, adapter: Adapter, shared: Adapter | None = None) -> None:
-        self.path, self.cfg, self.W, self.adapter, self.shared = path, cfg, W, adapter, shared
+    def __init__(self, path: str, cfg: AdapterConfig, W: Kind, adapter: Adapter, shared: Shared = ()) -> None:
+        self.path, self.cfg, self.W, self.adapter, self.shared = path, cfg, W, adapter, dict(shared)
         self.own: Callable[..., Any] = _missing
         self.root: nn.Module = adapter
         self.variant, self.forward = Variant(cfg), cfg.forward
@@ -159,9 +160,14 @@ class Binding:
             self.used = True
 
     def _require_place(self, name: str) -> None:
-        """Refuse a variant that moves the bias of a layer without one, whose weight is read: nothing could hold the shift."""
+        """Refuse a variant that no weight holds where the weight is read, and one that moves the bias of a layer without one."""
         if torch.compiler.is_compiling() or self._placed:
             return
+        if not self.cfg.linear:
+            raise ValueError(
+                f'adapt: at "{self.path}" expected a variant that is linear in its input, since the model reads {name!r} and calls no '
+                f"layer, found {type(self.cfg).__name__}. Leave the layer out with exclude_names."
+            )
         shapes = {n: tuple(p.shape) for n, p in self._leaves()}
         if self.W.shifts(self.variant, shapes):
             raise ValueError(
@@ -172,8 +178,8 @@ class Binding:
 
     def _leaves(self) -> list[tuple[str, Tensor]]:
         """Return the adapter's parameters by name, shared ones among them."""
-        own = [*self.adapter.parameters_by_name.items(), *(self.shared.parameters_by_name.items() if self.shared is not None else ())]
-        return [(name, p) for name, p in own if p is not None]
+        shared = {name: adapter.parameters_by_name[there] for name, (adapter, there) in self.shared.items()}
+        return [(name, p) for name, p in {**shared, **self.adapter.parameters_by_name}.items() if p is not None]
 
     def _hollow(self) -> bool:
         return any(p is not None and p.is_meta for p in self.adapter.parameters_by_name.values()) and not self._on_meta()
@@ -188,8 +194,7 @@ class Binding:
                 f'adapt: expected params with data at "{self.path}", found them on meta. Pass params on its device; where the model '
                 "recomputes blocks by a checkpoint of its own, leave that to build(..., remat=) instead."
             )
-        found = self.adapter.params()
-        return found if self.shared is None else {**self.shared.params(), **found}
+        return {**{name: adapter.param(there) for name, (adapter, there) in self.shared.items()}, **self.adapter.params()}
 
 
 class Follower(Binding):

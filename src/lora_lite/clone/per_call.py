@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lora_lite.clone.bind import Binding
 from lora_lite.clone.rows import Rows
 from lora_lite.clone.state import State, volatile_buffers
+from lora_lite.core.plan import Places, reaching
 from lora_lite.core.tracing import outside_transforms, while_traced
 from lora_lite.core.tree import AnyTree
 
@@ -20,10 +21,10 @@ class Replica:
     Args:
         module: the copy.
         bindings: of its targets, and of the modules that follow them.
-        shared: the name under which the params tree has tensors that a target shares with others, for those that do.
+        shared: where a params tree has the tensors that a target shares with others, by path, for those that do.
     """
 
-    def __init__(self, module: nn.Module, bindings: Sequence[Binding], shared: Mapping[str, str]) -> None:
+    def __init__(self, module: nn.Module, bindings: Sequence[Binding], shared: Mapping[str, Places]) -> None:
         self.module, self.bindings = module, [(binding.path, binding) for binding in bindings]
         self._shared, self._inside = shared, False
         self._state: State | None = None  # made by the first call, which finds the copy as it is to stay
@@ -40,7 +41,7 @@ class Replica:
     ) -> Any:
         """Run the adapted model. For a mixed batch, `rows` is as `Followed.rows` returns it, and `index` is the member of each row."""
         if self._shared:
-            leaves = [{**params[self._shared[p]], **params[p]} if p in self._shared else params[p] for p, _ in self.bindings]
+            leaves = [reaching(params, p, self._shared[p]) for p, _ in self.bindings]
         else:
             leaves = [params[path] for path, _ in self.bindings]
         return self._call(leaves, batch, kwargs, rows, index)
@@ -69,14 +70,11 @@ class Replica:
         before = [b.standing for _, b in self.bindings] if self._inside else ()
         was_inside, self._inside = self._inside, True
         try:
-            other, traced = (
-                rows is not None or off or was_inside,
-                torch.compiler.is_compiling(),
-            )  # a plain call leaves what stands for others as it is
+            other, traced = rows is not None or off or was_inside, torch.compiler.is_compiling()
             for (_, binding), own in zip(self.bindings, leaves):
                 if other:
                     binding.set(own, rows, index, off)
-                else:
+                else:  # the rest stands as a plain call finds it
                     binding.params, binding.fast = own, binding.direct and (traced or binding.used or "first")
             return self._traced_run(args, kwargs) if traced else self._run(args, kwargs, was_inside)
         finally:

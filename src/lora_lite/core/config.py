@@ -48,7 +48,7 @@ class AdapterConfig:
     annotations: `r: ll.Rank = 8`. The other facts are class variables with defaults:
 
     - `adapts`: the site, a key of `lora_lite.layers.kinds.SITES`: linear layers, norms, whole modules or the outputs of blocks.
-    - `uses`: the parts of a layer that it uses, a set of words of `lora_lite.core.frozen.USES`, by default all of them. A variant that uses
+    - `uses`: the parts of a layer that it uses, a set of words of `lora_lite.core.frozen.USES`, by default all but `"positions"`. One using
       less can adapt more kinds of layers (an embedding has no input vectors, a packed weight may have no dense form).
     - `calibrated`: whether `constants` needs statistics of the inputs. A class variable `statistic` may name their class, by default
       `lora_lite.Statistics`. With `label_mask` positions whose label is -100 are left out. `lora_lite.Gradient` gathers the weight's
@@ -56,6 +56,8 @@ class AdapterConfig:
     - `original`: whether `constants` needs the layer's weight from before it was quantised, given to it as `stats`.
     - `identity`: relative tolerance of the identity at init; 0.0 for exact, None if it does not start at the base model.
     - `linear`: whether the adapted layer is an affine map of `x`, so that it can be merged.
+    - `acts_at`: where it acts at some positions only, a function of a call's arguments to their mask, such as `core.invocation.Invocation`.
+    - `rowwise`: whether each row of a batch is adapted by itself. If not, `mixed` runs each row as a batch of its own.
     - `cast`: whether the params come in the dtype of the input. A variant that decides by their values says False, and casts its results.
     - `tied`: whether modules that share a target's weight, such as a head tied to an embedding, are adapted with it.
     - `steered`: names of the params that a strength scales; None for all, which is right where the update is linear in them together.
@@ -65,11 +67,13 @@ class AdapterConfig:
 
     name: ClassVar[str]
     adapts: ClassVar[str] = "linear"
-    uses: ClassVar[AbstractSet[str]] = frozenset(USES)
+    uses: ClassVar[AbstractSet[str]] = frozenset(USES) - {"positions"}
+    acts_at: ClassVar[Any] = None
     calibrated: ClassVar[bool] = False
     original: ClassVar[bool] = False
     identity: ClassVar[float | None] = 0.0
     linear: ClassVar[bool] = True
+    rowwise: ClassVar[bool] = True
     cast: ClassVar[bool] = True
     tied: ClassVar[bool] = False
     steered: ClassVar[tuple[str, ...] | None] = None
@@ -109,8 +113,7 @@ class AdapterConfig:
                 where = at(self, "target_roles")
                 raise ValueError(f'{where} any of {listed(ROLES)}, found "{role}". Did you mean {nearest(role, ROLES, 1)}?')
         for field in ("target_names", "exclude_names"):
-            for pattern in getattr(self, field):
-                _compile(self, field, pattern)
+            patterns(self, field)
         object.__setattr__(self, "layers", _indices(self))
         check_fields(self)
 
@@ -181,6 +184,17 @@ class AdapterConfig:
         """
         return {}
 
+    def share_groups(self, layers: Mapping[str, Frozen]) -> Mapping[str, Mapping[str, str]]:
+        """Return the params of `init` that a target shares with a group of targets, by its path: each name with the group's first target.
+
+        They stand once in the params tree, under the variant's name, as the first target's `init` made them: its path, a dot, the name.
+        They reach `forward` of each target of the group under their own names.
+
+        Args:
+            layers: the frozen layers of all targets by path, in the model's order.
+        """
+        return {}
+
     def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
         """Apply the variant's pure function to one layer: `(*b, i) -> (*b, o)`."""
         raise NotImplementedError(f"{type(self).__name__}.forward(params, W, x) -> y is not defined")
@@ -190,7 +204,8 @@ class AdapterConfig:
 
         The default scales the params that `steered` names.
         """
-        return {name: c * p if self.steered is None or name in self.steered else p for name, p in params.items()}
+        own = {name: name.rpartition(".")[2] for name in params}  # those of groups have a path before
+        return {name: c * p if self.steered is None or own[name] in self.steered else p for name, p in params.items()}
 
     def update(self, params: Any, grads: Any, state: Any = None) -> tuple[Any, Any]:
         """Apply the method's own step after an optimiser's, such as pruning: `(params tree, gradients, state) -> (params, state)`.
@@ -208,11 +223,20 @@ def _strings(cfg: AdapterConfig, field: str) -> tuple[str, ...]:
     return tuple(values)
 
 
-def _compile(cfg: AdapterConfig, field: str, pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as e:
-        raise ValueError(f'{at(cfg, field)} a regular expression, found "{pattern}" ({e}). Escape what is meant literally.') from e
+def patterns(cfg: AdapterConfig, field: str) -> tuple[str, ...]:
+    """Return the regular expressions of a config's field, one or several.
+
+    Raises:
+        TypeError: where it holds no strings.
+        ValueError: where a string is no regular expression.
+    """
+    found = _strings(cfg, field)
+    for pattern in found:
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise ValueError(f'{at(cfg, field)} a regular expression, found "{pattern}" ({e}). Escape what is meant literally.') from e
+    return found
 
 
 def _indices(cfg: AdapterConfig) -> tuple[int, ...] | None:

@@ -82,6 +82,7 @@ def check_fields(cfg: object) -> None:
 
 OURS = {
     "lora_alpha": "alpha",
+    "alora_invocation_tokens": "invocation_tokens",
     "lora_dropout": "dropout",
     "module_dropout": "dropout",
     "vera_dropout": "dropout",

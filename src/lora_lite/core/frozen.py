@@ -26,6 +26,7 @@ USES = {
     "vectors": "takes the input `x` itself, as vectors `(*b, i)`",
     "matmul": "calls `W.matmul`, the product without the bias, on vectors of its own",
     "rows": "calls `W.add_rows`, the output with some rows of the weight moved, as the layer stores it",
+    "positions": "acts at some positions of a text, which `W.active` masks",
     "dense": "calls `W.dense()`, the weight as a matrix, at build or in the forward; norms of it too",
 }
 """The parts of a layer, as words: a variant lists in `uses` the parts that it uses, a kind in `gives` the parts that it has."""
@@ -61,6 +62,8 @@ class Frozen:
     """The variant's frozen tensors, by name."""
     prompt: Tensor | None = None
     """For a block during a call: the mask of the positions that are prompt, `(b, t)`."""
+    active: Tensor | None = None
+    """During a call: the mask of the positions at which the variant acts, `(b, t)`; None for all."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

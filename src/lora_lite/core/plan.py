@@ -9,8 +9,11 @@ from torch import nn
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import listed
 from lora_lite.core.frozen import Constants
+from lora_lite.core.tree import join
 
 Shapes = dict[str, dict[str, tuple[int, ...]]]
+Groups = Mapping[str, Mapping[str, str]]
+Places = Mapping[str, tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Plan:
         constants: each target's own.
         remat: expression of the blocks that recompute.
         shared: the constants that all targets of a variant share, by the variant's name.
+        groups: of targets that share params with a group, by path: each such param with the path of the group's first target.
         sharding: how the base is split over processes, where it is.
         kinds: the user's own kinds, which whatever follows from this plan knows too.
         task_type: PEFT's name of the task, where the adapter came from a file of PEFT's that has one.
@@ -69,6 +73,7 @@ class Plan:
     constants: Mapping[str, Constants]
     remat: str | None = None
     shared: Mapping[str, Constants] = field(default_factory=dict)
+    groups: Groups = field(default_factory=dict)
     sharding: Any = None
     kinds: Sequence[Any] = ()
     task_type: str | None = None
@@ -84,3 +89,30 @@ class Plan:
     def shared_params(self) -> set[str]:
         """Name the variants whose targets share trained tensors."""
         return set(self.shapes) - {target.path for target, _ in self.entries}
+
+    def grouped(self, path: str, cfg: AdapterConfig) -> dict[str, tuple[str, str]]:
+        """Return where the params of groups stand: by the target's own name of each, the place in a tree and the name there."""
+        return {name: (cfg.name, join(first, name)) for name, first in self.groups.get(path, {}).items()}
+
+    def places(self, path: str, cfg: AdapterConfig) -> Places:
+        """Return where all params stand that a target shares, with a group or with all targets of its config."""
+        of_all = {name: (cfg.name, name) for name in self.shapes.get(cfg.name, {}) if "." not in name}  # those of groups have a path before
+        return {**of_all, **self.grouped(path, cfg)}
+
+    def regrouped(self, tree: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Return a tree in which each target has all its own params, with those of groups moved to their place, from the first target."""
+        found = {path: dict(leaves) for path, leaves in tree.items()}
+        for path, cfg in ((target.path, cfg) for target, cfg in self.entries if target.path in self.groups):
+            for name, (place, there) in self.grouped(path, cfg).items():
+                leaf = found[path].pop(name)
+                found.setdefault(place, {}).setdefault(there, leaf)
+        return found
+
+    def leaves(self, tree: Mapping[str, Mapping[str, Any]], path: str, cfg: AdapterConfig) -> Mapping[str, Any]:
+        """Return the leaves of a params tree, or of the shapes of one, that reach a target: its own, and those that it shares."""
+        return reaching(tree, path, self.places(path, cfg))
+
+
+def reaching(tree: Mapping[str, Mapping[str, Any]], path: str, places: Places) -> Mapping[str, Any]:
+    """Return a target's own leaves of a tree, with those that stand at other places."""
+    return {**{name: tree[place][there] for name, (place, there) in places.items()}, **tree[path]} if places else tree[path]

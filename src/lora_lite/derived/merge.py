@@ -66,14 +66,9 @@ def _merged(plan: Plan, target: Target, cfg: AdapterConfig, params: AnyTree) -> 
     W = plan.layer(target, cfg)
     try:
         W.kept()
-        return W, W.merged(Variant(cfg), leaves_at(params, target, cfg))
+        return W, W.merged(Variant(cfg), plan.leaves(params, target.path, cfg))
     except ValueError as e:
         raise _Fault(str(e)) from e
-
-
-def leaves_at(params: AnyTree, target: Target, cfg: AdapterConfig) -> Mapping[str, Tensor]:
-    """Return the params that reach one target: its own, and those that it shares."""
-    return {**params[cfg.name], **params[target.path]} if cfg.name in params else params[target.path]
 
 
 def merge_error(plan: Plan, params: AnyTree, merged: Mapping[str, Tensor]) -> dict[str, float]:

@@ -30,7 +30,7 @@ def macs_by_target(plan: Plan) -> dict[str, int]:
         W = plan.layer(target, cfg)
         key = (id(cfg), target.kind, target.i, target.o, W.bias is None)
         if key not in known:
-            shapes = {**plan.shapes.get(cfg.name, {}), **plan.shapes[target.path]}
+            shapes = plan.leaves(plan.shapes, target.path, cfg)
             known[key] = macs_of(cfg, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, W)
         counts[target.path] = known[key]
     return counts

@@ -129,6 +129,14 @@ def _lengths(plain: Any) -> list[int]:
     return [len(leaf) for leaf in pytree.tree_leaves(plain) if isinstance(leaf, Tensor) and leaf.dim()]
 
 
+def own_rows(batch: Any, kwargs: Mapping[str, Any], members: int) -> Tensor:
+    """Return the member of each row of a batch in equal contiguous groups, for variants that take each row as a batch of its own."""
+    leaves = pytree.tree_leaves((dict(batch) if isinstance(batch, Mapping) else batch, dict(kwargs)))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
+    device = tensors[0].device if tensors else None
+    return torch.arange(members, device=device).repeat_interleave(_rows([len(t) for t in tensors], members) // members)
+
+
 def _mapped(row_map: RowMap, paths: Sequence[str], rows: int, members: int, index: Tensor | None) -> dict[str, Tensor | int]:
     """Return for each target that `row_map` names the axis of the rows, or the member of each entry of its input's first axis."""
     found: dict[str, Tensor | int] = {}

@@ -25,6 +25,7 @@ from lora_lite.layers.find import find
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import SITES, as_kinds
 from lora_lite.prepare.checks import check_entries
+from lora_lite.prepare.derive import groups_of
 from lora_lite.prepare.heads import new_heads
 from lora_lite.prepare.targets import sharing
 from lora_lite.variants import VARIANTS
@@ -243,4 +244,4 @@ def _bind(
     common = {v: {name: tensors[CONSTANT + join(v, name)].to(device, copy=True) for name in names} for v, names in header.shared.items()}
     for variant, names in header.shared_params.items():
         params[variant] = {name: tensors[join(variant, name)].to(device, copy=True) for name in names}
-    return Adapt(Plan(base, entries, _shapes(params), constants, remat, common, kinds=kinds)), params
+    return Adapt(Plan(base, entries, _shapes(params), constants, remat, common, groups_of(base, entries), kinds=kinds)), params

@@ -20,7 +20,7 @@ class BlockKind(ModuleKind):
     """A block whose output a variant edits. The output is the variant's input, and so `W(x) = x`."""
 
     site: ClassVar[str] = "block"
-    gives: ClassVar[AbstractSet[str]] = Frozen.gives
+    gives: ClassVar[AbstractSet[str]] = Frozen.gives - {"positions"}
     why: ClassVar[str] = "A block's output has no weight of its own."
 
     def __init__(self, layer: Any, constants: Params | None = None, width: int = 0) -> None:

@@ -25,7 +25,7 @@ class ConvKind(Kind):
     """A convolution whose outputs see all channels: `x` is `(*b, channels, *space)`."""
 
     by_name: ClassVar[bool] = True
-    gives: ClassVar[AbstractSet[str]] = Kind.gives - {"inputs"}
+    gives: ClassVar[AbstractSet[str]] = Kind.gives - {"inputs", "positions"}
     why: ClassVar[str] = "Calibration sees a convolution's images, not their patches."
 
     @classmethod

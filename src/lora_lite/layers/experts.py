@@ -67,7 +67,7 @@ class _Expert(Frozen):
 class ExpertsKind(ParameterKind):
     """A weight of experts. Its input holds the rows of all experts, sorted, and `routes` assigns each row to its expert."""
 
-    gives: ClassVar[AbstractSet[str]] = Kind.gives - {"inputs"}
+    gives: ClassVar[AbstractSet[str]] = Kind.gives - {"inputs", "positions"}
     why: ClassVar[str] = "Calibration sees the tokens of all experts at once."
 
     def __init__(self, layer: Any, constants: Params | None = None, name: str = "down_proj", routes: Routes | None = None) -> None:

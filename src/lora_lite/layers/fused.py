@@ -34,7 +34,10 @@ class FusedKind(Kind):
         sizes = list(widths.values())
         weights = self.weight.split(sizes)
         biases = [None] * len(sizes) if self.bias is None else self.bias.split(sizes)
-        return {n: Frozen(w, b, _under(self.constants, n), self.training) for n, w, b in zip(widths, weights, biases)}
+        maps = {n: Frozen(w, b, _under(self.constants, n), self.training) for n, w, b in zip(widths, weights, biases)}
+        for W in maps.values():
+            W.active = self.active
+        return maps
 
     def make(self, tree: Callable[[Frozen], Params]) -> dict[str, Tensor]:
         return {f"{n}.{leaf}": t for n, W in self.maps.items() for leaf, t in tree(W).items()}

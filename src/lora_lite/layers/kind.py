@@ -4,6 +4,7 @@ A variant sees the members of `Frozen`. The others say where such a layer is fou
 it is merged, mixed and counted. Each method has a default that is right for a linear layer.
 """
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import Frozen, Params, in_dtype
+from lora_lite.core.invocation import ACTIVE, aligned
 from lora_lite.core.legacy import gives_of
 from lora_lite.core.tree import join
 from lora_lite.layers.access import HOST, first_of, module_at, raw
@@ -178,6 +180,18 @@ class Kind(Frozen):
         """Lay a bias `(o,)` out as the layer stores its own."""
         return bias
 
+    @property
+    def active(self) -> Tensor | None:
+        """The mask of the positions at which the variant acts, during a call; None for all."""
+        own = vars(self).get("_active")
+        return self.layer._buffers.get(ACTIVE) if own is None else own
+
+    def with_active(self, active: Tensor) -> Self:
+        """Return the same layer where the variant acts at other positions."""
+        other = copy.copy(self)
+        vars(other)["_active"] = active
+        return other
+
     # How a call of the layer reaches the variant
 
     def bind(self, layer: nn.Module, binding: Any) -> None:
@@ -236,6 +250,9 @@ class Kind(Frozen):
             )
         if not rows:  # vmap takes no empty axis
             params, rows = {name: p.new_zeros(1, *p.shape[1:]) for name, p in params.items()}, 1
+        if (active := self.active) is not None:
+            at = torch.vmap(lambda p, x, active: self.with_active(active).apply(f, p, x), randomness="different")
+            return at(params, *(t.unflatten(0, (rows, -1)) for t in (x, aligned(active, x)))).flatten(0, 1)
         each = torch.vmap(lambda p, x: self.apply(f, p, x), randomness="different")
         return each(params, x.unflatten(0, (rows, -1))).flatten(0, 1)
 

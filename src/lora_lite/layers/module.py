@@ -19,7 +19,7 @@ class ModuleKind(Kind):
     """Any module that has parameters: a head, an embedding, an encoder. `W(x)` is the module's own output."""
 
     site: ClassVar[str] = "module"
-    gives: ClassVar[AbstractSet[str]] = Frozen.gives | {"moved"}
+    gives: ClassVar[AbstractSet[str]] = Frozen.gives - {"positions"} | {"moved"}
     state: ClassVar[Mapping[str, str]] = {}
     why: ClassVar[str] = "A module that is trained as a whole is no linear map."
 

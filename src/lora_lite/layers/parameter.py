@@ -25,7 +25,7 @@ class ParameterKind(Kind):
     """A matrix `(o, i)`, or several `(n, o, i)`, whose params and constants are stacked along a first axis."""
 
     by_name: ClassVar[bool] = True
-    gives: ClassVar[AbstractSet[str]] = Frozen.gives
+    gives: ClassVar[AbstractSet[str]] = Frozen.gives - {"positions"}
     why: ClassVar[str] = "The module around this weight reads it and never calls it with an input."
 
     def __init__(self, layer: Any, constants: Params | None = None, name: str = "weight") -> None:

@@ -4,39 +4,36 @@ Positions that the attention mask keeps are prompt, up to the first whose label 
 not seen again, and what is generated is no prompt.
 """
 
-import functools
-import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_lite.layers.notes import note
+
 PROMPT = "_lora_lite_prompt"
 """The buffer of a target block that masks the prompt's positions during a call: `(b, t)`, or None for all."""
 IGNORED = -100
 """The label of a position that takes no part in the loss."""
-_NOTED = "_lora_lite_blocks"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The positions of the prompt, of blocks in general or of the decoder's in an encoder-decoder model."""
+
+    decoder: bool
+
+    def __call__(self, root: nn.Module, given: Mapping[str, Any]) -> tuple[Tensor | None, Callable[[Any], None]]:
+        """Return the mask of a call's positions, and nothing to do after it."""
+        masks = _prompts(given, bool(getattr(getattr(root, "config", None), "is_encoder_decoder", False)))
+        return masks[int(self.decoder)], lambda output: None
 
 
 def note_prompt(clone: nn.Module, path: str) -> None:
     """Make a copy's root note the prompt for the block at `path`."""
-    clone.get_submodule(path).register_buffer(PROMPT, None, persistent=False)
-    if _NOTED not in vars(clone):
-        own = vars(clone).pop("forward", None) or functools.partial(type(clone).forward, clone)
-        forward = functools.partial(_forward, clone, own, tuple(inspect.signature(own).parameters))
-        vars(forward)["__signature__"] = inspect.signature(own)  # generate asks for it
-        vars(clone)["forward"] = forward
-    vars(clone)[_NOTED] = (*vars(clone).get(_NOTED, ()), path)
-
-
-def _forward(root: nn.Module, own: Any, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
-    given = {**dict(zip(names, args)), **kwargs}
-    paths = vars(root)[_NOTED]
-    masks = _prompts(given, bool(getattr(getattr(root, "config", None), "is_encoder_decoder", False)))
-    with _noted([root.get_submodule(path) for path in paths], [masks[int("decoder" in path)] for path in paths]):
-        return own(*args, **kwargs)
+    note(clone, path, PROMPT, Prompt("decoder" in path))
 
 
 def _prompts(given: Mapping[str, Any], encoder_decoder: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -69,15 +66,3 @@ def _nothing(given: Mapping[str, Any], names: tuple[str, ...]) -> Tensor | None:
         return None
     tokens = next((given[name] for name in names if isinstance(given.get(name), Tensor)), None)
     return None if tokens is None else torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-
-
-@contextmanager
-def _noted(blocks: list[nn.Module], masks: list[Tensor | None]) -> Iterator[None]:
-    before = [block._buffers[PROMPT] for block in blocks]
-    try:
-        for block, mask in zip(blocks, masks):
-            block._buffers[PROMPT] = mask
-        yield
-    finally:
-        for block, mask in zip(blocks, before):
-            block._buffers[PROMPT] = mask

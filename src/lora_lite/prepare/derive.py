@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.device import made_on_cpu
 from lora_lite.core.frozen import Constants, Frozen, Params
-from lora_lite.core.plan import Entries, Plan, Shapes
+from lora_lite.core.plan import Entries, Groups, Plan, Shapes
 from lora_lite.core.progress import shown
 from lora_lite.prepare.start import generator_for, own_start
 
@@ -30,7 +31,7 @@ def derive(
     shapes: Shapes = {}
     constants: dict[str, Constants] = {}
     common, shared_shapes = share(base, entries)
-    allotted = allot(base, entries)
+    allotted, groups = allot(base, entries), groups_of(base, entries)
     for target, cfg in shown(entries, "init", progress):
         given = allotted.get(target.path, {})
         W = target.kind.at(base, target.path, common.get(cfg.name, {}))
@@ -43,7 +44,8 @@ def derive(
             params = W.make(functools.partial(own_start, cfg, generator=next(generators)))
         shapes[target.path] = {name: tuple(p.shape) for name, p in params.items()}
         constants[target.path] = {name: c.detach().to(W.device) for name, c in own.items()}
-    return Plan(base, entries, {**shapes, **shared_shapes}, constants, remat, common, kinds=tuple(kinds))
+    plan = Plan(base, entries, {}, constants, remat, common, groups, kinds=tuple(kinds))
+    return replace(plan, shapes=plan.regrouped({**shapes, **shared_shapes}))
 
 
 def share(base: nn.Module, entries: Entries) -> tuple[dict[str, Constants], Shapes]:
@@ -54,18 +56,22 @@ def share(base: nn.Module, entries: Entries) -> tuple[dict[str, Constants], Shap
     """
     common: dict[str, Constants] = {}
     shapes: Shapes = {}
+    named: set[str] = set()
     for cfg in {id(cfg): cfg for _, cfg in entries}.values():
-        if type(cfg).share is AdapterConfig.share and type(cfg).share_init is AdapterConfig.share_init:
+        own: Any = type(cfg)
+        by_group = own.share_groups is not AdapterConfig.share_groups
+        if not by_group and own.share is AdapterConfig.share and own.share_init is AdapterConfig.share_init:
             continue
         layers = layers_of(base, entries, cfg)
         constants = made_on_cpu(cfg.share)(layers)
         params = shared_start(cfg, layers, 0)
-        taken = cfg.name in common or cfg.name in shapes or any(target.path == cfg.name for target, _ in entries)
-        if (constants or params) and taken:
+        taken = cfg.name in named or any(target.path == cfg.name for target, _ in entries)
+        if (constants or params or by_group) and taken:
             raise ValueError(
                 f'build: expected the tensors that {type(cfg).__name__} shares to have the name "{cfg.name}" to themselves, found it '
                 "taken by another config of the variant or by a layer. Use one config for all layers of the variant."
             )
+        named |= {cfg.name} if constants or params or by_group else set()
         if constants:
             common[cfg.name] = {name: c.to(layers[0].device) for name, c in constants.items()}
         if params:
@@ -82,6 +88,16 @@ def allot(base: nn.Module, entries: Entries) -> dict[str, Constants]:
             paths = [target.path for target, other in entries if other is cfg]
             allotted |= cfg.allot(dict(zip(paths, layers_of(base, entries, cfg))))
     return allotted
+
+
+def groups_of(base: nn.Module, entries: Entries) -> Groups:
+    """Find the targets that share params with a group of targets, and the first target of each group."""
+    groups: dict[str, Mapping[str, str]] = {}
+    for cfg in {id(cfg): cfg for _, cfg in entries}.values():
+        if type(cfg).share_groups is not AdapterConfig.share_groups:
+            paths = [target.path for target, other in entries if other is cfg]
+            groups |= cfg.share_groups(dict(zip(paths, layers_of(base, entries, cfg))))
+    return groups
 
 
 def layers_of(base: nn.Module, entries: Entries, cfg: AdapterConfig) -> list[Any]:

@@ -93,14 +93,15 @@ def vmapped(cfg: AdapterConfig) -> None:
 
 
 def rows(cfg: AdapterConfig) -> None:
-    """Rows are independent, and any leading axes do: none, several, an empty one."""
+    """Rows are independent where they are said to be, and any leading axes do: none, several, an empty one."""
     for case in float64(cfg):
         i, o = case.W.in_features, case.W.out_features
         whole = case(case.params)
-        for k in range(3):
+        for k in range(3) if cfg.rowwise else ():
             close("a row alone", case(case.params, case.x[k]), whole[k], 1e-10)
         if cfg.adapts != "block":  # whose positions are not alike
-            close("a single vector", case(case.params, case.x[0, 0]), whole[0, 0], 1e-10)
+            one = whole[0, 0] if cfg.rowwise else case(case.params, case.x[:1, :1])[0, 0]
+            close("a single vector", case(case.params, case.x[0, 0]), one, 1e-10)
         close("further axes", case(case.params, case.x.view(3, 1, 2, i)), whole.view(3, 1, 2, o), 1e-10)
         if case(case.params, case.x[:0]).shape != (0, 2, o):
             fail(f"an empty batch to give {(0, 2, o)}", tuple(case(case.params, case.x[:0]).shape))
@@ -179,7 +180,8 @@ def counts(cfg: AdapterConfig) -> None:
     """The declared formulas of trained numbers and multiply-adds match the counted ones."""
     for case in float32(cfg):
         i, o = case.W.in_features, case.W.out_features
-        own = case.cfg.init(case.W, torch.Generator())  # what all targets share is not one target's
+        shared = cfg.share_groups({"layer": case.W}).get("layer", {})  # what targets share is not one target's
+        own = {name: p for name, p in case.cfg.init(case.W, torch.Generator()).items() if name not in shared}
         counted = {"trained": sum(p.numel() for p in own.values()), "macs": macs_per_token(cfg, case.params, case.W)}
         for fact, count in counted.items():
             if declared(cfg, fact, i, o, case.W.bias is not None) not in (None, count):

@@ -113,7 +113,8 @@ def mixed_batch(cfg: AdapterConfig) -> None:
         close("a row of a mixed batch", mixed[row], adapt(members[k], x[row : row + 1])[0], VALUES[torch.float32])
     for k, member in enumerate(members):
         rows = x[[row for row, taken in enumerate(index) if taken == k]]
-        alone = torch.func.grad(lambda p, rows=rows: adapt(p, rows).square().sum())(member)
+        batches = [rows] if cfg.rowwise else rows.split(1)
+        alone = torch.func.grad(lambda p, batches=batches: sum(adapt(p, batch).square().sum() for batch in batches))(member)
         for got, want in zip(tree_leaves(grads[k]), tree_leaves(alone)):
             close("a member's gradient in a mixed batch", got, want, 10 * VALUES[torch.float32])  # sums over rows in another order
 

@@ -15,7 +15,6 @@ from lora_lite.core.errors import require_type, several
 from lora_lite.core.linalg import truncated_svd
 from lora_lite.core.plan import Target
 from lora_lite.core.tree import Tree
-from lora_lite.derived.merge import leaves_at
 from lora_lite.layers.kind import Variant
 from lora_lite.variants.lora import LoRAConfig
 
@@ -91,7 +90,7 @@ def _changes(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]]) -> list[t
             continue
         W = adapt._plan.layer(target, cfg)
         try:
-            changes = W.changes(Variant(cfg), leaves_at(params, target, cfg))
+            changes = W.changes(Variant(cfg), adapt._plan.leaves(params, target.path, cfg))
         except ValueError as e:
             faults.append(f"{at} {e}")
             continue

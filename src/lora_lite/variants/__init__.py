@@ -6,6 +6,7 @@ from lora_lite.core.config import AdapterConfig as _AdapterConfig
 from lora_lite.variants.abba import ABBAConfig as ABBAConfig
 from lora_lite.variants.adalora import AdaLoRAConfig as AdaLoRAConfig
 from lora_lite.variants.adamss import AdaMSSConfig as AdaMSSConfig
+from lora_lite.variants.alora import ALoRAConfig as ALoRAConfig
 from lora_lite.variants.antipasto import AntiPaSTOConfig as AntiPaSTOConfig
 from lora_lite.variants.asvd import ASVDConfig as ASVDConfig
 from lora_lite.variants.bitfit import BitFitConfig as BitFitConfig
@@ -29,6 +30,8 @@ from lora_lite.variants.hira import HiRAConfig as HiRAConfig
 from lora_lite.variants.hra import HRAConfig as HRAConfig
 from lora_lite.variants.ia3 import IA3Config as IA3Config
 from lora_lite.variants.ia3_ff import IA3FFConfig as IA3FFConfig
+from lora_lite.variants.kasa import KaSAConfig as KaSAConfig
+from lora_lite.variants.lily import LilyConfig as LilyConfig
 from lora_lite.variants.ln_tuning import LNTuningConfig as LNTuningConfig
 from lora_lite.variants.loftq import LoftQConfig as LoftQConfig
 from lora_lite.variants.loha import LoHaConfig as LoHaConfig
@@ -81,7 +84,10 @@ VARIANTS: dict[str, type[_AdapterConfig]] = {
     "vera": VeRAConfig,
     "adalora": AdaLoRAConfig,
     "lora_ga": LoRAGAConfig,
+    "alora": ALoRAConfig,
     "loreft": LoReFTConfig,
+    "lily": LilyConfig,
+    "kasa": KaSAConfig,
     "ln_tuning": LNTuningConfig,
     "loha": LoHaConfig,
     "lokr": LoKrConfig,

@@ -9,7 +9,8 @@ from lora_lite.core.errors import listed, several
 DEFAULTS: dict[str, dict[str, Any]] = {
     "LORA": {
         **{"r": 8, "lora_alpha": 8, "use_rslora": False, "lora_dropout": 0.0, "use_dora": False},
-        **{"init_lora_weights": True, "lora_bias": False, "bias": "none"},
+        **{"init_lora_weights": True, "lora_bias": False, "bias": "none", "alora_invocation_tokens": None},
+        "kasa_config": None,
     },
     "IA3": {},
     "BEFT": {},
@@ -55,6 +56,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         **{"r": 32, "psoft_dropout": 0.0, "ab_svd_init": "psoft_init", "psoft_orth": True, "psoft_mag_b": True, "psoft_mag_a": True},
         **{"use_cayley_neumann": False, "num_cayley_neumann_terms": 5, "cayley_neumann_eps": None},
     },
+    "LILY": {"r": 32, "stride_A": 1, "num_B": 2, "scaling": 1.0, "init_weights": True},
     "PEANUT": {"r": 32, "depth": 0, "act_fn": "relu", "scaling": 1.0},
     "SUPERTUNING": {"sparsity": 0.99, "select_top": True, "r": None, "lora_alpha": None, "lora_dropout": 0.0},
     "OSF": {"effective_rank": None},
@@ -97,6 +99,7 @@ FREE: dict[str, set[str]] = {
     "PVERA": {"save_projection", "init_weights", "generator_seed"},  # the seed is of the noise
     "RANDLORA": {"save_projection", "init_weights"},
     "VBLORA": set(),
+    "LILY": set(),
     "IA3": {"feedforward_modules", "init_ia3_weights"},
     "DELORA": {"rank_pattern", "lambda_pattern", "init_weights"},
     "HRA": {"init_weights"},
@@ -187,6 +190,7 @@ def _check_start(fields: Mapping[str, Any], where: object) -> None:
             f'from_peft: expected init_lora_weights in "{where}" to be one of {", ".join(map(repr, STARTS))}, found {start!r}'
             f"{f': {why}' if why else ''}. {fix}"
         )
+    _check_alone(fields, start, where)
     if start not in ("pissa", "olora"):
         return
     if fields.get("use_dora"):
@@ -196,6 +200,19 @@ def _check_start(fields: Mapping[str, Any], where: object) -> None:
             f'from_peft: expected lora_dropout in "{where}" to be 0 with init_lora_weights="{start}", which has no dropout here, found '
             f"{fields['lora_dropout']}. Set it to 0 in the file: outputs in evaluation mode do not depend on it."
         )
+
+
+def _check_alone(fields: Mapping[str, Any], start: Any, where: object) -> None:
+    """Refuse an invocation, or KaSA, beside another form of LoRA."""
+    beside = [name for name in ("use_dora", "lora_bias") if fields.get(name)] + ([start] if start in ("pissa", "olora", "mica") else [])
+    for name in ("alora_invocation_tokens", "kasa_config"):
+        others = [*beside, *(other for other in ("alora_invocation_tokens",) if other != name and fields.get(other))]
+        others += ["lora_dropout"] if name == "kasa_config" and fields.get("lora_dropout") else []  # which has none here
+        if fields.get(name) and others:
+            raise ValueError(
+                f'from_peft: expected {name} in "{where}" beside a plain LoRA, found {listed(others)}. Merge the adapter with PEFT\'s '
+                "merge_and_unload and adapt the merged model."
+            )
 
 
 def _check_series(fields: Mapping[str, Any], where: object) -> None:

@@ -19,7 +19,7 @@ from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import require_type, several, tree_faults
 from lora_lite.core.frozen import Constants
 from lora_lite.core.tree import Tree, join
-from lora_lite.files.peft import tokens, whole
+from lora_lite.files.peft import grouped, tokens, whole
 from lora_lite.files.peft.fields import DEFAULTS, OFF, check_fields, resolve
 from lora_lite.files.peft.hub import CONFIG, WEIGHTS, folder_of
 from lora_lite.files.peft.layers import unsaved
@@ -85,10 +85,10 @@ def from_peft(
     _require(_undefined(model, built, chosen), folder, model)
     adapt = _with_constants(built, chosen, parts)
     theirs = _theirs(chosen, parts)
-    shapes = {place: adapt.shapes[place] for place in theirs}
-    _require(tree_faults(theirs, shapes) + _field_faults(parts, chosen), folder, model)
+    faults = tree_faults(theirs, grouped.shapes_of(adapt._plan, theirs)) + _field_faults(parts, chosen)
+    _require(faults or grouped.differing(adapt._plan, theirs), folder, model)
     others = whole.displacements(model, parts.modules) | tokens.displacements(model, parts.rows) | parts.shifts
-    return adapt, _ours(adapt, chosen, theirs) | others
+    return adapt, adapt._plan.regrouped(_ours(adapt, chosen, theirs)) | others
 
 
 def _require(faults: list[str], folder: Path, model: nn.Module) -> None:

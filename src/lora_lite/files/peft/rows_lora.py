@@ -10,10 +10,12 @@ from lora_lite.files.peft.biases import ADAPTED
 from lora_lite.files.peft.fields import resolve
 from lora_lite.files.peft.layers import not_linear
 from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
+from lora_lite.variants.alora import ALoRAConfig
 from lora_lite.variants.asvd import ASVDConfig
 from lora_lite.variants.corda import CorDAConfig
 from lora_lite.variants.dora import DoRAConfig
 from lora_lite.variants.eva import EVAConfig
+from lora_lite.variants.kasa import KaSAConfig
 from lora_lite.variants.loftq import LoftQConfig
 from lora_lite.variants.lora import LoRAConfig
 from lora_lite.variants.lora_ga import LoRAGAConfig
@@ -50,7 +52,21 @@ def _read_pissa(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
 def _write_lora(cfg: Any) -> dict[str, Any]:
     alpha = int(cfg.alpha) if float(cfg.alpha).is_integer() else cfg.alpha
     fixed = {"use_dora": isinstance(cfg, DoRAConfig), "init_lora_weights": True, "lora_bias": False}
-    return {"r": cfg.r, "lora_alpha": alpha, "use_rslora": cfg.rslora, "lora_dropout": cfg.dropout, **fixed}
+    dropout = getattr(cfg, "dropout", 0.0)
+    return {"r": cfg.r, "lora_alpha": alpha, "use_rslora": cfg.rslora, "lora_dropout": dropout, **fixed}
+
+
+class Weights(dict[str, float]):
+    """PEFT's `kasa_config`, to be compared by its values."""
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.items()))
+
+
+def _read_kasa(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
+    lora, weights = _read_lora(fields, path, tensors), fields["kasa_config"]
+    del lora["dropout"]
+    return {**lora, "start": "truncated", "beta": weights.get("beta", 1e-4), "gamma": weights.get("gamma", 1e-3)}
 
 
 def _pissa_signs(theirs: Tensors, constants: Constants) -> Leaves:
@@ -86,6 +102,29 @@ _LORA = {"A": Leaf("lora_A.weight", 2), "B": Leaf("lora_B.weight", 2)}
 _OWN_BIAS = Leaf(ADAPTED, 1, lambda _, c: c["own_bias"], field="bias", optional=True)  # of layers that have one
 
 ROWS: dict[str, Row] = {
+    "alora": Row(
+        ALoRAConfig,
+        "LORA",
+        _LORA,
+        lambda fields, path, tensors: {**_read_lora(fields, path, tensors), "invocation_tokens": tuple(fields["alora_invocation_tokens"])},
+        lambda cfg: {**_write_lora(cfg), "alora_invocation_tokens": cfg.invocation_tokens},
+        when=lambda fields, _: bool(fields.get("alora_invocation_tokens")),
+        refused=lambda cfg: None if cfg.invocation_tokens else "invocation_tokens=(): PEFT needs a token; it has this as LoRAConfig",
+        conv1d=True,
+    ),
+    "kasa": Row(
+        KaSAConfig,
+        "LORA",
+        {
+            "dA": Leaf("lora_A.weight", 2, lambda _, c: c["A0"]),
+            "dB": Leaf("lora_B.weight", 2, lambda _, c: c["B0"]),
+            "dd": Leaf("lora_diag", 1, lambda cfg, c: c["S0"] / cfg.scale),
+        },
+        _read_kasa,
+        lambda cfg: {**_write_lora(cfg), "kasa_config": Weights(beta=cfg.beta, gamma=cfg.gamma)},
+        when=lambda fields, _: bool(fields.get("kasa_config")),
+        misread=not_linear,
+    ),
     "pissa": Row(
         PiSSAConfig,
         "LORA",

@@ -5,10 +5,12 @@ from typing import Any
 import torch
 
 from lora_lite.core.frozen import Constants
+from lora_lite.files.peft import grouped
 from lora_lite.files.peft.fields import resolve
 from lora_lite.files.peft.layers import transposed
 from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
 from lora_lite.variants.frod import FRoDConfig, category, directions
+from lora_lite.variants.lily import LilyConfig
 from lora_lite.variants.pvera import PVeRAConfig
 from lora_lite.variants.tinylora import TinyLoRAConfig
 from lora_lite.variants.unilora import UniLoRAConfig
@@ -51,6 +53,28 @@ def _saved_frod(i: int, constants: Constants) -> Leaves:
     return {"V": constants["V"], "index": constants["index"].long(), "size": torch.tensor([i, i])}
 
 
+_OF_LILY = ("stride_A", "num_B", "scaling")
+
+
+def _read_lily(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
+    start = "zero" if resolve(fields, "init_weights", path) else "random"
+    found = {"r": tensors["lily_A.weight"].shape[0], "start": start, "groups": grouped.patterns_of(fields.get("target_modules"))}
+    return {**found, **{name: resolve(fields, name, path) for name in _OF_LILY}}
+
+
+def _write_lily(cfg: LilyConfig) -> dict[str, Any]:
+    return {"r": cfg.r, "init_weights": cfg.start == "zero", **{name: getattr(cfg, name) for name in _OF_LILY}}
+
+
+def _experts_apart(cfg: LilyConfig, theirs: Leaves) -> Leaves:
+    fits = theirs["B"].shape[0] == cfg.num_B * cfg.r  # else the shape is told with the others
+    return {**theirs, "B": theirs["B"].unflatten(0, (cfg.num_B, cfg.r))} if fits else theirs
+
+
+def _experts_joined(cfg: LilyConfig, leaves: Leaves, constants: Constants) -> tuple[LilyConfig, Leaves]:
+    return cfg, {**leaves, "B": leaves["B"].flatten(0, 1)}
+
+
 ROWS: dict[str, Row] = {
     "pvera": Row(
         PVeRAConfig,
@@ -73,6 +97,16 @@ ROWS: dict[str, Row] = {
         sort=category,
         settled=lambda W, constants: directions(W, constants["V"]),
         conv1d=True,
+    ),
+    "lily": Row(
+        LilyConfig,
+        "LILY",
+        {name: Leaf(f"lily_{name}.weight", 2) for name in ("A", "B", "router")},
+        _read_lily,
+        _write_lily,
+        completed=_experts_apart,
+        written=_experts_joined,
+        named=lambda cfg, paths, others: grouped.fields_of(cfg.group_of, paths, others),
     ),
     "tinylora": Row(
         TinyLoRAConfig,

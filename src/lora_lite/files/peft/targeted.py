@@ -1,4 +1,4 @@
-"""The layers that a PEFT config names, for methods whose file of tensors may hold nothing of a layer."""
+"""The layers that a PEFT config names."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -23,3 +23,14 @@ def _fits(names: Any, path: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
     return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def expression(paths: Iterable[str]) -> str:
+    """Return an expression of these paths and no others: PEFT matches one in full."""
+    return "|".join(map(re.escape, paths))
+
+
+def listed_or_expressed(paths: list[str], others: Iterable[str]) -> list[str] | str:
+    """Return the layers as a list, which other readers of these files expect, or as an expression where a suffix would match others."""
+    ends = tuple(f".{path}" for path in paths)
+    return expression(paths) if any(path.endswith(ends) for path in others) else paths

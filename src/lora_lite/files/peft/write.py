@@ -23,12 +23,14 @@ from lora_lite.files.durable import replace
 from lora_lite.files.peft import biases, tokens, twice, whole
 from lora_lite.files.peft.categories import gathered
 from lora_lite.files.peft.fields import BY_PATH, PATTERNS
+from lora_lite.files.peft.grouped import copies
 from lora_lite.files.peft.hub import CONFIG, WEIGHTS
 from lora_lite.files.peft.layers import as_saved, is_conv1d, is_parameter, unsaved
 from lora_lite.files.peft.numbered import unstacked
 from lora_lite.files.peft.parts import PREFIX
 from lora_lite.files.peft.row import Leaves, Row, own_bias
 from lora_lite.files.peft.rows import ROWS
+from lora_lite.files.peft.targeted import expression, listed_or_expressed
 from lora_lite.files.peft.tasks import heads_of, task_of
 from lora_lite.variants.full import FullConfig
 from lora_lite.variants.ln_tuning import LNTuningConfig
@@ -73,6 +75,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "OSF": {},
     "ADAMSS": {"init_weights": "orthogonal"},
     "GLORA": {"bias": "none"},
+    "LILY": {},
     "SUPERTUNING": {"save_precomputed_indices": True},
 }
 """Fields that are the same in every file of a PEFT type."""
@@ -122,7 +125,7 @@ def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory:
     as_bias = biases.beside(of_method) if any(row.peft_type == "LORA" for _, cfg in of_method if (row := _row(cfg))) else []
     of_method = [entry for entry in of_method if entry not in as_bias]
     _refuse(of_method, as_whole, as_bias, of_tokens, adapt)
-    layers = [_written(target, cfg, dict(params[target.path]), adapt) for target, cfg in of_method]
+    layers = [_written(target, cfg, copies(adapt._plan, params, target.path), adapt) for target, cfg in of_method]
     saved = [as_saved(adapt._plan.base, layer.target, layer.tensors, adapt.targets) for layer in layers]
     tensors = {PREFIX + key: t for one in saved for key, t in one.items()}
     for row in {layer.row.peft_type: layer.row for layer in layers}.values():
@@ -241,7 +244,11 @@ def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs, of_tokens: Map
     chosen = [layer.target.path for layer in layers] or norms or list(of_tokens)
     of_path = {t.path: t for t in adapt.targets}
     parameters = [path for path in chosen if is_parameter(of_path[path])]
-    fields["target_modules"] = _target_modules(adapt, [path for path in chosen if path not in parameters])
+    besides = [path for path, _ in adapt._plan.base.named_modules() if path not in set(chosen)]
+    fields["target_modules"] = listed_or_expressed([path for path in chosen if path not in parameters], besides)
+    if layers:
+        cfg = next(cfg for target, cfg in zip(adapt.targets, adapt.configs) if target.path == chosen[0])
+        fields |= layers[0].row.named(cfg, chosen, besides)
     fields |= {"target_parameters": parameters} if parameters else {}
     fields |= tokens.fields_of(adapt._plan.base, of_tokens, alone=not layers) if of_tokens else {}
     if not layers:
@@ -249,10 +256,10 @@ def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs, of_tokens: Map
     if any(layer.row.conv1d for layer in layers):
         fields["fan_in_fan_out"] = any(is_conv1d(layer.target) for layer in layers)
     for lists in {layer.row.lists for layer in layers if layer.row.lists}:
-        fields[lists] = _expression([layer.target.path for layer in layers if layer.row.lists == lists])
+        fields[lists] = expression([layer.target.path for layer in layers if layer.row.lists == lists])
     patterns, faults = PATTERNS.get(method, {}), []
-    for name in layers[0].fields:
-        values = {layer.target.path: layer.fields[name] for layer in layers}
+    for name in dict.fromkeys(name for layer in layers for name in layer.fields):
+        values = {layer.target.path: layer.fields.get(name) for layer in layers}
         fields[name] = Counter(values.values()).most_common(1)[0][0]
         others = {path: value for path, value in values.items() if value != fields[name]}
         if name in patterns:
@@ -272,17 +279,6 @@ def _taken(name: str, values: Mapping[str, Any], others: Mapping[str, Any]) -> l
     """List the layers whose path ends in that of an exception, and which PEFT would give its value."""
     ends = [(path, end) for path in values for end in others if re.match(rf".*\.{end}$", path) and values[path] != others[end]]
     return [f'{name}: {others[end]!r} at "{end}", which PEFT takes for "{path}" too' for path, end in ends]
-
-
-def _expression(paths: list[str]) -> str:
-    return "|".join(map(re.escape, paths))  # PEFT matches an expression in full
-
-
-def _target_modules(adapt: Adapt, paths: list[str]) -> list[str] | str:
-    """Return the layers as a list, which other readers of these files expect, or as an expression where a suffix would match others."""
-    others = [path for path, _ in adapt._plan.base.named_modules() if path not in set(paths)]
-    ends = tuple(f".{path}" for path in paths)
-    return _expression(paths) if any(path.endswith(ends) for path in others) else paths
 
 
 def _write(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,85 @@
+"""Params that groups of layers share, in PEFT's terms: a copy at each layer, and groups told by the ends of layers' names."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_lite.core.errors import listed
+from lora_lite.core.plan import Plan, Shapes
+from lora_lite.files.peft.targeted import expression
+
+ALL = ("",)
+"""The expressions of one group of all layers."""
+
+
+def patterns_of(target_modules: Any) -> tuple[str, ...]:
+    """Return the expressions of the groups that PEFT makes: one by an expression, else one by each name; none for names of modules."""
+    if isinstance(target_modules, str):
+        return () if target_modules == "all-linear" else ALL
+    names = sorted(target_modules or (), key=lambda name: (-len(name), name))
+    return tuple(rf"(^|\.){re.escape(name)}$" for name in names) if any("." in name for name in names) else ()
+
+
+def fields_of(group_of: Callable[[str], str], paths: Sequence[str], others: Iterable[str]) -> dict[str, Any]:
+    """Return PEFT's fields that name layers so that it makes the same groups.
+
+    Args:
+        group_of: the group of a layer, by its path.
+        paths: the layers, in order.
+        others: the paths of all other modules.
+
+    Raises:
+        ValueError: where no such fields are there.
+    """
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        groups.setdefault(group_of(path), []).append(path)
+    ends = [_own_end(members, [path for path in paths if path not in members]) for members in groups.values()]
+    if all(ends):
+        besides = [path for path in others if any(f".{path}".endswith(f".{end}") for end in ends)]
+        return {"target_modules": ends, **({"exclude_modules": expression(besides)} if besides else {})}
+    if len(groups) == 1:
+        return {"target_modules": expression(paths)}
+    raise ValueError(
+        "to_peft: expected groups of layers that the ends of their names tell apart, as PEFT does, found\n"
+        + "\n".join(f"  - {listed(members)}" for members in groups.values())
+        + "\nKeep the adapter with ll.save."
+    )
+
+
+def _own_end(paths: Sequence[str], others: Sequence[str]) -> str | None:
+    """Return the shortest end, in whole parts, that all paths have and no others, or None."""
+    parts = paths[0].split(".")
+    ends = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
+    return next(
+        (end for end in ends if all(f".{path}".endswith(f".{end}") for path in paths) and not any(p.endswith(end) for p in others)), None
+    )
+
+
+def shapes_of(plan: Plan, paths: Iterable[str]) -> Shapes:
+    """Return the shapes of the params as a file has them: those of groups at each layer. Other places keep theirs."""
+    configs = {target.path: cfg for target, cfg in plan.entries}
+    found = {}
+    for path in paths:
+        of_groups = plan.grouped(path, configs[path]) if path in configs else {}
+        found[path] = {**{name: plan.shapes[place][there] for name, (place, there) in of_groups.items()}, **plan.shapes[path]}
+    return found
+
+
+def copies(plan: Plan, tree: Mapping[str, Mapping[str, Tensor]], path: str) -> dict[str, Tensor]:
+    """Return a target's own params and copies of those that it shares with groups."""
+    cfg = next(cfg for target, cfg in plan.entries if target.path == path)
+    return {**{name: tree[place][there] for name, (place, there) in plan.grouped(path, cfg).items()}, **tree[path]}
+
+
+def differing(plan: Plan, tree: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
+    """List the layers whose copy of a group's param is another than that of the group's first layer."""
+    return [
+        f'"{path}": expected {name} as at "{first}", with which it shares it, found another'
+        for path, names in plan.groups.items()
+        for name, first in names.items()
+        if not torch.equal(tree[path][name], tree[first][name])
+    ]

@@ -1,0 +1,55 @@
+"""Masks of positions, noted at each call of a copy's root, for modules whose variants act at some positions only."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+_NOTED = "_lora_lite_noted"
+
+Masks = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor | None, Callable[[Any], None]]]
+"""A function of the root and of its call's arguments, with None for those that are not given. It returns a mask `(b, t)`, or None for all
+positions, and a function that is given the call's output."""
+
+
+class _Place(NamedTuple):
+    path: str
+    buffer: str
+    masks: Masks
+
+
+def note(clone: nn.Module, path: str, buffer: str, masks: Masks) -> None:
+    """Make a copy's root note a mask in a buffer of the module at `path` during each call. Equal `masks` run once a call."""
+    clone.get_submodule(path).register_buffer(buffer, None, persistent=False)
+    if _NOTED not in vars(clone):
+        own = vars(clone).pop("forward", None) or functools.partial(type(clone).forward, clone)
+        forward = functools.partial(_forward, clone, own, tuple(inspect.signature(own).parameters))
+        vars(forward)["__signature__"] = inspect.signature(own)  # generate asks for it
+        vars(clone)["forward"] = forward
+    vars(clone)[_NOTED] = (*vars(clone).get(_NOTED, ()), _Place(path, buffer, masks))
+
+
+def _forward(root: nn.Module, own: Any, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
+    given = {**dict.fromkeys(names), **dict(zip(names, args)), **kwargs}
+    places: Sequence[_Place] = vars(root)[_NOTED]
+    found = {masks: masks(root, given) for masks in dict.fromkeys(place.masks for place in places)}
+    with _laid([(root.get_submodule(place.path)._buffers, place.buffer, found[place.masks][0]) for place in places]):
+        output = own(*args, **kwargs)
+    for _, after in found.values():
+        after(output)
+    return output
+
+
+@contextmanager
+def _laid(masks: list[tuple[dict[str, Tensor | None], str, Tensor | None]]) -> Iterator[None]:
+    before = [table[name] for table, name, _ in masks]
+    try:
+        for table, name, mask in masks:
+            table[name] = mask
+        yield
+    finally:
+        for (table, name, _), mask in zip(masks, before):
+            table[name] = mask
