@@ -44,6 +44,8 @@ from lora_lite.transforms.gradients import value_and_grad as value_and_grad
 from lora_lite.transforms.lora_plus import lora_plus as lora_plus
 from lora_lite.transforms.per_example import per_example_grad as per_example_grad
 from lora_lite.transforms.per_example import per_example_norm as per_example_norm
+from lora_lite.transforms.preconditioned import lora_fa as lora_fa
+from lora_lite.transforms.preconditioned import riemannian as riemannian
 from lora_lite.transforms.to_lora import to_lora as to_lora
 from lora_lite.variants import *  # noqa: F403
 

@@ -26,6 +26,7 @@ from lora_lite.core.linalg import kaiming as kaiming
 from lora_lite.core.linalg import leading_singular_triplets as leading_singular_triplets
 from lora_lite.core.linalg import skew as skew
 from lora_lite.core.linalg import truncated_svd as truncated_svd
+from lora_lite.core.recompute import recomputed as recomputed
 from lora_lite.core.statistics import Gradient as Gradient
 from lora_lite.core.statistics import Means as Means
 from lora_lite.core.statistics import Statistics as Statistics

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lora_lite.core.linalg import autocasts, kaiming
+from lora_lite.core.recompute import linear_plus
 
 Constants = dict[str, Tensor]
 Params = Mapping[str, Tensor]
@@ -133,11 +134,33 @@ class Frozen:
 
     def updated(self, x: Tensor, D: Tensor, dropout: float = 0.0) -> Tensor:
         """Return `W x + b + D drop(x)` for an `(o, i)` matrix: by the one product with `W + D` where that sum keeps the digits of `D`."""
-        apart = not self.sums or (dropout and self.training) or torch.finfo(x.dtype).bits < 32 or autocasts(x)
-        weight = None if apart else self.weight
-        if weight is None or type(weight) not in (torch.nn.Parameter, Tensor) or not weight.dtype == D.dtype == x.dtype:
+        weight = self._summand(x, dropout)
+        if weight is None or weight.dtype != D.dtype:
             return self(x) + self.project(x, D, dropout)
         return F.linear(x, weight + D, self.bias)
+
+    def updated_by(self, x: Tensor, update: Callable[..., Tensor], *tensors: Tensor, dropout: float = 0.0) -> Tensor:
+        """Return `updated(x, D)` for the matrix `D = update(*tensors)`, which the backward pass computes again instead of keeping it.
+
+        Args:
+            x: the input.
+            update: a cheap function that draws no random numbers. It depends on trained tensors by its arguments alone.
+            *tensors: its arguments, in the dtype of `x`; the backward pass keeps these.
+            dropout: of the input of the update.
+        """
+        if type(self).project is not Frozen.project or autocasts(x):
+            return self.updated(x, update(*tensors), dropout)
+        shape, weight = (self.out_features, self.in_features), self._summand(x, dropout)
+        if weight is None:
+            return self(x) + linear_plus(self.dropped(x, dropout), shape, update, tensors)
+        return linear_plus(x, shape, update, tensors, weight, self.bias)
+
+    def _summand(self, x: Tensor, dropout: float) -> Tensor | None:
+        """Return the weight where the sum with an update keeps the digits of both, else None."""
+        if not self.sums or (dropout and self.training) or torch.finfo(x.dtype).bits < 32 or autocasts(x):
+            return None
+        weight = self.weight
+        return weight if type(weight) in (torch.nn.Parameter, Tensor) and weight.dtype == x.dtype else None
 
     @property
     def table_shape(self) -> tuple[int, int]:

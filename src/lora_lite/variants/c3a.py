@@ -73,7 +73,7 @@ def c3a(params: C3AParams, W: Frozen, x: Float[Tensor, "*b i"]) -> Float[Tensor,
     """Return `W x + b + C x / i`. The module's docstring has the formula and the shapes."""
     w = params["w"] / W.in_features
     if not is_wide(W, w.shape[-1]) or not x.numel():  # MKL transforms no empty batch
-        return W.updated(x, circulant(w))
+        return W.updated_by(x, circulant, w)
     y = W(x)
     return y + correlate(w, x).to(y.dtype)
 

@@ -2,10 +2,11 @@ r"""FourierFT: an update with few coefficients in the Fourier domain.
 
 $$y = W x + b + \Delta x, \qquad \Delta_{k l} = \frac{\alpha}{i\, o} \sum_{q} c_q \cos 2 \pi ( u_q k / o + v_q l / i )$$
 
-`Delta` is `alpha` times the real part of the inverse transform of a spectrum with `c` at the places `(u, v)`. It is never built. The cosine
-of the sum is `cos cos - sin sin`, so the input is transformed once, its coefficients are mixed, and the result is transformed back: real
-parts with real, imaginary with imaginary. The mix gathers single coefficients where the weight has more than 512 entries for each,
-and is two products of half the widths elsewhere.
+`Delta` is `alpha` times the real part of the inverse transform of a spectrum with `c` at the places `(u, v)`. For as many input vectors as
+the layer is wide it is built so, and built again in the backward pass. For fewer it is not built: the cosine of the sum is
+`cos cos - sin sin`, so the input is transformed once, its coefficients are mixed, and the result is transformed back: real parts with real,
+imaginary with imaginary. That mix is two products of half the widths. Where the weight has more than 512 entries for each coefficient, it
+gathers single ones, and `Delta` is never built.
 
 Identity at init: exact, since `c = 0`; not with `init="normal"`, PEFT's default.
 
@@ -33,6 +34,9 @@ from torch import Tensor
 
 from lora_lite.core import AdapterConfig, Constants, Count, Frozen, NonNegative, Params, Size, checked, full_precision
 from lora_lite.variants._sparse import drawn_places, is_dense, places_of
+
+FEW = 16
+"""Number of input vectors up to which each is transformed, however narrow the layer."""
 
 
 class FourierFTParams(TypedDict):
@@ -67,17 +71,32 @@ def transformed(c: Tensor, at: Tensor, x: Tensor, W: Frozen) -> Tensor:
     return torch.fft.irfft(mixed, n=o)
 
 
+def dense_update(c: Tensor, at: Tensor, o: int, i: int) -> Tensor:
+    """Compute the update `(o, i)` without its scale, by the inverse transform of half of the spectrum."""
+    half, u, v = i // 2 + 1, at // i, at % i
+    mirror = (o - u) % o  # the row of the negative frequency
+    rows, cols = torch.where(v < half, u, mirror), torch.minimum(v, i - v)
+    alone = (v == 0) | (2 * v == i)  # the negative is in the same column, and so in the same half
+    places = torch.cat([rows, mirror]).long() * half + torch.cat([cols, cols])
+    spectrum = c.new_zeros(o * half).index_add(0, places, torch.cat([c, c * alone]) / 2).view(o, half)
+    return torch.fft.irfft2(torch.complex(spectrum, torch.zeros_like(spectrum)), s=(o, i))
+
+
 @checked
 def fourierft(
     params: FourierFTParams, W: Frozen, x: Float[Tensor, "*b i"], *, scaling: float = 150.0, seed: int = 777
 ) -> Float[Tensor, "*b o"]:
     """Return `W x + b + Delta x`. A plain weight takes places drawn from `seed`. The module's docstring has the formula and the shapes."""
-    c, y = params["c"], W(x)
+    c, o, i = params["c"], W.out_features, W.in_features
     if not x.numel():  # MKL transforms no empty batch
-        return y
+        return W(x)
     dtype = torch.promote_types(x.dtype, torch.float32)  # there are no transforms of bfloat16
+    c, at, tokens = scaling * c.to(dtype), places_of(W, len(c), seed), x.numel() // i
     with full_precision(x):
-        update = transformed(c.to(dtype) * (scaling / W.in_features), places_of(W, len(c), seed), x.to(dtype), W)
+        if is_dense(len(at), W) and tokens > max(FEW, o * i // (o + i)):
+            return W.updated_by(x, lambda c: dense_update(c, at, o, i).to(x.dtype), c)
+        update = transformed(c / i, at, x.to(dtype), W)
+    y = W(x)
     return y + update.to(y.dtype)
 
 

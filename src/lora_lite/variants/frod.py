@@ -26,7 +26,8 @@ its weight and more, in memory and in a file.
 
 Departures: the method is a replacement of `W` by `U (diag(l) + S) V^T`, in which the base model is there to rounding alone, and a quantised
 one is not at all. The difference to it is what is computed here, so that `l` is trained as its displacement. The product with `S` is one
-with a dense matrix, which is faster unless `S` is very sparse. For more vectors than twice the width the update is multiplied out first.
+with a dense matrix, which is faster unless `S` is very sparse. Where that takes fewer multiply-adds the update
+is multiplied out first.
 """
 
 from collections.abc import Mapping
@@ -111,15 +112,25 @@ def alone(W: Frozen, n: int) -> Constants:
 @checked
 def frod(params: FRoDParams, W: Frozen, x: Float[Tensor, "*b i"], *, dropout: float = 0.0) -> Float[Tensor, "*b o"]:
     """Return `W x + b + U (diag(lambda_l) + S) V^T drop(x)`. A plain weight is taken for the only one of its sort."""
-    diagonal, s, i = params["lambda_l"], params["lambda_s"], W.in_features
+    diagonal, s, i, o = params["lambda_l"], params["lambda_s"], W.in_features, W.out_features
     fixed = W.constants or alone(W, len(s))
     rows, cols = fixed["index"]
-    U, V, dense = fixed["U"].to(x.dtype), fixed["V"].to(x.dtype), i * i <= DENSE * len(s)
-    inner = diagonal.diag().flatten().index_add(0, rows.long() * i + cols, s).view(i, i) if dense else None
-    if inner is not None and x.numel() > 2 * i * i:  # with more vectors than twice the width, the update itself is the cheaper one
-        return W.updated(x, U @ (inner @ V.t()), dropout)
+    U, V = fixed["U"].to(x.dtype), fixed["V"].to(x.dtype)
+
+    def inner(diagonal: Tensor, s: Tensor) -> Tensor:
+        places = torch.cat([torch.arange(i, device=s.device) * (i + 1), rows.long() * i + cols])
+        return s.new_zeros(i * i).index_add(0, places, torch.cat([diagonal, s])).view(i, i)
+
+    def update(diagonal: Tensor, s: Tensor) -> Tensor:
+        return U @ (inner(diagonal, s) @ V.t())
+
+    tokens, dense = x.numel() // i, i * i <= DENSE * len(s)
+    if dense and tokens * (o + 5 * i) > 2 * i * (i + o):  # a step takes fewer multiply-adds with the update multiplied out
+        if i * (i + o) <= tokens * o:  # and to make it again is cheaper than one product with it
+            return W.updated_by(x, update, diagonal, s, dropout=dropout)
+        return W.updated(x, update(diagonal, s), dropout)
     z = F.linear(W.dropped(x, dropout), V.t())
-    h = diagonal * z + gathered(z, rows, cols, s, i).to(z.dtype) if inner is None else F.linear(z, inner)
+    h = F.linear(z, inner(diagonal, s)) if dense else diagonal * z + gathered(z, rows, cols, s, i).to(z.dtype)
     return add_low_rank(W(x), h, U)
 
 

@@ -50,7 +50,7 @@ def plus_product(W: Frozen, x: Tensor, first: tuple[Tensor, Tensor], second: tup
     (B1, A1), (B2, A2) = first, second
     o, i = len(B1), A1.shape[1]
     if len(A1) * len(A2) * (i + o) >= i * o:
-        return W.updated(x, (scale * B1 @ A1) * (B2 @ A2))
+        return W.updated_by(x, lambda B1, A1, B2, A2: (scale * B1 @ A1) * (B2 @ A2), B1, A1, B2, A2)
     A = (A1[:, None] * A2).flatten(0, 1)  # (r1 r2, i)
     B = (B1[:, :, None] * B2[:, None]).flatten(1)  # (o, r1 r2)
     return add_low_rank(W(x), W.project(x, A), B, scale)

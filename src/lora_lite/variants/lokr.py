@@ -28,7 +28,7 @@ factored; LyCORIS takes 1 there.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, TypedDict
 
@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import AdapterConfig, Frozen, NonNegative, Params, Probability, Rank, Size, checked, kaiming
+from lora_lite.core import AdapterConfig, Frozen, NonNegative, Params, Probability, Rank, Size, checked, kaiming, recomputed
 from lora_lite.variants._dropout import kept
 
 
@@ -79,6 +79,18 @@ def on_columns(m: Tensor, h: Tensor) -> Tensor:
     return F.linear(h, m)
 
 
+def kronecker(left: Sequence[Tensor], right: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Return `(w1 kron w2) x` of matrices given as their steps, in the cheaper order: `(*b, i) -> (*b, o)`."""
+    (o1, i1), (o2, i2) = ((len(side[-1]), side[0].shape[1]) for side in (left, right))
+    c1, c2 = (sum(m.numel() for m in side) for side in (left, right))
+    h = x.reshape(-1, i1, i2)
+    order = [(on_columns, right), (on_rows, left)]
+    for product, side in order if i1 * c2 + o2 * c1 <= i2 * c1 + o1 * c2 else reversed(order):
+        for m in side:
+            h = product(m, h)
+    return h.reshape(*x.shape[:-1], o1 * o2)
+
+
 @checked
 def lokr(
     params: LoKrParams,
@@ -92,16 +104,9 @@ def lokr(
 ) -> Float[Tensor, "*b o"]:
     """Return `W x + b + scale (w1 kron w2) x`. The module's docstring has the formula and the shapes."""
     left, right = steps(params, "w1"), steps(params, "w2")
-    (o1, i1), (o2, i2) = ((len(side[-1]), side[0].shape[1]) for side in (left, right))
-    c1, c2 = (sum(m.numel() for m in side) for side in (left, right))
     left[-1] = scale * left[-1]  # the smallest thing to scale
-    h = x.reshape(-1, i1, i2)
-    order = [(on_columns, right), (on_rows, left)]
-    for product, side in order if i1 * c2 + o2 * c1 <= i2 * c1 + o1 * c2 else reversed(order):
-        for m in side:
-            h = product(m, h)
     y0 = W(x)
-    delta = h.reshape(y0.shape)
+    delta = recomputed(lambda x, *factors: kronecker(factors[: len(left)], factors[len(left) :], x), x, *left, *right)
     stays = kept(W, delta, rank_dropout, module_dropout, rank_dropout_scale)
     return y0 + delta if stays is None else torch.addcmul(y0, delta, stays)
 

@@ -1,0 +1,103 @@
+"""Products whose backward pass computes cheap intermediate tensors again instead of keeping them.
+
+An update `D (o, i)` that is made of a few numbers costs little to make and as much memory as the weight to keep. Plain autograd would keep
+it for each layer. The Functions here keep what it is made of.
+
+They run where plain autograd records and the tensors are large enough. Elsewhere the function itself runs: `torch.func.grad` keeps the
+graph of the gradient, and so all that it computes again, and a compiler chooses by itself what to keep.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lora_lite.core.tracing import in_transform
+
+Compute = Callable[..., Tensor]
+
+SMALL = 1 << 14
+"""Number of entries up to which an intermediate tensor is kept: the price of a Function in Python is then the larger one."""
+
+
+def _recomputes(entries: int, tensors: Sequence[Tensor], fixed: Sequence[Tensor | None] = ()) -> bool:
+    """Whether intermediate tensors of so many entries are to be computed again: `tensors` may have gradients, `fixed` must not."""
+    if entries <= SMALL or not torch.is_grad_enabled() or in_transform() or forward_ad._current_level >= 0:
+        return False
+    needs = any(t.requires_grad for t in tensors)
+    return needs and not any(t is not None and t.requires_grad for t in fixed)
+
+
+def recomputed(f: Compute, *tensors: Tensor) -> Tensor:
+    """Return `f(*tensors)`, of which the backward pass keeps `tensors` alone. `f` draws no random numbers."""
+    entries = max(t.numel() for t in tensors)
+    return _Recomputed.apply(f, *tensors) if _recomputes(entries, tensors) else f(*tensors)
+
+
+def linear_plus(
+    x: Tensor, shape: tuple[int, int], update: Compute, tensors: Sequence[Tensor], weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Return `x (weight + D)^T + bias` for `D = update(*tensors)`, of which the backward pass keeps all but `D`.
+
+    Args:
+        x: `(*b, i)`.
+        shape: that of `D`, `(o, i)`.
+        update: a function that draws no random numbers.
+        tensors: its arguments.
+        weight: `(o, i)`, or None for `x D^T`.
+        bias: `(o,)`.
+    """
+    if _recomputes(shape[0] * shape[1], tensors, (weight, bias)):
+        return _LinearPlus.apply(update, weight, bias, x, *tensors)
+    return F.linear(x, _sum(weight, update(*tensors)), bias)
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, f: Compute, *tensors: Tensor) -> Tensor:
+        ctx.f = f
+        ctx.save_for_backward(*tensors)
+        return f(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, out = _again(ctx.f, ctx.saved_tensors)
+        return None, *_gradients(out, inputs, grad, ctx.needs_input_grad[1:])
+
+
+class _LinearPlus(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, update: Compute, weight: Tensor | None, bias: Tensor | None, x: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.update = update
+        ctx.save_for_backward(weight, x, *tensors)
+        return F.linear(x, _sum(weight, update(*tensors)), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, x, *tensors = ctx.saved_tensors
+        _, _, _, of_x, *of_tensors = ctx.needs_input_grad
+        inputs, D = _again(ctx.update, tensors)
+        grad_x = grad @ _sum(weight, D if torch.is_grad_enabled() else D.detach()) if of_x else None
+        grad_D = grad.flatten(0, -2).t() @ x.flatten(0, -2) if any(of_tensors) else None
+        found = [None] * len(tensors) if grad_D is None else _gradients(D, inputs, grad_D, of_tensors)
+        return None, None, None, grad_x, *found
+
+
+def _sum(weight: Tensor | None, D: Tensor) -> Tensor:
+    return D if weight is None else weight + D
+
+
+def _again(f: Compute, tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor]:
+    """Return the inputs of `f` and its value with a graph; attached to the tensors' own where the gradient is to have one."""
+    inputs = tensors if torch.is_grad_enabled() else [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+    with torch.enable_grad():
+        return inputs, f(*inputs)
+
+
+def _gradients(out: Tensor, inputs: Sequence[Tensor], grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+    wanted = [t for t, need in zip(inputs, needs) if need]
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=torch.is_grad_enabled(), allow_unused=True))
+    return [next(found) if need else None for need in needs]
