@@ -4,13 +4,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._C._functorch import TransformType
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
 
 def transformed() -> bool:
     """Whether a torch.func transform is active."""
     return torch._C._are_functorch_transforms_active()  # `peek_interpreter_stack() is None` is never true while compiling
+
+
+def forward_mode() -> bool:
+    """Whether `torch.func.jvp` is active."""
+    return any(interpreter.key() == TransformType.Jvp for interpreter in retrieve_all_functorch_interpreters())
 
 
 def in_transform() -> bool:
