@@ -2,8 +2,8 @@
 
 torch's own checkpoint recomputes after `functional_call` has handed its tensors back, and so without the params. Here everything that a
 block reads and that is swapped for a call (its inputs, masks, params, buffers) is an explicit input of an autograd Function, put back in
-place for the recomputation. `torch.compile` cannot trace such a Function: there torch's own checkpoint runs under plain autograd, and inside
-a transform the compiler decides what to recompute.
+place for the recomputation. `torch.compile` cannot trace such a Function: there torch's own checkpoint runs under plain autograd, and
+inside a transform the compiler decides what to recompute.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """Functions of tensors that keep nothing but their inputs: their derivatives run them again.
 
-A derivative is such a function too, and so are those of any order. The graph of a gradient, which `torch.func.grad` always builds, then holds
-the inputs of a block and the gradients of its outputs, and none of its activations.
+A derivative is such a function too, and so are those of any order. The graph of a gradient, which `torch.func.grad` always builds, then
+holds the inputs of a block and the gradients of its outputs, and none of its activations.
 """
 
 from collections.abc import Callable, Iterator, Sequence
