@@ -186,3 +186,34 @@ def test_what_needs_weights_in_memory_is_refused_by_name(tiny, tmp_path, place):
         ll.build(model, ll.TokensConfig(token_ids=(3, 5)))
     accelerate.hooks.remove_hook_from_module(model, recurse=True)
     torch.testing.assert_close(ll.build(model, FIVE[0]).merge(params), ll.build(whole, FIVE[0]).merge(params))
+
+
+class Packed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = torch.nn.Linear(4, 4)
+        self.packed = torch.nn.Module()
+        self.packed.weight = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return self.lin(x)
+
+
+def test_packed_weights_that_are_offloaded_are_refused_by_name():
+    model = accelerate.cpu_offload(Packed(), execution_device="cpu")
+    with pytest.raises(ValueError, match=r"expected quantised weights in memory, found.*at \"packed\".*remove_hook_from_module"):
+        ll.build(model, ll.LoRAConfig(r=2))
+
+
+def test_adapter_of_an_offloaded_model_is_calibrated_saved_and_loaded(tiny, tmp_path):
+    (whole, batch), (model, _) = tiny("llama"), tiny("llama")
+    offload(model, "disk", tmp_path / "weights")
+    plain, adapt = (ll.build(m, ll.CorDAConfig(r=4), calibration=[batch]) for m in (whole, model))
+    params = move(plain.init(seed=0))
+    torch.testing.assert_close(adapt(params, batch).logits, plain(params, batch).logits, rtol=1e-3, atol=1e-4)
+    ll.save(adapt, params, tmp_path / "adapter.safetensors")
+    again, loaded = ll.load(model, tmp_path / "adapter.safetensors")
+    assert torch.equal(again(loaded, batch).logits, adapt(params, batch).logits)
+    module = again.module(loaded)
+    settings = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    assert module.generate(batch["input_ids"][:1], **settings).shape[1] > 3

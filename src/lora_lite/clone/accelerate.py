@@ -50,7 +50,7 @@ def runs_class_forward(module: nn.Module) -> bool:
 
 
 def refuse_offloaded(model: nn.Module, entries: Entries) -> None:
-    """Refuse what cannot be adapted of a model whose weights accelerate fetches from the CPU or from disk for each call.
+    """Refuse configs that cannot adapt a model whose weights accelerate offloads to the CPU or to disk.
 
     Raises:
         ValueError: for packed weights, and for variants that follow a shared weight, which offloading parts; it names the layers.

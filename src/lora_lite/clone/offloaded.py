@@ -19,7 +19,7 @@ from lora_lite.layers.access import FACTS, place_of
 
 @dataclass(frozen=True)
 class Source:
-    """Where an offloaded tensor comes from.
+    """The place that an offloaded tensor is fetched from.
 
     Args:
         weights: the hook's mapping from names in its module to tensors, read at each fetch.
@@ -34,6 +34,7 @@ class Source:
     dtype: torch.dtype
 
     def fetch(self) -> Tensor:
+        """Return the tensor as the layer computes with it."""
         return self.weights[self.name].detach().to(self.device, self.dtype)
 
 
