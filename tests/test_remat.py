@@ -1,5 +1,6 @@
 """Recomputing named blocks: the same gradients, to the bit or nearly, and the activations really not kept."""
 
+import functools
 from collections import UserDict
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 import lora_lite as ll
 from cases import FIVE, assert_trees_equal, by_name, move
+from measure import peak_bytes
 
 BLOCKS = {
     "llama": r"layers\.\d+$",
@@ -303,6 +305,28 @@ def test_input_gradients_hook_of_the_model_is_left_out_of_the_clone(tiny):
     assert model.get_input_embeddings()._forward_hooks, "the user's model lost its hook"
 
 
+def _loss_of_ids(adapt):
+    return lambda p, ids: adapt(p, {"input_ids": ids, "labels": ids}).loss
+
+
+DERIVED = {
+    "value_and_grad": lambda f, p, ids: ll.value_and_grad(f)(p, ids),
+    "func_grad": lambda f, p, ids: torch.func.grad(f)(p, ids),
+    "vmap": lambda f, p, ids: torch.vmap(torch.func.grad(f), in_dims=(None, 0))(p, ids[:, None]),
+    "hvp": lambda f, p, ids: ll.hvp(lambda p: f(p, ids[:1]))(p, p),
+}
+
+
+@pytest.mark.parametrize("how", DERIVED)
+def test_peak_is_near_that_of_one_block(tiny, device, how):
+    model, _ = tiny("llama", num_hidden_layers=6)
+    ids = deep_batch(device)["input_ids"]
+    plain, remat = (ll.build(model, ll.LoRAConfig(r=4), remat=pattern) for pattern in (None, r"layers\.\d+$"))
+    params = move(plain.init())
+    full, peak = (peak_bytes(functools.partial(DERIVED[how], _loss_of_ids(adapt), params, ids)) for adapt in (plain, remat))
+    assert peak < 0.5 * full, f"{peak / full:.3f} of the peak without remat"
+
+
 class Skip(nn.Module):
     """Hand an input through, return a number, a None and a tensor twice."""
 
@@ -344,12 +368,69 @@ def test_block_with_an_output_of_many_parts(device):
     assert torch.allclose(for_input, torch.func.grad(lambda x: plain(params, x))(x), atol=1e-6)
 
 
-def test_second_and_forward_derivatives(device):
-    model = Stack().to(device)
-    plain, remat = ll.build(model, ll.LoRAConfig(r=2)), ll.build(model, ll.LoRAConfig(r=2), remat=r"blocks\.\d+$")
+class Handing(nn.Module):
+    """A block that hands gradients and tangents through, by a sum and by a view, and whose last output is an integer."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(6, 6)
+
+    def forward(self, x, memory):
+        return x + memory, x.flatten(), self.lin(memory).sin(), (x > 0).sum()
+
+
+class Handed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.block = nn.Linear(6, 6), Handing()
+
+    def forward(self, x):
+        x = self.first(x)
+        return sum(k * out.double().pow(3).sum() for k, out in enumerate(self.block(x, x.sin()), 1))
+
+
+def _dot(a, b):
+    return sum((x * y).sum() for x, y in zip(ll.tree_leaves(a), ll.tree_leaves(b)))
+
+
+def _plain_hvp(f, p, v):
+    leaves = ll.tree_map(lambda t: t.clone().requires_grad_(), p)
+    grads = torch.autograd.grad(f(leaves), ll.tree_leaves(leaves), create_graph=True)
+    return torch.autograd.grad(sum((g * t).sum() for g, t in zip(grads, ll.tree_leaves(v))), ll.tree_leaves(leaves))
+
+
+HIGHER = {
+    "jvp": lambda f, p, v: torch.func.jvp(f, (p,), (v,))[1],
+    "forward over forward": lambda f, p, v: torch.func.jvp(lambda p: torch.func.jvp(f, (p,), (v,))[1], (p,), (v,))[1],
+    "forward over reverse": lambda f, p, v: ll.hvp(f)(p, v),
+    "reverse over forward": lambda f, p, v: torch.func.grad(lambda p: torch.func.jvp(f, (p,), (v,))[1])(p),
+    "reverse over reverse": lambda f, p, v: torch.func.grad(lambda p: _dot(torch.func.grad(f)(p), v))(p),
+    "plain autograd twice": _plain_hvp,
+    "three times": lambda f, p, v: torch.func.grad(lambda p: _dot(ll.hvp(f)(p, v), v))(p),
+    "jacfwd": lambda f, p, v: torch.func.jacfwd(f, randomness="same")(p),
+}
+
+
+@pytest.mark.parametrize("how", HIGHER)
+@pytest.mark.parametrize("model", [Stack, Handed])
+def test_derivatives_of_every_order(device, model, how):
+    model, x = model().double().to(device), torch.randn(4, 6, dtype=torch.float64, device=device)
+    cfg = ll.LoRAConfig(r=2, dropout=0.3, dtype=torch.float64)
+    plain, remat = (ll.build(model, cfg, remat=pattern).train() for pattern in (None, r"^blocks\.\d+$|^block$"))
     params, along = move(plain.init()), move(plain.init(), seed=1)
-    x = torch.randn(4, 6, device=device)
-    forward = [torch.func.jvp(lambda p, a=a: a(p, x), (params,), (along,))[1] for a in (plain, remat)]
-    assert torch.allclose(*forward, rtol=1e-5)
-    hvp = [torch.func.jvp(torch.func.grad(lambda p, a=a: a(p, x)), (params,), (along,))[1] for a in (plain, remat)]
-    assert_trees_equal(hvp[1], hvp[0], 1e-5)
+    found = []
+    for adapt in (plain, remat):
+        torch.manual_seed(7)
+        found.append(HIGHER[how](lambda p, adapt=adapt: adapt(p, x), params, along))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+    assert max(float(t.abs().max()) for t in torch.utils._pytree.tree_leaves(found[0])) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_products_of_the_hessian_with_dropout(tiny, name):
+    plain, remat, params, batch = pair(tiny, name, ll.LoRAConfig(r=4, dropout=0.2), train=True)
+    along, found = move(params, seed=1), []
+    for adapt in (plain, remat):
+        torch.manual_seed(7)
+        found.append(ll.hvp(lambda p, adapt=adapt: adapt(p, batch).loss)(params, along))
+    assert_trees_equal(found[1], found[0], 1e-5)

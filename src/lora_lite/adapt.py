@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from lora_lite.clone.assemble import bound_copy, trainable_copy
 from lora_lite.clone.fsdp import ShardedReplicas, Sharding, shard_plan
+from lora_lite.clone.offloaded import offloaded_in
 from lora_lite.clone.params import bare, read_params, require_configs, require_fit, whole
 from lora_lite.clone.per_call import Replica, Replicas
 from lora_lite.clone.structure import clone_again
+from lora_lite.core.errors import listed
 from lora_lite.core.plan import Places, Plan, Shapes
 from lora_lite.core.tree import AnyTree, Tree
 from lora_lite.derived.described import Described
@@ -178,10 +180,11 @@ class Adapt(Described):
         to go on adapting, build anew, or load into a copy of the model.
 
         Raises:
-            ValueError: where `params` does not fit, a variant is not linear, the adapter moves a bias that the layer lacks, or a weight is
-                shared with another module.
+            ValueError: where `params` does not fit, a variant is not linear, the adapter moves a bias that the layer lacks, a weight is
+                shared with another module, or accelerate offloads weights.
         """
         self._require_whole("merge")
+        self._require_in_memory("merge")
         self._require(params, "merge")
         return merge(self._plan, params, dtype)
 
@@ -271,6 +274,7 @@ class Adapt(Described):
             TypeError: where `mesh` is of another type.
         """
         self._require_whole("shard")
+        self._require_in_memory("shard")
         return Adapt(shard_plan(self._plan, Sharding(mesh, blocks)))
 
     def unused(self) -> list[str]:
@@ -286,6 +290,14 @@ class Adapt(Described):
 
     def _require(self, params: Any, caller: str, shapes: Shapes | None = None) -> None:
         require_fit(params, shapes or self.shapes, caller, self._on_meta)
+
+    def _require_in_memory(self, caller: str) -> None:
+        names = list(offloaded_in(self._plan.base))
+        if names:
+            raise ValueError(
+                f"adapt.{caller}: expected weights in memory, found those that accelerate offloads at {listed(names)}. Take the offloading "
+                "off with accelerate.hooks.remove_hook_from_module(model, recurse=True) and build again; the params fit both."
+            )
 
     def _require_whole(self, caller: str) -> None:
         if self._plan.sharding is not None:

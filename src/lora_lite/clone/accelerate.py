@@ -1,33 +1,42 @@
 """Models on several devices: the hooks of accelerate's `device_map`, carried into a clone.
 
 accelerate sets a `forward` on the instance that moves the inputs to the layer's device and calls the forward of the class that the module
-had. In a clone classes change, so there the same moves are torch's own hooks around whatever the class computes. Offloading, which fetches
-weights for the length of one call, is not carried: the gradient needs them again after it. Told by name, so that accelerate is not
-imported.
+had. In a clone classes change, so there the same moves are torch's own hooks around whatever the class computes. Its offloading fetches the
+weights of a layer for the length of one call, but the gradient needs them again after it: in a clone each product fetches its own. Told by
+name, so that accelerate is not imported.
 """
 
 import copy
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
+from lora_lite.clone.offloaded import fetch_in_place
 from lora_lite.core.errors import listed
+from lora_lite.core.plan import Entries
 from lora_lite.core.tree import modules_by_path
 from lora_lite.layers.access import ADOPTED
 
 
 def moves_inputs(module: nn.Module) -> bool:
-    """Whether a module's own `forward` is accelerate's and does no more than move inputs and outputs between devices."""
+    """Whether a module's own `forward` is accelerate's and does no more than move inputs, outputs and weights between devices."""
     return "forward" in vars(module) and "_old_forward" in vars(module) and _only_moves(vars(module).get("_hf_hook"))
 
 
 def _only_moves(hook: Any) -> bool:
-    if not type(hook).__module__.startswith("accelerate."):
-        return False
+    parts = list(_parts(hook))
+    return bool(parts) and all(type(part).__name__ == "AlignDevicesHook" and not part.no_grad for part in parts)
+
+
+def _parts(hook: Any) -> Iterator[Any]:
+    """Yield the hooks that one of accelerate's stands for: itself, or those of a sequence."""
     if type(hook).__name__ == "SequentialHook":
-        return all(_only_moves(part) for part in hook.hooks)
-    return type(hook).__name__ == "AlignDevicesHook" and not hook.offload and not hook.no_grad
+        for part in hook.hooks:
+            yield from _parts(part)
+    elif type(hook).__module__.startswith("accelerate."):
+        yield hook
 
 
 def runs_class_forward(module: nn.Module) -> bool:
@@ -40,29 +49,41 @@ def runs_class_forward(module: nn.Module) -> bool:
     )
 
 
-def refuse_offloaded(model: nn.Module) -> None:
-    """Refuse a model whose weights accelerate fetches from the CPU or from disk for each call.
+def refuse_offloaded(model: nn.Module, entries: Entries) -> None:
+    """Refuse configs that cannot adapt a model whose weights accelerate offloads to the CPU or to disk.
 
     Raises:
-        ValueError: it names the layers.
+        ValueError: for packed weights, and for variants that follow a shared weight, which offloading parts; it names the layers.
     """
-    fetched = [path or "the model" for path, module in modules_by_path(model).items() if _fetches(vars(module).get("_hf_hook"))]
-    if fetched:
+    fetched = {path: module for path, module in modules_by_path(model).items() if any(part.offload for part in _hooks_of(module))}
+    packed = [path for path, m in fetched.items() if any(p.is_meta and not p.is_floating_point() for p in m.parameters(recurse=False))]
+    if packed:
         raise ValueError(
-            f"build: expected weights in memory, found layers that accelerate offloads at {listed(fetched)}. Load the model on its "
-            "devices, or take the offloading off with accelerate.hooks.remove_hook_from_module(model, recurse=True); a model too large for "
-            "one device can be split by adapt.shard."
+            f"build: expected quantised weights in memory, found layers that accelerate offloads at {listed(packed)}. Load the model on "
+            "its devices, or take the offloading off with accelerate.hooks.remove_hook_from_module(model, recurse=True)."
+        )
+    shapes = {tuple(p.shape) for m in fetched.values() for p in m.parameters(recurse=False) if p.is_meta}
+    # Offloading may leave no trace of a shared weight: the same shape is enough.
+    tied = [t.path for t, cfg in entries if cfg.tied and shapes & {tuple(p.shape) for p in model.get_submodule(t.path).parameters()}]
+    if tied:
+        raise ValueError(
+            "build: expected weights in memory where all modules with the same weight follow a variant, found that accelerate offloads "
+            f"those of {listed(tied)} or of its like, which may part them. Load the model on its devices, or take the offloading off with "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True)."
         )
 
 
-def _fetches(hook: Any) -> bool:
-    return any(_fetches(part) for part in getattr(hook, "hooks", ())) or bool(getattr(hook, "offload", False))
+def _hooks_of(module: nn.Module) -> list[Any]:
+    return [part for part in _parts(vars(module).get("_hf_hook")) if type(part).__name__ == "AlignDevicesHook"]
 
 
 def carry(copied: nn.Module) -> None:
     """Put the moves of a copied module into hooks, and remove accelerate's attributes from the instance."""
     state = vars(copied)
-    hook = copy.copy(state["_hf_hook"])  # it notes the inputs' device from call to call
+    for part in _hooks_of(copied):
+        if part.offload:
+            fetch_in_place(copied, part)
+    hook = _own(state["_hf_hook"])
     for name in ("_hf_hook", "_old_forward", "forward"):
         del state[name]
     for name in [n for n, value in state.items() if hasattr(value, "__wrapped__") and hasattr(type(copied), n)]:
@@ -70,6 +91,15 @@ def carry(copied: nn.Module) -> None:
     # Inside the user's hooks, as accelerate's are: the last before the forward and the first after it.
     copied.register_forward_pre_hook(functools.partial(_before, hook), with_kwargs=True)
     copied.register_forward_hook(functools.partial(_after, hook), prepend=True)
+
+
+def _own(hook: Any) -> Any:
+    """Copy a hook, which notes the inputs' device from call to call. The copy leaves weights alone."""
+    own = copy.copy(hook)
+    if hasattr(own, "hooks"):
+        own.hooks = tuple(map(_own, own.hooks))
+    own.offload = False
+    return own
 
 
 def _before(hook: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

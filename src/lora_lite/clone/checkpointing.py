@@ -2,16 +2,13 @@
 
 torch's own checkpoint recomputes after `functional_call` has handed its tensors back, and so without the params. Here everything that a
 block reads and that is swapped for a call (its inputs, masks, params, buffers) is an explicit input of an autograd Function, put back in
-place for the recomputation. Under `torch.func.grad` the gradients are exact, but since that keeps the graph of the gradient the memory is
-not saved; `value_and_grad` saves it. `torch.compile` cannot trace such a Function: there torch's own checkpoint runs under plain autograd,
-and inside a transform the compiler decides what to recompute.
+place for the recomputation. `torch.compile` cannot trace such a Function: there torch's own checkpoint runs under plain autograd, and
+inside a transform the compiler decides what to recompute.
 """
 
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_lite.clone.block_inputs import require_no_escape, watched, with_notes, without_notes, written
 from lora_lite.clone.held import Held
+from lora_lite.clone.recomputed import Recipe, Recompute, random_state
 from lora_lite.clone.state import State
 from lora_lite.core.errors import nearest
 from lora_lite.core.tracing import transformed
-
-Run = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 def install(clone: nn.Module, pattern: str | None) -> None:
@@ -135,9 +131,9 @@ def recompute(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], k
         kept.update(map(id, fresh))
         return fresh
 
-    recipe = _Recipe(run, _random_state(inputs) if block.training else None)
+    recipe = Recipe(run, random_state(inputs) if block.training else None)
     with watched(block) as seen:
-        results = _Recompute.apply(recipe, *inputs)
+        results = Recompute.apply(recipe, *inputs)
     tree, sources, tensors = shape
     require_no_escape(seen, kept)
     fresh = iter(results)
@@ -154,86 +150,3 @@ def _compiled(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], k
     if not transformed() and any(t.requires_grad for t in tensors):
         return checkpoint(fn, *args, use_reentrant=False, **kwargs)
     return fn(*args, **kwargs)
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """A block's run with its random state, opaque to transforms, which would otherwise wrap the random state like an input."""
-
-    run: Run
-    rng: tuple[Tensor, dict[int, Tensor]] | None
-
-
-class _Recompute(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(recipe: _Recipe, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(recipe.run(tensors))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.recipe, *tensors = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
-        wanted = [k for k, need in enumerate(ctx.needs_input_grad[1:]) if need]
-        f = _of_some(ctx.recipe, tensors, wanted)
-        with _restored(ctx.recipe.rng):
-            chosen = [tensors[k] for k in wanted]
-            found = _plain_vjp(f, chosen, grads) if not transformed() else torch.func.vjp(f, *chosen)[1](grads)
-        out: list[Tensor | None] = [None] * len(tensors)
-        for k, grad in zip(wanted, found):
-            out[k] = grad
-        return None, *out
-
-    @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        tensors = ctx.saved_tensors
-        moving = [k for k, t in enumerate(tangents) if t is not None]
-        f = _of_some(ctx.recipe, tensors, moving)
-        with _restored(ctx.recipe.rng):
-            return torch.func.jvp(f, tuple(tensors[k] for k in moving), tuple(tangents[k] for k in moving))[1]
-
-
-def _of_some(recipe: Any, tensors: Sequence[Tensor], places: Sequence[int]) -> Callable[..., tuple[Tensor, ...]]:
-    """Return a recipe as a function of the tensors at some of its places."""
-
-    def f(*chosen: Tensor) -> tuple[Tensor, ...]:
-        filled = list(tensors)
-        for k, tensor in zip(places, chosen):
-            filled[k] = tensor
-        return tuple(recipe.run(filled))
-
-    return f
-
-
-def _plain_vjp(f: Callable[..., tuple[Tensor, ...]], chosen: list[Tensor], grads: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    twice = torch.is_grad_enabled()  # create_graph: stay attached, so that the gradient can be differentiated
-    chosen = chosen if twice else [t.detach().requires_grad_() for t in chosen]
-    with torch.enable_grad():
-        out = f(*chosen)
-    pairs = [(o, g) for o, g in zip(out, grads) if o.requires_grad]
-    return torch.autograd.grad([o for o, _ in pairs], chosen, [g for _, g in pairs], create_graph=twice, allow_unused=True)
-
-
-def _random_state(tensors: Sequence[Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
-    devices = {t.get_device() for t in tensors if t.is_cuda}
-    return torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices}
-
-
-@contextmanager
-def _restored(rng: tuple[Tensor, dict[int, Tensor]] | None) -> Iterator[None]:
-    """Restore the random state of the forward: dropout must fall on the same entries."""
-    if rng is None:
-        yield
-        return
-    cpu, cuda = rng
-    with torch.random.fork_rng(list(cuda)):
-        torch.set_rng_state(cpu)
-        for device, state in cuda.items():
-            torch.cuda.set_rng_state(state, device)
-        yield

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lora_lite.clone.accelerate import carry, moves_inputs, runs_class_forward
+from lora_lite.clone.offloaded import Offloaded
 from lora_lite.clone.references import PLAIN, References, containers_in
 from lora_lite.core.errors import listed, several
 from lora_lite.core.tree import join, modules_by_path
@@ -78,6 +79,8 @@ def _patched(module: nn.Module) -> bool:
 
 def _alias(tensor: Tensor, tensors: dict[int, Tensor], refs: References) -> Tensor:
     """Share a tensor's storage, not its autograd state. A tensor in two places stays one tensor."""
+    if isinstance(tensor, Offloaded):
+        return tensor
     if id(tensor) not in tensors:
         alias = tensor.detach()
         tensors[id(tensor)] = parameter = _parameter(tensor, alias) if isinstance(tensor, nn.Parameter) else alias

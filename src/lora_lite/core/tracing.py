@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor, maybe_get_bdim
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._C._functorch import TransformType, get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor, maybe_get_bdim
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_clear_interpreter_stack
 from torch.utils._python_dispatch import _disable_current_modes
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -16,6 +16,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 def transformed() -> bool:
     """Whether a torch.func transform is active."""
     return torch._C._are_functorch_transforms_active()  # `peek_interpreter_stack() is None` is never true while compiling
+
+
+def forward_mode() -> bool:
+    """Whether `torch.func.jvp` is active."""
+    return any(interpreter.key() == TransformType.Jvp for interpreter in retrieve_all_functorch_interpreters())
 
 
 def in_transform() -> bool:

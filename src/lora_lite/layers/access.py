@@ -66,7 +66,7 @@ class ReadTensor(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") == "__get__" and getattr(func.__self__, "__name__", "") in _FACTS:
+        if getattr(func, "__name__", "") == "__get__" and getattr(func.__self__, "__name__", "") in FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         args = tuple(_adapted(a) for a in args)
@@ -82,7 +82,7 @@ class ReadTensor(Tensor):
             return _stand_in, (like, self.binding, self.of_parameter, tuple(self.shape))
 
 
-_FACTS = frozenset(
+FACTS = frozenset(
     ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "is_meta", "is_cuda", "is_cpu", "is_mps", "is_quantized")
 )
 """The attributes that a stand-in answers from the frozen parameter."""

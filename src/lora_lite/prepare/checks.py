@@ -25,7 +25,7 @@ def check_entries(model: nn.Module, entries: Entries) -> None:
     """
     refuse_bound(model)
     refuse_worn(model, [target.path for target, _ in entries])
-    refuse_offloaded(model)
+    refuse_offloaded(model, entries)
     refuse_nested({target.path: target.kind for target, _ in entries})
     strange = [target.path for target, _ in entries if _strange(model, target)]
     if strange:
