@@ -57,4 +57,4 @@ class ASVDConfig(PiSSAConfig):
     def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
         require_rank(self, W)
         d = exact(require_stats(self, W, stats, "mean_abs")) ** self.power
-        return oriented_factors(W, exact(W.dense()) * (d / d.mean()), slice(self.r), self.scale)
+        return oriented_factors(W, exact(W.dense()) * (d / d.mean()), slice(self.r), self.scale, self.svd)

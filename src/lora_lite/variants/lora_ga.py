@@ -34,7 +34,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lora_lite.core import Constants, Frozen, Gradient, Positive, another_start, expect, leading_singular_triplets
+from lora_lite.core import Constants, Frozen, Gradient, Positive, another_start, expect, leading_svd
 from lora_lite.variants.pissa import PiSSAConfig, pissa
 
 lora_ga = another_start(pissa, "lora_ga", constants=("A0", "B0"))
@@ -83,7 +83,7 @@ class LoRAGAConfig(PiSSAConfig):
         half, shape = min(gradient.shape) // 2, tuple(gradient.shape)
         expected = f"at most half of min(i, o) = {min(shape)} for a layer of shape {shape}, since A and B take {2 * self.r} singular pairs"
         expect(self, "r", self.r <= half, expected, "Lower r or leave the layer out.")
-        U, S, Vh = leading_singular_triplets(gradient, 2 * self.r)
+        U, S, Vh = leading_svd(gradient, 2 * self.r, self.svd, angle=1e-3)  # the vectors are all that matters
         official = self.recipe == "official"
         for_A, for_B = (index.to(U.device) for index in components(self.r, self.direction, official, generator))
         a, b = self._sizes(W, S[for_B])
