@@ -95,10 +95,11 @@ def krylov(A: Matrix, r: int, device: torch.device, aim: float, most: float, pro
     The start is drawn on the CPU from a generator of its own, so that it does not depend on the device.
 
     Returns:
-        The approximation; None where rounding, or a space of a third of the dimensions, leaves an estimated error of more than `most`.
+        The approximation; None where rounding, or a space of a third of the dimensions (more of few), leaves an estimated error above
+        `most`.
     """
     block = min(max(r, BLOCK[0]), BLOCK[1])
-    last = min(A.n // 3, 40 * r + 256) // block * block
+    last = min(max(A.n // 3, min(A.n * 3 // 5, 8 * block)), 40 * r + 256) // block * block
     check = (3 * r // block + 1) * block
     if last < check:
         return None

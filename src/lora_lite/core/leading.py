@@ -34,7 +34,7 @@ TOLERANCE = 1e-3
 """The largest relative error of a fast start: half of what rounding to bfloat16 changes of an entry."""
 ANGLE = 1e-2
 """The largest sine of the angle between a fast start's subspaces and the true ones, where the vectors are used without their values."""
-SMALLEST = 256
+SMALLEST = 160
 """The width from which on the fast path is the faster one."""
 PROBES, FLOOR = 16, 0.58
 """Probes, and the least length of their part along a direction: `P(chi^2_16 < 0.58^2) <= (x e^(1 - x))^8 < 1e-10`, `x = 0.58^2 / 16`."""
@@ -45,7 +45,7 @@ Way = Literal["auto", "exact"]
 
 
 class Start(NamedTuple):
-    """How the leading singular triplets of a start were found.
+    """The way in which the leading singular triplets of a start were found.
 
     Attributes:
         path: `"krylov"`, or `"exact"` for the whole decomposition.

@@ -36,7 +36,7 @@ class Described:
 
     @property
     def starts(self) -> dict[str, Start]:
-        """How the leading singular vectors of a target's start were found, by path: `(path, error, angle)`, see `lora_lite.Start`.
+        """The way in which the leading singular vectors of a target's start were found, by its path: a `lora_lite.Start`.
 
         The targets whose start is made of such vectors. Of a layer of several maps, the largest bounds.
         """

@@ -22,7 +22,8 @@ Trained per target: `r (i + o)`. Needs nothing of the weight, and at build batch
 the gradient is summed from inputs and gradients of outputs.
 
 Departures: the paper and PEFT overwrite the weight with `W - s B_0 A_0`, which a checkpoint does not hold; here it stays, and `A_0` and
-`B_0` are stored. The SVD is exact where PEFT's is randomised. The formulas are PEFT's by default (`recipe="peft"`); the authors' code
+`B_0` are stored. The SVD is exact or within a computed bound; PEFT's is randomised.
+The formulas are PEFT's by default (`recipe="peft"`); the authors' code
 (`recipe="official"`) leaves out the singular values and scales `A` and `B` alike, `random` draws disjoint components, and `weight_svd` is
 the mean of `sqrt(sigma / s)` over the weight's singular values. The gradient is a mean over batches in evaluation mode; PEFT takes it in
 training mode.

@@ -16,8 +16,8 @@ arXiv:2405.17604, sec. 2.
 
 Trained per target: `r^2`. Needs the dense weight once, at init.
 
-Departures: the official code takes a randomised SVD, here it is exact, its signs fixed by the largest entry of each row of `V_r^T`
-being positive. The defaults give `s = 1`, as in the official runs.
+Departures: the official code takes a randomised SVD. Here a bound on its error is computed, and where it is not met the SVD is exact.
+Signs are fixed by the largest entry of each row of `V_r^T` being positive. The defaults give `s = 1`, as in the official runs.
 """
 
 import math

@@ -20,7 +20,8 @@ arXiv:2404.02948, eq. (2)-(5).
 Trained per target: `r (i + o)`. Needs the dense weight once, at init.
 
 Departures: the paper and PEFT overwrite the weight with `W - s B_0 A_0`; here it stays. Dividing the singular values by `s`, so that
-the start does not depend on `alpha`, is PEFT's. Weight decay acts on the increments and so pulls towards the base model, not towards
+the start does not depend on `alpha`, is PEFT's. The start is the best rank-`r` approximation to within a computed bound, or exactly with
+`svd="exact"`; the paper's randomised SVD has no bound. Weight decay acts on the increments and so pulls towards the base model, not towards
 a weight without its principal part.
 """
 

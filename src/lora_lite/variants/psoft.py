@@ -39,6 +39,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.core import (
+    ANGLE,
     Constants,
     Frozen,
     Params,
@@ -74,7 +75,7 @@ def principal_subspace(W: Frozen, r: int, ab_svd_init: str, svd: Way = "exact") 
         U, S, V = U[:, :r], S[:r], V[:r]
         note(EXACT)
     else:
-        U, S, V = leading_svd(weight, r, svd)
+        U, S, V = leading_svd(weight, r, svd, angle=ANGLE)
     left, right = (S.sqrt(), S.sqrt()) if ab_svd_init == "pissa_init" else (S, torch.ones_like(S))
     return {"A": (right[:, None] * V).to(weight.dtype), "B": (U * left).to(weight.dtype)}
 
