@@ -18,6 +18,7 @@ from lora_lite.core.fields import Size as Size
 from lora_lite.core.fields import Within as Within
 from lora_lite.core.frozen import Constants as Constants
 from lora_lite.core.frozen import Frozen as Frozen
+from lora_lite.core.leading import Start as Start
 from lora_lite.core.plan import Target as Target
 from lora_lite.core.plan import Targets as Targets
 from lora_lite.core.statistics import Gradient as Gradient

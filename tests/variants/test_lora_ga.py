@@ -155,11 +155,12 @@ def test_refusals():
 
 @pytest.mark.parametrize("shape", [(300, 640), (640, 300), (12, 20)])
 def test_leading_triplets_are_those_of_the_svd(shape):
-    from lora_lite.core.linalg import leading_singular_triplets, truncated_svd
+    from lora_lite.core.leading import leading_svd
+    from lora_lite.core.linalg import truncated_svd
 
     decay = 0.9 ** torch.arange(min(shape))
     matrix = torch.linalg.qr(torch.randn(shape[0], min(shape)))[0] * decay @ torch.linalg.qr(torch.randn(shape[1], min(shape)))[0].t()
-    for got, want in zip(leading_singular_triplets(matrix, 6), truncated_svd(matrix, 6)):
+    for got, want in zip(leading_svd(matrix, 6), truncated_svd(matrix, 6)):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
     low = matrix[:, :3] @ matrix[:3]  # of rank 3: what lies beyond is the SVD's own choice
-    assert all(t.isfinite().all() for t in leading_singular_triplets(low, 6))
+    assert all(t.isfinite().all() for t in leading_svd(low, 6))

@@ -9,6 +9,7 @@ from torch import nn
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import listed
 from lora_lite.core.frozen import Constants
+from lora_lite.core.leading import Start
 from lora_lite.core.tree import join
 
 Shapes = dict[str, dict[str, tuple[int, ...]]]
@@ -65,6 +66,7 @@ class Plan:
         sharding: how the base is split over processes, where it is.
         kinds: the user's own kinds, which whatever follows from this plan knows too.
         task_type: PEFT's name of the task, where the adapter came from a file of PEFT's that has one.
+        starts: how the leading singular vectors of each target's start were found, where it is made of them.
     """
 
     base: nn.Module
@@ -77,6 +79,7 @@ class Plan:
     sharding: Any = None
     kinds: Sequence[Any] = ()
     task_type: str | None = None
+    starts: Mapping[str, Start] = field(default_factory=dict)
 
     def constants_at(self, path: str, cfg: AdapterConfig) -> Constants:
         """Return the constants that reach one target: its own, and those that all targets of its config share."""

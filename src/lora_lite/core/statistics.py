@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import Frozen
-from lora_lite.core.linalg import full_precision, leading_eigenpairs
+from lora_lite.core.leading import Start, Way, leading_eigenpairs, note
+from lora_lite.core.linalg import full_precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +66,7 @@ class Statistics(Means):
     """
 
     scatter: Any = field(default=0.0, repr=False)
-    _known: dict[bool, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _known: dict[tuple[bool, Way], tuple[Tensor, Tensor, Start]] = field(default_factory=dict, repr=False)
 
     def add(self, x: Tensor) -> Self:
         new = super().add(x)
@@ -101,14 +102,16 @@ class Statistics(Means):
         mean = self.mean.to(self.scatter.dtype)
         return self.covariance.addr_(mean, mean)
 
-    def directions(self, k: int, center: bool = True) -> tuple[Tensor, Tensor]:
+    def directions(self, k: int, center: bool = True, svd: Way = "auto") -> tuple[Tensor, Tensor]:
         """Compute the largest `k` variances `(k,)`, descending, and their directions `(i, k)`, about the mean or about zero, in float64.
 
-        Found once for all layers that share the statistic.
+        Found once for all layers that share the statistic. `svd` is that of `SVDConfig`.
         """
-        if center not in self._known or len(self._known[center][0]) < k:
-            self._known[center] = leading_eigenpairs(exact(self.covariance if center else self.second_moment), k)
-        values, vectors = self._known[center]
+        key = center, svd
+        if key not in self._known or len(self._known[key][0]) < k:
+            self._known[key] = leading_eigenpairs(exact(self.covariance if center else self.second_moment), k, svd)
+        values, vectors, start = self._known[key]
+        note(start)
         return values[:k], vectors[:, :k]
 
 

@@ -4,6 +4,7 @@ from functools import cached_property
 
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import Constants
+from lora_lite.core.leading import Start
 from lora_lite.core.plan import Plan, Shapes, Targets
 from lora_lite.derived.report import count_all, macs_by_target, table
 
@@ -34,6 +35,14 @@ class Described:
         return {path: dict(constants) for path, constants in {**self._plan.shared, **self._plan.constants}.items()}
 
     @property
+    def starts(self) -> dict[str, Start]:
+        """The way in which the leading singular vectors of a target's start were found, by its path: a `lora_lite.Start`.
+
+        The targets whose start is made of such vectors. Of a layer of several maps, the largest bounds.
+        """
+        return dict(self._plan.starts)
+
+    @property
     def num_params(self) -> int:
         """The number of values in a params tree."""
         return count_all(self.shapes)
@@ -49,6 +58,8 @@ class Described:
 
     def summary(self, full: bool = False) -> str:
         """Return a table of path, role, shape, variant, params and multiply-adds per token, with totals and the trained share of the model.
+
+        Where starts are made of leading singular vectors, the last line says how many were found in which way, and the largest bound.
 
         Args:
             full: a line for each target. Else those whose paths differ only in numbers, such as the same layer of each block, share one.

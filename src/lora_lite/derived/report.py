@@ -1,10 +1,12 @@
 """The costs of an adapter, as counts and as a readable table."""
 
 import re
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
 
+from lora_lite.core.leading import Start
 from lora_lite.core.plan import Plan, Shapes, Target
 from lora_lite.derived.cost import macs_of
 from lora_lite.layers.find import packed
@@ -66,7 +68,17 @@ def table(plan: Plan, macs: dict[str, int], full: bool) -> str:
         rows = [row[:4] + row[5:] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*rows)]
     share = [f"{100 * params / size:.3g}% of the model's {size:,} params"] if size else []
-    return "\n".join([*(_line(row, widths) for row in rows), *share])
+    return "\n".join([*(_line(row, widths) for row in rows), *share, *starts_line(plan.starts.values())])
+
+
+def starts_line(starts: Collection[Start]) -> list[str]:
+    """Return in how many targets leading singular vectors were found in which way, as a line; none where no start is made of them."""
+    if not starts:
+        return []
+    errors = [start.error for start in starts if start.path == "krylov"]
+    exact = [f"{len(starts) - len(errors)} exact"] if len(starts) > len(errors) else []
+    fast = [f"{len(errors)} by a Krylov iteration, each within {max(errors):.1e} of the best of its rank"] if errors else []
+    return [f"SVD of the starts: {', '.join(exact + fast)}"]
 
 
 def common(paths: list[str]) -> str:

@@ -84,7 +84,7 @@ def save(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], path: str | o
     shared = {name: describe(constants) for name, constants in adapt.constants.items() if name not in targets}
     shared_params = {name: describe(params[name]) for name in adapt._plan.shared_params()}
     described = {path: describe(found) for path, found in values.items()}
-    header = Header([to_json(cfg) for cfg in configs], targets, shared, shared_params, described, marks)
+    header = Header([to_json(cfg) for cfg in configs], targets, shared, shared_params, described, marks, dict(adapt.starts))
     beside = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
     try:
         safetensors.torch.save_file(tensors, beside, write_header(header))
@@ -244,4 +244,5 @@ def _bind(
     common = {v: {name: tensors[CONSTANT + join(v, name)].to(device, copy=True) for name in names} for v, names in header.shared.items()}
     for variant, names in header.shared_params.items():
         params[variant] = {name: tensors[join(variant, name)].to(device, copy=True) for name in names}
-    return Adapt(Plan(base, entries, _shapes(params), constants, remat, common, groups_of(base, entries), kinds=kinds)), params
+    plan = Plan(base, entries, _shapes(params), constants, remat, common, groups_of(base, entries), kinds=kinds, starts=header.starts)
+    return Adapt(plan), params

@@ -1,12 +1,14 @@
 """The header of an adapter file: `save` describes the tensors in it, and `load` checks them against it."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from lora_lite.core.leading import Start
 from lora_lite.core.tree import join
 
 FORMAT = 1
@@ -50,6 +52,7 @@ class Header(NamedTuple):
         shared_params: the params that they share.
         values: of whole modules, the values that the displacements stand on.
         weights: fingerprints of the weights of the other targets.
+        starts: how leading singular vectors were found, of the targets whose start is made of them.
     """
 
     configs: list[dict[str, Any]]
@@ -58,15 +61,17 @@ class Header(NamedTuple):
     shared_params: dict[str, Described]
     values: dict[str, Described]
     weights: dict[str, str]
+    starts: dict[str, Start]
 
 
-_LATER = ("shared_params", "values", "weights")
+_LATER = ("shared_params", "values", "weights", "starts")
 """Parts that a file has only where they hold something: a file without them is as version 0.1.0 wrote it."""
 
 
 def write_header(header: Header) -> dict[str, str]:
     """Return the metadata of a safetensors file: strings only."""
-    parts = {**header._asdict(), "targets": {path: asdict(target) for path, target in header.targets.items()}}
+    starts = {path: [value if value != math.inf else None for value in start] for path, start in header.starts.items()}  # JSON has no inf
+    parts = {**header._asdict(), "targets": {path: asdict(target) for path, target in header.targets.items()}, "starts": starts}
     kept = {key: json.dumps(part) for key, part in parts.items() if part or key not in _LATER}
     return {"format": "pt", "lora_lite_format": str(FORMAT), **kept}
 
@@ -84,13 +89,14 @@ def read_header(metadata: Mapping[str, str]) -> Header:
         later = {key: json.loads(metadata.get(key, "{}")) for key in _LATER}
         shared_params, values = ({path: _described(facts) for path, facts in later[key].items()} for key in ("shared_params", "values"))
         weights = {str(path): str(mark) for path, mark in later["weights"].items()}
+        starts = {str(path): _start(*facts) for path, facts in later["starts"].items()}
         if not all(isinstance(config["name"], str) for config in configs):
             raise TypeError("a config names no variant")
         if not set(values) <= set(targets):
             raise KeyError("values of a module that is no target")
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as e:
         raise ValueError(f"{type(e).__name__}: {e}") from e
-    return Header(configs, targets, shared, shared_params, values, weights)
+    return Header(configs, targets, shared, shared_params, values, weights, starts)
 
 
 def _stored(facts: Mapping[str, Any], configs: int) -> Stored:
@@ -98,6 +104,13 @@ def _stored(facts: Mapping[str, Any], configs: int) -> Stored:
         raise IndexError(f"config {facts['config']} of {configs}")
     params, constants = (_described(facts[key]) for key in ("params", "constants"))
     return Stored(int(facts["config"]), int(facts["i"]), int(facts["o"]), str(facts["role"]), params, constants)
+
+
+def _start(path: Any, error: Any, angle: Any) -> Start:
+    if path not in ("krylov", "exact"):
+        raise ValueError(f"a start by {path!r}")
+    error, angle = (math.inf if value is None else float(value) for value in (error, angle))
+    return Start(path, error, angle)
 
 
 def _described(facts: Mapping[str, Any]) -> Described:

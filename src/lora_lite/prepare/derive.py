@@ -13,6 +13,7 @@ from torch import nn
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.device import made_on_cpu
 from lora_lite.core.frozen import Constants, Frozen, Params
+from lora_lite.core.leading import Start, noted, worst
 from lora_lite.core.plan import Entries, Groups, Plan, Shapes
 from lora_lite.core.progress import shown
 from lora_lite.prepare.start import generator_for, own_start
@@ -30,21 +31,24 @@ def derive(
     """Derive each variant's constants, with its statistics where it is calibrated, and from a start the shapes of its params."""
     shapes: Shapes = {}
     constants: dict[str, Constants] = {}
+    starts: dict[str, Start] = {}
     common, shared_shapes = share(base, entries)
     allotted, groups = allot(base, entries), groups_of(base, entries)
     for target, cfg in shown(entries, "init", progress):
         given = allotted.get(target.path, {})
         W = target.kind.at(base, target.path, common.get(cfg.name, {}))
         generators = (generator_for(0, target.path) for _ in range(2))  # each as if it were the only one
-        with _noted(f'in {type(cfg).__name__}.constants at target "{target.path}"'):
+        with _noted(f'in {type(cfg).__name__}.constants at target "{target.path}"'), noted() as found:
             of = functools.partial(own_constants, cfg, generator=next(generators), stats=stats.get(target.path), given=given)
             own = W.make(of)
         W = W.with_constants({**common.get(cfg.name, {}), **own})
-        with _noted(f'in {type(cfg).__name__}.init at target "{target.path}"'):
+        with _noted(f'in {type(cfg).__name__}.init at target "{target.path}"'), noted() as first:
             params = W.make(functools.partial(own_start, cfg, generator=next(generators)))
         shapes[target.path] = {name: tuple(p.shape) for name, p in params.items()}
+        if found or first:
+            starts[target.path] = worst([*found, *first])
         constants[target.path] = {name: c.detach().to(W.device) for name, c in own.items()}
-    plan = Plan(base, entries, {}, constants, remat, common, groups, kinds=tuple(kinds))
+    plan = Plan(base, entries, {}, constants, remat, common, groups, kinds=tuple(kinds), starts=starts)
     return replace(plan, shapes=plan.regrouped({**shapes, **shared_shapes}))
 
 

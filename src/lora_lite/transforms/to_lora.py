@@ -12,7 +12,7 @@ from lora_lite.build import build
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import require_type, several
-from lora_lite.core.linalg import truncated_svd
+from lora_lite.core.leading import leading_svd
 from lora_lite.core.plan import Target
 from lora_lite.core.tree import Tree
 from lora_lite.layers.kind import Variant
@@ -108,7 +108,7 @@ def _changes(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]]) -> list[t
 
 def _factors(delta: Tensor, cfg: LoRAConfig) -> tuple[Tensor, Tensor]:
     """Return `A (r, i)` and `B (o, r)`, with zeros where the layer has fewer directions."""
-    U, S, Vh = truncated_svd(delta, cfg.r)
+    U, S, Vh = leading_svd(delta, min(cfg.r, *delta.shape), tolerance=1e-5)  # nothing that float32 would show
     root = (S / cfg.scale).sqrt()
     A, B = delta.new_zeros(cfg.r, delta.shape[1]), delta.new_zeros(delta.shape[0], cfg.r)
     A[: len(S)], B[:, : len(S)] = root[:, None] * Vh, U * root

@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import AdapterConfig, Frozen, NonNegative, Params, Size, balanced_factors, checked, expect, kaiming
+from lora_lite.core import Frozen, NonNegative, Params, Size, SVDConfig, balanced_factors, checked, expect, kaiming
 from lora_lite.variants.loha import plus_product
 
 
@@ -48,7 +48,7 @@ def abba(params: ABBAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: floa
 
 
 @dataclass(frozen=True, kw_only=True)
-class ABBAConfig(AdapterConfig):
+class ABBAConfig(SVDConfig):
     """Config of ABBA.
 
     Args:
@@ -71,7 +71,7 @@ class ABBAConfig(AdapterConfig):
     def init(self, W: Frozen, generator: torch.Generator) -> ABBAParams:
         i, o = W.in_features, W.out_features
         expect(self, "r1", self.r1 <= min(i, o), f"at most min(i, o) = {min(i, o)} for a layer of shape ({o}, {i})", "Lower r1.")
-        A1, B1 = balanced_factors(W.dense(), self.r1)
+        A1, B1 = balanced_factors(W.dense(), self.r1, svd=self.svd)
         return {"A1": A1, "B1": B1, "A2": 6**0.5 * kaiming(self.r2, i, generator), "B2": torch.zeros(o, self.r2)}
 
     def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:

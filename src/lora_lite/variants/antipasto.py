@@ -53,7 +53,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from lora_lite.core import AdapterConfig, Constants, Frozen, Params, Rank, Size, Within, expect, kaiming
+from lora_lite.core import Constants, Frozen, Params, Rank, Size, SVDConfig, Within, expect, kaiming
 from lora_lite.variants import _antipasto_cores as cores
 from lora_lite.variants._antipasto_bases import derive_basis
 
@@ -86,7 +86,7 @@ def antipasto(
 
 
 @dataclass(frozen=True, kw_only=True)
-class AntiPaSTOConfig(AdapterConfig):
+class AntiPaSTOConfig(SVDConfig):
     """Config of AntiPaSTO.
 
     Args:

@@ -23,7 +23,8 @@ Trained per target: `r (i + o)`. Needs the dense weight once, at init, and at bu
 
 Departures: the paper compresses a weight; here its decomposition is the start of an adapter, as PiSSA's is. `d` is divided by its mean, so
 that the sizes of `A_0` and `B_0` do not depend on the unit of the inputs; the product does not depend on it. `V^T D^-1` is evaluated as
-`S^-1 U^T W`, which it equals and which needs no floor for features that are always zero. The SVD is exact, the authors' code's randomised.
+`S^-1 U^T W`, which it equals and which needs no floor for features that are always zero. The SVD is exact or within
+a computed bound, in the norm of `W D`; the authors' code's is randomised.
 """
 
 from dataclasses import dataclass
@@ -57,4 +58,4 @@ class ASVDConfig(PiSSAConfig):
     def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
         require_rank(self, W)
         d = exact(require_stats(self, W, stats, "mean_abs")) ** self.power
-        return oriented_factors(W, exact(W.dense()) * (d / d.mean()), slice(self.r), self.scale)
+        return oriented_factors(W, exact(W.dense()) * (d / d.mean()), slice(self.r), self.scale, self.svd)

@@ -35,7 +35,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from lora_lite.core import Constants, Frozen, Statistics, another_start, exact, require_rank, require_stats, truncated_svd
+from lora_lite.core import Constants, Frozen, Statistics, Way, another_start, exact, leading_svd, require_rank, require_stats
 from lora_lite.variants.pissa import PiSSAConfig, pissa
 
 DAMPING = 0.01  # of the mean diagonal of C
@@ -63,13 +63,13 @@ class ScaledStatistics(Statistics):
         return super().second_moment * (self.count / self.batches)
 
 
-def oriented_factors(W: Frozen, oriented: Tensor, keep: slice, scale: float) -> Constants:
+def oriented_factors(W: Frozen, oriented: Tensor, keep: slice, scale: float, svd: Way) -> Constants:
     """Compute `A0 (r, i)`, `B0 (o, r)` with `scale B0 A0 = U U^T W`, where `U S V^T` is `keep` of the SVD of `oriented = W M`, in float64.
 
     `U U^T W` is `U S V^T M^-1`; each factor has half of `S`.
     """
     weight = W.dense()
-    U, S, _ = truncated_svd(oriented, min(oriented.shape))
+    U, S, _ = leading_svd(oriented, keep.stop or min(oriented.shape), svd)  # the smallest are not among the leading ones
     floor = S[0] * torch.finfo(S.dtype).eps * max(oriented.shape)
     U, S = U[:, keep], S[keep]
     inverse = torch.where(floor < S, (scale * S).rsqrt(), 0)  # a weight without full rank has no component along the others
@@ -104,4 +104,4 @@ class CorDAConfig(PiSSAConfig):
         C = exact(require_stats(self, W, stats, "second_moment"))
         C = C + DAMPING * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
         keep = slice(self.r) if self.method == "ipm" else slice(-self.r, None)
-        return oriented_factors(W, exact(W.dense()) @ C, keep, self.scale)
+        return oriented_factors(W, exact(W.dense()) @ C, keep, self.scale, self.svd)

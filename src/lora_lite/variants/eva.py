@@ -37,7 +37,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from lora_lite.core import AdapterConfig, Constants, Frozen, Within, another_start, require_stats
+from lora_lite.core import AdapterConfig, Constants, Frozen, SVDConfig, Within, another_start, require_stats
 from lora_lite.variants.lora import LoRAParams, LowRankConfig, lora
 
 eva = another_start(lora, "eva")
@@ -53,7 +53,7 @@ def redistributed(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EVAConfig(LowRankConfig):
+class EVAConfig(SVDConfig, LowRankConfig):
     """Config of EVA: the fields of LoRA, with the same meanings, and those of its start.
 
     Args:
@@ -86,7 +86,7 @@ class EVAConfig(LowRankConfig):
         """Compute the shares of the variance that a layer's first directions explain, as many as it may get, descending."""
         moment = stats.covariance if self.center else stats.second_moment
         most = min(round(self.r * self.rho), len(moment), stats.count - self.center)
-        return stats.directions(most, self.center)[0] / moment.trace()
+        return stats.directions(most, self.center, self.svd)[0] / moment.trace()
 
     def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
         moment = require_stats(self, W, stats, "covariance" if self.center else "second_moment")
@@ -96,7 +96,7 @@ class EVAConfig(LowRankConfig):
                 f"EVAConfig.r: expected at most {available}, the directions that {stats.count} tokens span in a layer of input width "
                 f"{W.in_features}, found {self.r}. Lower r or calibrate on more data."
             )
-        variances, vectors = stats.directions(self.r, self.center)
+        variances, vectors = stats.directions(self.r, self.center, self.svd)
         A = vectors.t()
         A = A * A.gather(1, A.abs().argmax(1, keepdim=True)).sign()
         if self.whiten:

@@ -28,14 +28,14 @@ from typing import Any
 
 import torch
 
-from lora_lite.core import Constants, Frozen, Positive, another_start, balanced_factors, require_rank
+from lora_lite.core import Constants, Frozen, Positive, SVDConfig, another_start, balanced_factors, require_rank
 from lora_lite.variants.lora import LoRAParams, LowRankConfig, lora
 
 loftq = another_start(lora, "loftq")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoftQConfig(LowRankConfig):
+class LoftQConfig(SVDConfig, LowRankConfig):
     """Config of LoftQ: the fields of LoRA, with the same meanings.
 
     Args:
@@ -64,7 +64,7 @@ class LoftQConfig(LowRankConfig):
                 "LoftQConfig: expected an original weight that quantising has changed, found the layer's own. Pass the unquantised model's "
                 "weights, or use LoRAConfig on a base that is not quantised."
             )
-        A0, B0 = balanced_factors(lost, self.r, self.scale)
+        A0, B0 = balanced_factors(lost, self.r, self.scale, self.svd)
         return {"A0": A0, "B0": B0}
 
     def init(self, W: Frozen, generator: torch.Generator) -> LoRAParams:

@@ -22,7 +22,8 @@ Trained per target: `r (i + o)`. Needs nothing of the weight, and at build batch
 the gradient is summed from inputs and gradients of outputs.
 
 Departures: the paper and PEFT overwrite the weight with `W - s B_0 A_0`, which a checkpoint does not hold; here it stays, and `A_0` and
-`B_0` are stored. The SVD is exact where PEFT's is randomised. The formulas are PEFT's by default (`recipe="peft"`); the authors' code
+`B_0` are stored. The SVD is exact or within a computed bound; PEFT's is randomised.
+The formulas are PEFT's by default (`recipe="peft"`); the authors' code
 (`recipe="official"`) leaves out the singular values and scales `A` and `B` alike, `random` draws disjoint components, and `weight_svd` is
 the mean of `sqrt(sigma / s)` over the weight's singular values. The gradient is a mean over batches in evaluation mode; PEFT takes it in
 training mode.
@@ -34,7 +35,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lora_lite.core import Constants, Frozen, Gradient, Positive, another_start, expect, leading_singular_triplets
+from lora_lite.core import Constants, Frozen, Gradient, Positive, another_start, expect, leading_svd
 from lora_lite.variants.pissa import PiSSAConfig, pissa
 
 lora_ga = another_start(pissa, "lora_ga", constants=("A0", "B0"))
@@ -83,7 +84,7 @@ class LoRAGAConfig(PiSSAConfig):
         half, shape = min(gradient.shape) // 2, tuple(gradient.shape)
         expected = f"at most half of min(i, o) = {min(shape)} for a layer of shape {shape}, since A and B take {2 * self.r} singular pairs"
         expect(self, "r", self.r <= half, expected, "Lower r or leave the layer out.")
-        U, S, Vh = leading_singular_triplets(gradient, 2 * self.r)
+        U, S, Vh = leading_svd(gradient, 2 * self.r, self.svd, angle=1e-3)  # the vectors are all that matters
         official = self.recipe == "official"
         for_A, for_B = (index.to(U.device) for index in components(self.r, self.direction, official, generator))
         a, b = self._sizes(W, S[for_B])

@@ -16,8 +16,8 @@ arXiv:2405.17604, sec. 2.
 
 Trained per target: `r^2`. Needs the dense weight once, at init.
 
-Departures: the official code takes a randomised SVD, here it is exact, its signs fixed by the largest entry of each row of `V_r^T`
-being positive. The defaults give `s = 1`, as in the official runs.
+Departures: the official code takes a randomised SVD. Here a bound on its error is computed, and where it is not met the SVD is exact.
+Signs are fixed by the largest entry of each row of `V_r^T` being positive. The defaults give `s = 1`, as in the official runs.
 """
 
 import math
@@ -29,7 +29,20 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import AdapterConfig, Constants, Frozen, NonNegative, Params, Rank, add_low_rank, checked, require_rank, truncated_svd
+from lora_lite.core import (
+    ANGLE,
+    Constants,
+    Frozen,
+    NonNegative,
+    Params,
+    Rank,
+    SVDConfig,
+    Way,
+    add_low_rank,
+    checked,
+    leading_svd,
+    require_rank,
+)
 
 STD = 1e-5  # of R at init, in the official code
 
@@ -38,10 +51,10 @@ class LoRAXSParams(TypedDict):
     R: Float[Tensor, "r r"]
 
 
-def singular_factors(W: Frozen, r: int) -> Constants:
+def singular_factors(W: Frozen, r: int, svd: Way = "exact") -> Constants:
     """Compute `A = S_r V_r^T (r, i)` and `B = U_r (o, r)`: all of the singular values lie in `A`."""
     weight = W.dense()
-    U, S, Vh = truncated_svd(weight, r)
+    U, S, Vh = leading_svd(weight, r, svd, angle=ANGLE)
     return {"A": (S[:, None] * Vh).to(weight.dtype), "B": U.to(weight.dtype)}
 
 
@@ -55,7 +68,7 @@ def lora_xs(params: LoRAXSParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAXSConfig(AdapterConfig):
+class LoRAXSConfig(SVDConfig):
     """Config of LoRA-XS.
 
     Args:
@@ -87,7 +100,7 @@ class LoRAXSConfig(AdapterConfig):
 
     def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
         require_rank(self, W)
-        return singular_factors(W, self.r)
+        return singular_factors(W, self.r, self.svd)
 
     def init(self, W: Frozen, generator: torch.Generator) -> LoRAXSParams:
         if self.start == "zeros":

@@ -31,7 +31,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.core import Constants, Frozen, Params, checked, require_rank
-from lora_lite.variants.pissa import PiSSAConfig, PiSSAParams, increments
+from lora_lite.variants.pissa import IncrementsConfig, PiSSAParams, increments
 
 
 def orthonormal_factors(W: Frozen, r: int) -> Constants:
@@ -49,7 +49,7 @@ def olora(params: PiSSAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: fl
 
 
 @dataclass(frozen=True, kw_only=True)
-class OLoRAConfig(PiSSAConfig):
+class OLoRAConfig(IncrementsConfig):
     """Config of OLoRA.
 
     Args:

@@ -20,7 +20,8 @@ arXiv:2404.02948, eq. (2)-(5).
 Trained per target: `r (i + o)`. Needs the dense weight once, at init.
 
 Departures: the paper and PEFT overwrite the weight with `W - s B_0 A_0`; here it stays. Dividing the singular values by `s`, so that
-the start does not depend on `alpha`, is PEFT's. Weight decay acts on the increments and so pulls towards the base model, not towards
+the start does not depend on `alpha`, is PEFT's. The start is the best rank-`r` approximation to within a computed bound, or exactly with
+`svd="exact"`; the paper's randomised SVD has no bound. Weight decay acts on the increments and so pulls towards the base model, not towards
 a weight without its principal part.
 """
 
@@ -32,7 +33,20 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import AdapterConfig, Constants, Frozen, Params, Positive, Rank, add_low_rank, balanced_factors, checked, require_rank
+from lora_lite.core import (
+    AdapterConfig,
+    Constants,
+    Frozen,
+    Params,
+    Positive,
+    Rank,
+    SVDConfig,
+    Way,
+    add_low_rank,
+    balanced_factors,
+    checked,
+    require_rank,
+)
 
 
 class PiSSAParams(TypedDict):
@@ -40,10 +54,10 @@ class PiSSAParams(TypedDict):
     dB: Float[Tensor, "o r"]
 
 
-def principal_factors(W: Frozen, r: int, scale: float) -> Constants:
+def principal_factors(W: Frozen, r: int, scale: float, svd: Way = "exact") -> Constants:
     """Compute the start `A0 (r, i)`, `B0 (o, r)` with `scale B0 A0` the best rank-`r` approximation of the weight, eq. (2)-(3)."""
     weight = W.dense()
-    A0, B0 = balanced_factors(weight, r, scale)
+    A0, B0 = balanced_factors(weight, r, scale, svd)
     return {"A0": A0.to(weight.dtype), "B0": B0.to(weight.dtype)}
 
 
@@ -62,15 +76,14 @@ def pissa(params: PiSSAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: fl
 
 
 @dataclass(frozen=True, kw_only=True)
-class PiSSAConfig(AdapterConfig):
-    """Config of PiSSA.
+class IncrementsConfig(AdapterConfig):
+    """Base of the configs of LoRA that starts off zero, whose increments are trained.
 
     Args:
         r: rank of the update, from 1 to the smaller width of the layer.
-        alpha: numerator of the scale `alpha / r`, dimensionless, > 0; the start does not depend on it.
+        alpha: numerator of the scale `alpha / r`, dimensionless, > 0.
     """
 
-    name = "pissa"
     uses = frozenset({"output", "vectors", "dense"})
     trained = "r * (i + o)"
     macs = "2 * r * (i + o)"
@@ -83,12 +96,24 @@ class PiSSAConfig(AdapterConfig):
         """The factor of the update, `alpha / r`."""
         return self.alpha / self.r
 
-    def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
-        require_rank(self, W)
-        return principal_factors(W, self.r, self.scale)
-
     def init(self, W: Frozen, generator: torch.Generator) -> PiSSAParams:
         return {"dA": torch.zeros_like(W.constants["A0"]), "dB": torch.zeros_like(W.constants["B0"])}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PiSSAConfig(SVDConfig, IncrementsConfig):
+    """Config of PiSSA.
+
+    Args:
+        r: rank of the update, from 1 to the smaller width of the layer.
+        alpha: numerator of the scale `alpha / r`, dimensionless, > 0; the start does not depend on it.
+    """
+
+    name = "pissa"
+
+    def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
+        require_rank(self, W)
+        return principal_factors(W, self.r, self.scale, self.svd)
 
     def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
         return pissa(params, W, x, scale=self.scale)

@@ -26,8 +26,8 @@ maps are opposite) and is orthogonal for small `Q` only. `eps` then bounds the F
 
 Departures: PEFT's `psoft_alpha` is left out. It divides `B` and multiplies the update, and so cancels. PEFT trains `1 + a` and `1 + b`, and
 `R` itself without `orth`; these are deviations. The signs of the singular vectors are those that `torch.linalg.svd` gives in float32, as in
-PEFT, whose files hold `R` alone: with other signs `R` would mean another rotation. Files of this library hold `A` and `B`. PEFT's
-randomised SVD is left out.
+PEFT, whose files hold `R` alone: with other signs `R` would mean another rotation. So the SVD is exact by default, and files of PEFT's
+are written of that alone. Files of this library hold `A` and `B`. PEFT's randomised SVD is left out.
 """
 
 from dataclasses import dataclass
@@ -39,20 +39,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.core import (
-    AdapterConfig,
+    ANGLE,
     Constants,
     Frozen,
     Params,
     Probability,
     Rank,
+    SVDConfig,
+    Way,
     Within,
     add_low_rank,
     cayley_excess,
     checked,
     full_precision,
+    leading_svd,
+    note,
     require_rank,
     skew,
 )
+from lora_lite.core.leading import EXACT
 from lora_lite.variants.oft import excess_rotation, project
 
 
@@ -62,11 +67,15 @@ class PSOFTParams(TypedDict):
     a: NotRequired[Float[Tensor, " r"]]
 
 
-def principal_subspace(W: Frozen, r: int, ab_svd_init: str) -> Constants:
-    """Compute `A (r, i)` and `B (o, r)` with `B A` the best rank-`r` approximation of the weight; signs as the SVD gives them."""
+def principal_subspace(W: Frozen, r: int, ab_svd_init: str, svd: Way = "exact") -> Constants:
+    """Compute `A (r, i)` and `B (o, r)` with `B A` the best rank-`r` approximation of the weight; signs as the exact SVD gives them."""
     weight = W.dense()
-    U, S, V = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
-    U, S, V = U[:, :r], S[:r], V[:r]
+    if svd == "exact":
+        U, S, V = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
+        U, S, V = U[:, :r], S[:r], V[:r]
+        note(EXACT)
+    else:
+        U, S, V = leading_svd(weight, r, svd, angle=ANGLE)
     left, right = (S.sqrt(), S.sqrt()) if ab_svd_init == "pissa_init" else (S, torch.ones_like(S))
     return {"A": (right[:, None] * V).to(weight.dtype), "B": (U * left).to(weight.dtype)}
 
@@ -108,7 +117,7 @@ def psoft(
 
 
 @dataclass(frozen=True, kw_only=True)
-class PSOFTConfig(AdapterConfig):
+class PSOFTConfig(SVDConfig):
     """Config of PSOFT.
 
     Args:
@@ -121,6 +130,7 @@ class PSOFTConfig(AdapterConfig):
         terms: terms of the series as PEFT counts them, >= 2; 3 is the same as 4. Not used by `"exact"`.
         eps: bound of the Frobenius norm of `Q` in the series, in (0, 1), or None.
         dropout: probability of dropping an entry of the adapter's input, in [0, 1), in training mode.
+        svd: `"exact"`, by which PEFT's files are written and read, or `"auto"` as in PiSSA's config, without files of PEFT's.
     """
 
     name = "psoft"
@@ -137,10 +147,11 @@ class PSOFTConfig(AdapterConfig):
     terms: Annotated[int, Within(2)] = 5
     eps: Annotated[float, Within(0, 1, above=True)] | None = None
     dropout: Probability = 0.0
+    svd: Literal["auto", "exact"] = "exact"
 
     def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
         require_rank(self, W)
-        return principal_subspace(W, self.r, self.ab_svd_init)
+        return principal_subspace(W, self.r, self.ab_svd_init, self.svd)
 
     def init(self, W: Frozen, generator: torch.Generator) -> PSOFTParams:
         params: PSOFTParams = {"Q": torch.zeros(self.r * (self.r - 1) // 2) if self.orth else torch.zeros(self.r, self.r)}

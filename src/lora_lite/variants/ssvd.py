@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import AdapterConfig, Constants, Frozen, Params, Within, checked, require_rank
-from lora_lite.core.linalg import add_low_rank, cayley_excess, skew, truncated_svd
+from lora_lite.core import ANGLE, Constants, Frozen, Params, SVDConfig, Way, Within, checked, leading_svd, require_rank
+from lora_lite.core.linalg import add_low_rank, cayley_excess, skew
 
 
 class SSVDParams(TypedDict):
@@ -46,10 +46,10 @@ class SSVDParams(TypedDict):
     K: Float[Tensor, " r*(r-1)//2"]
 
 
-def singular_triplets(W: Frozen, r: int) -> Constants:
+def singular_triplets(W: Frozen, r: int, svd: Way = "exact") -> Constants:
     """Compute the top `r` of the SVD, `U (o, r)`, `S (r)`, `Vh (r, i)`. The values stay in at least float32."""
     weight = W.dense()
-    U, S, Vh = truncated_svd(weight, r)
+    U, S, Vh = leading_svd(weight, r, svd, angle=ANGLE)
     return {"U": U.to(weight.dtype), "S": S, "Vh": Vh.to(weight.dtype)}
 
 
@@ -71,7 +71,7 @@ def ssvd(
 
 
 @dataclass(frozen=True, kw_only=True)
-class SSVDConfig(AdapterConfig):
+class SSVDConfig(SVDConfig):
     """Config of SSVD.
 
     Args:
@@ -92,7 +92,7 @@ class SSVDConfig(AdapterConfig):
 
     def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
         require_rank(self, W)
-        return singular_triplets(W, self.r)
+        return singular_triplets(W, self.r, self.svd)
 
     def init(self, W: Frozen, generator: torch.Generator) -> SSVDParams:
         return {"s": torch.zeros(self.r), "gate": torch.zeros(()), "K": torch.zeros(self.r * (self.r - 1) // 2)}

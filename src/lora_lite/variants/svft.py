@@ -44,17 +44,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.core import (
-    AdapterConfig,
+    ANGLE,
     Constants,
     Frozen,
     Params,
     Rank,
     Size,
+    SVDConfig,
+    Way,
     add_low_rank,
     checked,
     expect,
+    leading_svd,
     require_rank,
-    truncated_svd,
 )
 
 NARROW = 128  # a product of matrices does about as many multiply-adds in the time of one by a pass over the activations
@@ -83,10 +85,10 @@ def places(U: Tensor, V: Tensor, pattern: str, off_diag: int, generator: torch.G
     return (V @ U).t().abs().flatten().topk(n).indices.sort().values
 
 
-def singular_basis(W: Frozen, r: int | None, pattern: str, off_diag: int, generator: torch.Generator) -> Constants:
+def singular_basis(W: Frozen, r: int | None, pattern: str, off_diag: int, generator: torch.Generator, svd: Way = "exact") -> Constants:
     """Compute the frozen factors of a layer, and the places of its pattern."""
     weight = W.dense()
-    U, _, V = truncated_svd(weight, r or min(weight.shape))
+    U, _, V = leading_svd(weight, r or min(weight.shape), svd, angle=ANGLE)
     at = {} if pattern == "plain" else {"at": places(U, V, pattern, off_diag, generator)}
     return {"U": U.to(weight.dtype), "V": V.to(weight.dtype), **at}
 
@@ -126,7 +128,7 @@ def svft(
 
 
 @dataclass(frozen=True, kw_only=True)
-class SVFTConfig(AdapterConfig):
+class SVFTConfig(SVDConfig):
     """Config of SVFT.
 
     Args:
@@ -160,7 +162,7 @@ class SVFTConfig(AdapterConfig):
             expect(self, "off_diag", self.off_diag < k, f"less than {k}, the number of directions", "Lower it, or leave the layer out.")
         square = self.pattern != "top_k" or i == o
         expect(self, "pattern", square, f"one for a weight of {o} by {i}", 'Use "banded", or adapt square weights alone.')
-        return singular_basis(W, self.r, self.pattern, self.off_diag, generator)
+        return singular_basis(W, self.r, self.pattern, self.off_diag, generator, self.svd)
 
     def init(self, W: Frozen, generator: torch.Generator) -> SVFTParams:
         n = entries(len(W.constants["V"]), self.pattern, self.off_diag)

@@ -34,7 +34,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.core import (
-    AdapterConfig,
     Constants,
     Count,
     Frozen,
@@ -44,6 +43,8 @@ from lora_lite.core import (
     Probability,
     Rank,
     Size,
+    SVDConfig,
+    Way,
     add_low_rank,
     balanced_factors,
     checked,
@@ -55,10 +56,10 @@ class TinyLoRAParams(TypedDict):
     v: Float[Tensor, "g u"]
 
 
-def factors(W: Frozen, r: int) -> Constants:
+def factors(W: Frozen, r: int, svd: Way = "exact") -> Constants:
     """Compute `A (r, i)` and `B (o, r)`, which have the roots of the singular values each."""
     weight = W.dense()
-    A, B = balanced_factors(weight, r)
+    A, B = balanced_factors(weight, r, svd=svd)
     return {"A": A.to(weight.dtype), "B": B.to(weight.dtype)}
 
 
@@ -83,7 +84,7 @@ def tinylora(
 
 
 @dataclass(frozen=True, kw_only=True)
-class TinyLoRAConfig(AdapterConfig):
+class TinyLoRAConfig(SVDConfig):
     """Config of TinyLoRA.
 
     Args:
@@ -128,7 +129,7 @@ class TinyLoRAConfig(AdapterConfig):
         return {path: numbered(W, self.r, self.u, self.seed, n, min(n // size, groups - 1)) for n, (path, W) in enumerate(layers.items())}
 
     def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
-        return factors(W, self.r)
+        return factors(W, self.r, self.svd)
 
     def share_init(self, layers: Sequence[Frozen], generator: torch.Generator) -> TinyLoRAParams:
         v = torch.zeros(self.groups(len(layers)), self.u)

@@ -18,6 +18,7 @@ from lora_lite.core.config import AdapterConfig
 from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import require_type, several, tree_faults
 from lora_lite.core.frozen import Constants
+from lora_lite.core.leading import SVDConfig
 from lora_lite.core.tree import Tree, join
 from lora_lite.files.peft import grouped, tokens, whole
 from lora_lite.files.peft.fields import DEFAULTS, OFF, check_fields, resolve
@@ -162,7 +163,12 @@ def _choose(fields: Mapping[str, Any], layers: Layers) -> dict[str, tuple[Row, d
 def _values(row: Row, fields: Mapping[str, Any], path: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     dtypes = [tensor.dtype for tensor in tensors.values()]
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32  # PEFT keeps half precision as float32 too
-    return {**row.read(fields, path, tensors), "dtype": dtype, "target_names": (f"^{re.escape(path)}$",), "exclude_names": ()}
+    derived = issubclass(row.config, SVDConfig) and not row.constants  # the file's numbers are for PEFT's own factors, which are exact
+    return {
+        **row.read(fields, path, tensors),
+        **({"svd": "exact"} if derived else {}),
+        **{"dtype": dtype, "target_names": (f"^{re.escape(path)}$",), "exclude_names": ()},
+    }
 
 
 def _merged_configs(chosen: Chosen) -> list[AdapterConfig]:
@@ -187,7 +193,8 @@ def _with_constants(adapt: Adapt, chosen: Chosen, parts: Parts) -> Adapt:
         found = {name: (key, parts.common[key]) for name, key in row.shared.items() if key in parts.common}
         if found:
             common[cfg.name] = _replaced(common[cfg.name], found)
-    return Adapt(dataclasses.replace(plan, constants=constants, shared=common, task_type=parts.fields.get("task_type")))
+    starts = {path: start for path, start in plan.starts.items() if not (path in chosen and chosen[path][0].constants)}
+    return Adapt(dataclasses.replace(plan, constants=constants, shared=common, starts=starts, task_type=parts.fields.get("task_type")))
 
 
 def _layers_of(adapt: Adapt) -> dict[str, Kind]:

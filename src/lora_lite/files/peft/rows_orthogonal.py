@@ -68,5 +68,6 @@ ROWS: dict[str, Row] = {
         },
         _read_psoft,
         _write_psoft,
+        refused=lambda cfg: 'svd="auto": the file holds R alone, for the exact SVD and its signs' if cfg.svd == "auto" else None,
     ),
 }

@@ -1,0 +1,260 @@
+"""Starts from leading singular vectors: the stated bounds hold against float64, and where they are not met the exact path is taken."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import lora_lite as ll
+from lora_lite.core import krylov, leading
+from lora_lite.core.leading import certified, leading_eigenpairs, leading_svd
+from lora_lite.core.linalg import truncated_svd
+
+f64 = torch.float64
+SPECTRA = {
+    "power": lambda j: 1 / j,
+    "slow power": lambda j: j**-0.4,
+    "exponential": lambda j: 0.8**j,
+    "steep": lambda j: 0.2**j,
+    "flat": torch.ones_like,
+    "nearly flat": lambda j: 1 - 1e-3 * j / len(j),
+    "clustered at the cut": lambda j: torch.where((j > 4) & (j < 14), 0.5 + 1e-9 * j, 1 / j),
+    "close at the cut": lambda j: torch.where((j > 4) & (j < 14), 0.5 - 1e-4 * j, 1 / j),
+    "clustered at the top": lambda j: torch.where(j <= 7, 1.0, 0.3 / j),
+    "a floor": lambda j: torch.where(j <= 8, 1 / j, 1e-3),
+    "of a lower rank": lambda j: torch.where(j <= 5, 1 / j, 0.0),
+    "of that rank": lambda j: torch.where(j <= 8, 1 / j, 0.0),
+}
+MET = {"power", "slow power", "exponential", "steep", "clustered at the top", "a floor", "of a lower rank", "of that rank"}
+
+
+def matrix_of(spectrum, o, i, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    n = min(o, i)
+    U, V = (torch.linalg.qr(torch.randn(k, n, generator=g, dtype=f64)).Q for k in (o, i))
+    return U * SPECTRA[spectrum](torch.arange(1, n + 1, dtype=f64)) @ V.t()
+
+
+def sine(A, B):
+    """Return the Frobenius norm of the sines between the columns' spans."""
+    return float((A - B @ (B.t() @ A)).norm())
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (256, 420), (400, 256)], ids=["square", "wide", "tall"])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_stated_bounds_hold_against_float64(spectrum, shape):
+    for r, seed in ((8, 0), (3, 1), (20, 2)):
+        W = matrix_of(spectrum, *shape, seed).float()
+        found = certified(W, r)
+        if r == 8:
+            assert spectrum not in MET or found is not None
+        if found is None:
+            continue
+        start, (U, S, Vh) = found
+        exact_U, exact_S, exact_Vh = torch.linalg.svd(W.double(), full_matrices=False)
+        best = exact_U[:, :r] * exact_S[:r] @ exact_Vh[:r]
+        true = float((U.double() * S.double() @ Vh.double() - best).norm() / best.norm())
+        assert true <= start.error <= leading.TOLERANCE
+        if math.isfinite(start.angle):
+            assert sine(U.double(), exact_U[:, :r]) <= start.angle + 1e-6  # of float32's rounding, against vectors of norm 1
+            assert sine(Vh.double().t(), exact_Vh[:r].t()) <= start.angle + 1e-6
+
+
+@pytest.mark.parametrize("spectrum", ["power", "flat", "slow power"])
+def test_bounds_do_not_depend_on_the_size_of_the_numbers_or_their_dtype(spectrum):
+    W = matrix_of(spectrum, 256, 300)
+    for factor, dtype in ((1e-12, torch.float32), (1e12, torch.float32), (1.0, torch.bfloat16), (1.0, torch.float16), (1e-100, f64)):
+        given = (W * factor).to(dtype)
+        found = certified(given, 6)
+        assert (found is None) == (spectrum == "flat")
+        if found is not None:
+            start, (U, S, Vh) = found
+            assert U.dtype == S.dtype == Vh.dtype == torch.promote_types(dtype, torch.float32)
+            exact_U, exact_S, exact_Vh = torch.linalg.svd(given.double(), full_matrices=False)
+            best = exact_U[:, :6] * exact_S[:6] @ exact_Vh[:6]
+            assert float((U.double() * S.double() @ Vh.double() - best).norm() / best.norm()) <= start.error
+
+
+def test_triplets_have_the_signs_and_the_layout_of_the_exact_ones():
+    W = matrix_of("power", 300, 256).float()
+    for got, want in zip(leading_svd(W, 5), truncated_svd(W, 5), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        assert got.is_contiguous()
+
+
+def test_direction_that_the_iteration_missed_is_found_by_the_probes(monkeypatch):
+    W = matrix_of("power", 256, 300).float()
+    assert certified(W, 6) is not None
+    whole = krylov.Ritz.vectors
+
+    def blind(ritz, p):  # as if the start had had no part along the third vector
+        return torch.cat([whole(ritz, 2), whole(ritz, p + 1)[3:]])
+
+    def shifted(*given):
+        ritz = krylov.krylov(*given)
+        return krylov.Ritz(ritz.rows, ritz.inner, [*ritz.values[:2], *ritz.values[3:]], [*ritz.residuals[:2], *ritz.residuals[3:]])
+
+    monkeypatch.setattr(krylov.Ritz, "vectors", blind)
+    monkeypatch.setattr(leading, "krylov", shifted)
+    assert certified(W, 6) is None
+
+
+@pytest.mark.parametrize(
+    "W", [torch.zeros(256, 256), torch.full((256, 256), torch.nan), torch.eye(300)[:256], torch.diag(torch.rand(256) > 0.9).float()]
+)
+def test_matrices_without_leading_directions_take_the_exact_path(W):
+    with leading.noted() as starts:
+        if W.isnan().any():
+            with pytest.raises(torch.linalg.LinAlgError):
+                leading_svd(W, 4)
+            return
+        got = leading_svd(W, 4)
+    assert starts == [leading.EXACT]
+    assert all(torch.equal(a, b) for a, b in zip(got, truncated_svd(W, 4), strict=True))
+
+
+def test_start_draws_from_a_generator_of_its_own():
+    W = matrix_of("power", 256, 256).float()
+    torch.manual_seed(0)
+    before, first = torch.get_rng_state(), leading_svd(W, 4)
+    torch.randn(5)
+    second = leading_svd(W, 4)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    torch.manual_seed(0)
+    leading_svd(W, 4)
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.autocast("cpu", torch.bfloat16):
+        third = leading_svd(W, 4)
+    assert all(torch.equal(a, b) for a, b in zip(first, third, strict=True))
+
+
+def test_eigenpairs_are_those_of_the_whole_decomposition():
+    V = torch.linalg.qr(torch.randn(300, 300, dtype=f64)).Q
+    C = V * (1 / torch.arange(1, 301, dtype=f64) ** 2) @ V.t()
+    values, vectors, start = leading_eigenpairs(C, 6)
+    assert start.path == "krylov"
+    torch.testing.assert_close(values, 1 / torch.arange(1, 7, dtype=f64) ** 2, rtol=1e-8, atol=0)
+    assert sine(vectors, V[:, :6]) <= start.angle
+    exact = leading_eigenpairs(C, 6, "exact")
+    assert exact[2] == leading.EXACT
+    assert torch.equal(exact[1], torch.linalg.eigh(C).eigenvectors.flip(1)[:, :6])
+
+
+# In an adapted model
+
+
+def model_of(spectrum="power"):
+    model = nn.Sequential(nn.Linear(256, 300, bias=False), nn.ReLU(), nn.Linear(300, 8))
+    for p in model[2].parameters():
+        p.data = 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    model[0].weight.data = matrix_of(spectrum, 300, 256).float()
+    return model
+
+
+X = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+CONFIGS = {
+    "pissa": ll.PiSSAConfig(r=4),
+    "lora_xs": ll.LoRAXSConfig(r=4),
+    "ssvd": ll.SSVDConfig(r=4),
+    "svft": ll.SVFTConfig(r=4),
+    "psoft": ll.PSOFTConfig(r=4, svd="auto"),
+    "antipasto": ll.AntiPaSTOConfig(r=4, core="gain"),
+    "tinylora": ll.TinyLoRAConfig(r=2),
+    "abba": ll.ABBAConfig(r1=4, r2=2),
+    "asvd": ll.ASVDConfig(r=4),
+    "corda": ll.CorDAConfig(r=4),
+    "antipasto-asvd": ll.AntiPaSTOConfig(r=4, core="gain", basis="asvd"),
+}
+
+
+def built(cfg, spectrum="power"):
+    calibration = [X] if cfg.calibrated or getattr(cfg, "basis", "svd") != "svd" else None
+    return ll.build(model_of(spectrum), cfg, calibration=calibration)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_variants_take_the_fast_path_and_say_so(name, tmp_path):
+    cfg = dataclasses.replace(CONFIGS[name], target_names="^0$")
+    adapt = built(cfg)
+    assert adapt.starts["0"].path == "krylov"
+    assert 0 < adapt.starts["0"].error <= leading.TOLERANCE
+    assert "1 by a Krylov iteration, each within" in adapt.summary()
+    exact = built(dataclasses.replace(cfg, svd="exact"))
+    assert exact.starts == {"0": leading.EXACT}
+    assert "SVD of the starts: 1 exact" in exact.summary(full=True)
+    fast = {**adapt.constants["0"], **adapt.init()["0"]}
+    for leaf, want in {**exact.constants["0"], **exact.init()["0"]}.items():
+        signs = (fast[leaf] * want).sum(-1, keepdim=True).sign() if name == "psoft" and leaf == "A" else 1
+        if name != "psoft" or leaf != "B":
+            torch.testing.assert_close(fast[leaf] * signs, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
+    params = adapt.init()
+    params = ll.tree_map(lambda p: p + 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)), params)
+    ll.save(adapt, params, tmp_path / "a.safetensors")
+    again, read = ll.load(model_of(), tmp_path / "a.safetensors")
+    assert again.starts == adapt.starts
+    assert again.configs == adapt.configs
+    assert torch.equal(again(read, X), adapt(params, X))
+
+
+def test_small_layers_and_flat_weights_take_the_exact_path():
+    adapt = built(ll.PiSSAConfig(r=4), "flat")
+    assert adapt.starts == {"0": leading.EXACT, "2": leading.EXACT}
+    assert "SVD of the starts: 2 exact" in adapt.summary()
+    assert ll.build(model_of(), ll.LoRAConfig(r=4)).starts == {}
+    assert "SVD" not in ll.build(model_of(), ll.OLoRAConfig(r=4)).summary()
+    kept = built(ll.CorDAConfig(r=4, method="kpm", target_names="^0$"))
+    assert kept.starts == {"0": leading.EXACT}  # the smallest are not among the leading ones
+
+
+def test_layers_that_share_a_statistic_each_have_their_start():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(256, 16), nn.Linear(256, 8)
+
+        def forward(self, x):
+            return self.q(x).sum(-1) + self.k(x).sum(-1)
+
+    inputs = torch.randn(600, 256) @ matrix_of("power", 256, 256).float()
+    adapt = ll.build(Both(), ll.EVAConfig(r=4), calibration=[inputs])
+    assert set(adapt.starts) == {"q", "k"}
+    assert {start.path for start in adapt.starts.values()} == {"krylov"}
+    exact = ll.build(Both(), ll.EVAConfig(r=4, svd="exact"), calibration=[inputs])
+    assert {start.path for start in exact.starts.values()} == {"exact"}
+    assert sine(adapt.constants["q"]["A0"].double().t(), exact.constants["q"]["A0"].double().t()) < 2e-3
+
+
+def test_maps_of_one_layer_state_the_largest_bound():
+    starts = [leading.Start("krylov", 1e-4, 1e-3), leading.EXACT, leading.Start("krylov", 2e-5, math.inf)]
+    assert leading.worst(starts) == leading.Start("krylov", 1e-4, math.inf)
+
+
+def test_conversion_to_lora_loses_nothing_on_the_fast_path():
+    adapt = ll.build(model_of(), ll.LoRAConfig(r=4, target_names="^0$"))
+    params = {"0": {leaf: torch.randn(p.shape) for leaf, p in adapt.init()["0"].items()}}
+    _, _, errors = ll.to_lora(adapt, params, r=8)
+    assert errors["0"] < 1e-5
+
+
+def test_files_of_peft_rest_on_the_exact_factors(tmp_path):
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(model_of(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"], init_lora_weights="pissa"))
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(0.02 * torch.randn(p.shape))
+    theirs.save_pretrained(tmp_path / "pissa")
+    adapt, params = ll.from_peft(model_of(), tmp_path / "pissa")
+    assert adapt.starts == {"0": leading.EXACT}
+    assert adapt.configs[0].svd == "exact"
+    update = theirs.eval()(X) - model_of()(X)
+    assert update.detach().abs().max() > 1e-2
+    torch.testing.assert_close(adapt(params, X) - adapt.base(X), update, rtol=1e-4, atol=1e-4 * float(update.detach().abs().max()))
+
+
+def test_psoft_has_files_of_peft_for_the_exact_factors_alone(tmp_path):
+    psoft = built(CONFIGS["psoft"])
+    with pytest.raises(ValueError, match='svd="auto": the file holds R alone'):
+        ll.to_peft(psoft, psoft.init(), tmp_path / "psoft")
