@@ -41,7 +41,7 @@ class _Packed8bit(NamedTuple):
 
 
 @functools.lru_cache  # every build asks of every module
-def _is(cls: type, name: str) -> bool:
+def _is(cls: Any, name: str) -> bool:
     return any(c.__name__ == name and c.__module__.startswith("bitsandbytes.") for c in cls.__mro__)
 
 

@@ -14,7 +14,6 @@ from lora_lite.core.errors import listed, several
 from lora_lite.core.frozen import Constants, Params
 from lora_lite.core.plan import Target
 from lora_lite.core.tree import AnyTree, modules_by_path
-from lora_lite.derived.merge import leaves_at
 from lora_lite.layers.access import module_at
 from lora_lite.prepare.start import generator_for
 from lora_lite.transforms.updates import Update, factored_update_of, lost, update_of
@@ -39,7 +38,7 @@ class Part:
 
     def leaves(self, path: str) -> Params:
         """Return the params that reach a target."""
-        return leaves_at(self.params, *self.entries[path])
+        return self.adapt._plan.leaves(self.params, path, self.entries[path][1])
 
     def constants(self, path: str) -> Constants:
         """Return a target's own constants."""
