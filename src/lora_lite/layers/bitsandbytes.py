@@ -40,7 +40,7 @@ class _Packed8bit(NamedTuple):
     scales: Tensor
 
 
-@functools.lru_cache  # every build asks of every module
+@functools.cache  # every build asks of every module
 def _is(cls: Any, name: str) -> bool:
     return any(c.__name__ == name and c.__module__.startswith("bitsandbytes.") for c in cls.__mro__)
 
@@ -61,7 +61,7 @@ class Linear4bitKind(_FrozenBitsandbytes):
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        return _is(type(layer), "Linear4bit")
+        return _is(type(layer), "Linear4bit")  # type: ignore[arg-type]  # mypy takes the hash of the instances for that of the class
 
     @classmethod
     def fault(cls, layer: Any) -> str | None:
@@ -119,7 +119,7 @@ class Linear8bitKind(_FrozenBitsandbytes):
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        return _is(type(layer), "Linear8bitLt")
+        return _is(type(layer), "Linear8bitLt")  # type: ignore[arg-type]  # as above
 
     @classmethod
     def fault(cls, layer: Any) -> str | None:
