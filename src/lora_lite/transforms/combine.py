@@ -145,15 +145,15 @@ def _parts(adapt: Any, trees: Any) -> list[Part]:
 
 def _strengths(weights: Any, count: int) -> tuple[list[Tensor], bool]:
     """Return the weights in float64, one tensor each, and whether a gradient is asked of them."""
-    listed_ = isinstance(weights, Sequence) and not isinstance(weights, str)
-    numbers = listed_ and all(isinstance(w, Tensor | int | float) and not isinstance(w, bool) for w in weights)
+    in_list = isinstance(weights, Sequence) and not isinstance(weights, str)
+    numbers = in_list and all(isinstance(w, Tensor | int | float) and not isinstance(w, bool) for w in weights)
     tensor = isinstance(weights, Tensor) and weights.dtype is not torch.bool and not weights.is_complex()
     require_type(numbers or tensor, CALL, "weights", "a list of numbers, or a tensor of them", weights)
     shape = tuple(weights.shape) if isinstance(weights, Tensor) else (len(weights),)
     if shape != (count,):
         raise ValueError(f"combine: expected weights of shape ({count},), one for each tree, found {shape}. Give each tree its weight.")
     given = [w if isinstance(w, Tensor) else torch.tensor(float(w), dtype=torch.float64) for w in weights]
-    tracked = any(w.requires_grad or torch._C._functorch.is_gradtrackingtensor(w) for w in given)
+    tracked = torch.is_grad_enabled() and any(w.requires_grad or torch._C._functorch.is_gradtrackingtensor(w) for w in given)
     strange = [w for w in given if w.dim() or not math.isfinite(float(w.detach()))]
     if strange:
         raise ValueError(f"combine: expected finite numbers as weights, found {strange[0].detach().tolist()}. Give each tree one.")
