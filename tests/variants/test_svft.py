@@ -126,3 +126,17 @@ def test_what_does_not_fit_a_layer_is_refused():
         derived(ll.SVFTConfig(pattern="banded", off_diag=9), layer(9, 14))
     with pytest.raises(ValueError, match=r"SVFTConfig.r: expected"):
         derived(ll.SVFTConfig(r=10), layer(9, 14))
+
+
+@pytest.mark.parametrize("pattern", ["plain", "banded", "random"])
+def test_many_vectors_are_those_of_the_update_multiplied_out(pattern, monkeypatch):
+    torch.manual_seed(0)
+    adapt = ll.build(torch.nn.Sequential(torch.nn.Linear(24, 40)), ll.SVFTConfig(pattern=pattern))
+    params = ll.tree_map(lambda p: p + torch.randn_like(p), adapt.init(seed=0))
+    x = torch.randn(200, 24)
+    built = []
+    updated_by = ll.Frozen.updated_by
+    monkeypatch.setattr(ll.Frozen, "updated_by", lambda self, *args, **kw: built.append(1) or updated_by(self, *args, **kw))
+    whole, parts = adapt(params, x), torch.cat([adapt(params, part) for part in x.split(10)])
+    assert len(built) == 1  # ten vectors pass through the factors
+    torch.testing.assert_close(whole - adapt.base(x), parts - adapt.base(x), rtol=1e-4, atol=1e-5)

@@ -39,7 +39,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import AdapterConfig, Constants, Count, Frozen, NonNegative, Params, Positive, Probability, add_low_rank, checked
+from lora_lite.core import AdapterConfig, Constants, Count, Frozen, NonNegative, Params, Positive, Probability, checked
+from lora_lite.variants._inner import plus_inner
 from lora_lite.variants._sparse import DENSE, gathered
 
 
@@ -112,26 +113,18 @@ def alone(W: Frozen, n: int) -> Constants:
 @checked
 def frod(params: FRoDParams, W: Frozen, x: Float[Tensor, "*b i"], *, dropout: float = 0.0) -> Float[Tensor, "*b o"]:
     """Return `W x + b + U (diag(lambda_l) + S) V^T drop(x)`. A plain weight is taken for the only one of its sort."""
-    diagonal, s, i, o = params["lambda_l"], params["lambda_s"], W.in_features, W.out_features
-    fixed = W.constants or alone(W, len(s))
+    trained, i = (params["lambda_l"], params["lambda_s"]), W.in_features
+    fixed, n = W.constants or alone(W, len(trained[1])), len(trained[1])
     rows, cols = fixed["index"]
-    U, V = fixed["U"].to(x.dtype), fixed["V"].to(x.dtype)
+    dense = i * i <= DENSE * n
 
-    def inner(diagonal: Tensor, s: Tensor) -> Tensor:
+    def inner(h: Tensor, diagonal: Tensor, s: Tensor) -> Tensor:
+        if not dense:
+            return diagonal * h + gathered(h, rows, cols, s, i).to(h.dtype)
         places = torch.cat([torch.arange(i, device=s.device) * (i + 1), rows.long() * i + cols])
-        return s.new_zeros(i * i).index_add(0, places, torch.cat([diagonal, s])).view(i, i)
+        return F.linear(h, s.new_zeros(i * i).index_add(0, places, torch.cat([diagonal, s])).view(i, i))
 
-    def update(diagonal: Tensor, s: Tensor) -> Tensor:
-        return U @ (inner(diagonal, s) @ V.t())
-
-    tokens, dense = x.numel() // i, i * i <= DENSE * len(s)
-    if dense and tokens * (o + 5 * i) > 2 * i * (i + o):  # a step takes fewer multiply-adds with the update multiplied out
-        if i * (i + o) <= tokens * o:  # and to make it again is cheaper than one product with it
-            return W.updated_by(x, update, diagonal, s, dropout=dropout)
-        return W.updated(x, update(diagonal, s), dropout)
-    z = F.linear(W.dropped(x, dropout), V.t())
-    h = F.linear(z, inner(diagonal, s)) if dense else diagonal * z + gathered(z, rows, cols, s, i).to(z.dtype)
-    return add_low_rank(W(x), h, U)
+    return plus_inner(W, x, fixed["U"].to(x.dtype), fixed["V"].to(x.dtype).t(), inner, trained, i * i if dense else i + n, dropout)
 
 
 @dataclass(frozen=True, kw_only=True)

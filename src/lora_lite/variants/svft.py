@@ -52,12 +52,12 @@ from lora_lite.core import (
     Size,
     SVDConfig,
     Way,
-    add_low_rank,
     checked,
     expect,
     leading_svd,
     require_rank,
 )
+from lora_lite.variants._inner import plus_inner
 
 NARROW = 128  # a product of matrices does about as many multiply-adds in the time of one by a pass over the activations
 K = "(r or min(i, o))"
@@ -117,14 +117,13 @@ def svft(
 ) -> Float[Tensor, "*b o"]:
     """Return `W x + b + U M V^T x`. The module's docstring has the formula. A plain weight's random places have the seed 0."""
     basis = W.constants or singular_basis(W, r, pattern, off_diag, torch.Generator().manual_seed(0))
-    m, h = params["m"], F.linear(x, basis["V"].to(x.dtype))
+    U, V = (basis[name].to(x.dtype) for name in ("U", "V"))
+    k, width = len(V), 2 * off_diag + 1
     if pattern == "plain":
-        h = h * m
-    elif pattern == "banded" and (2 * off_diag + 1) * NARROW <= h.shape[-1]:
-        h = by_diagonals(h, m, basis["at"], off_diag)
-    else:
-        h = by_matrix(h, m, basis["at"])
-    return add_low_rank(W(x), h, basis["U"].to(x.dtype))
+        return plus_inner(W, x, U, V, torch.mul, (params["m"],), k)
+    if pattern == "banded" and width * NARROW <= k:
+        return plus_inner(W, x, U, V, lambda h, m: by_diagonals(h, m, basis["at"], off_diag), (params["m"],), width * k)
+    return plus_inner(W, x, U, V, lambda h, m: by_matrix(h, m, basis["at"]), (params["m"],), k * k)
 
 
 @dataclass(frozen=True, kw_only=True)
