@@ -58,6 +58,7 @@ class Binding:
         """Return the same binding with its params in another adapter."""
         other = Binding(self.path, self.cfg, self.W, adapter, self.shared)
         other.own, other.root, other.followers = self.own, self.root, self.followers
+        other.mixed, other.index, other.rows = self.mixed, self.index, self.rows
         return other
 
     def hide_reads(self) -> None:

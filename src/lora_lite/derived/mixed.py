@@ -147,7 +147,7 @@ def strength_axes(c: float | Tensor, members: int | None) -> tuple[int | None, i
     return (None if members is None else 0), (0 if shape else None)
 
 
-def index_of(index: Tensor | Sequence[int] | None, members: int, device: torch.device) -> Tensor | None:
+def index_of(index: Tensor | Sequence[int] | None, members: int, device: torch.device, caller: str = "mixed") -> Tensor | None:
     """Check an index of adapters, one for each row, and return it as a tensor.
 
     Raises:
@@ -161,19 +161,19 @@ def index_of(index: Tensor | Sequence[int] | None, members: int, device: torch.d
         wrong = [k for k in index if isinstance(k, bool) or not isinstance(k, Integral)]
         if wrong:
             raise TypeError(
-                f"adapt.mixed: expected index as integers, a row each, found {wrong[0]!r}. Give each row the number of its adapter."
+                f"adapt.{caller}: expected index as integers, a row each, found {wrong[0]!r}. Give each row the number of its adapter."
             )
-        _require_members(index, members)
+        _require_members(index, members, caller)
         return torch.tensor(list(index), dtype=torch.long, device=device)
     if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
         found = f"{index.dtype} of shape {tuple(index.shape)}"
-        raise TypeError(f"adapt.mixed: expected index as a vector of integers, found {found}. Give each row the number of its adapter.")
+        raise TypeError(f"adapt.{caller}: expected index as a vector of integers, found {found}. Give each row the number of its adapter.")
     if index.device.type == "cpu" and not in_transform():
-        _require_members(index.tolist(), members)
+        _require_members(index.tolist(), members, caller)
     return index.to(device, torch.long)
 
 
-def _require_members(index: Sequence[int], members: int) -> None:
+def _require_members(index: Sequence[int], members: int, caller: str) -> None:
     outside = [k for k in index if not 0 <= k < members]
     if outside:
-        raise ValueError(f"adapt.mixed: expected index in 0..{members - 1}, found {outside[0]}. The stack has {members} members.")
+        raise ValueError(f"adapt.{caller}: expected index in 0..{members - 1}, found {outside[0]}. The stack has {members} members.")

@@ -6,7 +6,7 @@ that came in.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ RowMap = Mapping[str, Tensor | Sequence[int] | int]
 
 _CLOSE = 0.1
 """The distance, in norms, of inputs that count as equal: low dtypes round by the size of a batch, and other rows are about 1 away."""
-_PLAIN = (Tensor, int, float, str, bool, type(None), torch.dtype)
+PLAIN = (Tensor, int, float, str, bool, type(None), torch.dtype)
+"""The parts of a batch that a trial may cut, or pass on as they are: a run does not change them."""
 
 
 class Followed:
@@ -60,24 +61,29 @@ class Followed:
         plain = (dict(batch) if isinstance(batch, Mapping) else batch, dict(kwargs))
         leaves = pytree.tree_leaves_with_path(plain)
         lengths = [len(leaf) for _, leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
-        rows = _rows(lengths, members) if index is None else len(index)
+        rows = equal_groups(lengths, members) if index is None else len(index)
         mapped = _mapped(row_map or {}, [path for path, _ in replica.bindings], rows, members, index)
         if not tried or rows < 2 or torch.compiler.is_compiling():
             return Rows(mapped=mapped)
         key = tuple((pytree.keystr(path), *_facts(leaf, rows)) for path, leaf in leaves)
         if key not in self._known:
-            can = rows in lengths and all(isinstance(leaf, _PLAIN) for _, leaf in leaves)
-            self._known[key] = _try(replica, plain, rows) if can else {}
+            can = rows in lengths and all(isinstance(leaf, PLAIN) for _, leaf in leaves)
+            self._known[key] = follows(replica, plain, rows) if can else {}
         known = self._known[key]
-        lost = [path for path, follows in known.items() if not follows and path not in mapped]
-        if lost:
-            more = f", as at {len(lost) - 1} more targets" if lost[1:] else ""
-            raise ValueError(
-                f'adapt.mixed: at "{lost[0]}" expected an input whose first axis is made of the batch\'s rows, found one that does not '
-                f"grow with them{more}. Leave such layers out with exclude_names, or run the members one by one, or tell "
-                "with row_map where the rows are."
-            )
+        require_following(known, mapped, "adapt.mixed")
         return Rows(rows, frozenset(known), mapped)
+
+
+def require_following(known: Mapping[str, bool], mapped: Container[str], caller: str) -> None:
+    """Refuse targets whose input is known not to follow the batch's rows, where the caller has not mapped them."""
+    lost = [path for path, follows in known.items() if not follows and path not in mapped]
+    if lost:
+        more = f", as at {len(lost) - 1} more targets" if lost[1:] else ""
+        raise ValueError(
+            f'{caller}: at "{lost[0]}" expected an input whose first axis is made of the batch\'s rows, found one that does not '
+            f"grow with them{more}. Leave such layers out with exclude_names, or run the members one by one, or tell "
+            "with row_map where the rows are."
+        )
 
 
 def _mapped(row_map: RowMap, paths: Sequence[str], rows: int, members: int, index: Tensor | None) -> dict[str, Tensor | int]:
@@ -106,7 +112,7 @@ def _members_of(pattern: str, places: Tensor | Sequence[int], rows: int, members
     return index[own.to(index.device, torch.long)]
 
 
-def _rows(lengths: list[int], members: int) -> int:
+def equal_groups(lengths: Sequence[int], members: int) -> int:
     """Return the rows of a batch that come in equal groups, one for each member; of tensors of several lengths the first that can."""
     found = next((n for n in lengths if n % members == 0), None if lengths else members)
     if found is None:
@@ -125,7 +131,7 @@ def _facts(leaf: Any, rows: int) -> tuple[Any, ...]:
     return (leaf.dtype, own, tuple(leaf.shape[1:] if own else leaf.shape))
 
 
-def _try(replica: Replica, plain: tuple[Any, dict[str, Any]], rows: int) -> dict[str, bool]:
+def follows(replica: Replica, plain: tuple[Any, dict[str, Any]], rows: int) -> dict[str, bool]:
     """Return, for each target that one row reaches, whether its input follows rows; nothing where the model refuses such a batch."""
     devices = {leaf.device for leaf in pytree.tree_leaves(plain) if isinstance(leaf, Tensor) and leaf.is_cuda}
     with torch.random.fork_rng(devices=list(devices)), torch.no_grad():

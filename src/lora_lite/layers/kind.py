@@ -339,4 +339,4 @@ def of_rows(params: Params, index: Tensor | None) -> tuple[Params, int]:
     """Gather the params of each row of a batch. Return them with the number of rows or, without an index, of members."""
     if index is None:
         return params, next(iter(params.values())).shape[0]
-    return {name: p.index_select(0, index) for name, p in params.items()}, index.shape[0]
+    return {name: p.index_select(0, index.to(p.device)) for name, p in params.items()}, index.shape[0]
