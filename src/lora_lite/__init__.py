@@ -24,8 +24,6 @@ from lora_lite.core.statistics import Gradient as Gradient
 from lora_lite.core.statistics import Statistics as Statistics
 from lora_lite.core.tree import tree_leaves as tree_leaves
 from lora_lite.core.tree import tree_map as tree_map
-from lora_lite.derived.mixed import stack as stack
-from lora_lite.derived.mixed import unstack as unstack
 from lora_lite.files.adapter_file import load as load
 from lora_lite.files.adapter_file import save as save
 from lora_lite.files.peft import from_peft as from_peft
@@ -42,6 +40,8 @@ from lora_lite.transforms.gradients import value_and_grad as value_and_grad
 from lora_lite.transforms.lora_plus import lora_plus as lora_plus
 from lora_lite.transforms.per_example import per_example_grad as per_example_grad
 from lora_lite.transforms.per_example import per_example_norm as per_example_norm
+from lora_lite.transforms.stacks import stack as stack
+from lora_lite.transforms.stacks import unstack as unstack
 from lora_lite.transforms.to_lora import to_lora as to_lora
 from lora_lite.variants import *  # noqa: F403
 
