@@ -258,6 +258,8 @@ def members_table(growth: Found, up: str) -> str:
     ]
     if "each" in axes:
         parts += [f"{at['members']} members with more rows each:", _grown(axes["each"], "rows each: {}")]
+    if "few" in axes:
+        parts += ["Members with one row of 16 tokens each:", _grown(axes["few"], "members: {}")]
     return "\n\n".join(parts)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import Frozen, Params, in_dtype
 from lora_lite.core.legacy import gives_of
+from lora_lite.core.tracing import vmap_rows
 from lora_lite.core.tree import join
 from lora_lite.layers.access import HOST, first_of, module_at, raw
 from lora_lite.layers.identity import adapted_part, at_identity, exact_dtype, on_meta
@@ -228,8 +229,7 @@ class Kind(Frozen):
             )
         if not rows:  # vmap takes no empty axis
             params, rows = {name: p.new_zeros(1, *p.shape[1:]) for name, p in params.items()}, 1
-        each = torch.vmap(lambda p, x: self.apply(f, p, x), randomness="different")
-        return each(params, x.unflatten(0, (rows, -1))).flatten(0, 1)
+        return vmap_rows(lambda p, x: self.apply(f, p, x), params, x.unflatten(0, (rows, -1))).flatten(0, 1)
 
     # What merging and counting mean
 
