@@ -243,6 +243,7 @@ def scaling(figure: Any, found: Found) -> None:
         "rows": "rows of a batch",
         "members": "members of a mixed batch",
         "each": "rows of each member",
+        "few": "members of one row of 16 tokens",
     }
     axes_of = found["results"]["axes"]
     panels = list(figure.subplots(-(-len(axes_of) // 2), 2).flat)
@@ -254,7 +255,7 @@ def scaling(figure: Any, found: Found) -> None:
             medians, low, high = ([p[key] for p in points.values()] for key in ("median", "low", "high"))
             axes.plot(x, medians, "o-", lw=1, ms=3, label=title(name))
             axes.fill_between(x, low, high, alpha=0.15, lw=0)
-        axes.set(xlabel=names[axis], xscale="log", ylabel="step / loop" if axis in ("members", "each") else "step / frozen step")
+        axes.set(xlabel=names[axis], xscale="log", ylabel="step / loop" if axis in ("members", "each", "few") else "step / frozen step")
         axes.set_xticks(x, [str(value) for value in x])
         axes.minorticks_off()
     figure.axes[0].legend(fontsize=7)

@@ -25,11 +25,13 @@ CENTRE = {"rank": 16, "width": 256, "rows": 4, "members": 4, "each": 1}
 """`each` is the rows of each member, where many adapters are one step."""
 POINTS: dict[str, tuple[int, ...]] = {
     **{"rank": (4, 16, 64), "width": (128, 256, 512), "rows": (1, 2, 4, 8)},
-    **{"members": (1, 2, 4, 8, 16), "each": (1, 2, 8, 32)},
+    **{"members": (1, 2, 4, 8, 16), "each": (1, 2, 8, 32), "few": (2, 8, 32, 64)},
 }
-QUICK: dict[str, tuple[int, ...]] = {"rank": (4, 8), "width": (64, 128), "rows": (1, 2), "members": (1, 2), "each": (1, 2)}
+QUICK: dict[str, tuple[int, ...]] = {"rank": (4, 8), "width": (64, 128), "rows": (1, 2), "members": (1, 2), "each": (1, 2), "few": (2, 4)}
 TOKENS = 64
 MEMBER_TOKENS = 32
+FEW_TOKENS = 16
+"""The tokens of a member's one row on the axis `few`, of many members with little to do each."""
 
 
 def step_ratio(name: str, at: Mapping[str, int], repeats: int) -> Spread:
@@ -43,11 +45,12 @@ def step_ratio(name: str, at: Mapping[str, int], repeats: int) -> Spread:
 
 def members_ratio(name: str, at: Mapping[str, int], repeats: int) -> Spread:
     """Return the time of one step of many adapters, each with as many rows, over that of a loop over them."""
-    model, ids = llama(at["width"], 2), batch_of(at["members"] * at["each"], MEMBER_TOKENS)["input_ids"]
-    adapt = build(model, pairs(at["rank"])[name].cfg, [batch_of(at["members"], MEMBER_TOKENS)])
-    trees = [moved(adapt.init(seed=k)) for k in range(at["members"])]
+    members, each, tokens = (at["few"], 1, FEW_TOKENS) if "few" in at else (at["members"], at["each"], MEMBER_TOKENS)
+    model, ids = llama(at["width"], 2), batch_of(members * each, tokens)["input_ids"]
+    adapt = build(model, pairs(at["rank"])[name].cfg, [batch_of(members, MEMBER_TOKENS)])
+    trees = [moved(adapt.init(seed=k)) for k in range(members)]
     stacked, inputs = ll.stack(trees), {"input_ids": ids, "use_cache": False}
-    parts = [{"input_ids": part, "use_cache": False} for part in ids.chunk(at["members"])]
+    parts = [{"input_ids": part, "use_cache": False} for part in ids.chunk(members)]
     together = ll.value_and_grad(lambda p: row_losses(adapt.mixed(p, inputs), inputs).sum())
     alone = ll.value_and_grad(lambda p, part: row_losses(adapt(p, part), part).sum())
     calls = {"mixed": lambda: together(stacked), "loop": lambda: [alone(p, part) for p, part in zip(trees, parts, strict=True)]}
@@ -56,7 +59,9 @@ def members_ratio(name: str, at: Mapping[str, int], repeats: int) -> Spread:
 
 def scaling(names: Iterable[str], points: Mapping[str, tuple[int, ...]], repeats: int) -> dict[str, Any]:
     """Walk along each axis from the centre: `{axis: {variant: {value: ratio}}}`."""
-    measure: dict[str, Callable[..., Spread]] = {axis: members_ratio if axis in ("members", "each") else step_ratio for axis in points}
+    measure: dict[str, Callable[..., Spread]] = {
+        axis: members_ratio if axis in ("members", "each", "few") else step_ratio for axis in points
+    }
     work = [(axis, name, value) for axis, values in points.items() for name in names for value in values]
     found: dict[str, Any] = {axis: {name: {} for name in names} for axis in points}
     for axis, name, value in tqdm(work, desc="scaling", mininterval=5):

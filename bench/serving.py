@@ -8,9 +8,11 @@ checked first: the ways of serving must give the same answers, and both librarie
 """
 
 import argparse
+import runpy
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from measure import Job, Part, Spread, batch_of, interleaved, llama, millisecond
 from methods import pairs
 
 ADAPTERS = 8
+LOOP = Path(__file__).parent.parent / "docs" / "examples" / "request_loop.py"
 
 
 def served(model: Any, r: int, adapters: int) -> tuple[ll.Adapt, list[Any], Any]:
@@ -130,12 +133,50 @@ def generation(width: int, layers: int, tokens: int, repeats: int) -> dict[str, 
     return {**sizes, "over_peft": ratios(times, "peft")["module"], "over_frozen": ratios(times, "frozen")["module"]}
 
 
+@torch.inference_mode()
+def arrivals(width: int, layers: int, requests: int, tokens: int, repeats: int, each: int = 2, rows: int = 16) -> dict[str, Any]:
+    """Time a queue that grows while it is worked off, `each` requests a step: the documentation's loop, and PEFT's `set_adapter`."""
+    model = llama(width, layers).eval()
+    adapt, trees, theirs = served(model, r=16, adapters=ADAPTERS)
+    recipe, stacked = runpy.run_path(str(LOOP)), ll.stack(trees)
+    ids = batch_of(requests, 32)["input_ids"]
+    prompts = [row[: 8 + k % 9] for k, row in enumerate(ids)]
+
+    def loop() -> list[list[int]]:
+        worker = recipe["Loop"](adapt, stacked, rows=rows)
+        asked = [recipe["Request"](k % ADAPTERS, prompt, tokens) for k, prompt in enumerate(prompts)]
+        coming, done = list(asked), 0
+        while done < requests:
+            worker.waiting.extend(coming[:each])
+            del coming[:each]
+            done += len(worker.step())
+        return [request.made for request in asked]
+
+    def by_peft() -> list[list[int]]:
+        made = []
+        for k, prompt in enumerate(prompts):
+            theirs.set_adapter(str(k % ADAPTERS))
+            settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+            made.append(theirs.generate(input_ids=prompt[None], **settings)[0, len(prompt) :].tolist())
+        return made
+
+    calls = {"loop": loop, "peft set_adapter": by_peft}
+    ours, peft = loop(), by_peft()
+    if ours != peft:
+        raise SystemExit("serving: expected the loop to make PEFT's tokens, found others.")
+    times = interleaved(calls, repeats)
+    per_second = {name: spread([requests * tokens / seconds for seconds in values]) for name, values in times.items()}
+    sizes = {"width": width, "layers": layers, "requests": requests, "tokens": tokens, "adapters": ADAPTERS, "each": each, "rows": rows}
+    return {**sizes, "tokens_per_second": per_second, "over_peft": ratios(times, "peft set_adapter")["loop"]}
+
+
 def measure(width: int, layers: int, deep: int, tokens: int, requests: int, repeats: int) -> dict[str, Any]:
     """Do all measurements once, in this process; `deep` is how many blocks the model has whose adapters are switched."""
     torch.set_num_threads(1)
     return {
         "switching": switching(deep, 2 * repeats),
         "generation": generation(width, layers, tokens, repeats),
+        "arrivals": arrivals(width, layers, requests, tokens=tokens, repeats=max(3, repeats // 2)),
         "throughput": throughput(width, layers, requests, tokens=16, threads=2, repeats=max(4, repeats // 2)),
     }
 
@@ -158,6 +199,8 @@ def show(results: Mapping[str, Any]) -> None:
         print(f"  {took['median']:.3f} [{took['low']:.3f}, {took['high']:.3f}]  {name}")
     for name, rate in results["throughput"]["requests_per_second"].items():
         print(f"{rate['median']:8.1f} requests/s  {name}")
+    for name, rate in results["arrivals"]["tokens_per_second"].items():
+        print(f"{rate['median']:8.1f} tokens/s    {name}, requests as they come")
     beside = results["generation"]["over_peft"]
     print(f"generate: {beside['median']:.3f} [{beside['low']:.3f}, {beside['high']:.3f}] of PEFT's time")
 

@@ -255,6 +255,8 @@ def members_table(growth: Found, up: str) -> str:
     ]
     if "each" in axes:
         parts += [f"{at['members']} members with more rows each:", _grown(axes["each"], "rows each: {}")]
+    if "few" in axes:
+        parts += ["Members with one row of 16 tokens each:", _grown(axes["few"], "members: {}")]
     return "\n\n".join(parts)
 
 
@@ -306,6 +308,10 @@ def serving_table(found: Found) -> str:
         {"": switch, "ours": spread(switching["switch_ms"]), theirs: spread(switching["peft_switch_ms"])},
         {"": f"generating {generation['tokens']} tokens / PEFT's time", "ours": spread(generation["over_peft"]), theirs: "1"},
     ]
+    if "arrivals" in f:
+        come = f["arrivals"]
+        what = f"{come['requests']} requests as they come, {come['each']} a step, {come['tokens']} tokens each, by the loop / PEFT's time"
+        rows.append({"": what, "ours": spread(come["over_peft"]), theirs: "1"})
     for name, ratio in throughput["over_peft"].items():
         if not name.startswith("peft"):
             how = f"{throughput['threads']} at once, a thread each" if name == "threads" else name

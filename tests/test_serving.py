@@ -1,7 +1,9 @@
 """Many adapters on one base: requests in threads, the same in one mixed batch, adapters written for other servers."""
 
 import copy
+import runpy
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import peft
 import pytest
@@ -88,3 +90,25 @@ def test_another_variant_is_served_as_lora(tiny, tmp_path):
     torch.testing.assert_close(answers[32][0], want, rtol=1e-4, atol=1e-4)
     assert answers[2][1] > 0.01
     assert float((answers[2][0] - want).abs().max()) > 1e-3
+
+
+def test_the_loop_of_the_docs_answers_requests_as_they_come(tiny):
+    recipe = runpy.run_path(str(Path(__file__).parent.parent / "docs" / "examples" / "request_loop.py"))
+    _, adapt, trees = served(tiny)
+    g = torch.Generator().manual_seed(5)
+    lengths = [(3, 5), (7, 2), (2, 6), (5, 1), (9, 4), (4, 4), (3, 3)]
+    asked = [
+        recipe["Request"](k % ADAPTERS, torch.randint(3, 64, (length,), generator=g), wanted) for k, (length, wanted) in enumerate(lengths)
+    ]
+    loop, done, coming = recipe["Loop"](adapt, ll.stack(trees), rows=3), [], list(asked)
+    while len(done) < len(asked):
+        loop.waiting.extend(coming[:2])  # two come at each step, whatever runs
+        del coming[:2]
+        done += loop.step()
+    assert [asked.index(r) for r in done] != list(range(len(asked))), "the requests left in the order in which they came"
+    for request in asked:
+        ids = request.prompt[None]
+        for token in request.made:
+            assert answer(adapt, trees[request.adapter], ids)[0, -1].argmax() == token
+            ids = torch.cat([ids, torch.tensor([[token]])], 1)
+        assert len(request.made) == request.wanted

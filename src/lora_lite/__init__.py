@@ -25,8 +25,6 @@ from lora_lite.core.statistics import Gradient as Gradient
 from lora_lite.core.statistics import Statistics as Statistics
 from lora_lite.core.tree import tree_leaves as tree_leaves
 from lora_lite.core.tree import tree_map as tree_map
-from lora_lite.derived.mixed import stack as stack
-from lora_lite.derived.mixed import unstack as unstack
 from lora_lite.files.adapter_file import load as load
 from lora_lite.files.adapter_file import save as save
 from lora_lite.files.peft import from_peft as from_peft
@@ -47,6 +45,8 @@ from lora_lite.transforms.per_example import per_example_grad as per_example_gra
 from lora_lite.transforms.per_example import per_example_norm as per_example_norm
 from lora_lite.transforms.preconditioned import lora_fa as lora_fa
 from lora_lite.transforms.preconditioned import riemannian as riemannian
+from lora_lite.transforms.stacks import stack as stack
+from lora_lite.transforms.stacks import unstack as unstack
 from lora_lite.transforms.to_lora import to_lora as to_lora
 from lora_lite.variants import *  # noqa: F403
 

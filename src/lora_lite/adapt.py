@@ -21,6 +21,7 @@ from lora_lite.derived.described import Described
 from lora_lite.derived.merge import merge, merge_error
 from lora_lite.derived.mixed import index_of, is_stacked, member_shapes, stacked_size, steered
 from lora_lite.derived.rows import Followed, RowMap, own_rows
+from lora_lite.derived.stack_module import give_rows
 from lora_lite.prepare.derive import layers_of, shared_start
 from lora_lite.prepare.start import generator_for, placed, start_params
 
@@ -135,18 +136,40 @@ class Adapt(Described):
             tree[name] = {leaf: placed(p, layers[0].device, cfg.dtype) for leaf, p in shared_start(cfg, layers, seed).items()}
         return plan.regrouped(tree)
 
-    def module(self, params: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
+    def module(self, params: Mapping[str, Mapping[str, Tensor]], index: Tensor | Sequence[int] | None = None) -> nn.Module:
         """Return an `nn.Module` of the model's own class with copies of `params` as its only trainable parameters.
 
         For tools that need a module: `generate`, `Trainer`, DDP. The frozen weights are shared with the model. `params` reads the
         parameters back.
 
+        The module of a stack runs each row of a batch through its own adapter, as `mixed` does. It generates so too: beams and returned
+        sequences take the adapter of their prompt.
+
+        Args:
+            params: a params tree, or a stack of K of them.
+            index: for a stack, for each row of every batch, or each prompt, the number of its adapter, `(rows,)`; None for K equal
+                contiguous groups of rows.
+
         Raises:
-            ValueError: where `params` does not fit.
+            ValueError: where `params` does not fit, or `index` is empty or names no member. The module raises it for a batch of other rows,
+                and where a target's input is not made of them.
+            TypeError: where `index` holds no integers.
+
+        Example:
+            >>> import torch, lora_lite as ll
+            >>> adapt = ll.build(torch.nn.Sequential(torch.nn.Linear(8, 4)), ll.LoRAConfig(r=2))
+            >>> members = [adapt.init(seed=k) for k in range(2)]
+            >>> module = adapt.module(ll.stack(members), index=[1, 0, 1])
+            >>> module(torch.randn(3, 8)).shape
+            torch.Size([3, 4])
         """
         self._require_whole("module")
-        self._require(params, "module")
-        return trainable_copy(self._plan, params)
+        members = stacked_size(params) if index is not None or is_stacked(params, self.shapes) else None
+        self._require(params, "module", None if members is None else member_shapes(self.shapes, members))
+        module = trainable_copy(self._plan, params)
+        if members is not None:
+            give_rows(module, members, index)
+        return module
 
     def params(self, module: nn.Module) -> Tree:
         """Read detached copies of the params out of a module that `module` made.

@@ -59,6 +59,7 @@ class Binding:
         """Return the same binding with its params in another adapter."""
         other = Binding(self.path, self.cfg, self.W, adapter, self.shared)
         other.own, other.root, other.followers = self.own, self.root, self.followers
+        other.index, other.rows = self.index, self.rows
         return other
 
     def hide_reads(self) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 def add_low_rank(y0: Tensor, h: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
     """Return `y0 + scale h B^T` in one fused multiply-add: `y0 (*b, o)`, `h (*b, r)`, `B (o, r)`."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(h):
+        h, scale = h * scale, 1.0  # `vmap` makes a product and a sum of the addmm, and would scale the wide product
     if y0.dim() == 2:  # views have a price, and one more in the backward pass
         return torch.addmm(y0, h, B.t(), alpha=scale)
     flat = torch.addmm(y0.reshape(-1, y0.shape[-1]), h.reshape(-1, h.shape[-1]), B.t(), alpha=scale)

@@ -4,53 +4,37 @@ Only a variant's pure function is vmapped, at each target, over the adapters; ev
 the model does, with padding masks and fused attention that a whole-model `vmap` cannot run.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.errors import require_type
 from lora_lite.core.plan import Shapes, Target
 from lora_lite.core.tracing import in_transform
 from lora_lite.core.tree import AnyTree, Tree, tree_map
 
 
-def stack(trees: Iterable[AnyTree]) -> Tree:
-    """Stack params trees along a leading adapter axis.
-
-    Args:
-        trees: at least one; all with the same keys and shapes.
-
-    Returns:
-        A tree whose leaves are `(K, ...)`; `unstack` undoes it.
+def stack_trees(trees: Sequence[AnyTree]) -> Tree:
+    """Stack params trees of the same keys and shapes along a leading adapter axis.
 
     Raises:
-        ValueError: where there is none, or they differ.
-
-    Example:
-        >>> import torch, lora_lite as ll
-        >>> adapt = ll.build(torch.nn.Sequential(torch.nn.Linear(8, 4)), ll.LoRAConfig(r=2))
-        >>> ll.stack([adapt.init(seed=0), adapt.init(seed=1)])["0"]["A"].shape
-        torch.Size([2, 2, 8])
+        ValueError: where they differ.
     """
-    if isinstance(trees, Mapping) or not (trees := list(trees)):
-        found = "one tree" if isinstance(trees, Mapping) else "none"
-        raise ValueError(f"stack: expected at least one params tree, in a list, found {found}. Pass a list of trees.")
     for k, tree in enumerate(trees):
-        require_type(isinstance(tree, Mapping), "stack([params, params, ...])", f"tree {k}", "a params tree", tree)
         fault = _difference(trees[0], tree)
         if fault:
             where, found, first = fault
             raise ValueError(
                 f"stack: expected trees with the same keys and shapes, found tree {k} to differ from tree 0 at {where}: found {found}, "
-                f"and {first} in tree 0. Stack trees of one adapt, or build each adapter with the same targets and ranks."
+                f"and {first} in tree 0. Stack trees of one adapt, or build each adapter with the same targets and ranks; pad=True pads "
+                "ranks."
             )
     return tree_map(lambda *leaves: torch.stack(leaves), *trees)
 
 
-def unstack(stacked: AnyTree) -> list[Tree]:
+def unstack_tree(stacked: AnyTree) -> list[Tree]:
     """Split a stacked tree into its members."""
     members = stacked_size(stacked)
     return [tree_map(lambda leaf, k=k: leaf[k], stacked) for k in range(members)]
@@ -75,15 +59,16 @@ def _not_stacked(stacked: AnyTree) -> str:
     common = next(iter(sizes.values()), 0)
     odd = next((at for at, size in sizes.items() if size == 0 or size != common), None)
     first = next(iter(leaves), None)
-    beside = "" if odd is None or first is None or first == odd else f", and {_shape(leaves[first])} at {_place(*first)}"
-    found = "none" if odd is None else f"{_shape(leaves[odd])} at {_place(*odd)}{beside}"
+    beside = "" if odd is None or first is None or first == odd else f", and {_shape(leaves[first])} at {place_of_leaf(*first)}"
+    found = "none" if odd is None else f"{_shape(leaves[odd])} at {place_of_leaf(*odd)}{beside}"
     return (
         f"stack: expected leaves with one leading adapter axis, found {found}; lengths {sorted(set(sizes.values()))}. Make them with "
         "ll.stack([params, ...])."
     )
 
 
-def _place(path: str, name: str) -> str:
+def place_of_leaf(path: str, name: str) -> str:
+    """Quote the path and the name of a leaf."""
     return f'"{path}" "{name}"'
 
 
@@ -100,7 +85,7 @@ def _difference(first: AnyTree, tree: AnyTree) -> tuple[str, str, str] | None:
         for name in [*first[path], *(n for n in tree[path] if n not in first[path])]:
             a, b = (_shape(t[path][name]) if name in t[path] else "nothing" for t in (first, tree))
             if a != b:
-                return _place(path, name), b, a
+                return place_of_leaf(path, name), b, a
     return None
 
 
@@ -147,7 +132,7 @@ def strength_axes(c: float | Tensor, members: int | None) -> tuple[int | None, i
     return (None if members is None else 0), (0 if shape else None)
 
 
-def index_of(index: Tensor | Sequence[int] | None, members: int, device: torch.device) -> Tensor | None:
+def index_of(index: Tensor | Sequence[int] | None, members: int, device: torch.device, caller: str = "mixed") -> Tensor | None:
     """Check an index of adapters, one for each row, and return it as a tensor.
 
     Raises:
@@ -161,19 +146,19 @@ def index_of(index: Tensor | Sequence[int] | None, members: int, device: torch.d
         wrong = [k for k in index if isinstance(k, bool) or not isinstance(k, Integral)]
         if wrong:
             raise TypeError(
-                f"adapt.mixed: expected index as integers, a row each, found {wrong[0]!r}. Give each row the number of its adapter."
+                f"adapt.{caller}: expected index as integers, a row each, found {wrong[0]!r}. Give each row the number of its adapter."
             )
-        _require_members(index, members)
+        _require_members(index, members, caller)
         return torch.tensor(list(index), dtype=torch.long, device=device)
     if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
         found = f"{index.dtype} of shape {tuple(index.shape)}"
-        raise TypeError(f"adapt.mixed: expected index as a vector of integers, found {found}. Give each row the number of its adapter.")
+        raise TypeError(f"adapt.{caller}: expected index as a vector of integers, found {found}. Give each row the number of its adapter.")
     if index.device.type == "cpu" and not in_transform():
-        _require_members(index.tolist(), members)
+        _require_members(index.tolist(), members, caller)
     return index.to(device, torch.long)
 
 
-def _require_members(index: Sequence[int], members: int) -> None:
+def _require_members(index: Sequence[int], members: int, caller: str) -> None:
     outside = [k for k in index if not 0 <= k < members]
     if outside:
-        raise ValueError(f"adapt.mixed: expected index in 0..{members - 1}, found {outside[0]}. The stack has {members} members.")
+        raise ValueError(f"adapt.{caller}: expected index in 0..{members - 1}, found {outside[0]}. The stack has {members} members.")

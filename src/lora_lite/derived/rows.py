@@ -19,7 +19,8 @@ from lora_lite.derived.trial import Batch, cut, trial
 
 RowMap = Mapping[str, Tensor | Sequence[int] | int]
 
-_PLAIN = (Tensor, int, float, str, bool, type(None), torch.dtype)
+PLAIN = (Tensor, int, float, str, bool, type(None), torch.dtype)
+"""The parts of a batch that a trial may cut, or pass on as they are: a run does not change them."""
 
 
 class Followed:
@@ -65,7 +66,7 @@ class Followed:
         """
         plain = (dict(batch) if isinstance(batch, Mapping) else batch, dict(kwargs))
         lengths = _lengths(plain)
-        rows = _rows(lengths, members) if index is None else len(index)
+        rows = equal_groups(lengths, members) if index is None else len(index)
         mapped = _mapped(row_map or {}, [path for path, _ in replica.bindings], rows, members, index)
         if torch.compiler.is_compiling():
             return Rows(mapped=mapped) if rows < 2 else self._traced(plain, rows, mapped)
@@ -83,13 +84,13 @@ class Followed:
             if question.key not in self._known:
                 with outside_transforms():
                     self._known[question.key] = trial(self._replicas.here(), *question.pair) if question.pair else {}
-            _refuse(self._known[question.key], question.mapped)
+            require_following(self._known[question.key], question.mapped, "adapt.mixed")
         return {} if own is None else self._known[own.key]
 
     def _question(self, plain: Batch, rows: int, mapped: Collection[str]) -> Question:
         leaves = pytree.tree_leaves_with_path(plain)
         key = tuple((pytree.keystr(path), *_facts(leaf, rows)) for path, leaf in leaves)
-        if key in self._known or rows not in _lengths(plain) or not all(isinstance(leaf, _PLAIN) for _, leaf in leaves):
+        if key in self._known or rows not in _lengths(plain) or not all(isinstance(leaf, PLAIN) for _, leaf in leaves):
             return Question(key, tuple(mapped), None)
         with outside_transforms():
             bare = pytree.tree_map_only(Tensor, unwrapped, plain)
@@ -114,12 +115,13 @@ class Followed:
         return graph.name
 
 
-def _refuse(known: Mapping[str, bool], mapped: Collection[str]) -> None:
+def require_following(known: Mapping[str, bool], mapped: Collection[str], caller: str) -> None:
+    """Refuse targets whose input is known not to follow the batch's rows, where the caller has not mapped them."""
     lost = [path for path, follows in known.items() if not follows and path not in mapped]
     if lost:
         more = f", as at {len(lost) - 1} more targets" if lost[1:] else ""
         raise ValueError(
-            f'adapt.mixed: at "{lost[0]}" expected an input whose first axis is made of the batch\'s rows, found one that does not '
+            f'{caller}: at "{lost[0]}" expected an input whose first axis is made of the batch\'s rows, found one that does not '
             f"grow with them{more}. Leave such layers out with exclude_names, or run the members one by one, or tell "
             "with row_map where the rows are."
         )
@@ -134,7 +136,7 @@ def own_rows(batch: Any, kwargs: Mapping[str, Any], members: int) -> Tensor:
     leaves = pytree.tree_leaves((dict(batch) if isinstance(batch, Mapping) else batch, dict(kwargs)))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
     device = tensors[0].device if tensors else None
-    return torch.arange(members, device=device).repeat_interleave(_rows([len(t) for t in tensors], members) // members)
+    return torch.arange(members, device=device).repeat_interleave(equal_groups([len(t) for t in tensors], members) // members)
 
 
 def _mapped(row_map: RowMap, paths: Sequence[str], rows: int, members: int, index: Tensor | None) -> dict[str, Tensor | int]:
@@ -163,7 +165,7 @@ def _members_of(pattern: str, places: Tensor | Sequence[int], rows: int, members
     return index[own.to(index.device, torch.long)]
 
 
-def _rows(lengths: list[int], members: int) -> int:
+def equal_groups(lengths: Sequence[int], members: int) -> int:
     """Return the rows of a batch that come in equal groups, one for each member; of tensors of several lengths the first that can."""
     found = next((n for n in lengths if n % members == 0), None if lengths else members)
     if found is None:

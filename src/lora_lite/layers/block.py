@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.core.frozen import Frozen
+from lora_lite.core.tracing import vmap_rows
 from lora_lite.layers.kind import Params, Run, Variant, of_rows
 from lora_lite.layers.module import ModuleKind, is_norm
 from lora_lite.layers.prompt import PROMPT, note_prompt
@@ -81,8 +82,8 @@ class BlockKind(ModuleKind):
         if not rows or x.shape[0] % rows:
             raise ValueError(f"expected hidden states of a multiple of {rows} rows, found shape {tuple(x.shape)}. Leave the block out.")
         prompt = self._prompt(x) if self.prompt is None else self.prompt
-        each = torch.vmap(lambda p, x, prompt: f(p, self.with_prompt(prompt), x), randomness="different")
-        return each(params, x.unflatten(0, (rows, -1)), prompt.to(x.device).unflatten(0, (rows, -1))).flatten(0, 1)
+        each = x.unflatten(0, (rows, -1)), prompt.to(x.device).unflatten(0, (rows, -1))
+        return vmap_rows(lambda p, x, prompt: f(p, self.with_prompt(prompt), x), params, *each).flatten(0, 1)
 
     def changes(self, f: Variant, params: Params) -> list[tuple[Tensor, Tensor]]:
         raise ValueError("edits the output of a block, which has no weight")

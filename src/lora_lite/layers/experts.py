@@ -145,7 +145,7 @@ class ExpertsKind(ParameterKind):
         if routes.total % rows:
             raise ValueError(f"expected tokens of {rows} rows of one length, found {routes.total} tokens. Pad the rows.")
         owner = routes.tokens // (routes.total // rows)
-        owner = owner if index is None else index[owner]
+        owner = owner if index is None else index.to(owner.device)[owner]
         if routes.counts is None:
             return self._row_by_row(f, {name: p[owner, routes.experts] for name, p in params.items()}, x)
         each = {name: p.unbind(0) for name, p in params.items()}

@@ -17,6 +17,7 @@ from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import Frozen, Params, in_dtype
 from lora_lite.core.invocation import ACTIVE, aligned
 from lora_lite.core.legacy import gives_of
+from lora_lite.core.tracing import vmap_rows
 from lora_lite.core.tree import join
 from lora_lite.layers.access import HOST, first_of, module_at, raw
 from lora_lite.layers.identity import adapted_part, at_identity, exact_dtype, on_meta
@@ -251,10 +252,9 @@ class Kind(Frozen):
         if not rows:  # vmap takes no empty axis
             params, rows = {name: p.new_zeros(1, *p.shape[1:]) for name, p in params.items()}, 1
         if (active := self.active) is not None:
-            at = torch.vmap(lambda p, x, active: self.with_active(active).apply(f, p, x), randomness="different")
-            return at(params, *(t.unflatten(0, (rows, -1)) for t in (x, aligned(active, x)))).flatten(0, 1)
-        each = torch.vmap(lambda p, x: self.apply(f, p, x), randomness="different")
-        return each(params, x.unflatten(0, (rows, -1))).flatten(0, 1)
+            own = (x.unflatten(0, (rows, -1)), aligned(active, x).unflatten(0, (rows, -1)))
+            return vmap_rows(lambda p, x, active: self.with_active(active).apply(f, p, x), params, *own).flatten(0, 1)
+        return vmap_rows(lambda p, x: self.apply(f, p, x), params, x.unflatten(0, (rows, -1))).flatten(0, 1)
 
     # What merging and counting mean
 
@@ -368,4 +368,4 @@ def of_rows(params: Params, index: Tensor | None) -> tuple[Params, int]:
     """Gather the params of each row of a batch. Return them with the number of rows or, without an index, of members."""
     if index is None:
         return params, next(iter(params.values())).shape[0]
-    return {name: p.index_select(0, index) for name, p in params.items()}, index.shape[0]
+    return {name: p.index_select(0, index.to(p.device)) for name, p in params.items()}, index.shape[0]

@@ -14,7 +14,6 @@ from lora_lite.adapt import Adapt
 from lora_lite.build import build
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.tree import Tree, tree_leaves, tree_map
-from lora_lite.derived.mixed import stack
 from lora_lite.files.adapter_file import load, save
 from lora_lite.layers.kind import Kind
 from lora_lite.prepare.targets import find_targets
@@ -22,6 +21,7 @@ from lora_lite.testing._case import close, fail
 from lora_lite.testing._kind_case import ROWS, VARIANTS, KindCase, make_kind_case
 from lora_lite.transforms.gradients import value_and_grad
 from lora_lite.transforms.per_example import per_example_grad
+from lora_lite.transforms.stacks import stack
 from lora_lite.transforms.to_lora import to_lora
 from lora_lite.variants.eva import EVAConfig
 from lora_lite.variants.lora import LoRAConfig

@@ -14,9 +14,9 @@ from lora_lite.build import build
 from lora_lite.core.config import AdapterConfig, with_fields
 from lora_lite.core.statistics import needs_loss
 from lora_lite.core.tree import Tree, tree_leaves, tree_map
-from lora_lite.derived.mixed import stack, unstack
 from lora_lite.files.adapter_file import load, save
 from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32, inputs, unquantised
+from lora_lite.transforms.stacks import stack, unstack
 
 
 def compiles(cfg: AdapterConfig) -> None:
