@@ -90,8 +90,7 @@ class Recompute(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        # torch records no tangents in here: the views have none, so that those of this level are not taken along twice.
-        tensors = [t.view_as(t) for t in ctx.saved_tensors]
+        tensors = ctx.saved_tensors
         places = [k for k, t in enumerate(tangents) if t is not None]
         recipe = ctx.recipe.pushforward(places, len(tensors))
         along = iter(Recompute.apply(recipe, *tensors, *(tangents[k] for k in places)))
