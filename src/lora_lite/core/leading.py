@@ -93,7 +93,7 @@ def note(start: Start) -> None:
 
 
 def worst(starts: list[Start]) -> Start:
-    """Return what holds for all of several starts."""
+    """Return the path and the bounds that hold for all of several starts."""
     path: Literal["krylov", "exact"] = "krylov" if any(start.path == "krylov" for start in starts) else "exact"
     return Start(path, max(start.error for start in starts), max(start.angle for start in starts))
 
