@@ -137,6 +137,13 @@ def test_results_page_is_what_the_results_files_give(generate):
     assert generate.page(text) == text, "run python docs/generate.py"
 
 
+def test_no_table_has_two_rows_for_one_thing():
+    for page in (DOCS / "choosing.md", DOCS / "peft.md", DOCS / "from-peft.md"):
+        for block in re.findall(r"(?:^\|.*\n)+", page.read_text("utf-8"), re.MULTILINE):
+            firsts = [row.split("|")[1].strip() for row in block.splitlines()[2:]]
+            assert len(set(firsts)) == len(firsts), (page.name, [first for first in firsts if firsts.count(first) > 1])
+
+
 def test_no_two_pages_share_a_title():
     titles = [page.read_text("utf-8").partition("\n")[0] for page in PAGES if page.parent != ROOT and page.name != "index.md"]
     assert all(title.startswith("# ") for title in titles)
