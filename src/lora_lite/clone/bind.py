@@ -35,7 +35,7 @@ class Binding:
         followers: the bindings of other modules with the target's weight, where the variant is tied.
         rows: of the mixed batch, where the target's input is not known to follow them; None where it is.
         mapped: where the caller tells of a mixed batch's rows, the axis of the input that has them, or the member of each of its entries.
-        watch: sees the inputs of a call of the frozen model, where one is tried.
+        watch: sees the inputs of a call of the frozen model and the tensors beside them, where one is tried.
     """
 
     def __init__(self, path: str, cfg: AdapterConfig, W: Kind, adapter: Adapter, shared: Adapter | None = None) -> None:
@@ -52,7 +52,7 @@ class Binding:
         self.used = self.fast = self.off = self._placed = False
         self.rows: int | None = None
         self.mapped: Tensor | int | None = None
-        self.watch: Callable[[Any], Any] | None = None
+        self.watch: Callable[[Any, Mapping[str, Tensor]], Any] | None = None
 
     def with_adapter(self, adapter: Adapter) -> "Binding":
         """Return the same binding with its params in another adapter."""
@@ -107,7 +107,7 @@ class Binding:
             W = self.W
             if self.off:
                 if self.watch is not None:
-                    self.watch(W.given(args, kwargs))
+                    self.watch(W.given(args, kwargs), W.beside(args, kwargs))
                 return W(first_of(args, kwargs)) if self.direct else W.frozen(self.own, args, kwargs)
             params = self.registered() if self.params is None else self.params
             self._note()

@@ -1,5 +1,6 @@
 """A call on a bound copy, with the call's params and the model's own state in place. Each thread has its own copy."""
 
+import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,11 +23,13 @@ class Rows:
         count: the batch's rows; None where they are not followed.
         known: the targets whose input is known to be made of them, at its first axis and in their order.
         mapped: of targets whose input has them elsewhere, the axis that they are on, or the member of each entry of the first axis.
+        beside: of targets that are called with more tensors than their input, whether each has the rows, on its first axis, or is shared.
     """
 
     count: int | None = None
     known: frozenset[str] = frozenset()
     mapped: Mapping[str, Tensor | int] = field(default_factory=dict)
+    beside: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
 
 
 _FIRST_AXIS = Rows()
@@ -60,7 +63,7 @@ class Replica:
         """Run the adapted model. For a mixed batch, `index` is the member of each row, and `rows` is as `Followed.rows` returns it."""
         if mixed:
             for path, binding in self.bindings:
-                binding.mapped = rows.mapped.get(path)
+                binding.mapped, binding.W.follow = rows.mapped.get(path), rows.beside.get(path)
                 binding.rows = None if path in rows.known or path in rows.mapped else rows.count
         if self._shared:
             leaves = [{**params[self._shared[p]], **params[p]} if p in self._shared else params[p] for p, _ in self.bindings]
@@ -72,11 +75,15 @@ class Replica:
         """Run the model without its adapters."""
         return self._call([None] * len(self.bindings), batch, kwargs, False, None, off=True)
 
-    def inputs(self, batch: Any, kwargs: Mapping[str, Any], read: Callable[[Any], Any]) -> dict[str, list[Any]]:
-        """Run the model without its adapters; return what `read` makes of each target's inputs, by path."""
-        seen: dict[str, list[Any]] = {}
+    def inputs(self, batch: Any, kwargs: Mapping[str, Any], read: Callable[[Any], Any]) -> dict[str, list[tuple[Any, dict[str, Any]]]]:
+        """Run the model without its adapters; return what `read` makes of each call's input and of the tensors beside it, by target."""
+        seen: dict[str, list[tuple[Any, dict[str, Any]]]] = {}
+
+        def note(path: str, x: Any, beside: Mapping[str, Tensor]) -> None:
+            seen.setdefault(path, []).append((read(x), {name: read(value) for name, value in beside.items()}))
+
         for path, binding in self.bindings:
-            binding.watch = lambda x, path=path: seen.setdefault(path, []).append(read(x))
+            binding.watch = functools.partial(note, path)
         try:
             self.frozen(batch, kwargs)
         finally:

@@ -7,7 +7,7 @@ that came in.
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +24,21 @@ _CLOSE = 0.1
 _PLAIN = (Tensor, int, float, str, bool, type(None), torch.dtype)
 
 
+_Call = tuple[Tensor | None, Mapping[str, Tensor | None]]
+
+
+class _Seen(NamedTuple):
+    """How a target's calls follow the rows: its input, and by their places the tensors beside it that are known to, or to be shared."""
+
+    follows: bool
+    beside: Mapping[str, bool]
+
+
 class Followed:
     """The targets whose input follows the batch's rows, by the structure of a batch."""
 
     def __init__(self) -> None:
-        self._known: dict[Any, dict[str, bool]] = {}
+        self._known: dict[Any, dict[str, _Seen]] = {}
 
     def rows(
         self,
@@ -69,7 +79,7 @@ class Followed:
             can = rows in lengths and all(isinstance(leaf, _PLAIN) for _, leaf in leaves)
             self._known[key] = _try(replica, plain, rows) if can else {}
         known = self._known[key]
-        lost = [path for path, follows in known.items() if not follows and path not in mapped]
+        lost = [path for path, seen in known.items() if not seen.follows and path not in mapped]
         if lost:
             more = f", as at {len(lost) - 1} more targets" if lost[1:] else ""
             raise ValueError(
@@ -77,7 +87,7 @@ class Followed:
                 f"grow with them{more}. Leave such layers out with exclude_names, or run the members one by one, or tell "
                 "with row_map where the rows are."
             )
-        return Rows(rows, frozenset(known), mapped)
+        return Rows(rows, frozenset(known), mapped, {path: seen.beside for path, seen in known.items()})
 
 
 def _mapped(row_map: RowMap, paths: Sequence[str], rows: int, members: int, index: Tensor | None) -> dict[str, Tensor | int]:
@@ -125,21 +135,24 @@ def _facts(leaf: Any, rows: int) -> tuple[Any, ...]:
     return (leaf.dtype, own, tuple(leaf.shape[1:] if own else leaf.shape))
 
 
-def _try(replica: Replica, plain: tuple[Any, dict[str, Any]], rows: int) -> dict[str, bool]:
-    """Return, for each target that one row reaches, whether its input follows rows; nothing where the model refuses such a batch."""
+def _try(replica: Replica, plain: tuple[Any, dict[str, Any]], rows: int) -> dict[str, _Seen]:
+    """Return, for each target that one row reaches, how its calls follow rows; nothing where the model refuses such a batch."""
     devices = {leaf.device for leaf in pytree.tree_leaves(plain) if isinstance(leaf, Tensor) and leaf.is_cuda}
     with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
         try:
             found = _grown(*(replica.inputs(*_cut(plain, rows, n), _print) for n in (1, 2)), values=not replica.module.training)
             if replica.module.training:  # dropout draws otherwise: the order shows in evaluation mode
                 still = _grown(*(_in_evaluation(replica, *_cut(plain, rows, n)) for n in (1, 2)), values=True)
-                found = {path: follows and still.get(path, True) for path, follows in found.items()}
+                found = {
+                    path: still.get(path, seen)._replace(follows=seen.follows and still.get(path, seen).follows)
+                    for path, seen in found.items()
+                }
             return found
         except Exception:  # whatever the model does not like about a part of its batch: then only its own rows are known
             return {}
 
 
-def _in_evaluation(replica: Replica, batch: Any, kwargs: dict[str, Any]) -> dict[str, list[Tensor | None]]:
+def _in_evaluation(replica: Replica, batch: Any, kwargs: dict[str, Any]) -> dict[str, list[_Call]]:
     modes = [(module, module.training) for module in replica.module.modules()]
     try:
         for module, _ in modes:
@@ -151,16 +164,16 @@ def _in_evaluation(replica: Replica, batch: Any, kwargs: dict[str, Any]) -> dict
 
 
 def _cut(plain: tuple[Any, dict[str, Any]], rows: int, n: int) -> tuple[Any, dict[str, Any]]:
-    """Return the batch's first row `n` times. The last time it is masked one position earlier, as a shorter text is."""
+    """Return the batch's first row `n` times. Each is masked one position earlier than the last, as a shorter text is."""
 
     def cut(path: Any, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != rows:
             return leaf
-        first = leaf[:1]
-        last = first
-        if n > 1 and "mask" in pytree.keystr(path) and leaf.dim() == 2 and leaf.shape[1] > 1:
-            last = torch.cat([first[:, :-1], torch.zeros_like(first[:, -1:])], 1)
-        return first if n == 1 else torch.cat([first, last])
+        copies = leaf[:1].repeat(n, *[1] * (leaf.dim() - 1))
+        if "mask" in pytree.keystr(path) and leaf.dim() == 2:
+            for k in range(n):  # the first too: a mask of ones alone is none to many models
+                copies[k, max(1, leaf.shape[1] - 1 - k) :] = 0
+        return copies
 
     parts: tuple[Any, dict[str, Any]] = pytree.tree_map_with_path(cut, plain)
     return parts
@@ -175,10 +188,27 @@ def _print(x: Any) -> Tensor | None:
     return torch.stack([flat @ weights, torch.linalg.vector_norm(flat, dim=1)], 1)
 
 
-def _grown(one: Mapping[str, list[Tensor | None]], two: Mapping[str, list[Tensor | None]], *, values: bool) -> dict[str, bool]:
-    """Return, for each target, whether its inputs on two rows are those on one row, and as much again."""
-    pairs = {path: (seen, two.get(path, [])) for path, seen in one.items()}
-    return {path: len(a) == len(b) and all(map(_twice, a, b, [values] * len(a))) for path, (a, b) in pairs.items()}
+def _grown(one: Mapping[str, list[_Call]], two: Mapping[str, list[_Call]], *, values: bool) -> dict[str, _Seen]:
+    """Return, for each target, whether its inputs on two rows are those on one row and as much again, and so for what is beside them."""
+    found = {}
+    for path, calls in one.items():
+        pairs, even = list(zip(calls, two.get(path, []), strict=False)), len(calls) == len(two.get(path, []))
+        follows = even and all(_twice(a, b, values) for (a, _), (b, _) in pairs)
+        names = dict.fromkeys(name for _, beside in calls for name in beside)
+        kinds = {name: {_follows(a.get(name), b.get(name), values) for (_, a), (_, b) in pairs} for name in names}
+        known = {name: kind.pop() for name, kind in kinds.items() if even and len(kind) == 1}
+        found[path] = _Seen(follows, {name: kind for name, kind in known.items() if kind is not None})
+    return found
+
+
+def _follows(one: Tensor | None, two: Tensor | None, values: bool) -> bool | None:
+    """Whether a tensor beside an input grew by a row, or stayed as it was; None where neither is plain."""
+    if one is None or two is None:
+        return False if one is two else None  # both are numbers
+    if _twice(one, two, values):
+        return True
+    same = one.shape == two.shape and bool((one - two).abs().max() <= _CLOSE * one[:, 1].max() if len(one) else True)
+    return False if same else None
 
 
 def _twice(one: Tensor | None, two: Tensor | None, values: bool) -> bool:

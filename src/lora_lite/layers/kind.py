@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import Frozen, Params, in_dtype
@@ -76,6 +77,8 @@ class Kind(Frozen):
     """The parts that it offers to variants, matched with their `uses`. `"inputs"` allows calibration, `"dropout"` dropped inputs."""
     state: ClassVar[Mapping[str, str]] = {"weight": "weight", "bias": "bias"}
     """The names under which the module keeps its weight and its bias."""
+    follow: Mapping[str, bool] | None = None
+    """In a mixed batch, whether a tensor of `beside` has the batch's rows on its first axis or is shared; None where nobody has looked."""
     why: ClassVar[str] = ""
     """The reason why a part is lacking, in one sentence, for the error that refuses a variant."""
 
@@ -211,6 +214,10 @@ class Kind(Frozen):
         """Return a call's input, in which a mixed batch follows its rows: the first axis has one entry or several for each, in order."""
         return first_of(args, kwargs)
 
+    def beside(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the other tensors of a call that the layer is run with, by their places: none but for whole modules."""
+        return {}
+
     def apply_rows(self, f: Variant, params: Params, x: Any, index: Tensor | None) -> Any:
         """Apply a variant to each row of a batch with the params of its own member.
 
@@ -229,7 +236,8 @@ class Kind(Frozen):
         if not rows:  # vmap takes no empty axis
             params, rows = {name: p.new_zeros(1, *p.shape[1:]) for name, p in params.items()}, 1
         each = torch.vmap(lambda p, x: self.apply(f, p, x), randomness="different")
-        return each(params, x.unflatten(0, (rows, -1))).flatten(0, 1)
+        found = each(params, x.unflatten(0, (rows, -1)))
+        return found.flatten(0, 1) if isinstance(found, Tensor) else pytree.tree_map(lambda y: y.flatten(0, 1), found)
 
     # What merging and counting mean
 
