@@ -45,7 +45,7 @@ HEAD_RATE = 1e-2
 MULTIPLES = (1 / 9, 1 / 3, 1.0, 3.0)
 """The rates of a sweep, of the variant's rate in the demo: four members of one population."""
 EDGES = 2
-"""How many times a sweep goes on where the best rate is its lowest or its highest."""
+"""The number of times that a sweep goes on where the best rate is its lowest or its highest."""
 FIRST = ("lora", "dora", "pissa", "ia3", "vera", "oft", "hra", "loha", "lokr", "boft", "miss", "bitfit", "ln_tuning", "adalora", "road")
 """The variants that are trained first, the most used ones."""
 START = {"full": 1e-4}
@@ -321,7 +321,7 @@ def standard_error(exact: Sequence[float], n: int) -> float:
 
 
 def main() -> None:
-    """Train what is left, print, and write the results file."""
+    """Train the variants that are left, print the results, and write their file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few variants, few steps: shows that all works, measures nothing")
     parser.add_argument("--variants", nargs="+", choices=MEASURED, metavar="NAME")

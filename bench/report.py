@@ -80,6 +80,7 @@ def sections(folder: Path = RESULTS, up: str = "../") -> Iterator[tuple[str, str
     makers: list[tuple[str, str, Callable[[Found], str]]] = [
         ("steps", "speed", lambda f: f"{t.step_table(f)}\n\n![Time against arithmetic](plots/arithmetic.svg)"),
         ("quality", "quality", lambda f: f"{t.quality_table(f)}\n\n![Accuracy against trained parameters](plots/accuracy.svg)"),
+        ("glosses", "glosses", lambda f: f"{t.glosses_table(f)}\n\n![Accuracy against trained parameters](plots/glosses.svg)"),
         ("memory", "memory", t.memory_table),
         ("scaling", "scaling", lambda f: "![Cost as rank, width, batch and members grow](plots/scaling.svg)"),
         ("functions", "speed", t.functions_table),
@@ -174,6 +175,28 @@ def accuracy(axes: Any, speed: Found, quality: Found) -> None:
     axes.legend()
 
 
+def pareto(axes: Any, found: Found) -> None:
+    """Draw accuracy on the glosses against trained parameters, PEFT's beside ours, and through ours that none beats with fewer."""
+    points = []
+    for name, row in found["results"]["variants"].items():
+        ours, peft = row.get("ours", {}), row.get("peft", {})
+        if "exact" not in ours:
+            continue
+        place = ours["params"], 100 * ours["exact"]
+        points.append(place)
+        if "exact" in peft:
+            axes.plot(ours["params"], 100 * peft["exact"], "x", color="tab:orange", zorder=0)
+        axes.errorbar(*place, yerr=100 * ours["error"], fmt="o", color="tab:blue", capsize=2, lw=1)
+        axes.annotate(title(name), place, xytext=(4, 3), textcoords="offset points", fontsize=6)
+    best = [(x, y) for x, y in sorted(points) if all(y > other for size, other in points if size < x)]
+    axes.plot(*zip(*best, strict=True), color="tab:blue", lw=0.8, label="no fewer parameters do better") if best else None
+    axes.plot([], [], "x", color="tab:orange", label="PEFT")
+    if found["results"].get("probe"):
+        axes.axhline(100 * found["results"]["probe"]["exact"], color="grey", lw=0.8, ls=":", label="linear probe")
+    axes.set(xscale="log", xlabel="trained parameters", ylabel="right classes, %")
+    axes.legend(fontsize=7)
+
+
 def arithmetic(axes: Any, speed: Found, quality: Found | None) -> None:
     """Draw a step's time against what its multiply-adds alone would give, ours and PEFT's."""
     top = 1.0
@@ -231,6 +254,8 @@ def draw(results: Path, folder: Path) -> list[Path]:
             drawn.append(_saved(folder / "accuracy.svg", lambda f: accuracy(f.subplots(), speed or {}, quality)))
         if speed:
             drawn.append(_saved(folder / "arithmetic.svg", lambda f: arithmetic(f.subplots(), speed, quality)))
+        if real := newest("glosses", results):
+            drawn.append(_saved(folder / "glosses.svg", lambda f: pareto(f.subplots(), real)))
         if growth:
             drawn.append(_saved(folder / "scaling.svg", lambda f: scaling(f, growth)))
     return drawn

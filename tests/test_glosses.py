@@ -7,11 +7,14 @@ import pytest
 import torch
 import transformers
 
+import demo
 import glosses
 import lora_lite as ll
 import pretrained
+import report
 from glosses import Journal, Setting
-from pretrained import Gloss, Split
+from measure import llama
+from pretrained import Gloss, Split, batch
 
 NOUN = '  1 This software and database\n{} 05 n 01 dog 0 001 @ 2 n 0000 | a {} animal; "it barked"  \n'
 SMALL = Setting(steps=12, rows=8, seeds=2, valid=40, test=60, tokens=8)
@@ -199,3 +202,47 @@ def test_the_whole_encoder_trains_in_a_population(stand_in):
     adapt = glosses.adapted("full", SMALL)
     assert {target.path for target in adapt.targets} == {"encoder", "head"}
     assert isinstance(adapt.configs[0], ll.FullConfig)
+
+
+@pytest.mark.parametrize("name", ["head", "lora", "adalora", "eva"])
+def test_the_demo_trains_saves_reloads_and_merges(stand_in, name):
+    def load(quantised):
+        return glosses.load_classifier()
+
+    tests = [batch(part) for part in demo.by_length(drawn(40, 2), 16)]
+    right = lambda output, rows: output.logits.argmax(1) == rows["labels"]  # noqa: E731
+    task = demo.Task(load, lambda seed, steps: pretrained.batches(drawn(200, 0), 8, steps, seed), tests, right, True)
+    found = demo.run(task, name, load(False), 6, None if name == "head" else 0.25)
+    assert found.before == (found.after if name == "head" else 0.25)
+    if name in ("lora", "adalora"):
+        assert found.trained == ll.build(load(False), demo.config_of(task, name, 6)).num_params
+    assert 0 <= found.after <= 1
+    assert found.seconds > found.init > 0
+    assert "25.0%" in demo.table([found], "head alone") or name == "head"
+
+
+def test_an_answer_is_right_where_all_its_tokens_are(stand_in):
+    def tokenise(text):
+        return {"input_ids": [ord(letter) % 50 + 1 for letter in text]}
+
+    tokenise.eos_token = "$"
+    rows = pretrained.spelt([("ab", "cd"), ("a", "bcde")], tokenise)
+    assert rows["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
+    assert (rows["labels"] == -100).tolist() == [[True, True, False, False, False, True], [True, False, False, False, False, False]]
+    loss = llama(32, 1, vocab=64)(**rows).loss
+    assert loss.isfinite()
+
+
+def test_the_table_and_the_plot_of_the_glosses(tmp_path):
+    row = {"exact": 0.75, "error": 0.004, "loss": 1.0, "rate": 2e-3, "params": 40960}
+    variants = {"lora": {"ours": row, "peft": {**row, "exact": 0.74}, "agree": True}, "ssvd": {"failed": "why"}}
+    variants |= {"ia3": {"ours": {**row, "exact": 0.7, "params": 100, "rate": 5e-2}, "peft": {"failed": "why"}}}
+    found = {"model": "all-MiniLM-L6-v2", "steps": 100, "rows": 32, "seeds": 2, "test": 100, "probe": row, "variants": variants}
+    file = {"date": "2030-01-02", "commit": "abc", "machine": "2-core x86 CPU", "threads": 1, "results": found}
+    (tmp_path / "2030-01-02-abc-glosses.json").write_text(json.dumps(file))
+    text = dict(report.sections(tmp_path))["glosses"]
+    assert "| LoRA | 41.0k | 2.0e-03 | 75.0% ± 0.4% | 74.0% ± 0.4% | equal |\n| IA3 | 100 | 5.0e-02 | 70.0% ± 0.4% | - | - |" in text
+    assert "Not trained: SSVD." in text
+    rates = report.t.glosses_rates(report.t.newest("glosses", tmp_path), "../")
+    assert rates.splitlines()[4:] == ["| 0.002 | LoRA |", "| 0.05 | IA3 |"]
+    assert (tmp_path / "plots" / "glosses.svg") in report.draw(tmp_path, tmp_path / "plots")

@@ -24,7 +24,7 @@ _CLOSE = 0.1
 _PLAIN = (Tensor, int, float, str, bool, type(None), torch.dtype)
 
 
-_Call = tuple[Tensor | None, Mapping[str, Tensor | None]]
+_Call = tuple[Any, dict[str, Any]]  # the prints of an input and of the tensors beside it
 
 
 class _Seen(NamedTuple):
