@@ -120,7 +120,7 @@ def train(task: Task, adapt: ll.Adapt, params: Any, name: str, steps: int, rate:
     groups = [(leaves, peak) for leaves, peak in ((own, rate), (head, HEAD_RATE)) if leaves]
     optimizer = torch.optim.AdamW([{"params": leaves} for leaves, _ in groups], lr=rate, weight_decay=0.0)
     peaks = [peak for _, peak in groups]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=max(steps, 2), pct_start=min(0.5, max(0.1, 2 / steps)))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peaks, total_steps=max(steps, 4), pct_start=min(0.5, max(0.1, 2 / steps)))
     step = ll.value_and_grad(lambda p, rows: adapt(p, rows).loss)
     cfg, state, leaves = adapt.configs[0], METHODS[name].state(adapt) if name in METHODS else None, ll.tree_leaves(params)
     bar = tqdm(task.data(0, steps), total=steps, desc=f"{title(name):12}", mininterval=1, leave=False)

@@ -289,7 +289,7 @@ def train_peft(
 
 
 def pruning(adapted: Any) -> Callable[[int], None]:
-    """Return what PEFT has the user's loop call after a step: AdaLoRA's pruning, for others nothing."""
+    """Return the function that PEFT has the user's loop call after a step: AdaLoRA's pruning, for others nothing."""
     found: Callable[[int], None] = getattr(adapted.base_model, "update_and_allocate", lambda _: None)
     return found
 

@@ -28,7 +28,7 @@ _Call = tuple[Any, dict[str, Any]]  # the prints of an input and of the tensors 
 
 
 class _Seen(NamedTuple):
-    """How a target's calls follow the rows: its input, and by their places the tensors beside it that are known to, or to be shared."""
+    """Whether a target's input follows the rows, and by their places whether the tensors beside it do; those of which that is known."""
 
     follows: bool
     beside: Mapping[str, bool]
