@@ -123,6 +123,7 @@ class Row:
         demo: the fields in the demo's training and in `quality.py`'s; `r=8` and `alpha=8` if not given.
         rate: peak learning rate of the demo's training.
         short_rate: peak learning rate of `quality.py`'s, the best of `--rates` on validation problems; the demo's if not given.
+        state: from the adapted model, the state that the first call of the config's `update` takes.
     """
 
     fields: Callable[[int], dict[str, Any]] = lambda r: {}
@@ -131,6 +132,7 @@ class Row:
     demo: Mapping[str, Any] | None = None
     rate: float = 5e-3
     short_rate: float | None = None
+    state: Callable[[ll.Adapt], Any] = lambda adapt: None
 
 
 ROWS: dict[str, Row] = {
@@ -184,7 +186,7 @@ ROWS: dict[str, Row] = {
     ),
     "lora_ga": Row(theirs=lambda cfg, on: _lora(cfg, on, init_lora_weights="lora_ga", lora_ga_config=peft.LoraGAConfig())),
     "loreft": Row(demo={"r": 8, "positions": "f8+l8"}, rate=1e-2),
-    "ln_tuning": Row(theirs=lambda cfg, on: peft.LNTuningConfig(target_modules=".*norm"), rate=2e-2, short_rate=1.6e-1),
+    "ln_tuning": Row(theirs=lambda cfg, on: peft.LNTuningConfig(target_modules=".*[nN]orm"), rate=2e-2, short_rate=1.6e-1),
     "loha": Row(theirs=_loha),
     "alora": Row(without="PEFT's acts on texts with an invocation alone; without one it is LoRA.", rate=5e-3),
     "kasa": Row(fields=lambda r: {"start": "truncated"}, theirs=_kasa, demo={"r": 8}, rate=1e-3),
@@ -222,13 +224,21 @@ ROWS: dict[str, Row] = {
         fields=lambda r: {"r": None, "alpha": None},
         theirs=lambda cfg, on: peft.SupertuningConfig(sparsity=cfg.sparsity, select_top=cfg.select_top, target_modules=on),
     ),
-    "osf": Row(theirs=lambda cfg, on: peft.OSFConfig(effective_rank=cfg.effective_rank, target_modules=on), rate=1e-4),
+    "osf": Row(
+        theirs=lambda cfg, on: peft.OSFConfig(effective_rank=cfg.effective_rank, target_modules=on),
+        rate=1e-4,
+        state=lambda adapt: adapt.constants,
+    ),
     "glora": Row(
         theirs=lambda cfg, on: peft.GloraConfig(
             **{name: getattr(cfg, name) for name in ("r", "config_A_B", "config_C", "config_D_E")}, target_modules=on
         )
     ),
-    "adamss": Row(fields=lambda r: {"r": 100}, without="PEFT's needs scikit-learn, which the benchmarks do not install."),
+    "adamss": Row(
+        fields=lambda r: {"r": 100},
+        without="PEFT's needs scikit-learn, which the benchmarks do not install.",
+        state=lambda adapt: adapt.constants,
+    ),
     "full": Row(
         fields=lambda r: {"target_names": r"(q|v)_proj$"},
         without="Training the weights themselves needs no library.",

@@ -14,7 +14,7 @@ import argparse
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -30,9 +30,9 @@ import lora_lite as ll
 from agreement import agree
 from arithmetic import IGNORE, PAD, Row, batch, batches, problems
 from contenders import build, wrapped
-from demo import load_base
 from measure import machine, write
 from methods import MEASURED, METHODS, demo_config, theirs
+from pretrained import load_base
 
 KIND = " gap"  # the demo's problems that ask for a difference: one skill, so that seeds agree after a training of half a minute
 FULL_RATE = 2.5e-4
@@ -160,12 +160,6 @@ def main() -> None:
 Reached = tuple[float, float, int]  # exact share, loss a character, test problems
 
 
-def optimiser(leaves: Sequence[Tensor], rate: float, steps: int) -> tuple[Any, Any]:
-    """Return AdamW and its schedule."""
-    found = torch.optim.AdamW(leaves, lr=rate, weight_decay=0.0)
-    return found, torch.optim.lr_scheduler.OneCycleLR(found, rate, total_steps=max(steps, 2), pct_start=0.1)
-
-
 def losses(output: Any, labels: Tensor) -> Tensor:
     """Return the loss of each character, `(rows, length - 1)`, zero where there is no label."""
     logits, wanted = output.logits[:, :-1], labels[:, 1:]
@@ -194,29 +188,58 @@ def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 def train_ours(adapt: ll.Adapt, data: Sequence[Iterator[Any]], test: Sequence[Row], steps: int, rates: Sequence[float]) -> list[Reached]:
     """Train a member on each stream of batches at its own rate, all in one mixed batch a step, and evaluate each."""
-    params, members = ll.stack([adapt.init(seed=k) for k in range(len(data))]), len(data)
-    leaves = ll.tree_leaves(params)
-    adam, schedule = optimiser(leaves, 1.0, steps)  # each member goes its rate's part of the way, which without decay is the rate's step
-    state: list[Any] = [None] * members
+    members = len(data)
 
     def total(params: Any, rows: Mapping[str, Tensor]) -> Tensor:
         found = losses(adapt.mixed(params, {"input_ids": rows["input_ids"]}, use_cache=False), rows["labels"])
         labelled = (rows["labels"][:, 1:] != IGNORE).unflatten(0, (members, -1)).flatten(1)
         return (found.unflatten(0, (members, -1)).flatten(1).sum(1) / labelled.sum(1)).sum()
 
+    each = torch.tensor(rates)
+    params = train_members(adapt, total, (joined(parts) for parts in zip(*data, strict=True)), steps, lambda path: each, members)
+    return [evaluate(lambda rows, p=member: adapt(p, rows), test) for member in ll.unstack(params)]
+
+
+def train_members(
+    adapt: ll.Adapt,
+    total: Callable[[Any, Any], Tensor],
+    data: Iterable[Any],
+    steps: int,
+    rates: Callable[[str], Tensor],
+    members: int,
+    seeds: Sequence[int] | None = None,
+) -> Any:
+    """Train a population by AdamW, each member as it would train alone, and return its stacked params.
+
+    Args:
+        adapt: the adapted model; the first of its configs is the variant's.
+        total: from stacked params and a batch of all members, the sum of the members' losses.
+        data: the batches.
+        steps: how many there are.
+        rates: from the path of a target, the peak learning rate of each member there, `(members,)`.
+        members: how many there are.
+        seeds: of the members' starts; 0, 1, 2 ... where not given.
+    """
+    params = ll.stack([adapt.init(seed=k) for k in seeds or range(members)])
+    leaves = ll.tree_leaves(params)
+    each = [rates(path) for path, leaves_of in params.items() for _ in leaves_of]
+    # Each member goes its rate's part of the way of a step at rate 1, which without decay is a step at its rate.
+    adam = torch.optim.AdamW(leaves, lr=1.0, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 1.0, total_steps=max(steps, 2), pct_start=0.1)
+    state: list[Any] = [METHODS[adapt.configs[0].name].state(adapt)] * members
     step = ll.value_and_grad(total)
-    for parts in zip(*data, strict=True):
-        grads = step(params, joined(parts))[1]
+    for rows in data:
+        grads = step(params, rows)[1]
         norm = torch.stack([g.reshape(members, -1).square().sum(1) for g in ll.tree_leaves(grads)]).sum(0).sqrt()  # (members,)
         over = norm.clamp(min=1.0)
         ll.set_grads(params, ll.tree_map(lambda grad, over=over: grad / _along(over, grad), grads))
         before = [leaf.clone() for leaf in leaves]
         adam.step()
         schedule.step()
-        for leaf, old in zip(leaves, before, strict=True):
-            leaf.copy_(torch.lerp(old, leaf, _along(torch.tensor(rates), leaf)))
+        for leaf, old, rate in zip(leaves, before, each, strict=True):
+            leaf.copy_(torch.lerp(old, leaf, _along(rate, leaf)))
         state = updated(adapt.configs[0], params, grads, state)
-    return [evaluate(lambda rows, p=member: adapt(p, rows), test) for member in ll.unstack(params)]
+    return params
 
 
 def _along(values: Tensor, leaf: Tensor) -> Tensor:
@@ -234,14 +257,19 @@ def updated(cfg: ll.AdapterConfig, params: Any, grads: Any, state: list[Any]) ->
     return [s for _, s in done]
 
 
-def _train(
-    model: nn.Module, leaves: Sequence[Tensor], data: Iterator[Any], steps: int, rate: float, after: Callable[[int], None] = lambda _: None
+Group = tuple[Sequence[Tensor], float]  # leaves, and their peak learning rate
+
+
+def train_torch(
+    loss: Callable[[Any], Tensor], groups: Sequence[Group], data: Iterable[Any], steps: int, after: Callable[[int], None] = lambda _: None
 ) -> None:
-    adam, schedule = optimiser(leaves, rate, steps)
+    """Train a module's parameters in place by AdamW, as `train_members` trains a member."""
+    leaves = [leaf for group, _ in groups for leaf in group]
+    adam = torch.optim.AdamW([{"params": list(group), "lr": rate} for group, rate in groups], weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, [rate for _, rate in groups], total_steps=max(steps, 2), pct_start=0.1)
     for number, rows in enumerate(data):
-        loss = model(**rows, use_cache=False).loss
         adam.zero_grad()
-        loss.backward()
+        loss(rows).backward()
         torch.nn.utils.clip_grad_norm_(leaves, 1.0)
         adam.step()
         schedule.step()
@@ -254,15 +282,21 @@ def train_peft(
     """Let PEFT adapt the model in place and train it as ours are trained."""
     torch.manual_seed(seed)
     adapted, leaves = wrapped(model, config, calibration)
-    update = getattr(adapted.base_model, "update_and_allocate", lambda _: None)  # AdaLoRA's pruning, called by the user's loop
     inner = adapted.get_base_model()  # without AdaLoRA's penalty, which the loop of ours leaves out too
-    _train(inner, leaves, data, steps, rate, update)
+    train_torch(lambda rows: inner(**rows, use_cache=False).loss, [(leaves, rate)], data, steps, pruning(adapted))
     return evaluate(lambda rows: inner(**rows), test)
+
+
+def pruning(adapted: Any) -> Callable[[int], None]:
+    """Return the function that PEFT has the user's loop call after a step: AdaLoRA's pruning, for others nothing."""
+    found: Callable[[int], None] = getattr(adapted.base_model, "update_and_allocate", lambda _: None)
+    return found
 
 
 def train_full(model: nn.Module, data: Iterator[Any], test: Sequence[Row], steps: int, rate: float) -> Reached:
     """Train every parameter of the model, in place."""
-    _train(model, list(model.requires_grad_().parameters()), data, steps, rate)
+    group = (list(model.requires_grad_().parameters()), rate)
+    train_torch(lambda rows: model(**rows, use_cache=False).loss, [group], data, steps)
     return evaluate(lambda rows: model(**rows), test)
 
 

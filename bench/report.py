@@ -81,6 +81,7 @@ def sections(folder: Path = RESULTS, up: str = "../") -> Iterator[tuple[str, str
     makers: list[tuple[str, str, Callable[[Found], str]]] = [
         ("steps", "speed", lambda f: f"{t.step_table(f)}\n\n![Time against arithmetic](plots/arithmetic.svg)"),
         ("quality", "quality", lambda f: f"{t.quality_table(f)}\n\n![Accuracy against trained parameters](plots/accuracy.svg)"),
+        ("glosses", "glosses", lambda f: f"{t.glosses_table(f)}\n\n![Accuracy against trained parameters](plots/glosses.svg)"),
         ("memory", "memory", t.memory_table),
         ("scaling", "scaling", lambda f: "![Cost as rank, width, batch and members grow](plots/scaling.svg)"),
         ("functions", "speed", t.functions_table),
@@ -207,6 +208,26 @@ def accuracy(axes: Any, quality: Found) -> None:
     _lines(axes, [f"{title(name)}, {t.count(row['ours']['params'])}" for name, row in rows])
 
 
+def pareto(axes: Any, found: Found) -> None:
+    """Draw each variant's accuracy on the glosses, a line each in the order of trained parameters; none that is filled is beaten by fewer."""
+    rows = [(name, row) for name, row in found["results"]["variants"].items() if "exact" in row.get("ours", {})]
+    rows.sort(key=lambda item: item[1]["ours"]["params"])
+    best = 0.0
+    for y, (_, row) in enumerate(rows):
+        ours, peft = row["ours"], row.get("peft", {})
+        front, best = ours["exact"] > best, max(best, ours["exact"])
+        fill = "tab:blue" if front else "white"
+        axes.errorbar(100 * ours["exact"], y, xerr=100 * ours["error"], fmt="o", color="tab:blue", mfc=fill, capsize=2, lw=1)
+        if "exact" in peft:
+            axes.plot(100 * peft["exact"], y, "x", color="tab:orange")
+    axes.plot([], [], "o", color="tab:blue", label="lora-lite; filled: no fewer parameters do better")
+    axes.plot([], [], "x", color="tab:orange", label="PEFT")
+    if found["results"].get("probe"):
+        axes.axvline(100 * found["results"]["probe"]["exact"], color="grey", lw=0.8, ls=":", label="linear probe")
+    axes.set(xlabel="right classes, %; fewest trained parameters at the bottom")
+    _lines(axes, [f"{title(name)}, {t.count(row['ours']['params'])}" for name, row in rows])
+
+
 def arithmetic(axes: Any, speed: Found) -> None:
     """Draw each variant's step over the frozen step, a line each: by its multiply-adds alone, ours, and PEFT's."""
     rows = sorted(speed["results"]["models"]["variants"].items(), key=lambda item: item[1]["step"]["over_frozen"]["median"])
@@ -273,6 +294,8 @@ def draw(results: Path, folder: Path) -> list[Path]:
             drawn.append(_saved(folder / "accuracy.svg", lambda f: accuracy(f.subplots(), quality)))
         if speed:
             drawn.append(_saved(folder / "arithmetic.svg", lambda f: arithmetic(f.subplots(), speed)))
+        if real := newest("glosses", results):
+            drawn.append(_saved(folder / "glosses.svg", lambda f: pareto(f.subplots(), real)))
         if growth:
             drawn.append(_saved(folder / "scaling.svg", lambda f: scaling(f, growth)))
     return drawn

@@ -114,7 +114,7 @@ def conditions(speed: Found | None, memory: Found | None, quality: Found | None,
         part, whole = q["variants"].get("full", {}).get("ours"), q["full"]
         beside = f"; the row Full trains {count(part['params'])} of them" if part else ""
         words.append(
-            f"Accuracy: the demo's Llama of {count(whole['params'])} params; `params there` are those trained for it; unseen word problems "
+            f"Accuracy: the base Llama of {count(whole['params'])} params; `params there` are those trained for it; unseen word problems "
             f"answered exactly after {q['steps']} steps of {q['rows']} rows, mean of {q['members']} seeds ± standard error over seeds and "
             f"{q['test']} problems. The frozen base reaches {q['frozen']['exact']:.1%}, training all of its params {share(whole)}{beside} "
             f"({source(quality, up)})."
@@ -179,10 +179,43 @@ def rates_table(quality: Found, up: str) -> str:
             by_rate.setdefault(row["ours"]["rate"], []).append(title(name))
     rows = [{"best rate": f"{rate:.2g}", "variants": ", ".join(names)} for rate, names in sorted(by_rate.items())]
     words = (
-        f"Measured on the demo's Llama of {count(q['full']['params'])} params, in {q['steps']} steps of {q['rows']} rows by AdamW: of a "
+        f"Measured on the base Llama of {count(q['full']['params'])} params, in {q['steps']} steps of {q['rows']} rows by AdamW: of a "
         f"rate and its multiples, the best on problems of their own ({source(quality, up)}):"
     )
     return f"{words}\n\n{table(rows)}"
+
+
+def glosses_table(found: Found) -> str:
+    """Write the accuracy of each variant on the glosses, its rate and size, beside PEFT's training; the most accurate first."""
+    rows, r = [], found["results"]
+    done = {name: row for name, row in r["variants"].items() if "ours" in row and "failed" not in row["ours"]}
+    for name, row in sorted(done.items(), key=lambda item: -item[1]["ours"]["exact"]):
+        ours, peft = row["ours"], row.get("peft", {})
+        equal = {True: "equal", False: "not equal"}.get(row.get("agree"), "-")
+        rows.append(
+            {
+                **{"variant": title(name), "params": count(ours["params"]), "rate": f"{ours['rate']:.1e}", "accuracy": share(ours)},
+                **{"PEFT's accuracy": share(peft) if "exact" in peft else "-", "within two standard errors": equal},
+            }
+        )
+    probe = f"The linear probe, the head alone on the frozen encoder, reaches {share(r['probe'])}. " if r.get("probe") else ""
+    lacking = [title(name) for name in r["variants"] if name not in done]
+    failed = f"\n\nNot trained: {', '.join(lacking)}." if lacking else ""
+    return f"{probe}{r['steps']} steps of {r['rows']} glosses, {r['seeds']} seeds, {r['test']} test glosses.\n\n{table(rows)}{failed}"
+
+
+def glosses_rates(found: Found, up: str) -> str:
+    """Write the best learning rate of each variant on the pretrained encoder, of a population's, and which training that was."""
+    by_rate: dict[str, list[str]] = {}
+    done = {name: row["ours"] for name, row in found["results"]["variants"].items() if "failed" not in row.get("ours", {"failed": ""})}
+    for name, ours in sorted(done.items(), key=lambda item: item[1]["rate"]):
+        by_rate.setdefault(f"{ours['rate']:.1g}", []).append(title(name))
+    r = found["results"]
+    words = (
+        f"Measured on {r['model']}, 22.7 M params, in {r['steps']} steps of {r['rows']} glosses by AdamW: of rates in factors of three, "
+        f"the best on validation glosses ({source(found, up)}):"
+    )
+    return f"{words}\n\n{table([{'best rate': rate, 'variants': ', '.join(names)} for rate, names in by_rate.items()])}"
 
 
 def memory_table(memory: Found) -> str:
@@ -361,7 +394,8 @@ def demo_table(demo: Found) -> str:
         [
             {
                 **{"variant": title(o["variant"]), "trained": f"{o['trained']:,}", "exact before": f"{o['before']:.1%}"},
-                **{"exact after": f"{o['after']:.1%} ± {o['error']:.1%}", "step / frozen step": f"{o['ratio']:.2f}"},
+                **{"exact after": f"{o['after']:.1%} ± {o['error']:.1%}"},
+                **({"all of it, s": f"{o['seconds']:.0f}"} if "seconds" in o else {"step / frozen step": f"{o['ratio']:.2f}"}),
                 "init, s": f"{o['init']:.2f}",
             }
             for o in demo["results"]["outcomes"]

@@ -23,7 +23,7 @@ README, RESULTS, PAGES = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT 
 sys.path.append(str(ROOT / "bench"))
 
 from report import NONE, between, headlines, page  # noqa: E402
-from tables import members_table, newest, rates_table, table  # noqa: E402
+from tables import glosses_rates, members_table, newest, rates_table, table  # noqa: E402
 
 WORDS = {"dense": "its dense form", "matmul": "products with it"}
 """A variant's `uses` of the weight, in words; of two the first says more."""
@@ -99,9 +99,10 @@ def costs_table(width: int = 4096) -> str:
 
 
 def best_rates() -> str:
-    """Return the learning rates that were best in the newest measurement of accuracies."""
-    found = newest("quality")
-    return rates_table(found, "../") if found else NONE
+    """Return the learning rates that were best in the newest measurement: on the pretrained encoder, or else on the shipped model."""
+    real = newest("glosses")
+    found = real or newest("quality")
+    return NONE if found is None else glosses_rates(found, "../") if real else rates_table(found, "../")
 
 
 def members() -> str:

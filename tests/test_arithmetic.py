@@ -77,7 +77,7 @@ def test_every_pass_through_the_rows_has_another_order():
 
 
 def test_generation_does_not_depend_on_the_other_prompts():
-    from demo import load_base  # here: it needs the models' library
+    from pretrained import load_base  # here: it needs the models' library
 
     model, prompts = load_base(), [row.question for row in sums("test", 4, seed=0)] + ["12+7-4+30>"]
     with torch.no_grad():

@@ -24,8 +24,8 @@ import scaling as growth
 import timings
 from arithmetic import batch as demo_batch
 from arithmetic import exact_match
-from demo import load_base
 from measure import batch_of, llama, peak_bytes
+from pretrained import load_base
 from quality import evaluate, joined, train_ours, updated
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -286,7 +286,7 @@ def test_report_names_the_model_and_the_threads_of_each_figure(files):
     for kind, said in {
         "speed": "Costs: one step of a Llama of 4 layers and width 512,",
         "memory": "Peaks: one step of a Llama of 4 layers and width 256,",
-        "quality": "Accuracy: the demo's Llama of 872.1k params; ",
+        "quality": "Accuracy: the base Llama of 872.1k params; ",
     }.items():
         (paragraph,) = (p for p in text.split("\n\n") if p.startswith(said))
         assert f"2030-01-02-abc-{kind}.json), 2-core x86 CPU, 1 thread)." in paragraph
@@ -372,7 +372,7 @@ def test_page_has_every_part_and_no_figure_without_a_file(files, tmp_path):
     assert report.page(page, files) == page
     (tmp_path / "empty").mkdir()
     empty = report.page(text, tmp_path / "empty")
-    assert empty.count(report.NONE) == 16
+    assert empty.count(report.NONE) == 17
     assert "%" not in "".join(line for line in empty.splitlines() if line.startswith("|"))
     with pytest.raises(ValueError, match='expected a line "<!-- other -->"'):
         report.between(text, "other", "new")

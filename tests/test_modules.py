@@ -108,13 +108,83 @@ def test_rows_of_a_mixed_batch_equal_a_loop(cfg):
         torch.testing.assert_close(got[row], want, rtol=1e-5, atol=1e-6)
 
 
-def test_a_module_called_with_several_tensors_is_no_target_of_a_mixed_batch():
+@pytest.mark.parametrize("names", [r"encoder\.layer\.1$", r"^bert$", r"^bert\.encoder$"])
+@pytest.mark.parametrize("index", [None, [1, 0, 0, 1], [1, 1, 1, 1]])
+@pytest.mark.parametrize("training", [False, True])
+def test_rows_of_a_module_called_with_several_tensors_equal_a_loop(names, index, training):
     model, batch = _classifier()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     mask = torch.ones_like(batch["input_ids"])
     mask[0, 5:] = 0
-    adapt = ll.build(model, ll.FullConfig(target_names=r"encoder\.layer\.1$"))
-    with pytest.raises(ValueError, match=r'"bert\.encoder\.layer\.1" expected it to be called with one tensor, found several'):
-        adapt.mixed(ll.stack([adapt.init(seed=0)] * 2), {"input_ids": batch["input_ids"], "attention_mask": mask}, [0, 1, 0, 1])
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": mask}
+    adapt = ll.build(
+        model,
+        [ll.FullConfig(target_names=(names, "classifier$")), ll.LoRAConfig(r=2, target_names=r"pooler\.dense$")][
+            : 2 - (names == r"^bert$")
+        ],
+    )
+    adapt = adapt.train() if training else adapt
+    members = [move(adapt.init(seed=0), seed=k) for k in range(2)]
+
+    def loss(stacked):
+        return adapt.mixed(stacked, inputs, index).logits.square().sum()
+
+    got = adapt.mixed(ll.stack(members), inputs, index).logits
+    _, grads = ll.value_and_grad(loss)(ll.stack(members))
+    for row, k in enumerate(index or [0, 0, 1, 1]):
+        want = adapt(members[k], {name: value[row : row + 1] for name, value in inputs.items()}).logits[0]
+        torch.testing.assert_close(got[row], want, rtol=1e-4, atol=1e-5)
+
+    def alone(params):  # the members in turn, each on its rows
+        trees = ll.unstack(params)
+        one = [{name: value[row : row + 1] for name, value in inputs.items()} for row in range(4)]
+        return sum(adapt(trees[k], one[row]).logits.square().sum() for row, k in enumerate(index or [0, 0, 1, 1]))
+
+    _, want = ll.value_and_grad(alone)(ll.stack(members))
+    for a, b in zip(ll.tree_leaves(grads), ll.tree_leaves(want), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+class Beside(torch.nn.Module):
+    """A layer that is called with rows, with a table for all rows, and with a number of rows that only it knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.nn.Linear(4, 4)
+
+    def forward(self, x, y, table, odd=None):
+        return self.inner(x) * y + table.sum() + (0 if odd is None else odd.sum())
+
+
+class Around(torch.nn.Module):
+    """A model that calls such a layer."""
+
+    def __init__(self, odd=False):
+        super().__init__()
+        self.layer, self.odd = Beside(), odd
+
+    def forward(self, x):
+        table = torch.arange(12.0).view(3, 4)  # as long as a batch of three rows: only a trial tells it from rows
+        odd = torch.ones(len(x) + 1) if self.odd else None
+        return self.layer(x, 2 * x, table, odd=odd)
+
+
+def test_a_table_as_long_as_the_batch_is_no_rows():
+    torch.manual_seed(0)
+    model, x = Around(), torch.randn(3, 4)
+    adapt = ll.build(model, ll.FullConfig(target_names="^layer$"))
+    members = [move(adapt.init(seed=0), seed=k) for k in range(3)]
+    got = adapt.mixed(ll.stack(members), x)
+    for row in range(3):
+        torch.testing.assert_close(got[row], adapt(members[row], x[row : row + 1])[0])
+
+
+def test_what_neither_grows_with_the_batch_nor_stays_is_refused_by_name():
+    adapt = ll.build(Around(odd=True), ll.FullConfig(target_names="^layer$"))
+    with pytest.raises(ValueError, match=r'"layer" expected arguments whose rows can be told from what rows share, found that .*odd'):
+        adapt.mixed(ll.stack([adapt.init(seed=0)] * 3), torch.randn(3, 4))
 
 
 def test_bfloat16_models_keep_float32_params():

@@ -37,7 +37,7 @@ class Binding:
         fast: whether the call that runs goes straight to the formula; "first" where none has yet reached the target, and it is noted. Not
             while a compiler traces: it would compile again after the first call.
         followers: the bindings of other modules with the target's weight, where the variant is tied.
-        watch: sees the inputs of a call of the frozen model, where one is tried.
+        watch: sees the inputs of a call of the frozen model and the tensors beside them, where one is tried.
     """
 
     def __init__(self, path: str, cfg: AdapterConfig, W: Kind, adapter: Adapter, shared: Shared = ()) -> None:
@@ -53,7 +53,7 @@ class Binding:
         self.followers: list[Follower] = []
         self.used = self.off = self._placed = False
         self.fast: bool | str = False
-        self.watch: Callable[[Any], Any] | None = None
+        self.watch: Callable[[Any, Mapping[str, Tensor]], Any] | None = None
 
     def with_adapter(self, adapter: Adapter) -> "Binding":
         """Return the same binding with its params in another adapter."""
@@ -110,7 +110,7 @@ class Binding:
             W = self.W
             if self.off:
                 if self.watch is not None:
-                    self.watch(W.given(args, kwargs))
+                    self.watch(W.given(args, kwargs), W.beside(args, kwargs))
                 return W(first_of(args, kwargs)) if self.direct else W.frozen(self.own, args, kwargs)
             params = self.registered() if self.params is None else self.params
             self._note()
@@ -124,7 +124,7 @@ class Binding:
     def _apply(self, params: Params, W: Any, x: Any) -> Any:
         if self.rows is None:
             return W.apply(self.variant, params, x)
-        mapped = self.rows.mapped.get(self.path)
+        mapped, W.follow = self.rows.mapped.get(self.path), self.rows.beside.get(self.path)
         try:
             if isinstance(mapped, int):
                 return W.apply_rows(self.variant, params, x.movedim(mapped, 0), self.index).movedim(0, mapped)

@@ -1,5 +1,6 @@
 """A call on a bound copy, with the call's params and the model's own state in place. Each thread has its own copy."""
 
+import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -50,11 +51,15 @@ class Replica:
         """Run the model without its adapters."""
         return self._call([None] * len(self.bindings), batch, kwargs, None, None, off=True)
 
-    def inputs(self, batch: Any, kwargs: Mapping[str, Any], read: Callable[[Any], Any]) -> dict[str, list[Any]]:
-        """Run the model without its adapters; return what `read` makes of each target's inputs, by path."""
-        seen: dict[str, list[Any]] = {}
+    def inputs(self, batch: Any, kwargs: Mapping[str, Any], read: Callable[[Any], Any]) -> dict[str, list[tuple[Any, dict[str, Any]]]]:
+        """Run the model without its adapters; return what `read` makes of each call's input and of the tensors beside it, by target."""
+        seen: dict[str, list[tuple[Any, dict[str, Any]]]] = {}
+
+        def note(path: str, x: Any, beside: Mapping[str, Tensor]) -> None:
+            seen.setdefault(path, []).append((read(x), {name: read(value) for name, value in beside.items()}))
+
         for path, binding in self.bindings:
-            binding.watch = lambda x, path=path: seen.setdefault(path, []).append(read(x))
+            binding.watch = functools.partial(note, path)
         try:
             self.frozen(batch, kwargs)
         finally:

@@ -17,12 +17,14 @@ class Rows:
         mapped: of targets whose input has them elsewhere, the axis that they are on, or the member of each entry of the first axis.
         unsure: while a graph is traced, takes the path of a target to be checked when the graph runs: its input has not the rows alone on
             its first axis.
+        beside: of targets that are called with more tensors than their input, whether each has the rows, on its first axis, or is shared.
     """
 
     count: int | None = None
     known: frozenset[str] = frozenset()
     mapped: Mapping[str, Tensor | int] = field(default_factory=dict)
     unsure: Callable[[str], None] | None = None
+    beside: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
 
     def require(self, path: str, x: Callable[[], Any]) -> None:
         """Raise unless a target's input is known to be made of the rows, or has exactly them on its first axis.

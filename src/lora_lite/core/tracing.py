@@ -17,6 +17,7 @@ from torch._C._functorch import (
 )
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_clear_interpreter_stack
 from torch._functorch.vmap import doesnt_support_saved_tensors_hooks, lazy_load_decompositions, vmap_increment_nesting
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -64,7 +65,7 @@ def while_traced(f: F) -> F:
     return f
 
 
-def vmap_rows(f: Callable[..., Tensor], params: Mapping[str, Tensor], *xs: Tensor) -> Tensor:
+def vmap_rows(f: Callable[..., Any], params: Mapping[str, Tensor], *xs: Tensor) -> Any:
     """Map `f(params, *xs)` over the first axis of all tensors, as `torch.vmap` with different randomness does, at half its price.
 
     `torch.vmap` flattens its arguments as trees, which at each layer of a model takes as long as the arithmetic of a few tokens. While
@@ -73,13 +74,14 @@ def vmap_rows(f: Callable[..., Tensor], params: Mapping[str, Tensor], *xs: Tenso
     if torch.compiler.is_compiling():
         return torch.vmap(f, randomness="different")(params, *xs)
     lazy_load_decompositions()
-    found: Tensor = _mapped(f, params, xs)
-    return found
+    return _mapped(f, params, xs)
 
 
 @doesnt_support_saved_tensors_hooks  # as torch.vmap, whose rules these are
-def _mapped(f: Callable[..., Tensor], params: Mapping[str, Tensor], xs: tuple[Tensor, ...]) -> Tensor:
+def _mapped(f: Callable[..., Any], params: Mapping[str, Tensor], xs: tuple[Tensor, ...]) -> Any:
     rows = xs[0].shape[0]
     with vmap_increment_nesting(rows, "different") as level:
         y = f({name: _add_batch_dim(p, 0, level) for name, p in params.items()}, *(_add_batch_dim(x, 0, level) for x in xs))
-        return _remove_batch_dim(y, level, rows, 0)
+        if isinstance(y, Tensor):
+            return _remove_batch_dim(y, level, rows, 0)
+        return pytree.tree_map_only(Tensor, lambda t: _remove_batch_dim(t, level, rows, 0), y)

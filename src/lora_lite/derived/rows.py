@@ -15,7 +15,7 @@ from lora_lite.core.errors import listed
 from lora_lite.core.tracing import in_transform, outside_transforms, unwrapped, while_traced
 from lora_lite.derived.compiled_rows import Graph, Layout, see_rows, taken_apart
 from lora_lite.derived.questions import Question, asked
-from lora_lite.derived.trial import Batch, cut, trial
+from lora_lite.derived.trial import Batch, Seen, cut, trial
 
 RowMap = Mapping[str, Tensor | Sequence[int] | int]
 
@@ -33,7 +33,7 @@ class Followed:
 
     def __init__(self, replicas: Replicas, group: Any = None) -> None:
         self._replicas, self._group = replicas, group
-        self._known: dict[Any, dict[str, bool]] = {}
+        self._known: dict[Any, dict[str, Seen]] = {}
         self._graphs: dict[str, Graph] = {}
         self._begin = while_traced(lambda layout, mapped: self._new_graph(layout, mapped))
         self._note = while_traced(lambda graph, path: self._graphs[graph].unsure.append(path))
@@ -71,10 +71,11 @@ class Followed:
         if torch.compiler.is_compiling():
             return Rows(mapped=mapped) if rows < 2 else self._traced(plain, rows, mapped)
         known = self._follow(plain, rows, mapped)
-        return Rows(mapped=mapped) if rows < 2 else Rows(rows, frozenset(known), mapped)
+        beside = {path: seen.beside for path, seen in known.items()}
+        return Rows(mapped=mapped) if rows < 2 else Rows(rows, frozenset(known), mapped, beside=beside)
 
-    def _follow(self, plain: Any, rows: int, mapped: Collection[str]) -> dict[str, bool]:
-        """Return for each target whether its input follows the rows, by a trial or from memory; nothing where none can be made.
+    def _follow(self, plain: Any, rows: int, mapped: Collection[str]) -> dict[str, Seen]:
+        """Return for each target how its calls follow the rows, by a trial or from memory; nothing where none can be made.
 
         Raises:
             ValueError: where one does not, here or in another process.
@@ -115,9 +116,9 @@ class Followed:
         return graph.name
 
 
-def require_following(known: Mapping[str, bool], mapped: Collection[str], caller: str) -> None:
+def require_following(known: Mapping[str, Seen], mapped: Collection[str], caller: str) -> None:
     """Refuse targets whose input is known not to follow the batch's rows, where the caller has not mapped them."""
-    lost = [path for path, follows in known.items() if not follows and path not in mapped]
+    lost = [path for path, seen in known.items() if not seen.follows and path not in mapped]
     if lost:
         more = f", as at {len(lost) - 1} more targets" if lost[1:] else ""
         raise ValueError(

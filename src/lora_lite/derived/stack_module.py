@@ -17,7 +17,7 @@ from lora_lite.clone.per_call import Replica
 from lora_lite.clone.rows import Rows
 from lora_lite.derived.mixed import index_of
 from lora_lite.derived.rows import PLAIN, equal_groups, require_following
-from lora_lite.derived.trial import cut, trial
+from lora_lite.derived.trial import Seen, cut, trial
 
 _STATE = "_lora_lite_rows"
 _OWN = ("generate", "_expand_inputs_for_generation")
@@ -30,7 +30,7 @@ class RowState:
         members: of the stack.
         index: the member of each row; None for equal contiguous groups.
         rows: of the inputs of targets, while a generation runs; None outside of one.
-        known: for each form of arguments, whether a target's input is made of the batch's rows.
+        known: for each form of arguments, how a target's calls follow the batch's rows.
         trying: whether the call that runs is a trial.
         own: what `generate` and its expansion of inputs were in the module's `__dict__`, where they stood there.
     """
@@ -38,7 +38,7 @@ class RowState:
     def __init__(self, members: int, index: Tensor | None, own: Mapping[str, Any]) -> None:
         self.members, self.index, self.own = members, index, dict(own)
         self.rows: int | None = None
-        self.known: dict[Any, dict[str, bool]] = {}
+        self.known: dict[Any, dict[str, Seen]] = {}
         self.trying = False
 
     @property
@@ -76,11 +76,13 @@ def give_rows(module: nn.Module, members: int, index: Tensor | Sequence[int] | N
         table["_expand_inputs_for_generation"] = partial(_expand, module)
 
 
-def _place(module: nn.Module, state: RowState, rows: int | None = None, known: Mapping[str, bool] | None = None) -> None:
+def _place(module: nn.Module, state: RowState, rows: int | None = None, known: Mapping[str, Seen] | None = None) -> None:
     """Set the rows and their members at each binding of a module."""
     if state.single:
         rows = None
-    found = Rows(rows, frozenset(path for path, follows in (known or {}).items() if follows))
+    seen = known or {}
+    beside = {path: own.beside for path, own in seen.items()}
+    found = Rows(rows, frozenset(path for path, own in seen.items() if own.follows), beside=beside)
     for binding in _bound(module):
         binding.rows, binding.index = found, state.index
 
@@ -106,8 +108,8 @@ def _before_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     _place(module, state, rows, known)
 
 
-def _known(module: nn.Module, state: RowState, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int) -> Mapping[str, bool]:
-    """Return, for each target that a trial reached, whether its input follows the batch's rows. A trial is made without caches."""
+def _known(module: nn.Module, state: RowState, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int) -> Mapping[str, Seen]:
+    """Return, for each target that a trial reached, how its calls follow the batch's rows. A trial is made without caches."""
     parts = {name: part for name, part in kwargs.items() if all(isinstance(leaf, PLAIN) for leaf in pytree.tree_leaves(part))}
     leaves = pytree.tree_leaves_with_path((args, parts))
     key = tuple((pytree.keystr(path), leaf.dtype, leaf.dim()) for path, leaf in leaves if isinstance(leaf, Tensor))

@@ -5,8 +5,8 @@ cases in which an even division proves nothing. So the frozen model runs on one 
 that came in.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +17,22 @@ from lora_lite.clone.per_call import Replica
 Batch = tuple[Any, dict[str, Any]]
 """The arguments of a call: a batch, and keywords."""
 
+_Call = tuple[Tensor | None, Mapping[str, Tensor | None]]
+
+
+class Seen(NamedTuple):
+    """How a target's calls follow the rows: its input, and by their places the tensors beside it that are known to, or to be shared."""
+
+    follows: bool
+    beside: Mapping[str, bool]
+
+
 _CLOSE = 0.1
 """The distance, in norms, of inputs that count as equal: low dtypes round by the size of a batch, and other rows are about 1 away."""
 
 
-def trial(replica: Replica, one: Batch, two: Batch) -> dict[str, bool]:
-    """Return, for each target that one row reaches, whether its input follows rows; nothing where the model refuses such a batch.
+def trial(replica: Replica, one: Batch, two: Batch) -> dict[str, Seen]:
+    """Return, for each target that one row reaches, how its calls follow rows; nothing where the model refuses such a batch.
 
     The global random state is put back.
 
@@ -36,13 +46,16 @@ def trial(replica: Replica, one: Batch, two: Batch) -> dict[str, bool]:
             found = _grown(*(replica.inputs(*batch, _print) for batch in (one, two)), values=not replica.module.training)
             if replica.module.training:  # dropout draws otherwise: the order shows in evaluation mode
                 still = _grown(*(_in_evaluation(replica, *batch) for batch in (one, two)), values=True)
-                found = {path: follows and still.get(path, True) for path, follows in found.items()}
+                found = {
+                    path: still.get(path, seen)._replace(follows=seen.follows and still.get(path, seen).follows)
+                    for path, seen in found.items()
+                }
             return found
         except Exception:  # whatever the model does not like about a part of its batch: then only its own rows are known
             return {}
 
 
-def _in_evaluation(replica: Replica, batch: Any, kwargs: dict[str, Any]) -> dict[str, list[Tensor | None]]:
+def _in_evaluation(replica: Replica, batch: Any, kwargs: dict[str, Any]) -> Mapping[str, Sequence[_Call]]:
     modes = [(module, module.training) for module in replica.module.modules()]
     try:
         for module, _ in modes:
@@ -54,16 +67,16 @@ def _in_evaluation(replica: Replica, batch: Any, kwargs: dict[str, Any]) -> dict
 
 
 def cut(plain: Batch, rows: int, n: int) -> Batch:
-    """Return the batch's first row `n` times. The last time it is masked one position earlier, as a shorter text is."""
+    """Return the batch's first row `n` times. Each is masked one position earlier than the last, as a shorter text is."""
 
     def of_first(path: Any, leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != rows:
             return leaf
-        first = leaf[:1]
-        last = first
-        if n > 1 and "mask" in pytree.keystr(path) and leaf.dim() == 2 and leaf.shape[1] > 1:
-            last = torch.cat([first[:, :-1], torch.zeros_like(first[:, -1:])], 1)
-        return first if n == 1 else torch.cat([first, last])
+        copies = leaf[:1].repeat(n, *[1] * (leaf.dim() - 1))
+        if "mask" in pytree.keystr(path) and leaf.dim() == 2:
+            for k in range(n):  # the first too: a mask of ones alone is none to many models
+                copies[k, max(1, leaf.shape[1] - 1 - k) :] = 0
+        return copies
 
     parts: Batch = pytree.tree_map_with_path(of_first, plain)
     return parts
@@ -78,10 +91,27 @@ def _print(x: Any) -> Tensor | None:
     return torch.stack([flat @ weights, torch.linalg.vector_norm(flat, dim=1)], 1)
 
 
-def _grown(one: Mapping[str, list[Tensor | None]], two: Mapping[str, list[Tensor | None]], *, values: bool) -> dict[str, bool]:
-    """Return, for each target, whether its inputs on two rows are those on one row, and as much again."""
-    pairs = {path: (seen, two.get(path, [])) for path, seen in one.items()}
-    return {path: len(a) == len(b) and all(map(_twice, a, b, [values] * len(a))) for path, (a, b) in pairs.items()}
+def _grown(one: Mapping[str, Sequence[_Call]], two: Mapping[str, Sequence[_Call]], *, values: bool) -> dict[str, Seen]:
+    """Return, for each target, whether its inputs on two rows are those on one row and as much again, and so for what is beside them."""
+    found = {}
+    for path, calls in one.items():
+        pairs, even = list(zip(calls, two.get(path, []), strict=False)), len(calls) == len(two.get(path, []))
+        follows = even and all(_twice(a, b, values) for (a, _), (b, _) in pairs)
+        names = dict.fromkeys(name for _, beside in calls for name in beside)
+        kinds = {name: {_follows(a.get(name), b.get(name), values) for (_, a), (_, b) in pairs} for name in names}
+        known = {name: kind.pop() for name, kind in kinds.items() if even and len(kind) == 1}
+        found[path] = Seen(follows, {name: kind for name, kind in known.items() if kind is not None})
+    return found
+
+
+def _follows(one: Tensor | None, two: Tensor | None, values: bool) -> bool | None:
+    """Whether a tensor beside an input grew by a row, or stayed as it was; None where neither is plain."""
+    if one is None or two is None:
+        return False if one is two else None  # both are numbers
+    if _twice(one, two, values):
+        return True
+    same = one.shape == two.shape and bool((one - two).abs().max() <= _CLOSE * one[:, 1].max() if len(one) else True)
+    return False if same else None
 
 
 def _twice(one: Tensor | None, two: Tensor | None, values: bool) -> bool:

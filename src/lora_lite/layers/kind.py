@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import Frozen, Params, in_dtype
@@ -79,6 +80,8 @@ class Kind(Frozen):
     """The parts that it offers to variants, matched with their `uses`. `"inputs"` allows calibration, `"dropout"` dropped inputs."""
     state: ClassVar[Mapping[str, str]] = {"weight": "weight", "bias": "bias"}
     """The names under which the module keeps its weight and its bias."""
+    follow: Mapping[str, bool] | None = None
+    """In a mixed batch, whether a tensor of `beside` has the batch's rows on its first axis or is shared; None where nobody has looked."""
     why: ClassVar[str] = ""
     """The reason why a part is lacking, in one sentence, for the error that refuses a variant."""
 
@@ -234,6 +237,10 @@ class Kind(Frozen):
         """Return a call's input, in which a mixed batch follows its rows: the first axis has one entry or several for each, in order."""
         return first_of(args, kwargs)
 
+    def beside(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the other tensors of a call that the layer is run with, by their places: none but for whole modules."""
+        return {}
+
     def apply_rows(self, f: Variant, params: Params, x: Any, index: Tensor | None) -> Any:
         """Apply a variant to each row of a batch with the params of its own member.
 
@@ -254,7 +261,8 @@ class Kind(Frozen):
         if (active := self.active) is not None:
             own = (x.unflatten(0, (rows, -1)), aligned(active, x).unflatten(0, (rows, -1)))
             return vmap_rows(lambda p, x, active: self.with_active(active).apply(f, p, x), params, *own).flatten(0, 1)
-        return vmap_rows(lambda p, x: self.apply(f, p, x), params, x.unflatten(0, (rows, -1))).flatten(0, 1)
+        found = vmap_rows(lambda p, x: self.apply(f, p, x), params, x.unflatten(0, (rows, -1)))
+        return found.flatten(0, 1) if isinstance(found, Tensor) else pytree.tree_map(lambda y: y.flatten(0, 1), found)
 
     # What merging and counting mean
 

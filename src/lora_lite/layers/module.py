@@ -1,11 +1,14 @@
 """Whole modules, whose own parameters are moved, and norms among them."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lora_lite.core.errors import listed
 from lora_lite.core.frozen import Frozen
@@ -27,8 +30,7 @@ class ModuleKind(Kind):
         super().__init__(layer, constants)
         self._own = own or layer
         self._now: Mapping[str, Tensor] | None = None
-        self.alone = True
-        """Whether the module's only argument is one tensor."""
+        self._rest: tuple[Any, ...] = ()  # of the call that runs: the module's own forward, the other arguments by place and by name
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
@@ -74,12 +76,16 @@ class ModuleKind(Kind):
     def call(self, run: Run, own: Own, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         rest = dict(kwargs) if args else dict(list(kwargs.items())[1:])
         first = (first_of(args, kwargs),) if args or kwargs else ()
-        self._own, before = (lambda x: own(x, *args[1:], **rest)), (self._own, self.alone)
-        self.alone = not any(isinstance(value, Tensor) for value in (*args[1:], *rest.values()))
+        before = self._own, self._rest
+        self._rest = own, args[1:], rest
+        self._own = lambda x: own(x, *args[1:], **rest)
         try:
             return run(self, *first)
         finally:
-            self._own, self.alone = before
+            self._own, self._rest = before
+
+    def beside(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        return _tensors((args[1:], dict(kwargs) if args else dict(list(kwargs.items())[1:])))
 
     def moved(self, deltas: Mapping[str, Tensor]) -> Callable[[Any], Any]:
         now = {name: (p + deltas[name]).to(p.dtype) for name, p in self.parameters.items() if name in deltas}
@@ -111,12 +117,44 @@ class ModuleKind(Kind):
         return self._now is not None
 
     def apply_rows(self, f: Variant, params: Params, x: Any, index: Tensor | None) -> Any:
-        if not self.alone:
+        """Apply a variant to each row with the params of its member. What is called with more than its input runs member by member."""
+        others = _tensors(self._rest[1:])
+        if self.follow is None:  # nobody has seen which of them grow with the batch: a first axis of one holds no rows
+            lost = [name for name, value in others.items() if value.dim() and value.shape[0] != 1]
+        else:
+            lost = [name for name in others if name not in self.follow]
+        if lost:
             raise ValueError(
-                "expected it to be called with one tensor, found several, whose rows cannot be told from what rows share. Train a part of "
-                "it that takes one."
+                f"expected arguments whose rows can be told from what rows share, found that {listed(lost)} cannot. Train a part of it "
+                "that is called with one tensor, or run the members one by one."
             )
-        return super().apply_rows(f, params, x, index)
+        spread = {name for name in others if (self.follow or {}).get(name)}
+        return self._by_member(f, params, x, index, spread) if spread else super().apply_rows(f, params, x, index)
+
+    def _by_member(self, f: Variant, params: Params, x: Tensor, index: Tensor | None, spread: set[str]) -> Any:
+        """Run the module once for each member, on its rows. Members share no parameter of it, so that one call would save nothing."""
+        members = next(iter(params.values())).shape[0]
+        member = torch.arange(members, device=x.device) if index is None else index
+        own, args, kwargs = self._rest
+        outputs, order = [], []
+        for k in range(members):
+            rows = (member == k).nonzero().flatten()
+            if not len(rows) and (k or len(member)):
+                continue
+
+            def of_member(path: Any, value: Any, rows: Tensor = rows) -> Any:
+                return taken(value, rows, len(member)) if pytree.keystr(path) in spread else value
+
+            its, named = pytree.tree_map_with_path(of_member, (args, kwargs))
+            before, self._own = self._own, (lambda x, its=its, named=named: own(x, *its, **named))
+            try:
+                found = self.apply(f, {name: p[k] for name, p in params.items()}, taken(x, rows, len(member)))
+            finally:
+                self._own = before
+            outputs.append(pytree.tree_map(functools.partial(_by_rows, count=len(rows)), found))
+            order.append(rows)
+        back = torch.cat(order).argsort()
+        return pytree.tree_map(lambda *parts: _joined(parts, back), *outputs)
 
     def merged(self, f: Variant, params: Params) -> dict[str, Tensor]:
         """Run the variant on a recorder of displacements. A variant that does more than displace parameters has no merged weights."""
@@ -148,6 +186,35 @@ class ModuleKind(Kind):
 
     def probe(self, tokens: int) -> list[Any]:
         return []  # the module itself runs
+
+
+def taken(value: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Return the entries of some of `count` rows; the first axis has one or several for each."""
+    if not count or value.shape[0] % count:
+        raise ValueError(f"expected tensors with a multiple of {count} rows, found shape {tuple(value.shape)}.")
+    return value.unflatten(0, (count, -1))[rows].flatten(0, 1)
+
+
+def _tensors(tree: Any) -> dict[str, Tensor]:
+    """Return the tensors of arguments by their places."""
+    return {pytree.keystr(path): leaf for path, leaf in pytree.tree_leaves_with_path(tree) if isinstance(leaf, Tensor)}
+
+
+def _by_rows(value: Any, count: int) -> Any:
+    """Lay an output out by the rows that it is of."""
+    if not isinstance(value, Tensor):
+        return value
+    if not value.dim() or value.shape[0] % max(count, 1):
+        raise ValueError(
+            f"expected outputs with the rows of their batch on the first axis, found shape {tuple(value.shape)} of {count} rows. Train "
+            "a part of it that returns rows, or run the members one by one."
+        )
+    return value.unflatten(0, (count, -1)) if count else value[:, None]
+
+
+def _joined(parts: Sequence[Any], order: Tensor) -> Any:
+    """Join the members' outputs in the order of the batch."""
+    return torch.cat(list(parts))[order].flatten(0, 1) if isinstance(parts[0], Tensor) else parts[0]
 
 
 class _Recorder(Frozen):
