@@ -209,7 +209,7 @@ def accuracy(axes: Any, quality: Found) -> None:
 
 
 def pareto(axes: Any, found: Found) -> None:
-    """Draw each variant's accuracy on the glosses, a line each in the order of trained parameters; none that is filled is beaten by fewer."""
+    """Draw each variant's accuracy on the glosses, a line each; none that is filled is beaten by one with fewer trained parameters."""
     rows = [(name, row) for name, row in found["results"]["variants"].items() if "exact" in row.get("ours", {})]
     rows.sort(key=lambda item: item[1]["ours"]["params"])
     best = 0.0
