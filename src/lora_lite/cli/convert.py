@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lora_lite.cli.opened import opened, require_known
 from lora_lite.cli.written import FORMS, require_form, written
+from lora_lite.files.card import model_card
 from lora_lite.files.durable import require_free
 from lora_lite.transforms.to_lora import to_lora
 
@@ -24,6 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="the file or folder to write; it must not exist yet")
     parser.add_argument("--to", choices=FORMS, help="the form to write, by default the other one of lora_lite and peft")
     parser.add_argument("--base", type=Path, metavar="MODEL", help="the base model: a folder with safetensors files, or one such file")
+    parser.add_argument("--card", metavar="NAME", help="write a README.md too, with this name of the base model on the Hub, user/repo")
     parser.add_argument("--r", type=int, metavar="RANK", help="convert to LoRA of this rank")
     parser.add_argument("--alpha", type=float, metavar="ALPHA", help="with --r, the numerator of LoRA's scale, by default the rank")
 
@@ -37,9 +39,12 @@ def run(args: argparse.Namespace) -> None:
     adapt, params = found.adapts[0], found.trees[0]
     form = args.to or ("lora_lite" if args.file.is_dir() or args.file.suffix == ".json" else "peft")
     require_form(form, args.out)
+    if args.card is not None and form != "peft":
+        raise ValueError(f"--card: expected a folder of PEFT's to put README.md in, found --to {form}. Leave it out, or pass --to peft.")
     require_known(found, also=args.r is not None)
     if args.r is not None:
         adapt, params, errors = to_lora(adapt, params, args.r, args.alpha)
         print(f"LoRA of rank {args.r}: at most {max(errors.values()):.2g} of an update is lost")
-    written(adapt, params, form, args.out, found.based)
+    card = None if args.card is None else model_card(adapt, params, base=args.card)
+    written(adapt, params, form, args.out, found.based, card)
     print(f"{len(adapt.targets)} layers written to {args.out}")

@@ -19,7 +19,7 @@ def require_form(form: str, out: Path) -> None:
         raise ValueError(f'expected a file to write, found the folder "{out}". Name a file in it.')
 
 
-def written(adapt: Adapt, params: Tree, form: str, out: Path, based: bool) -> None:
+def written(adapt: Adapt, params: Tree, form: str, out: Path, based: bool, card: str | None = None) -> None:
     """Write an adapter whole or not at all.
 
     Args:
@@ -28,9 +28,10 @@ def written(adapt: Adapt, params: Tree, form: str, out: Path, based: bool) -> No
         form: one of `FORMS`.
         out: the file or folder, free yet.
         based: whether the model has the base model's weights.
+        card: the text of a README beside PEFT's files, or None.
     """
     if form == "peft":
         with whole_folder(out) as folder:
-            to_peft(adapt, params, folder)
+            to_peft(adapt, params, folder, card=card)
     else:
         write(adapt, params, out, weights=based)
