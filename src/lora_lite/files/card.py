@@ -88,7 +88,7 @@ def model_card(
         >>> import torch, lora_lite as ll
         >>> adapt = ll.build(torch.nn.Sequential(torch.nn.Linear(8, 4)), ll.LoRAConfig(r=2))
         >>> card = ll.model_card(adapt, adapt.init(), base="user/model", metrics={"accuracy": 0.9})
-        >>> print(card.partition("\n\nAn")[0])
+        >>> print(card.partition("An ")[0])
         ---
         base_model: "user/model"
         library_name: "peft"
