@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import lora_lite as ll
+from lora_lite.cli import main
 
 
 class Attention(nn.Module):
@@ -260,3 +261,28 @@ def test_refused_variants_and_places(unet, tmp_path):
     with pytest.raises(TypeError, match="from_kohya"):
         ll.from_kohya(tmp_path, unet)
     assert [path.name for path in tmp_path.iterdir()] == ["b.safetensors"]
+
+
+def test_command_line_with_files_of_image_tools(unet, tmp_path, capsys):
+    tensors, updates = lora_tensors(unet)
+    tensors |= {"lora_te_q_proj.lora_down.weight": draw(2, 3), "lora_te_q_proj.lora_up.weight": draw(3, 2)}
+    write(tmp_path / "a.safetensors", tensors)
+    write(tmp_path / "base.safetensors", unet.state_dict())
+    run = lambda *args: main([str(arg) for arg in args])  # noqa: E731
+    base = ("--base", tmp_path / "base.safetensors", "--prefix", "lora_unet")
+    assert run("info", tmp_path / "a.safetensors") == 0
+    assert "lora_te_q_proj" in capsys.readouterr().out
+    assert run("convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors") == 2
+    assert "--base" in capsys.readouterr().err
+    assert run("convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors", *base) == 0
+    assert_updates(unet, *ll.load(unet, tmp_path / "b.safetensors"), updates)
+    assert run("convert", tmp_path / "b.safetensors", tmp_path / "c.safetensors", "--to", "kohya") == 0
+    assert_updates(unet, *ll.from_kohya(unet, tmp_path / "c.safetensors"), updates)
+    assert run("convert", tmp_path / "b.safetensors", tmp_path / "d.safetensors", "--to", "diffusers") == 0
+    assert_updates(unet, *ll.from_diffusers(unet, tmp_path / "d.safetensors"), updates)
+    assert run("convert", tmp_path / "b.safetensors", tmp_path / "peft") == 0
+    assert_updates(unet, *ll.from_peft(unet, tmp_path / "peft"), updates)
+    merge = ("merge", tmp_path / "base.safetensors", tmp_path / "a.safetensors", tmp_path / "m.safetensors")
+    assert run(*merge, "--prefix", "lora_unet") == 0
+    merged = safetensors.torch.load_file(tmp_path / "m.safetensors")
+    assert all(torch.allclose(merged[f"{path}.weight"] - unet.get_parameter(f"{path}.weight"), updates[path], atol=1e-5) for path in PATHS)

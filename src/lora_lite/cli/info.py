@@ -20,7 +20,8 @@ EXAMPLE = "example:\n  lora-lite info adapter.safetensors"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("file", type=Path, metavar="FILE", help="a file that ll.save wrote, or a folder of PEFT's")
+    parser.add_argument("file", type=Path, metavar="FILE", help="a file that ll.save, kohya or diffusers wrote, or a folder of PEFT's")
+    parser.add_argument("--prefix", metavar="NAME", help="the part of a pipeline in files of image tools, e.g. lora_te1, unet")
     parser.add_argument("--base", type=Path, metavar="MODEL", help="the base model: a folder with safetensors files, or one such file")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -28,7 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the table."""
     try:
-        found = opened([args.file], args.base)
+        found = opened([args.file], args.base, args.prefix)
     except (ValueError, RuntimeError):
         lines = None if args.base else raw_text(args.file, args.json)
         if lines is None:

@@ -20,7 +20,10 @@ EXAMPLE = "example:\n  lora-lite merge Llama-3.2-1B adapter.safetensors Llama-3.
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
     parser.add_argument("base", type=Path, metavar="BASE", help="the base model: a folder with safetensors files, or one such file")
-    parser.add_argument("adapter", type=Path, metavar="ADAPTER", help="a file that ll.save wrote, or a folder of PEFT's")
+    parser.add_argument(
+        "adapter", type=Path, metavar="ADAPTER", help="a file that ll.save, kohya or diffusers wrote, or a folder of PEFT's"
+    )
+    parser.add_argument("--prefix", metavar="NAME", help="the part of a pipeline in files of image tools, e.g. lora_te1, unet")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write, or the file where BASE is one; it must not exist yet")
 
 
@@ -29,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
     require_free(args.out)
     adapter = require_place(args.adapter)
     checkpoint = Checkpoint(args.base)
-    adapt, params = on(checkpoint, adapter)
+    adapt, params = on(checkpoint, adapter, args.prefix)
     left = merge_checkpoint(checkpoint, adapt, params, args.out, progress=not args.quiet)
     if left and not args.quiet:
         print(f"lora-lite merge: left out {listed(left)}: other forms of the unmerged weights.", file=sys.stderr)

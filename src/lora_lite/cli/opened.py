@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from lora_lite.adapt import Adapt
 from lora_lite.core.errors import listed, several
@@ -14,6 +15,9 @@ from lora_lite.core.plan import Target
 from lora_lite.core.tree import Tree
 from lora_lite.files.adapter_file import bound, load
 from lora_lite.files.checkpoint import Checkpoint
+from lora_lite.files.kohya import from_kohya
+from lora_lite.files.kohya.names import of_image_tools
+from lora_lite.files.kohya.read import FILE as DIFFUSERS
 from lora_lite.files.outline import Outline, model_of, outline
 from lora_lite.files.peft import from_peft
 from lora_lite.files.peft.hub import CONFIG
@@ -36,8 +40,13 @@ class Opened(NamedTuple):
     outlines: list[Outline]
 
 
-def opened(places: Sequence[Path], base: Path | None) -> Opened:
-    """Read adapters, each a file that `save` wrote or a folder of PEFT's, onto one base model, or onto their own outline.
+def opened(places: Sequence[Path], base: Path | None, prefix: str | None = None) -> Opened:
+    """Read adapters onto one base model, or onto their own outline.
+
+    Args:
+        places: files that `save` or an image tool wrote, or folders of PEFT's.
+        base: the base model, or None.
+        prefix: the part of a pipeline that is meant in files of image tools.
 
     Raises:
         FileNotFoundError: where something is not there.
@@ -46,14 +55,14 @@ def opened(places: Sequence[Path], base: Path | None) -> Opened:
     places = [require_place(place) for place in places]
     if base is not None:
         checkpoint = Checkpoint(base)
-        pairs = [on(checkpoint, place) for place in places]
+        pairs = [on(checkpoint, place, prefix) for place in places]
         return Opened([adapt for adapt, _ in pairs], [tree for _, tree in pairs], True, [])
     outlines = [outline(place) for place in places]
     model = model_of(outlines)
     pairs = []
     for place, found in zip(places, outlines):
         try:
-            pairs.append(from_peft(model, place) if place.is_dir() else bound(model, place)[:2])
+            pairs.append(_read(model, place, prefix="", weights=False))
         except ValueError as e:
             _require_base(found.unsure)
             raise e
@@ -68,17 +77,28 @@ def require_place(place: Path) -> Path:
     """
     if not place.exists():
         raise FileNotFoundError(f'expected an adapter at "{place}", found nothing. Pass a file that ll.save wrote, or a folder of PEFT\'s.')
+    if place.is_dir() and not (place / CONFIG).exists() and (place / DIFFUSERS).is_file():
+        return place / DIFFUSERS
     return place.parent if place.name == CONFIG else place
 
 
-def on(checkpoint: Checkpoint, place: Path) -> tuple[Adapt, Tree]:
+def _read(model: nn.Module, place: Path, prefix: str | None, weights: bool) -> tuple[Adapt, Tree]:
+    """Read an adapter of any form. Without the weights it was trained on, a file of `save` is not held against them."""
+    if place.is_dir():
+        return from_peft(model, place)
+    if of_image_tools(place):
+        return from_kohya(model, place, prefix=prefix)
+    return load(model, place) if weights else bound(model, place)[:2]
+
+
+def on(checkpoint: Checkpoint, place: Path, prefix: str | None = None) -> tuple[Adapt, Tree]:
     """Read one adapter onto the modules of a checkpoint.
 
     Raises:
         ValueError: where it does not fit; it says which modules the files lack, if some do.
     """
     try:
-        return from_peft(checkpoint.model, place) if place.is_dir() else load(checkpoint.model, place)
+        return _read(checkpoint.model, place, prefix, weights=True)
     except ValueError as e:
         if not checkpoint.lacking:
             raise

@@ -20,8 +20,9 @@ EXAMPLE = "example:\n  lora-lite plot adapter.safetensors adapter.png"
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments."""
-    parser.add_argument("file", type=Path, metavar="FILE", help="a file that ll.save wrote, or a folder of PEFT's")
+    parser.add_argument("file", type=Path, metavar="FILE", help="a file that ll.save, kohya or diffusers wrote, or a folder of PEFT's")
     parser.add_argument("out", type=Path, metavar="OUT.png", help="the image to write: png, svg or pdf; it must not exist yet")
+    parser.add_argument("--prefix", metavar="NAME", help="the part of a pipeline in files of image tools, e.g. lora_te1, unet")
     parser.add_argument("--base", type=Path, metavar="MODEL", help="the base model: a folder with safetensors files, or one such file")
 
 
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
         raise ModuleNotFoundError(
             "expected matplotlib, which draws the plot, found it not installed. Install it: pip install matplotlib."
         ) from e
-    found = opened([args.file], args.base)
+    found = opened([args.file], args.base, args.prefix)
     rows = rows_of(found.adapts[0], found.trees[0], found.based, not args.quiet)
     if all(row.norm is None for row in rows):
         raise ValueError(f'expected updates that "{args.file}" tells by itself, found that all depend on the weights. Pass --base MODEL.')

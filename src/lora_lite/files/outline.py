@@ -4,6 +4,7 @@ The weights are zeros. Whether an answer depends on them is for the caller to kn
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from lora_lite.core.tree import join
 from lora_lite.files.adapter_file import read
 from lora_lite.files.header import BASE, Header
 from lora_lite.files.inferred import layer_of, placed
+from lora_lite.files.kohya.methods import DOWN, MID, UP
+from lora_lite.files.kohya.names import of_image_tools, split
 from lora_lite.files.mapped import places_in
 from lora_lite.files.peft.hub import CONFIG, WEIGHTS
 from lora_lite.files.peft.parts import PREFIX
@@ -44,13 +47,15 @@ class Outline(NamedTuple):
 
 
 def outline(place: Path) -> Outline:
-    """Return the layers of an adapter, a file that `save` wrote or a folder of PEFT's.
+    """Return the layers of an adapter, a file that `save` or an image tool wrote, or a folder of PEFT's.
 
     Raises:
         FileNotFoundError: where there is none.
         ValueError: where a file is damaged or foreign.
     """
-    return _of_peft(place) if place.is_dir() else _of_header(*read(place))
+    if place.is_dir():
+        return _of_peft(place)
+    return _of_image_tools(place) if of_image_tools(place) else _of_header(*read(place))
 
 
 def _of_header(header: Header, tensors: Mapping[str, Tensor]) -> Outline:
@@ -75,6 +80,7 @@ def _of_header(header: Header, tensors: Mapping[str, Tensor]) -> Outline:
 Shapes = Mapping[str, tuple[int, ...]]
 
 _INFERRED: dict[str, tuple[tuple[str, ...], Callable[[Shapes], tuple[str, tuple[int, ...]]]]] = {
+    "kohya": ((DOWN, UP), lambda s: ("ConvKind" if len(s[DOWN]) > 2 else "LinearKind", (s[UP][0], *_kernel(s)))),
     "lora": (
         ("lora_A.weight", "lora_B.weight"),
         lambda s: (
@@ -94,9 +100,16 @@ _INFERRED: dict[str, tuple[tuple[str, ...], Callable[[Shapes], tuple[str, tuple[
 _KEYS = r"lora_[AB]\.weight|lora_B\.bias|lora_embedding_[AB]|lora_magnitude_vector|hada_w[12]_[ab]|lokr_w[12](?:_[ab])?"
 
 
+def _kernel(shapes: Shapes) -> tuple[int, ...]:
+    """Return the shape of a kernel of kohya's, which has its size in the factor between where there is one."""
+    return (shapes[DOWN][1], *shapes.get(MID, shapes[DOWN])[2:])
+
+
 def _whole(shapes: Shapes, name: str) -> tuple[int, int]:
     """Return the shape of a matrix of LoKr, which may be kept as two factors."""
-    return shapes[name] if name in shapes else (shapes[f"{name}_a"][0], shapes[f"{name}_b"][1])  # type: ignore[return-value]
+    if name in shapes:
+        return shapes[name][0], math.prod(shapes[name][1:])
+    return shapes[f"{name}_a"][0], shapes[f"{name}_b"][1]
 
 
 def _of_peft(folder: Path) -> Outline:
@@ -124,6 +137,16 @@ def _of_peft(folder: Path) -> Outline:
         if fields.get(field):
             unsure[f"the files do not describe the layers of {field}"] = list(layers)
     return Outline(layers, unsure)
+
+
+def _of_image_tools(path: Path) -> Outline:
+    """Return the layers under the names of the file, which are not those of the model."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, place in sorted(places_in(path).items(), key=lambda item: _numbered(item[0])):
+        if (cut := split(key)) is not None:
+            shapes.setdefault(cut[0], {})[cut[1]] = place.shape
+    layers = {name: layer for name, own in shapes.items() if (layer := _implied(own)) is not None}
+    return Outline(layers, {"files of image tools have other names than the model": list(layers)})
 
 
 def _numbered(key: str) -> list[tuple[int, str]]:

@@ -2,6 +2,9 @@
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
+
+import safetensors
 
 from lora_lite.core.errors import listed, nearest
 from lora_lite.files.kohya.methods import ALPHA, DOWN, METHODS, UP
@@ -37,6 +40,15 @@ def split(key: str) -> tuple[str, str] | None:
 def prefix_of(name: str) -> str:
     """Return the known prefix of a module's name, or an empty one."""
     return next((p for p in sorted(PREFIXES, key=len, reverse=True) if name.startswith((f"{p}_", f"{p}."))), "")
+
+
+def of_image_tools(path: Path) -> bool:
+    """Whether a file is a safetensors file of these tools rather than one of `save`."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return "lora_lite_format" not in (file.metadata() or {}) and any(split(key) is not None for key in list(file.keys()))
+    except Exception:  # damaged or foreign, which its reader says
+        return False
 
 
 class Names:
