@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 from lora_lite.cli.opened import opened
-from lora_lite.cli.raw import raw_text
-from lora_lite.cli.table import rows_of, text
+from lora_lite.cli.raw import header_rows, raw_text
+from lora_lite.cli.table import Row, rows_of, text
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.config_json import to_json
 
@@ -32,18 +32,25 @@ def run(args: argparse.Namespace) -> None:
         found = opened([args.file], args.base, args.prefix)
     except (ValueError, RuntimeError):
         lines = None if args.base else raw_text(args.file, args.json)
-        if lines is None:
+        facts = None if args.base or lines else header_rows(args.file)
+        if lines:
+            print(lines)
+        elif facts is not None:
+            _print(args, *facts)
+        else:
             raise
-        print(lines)
         return
     adapt, tree = found.adapts[0], found.trees[0]
     rows = rows_of(adapt, tree, found.based, not args.quiet)
-    configs = list({id(cfg): cfg for cfg in adapt.configs}.values())
+    _print(args, rows, list({id(cfg): cfg for cfg in adapt.configs}.values()), adapt.num_params)
+
+
+def _print(args: argparse.Namespace, rows: list[Row], configs: list[AdapterConfig], params: int) -> None:
     if args.json:
         facts = [{key: value for key, value in to_json(cfg).items() if key != "target_names"} for cfg in configs]
-        print(json.dumps({"configs": facts, "params": adapt.num_params, "layers": [row._asdict() for row in rows]}, indent=2))
+        print(json.dumps({"configs": facts, "params": params, "layers": [row._asdict() for row in rows]}, indent=2))
         return
-    print("\n".join([*dict.fromkeys(map(_described, configs)), "", text(rows, adapt.num_params)]))
+    print("\n".join([*dict.fromkeys(map(_described, configs)), "", text(rows, params)]))
     if not args.quiet and any(row.norm is None for row in rows):
         print("\n-: depends on the base model. Pass it for these numbers: --base MODEL.")
 

@@ -65,7 +65,7 @@ def _of_header(header: Header, tensors: Mapping[str, Tensor]) -> Outline:
         site = VARIANTS[name].adapts if name in VARIANTS else "linear"
         if path in header.values:
             values = {leaf: tensors[BASE + join(path, leaf)] for leaf in header.values[path]}
-            layers[path] = Layer("values", (), values)
+            layers[path] = Layer("norm" if site == "norm" else "module", (), values)
         elif site != "linear":
             unsure.setdefault(f"the file does not describe the {site} that {name} adapts", []).append(path)
         elif path in header.layers and header.layers[path][0] in _PLAIN:
@@ -186,8 +186,9 @@ def model_of(outlines: Iterable[Outline]) -> nn.Module:
 
 
 def _built(layer: Layer) -> nn.Module:
-    if layer.kind == "values":
-        module = nn.Module()
+    if layer.values:
+        size = next(iter(layer.values.values())).shape
+        module = nn.LayerNorm(size, bias="bias" in layer.values) if layer.kind == "norm" else nn.Module()
         for name, value in layer.values.items():
             module.register_parameter(name, nn.Parameter(value, requires_grad=False))
         return module
