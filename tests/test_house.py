@@ -10,7 +10,7 @@ import lora_lite as ll
 SOURCES = Path(ll.__file__).parent
 ORDER = [
     *("core", "variants", "layers", "clone", "derived", "prepare", "adapt", "build"),
-    *("transforms", "files", "integrations", "testing", "functional", "__init__"),
+    *("transforms", "files", "integrations", "testing", "functional", "__init__", "cli", "__main__"),
 ]
 
 

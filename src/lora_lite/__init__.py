@@ -27,6 +27,11 @@ from lora_lite.core.tree import tree_leaves as tree_leaves
 from lora_lite.core.tree import tree_map as tree_map
 from lora_lite.files.adapter_file import load as load
 from lora_lite.files.adapter_file import save as save
+from lora_lite.files.card import model_card as model_card
+from lora_lite.files.kohya import from_diffusers as from_diffusers
+from lora_lite.files.kohya import from_kohya as from_kohya
+from lora_lite.files.kohya import to_diffusers as to_diffusers
+from lora_lite.files.kohya import to_kohya as to_kohya
 from lora_lite.files.peft import from_peft as from_peft
 from lora_lite.files.peft import to_peft as to_peft
 from lora_lite.layers.fused import FusedKind as FusedKind

@@ -46,11 +46,7 @@ def merge(plan: Plan, params: AnyTree, dtype: torch.dtype | None = None) -> dict
         host = target.kind.host(target.path)
         for name, value in found.items():
             merged[join(host, name)] = value.to(dtype or kept[name].dtype, memory_format=torch.contiguous_format)
-    if faults:
-        raise ValueError(
-            f"merge: expected targets whose adapted map a state dict can hold, found:\n{several(faults)}\n"
-            "Keep the adapter unmerged, or leave these targets out when building."
-        )
+    _refuse(faults)
     return merged
 
 
@@ -58,11 +54,34 @@ class _Fault(Exception):
     """Why one target cannot be merged."""
 
 
-def _merged(plan: Plan, target: Target, cfg: AdapterConfig, params: AnyTree) -> tuple[Any, dict[str, Tensor]]:
+def refuse_unmergeable(plan: Plan) -> None:
+    """Raise where the config or the place of a target forbids merging, which shows before anything is computed.
+
+    Raises:
+        ValueError: as `merge` does; it lists each case.
+    """
+    _refuse([f'"{t.path}": {reason}' for t, cfg in plan.entries if (reason := _unmergeable(t, cfg))])
+
+
+def _refuse(faults: list[str]) -> None:
+    if faults:
+        raise ValueError(
+            f"merge: expected targets whose adapted map a state dict can hold, found:\n{several(faults)}\n"
+            "Keep the adapter unmerged, or leave these targets out when building."
+        )
+
+
+def _unmergeable(target: Target, cfg: AdapterConfig) -> str | None:
     if not cfg.linear:
-        raise _Fault(f"{type(cfg).__name__} is not linear in its input")
+        return f"{type(cfg).__name__} is not linear in its input"
     if target.shared_with and not cfg.tied:
-        raise _Fault(f"its weight is shared with {', '.join(target.shared_with)}, which the merged one would change too")
+        return f"its weight is shared with {', '.join(target.shared_with)}, which the merged one would change too"
+    return None
+
+
+def _merged(plan: Plan, target: Target, cfg: AdapterConfig, params: AnyTree) -> tuple[Any, dict[str, Tensor]]:
+    if reason := _unmergeable(target, cfg):
+        raise _Fault(reason)
     W = plan.layer(target, cfg)
     try:
         W.kept()

@@ -64,15 +64,26 @@ def save(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], path: str | o
     require_type(isinstance(adapt, Adapt), call, "adapt", "what build or load returned", adapt)
     require_type(isinstance(params, Mapping), call, "params", "a params tree, e.g. adapt.init()", params)
     require_type(isinstance(path, str | os.PathLike), call, "path", "the path of a file", path)
+    write(adapt, params, Path(path))
+
+
+def write(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], place: Path, weights: bool = True) -> None:
+    """Write the file of `save`.
+
+    Args:
+        adapt: the adapted model.
+        params: a tree that fits it.
+        place: the file to write.
+        weights: whether the model has the weights that the adapter stands on, of which the file then has fingerprints.
+    """
     adapt._require(params, "save")
-    place = Path(path)
     if not place.parent.is_dir():
         raise FileNotFoundError(f'save: expected the directory of "{place}" to exist, found none. Create it first.')
     if place.is_dir():
         raise IsADirectoryError(f'save: expected the path of a file, found the directory "{place}". Name a file in it.')
     entries = adapt._plan.entries
     values = {t.path: found for t, cfg in entries if (found := values_at(adapt._plan, t, cfg))}
-    marks = {t.path: mark for t, cfg in entries if (mark := fingerprint(adapt._plan, t, cfg)) is not None}
+    marks = {t.path: mark for t, cfg in entries if weights and (mark := fingerprint(adapt._plan, t, cfg)) is not None}
     tensors = {name: _plain(leaf) for name, leaf in flatten(params).items()}
     tensors |= {CONSTANT + name: _plain(leaf) for name, leaf in flatten(adapt.constants).items()}
     tensors |= {BASE + name: _plain(leaf) for name, leaf in flatten(values).items()}
@@ -84,7 +95,7 @@ def save(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], path: str | o
     shared = {name: describe(constants) for name, constants in adapt.constants.items() if name not in targets}
     shared_params = {name: describe(params[name]) for name in adapt._plan.shared_params()}
     described = {path: describe(found) for path, found in values.items()}
-    header = Header([to_json(cfg) for cfg in configs], targets, shared, shared_params, described, marks, dict(adapt.starts))
+    header = Header([to_json(cfg) for cfg in configs], targets, shared, shared_params, described, marks, dict(adapt.starts), _layers(adapt))
     beside = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
     try:
         safetensors.torch.save_file(tensors, beside, write_header(header))
@@ -128,13 +139,43 @@ def load(
         raise TypeError(f"load: expected model as a torch.nn.Module, found {type(model).__name__}. Call load(model, path).")
     require_type(isinstance(path, str | os.PathLike), "load(model, path)", "path", "the path of a file", path)
     known, kinds = _known(variants), as_kinds(kinds)
-    metadata, tensors = _read(Path(path))
+    adapt, params, header, tensors = bound(model, Path(path), known, remat, kinds)
+    values = {p: {name: tensors[BASE + join(p, name)] for name in names} for p, names in header.values.items()}
+    rebase(adapt._plan, params, values)
+    report(adapt._plan, header.weights, new_heads(model), path)
+    return adapt, params
+
+
+def read(path: Path) -> tuple[Header, dict[str, Tensor]]:
+    """Read the header and the tensors of a file that `save` wrote.
+
+    Raises:
+        FileNotFoundError: where there is no file.
+        ValueError: where it is damaged, foreign or of another format version.
+    """
+    metadata, tensors = _read(path)
     try:
-        header = read_header(metadata)
+        return read_header(metadata), tensors
     except ValueError as e:
         raise ValueError(
             f'load: expected "{path}" to describe its configs and targets, found a damaged header ({e}). Save it again.'
         ) from e
+
+
+def bound(
+    model: nn.Module,
+    path: Path,
+    known: Mapping[str, type[AdapterConfig]] = VARIANTS,
+    remat: str | None = None,
+    kinds: Sequence[type[Kind]] = (),
+) -> tuple[Adapt, Tree, Header, dict[str, Tensor]]:
+    """Read a file and bind it to a model, whatever weights the model has. Return the file's header and tensors too.
+
+    Raises:
+        FileNotFoundError: where there is no file.
+        ValueError: where the file is damaged, foreign or of another model.
+    """
+    header, tensors = read(path)
     configs = _configs(header.configs, known, path)
     entries, faults = _entries(model, header.targets, configs, kinds)
     faults += tensor_faults(header, tensors)
@@ -148,10 +189,18 @@ def load(
             f'load: expected "{path}" to fit this {type(model).__name__}, found:\n{several(faults)}\n'
             "Load it onto the model that it was made for."
         )
-    values = {p: {name: tensors[BASE + join(p, name)] for name in names} for p, names in header.values.items()}
-    rebase(adapt._plan, params, values)
-    report(adapt._plan, header.weights, new_heads(model), path)
-    return adapt, params
+    return adapt, params, header, tensors
+
+
+def _layers(adapt: Adapt) -> dict[str, tuple[str, list[int]]]:
+    """Return the kind and the weight's shape, as it is stored, of each target that is a linear layer with a plain weight."""
+    found = {}
+    for target, cfg in adapt._plan.entries:
+        layer = adapt._plan.layer(target, cfg)
+        own = layer.own("weight") if cfg.adapts == "linear" and isinstance(layer, Kind) else None
+        if isinstance(own, Tensor):
+            found[target.path] = target.kind.__name__, list(own.shape)
+    return found
 
 
 def _plain(leaf: Tensor) -> Tensor:

@@ -1,7 +1,10 @@
 """Put a finished file in its place so that a power cut leaves the old one or the new one, whole."""
 
 import os
-from collections.abc import Iterable
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -30,3 +33,42 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def whole_folder(place: Path) -> Iterator[Path]:
+    """Yield a new folder beside `place`, which takes that name when the block ends well, with all that it holds on the disk.
+
+    After an error there is no trace of it.
+
+    Raises:
+        FileExistsError: where there is something at `place` already, other than an empty folder.
+        FileNotFoundError: where its parent does not exist.
+    """
+    require_free(place)
+    beside = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent))
+    try:
+        os.chmod(beside, 0o777 & ~_umask())
+        yield beside
+        for path in [*beside.rglob("*"), beside]:
+            sync(path)
+        if place.is_dir():
+            place.rmdir()  # empty: not every system renames over a folder
+        os.rename(beside, place)
+        sync(place.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def require_free(place: Path) -> None:
+    """Raise unless a new file or folder can be written at a place."""
+    if not place.parent.is_dir():
+        raise FileNotFoundError(f'expected the folder of "{place}" to exist, found none. Create it first.')
+    if place.is_file() or (place.is_dir() and any(place.iterdir())) or place.is_symlink():
+        raise FileExistsError(f'expected nothing at "{place}", which is to be written, found something. Name another place, or remove it.')
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -53,6 +53,7 @@ class Header(NamedTuple):
         values: of whole modules, the values that the displacements stand on.
         weights: fingerprints of the weights of the other targets.
         starts: how leading singular vectors were found, of the targets whose start is made of them.
+        layers: the kind of each linear layer and the shape of its weight, so that the file can be read without the model.
     """
 
     configs: list[dict[str, Any]]
@@ -62,9 +63,10 @@ class Header(NamedTuple):
     values: dict[str, Described]
     weights: dict[str, str]
     starts: dict[str, Start]
+    layers: dict[str, tuple[str, list[int]]]
 
 
-_LATER = ("shared_params", "values", "weights", "starts")
+_LATER = ("shared_params", "values", "weights", "starts", "layers")
 """Parts that a file has only where they hold something: a file without them is as version 0.1.0 wrote it."""
 
 
@@ -90,13 +92,14 @@ def read_header(metadata: Mapping[str, str]) -> Header:
         shared_params, values = ({path: _described(facts) for path, facts in later[key].items()} for key in ("shared_params", "values"))
         weights = {str(path): str(mark) for path, mark in later["weights"].items()}
         starts = {str(path): _start(*facts) for path, facts in later["starts"].items()}
+        layers = _described(later["layers"])
         if not all(isinstance(config["name"], str) for config in configs):
             raise TypeError("a config names no variant")
         if not set(values) <= set(targets):
             raise KeyError("values of a module that is no target")
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as e:
         raise ValueError(f"{type(e).__name__}: {e}") from e
-    return Header(configs, targets, shared, shared_params, values, weights, starts)
+    return Header(configs, targets, shared, shared_params, values, weights, starts, layers)
 
 
 def _stored(facts: Mapping[str, Any], configs: int) -> Stored:

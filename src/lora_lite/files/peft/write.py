@@ -19,6 +19,7 @@ from lora_lite.core.config import AdapterConfig
 from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.plan import Target
+from lora_lite.files.card import write_card
 from lora_lite.files.durable import replace
 from lora_lite.files.peft import biases, tokens, twice, whole
 from lora_lite.files.peft.categories import gathered
@@ -91,7 +92,9 @@ class Written(NamedTuple):
 
 
 @made_on_cpu
-def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory: str | os.PathLike[str]) -> None:
+def to_peft(
+    adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory: str | os.PathLike[str], *, card: str | None = None
+) -> None:
     """Write an adapter so that `peft.PeftModel.from_pretrained(model, directory)` gives the same outputs.
 
     The page on PEFT lists the methods, and which of them PEFT's files hold as another one: PiSSA and its like are written as LoRA of
@@ -102,6 +105,8 @@ def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory:
         adapt: the adapted model of the params.
         params: a tree that fits it.
         directory: the folder to write to; it is made where it does not exist, its parent must.
+        card: the text of a `README.md` beside the files, such as `model_card(adapt, params)`; one that is there already is kept, with a
+            warning. None for none.
 
     Raises:
         TypeError: where an argument is of another type, as in another order.
@@ -112,6 +117,7 @@ def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory:
     require_type(isinstance(adapt, Adapt), call, "adapt", "what build or load returned", adapt)
     require_type(isinstance(params, Mapping), call, "params", "a params tree, e.g. adapt.init()", params)
     require_type(isinstance(directory, str | os.PathLike), call, "directory", "the path of a folder", directory)
+    require_type(card is None or isinstance(card, str), call, "card", "text, e.g. model_card(adapt, params)", card)
     adapt._require(params, "to_peft")
     folder = Path(directory)
     if not folder.parent.is_dir():
@@ -144,6 +150,8 @@ def to_peft(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory:
         fields["bias"] = "all" if as_bias else "lora_only"
     heads = heads_of(adapt._plan.base, fields["task_type"], [target.path for target, _ in as_whole])
     _write(folder, fields, {**{PREFIX + key: t for key, t in heads.items()}, **tensors})
+    if card is not None:
+        write_card(card, folder)
 
 
 def _row(cfg: AdapterConfig) -> Row | None:

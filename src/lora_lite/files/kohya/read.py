@@ -1,0 +1,234 @@
+"""`from_kohya` and `from_diffusers`: one file of an image tool as an `adapt` and its params."""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from lora_lite.adapt import Adapt
+from lora_lite.build import build
+from lora_lite.core.config import AdapterConfig
+from lora_lite.core.device import made_on_cpu
+from lora_lite.core.errors import require_type, several, tree_faults
+from lora_lite.core.tree import Tree
+from lora_lite.files.kohya.methods import ALPHA, METHODS, UP
+from lora_lite.files.kohya.names import Names, prefix_of, split
+from lora_lite.files.peft.fields import resolve
+from lora_lite.layers.find import Found, find
+from lora_lite.layers.kind import Kind
+from lora_lite.layers.kinds import as_kinds
+
+FILE = "pytorch_lora_weights.safetensors"
+
+
+@made_on_cpu
+def from_kohya(
+    model: nn.Module, path: str | os.PathLike[str], *, prefix: str | None = None, remat: str | None = None, kinds: Sequence[type[Kind]] = ()
+) -> tuple[Adapt, Tree]:
+    """Read LoRA, LoHa or LoKr from a file of kohya's or LyCORIS' and bind it to a model.
+
+    Names there have underscores in the place of dots. They are resolved by the names of the model's own layers. The scale is `alpha / r`,
+    of each layer by itself.
+
+    Args:
+        model: one part of a pipeline, such as its U-Net or a text encoder.
+        path: the safetensors file.
+        prefix: the part's name in the file, such as `"lora_unet"` or `"lora_te1"`; None where the file has one part.
+        remat: as in `build`.
+        kinds: as in `build`.
+
+    Returns:
+        `(adapt, params)`; params on the devices of their layers, in at least float32.
+
+    Raises:
+        FileNotFoundError: where there is no file.
+        ValueError: where the file is damaged, has several parts or another prefix, or names that the model has not, or more than once. It
+            lists each name.
+        TypeError: where an argument is of another type.
+    """
+    return _read("from_kohya", model, path, prefix, remat, kinds)
+
+
+@made_on_cpu
+def from_diffusers(
+    model: nn.Module, path: str | os.PathLike[str], *, prefix: str | None = None, remat: str | None = None, kinds: Sequence[type[Kind]] = ()
+) -> tuple[Adapt, Tree]:
+    """Read LoRA from a file of diffusers' and bind it to a model.
+
+    Keys as `save_lora_weights` writes them are read, and the older ones. The scale is 1 unless the file has an `alpha`, among its
+    tensors or in its metadata.
+
+    Args:
+        model: one part of a pipeline, such as its U-Net or a text encoder.
+        path: the safetensors file, or the folder of a `pytorch_lora_weights.safetensors`.
+        prefix: the part's name in the file, such as `"unet"` or `"text_encoder"`; None where the file has one part.
+        remat: as in `build`.
+        kinds: as in `build`.
+
+    Returns:
+        As `from_kohya`.
+
+    Raises:
+        FileNotFoundError: where there is no file.
+        ValueError: as `from_kohya`.
+        TypeError: where an argument is of another type.
+    """
+    return _read("from_diffusers", model, path, prefix, remat, kinds)
+
+
+def _read(call: str, model: Any, path: Any, prefix: Any, remat: str | None, kinds: Any) -> tuple[Adapt, Tree]:
+    usage = f"{call}(model, path)"
+    require_type(isinstance(model, nn.Module), usage, "model", "a torch.nn.Module", model)
+    require_type(isinstance(path, str | os.PathLike), usage, "path", "the path of a file", path)
+    require_type(prefix is None or isinstance(prefix, str), usage, "prefix", 'a string, e.g. "lora_unet"', prefix)
+    kinds = as_kinds(kinds)
+    place = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    metadata, tensors = _tensors(call, place)
+    named, foreign, repeated = _by_name(tensors)
+    foreign = [key for key in foreign if prefix is None or prefix_of(key) in ("", prefix)]
+    prefix = _prefix(call, place, named, prefix)
+    found = find(model, "linear", kinds)
+    layers, more = _by_path(named, prefix, Names(found))
+    alphas = _alphas(metadata, prefix)
+    entries: dict[str, tuple[AdapterConfig, dict[str, Tensor]]] = {}
+    faults = [f'unexpected "{key}"' for key in foreign] + repeated + more
+    for at, own in layers.items():
+        try:
+            entries[at] = _entry(at, own, _shape(model, found, at), alphas)
+        except ValueError as e:
+            faults.append(f'"{at}": {e}')
+    _require(call, place, model, faults or ([] if entries else ["no tensors of LoRA, LoHa or LoKr"]))
+    adapt = build(model, _grouped([cfg for cfg, _ in entries.values()]), remat=remat, kinds=kinds)
+    _require(call, place, model, tree_faults({p: leaves for p, (_, leaves) in entries.items()}, adapt.shapes))
+    devices = {target.path: target.kind.at(model, target.path).device for target in adapt.targets}
+    params = {
+        t.path: {name: p.to(devices[t.path], cfg.dtype, copy=True).contiguous() for name, p in entries[t.path][1].items()}
+        for t, cfg in zip(adapt.targets, adapt.configs)
+    }
+    return adapt, params
+
+
+def _require(call: str, place: Path, model: nn.Module, faults: list[str]) -> None:
+    if faults:
+        raise ValueError(
+            f'{call}: expected "{place}" to fit this {type(model).__name__}, found:\n{several(faults)}\n'
+            "Pass the part of the pipeline that the file was made for. Files in the names of another code base are converted by its tools."
+        )
+
+
+def _tensors(call: str, place: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if not place.is_file():
+        raise FileNotFoundError(f'{call}: expected a file at "{place}", found none. Pass the path of a safetensors file.')
+    try:
+        with safetensors.safe_open(place, framework="pt") as file:
+            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in list(file.keys())}
+    except Exception as e:
+        raise ValueError(
+            f'{call}: expected "{place}" to be a whole safetensors file, found {e}. Fetch it again; pickled files are never opened.'
+        ) from e
+
+
+def _by_name(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str], list[str]]:
+    """Sort tensors by the name of their module. List the keys of other kinds, and those that say a tensor again."""
+    named: dict[str, dict[str, Tensor]] = {}
+    foreign, repeated = [], []
+    for key, tensor in tensors.items():
+        cut = split(key)
+        if cut is None:
+            foreign.append(key)
+        elif cut[1] in named.setdefault(cut[0], {}):
+            repeated.append(f'"{key}": a second tensor of the same meaning')
+        else:
+            named[cut[0]][cut[1]] = tensor
+    return named, foreign, repeated
+
+
+def _prefix(call: str, place: Path, named: Mapping[str, Any], prefix: str | None) -> str:
+    """Return the prefix of the part that is meant.
+
+    Raises:
+        ValueError: where the file has several parts and none is named, or lacks the one that is.
+    """
+    there = list(dict.fromkeys(map(prefix_of, named)))
+    if prefix is None and len(there) > 1:
+        raise ValueError(
+            f'{call}: expected "{place}" to have one part of a pipeline, found {", ".join(map(repr, there))}. Name this model\'s: '
+            f"prefix={there[0]!r}."
+        )
+    if prefix is not None and not any(_without(name, prefix) is not None for name in named):
+        raise ValueError(f'{call}: expected "{place}" to have the part {prefix!r}, found {", ".join(map(repr, there))}. Name one of these.')
+    return prefix if prefix is not None else (there or [""])[0]
+
+
+def _without(name: str, prefix: str) -> str | None:
+    if not prefix:
+        return name
+    return next((name[len(prefix) + 1 :] for mark in "_." if name.startswith(prefix + mark)), None)
+
+
+def _by_path(named: Mapping[str, dict[str, Tensor]], prefix: str, names: Names) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    layers: dict[str, dict[str, Tensor]] = {}
+    faults = []
+    for name, own in named.items():
+        rest = _without(name, prefix)
+        if rest is None or (prefix and prefix_of(name) not in ("", prefix)):
+            continue  # of another part
+        try:
+            path = name if name in names.paths else names.path(rest)  # a model may start with such a word itself
+        except ValueError as e:
+            faults.append(f'"{name}": {e}')
+            continue
+        if path in layers:
+            faults.append(f'"{name}": a second name of "{path}"')
+        layers[path] = own
+    return layers, faults
+
+
+def _alphas(metadata: Mapping[str, str], prefix: str) -> dict[str, Any] | None:
+    """Return the fields of PEFT's config that diffusers puts into the metadata for a part, or None."""
+    try:
+        fields = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        own = {
+            key[len(prefix) + 1 :] if prefix else key: value for key, value in fields.items() if not prefix or key.startswith(f"{prefix}.")
+        }
+    except (ValueError, AttributeError) as e:
+        raise ValueError(f"expected lora_adapter_metadata to be a JSON object, found a damaged one ({e}). Save the file again.") from e
+    return {"peft_type": "LORA", **own} if "lora_alpha" in own else None
+
+
+def _entry(
+    path: str, tensors: Mapping[str, Tensor], shape: tuple[int, int], fields: Mapping[str, Any] | None
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    own = {key: t for key, t in tensors.items() if key != ALPHA}
+    method = next((method for method in METHODS.values() if set(own) and set(own) <= set(method.keys)), None)
+    if method is None:
+        raise ValueError(f"tensors {', '.join(tensors)}, of no method alone")
+    if ALPHA in tensors and tensors[ALPHA].numel() != 1:
+        raise ValueError(f"alpha of shape {tuple(tensors[ALPHA].shape)}, expected one number")
+    alpha = float(tensors[ALPHA]) if ALPHA in tensors else None
+    if alpha is None and fields is not None and UP in own:
+        alpha = float(resolve(fields, "lora_alpha", path)) * (own[UP].shape[1] ** 0.5 if resolve(fields, "use_rslora", path) else 1.0)
+    found = method.read(own, alpha, shape)
+    dtype = torch.float64 if torch.float64 in [t.dtype for t in own.values()] else torch.float32
+    cfg = method.config(**found.values, dtype=dtype, target_names=(f"^{re.escape(path)}$",), exclude_names=())
+    return cfg, found.params
+
+
+def _shape(model: nn.Module, found: Found, path: str) -> tuple[int, int]:
+    W = found[path].at(model, path)
+    return W.out_features, W.in_features
+
+
+def _grouped(configs: Sequence[AdapterConfig]) -> list[AdapterConfig]:
+    """Return one config for all layers that agree in everything but their names."""
+    groups: dict[AdapterConfig, list[str]] = {}
+    for cfg in configs:
+        groups.setdefault(dataclasses.replace(cfg, target_names=()), []).extend(cfg.target_names)
+    return [dataclasses.replace(cfg, target_names=tuple(names)) for cfg, names in groups.items()]
