@@ -1,5 +1,7 @@
 """kronfluence: the influence of training rows, on `LinearLayers`."""
 
+import gc
+
 import pytest
 import torch
 from subjects import LINEAR, subject
@@ -11,6 +13,14 @@ kronfluence = pytest.importorskip("kronfluence", reason="kronfluence is not inst
 from kronfluence.arguments import FactorArguments, ScoreArguments  # noqa: E402  # after the skip
 
 DAMPING = 1e-3
+
+
+@pytest.fixture(autouse=True)
+def _few_objects_to_collect():
+    """kronfluence collects garbage ten times a run, which takes seconds with all that a test run has imported."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class Squares(kronfluence.Task):
@@ -39,7 +49,9 @@ def _scores(module, strategy, train, query, folder):
     )
     analyzer.compute_pairwise_scores(
         *("scores", "factors", query, train, 2, 2),
-        score_args=ScoreArguments(damping_factor=DAMPING, per_sample_gradient_dtype=torch.float64, score_dtype=torch.float64),
+        score_args=ScoreArguments(
+            damping_factor=DAMPING, per_sample_gradient_dtype=torch.float64, precondition_dtype=torch.float64, score_dtype=torch.float64
+        ),
         overwrite_output_dir=True,
     )
     return analyzer.load_pairwise_scores("scores")["all_modules"]

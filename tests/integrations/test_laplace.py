@@ -26,8 +26,8 @@ def _jacobian(adapt, params, x):
     return torch.func.jacrev(lambda p: adapt(p, x))(params)
 
 
-def _as_vectors(tree):
-    return torch.cat([leaf.flatten(2) for leaf in ll.tree_leaves(tree)], 2).flatten(0, 1)
+def _as_vectors(leaves):
+    return torch.cat([leaf.reshape(*leaf.shape[:2], -1) for leaf in leaves], 2).flatten(0, 1)
 
 
 def diagonal(cfg):
@@ -48,7 +48,7 @@ def full(cfg):
     if sum(_sizes(module)) > LARGE:
         pytest.skip("a matrix whose columns take a second or more")
     ordered = _in_order(adapt, module, _jacobian(adapt, params, x), leading=2)
-    J = torch.cat([leaf.flatten(2) for leaf in ordered.values()], 2).flatten(0, 1)
+    J = _as_vectors(ordered.values())
     largest = float(J.square().sum(0).max())
     torch.testing.assert_close(_fit(module, "full", x, y).H, J.t() @ J, rtol=1e-6, atol=1e-6 * largest)  # it passes through float32 there
     assert J.any()
@@ -108,7 +108,7 @@ def test_laplace(row, check):
 def test_the_factors_of_a_vector_are_its_whole_block():
     adapt, params, x, y = subject(ll.IA3Config())
     fitted = _fit(LinearLayers(adapt, params), "kron", x, y)
-    J = _as_vectors(_jacobian(adapt, params, x))
+    J = _as_vectors(ll.tree_leaves(_jacobian(adapt, params, x)))
     blocks = torch.block_diag(*(f[0] * f[1] if len(f) == 2 else f[0] for f in fitted.H_facs.kfacs))
     whole = J.t() @ J
     torch.testing.assert_close(blocks, whole * (blocks != 0), rtol=1e-6, atol=1e-9)

@@ -7,8 +7,8 @@ is the weight of a layer that is called with the identity once for each row of t
 
 Such a tool takes the columns of the output for positions of one input. Its factor of the inputs is the identity, and that of the outputs
 holds the covariance of the leaf's rows, or of its columns where those are longer. For a vector that is the whole block, without an
-approximation. For LoRA's `A` it is the covariance of the layer's input, for `B` that of its output gradient, as in K-FAC of two linear layers;
-the `r x r` factors between them are taken for the identity.
+approximation. For LoRA's `A` it is the covariance of the layer's input, for `B` that of its output gradient, as in K-FAC of two linear
+layers. The `r x r` factors between them are taken for the identity.
 """
 
 from collections.abc import Mapping
@@ -50,7 +50,7 @@ class LinearLayers(nn.Module):
         super().__init__()
         adapt._require(params, "LinearLayers")
         self.adapt = adapt
-        self.layers = nn.ModuleDict()
+        self.layers, self.paths = nn.ModuleDict(), list(params)  # a target may have none but shared params
         self.shapes = {(path, name): tuple(leaf.shape) for path, leaves in params.items() for name, leaf in leaves.items()}
         for path, name in self.shapes:
             self.layers[_key(path, name)] = _layer(params[path][name])
@@ -60,21 +60,21 @@ class LinearLayers(nn.Module):
         if not args:
             batch, kwargs = kwargs, {}
         rows = rows_of(batch)
-        members: Tree = {}
+        members: Tree = {path: {} for path in self.paths}
         for (path, name), shape in self.shapes.items():
             layer = self.layers[_key(path, name)]
             weight = layer.weight
             eye = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device).expand(rows, -1, -1)
             columns = layer(eye)  # (rows, in, out)
-            members.setdefault(path, {})[name] = (columns if _is_lying(shape) else columns.transpose(1, 2)).reshape(rows, *shape)
+            members[path][name] = (columns if _is_lying(shape) else columns.transpose(1, 2)).reshape(rows, *shape)
         return self.adapt.mixed(members, batch, **kwargs)
 
     def params(self) -> Tree:
         """Return detached copies of the weights as params, in the variant's own shapes."""
-        read: Tree = {}
+        read: Tree = {path: {} for path in self.paths}
         for (path, name), shape in self.shapes.items():
             weight = self.layers[_key(path, name)].weight.detach()
-            read.setdefault(path, {})[name] = (weight.t() if _is_lying(shape) else weight).reshape(shape).clone()
+            read[path][name] = (weight.t() if _is_lying(shape) else weight).reshape(shape).clone()
         return read
 
 
