@@ -9,6 +9,7 @@ from generate import table, title
 import lora_lite as ll
 
 FILE = Path(__file__).parent / "support.json"
+INTEGRATIONS = Path(__file__).parent / "integrations.json"
 ARCHITECTURES = Path(__file__).parent / "architectures.json"
 
 
@@ -47,13 +48,24 @@ def cells_table() -> str:
 
 def kinds_table() -> str:
     """Return the grid of kinds and checks, with a numbered list of the reasons where a part is refused."""
-    found = json.loads((Path(__file__).parent / "kinds.json").read_text("utf-8"))
+    return _grid("kind of layer", json.loads((Path(__file__).parent / "kinds.json").read_text("utf-8")))
+
+
+def integrations_table() -> str:
+    """Return the grid of variants and other libraries, with a numbered list of the reasons where a check is not run or does not hold."""
+    found = json.loads(INTEGRATIONS.read_text("utf-8"))
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    named = {title(ll.VARIANTS[name]): cells for name, cells in found["results"].items()}
+    return f"{_grid('variant', named)}\n\nRun on {found['date']} ({versions})."
+
+
+def _grid(what: str, found: dict[str, dict[str, str]]) -> str:
     numbers: dict[str, str] = {}
 
     def mark(said: str) -> str:
         return "ok" if said == "ok" else numbers.setdefault(said, str(len(numbers) + 1))
 
-    rows = [{"kind of layer": name, **{check: mark(said) for check, said in checks.items()}} for name, checks in found.items()]
+    rows = [{what: name, **{check: mark(said) for check, said in checks.items()}} for name, checks in found.items()]
     return f"{table(rows)}\n\n" + "\n".join(f"{number}. {said}" for said, number in numbers.items())
 
 

@@ -74,6 +74,7 @@ def test_no_block_escapes():
             "{cells}",
             "{kinds}",
             "{architectures}",
+            "{integrations}",
             "{costs}",
             "{rates}",
             "{members}",

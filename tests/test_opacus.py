@@ -6,6 +6,7 @@ from torch import nn
 
 import lora_lite as ll
 from cases import CASES, build_any, move, named
+from lora_lite.integrations.linear_layers import LinearLayers
 
 opacus = pytest.importorskip("opacus", reason="Opacus is not installed: pip install opacus")
 
@@ -62,3 +63,42 @@ def test_privacy_engine_takes_a_step(row):
         optimizer.step()
     after = adapt.params(private._module)
     assert any(not torch.equal(after[path][name], leaf) for path, leaves in params.items() for name, leaf in leaves.items())
+
+
+SHARING = [row for row in CASES if row.cfg.adapts == "linear" and type(row.cfg).share_init is not ll.AdapterConfig.share_init]
+PLAIN_SHARING = [row for row in SHARING if not row.draws and row.cfg.rowwise and not any(getattr(row.cfg, d, 0.0) for d in DROPS)]
+
+
+@pytest.mark.parametrize("row", PLAIN_SHARING, ids=named)
+def test_gradients_of_shared_tensors_are_found_at_linear_layers(row):
+    adapt, params, x, target = _pair(row.cfg)
+    module = opacus.GradSampleModule(LinearLayers(adapt, params), loss_reduction="sum")
+    (module(x) - target).square().sum().backward()
+    rows = ll.per_example_grad(adapt, lambda out, batch: (out - target).square().flatten(1).sum(1))(params, x)
+    for p, want in zip(module.parameters(), ll.tree_leaves(rows), strict=True):
+        high = want.flatten(2) if want.dim() > 2 else want.reshape(len(want), -1, 1)
+        got = p.grad_sample if p.grad_sample.shape == high.shape else p.grad_sample.transpose(1, 2)
+        torch.testing.assert_close(got, high, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "cfg", [ll.LoRAConfig(r=4), ll.DoRAConfig(r=4), ll.VBLoRAConfig(num_vectors=12, vector_length=4)], ids=lambda c: c.name
+)
+def test_clipped_sums_from_per_example_gradients_alone_are_those_of_opacus(cfg):
+    adapt, params, x, target = _pair(cfg)
+    losses = ll.per_example_grad(adapt, lambda out, batch: (out - target).square().flatten(1).sum(1))
+    rows = losses(params, x)
+    norms = sum(g.flatten(1).square().sum(1) for g in ll.tree_leaves(rows)).sqrt()
+    bound = float(norms.median())  # some rows are clipped, others not
+    ours = ll.tree_map(lambda g: torch.einsum("n,n...->...", (bound / (norms + 1e-6)).clamp(max=1.0), g), rows)
+
+    module = opacus.GradSampleModule(LinearLayers(adapt, params), loss_reduction="sum")
+    plain = torch.optim.SGD(module.parameters(), lr=0.1)
+    private = opacus.optimizers.DPOptimizer(
+        plain, noise_multiplier=0.0, max_grad_norm=bound, expected_batch_size=len(x), loss_reduction="sum"
+    )
+    (module(x) - target).square().sum().backward()
+    private.clip_and_accumulate()
+    for p, want in zip(module.parameters(), ll.tree_leaves(ours), strict=True):
+        got = p.summed_grad.t() if want.dim() == 2 and p.shape != want.shape else p.summed_grad
+        torch.testing.assert_close(got.reshape(want.shape), want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))

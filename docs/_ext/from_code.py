@@ -1,5 +1,5 @@
 """Directives that pull a page's text out of the code, as Markdown: `{variant} lora`, `{variants}`, `{families}`, `{checks}`,
-`{kind-checks}`, `{configs-api}`, `{functions-api}`, `{support} peft`, `{cells}`, `{kinds}`, `{architectures}`, `{rates}`, `{members}`."""
+`{kind-checks}`, `{configs-api}`, `{functions-api}`, `{support} peft`, `{cells}`, `{kinds}`, `{integrations}`, `{architectures}`, `{rates}`, `{members}`."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -103,6 +103,12 @@ class Kinds(FromCode):
     text = staticmethod(matrix.kinds_table)
 
 
+class Integrations(FromCode):
+    """The grid of variants and other libraries."""
+
+    text = staticmethod(matrix.integrations_table)
+
+
 class Architectures(FromCode):
     """The model classes of transformers that were tried."""
 
@@ -126,6 +132,7 @@ def setup(app: Any) -> dict[str, bool]:
         "functions-api": FunctionsApi,
         "architectures": Architectures,
         "kinds": Kinds,
+        "integrations": Integrations,
         "rates": Rates,
         "members": Members,
     }
