@@ -13,7 +13,6 @@ then keeps as much. The calls before would so decide the cost of a call. Each pr
 import argparse
 import datetime
 import gc
-import json
 import os
 import platform
 import statistics
@@ -30,6 +29,7 @@ import torch
 import transformers
 
 import lora_lite as ll
+from record import file_name, put
 
 RESULTS = Path(__file__).parent / "results"
 QUICK = RESULTS / "quick"  # written by --quick: shows that all works, never a figure of the documentation
@@ -249,7 +249,7 @@ def _commit() -> str:
 
     try:
         commit = git("rev-parse", "--short", "HEAD")
-        return commit + ("+changes" if commit and git("status", "--porcelain", "--", "src", ":(glob)bench/*.py") else "") or "none"
+        return commit + (".changes" if commit and git("status", "--porcelain", "--", "src", ":(glob)bench/*.py") else "") or "none"
     except FileNotFoundError:  # no git here
         return "none"
 
@@ -257,10 +257,7 @@ def _commit() -> str:
 def write(name: str, facts: dict[str, Any], results: dict[str, Any], quick: bool = False) -> Path:
     """Write a results file, dated and named by commit and kind, on a GPU `<kind>-cuda`, and print its name."""
     date = datetime.date.today().isoformat()
-    folder = QUICK if quick else RESULTS
-    folder.mkdir(exist_ok=True, parents=True)
-    kind = f"{name}-cuda" if facts.get("device") == "cuda" else name  # never in the place of a CPU's
-    path = folder / f"{date}-{facts['commit']}-{kind}.json"
-    path.write_text(json.dumps({"date": date, **facts, "results": without_rounds(results)}, indent=1) + "\n", "utf-8")
+    path = (QUICK if quick else RESULTS) / file_name(date, facts, name)
+    put(path, {"date": date, **facts, "results": without_rounds(results)})
     print(f"wrote {path.relative_to(RESULTS.parent.parent)}", flush=True)
     return path

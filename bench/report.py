@@ -25,6 +25,10 @@ CALLS = """## Calls
 The price of a call, where arithmetic takes next to no time: a chain of narrow layers, ours and PEFT's same method in turn in one
 process, with the same numbers in both. The products by themselves are the least that LoRA's layer could take."""
 """The head of a section that is shown only where there is a results file of it."""
+PART_OF: dict[str, tuple[str, ...]] = {
+    **{"gpu": ("models", "variants"), "gpu-compiled": ("variants",), "gpu-memory": ("variants",), "gpu-populations": ("populations",)},
+}
+"""What a file must have for a section, where a run may have written some of it or been cut off."""
 MARGIN = {"pissa": 1.15, "olora": 1.15, "corda": 1.15, "lora_ga": 1.15, "asvd": 1.15}
 """The allowed excess of the increment form over PEFT's residual form: two products for one, for an exact start and quantised bases."""
 
@@ -85,11 +89,14 @@ def sections(folder: Path = RESULTS, up: str = "../") -> Iterator[tuple[str, str
         ("memory", "memory", t.memory_table),
         ("scaling", "scaling", lambda f: "![Cost as rank, width, batch and members grow](plots/scaling.svg)"),
         ("functions", "speed", t.functions_table),
-        ("compiled", "speed", t.compiled_table),
+        ("compiled", "compiled" if newest("compiled", folder) else "speed", t.compiled_table),
         ("populations", "speed", t.populations_table),
         ("quantised", "quantised", t.quantised_table),
         ("serving", "serving", t.serving_table),
         ("gpu", "speed-cuda", lambda f: f"{t.gpu_table(f)}\n\n{verdict(f, None, None)}"),
+        ("gpu-compiled", "compiled-cuda", t.compiled_table),
+        ("gpu-memory", "memory-cuda", t.memory_table),
+        ("gpu-populations", "speed-cuda", t.populations_table),
         ("gpu-quantised", "quantised-cuda", t.quantised_table),
         ("gpu-serving", "serving-cuda", t.serving_table),
         ("agreement", "agreement", t.agreement_table),
@@ -97,6 +104,7 @@ def sections(folder: Path = RESULTS, up: str = "../") -> Iterator[tuple[str, str
     ]
     for marker, kind, make in makers:
         found = newest(kind, folder)
+        found = found if found and t.has(found, *PART_OF.get(marker, ())) else None
         threads = t.population_threads(found) if found and marker == "populations" else None
         yield marker, f"{make(found)}\n\nFrom {t.source(found, up, threads)}." if found else NONE
     yield "gsm8k", t.gsm8k_table(folder, up) or NONE

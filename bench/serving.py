@@ -23,6 +23,8 @@ from measure import Job, Part, Spread, batch_of, interleaved, llama, millisecond
 from methods import pairs
 
 ADAPTERS = 8
+SIZES = {"quick": (128, 2, 10, 16, 16), "full": (512, 4, 43, 32, 32)}
+"""Width, blocks, blocks where adapters are switched, tokens to generate, requests."""
 LOOP = Path(__file__).parent.parent / "docs" / "examples" / "request_loop.py"
 
 
@@ -171,13 +173,18 @@ def arrivals(width: int, layers: int, requests: int, tokens: int, repeats: int, 
 
 
 def measure(width: int, layers: int, deep: int, tokens: int, requests: int, repeats: int) -> dict[str, Any]:
-    """Do all measurements once, in this process; `deep` is how many blocks the model has whose adapters are switched."""
+    """Do all measurements once, in this process."""
     torch.set_num_threads(1)
+    return {name: one() for name, one in measurements(width, layers, deep, tokens, requests, repeats).items()}
+
+
+def measurements(width: int, layers: int, deep: int, tokens: int, requests: int, repeats: int) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Return each measurement by its name; `deep` is how many blocks the model has whose adapters are switched."""
     return {
-        "switching": switching(deep, 2 * repeats),
-        "generation": generation(width, layers, tokens, repeats),
-        "arrivals": arrivals(width, layers, requests, tokens=tokens, repeats=max(3, repeats // 2)),
-        "throughput": throughput(width, layers, requests, tokens=16, threads=2, repeats=max(4, repeats // 2)),
+        "switching": lambda: switching(deep, 2 * repeats),
+        "generation": lambda: generation(width, layers, tokens, repeats),
+        "arrivals": lambda: arrivals(width, layers, requests, tokens=tokens, repeats=max(3, repeats // 2)),
+        "throughput": lambda: throughput(width, layers, requests, tokens=16, threads=2, repeats=max(4, repeats // 2)),
     }
 
 
@@ -188,7 +195,7 @@ def part(options: Sequence[str] | None = None) -> Part:
     parser.add_argument("--repeats", type=int, default=6, help="rounds of each measurement in each process")
     parser.add_argument("--processes", type=int, default=3, help="fresh processes")
     o = parser.parse_args(options)
-    sizes = (128, 2, 10, 16, 16) if o.quick else (512, 4, 43, 32, 32)
+    sizes = SIZES["quick" if o.quick else "full"]
     return Part("serving", [Job(measure, (*sizes, 5 if o.quick else o.repeats), 1 if o.quick else o.processes)], show, o.quick)
 
 

@@ -1,18 +1,18 @@
 """Measure each variant's time beside the frozen base, PEFT's same method and its own arithmetic, and write a results file.
 
-Forward, training step and init on a Llama; the same compiled; the pure functions by themselves; many adapters in one batch. Ratios are
-taken within rounds of one run, never between runs. Outputs are checked before they are timed.
+Forward, training step and init on a Llama; the pure functions by themselves; many adapters in one batch. Ratios are taken within rounds
+of one run, never between runs. Outputs are checked before they are timed. With `--compiled` the compiled steps instead, see `compiled.py`.
 
     python bench/speed.py                            # the sizes of the documentation
     python bench/speed.py --quick                    # a minute
     python bench/speed.py --variants lora oft --width 1024 --layers 8
+    python bench/speed.py --compiled all             # two to three hours on a core; what today's file has already is kept
 """
 
 import argparse
 import copy
-import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import compiled
 import lora_lite as ll
 from contenders import Contender, build, contender, forwards, steps, wrapped
 from measure import Call, Job, Part, Times, batch_of, device, interleaved, llama, milliseconds, moved, ratio, run, sizes_of
@@ -54,22 +55,30 @@ def macs_per_token(model: nn.Module, batch: Mapping[str, Any]) -> float:
 
 def models(sizes: Mapping[str, int], r: int, names: Iterable[str], repeats: int) -> dict[str, Any]:
     """Time forward, step and init of each variant on a Llama of the sizes."""
+    measure_one, facts = measured(sizes, r, repeats)
+    return {**facts, "variants": {name: measure_one(name) for name in tqdm(list(names), desc="forward, step, init", mininterval=5)}}
+
+
+def measured(sizes: Mapping[str, int], r: int, repeats: int) -> tuple[Callable[[str], dict[str, Any]], dict[str, Any]]:
+    """Build the models of the sizes; return a function that times forward, step and init of a variant, and the facts of all rows."""
     model, block, batch = llama(sizes["width"], sizes["layers"]), llama(sizes["width"], 1), batch_of(sizes["rows"], sizes["tokens"])
-    frozen, rows = macs_per_token(model, batch), {}
-    for name in tqdm(list(names), desc="forward, step, init", mininterval=5):
+    frozen = macs_per_token(model, batch)
+
+    def one(name: str) -> dict[str, Any]:
         pair = pairs(r)[name]
         c = contender(model, pair, batch)
         added = c.adapt.macs_per_token / frozen
         forward = compared(interleaved(forwards(model, c, batch), repeats))
         step = compared(interleaved(steps(model, c, batch), repeats))
-        rows[name] = {
+        return {
             **counts(pair, c),
             "forward": {**forward, "by_arithmetic": 1 + added},
             # The frozen step runs each product twice, forward and to the input; the adapter's three times, to its params as well.
             "step": {**step, "by_arithmetic": 1 + 1.5 * added},
             "init": compared(inits(block, pair, batch, 3)),
         }
-    return {**sizes, "r": r, "frozen_macs_per_token": frozen, "device": str(device()), "variants": rows}
+
+    return one, {**sizes, "r": r, "frozen_macs_per_token": frozen, "device": str(device())}
 
 
 def counts(pair: Pair, c: Contender) -> dict[str, Any]:
@@ -87,11 +96,11 @@ def inits(block: nn.Module, pair: Pair, batch: Mapping[str, Any], repeats: int) 
     return interleaved(calls, repeats, warmup=1)
 
 
-def costs(sizes: Mapping[str, int], r: int, names: Sequence[str], chosen: Sequence[str], repeats: int) -> dict[str, Any]:
-    """Measure the variants on models, once, in this process; `chosen` are compiled too."""
+def costs(sizes: Mapping[str, int], r: int, names: Sequence[str], repeats: int) -> dict[str, Any]:
+    """Measure the variants on models, once, in this process."""
     warnings.filterwarnings("ignore", module="(transformers|peft|torch)")
     torch.set_num_threads(1)
-    return {"models": models(sizes, r, names, repeats), "compiled": compiled(sizes["width"], r, chosen, repeats)}
+    return {"models": models(sizes, r, names, repeats)}
 
 
 def calls(sizes: Mapping[str, int], r: int, names: Sequence[str], repeats: int) -> dict[str, Any]:
@@ -108,7 +117,6 @@ def part(options: Sequence[str] | None = None) -> Part:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few repetitions of small sizes")
     parser.add_argument("--variants", nargs="+", choices=MEASURED, default=MEASURED, metavar="NAME")
-    parser.add_argument("--compiled", nargs="*", choices=MEASURED, default=None, metavar="NAME", help="which to compile")
     parser.add_argument("--repeats", type=int, help="rounds of each measurement in each process")
     parser.add_argument("--processes", type=int, help="fresh processes; what takes little time is measured in twice as many")
     for size, meaning in {"width": "features", "layers": "blocks", "rows": "of a batch", "tokens": "of a row", "rank": "of LoRA"}.items():
@@ -116,9 +124,8 @@ def part(options: Sequence[str] | None = None) -> Part:
     o = parser.parse_args(options)
     sizes = sizes_of(SIZES, o)
     r, repeats, processes = o.rank or (8 if o.quick else 16), o.repeats or (3 if o.quick else 5), o.processes or (1 if o.quick else 3)
-    chosen = o.compiled if o.compiled is not None else [n for n in (("lora",) if o.quick else ("lora", "dora")) if n in o.variants]
     jobs = [
-        Job(costs, (sizes, r, o.variants, chosen, repeats), processes),
+        Job(costs, (sizes, r, o.variants, repeats), processes),
         Job(calls, (sizes, r, o.variants, max(2, repeats - 1)), 1 if o.quick else 2 * processes),
     ]
     return Part("speed", jobs, show, o.quick)
@@ -130,49 +137,6 @@ def show(results: Mapping[str, Any]) -> None:
         over, beside = row["step"]["over_frozen"]["median"], row["step"].get("over_peft")
         peft = f"; {beside['median']:.3f} [{beside['low']:.3f}, {beside['high']:.3f}] of PEFT's" if beside else ""
         print(f"{name:10} {over:.3f} of the frozen step, {row['step']['by_arithmetic']:.3f} by arithmetic{peft}")
-
-
-def compiled(width: int, r: int, names: Iterable[str], repeats: int) -> dict[str, Any]:
-    """Compile a model of one block: forward and step of ours over the compiled base's, over PEFT's, and over ours in eager mode."""
-    model = llama(width, 1)
-    batch = batch_of(4, 64)
-    rows = {name: _one(model, batch, pairs(r)[name]) for name in tqdm(list(names), desc="compiled", mininterval=5)}
-    found = {n: _ratios(calls, took, repeats) for n, (calls, took) in rows.items()}
-    return {"width": width, "layers": 1, "rows": 4, "tokens": 64, "r": r, "variants": found}
-
-
-def _one(model: Any, batch: dict[str, Any], pair: Any) -> tuple[dict[str, Call], dict[str, float]]:
-    """Return the calls, compiled, and the seconds that each took to compile; the step of ours is checked against eager mode."""
-    torch.compiler.reset()
-    c = contender(model, pair, batch)
-    rows = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
-    base = torch.compile(lambda rows: model(inputs_embeds=rows, labels=batch["labels"], use_cache=False).loss)
-    loss = torch.compile(lambda p: c.adapt(p, batch).loss, fullgraph=True)
-    leaves = {path: {n: t.detach().clone().requires_grad_() for n, t in tree.items()} for path, tree in c.params.items()}
-    eager = ll.value_and_grad(lambda p: c.adapt(p, batch).loss)
-    calls: dict[str, Call] = {
-        "frozen": lambda: torch.autograd.grad(base(rows), rows),
-        "ours": lambda: torch.autograd.grad(loss(leaves), ll.tree_leaves(leaves)),
-        "eager": lambda: eager(c.params),
-    }
-    if c.theirs is not None:
-        theirs = torch.compile(lambda: c.theirs(**batch).loss)
-        calls["peft"] = lambda: torch.autograd.grad(theirs(), list(c.trained), allow_unused=True)
-    seconds = {}
-    for name, call in calls.items():
-        start = time.perf_counter()
-        call()
-        seconds[name] = time.perf_counter() - start
-    for a, b in zip(calls["ours"](), ll.tree_leaves(calls["eager"]()[1]), strict=True):
-        if not torch.allclose(a, b, rtol=1e-2, atol=1e-3 * float(b.abs().max()) + 1e-7):
-            raise SystemExit(f"bench: expected the compiled step of {pair.cfg.name} to give the eager gradients, found others.")
-    return calls, seconds
-
-
-def _ratios(calls: dict[str, Call], seconds: dict[str, float], repeats: int) -> dict[str, Any]:
-    times = interleaved(calls, repeats)
-    found = {f"over_{name}": ratio(times, "ours", name) for name in ("frozen", "peft", "eager") if name in times}
-    return {**found, "compile_seconds": seconds}
 
 
 MEMBERS = 8
@@ -237,5 +201,16 @@ def _times(cfg: ll.AdapterConfig, params: Mapping[str, Tensor], W: ll.Frozen, x:
     return {name: ratio(times, name, beside) for name, beside in over.items()}
 
 
+def main() -> None:
+    """Measure by `part`; with `--compiled` the compiled steps of the variants that follow it, all of them or some."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--compiled", nargs="+", choices=[*MEASURED, "all"], metavar="NAME")
+    o, others = parser.parse_known_args()
+    if o.compiled is None:
+        run([part()])
+    else:
+        compiled.main(["--variants", *(MEASURED if "all" in o.compiled else o.compiled), *others])
+
+
 if __name__ == "__main__":
-    run([part()])
+    main()

@@ -18,6 +18,16 @@ def newest(kind: str, folder: Path = RESULTS) -> Found | None:
     return {"file": files[-1].name, **json.loads(files[-1].read_text("utf-8"))} if files else None
 
 
+def has(found: Found, *keys: str) -> bool:
+    """Whether a results file has a figure at these keys."""
+    part = found["results"]
+    for key in keys:
+        if key not in part:
+            return False
+        part = part[key]
+    return True
+
+
 def title(name: str) -> str:
     """Return a variant's name as it is written in prose: the first words of its module."""
     cls = ll.VARIANTS.get(name)
@@ -228,7 +238,7 @@ def memory_table(memory: Found) -> str:
             cells |= {f"{what}, MiB": f"{part['ours'] / 2**20:.1f}", f"{what} / frozen": f"{part['ours'] / part['frozen']:.2f}"}
             cells |= {f"{what} / PEFT's": f"{part['ours'] / part['peft']:.2f}" if "peft" in part else "-"}
         rows.append(cells)
-    ways = [{"LoRA's step by": name, "peak, MiB": f"{size / 2**20:.1f}"} for name, size in memory["results"]["lora"].items()]
+    ways = [{"LoRA's step by": name, "peak, MiB": f"{size / 2**20:.1f}"} for name, size in memory["results"].get("lora", {}).items()]
     return f"{table(rows)}\n\n{table(ways)}"
 
 
@@ -267,11 +277,23 @@ def functions_table(speed: Found) -> str:
     return table([{"variant": title(n)} | {head: spread(row[key]) for key, head in heads.items()} for n, row in kept.items()])
 
 
-def compiled_table(speed: Found) -> str:
-    """Write the compiled steps' ratios."""
+def compiled_table(found: Found) -> str:
+    """Write the compiled steps' ratios, from a file of their own, or of a speed file that has some."""
     heads = {"over_frozen": "step / compiled frozen step", "over_peft": "step / PEFT's compiled", "over_eager": "step / ours in eager mode"}
-    found = speed["results"]["compiled"]["variants"]
-    return table([{"variant": title(n)} | {head: spread(row.get(key)) for key, head in heads.items()} for n, row in found.items()])
+    more = {
+        ("value_and_grad", "over_frozen"): "`value_and_grad` / compiled frozen step",
+        ("mixed", "over_frozen"): "mixed step / compiled frozen step",
+        ("mixed", "over_eager"): "mixed step / ours in eager mode",
+    }
+    kept = found["results"].get("compiled", found["results"]).get("variants", {})
+    shown = more if any(what in row for row in kept.values() for what, _ in more) else {}
+    rows = []
+    for name, row in kept.items():
+        cells = {head: spread(row.get(key)) for key, head in heads.items()}
+        cells |= {head: spread(row.get(what, {}).get(key)) for (what, key), head in shown.items()}
+        seconds = sum(row.get("compile_seconds", {}).get(what, 0.0) for what in ("ours", *dict.fromkeys(what for what, _ in shown)))
+        rows.append({"variant": title(name), **cells, **({"compilation of ours, s": f"{seconds:.0f}"} if shown else {})})
+    return table(rows)
 
 
 def members_table(growth: Found, up: str) -> str:
@@ -334,17 +356,19 @@ def quantised_table(found: Found) -> str:
 def serving_table(found: Found) -> str:
     """Write the costs of switching, generation and many requests, beside PEFT's."""
     f = found["results"]
-    switching, generation, throughput = f["switching"], f["generation"], f["throughput"]
     theirs = "PEFT's `set_adapter`"
-    switch = f"another adapter than in the last call, {switching['targets']} targets, ms"
-    rows = [
-        {"": switch, "ours": spread(switching["switch_ms"]), theirs: spread(switching["peft_switch_ms"])},
-        {"": f"generating {generation['tokens']} tokens / PEFT's time", "ours": spread(generation["over_peft"]), theirs: "1"},
-    ]
+    rows = []  # of a run that was cut off a part may be lacking
+    if "switching" in f:
+        what = f"another adapter than in the last call, {f['switching']['targets']} targets, ms"
+        rows.append({"": what, "ours": spread(f["switching"]["switch_ms"]), theirs: spread(f["switching"]["peft_switch_ms"])})
+    if "generation" in f:
+        what = f"generating {f['generation']['tokens']} tokens / PEFT's time"
+        rows.append({"": what, "ours": spread(f["generation"]["over_peft"]), theirs: "1"})
     if "arrivals" in f:
         come = f["arrivals"]
         what = f"{come['requests']} requests as they come, {come['each']} a step, {come['tokens']} tokens each, by the loop / PEFT's time"
         rows.append({"": what, "ours": spread(come["over_peft"]), theirs: "1"})
+    throughput = f.get("throughput", {"over_peft": {}})
     for name, ratio in throughput["over_peft"].items():
         if not name.startswith("peft"):
             how = f"{throughput['threads']} at once, a thread each" if name == "threads" else name
