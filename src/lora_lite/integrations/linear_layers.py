@@ -12,7 +12,7 @@ layers. The `r x r` factors between them are taken for the identity.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,9 @@ class LinearLayers(nn.Module):
         for path, name in self.shapes:
             self.layers[_key(path, name)] = _layer(params[path][name])
 
+    def _layer(self, path: str, name: str) -> nn.Linear:
+        return cast("nn.Linear", self.layers[_key(path, name)])
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         batch = args[0] if len(args) == 1 and not kwargs else args
         if not args:
@@ -62,7 +65,7 @@ class LinearLayers(nn.Module):
         rows = rows_of(batch)
         members: Tree = {path: {} for path in self.paths}
         for (path, name), shape in self.shapes.items():
-            layer = self.layers[_key(path, name)]
+            layer = self._layer(path, name)
             weight = layer.weight
             eye = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device).expand(rows, -1, -1)
             columns = layer(eye)  # (rows, in, out)
@@ -73,7 +76,7 @@ class LinearLayers(nn.Module):
         """Return detached copies of the weights as params, in the variant's own shapes."""
         read: Tree = {path: {} for path in self.paths}
         for (path, name), shape in self.shapes.items():
-            weight = self.layers[_key(path, name)].weight.detach()
+            weight = self._layer(path, name).weight.detach()
             read[path][name] = (weight.t() if _is_lying(shape) else weight).reshape(shape).clone()
         return read
 
