@@ -1,5 +1,6 @@
 """Directives that pull a page's text out of the code, as Markdown: `{variant} lora`, `{variants}`, `{families}`, `{checks}`,
-`{kind-checks}`, `{configs-api}`, `{functions-api}`, `{support} peft`, `{cells}`, `{kinds}`, `{integrations}`, `{architectures}`, `{rates}`, `{members}`."""
+`{kind-checks}`, `{configs-api}`, `{functions-api}`, `{support} peft`, `{cells}`, `{kinds}`, `{integrations}`, `{architectures}`, `{rates}`,
+`{members}`."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
