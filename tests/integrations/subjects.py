@@ -19,7 +19,7 @@ FIRST = tuple({row.cfg.name: row for row in reversed(CASES) if _plain(row)}.valu
 
 EACH = pytest.mark.parametrize("row", FIRST, ids=lambda row: row.cfg.name)
 LINEAR = pytest.mark.parametrize(
-    "row", [row for row in FIRST if row.cfg.adapts == "linear" and row.cfg.linear], ids=lambda row: row.cfg.name
+    "row", [row for row in FIRST if row.cfg.adapts == "linear" and row.cfg.linear and row.cfg.rowwise], ids=lambda row: row.cfg.name
 )
 
 

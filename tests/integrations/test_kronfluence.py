@@ -76,7 +76,7 @@ def _tall(g):
 def gradients(cfg, folder):
     """Without curvature a score is the product of a training row's gradient and a query's."""
     adapt, params, (train, query), trained, asked = _setting(cfg)
-    want = sum(q.flatten(1) @ g.flatten(1).t() for q, g in zip(ll.tree_leaves(asked), ll.tree_leaves(trained)))
+    want = sum(q.reshape(len(q), -1) @ g.reshape(len(g), -1).t() for q, g in zip(ll.tree_leaves(asked), ll.tree_leaves(trained)))
     got = _scores(LinearLayers(adapt, params), "identity", train, query, folder)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6 * float(want.abs().max()))
     assert want.abs().min() > 0

@@ -49,14 +49,14 @@ def main() -> None:
 
     cells = {name: checks for module in MODULES for name, checks in importlib.import_module(module).CHECKS.items()}
     gc.freeze()
-    results = {}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", *LIBRARIES)}
+    facts = {"date": datetime.date.today().isoformat(), "versions": versions}
+    results: dict = {}
     for row in FIRST:
         found = {name: outcome(checks, row.cfg) for name, checks in cells.items()}
         results[row.cfg.name] = found
         print(row.cfg.name, *(f"\n    {name}: {said}" for name, said in found.items() if said != "ok"), flush=True)
-    versions = {name: importlib.metadata.version(name) for name in ("torch", *LIBRARIES)}
-    facts = {"date": datetime.date.today().isoformat(), "versions": versions, "results": results}
-    PAGE.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+    PAGE.write_text(json.dumps({**facts, "results": results}, indent=1) + "\n", "utf-8")
     print(f"wrote {PAGE.name}")
 
 
