@@ -651,7 +651,7 @@ def test_stack_names_the_place_that_differs():
 def test_layer_that_a_variant_cannot_adapt_names_variants_that_can():
     model = nn.Sequential(nn.Conv1d(4, 8, 3, groups=2))
     with pytest.raises(ValueError, match=r"exclude_names, or adapt it by a config of its own: (\w+)Config") as e:
-        ll.build(model, ll.LoRAConfig(r=2, target_names="^0$"))
+        ll.build(model, ll.LilyConfig(target_names="^0$"))
     named = str(e.value).rpartition(": ")[2].rstrip(".").split(", ")
     assert named
     for name in named:

@@ -26,6 +26,7 @@ from lora_lite.layers.experts import ExpertsKind
 from lora_lite.layers.linear import Conv1DKind, FalconKind, LinearKind
 from lora_lite.layers.module import ModuleKind, NormKind
 from lora_lite.layers.parameter import ParameterKind
+from lora_lite.layers.transposed import TransposedConvKind
 from lora_lite.testing import KIND_CHECKS, check_kind, make_kind_case
 
 
@@ -162,6 +163,13 @@ GRID = {
     "Conv2d": (ConvKind, lambda: nn.Conv2d(3, 4, 2, padding=1), {"make_input": lambda: torch.randn(4, 3, 5, 4)}),
     "Conv3d": (ConvKind, lambda: nn.Conv3d(2, 4, 2), {"make_input": lambda: torch.randn(4, 2, 3, 3, 3)}),
     "grouped": (GroupedConvKind, lambda: nn.Conv2d(4, 4, 2, groups=2), {"make_input": lambda: torch.randn(4, 4, 5, 4)}),
+    "depthwise": (GroupedConvKind, lambda: nn.Conv1d(4, 8, 3, groups=4), {"make_input": lambda: torch.randn(4, 4, 5)}),
+    "transposed": (TransposedConvKind, lambda: nn.ConvTranspose2d(3, 4, 2, stride=2), {"make_input": lambda: torch.randn(4, 3, 3, 4)}),
+    "transposed in groups": (
+        TransposedConvKind,
+        lambda: nn.ConvTranspose1d(4, 6, 3, groups=2),
+        {"make_input": lambda: torch.randn(4, 4, 5)},
+    ),
     "parameter": (ParameterKind, Matrix, {"make_input": lambda: torch.randn(4, 3, 6), "names": r"table$"}),
     "experts": (ExpertsKind, Weights, {"make_input": lambda: torch.randn(4, 3, 16), "names": r"(gate_up|down)_proj$"}),
     "norm": (NormKind, normed, {"make_input": lambda: torch.randn(4, 3, 8)}),

@@ -79,6 +79,8 @@ class Kind(Frozen):
     """The parts that it offers to variants, matched with their `uses`. `"inputs"` allows calibration, `"dropout"` dropped inputs."""
     state: ClassVar[Mapping[str, str]] = {"weight": "weight", "bias": "bias"}
     """The names under which the module keeps its weight and its bias."""
+    sees_inputs: ClassVar[bool] = True
+    """Whether the variant is called with the layer's inputs. Where it is evaluated at the identity alone, it has to be linear."""
     why: ClassVar[str] = ""
     """The reason why a part is lacking, in one sentence, for the error that refuses a variant."""
 
