@@ -81,6 +81,8 @@ class Kind(Frozen):
     """The names under which the module keeps its weight and its bias."""
     sees_inputs: ClassVar[bool] = True
     """Whether the variant is called with the layer's inputs. Where it is evaluated at the identity alone, it has to be linear."""
+    by_product: ClassVar[bool] = False
+    """Whether the layer keeps its own forward, whose product with the weight reaches the variant."""
     why: ClassVar[str] = ""
     """The reason why a part is lacking, in one sentence, for the error that refuses a variant."""
 
