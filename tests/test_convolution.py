@@ -14,6 +14,7 @@ from lora_lite.layers.convolution import ConvKind
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")  # torch's own, of the layer itself
 TOLERANCE = 1e-5
+OTHER_WAY = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = {
     "1d": (lambda **o: nn.Conv1d(3, 5, 3, stride=2, padding=1, **o), (2, 3, 11)),
     "2d": (lambda **o: nn.Conv2d(3, 5, (3, 2), stride=(1, 2), padding=(2, 1), **o), (2, 3, 7, 8)),
@@ -23,7 +24,18 @@ LAYERS = {
     "2d-reflected": (lambda **o: nn.Conv2d(3, 5, 3, padding=(1, 2), padding_mode="reflect", **o), (2, 3, 6, 5)),
     "2d-circular": (lambda **o: nn.Conv2d(3, 5, 3, padding=1, padding_mode="circular", **o), (2, 3, 6, 5)),
     "3d": (lambda **o: nn.Conv3d(2, 4, 2, stride=(1, 2, 1), padding=(1, 0, 1), **o), (2, 2, 4, 5, 4)),
+    "1d-groups": (lambda **o: nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2, **o), (2, 4, 11)),
+    "2d-depthwise": (lambda **o: nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular", groups=4, **o), (2, 4, 6, 5)),
+    "3d-groups": (lambda **o: nn.Conv3d(4, 4, 2, stride=(1, 2, 1), padding=(1, 0, 1), groups=2, **o), (2, 4, 4, 5, 4)),
+    "2d-transposed": (lambda **o: nn.ConvTranspose2d(3, 5, (3, 2), stride=(2, 1), output_padding=(1, 0), **o), (2, 3, 4, 5)),
+    "3d-transposed": (
+        lambda **o: nn.ConvTranspose3d(2, 4, 2, stride=(1, 2, 1), padding=(1, 0, 1), dilation=(2, 1, 1), **o),
+        (2, 2, 4, 3, 4),
+    ),
+    "2d-transposed-groups": (lambda **o: nn.ConvTranspose2d(6, 9, 3, stride=2, padding=1, groups=3, **o), (2, 6, 4, 5)),
 }
+ONE_MAP = tuple(name for name in LAYERS if "groups" not in name and "depthwise" not in name and "transposed" not in name)
+OTHERS = tuple(name for name in LAYERS if name not in ONE_MAP)
 IN_PEFT = ("1d", "2d", "2d-pointwise", "3d")  # it forgets dilation and padding modes
 VARIANTS = (
     ll.LoRAConfig(r=2, target_names="conv"),
@@ -67,7 +79,7 @@ def test_convolutions_are_taken_only_where_they_are_named():
 
 
 @pytest.mark.parametrize("cfg", VARIANTS, ids=by_name)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", ONE_MAP)
 def test_is_the_variant_on_rows_of_patches(name, cfg):
     """A convolution is a linear layer on unfolded patches: the same params there give the same outputs and gradients."""
     model, x = _make(name, torch.float64)
@@ -87,6 +99,52 @@ def test_is_the_variant_on_rows_of_patches(name, cfg):
     got = torch.func.grad(lambda p: adapt(p, x).square().sum())(params)
     want = torch.func.grad(lambda p: dense(p, rows).square().sum())(params)
     assert_trees_equal(got, want, 1e-9)
+
+
+def _rows(conv):
+    """Return a kernel as `(o, i)`: a row has all that an output sees."""
+    if not isinstance(conv, OTHER_WAY):
+        return conv.weight.flatten(1)
+    parts = conv.weight.chunk(conv.groups)  # (i / groups, o / groups, *size)
+    return torch.cat([part.transpose(0, 1).flatten(1) for part in parts])
+
+
+def _kernel(conv, rows):
+    if not isinstance(conv, OTHER_WAY):
+        return rows.view(conv.weight.shape)
+    channels, _, *size = conv.weight.shape
+    return torch.cat([part.unflatten(1, (channels // conv.groups, *size)).transpose(0, 1) for part in rows.chunk(conv.groups)])
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize("cfg", VARIANTS, ids=by_name)
+@pytest.mark.parametrize("name", OTHERS)
+def test_is_torchs_layer_with_the_kernel_that_the_variant_makes_of_a_linear_layers_weight(name, cfg, bias):
+    """In groups and transposed: the linear layer has the kernel as `(o, i)`, and torch's own layer runs its merged weight."""
+    model, x = _make(name, torch.float64, bias=bias)
+    cfg = with_fields(cfg, dtype=torch.float64)
+    linear = nn.Sequential()
+    linear.add_module("conv", nn.Linear(*reversed(_rows(model.conv).shape), bias=bias).double())
+    linear.conv.weight.data = _rows(model.conv).data
+    if bias:
+        linear.conv.bias.data = model.conv.bias.data
+    adapt, dense = ll.build(model, cfg), ll.build(linear, cfg)
+    assert_trees_equal(adapt.init(seed=0), dense.init(seed=0))
+    params = move(adapt.init(seed=0))
+
+    def by_torch(params):
+        points = torch.eye(linear.conv.in_features, dtype=torch.float64)
+        shift = dense(params, torch.zeros_like(points[:1]))
+        kernel = _kernel(model.conv, (dense(params, points) - shift).T)
+        tensors = {"conv.weight": kernel.contiguous(), **({"conv.bias": shift[0]} if bias else {})}
+        return torch.func.functional_call(model, tensors, x)
+
+    update = adapt(params, x) - model(x)
+    if bias or cfg.name != "bitfit":
+        assert update.abs().max() > 1e-3
+        torch.testing.assert_close(update, by_torch(params) - model(x), rtol=1e-9, atol=1e-11)
+        got = torch.func.grad(lambda p: adapt(p, x).square().sum())(params)
+        assert_trees_equal(got, torch.func.grad(lambda p: by_torch(p).square().sum())(params), 1e-9)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
@@ -177,7 +235,7 @@ def test_ia3_is_pefts(name):
 
 
 @pytest.mark.parametrize("cfg", VARIANTS, ids=by_name)
-@pytest.mark.parametrize("name", ["1d", "2d", "3d"])
+@pytest.mark.parametrize("name", ["1d", "2d", "3d", *OTHERS])
 def test_mixed_batch_is_a_loop_and_gives_gradients_by_row(name, cfg):
     model, x = _make(name)
     adapt = ll.build(model, cfg)
@@ -191,9 +249,10 @@ def test_mixed_batch_is_a_loop_and_gives_gradients_by_row(name, cfg):
         assert_trees_equal(ll.tree_map(lambda g, row=row: g[row], by_row), alone, 1e-4)
 
 
+@pytest.mark.parametrize("name", ["2d", "2d-depthwise", "2d-transposed"])
 @pytest.mark.parametrize("cfg", [VARIANTS[0], VARIANTS[1]], ids=by_name)
-def test_saves_compiles_and_takes_single_images(cfg, tmp_path):
-    model, x = _make("2d")
+def test_saves_compiles_and_takes_single_images(cfg, name, tmp_path):
+    model, x = _make(name)
     adapt = ll.build(model, cfg)
     params = move(adapt.init(seed=0))
     ll.save(adapt, params, tmp_path / "a.safetensors")
@@ -214,17 +273,62 @@ def test_counts_multiply_adds_of_one_place():
     assert adapt.num_params == adapt.macs_per_token == 2 * (3 * 3 * 2 + 5)
 
 
-def test_groups_take_what_reads_outputs_alone():
-    model, x = Image(nn.Conv2d(4, 6, 3, groups=2)).eval(), torch.randn(2, 4, 5, 5)
-    adapt = ll.build(model, ll.IA3Config(target_names="conv"))
+def test_depthwise_lora_has_few_params():
+    model = nn.Sequential(nn.Conv2d(64, 64, 7, padding=3, groups=64))
+    adapt = ll.build(model, ll.LoRAConfig(r=4, target_names="^0$"))
+    assert {name: tuple(p.shape) for name, p in adapt.init()["0"].items()} == {"A": (4, 49), "B": (64, 4)}
+
+
+@pytest.mark.parametrize("name", ["1d-groups", "2d-transposed"])
+def test_dropped_inputs_and_variants_that_are_not_linear_are_refused(name):
+    model, _ = _make(name)
+    with pytest.raises(ValueError, match=r'LoRAConfig cannot adapt "conv".*drops inputs.*dropout=0\.0'):
+        ll.build(model, ll.LoRAConfig(r=2, dropout=0.1, target_names="conv"))
+    with pytest.raises(ValueError, match=r'LilyConfig cannot adapt "conv".*is not linear in its input'):
+        ll.build(model, ll.LilyConfig(target_names="conv"))
+
+
+@pytest.mark.parametrize("make", [nn.Conv2d, nn.ConvTranspose2d])
+def test_low_precision_keeps_the_digits_of_the_update(make):
+    """Each input meets the same weight twice with opposite signs, so that the frozen layer gives zero and the update stands alone."""
+    torch.manual_seed(0)
+    model = Image(make(4, 4, 3, groups=2, bias=False)).bfloat16().eval()
+    kernel = model.conv.weight.data
+    for pair in kernel.split(2, 0 if make is nn.ConvTranspose2d else 1):
+        pair.copy_(pair.narrow(0 if make is nn.ConvTranspose2d else 1, 0, 1).expand_as(pair).clone())
+    x = torch.randn(2, 2, 1, 5, 5) * torch.tensor([1.0, -1.0]).view(2, 1, 1)
+    x = x.flatten(1, 2).bfloat16()
+    assert not model(x).any()
+    params = move(ll.build(model, VARIANTS[0]).init(seed=0))
+    params["conv"]["B"] *= 1e-3
+    got = ll.build(model, VARIANTS[0])(params, x)
+    want = ll.build(copy.deepcopy(model).float(), VARIANTS[0])(params, x.float())
+    assert got.dtype == torch.bfloat16
+    assert (got - want).norm() < 0.02 * want.norm()
+
+
+class Decoder(nn.Module):
+    """A transposed convolution that is told the size of its output, as the halves of a U-Net are."""
+
+    def __init__(self, groups):
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=groups)
+
+    def forward(self, x, size):
+        return self.conv(x, output_size=size)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("cfg", VARIANTS, ids=by_name)
+def test_transposed_convolutions_take_the_size_of_their_output(cfg, groups):
+    model, x = Decoder(groups).eval(), torch.randn(2, 4, 5, 5)
+    adapt = ll.build(model, cfg)
     params = move(adapt.init(seed=0))
-    want = (1 + params["conv"]["g"])[:, None, None] * model.conv(x)
-    torch.testing.assert_close(adapt(params, x), want.flatten(1))
     merged = copy.deepcopy(model)
     merged.load_state_dict(adapt.merge(params), strict=False)
-    torch.testing.assert_close(merged(x), adapt(params, x))
-    with pytest.raises(ValueError, match=r'LoRAConfig cannot adapt "conv".*calls `W\.project.*in groups'):
-        ll.build(model, ll.LoRAConfig(r=2, target_names="conv"))
+    for size in ((9, 9), (10, 9), [2, 6, 10, 10]):
+        base = model(x, size)
+        torch.testing.assert_close(adapt(params, (x, size)) - base, merged(x, size) - base, rtol=1e-4, atol=1e-5)
 
 
 def test_calibrated_variants_are_refused():

@@ -157,7 +157,7 @@ def test_lora_takes_a_fine_tuned_base_without_a_word(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:build")
 def test_low_rank_update_of_another_head_is_reported(tmp_path):
-    file = saved(tmp_path, ll.LoRAConfig(r=4), bert(head=1))
+    file = saved(tmp_path, ll.LoRAConfig(r=4, exclude_names=()), bert(head=1))
     with pytest.warns(UserWarning, match=r'other weights at "classifier".*FullConfig'):
         ll.load(bert(head=2), file)
 
@@ -584,7 +584,7 @@ def test_head_of_a_classifier_that_nobody_asked_for_is_reported_and_the_way_out_
     model = bert()
     with pytest.warns(
         UserWarning,
-        match=r'LoRAConfig adapts "classifier".*exclude_names=\(r"\^classifier\$",\).*FullConfig\(target_names=r"\^classifier\$"\)',
+        match=r'LoRAConfig leaves "classifier" out.*FullConfig\(target_names=r"\^classifier\$"\)',
     ):
         ll.build(model, ll.LoRAConfig(r=2))
     with warnings.catch_warnings():
@@ -651,7 +651,7 @@ def test_stack_names_the_place_that_differs():
 def test_layer_that_a_variant_cannot_adapt_names_variants_that_can():
     model = nn.Sequential(nn.Conv1d(4, 8, 3, groups=2))
     with pytest.raises(ValueError, match=r"exclude_names, or adapt it by a config of its own: (\w+)Config") as e:
-        ll.build(model, ll.LoRAConfig(r=2, target_names="^0$"))
+        ll.build(model, ll.LilyConfig(target_names="^0$"))
     named = str(e.value).rpartition(": ")[2].rstrip(".").split(", ")
     assert named
     for name in named:

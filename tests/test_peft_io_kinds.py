@@ -121,6 +121,8 @@ REFUSED = {
         "adds the update of its output projection twice",
     ),
     "dilated": (lambda: Around(nn.Conv2d(3, 4, 3, dilation=2)), ll.LoRAConfig(r=2, target_names=r"net\.0"), "dilation or a padding mode"),
+    "groups": (lambda: Around(nn.Conv2d(4, 4, 3, groups=2)), ll.LoRAConfig(r=2, target_names=r"net\.0"), "in groups: in PEFT's update"),
+    "transposed": (lambda: Around(nn.ConvTranspose2d(4, 4, 3)), ll.LoRAConfig(r=2, target_names=r"net\.0"), "a transposed convolution"),
     "ia3-1d": (lambda: Around(nn.Conv1d(3, 4, 3)), ll.IA3Config(target_names=r"net\.0"), "takes images and volumes"),
     "loha-padding": (
         lambda: Around(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")),
@@ -139,6 +141,15 @@ def test_what_peft_has_not_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match=why):
         ll.to_peft(adapt, move(adapt.init()), tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+def test_factors_over_the_channels_of_all_groups_are_not_read(tmp_path):
+    model = Around(nn.Conv2d(4, 4, 3, groups=2))
+    with pytest.warns(UserWarning, match="groups > 1"):
+        theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=4, target_modules=["net.0"]))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r'"net\.0": .* of all groups'):
+        ll.from_peft(model, tmp_path)
 
 
 def test_what_peft_computes_otherwise_is_not_read(tmp_path):

@@ -1,7 +1,11 @@
 """The layers that a config takes, none of which is left out in silence."""
 
+import pickle
+import warnings
+
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 
 import lora_lite as ll
@@ -140,3 +144,22 @@ def test_overlapping_configs_are_an_error_that_names_both(tiny):
     model, _ = tiny("llama")
     with pytest.raises(ValueError, match=r'one config, found "model.layers.0.self_attn.q_proj" in both LoRAConfig and DoRAConfig'):
         ll.build(model, [ll.LoRAConfig(target_names="q_proj"), ll.DoRAConfig(target_names="0.self_attn")])
+
+
+def test_heads_are_left_out_with_the_reason_unless_they_are_asked_for():
+    config = tf.BertConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    masked, classifier = tf.BertForMaskedLM(config), tf.BertForSequenceClassification(config)
+    found = ll.find_targets(masked, ll.LoRAConfig())
+    assert found.left_out == {"cls.predictions.decoder": found.left_out["cls.predictions.decoder"]}
+    assert "left out, the head of a language model (get_output_embeddings)" in str(found)
+    assert pickle.loads(pickle.dumps(found)).left_out == found.left_out
+    named = ll.find_targets(masked, ll.LoRAConfig(target_names=r"predictions\.decoder$"))
+    assert [t.path for t in named] == ["cls.predictions.decoder"]
+    assert set(named.left_out.values()) == {"by target_names"}
+    assert not ll.find_targets(masked, ll.LoRAConfig(exclude_names=())).left_out
+    assert "classifier" in ll.find_targets(classifier, ll.LoRAConfig()).left_out
+    with pytest.warns(UserWarning, match=r'leaves "classifier" out, the head of .*FullConfig\(target_names=r"\^classifier\$"\)'):
+        ll.build(classifier, ll.LoRAConfig(r=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ll.build(classifier, [ll.LoRAConfig(r=2), ll.FullConfig(target_names=r"^classifier$")])

@@ -1,8 +1,9 @@
 """`Plan`: all that a build decided, and the records that it is made of."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Self
 
 from torch import nn
 
@@ -41,11 +42,35 @@ class Target:
         return f"{self.path}  {self.role}  ({self.o}, {self.i}){shared}"
 
 
+UNNAMED = "by target_names"
+"""The reason for a layer that none of a config's names ask for."""
+
+
 class Targets(tuple[Target, ...]):
-    """The targets of one config, in the model's order. Printing shows a line for each."""
+    """The targets of one config, in the model's order. Printing shows a line for each. Where the config names none, it also
+    shows the layers that were left out.
+
+    Attributes:
+        left_out: the reason for each layer of the config's site that it could have taken without naming it and did not take, by path.
+    """
+
+    left_out: Mapping[str, str] = MappingProxyType({})
+
+    @classmethod
+    def of(cls, targets: Iterable[Target], left_out: Mapping[str, str]) -> Self:
+        """Make the targets of a config, with the layers that it leaves out."""
+        self = cls(targets)
+        self.left_out = MappingProxyType(dict(left_out))
+        return self
+
+    def __reduce__(self) -> Any:  # a mapping proxy has no pickle
+        return type(self).of, (tuple(self), dict(self.left_out))
 
     def __str__(self) -> str:
-        return "\n".join([f"{len(self)} targets", *(f"  {t}" for t in self)])
+        unasked = {} if UNNAMED in self.left_out.values() else self.left_out
+        reasons = {reason: [path for path, own in unasked.items() if own == reason] for reason in unasked.values()}
+        left = [f"  left out, {reason}: {listed(path or 'the model' for path in paths)}" for reason, paths in reasons.items()]
+        return "\n".join([f"{len(self)} targets", *(f"  {t}" for t in self), *left])
 
 
 Entries = tuple[tuple[Target, AdapterConfig], ...]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 ADAPTERS = "_lora_lite_adapters"
 """The attribute of a module with children that lists the adapters whose params are registered on the module."""
@@ -69,6 +70,8 @@ class ReadTensor(Tensor):
         if getattr(func, "__name__", "") == "__get__" and getattr(func.__self__, "__name__", "") in FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if func is linear and (whole := _product(*args, **(kwargs or {}))) is not None:
+            return whole(args[0] if args else kwargs["input"])
         args = tuple(_adapted(a) for a in args)
         return func(*args, **{name: _adapted(a) for name, a in (kwargs or {}).items()})
 
@@ -93,6 +96,15 @@ def _stand_in(like: Tensor, binding: Any, name: str, shape: tuple[int, ...], not
     vars(self).update(noted)  # what a library keeps on the parameter
     self.binding, self.of_parameter = binding, name
     return self
+
+
+def _product(input: Any, weight: Any, bias: Any = None) -> Any:
+    """Return the binding of a layer that is reached by its product, where `F.linear` has its whole weight and bias. None for others."""
+    binding = weight.binding if isinstance(weight, ReadTensor) and not isinstance(input, ReadTensor) else None
+    if binding is None or not binding.W.by_product or weight.of_parameter != binding.W.state["weight"]:
+        return None
+    own = bias is None if binding.W.bias is None else isinstance(bias, ReadTensor) and bias.binding is binding
+    return binding if own else None
 
 
 def _adapted(value: Any) -> Any:

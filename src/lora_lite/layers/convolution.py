@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_lite.core.frozen import Frozen
+from lora_lite.core.linalg import autocasts
 from lora_lite.layers.access import first_of
+from lora_lite.layers.identity import exact_dtype
 from lora_lite.layers.kind import Kind, Params, Run, Variant
 
 CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -105,14 +107,32 @@ class ConvKind(Kind):
 
 
 class GroupedConvKind(ConvKind):
-    """A convolution in groups: an output sees the channels of its group alone, so that only its outputs are of one map."""
+    """A convolution in groups: `W (o, i)` with `i = channels / groups * prod(kernel)`, of which each group of outputs has its rows.
 
-    gives: ClassVar[AbstractSet[str]] = frozenset({"output"})
-    why: ClassVar[str] = "A convolution in groups is one linear map for each group."
+    A row sees the channels of its own group, so that no one input goes with all rows. The variant is evaluated at the identity instead, as
+    where merging, and the layer convolves by the kernel that it returns. A variant that uses the output alone is called with it.
+    """
+
+    gives: ClassVar[AbstractSet[str]] = ConvKind.gives - {"dropout"}
+    why: ClassVar[str] = "Its kernel is adapted as one matrix: there is no input to drop, and calibration sees images, not patches."
+    sees_inputs: ClassVar[bool] = False
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
         return isinstance(layer, CLASSES) and layer.groups > 1
+
+    def apply(self, f: Variant, params: Params, x: Tensor) -> Tensor:
+        return f(params, self, x) if set(f.uses) <= {"output"} else self.by_kernel(f, params, x)
+
+    def by_kernel(self, f: Variant, params: Params, x: Tensor) -> Tensor:
+        """Convolve by the adapted kernel. In low precision the update has a convolution of its own: its digits would be lost in a sum."""
+        dtype = exact_dtype(x.dtype)
+        weight, bias = (self.adapted(f, params, role, dtype) for role in ("weight", "bias"))
+        if dtype == x.dtype == self.dtype and not autocasts(x):
+            return self._convolve(x, self.to_weight(weight), bias)
+        own = 0.0 if self.bias is None else self.bias.detach().to(dtype)
+        update = self._convolve(x, self.to_weight(weight - self.dense(dtype)).to(x.dtype))
+        return self(x) + update + (bias - own).to(update.dtype)
 
 
 class _Patched(Frozen):

@@ -82,6 +82,10 @@ class Kind(Frozen):
     """The names under which the module keeps its weight and its bias."""
     follow: Mapping[str, bool] | None = None
     """In a mixed batch, whether a tensor of `beside` has the batch's rows on its first axis or is shared; None where nobody has looked."""
+    sees_inputs: ClassVar[bool] = True
+    """Whether the variant is called with the layer's inputs. Where it is evaluated at the identity alone, it has to be linear."""
+    by_product: ClassVar[bool] = False
+    """Whether the layer keeps its own forward, whose product with the weight reaches the variant."""
     why: ClassVar[str] = ""
     """The reason why a part is lacking, in one sentence, for the error that refuses a variant."""
 

@@ -13,11 +13,13 @@ from lora_lite.layers.experts import ExpertsKind
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.linear import Conv1DKind, FalconKind, LinearKind
 from lora_lite.layers.module import ModuleKind, NormKind
+from lora_lite.layers.own_forward import OwnForwardKind
 from lora_lite.layers.parameter import ParameterKind
+from lora_lite.layers.transposed import TransposedConvKind
 
 KINDS: tuple[type[Kind], ...] = (
-    *(Linear4bitKind, Linear8bitKind, FalconKind, LinearKind, Conv1DKind),
-    *(EmbeddingKind, ConvKind, GroupedConvKind, NormKind, ModuleKind, BlockKind),
+    *(Linear4bitKind, Linear8bitKind, FalconKind, OwnForwardKind, LinearKind, Conv1DKind),
+    *(EmbeddingKind, ConvKind, GroupedConvKind, TransposedConvKind, NormKind, ModuleKind, BlockKind),
     *(ExpertsKind, ParameterKind),  # last: parameters of modules that no other kind reads
 )
 """The kinds that ship, in the order in which they are asked."""

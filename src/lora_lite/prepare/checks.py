@@ -88,6 +88,8 @@ def check_uses(target: Target, cfg: AdapterConfig) -> None:
     wanted = USES | {"inputs": "is calibrated on the layer's inputs", "dropout": "drops inputs"}
     uses = set(cfg.uses) | ({"inputs"} if cfg.calibrated else set()) | ({"dropout"} if getattr(cfg, "dropout", 0.0) else set())
     lacking = [wanted[use] for use in wanted if use in uses and use not in kind.gives]
+    if not kind.sees_inputs and not cfg.linear:
+        lacking.append("is not linear in its input")
     if lacking:
         raise ValueError(
             f'build: {name} cannot adapt "{target.path}" ({kind.__name__}): it {"; it ".join(lacking)}. '

@@ -1,4 +1,4 @@
-"""Find a model's new head, drawn at random beside a pretrained body."""
+"""Find a model's heads: the output embeddings of a language model, and new heads, drawn at random beside a pretrained body."""
 
 import re
 import warnings
@@ -7,8 +7,10 @@ from torch import nn
 
 from lora_lite.core.config import patterns_of
 from lora_lite.core.plan import Entries
+from lora_lite.core.tree import modules_by_path
 from lora_lite.layers.find import names
 
+_PEFTS = ("score", "classifier")
 _CLASSIFIER = re.compile(r"For(Sequence|Token)Classification$")
 
 
@@ -23,9 +25,26 @@ def new_heads(model: nn.Module) -> list[str]:
     return [path for path, m in model.named_modules() if isinstance(m, nn.Linear) and path.partition(".")[0] != body]
 
 
+def heads_left_out(model: nn.Module) -> dict[str, str]:
+    """Return the heads that a config takes by name alone, each with the reason: those that PEFT's `all-linear` leaves out."""
+    found: dict[str, str] = {}
+    try:
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+    except (AttributeError, NotImplementedError):
+        output = None
+    for path, module in modules_by_path(model).items():
+        if module is output and path:
+            found[path] = "the head of a language model (get_output_embeddings), which target_names can ask for"
+    for path in new_heads(model):
+        if path.partition(".")[0] in _PEFTS:
+            found[path] = "a classifier's new head, which FullConfig trains whole"
+    return found
+
+
 def warn_of_new_heads(model: nn.Module, entries: Entries) -> None:
     """Warn of a classifier's head that a config took without being asked for it: it would stay frozen as it was drawn."""
     taken = {target.path: cfg for target, cfg in entries if cfg.adapts == "linear"}
+    _warn_of_frozen_heads(model, entries)
     heads = [path for path in new_heads(model) if path in taken]
     unasked = [path for path in heads if not any(names(p, path, list(taken)) for p in patterns_of(taken[path].target_names))]
     if unasked:
@@ -36,4 +55,28 @@ def warn_of_new_heads(model: nn.Module, entries: Entries) -> None:
             f'[ll.{name}(..., exclude_names=(r"^{re.escape(path)}$",)), ll.FullConfig(target_names=r"^{re.escape(path)}$")]).',
             UserWarning,
             stacklevel=3,
+        )
+
+
+def _warn_of_frozen_heads(model: nn.Module, entries: Entries) -> None:
+    """Warn of a classifier's new head that no config takes, where one takes the linear layers without naming them."""
+    plain = next((cfg for _, cfg in entries if cfg.adapts == "linear" and not cfg.target_names), None)
+    if plain is None:
+        return
+    paths, excluded = [target.path for target, _ in entries], patterns_of(plain.exclude_names)
+    frozen = [
+        head
+        for head in heads_left_out(model)
+        if head in new_heads(model)
+        and not any(head == p or head.startswith(f"{p}.") for p in paths)
+        and not any(re.search(pattern, head) for pattern in excluded)
+    ]
+    if frozen:
+        head, name = frozen[0].partition(".")[0], type(plain).__name__
+        warnings.warn(
+            f'build: {name} leaves "{frozen[0]}" out, the head of {type(model).__name__}, which stays as it is. Where the checkpoint has '
+            f"no such head, it is random. Train it whole: build(model, [ll.{name}(...), "
+            f'll.FullConfig(target_names=r"^{re.escape(head)}$")]).',
+            UserWarning,
+            stacklevel=4,
         )

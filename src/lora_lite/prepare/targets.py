@@ -3,20 +3,22 @@
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from lora_lite.core.config import AdapterConfig, as_config, patterns_of, with_fields
 from lora_lite.core.errors import listed, require_type
-from lora_lite.core.plan import Target, Targets
+from lora_lite.core.plan import UNNAMED, Target, Targets
 from lora_lite.core.tree import modules_by_path
 from lora_lite.layers.find import asked_for, find, names, unnamed
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import SITES, as_kinds, kind_of
 from lora_lite.layers.module import outermost
 from lora_lite.prepare.blocks import block_indices
+from lora_lite.prepare.heads import heads_left_out
 from lora_lite.prepare.worn import refuse_bound, refuse_half, refuse_worn
 
 _WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "hidden_dim", "embed_dim", "dim", "model_dim")
@@ -34,7 +36,8 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[K
         kinds: as in `build`.
 
     Returns:
-        A tuple of `Target` to print, count and assert on.
+        A tuple of `Target` to print, count and assert on. Its `left_out` maps the path of each other linear layer to the reason. With no
+        names these are the layers that PEFT's `all-linear` leaves out: the output embeddings, and a classifier's new head.
 
     Raises:
         ValueError: where nothing matches, or one name, role or layer index matches nothing: a half-adapted model is
@@ -49,6 +52,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[K
     require_type(isinstance(model, nn.Module), "find_targets(model, cfg)", "model", "a torch.nn.Module", model)
     cfg, kinds = as_config(cfg), as_kinds(kinds)
     refuse_bound(model)
+    heads = {} if cfg.adapts != "linear" or cfg.target_names or not cfg.exclude_names else heads_left_out(model)
     cfg = cfg if cfg.target_names else with_fields(cfg, target_names=tuple(cfg.default_names(model)))
     everything = find(model, cfg.adapts, kinds)
     known = asked_for(everything, cfg.target_names)
@@ -60,7 +64,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[K
     if cfg.adapts == "module" and not cfg.target_names:
         raise ValueError(f'{type(cfg).__name__}.target_names: expected the modules to train, found none. Name them, e.g. r"score$".')
     asked, plain = patterns_of(cfg.target_names), unnamed(known)
-    allowed = [path for path in known if not _excluded(path, cfg, plain)]
+    allowed = [path for path in known if path not in heads and not _excluded(path, cfg, plain)]
     blocks: Any = cfg.layers
     index = {} if blocks is None else block_indices(model, [*everything, *(path for path, _ in model.named_modules())])
     _check_layers(cfg, {i for path in allowed if (i := index.get(path)) is not None})
@@ -78,9 +82,29 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[K
     shared = sharing(model)
     chosen = outermost(chosen) if cfg.adapts == "module" else chosen
     found = [_target(model, path, known[path], cfg, d_model, shared) for path in chosen]
-    targets = Targets(t for t in found if t is not None)
+    taken = {t.path: t for t in found if t is not None}
+    reasons = _Reasons(heads, set(allowed), set(in_blocks), set(chosen))
+    left_out = {path: reasons.of(path) for path in known if path not in taken} if cfg.adapts == "linear" else {}
+    targets = Targets.of(taken.values(), left_out)
     _check_roles(cfg, targets, found, d_model)
     return targets
+
+
+class _Reasons(NamedTuple):
+    """The steps of a choice of layers, each of which leaves some out."""
+
+    heads: Mapping[str, str]
+    allowed: AbstractSet[str]
+    in_blocks: AbstractSet[str]
+    chosen: AbstractSet[str]
+
+    def of(self, path: str) -> str:
+        """Return the reason why a layer is left out."""
+        if path not in self.allowed:
+            return self.heads.get(path, "by exclude_names")
+        if path not in self.in_blocks:
+            return "by layers"
+        return "by target_roles" if path in self.chosen else UNNAMED
 
 
 def width_of(model: nn.Module, kinds: Sequence[type[Kind]] = ()) -> int:

@@ -20,6 +20,7 @@ from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import kind_of
 from lora_lite.layers.linear import Conv1DKind, FalconKind, LinearKind
 from lora_lite.layers.parameter import ParameterKind
+from lora_lite.layers.transposed import TransposedConvKind
 
 Tensors = dict[str, Tensor]
 A, B, BIAS, MAGNITUDE, GATE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector", "ia3_l"
@@ -141,12 +142,16 @@ def unsaved(model: nn.Module, target: Target, cfg: AdapterConfig) -> str | None:
         return f"on {'an embedding' if issubclass(target.kind, EmbeddingKind) else 'a parameter'}: PEFT has no lora_bias there"
     if not issubclass(target.kind, ConvKind):
         return None
+    if issubclass(target.kind, TransposedConvKind):
+        return "on a transposed convolution: PEFT adapts none"
     if cfg.name == "ia3":
         return "on a Conv1d: PEFT's IA3 takes images and volumes" if layer.weight.dim() == 3 else None
-    if cfg.name == "loha":
+    if cfg.name == "loha" and layer.groups == 1:
         return "on a Conv3d or a padding mode, which PEFT's LoHa leaves out" if _unusual(layer) else None
     if cfg.name not in ("lora", "dora", "pissa", "olora", "mica"):
         return "on a convolution: PEFT has another definition there, or none"
+    if layer.groups > 1:
+        return "on a convolution in groups: in PEFT's update an output sees the channels of all groups, which no kernel in groups holds"
     if layer.padding_mode != "zeros" or max(layer.dilation) > 1:
         return "on a convolution with dilation or a padding mode, which PEFT's LoRA leaves out"
     return None
