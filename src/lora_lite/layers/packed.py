@@ -1,4 +1,4 @@
-"""What the kinds of other libraries' packed layers share: how such a layer is recognised, and how its codes are unpacked."""
+"""Base of the kinds of other libraries' packed layers: how such a layer is recognised, and how its codes are unpacked."""
 
 import functools
 from typing import Any, ClassVar
