@@ -31,9 +31,9 @@ def test_an_adapter_is_that_of_the_dense_weight(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["gptq-3", "auto-gptq-4", "awq", "gptqmodel-awq"])
 def test_the_kit_passes(name):
-    # "base" runs the layer's own forward, which these have none of; "calibrated" asks for a parameter, and these hold buffers only.
+    # "base" runs the layer's own forward, which these have none of.
     # Without those in FP8: the kit casts the model to float64, which takes such a weight apart from its scale.
-    check_kind(kind_of(LAYERS[name]()[0]), lambda: LAYERS[name]()[0], skip=("merged", "base", "calibrated"))
+    check_kind(kind_of(LAYERS[name]()[0]), lambda: LAYERS[name]()[0], skip=("merged", "base"))
 
 
 def test_the_kit_passes_on_a_weight_of_a_class():
