@@ -18,7 +18,7 @@ class LinearKind(Kind):
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        return isinstance(layer, nn.Linear)
+        return isinstance(layer, nn.Linear) and not _holds_codes(layer)
 
     @classmethod
     def faithful(cls, layer: nn.Module) -> bool:
@@ -34,6 +34,12 @@ class LinearKind(Kind):
         if "weight" in table and "bias" in table:  # no parametrization: looking the attributes up would be slow
             return linear(x, table["weight"], table["bias"])
         return linear(x, self.weight, self.bias)
+
+
+def _holds_codes(layer: nn.Module) -> bool:
+    """Whether the weight is one of codes, as in a packed layer of a library that no kind reads: its bytes alone are not the map."""
+    weight = layer._parameters.get("weight")
+    return weight is not None and weight.dtype.itemsize == 1
 
 
 class _OfTransformers(Kind):

@@ -5,6 +5,7 @@ statistic and are given the same tensors end with the same one, held once: `q`, 
 """
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -80,7 +81,7 @@ def gather(
     if group is not None:
         _require_mergeable(watch.states)
     with_loss = [path for path, cfg in calibrated.items() if needs_loss(cfg)]
-    probe = torch.zeros((), device=next(clone.parameters()).device, requires_grad=True)
+    probe = torch.zeros((), device=_device(clone), requires_grad=True)
     seen_by = {target.path: target.kind.at(clone, target.path).inputs for target, cfg in entries if cfg.calibrated}
     for path in calibrated:
         layer = clone.get_submodule(path)
@@ -117,7 +118,7 @@ def _require_mergeable(states: Mapping[str, Any]) -> None:
 def _of_all(states: Mapping[str, Any], seen: int, clone: nn.Module, group: Any) -> tuple[dict[str, Any], int]:
     """Merge statistics over the processes of a group. Each lies on its layers' device again, once for all that share it."""
     merged, seen = merged_over_ranks(states, seen, group)
-    devices = {path: next(iter(clone.get_submodule(path).parameters())).device for path in merged}
+    devices = {path: _device(clone.get_submodule(path)) for path in merged}
     placed: dict[Any, Any] = {}
     for path, state in merged.items():
         key = id(state), devices[path]
@@ -221,3 +222,8 @@ def _check(states: Mapping[str, Any], seen: int) -> None:
 def _finite(state: Any) -> bool:
     values = [getattr(state, name, None) for name in ("mean_abs", "gradient")]
     return all(bool(value.isfinite().all()) for value in values if isinstance(value, Tensor))
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Return the device of a module's first tensor. Some packed layers hold buffers only."""
+    return next(itertools.chain(module.parameters(), module.buffers())).device
