@@ -102,6 +102,9 @@ def inside(name: str, o: argparse.Namespace) -> None:
     except Exception as e:
         traceback.print_exc()
         sys.exit(" ".join(f"{type(e).__name__}: {e}".split()))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is on the disk; to take the interpreter apart costs seconds of the next part
 
 
 def outside(o: argparse.Namespace) -> int:
