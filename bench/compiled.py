@@ -116,7 +116,7 @@ def timed(calls: Mapping[str, Call], seconds: Mapping[str, float], repeats: int)
 
 
 def _alone(pipe: Connection, name: str, sizes: Mapping[str, int], r: int, repeats: int) -> None:
-    """Compile one variant in this process, say so, and time it when told to; say what failed where something did."""
+    """Compile one variant in this process, say so, and time it when told to; send the error where one struck."""
     warnings.filterwarnings("ignore", module="(transformers|peft|torch)")
     torch.set_num_threads(1)
     try:
@@ -129,7 +129,7 @@ def _alone(pipe: Connection, name: str, sizes: Mapping[str, int], r: int, repeat
 
 
 def rows(names: Sequence[str], sizes: Mapping[str, int], r: int, repeats: int, workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Compile `workers` variants at once and time them one by one: each name with its row, or with what failed as `{"failed": ...}`."""
+    """Compile `workers` variants at once and time them one by one: each name with its row, or with the error as `{"failed": ...}`."""
     spawn = get_context("spawn")
     for start in range(0, len(names), workers):
         wave = []
@@ -155,7 +155,7 @@ def _answer(pipe: Connection) -> Any:
 
 
 def keep(record: Record, names: Sequence[str], sizes: Mapping[str, int], r: int, repeats: int, workers: int) -> dict[str, str]:
-    """Measure what the record lacks, adding each row as it comes; return what failed, by variant."""
+    """Measure the rows that the record lacks, adding each as it comes; return the failures, by variant."""
     for key, value in {**sizes, "r": r, "adapters": ADAPTERS}.items():
         record.keep((key,), value)
     failed = {}
@@ -172,7 +172,7 @@ def keep(record: Record, names: Sequence[str], sizes: Mapping[str, int], r: int,
 
 
 def measure(names: Sequence[str], quick: bool, repeats: int | None = None, workers: int = 1) -> dict[str, str]:
-    """Write or continue today's file of these variants; return what failed, by variant."""
+    """Write or continue today's file of these variants; return the failures, by variant."""
     sizes, r = sizes_of(SIZES, argparse.Namespace(quick=quick)), 8 if quick else 16
     facts, date = machine(1, where=device()), datetime.date.today().isoformat()
     record = Record((QUICK if quick else RESULTS) / file_name(date, facts, "compiled"), date, facts)

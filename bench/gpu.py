@@ -102,10 +102,13 @@ def inside(name: str, o: argparse.Namespace) -> None:
     except Exception as e:
         traceback.print_exc()
         sys.exit(" ".join(f"{type(e).__name__}: {e}".split()))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is on the disk; to take the interpreter apart costs seconds of the next part
 
 
 def outside(o: argparse.Namespace) -> int:
-    """Run the parts in turn, and note in `gpu.json` what became of each; return the number of those that did not end well."""
+    """Run the parts in turn, and note the end of each in `gpu.json`; return the number of those that did not end well."""
     deadline = time.monotonic() + 60 * o.minutes
     if o.device == "cuda" and not missing(["torch"]) and not import_module("torch").cuda.is_available():
         sys.exit("gpu: expected a GPU that PyTorch sees, found none. To try the script without one: --device cpu --quick.")

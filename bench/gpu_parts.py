@@ -35,7 +35,7 @@ def record_of(out: Path, kind: str) -> Record:
 
 
 def each(part: str, out: Path, record: Record, rows: Rows) -> None:
-    """Measure what the record lacks, row by row; one that fails is noted in `gpu.json` and the next goes on.
+    """Measure the rows that the record lacks, one by one; a failure is noted in `gpu.json` and the next goes on.
 
     Raises:
         SystemExit: after all rows, where some failed.
@@ -59,7 +59,7 @@ def each(part: str, out: Path, record: Record, rows: Rows) -> None:
 
 
 TOLD = "told to end"
-"""What `gpu.py` ends a part with whose time is over."""
+"""The message by which `gpu.py` ends a part whose time is over."""
 
 
 def _end(part: str, failed: dict[str, str]) -> None:

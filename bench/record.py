@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 MARKS = ("date", "results")
-"""What a results file has beside the facts that its figures depend on."""
+"""The keys of a results file beside the facts that its figures depend on."""
 
 
 def file_name(date: str, facts: Mapping[str, Any], kind: str) -> str:
