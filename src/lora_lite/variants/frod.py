@@ -124,7 +124,7 @@ def frod(params: FRoDParams, W: Frozen, x: Float[Tensor, "*b i"], *, dropout: fl
     def inner(h: Tensor, diagonal: Tensor, s: Tensor) -> Tensor:
         if dense or by_entry:
             return times_entries(h, torch.cat([diagonal, s]), index, places)
-        return diagonal * h + gathered(h, *index, s, i).to(h.dtype)
+        return diagonal * h + gathered(h, index[0], index[1], s, i).to(h.dtype)
 
     U, V, cost = fixed["U"].to(x.dtype), fixed["V"].to(x.dtype).t(), i + n if by_entry or not dense else i * i
     return plus_inner(W, x, U, V, inner, trained, cost, dropout, columns=by_entry)
