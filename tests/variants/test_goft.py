@@ -7,7 +7,9 @@ import torch
 from peft_layer import matrix
 
 import lora_lite as ll
-from lora_lite.variants.goft import goft
+from lora_lite.testing import check_variant
+from lora_lite.variants import goft as module
+from lora_lite.variants.goft import goft, through_tree
 from lora_lite.variants.qgoft import orthogonality, qgoft
 
 WIDTHS = (2, 3, 6, 8, 13, 24, 32)
@@ -63,6 +65,21 @@ def test_free_blocks_are_the_papers_product(i):
     R = product(i, dG + torch.eye(2, dtype=dG.dtype))
     torch.testing.assert_close(matrix(qgoft, {"dG": dG}, i), R.t(), rtol=0, atol=1e-12)
     torch.testing.assert_close(matrix(qgoft, {"dG": dG, "d": d}, i), (1 + d)[:, None] * R.t(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("i", [4, 8, 16, 48, 44, 112])
+def test_levels_within_blocks_are_those_one_by_one(i, monkeypatch):
+    x, G, w = draw(3, 10, i), draw(4, i - 1, seed=1), draw(3, 10, i, seed=2)
+    calls = []
+    for widest in (16, 1):
+        monkeypatch.setattr(module, "WIDEST", widest)
+        calls.append((through_tree(x, G), torch.func.grad(lambda x, G: (through_tree(x, G) * w).sum(), argnums=(0, 1))(x, G)))
+    torch.testing.assert_close(*calls, rtol=1e-12, atol=1e-12)
+
+
+def test_levels_within_blocks_pass_the_kit(monkeypatch):
+    monkeypatch.setattr(module, "WIDEST", 4)  # the kit's layers are small
+    check_variant(ll.GOFTConfig(norms=True), skip=["counts"])
 
 
 def test_free_blocks_that_are_rotations_are_goft():

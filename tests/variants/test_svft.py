@@ -8,7 +8,8 @@ from cases import derived
 from lora_lite.derived.cost import macs_per_token
 from lora_lite.testing import _case, check_variant
 from lora_lite.variants import svft as module
-from lora_lite.variants.svft import by_diagonals, by_matrix, entries, places, svft
+from lora_lite.variants._entries import times_entries
+from lora_lite.variants.svft import by_diagonals, entries, places, svft
 
 SHAPES = [(12, 12), (9, 14), (14, 9)]
 PATTERNS = ("plain", "banded", "random", "top_k")
@@ -85,7 +86,7 @@ def test_both_evaluations_of_a_band_agree_with_their_gradients(off_diag):
     h, m, w = torch.randn(2, 3, 7).double(), torch.randn(len(at)).double(), torch.randn(2, 3, 7).double()
     first, second = (
         torch.func.grad_and_value(lambda h, m, f=f: (f(h, m) * w).sum(), argnums=(0, 1))(h, m)
-        for f in (lambda h, m: by_diagonals(h, m, at, off_diag), lambda h, m: by_matrix(h, m, at))
+        for f in (lambda h, m: by_diagonals(h, m, at, off_diag), lambda h, m: times_entries(h, m, at))
     )
     torch.testing.assert_close(first, second, rtol=0, atol=1e-12)
 

@@ -55,6 +55,12 @@ def linear_plus(
     return F.linear(x, _sum(weight, update(*tensors)), bias)
 
 
+def gradients_of(f: Compute, tensors: Sequence[Tensor], grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+    """Return the gradients of `f(*tensors)`, None for a tensor that needs none. In a backward pass that makes a graph they have one."""
+    inputs, out = _again(f, tensors)
+    return _gradients(out, inputs, grad, needs)
+
+
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, f: Compute, *tensors: Tensor) -> Tensor:
@@ -64,8 +70,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, out = _again(ctx.f, ctx.saved_tensors)
-        return None, *_gradients(out, inputs, grad, ctx.needs_input_grad[1:])
+        return None, *gradients_of(ctx.f, ctx.saved_tensors, grad, ctx.needs_input_grad[1:])
 
 
 class _LinearPlus(torch.autograd.Function):

@@ -6,13 +6,22 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lora_lite.core import Frozen, add_low_rank
+from lora_lite.variants._entries import as_columns
 
 FEW = 16
 """Number of input vectors up to which each passes through the factors, however narrow the layer."""
 
 
 def plus_inner(
-    W: Frozen, x: Tensor, U: Tensor, V: Tensor, inner: Callable[..., Tensor], tensors: Sequence[Tensor], cost: int, dropout: float = 0.0
+    W: Frozen,
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    inner: Callable[..., Tensor],
+    tensors: Sequence[Tensor],
+    cost: int,
+    dropout: float = 0.0,
+    columns: bool = False,
 ) -> Tensor:
     """Return `W x + b + U M V drop(x)` in the form whose step takes fewer multiply-adds, `(*b, i) -> (*b, o)`.
 
@@ -27,6 +36,7 @@ def plus_inner(
         tensors: the trained numbers of `M`.
         cost: multiply-adds of `M h`.
         dropout: of the input of the update.
+        columns: whether `inner` is faster on vectors that are columns in memory.
     """
     (o, k), i = U.shape, V.shape[1]
     tokens, making = x.numel() // i, i * (cost + o * k)
@@ -39,4 +49,5 @@ def plus_inner(
         if making <= tokens * i * o:
             return W.updated_by(x, update, *tensors, dropout=dropout)
         return W.updated(x, update(*tensors), dropout)
-    return add_low_rank(W(x), inner(linear(W.dropped(x, dropout), V), *tensors), U)
+    project = as_columns if columns else linear
+    return add_low_rank(W(x), inner(project(W.dropped(x, dropout), V), *tensors), U)

@@ -25,9 +25,9 @@ Trained per target: `i + n`, `n = max(1, int(sparse_rate i^2))`. Needs the dense
 its weight and more, in memory and in a file.
 
 Departures: the method is a replacement of `W` by `U (diag(l) + S) V^T`, in which the base model is there to rounding alone, and a quantised
-one is not at all. The difference to it is what is computed here, so that `l` is trained as its displacement. The product with `S` is one
-with a dense matrix, which is faster unless `S` is very sparse. Where that takes fewer multiply-adds the update
-is multiplied out first.
+one is not at all. The difference to it is what is computed here, so that `l` is trained as its displacement. The product with `S` goes
+entry by entry on a CPU. In transforms, compiled and on a GPU it is one with a dense matrix, unless `S` is very sparse: that is the
+arithmetic declared here. Where that takes fewer multiply-adds the update is multiplied out first.
 """
 
 from collections.abc import Mapping
@@ -35,11 +35,11 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.core import AdapterConfig, Constants, Count, Frozen, NonNegative, Params, Positive, Probability, checked
+from lora_lite.variants._entries import goes_by_entry, times_entries
 from lora_lite.variants._inner import plus_inner
 from lora_lite.variants._sparse import DENSE, gathered
 
@@ -115,16 +115,19 @@ def frod(params: FRoDParams, W: Frozen, x: Float[Tensor, "*b i"], *, dropout: fl
     """Return `W x + b + U (diag(lambda_l) + S) V^T drop(x)`. A plain weight is taken for the only one of its sort."""
     trained, i = (params["lambda_l"], params["lambda_s"]), W.in_features
     fixed, n = W.constants or alone(W, len(trained[1])), len(trained[1])
-    rows, cols = fixed["index"]
-    dense = i * i <= DENSE * n
+    index, dense = fixed["index"], i * i <= DENSE * n
+    by_entry = goes_by_entry(x, torch.cat(trained), index, i)
+
+    def places(index: Tensor) -> Tensor:
+        return torch.cat([torch.arange(i, device=index.device) * (i + 1), index[0].long() * i + index[1]])
 
     def inner(h: Tensor, diagonal: Tensor, s: Tensor) -> Tensor:
-        if not dense:
-            return diagonal * h + gathered(h, rows, cols, s, i).to(h.dtype)
-        places = torch.cat([torch.arange(i, device=s.device) * (i + 1), rows.long() * i + cols])
-        return F.linear(h, s.new_zeros(i * i).index_add(0, places, torch.cat([diagonal, s])).view(i, i))
+        if dense or by_entry:
+            return times_entries(h, torch.cat([diagonal, s]), index, places)
+        return diagonal * h + gathered(h, index[0], index[1], s, i).to(h.dtype)
 
-    return plus_inner(W, x, fixed["U"].to(x.dtype), fixed["V"].to(x.dtype).t(), inner, trained, i * i if dense else i + n, dropout)
+    U, V, cost = fixed["U"].to(x.dtype), fixed["V"].to(x.dtype).t(), i + n if by_entry or not dense else i * i
+    return plus_inner(W, x, U, V, inner, trained, cost, dropout, columns=by_entry)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ partner waits for the next level. There are `i - 1` pairs for every `i`. `R^T` b
 
 $$x_a' = \cos\theta\, x_a + \sin\theta\, x_b, \qquad x_b' = \cos\theta\, x_b - \sin\theta\, x_a$$
 
-Level `l` meets only the multiples of its stride, so all levels together cost as much as one pass over `2 i` numbers. `D` is there with
+Level `l` meets only the multiples of its stride, so all levels together cost as much as one pass over `2 i` numbers. With many tokens the
+finest levels are multiplied out first, to small blocks: more multiply-adds than are declared here, and fewer passes. `D` is there with
 `norms`; without, `R` keeps the length of every input to rounding.
 
 Identity at init: exact, since all angles are zero: what is added to a pair is `(cos - 1) x_a + sin x_b`, and both factors are zero.
@@ -35,6 +36,7 @@ weights are not those of its forward; the pairs here are those of the paper and 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NotRequired, TypedDict
 
@@ -50,6 +52,10 @@ class GOFTParams(TypedDict):
     d: NotRequired[Float[Tensor, " i"]]
 
 
+WIDEST = 16
+"""Largest number of neighbouring inputs whose levels are one matrix, where there are more tokens than that; by measurement."""
+
+
 def through_tree(x: Tensor, G: Tensor) -> Tensor:
     """Apply `x_a' = x_a + G_0 x_a + G_1 x_b` and `x_b' = x_b + G_2 x_a + G_3 x_b` to the pairs of the tree, the coarsest first.
 
@@ -57,18 +63,31 @@ def through_tree(x: Tensor, G: Tensor) -> Tensor:
         x: inputs `(*b, i)`.
         G: `(4, i - 1)`, the pairs level by level from stride 1.
     """
-    i = x.shape[-1]
-    rows, G = x.reshape(-1, i).t().contiguous(), G[:, :, None]  # (i, tokens): strides over rows leave whole rows to copy and multiply
-    done, end = rows[:1], i - 1  # done: the multiples of the stride so far
-    for level in reversed(range((i - 1).bit_length())):
+    i, rows = x.shape[-1], x.reshape(-1, x.shape[-1])
+    levels = list(G[..., None].split([(i + (1 << n) - 1) >> (n + 1) for n in range((i - 1).bit_length())], 1))
+    k = math.gcd(i, WIDEST)
+    if k < 4 or len(rows) <= WIDEST:
+        # (i, tokens): strides over rows leave whole rows to copy and multiply
+        return _through(rows.t().contiguous(), levels).t().contiguous().view(x.shape)  # W's product would round another layout otherwise
+    fine, coarse = levels[: k.bit_length() - 1], levels[k.bit_length() - 1 :]
+    # The finest levels stay inside blocks of k neighbours. Their product is made once, and one pass replaces one for each level.
+    within = _through(torch.eye(k, dtype=x.dtype, device=x.device), [g.view(4, i // k, -1, 1) for g in fine])
+    first, others = rows.view(-1, i // k, k).split([1, k - 1], -1)
+    first = _through(first[..., 0].t().contiguous(), coarse).t()[..., None]
+    blocks = torch.cat((first, others), -1).transpose(0, 1)  # (i/k, tokens, k)
+    return (blocks @ within.mT).transpose(0, 1).reshape(x.shape)
+
+
+def _through(rows: Tensor, levels: Sequence[Tensor]) -> Tensor:
+    """Apply the pairs of `m` trees to `rows (i, n)`, level by level from the last. `levels` have the factors `(4, *m, pairs, 1)`."""
+    done = rows[:1]  # the multiples of the stride so far
+    for level, (aa, ab, ba, bb) in reversed(list(enumerate(levels))):
         b = rows[1 << level :: 2 << level]
-        n = len(b)
-        aa, ab, ba, bb = G[:, end - n : end]
-        a, alone, end = done[:n], done[n:], end - n
+        a, alone = done[..., : len(b), :], done[..., len(b) :, :]
         turned = torch.addcmul(torch.addcmul(a, a, aa), b, ab), torch.addcmul(torch.addcmul(b, b, bb), a, ba)
-        pairs = torch.stack(turned, 1).flatten(0, 1)
-        done = torch.cat((pairs, alone)) if len(alone) else pairs
-    return done.t().contiguous().view(x.shape)  # in another layout the layer's product would round otherwise
+        pairs = torch.stack(turned, -2).flatten(-3, -2)
+        done = torch.cat((pairs, alone), -2) if alone.shape[-2] else pairs
+    return done
 
 
 def excess_rotations(p: Tensor, angle: str) -> Tensor:

@@ -24,8 +24,8 @@ Singular Vectors*, 2024, arXiv:2405.19597, eq. (1)-(2), truncation app. C.3.
 Trained per target: `k`, or `n`. Needs the dense weight once, at init.
 
 The frozen factors are larger than the weight, twice as large for a square one, and so is their arithmetic. `r` keeps the top `r`
-directions, for `r (i + o)` of both. A band goes diagonal by diagonal while it is narrow; other patterns are multiplied as a matrix, since
-gathering `n` numbers a token would take many times the memory of the activations.
+directions, for `r (i + o)` of both. A band goes diagonal by diagonal while it is narrow. Other patterns go entry by entry on a CPU,
+and elsewhere as a matrix, which is the arithmetic declared here.
 
 Departures: the official code replaces the weight by its factors and so rounds it, and makes it anew in each forward; here it stays. Its
 `rank` throws the rest of the weight away, here `r` only bounds the pattern. It trains one more number in a layer, a gate with the sigmoid
@@ -57,6 +57,7 @@ from lora_lite.core import (
     leading_svd,
     require_rank,
 )
+from lora_lite.variants._entries import goes_by_entry, times_entries
 from lora_lite.variants._inner import plus_inner
 
 NARROW = 128  # a product of matrices does about as many multiply-adds in the time of one by a pass over the activations
@@ -105,12 +106,6 @@ def by_diagonals(h: Tensor, m: Tensor, at: Tensor, off_diag: int) -> Tensor:
     return y
 
 
-def by_matrix(h: Tensor, m: Tensor, at: Tensor) -> Tensor:
-    """Return `M h` for any pattern."""
-    k = h.shape[-1]
-    return F.linear(h, m.new_zeros(k * k).index_copy(0, at, m).view(k, k))
-
-
 @checked
 def svft(
     params: SVFTParams, W: Frozen, x: Float[Tensor, "*b i"], *, pattern: str = "plain", off_diag: int = 1, r: int | None = None
@@ -123,7 +118,10 @@ def svft(
         return plus_inner(W, x, U, V, torch.mul, (params["m"],), k)
     if pattern == "banded" and width * NARROW <= k:
         return plus_inner(W, x, U, V, lambda h, m: by_diagonals(h, m, basis["at"], off_diag), (params["m"],), width * k)
-    return plus_inner(W, x, U, V, lambda h, m: by_matrix(h, m, basis["at"]), (params["m"],), k * k)
+    at, m = basis["at"], params["m"]
+    by_entry = goes_by_entry(x, m, at, k)
+    cost = len(m) if by_entry else k * k
+    return plus_inner(W, x, U, V, lambda h, m: times_entries(h, m, at), (m,), cost, columns=by_entry)
 
 
 @dataclass(frozen=True, kw_only=True)
