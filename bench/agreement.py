@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tables import newest, share, spread
+from common.tables import newest, share, spread
 
 KINDS = ("speed", "memory", "scaling", "quality", "quantised", "serving", "calls")
 ABSOLUTE = ("ms", "us", "switch_ms", "peft_switch_ms", "requests_per_second")  # times and rates, which are the machine's of that hour
@@ -65,7 +65,7 @@ def main() -> None:
     Raises:
         SystemExit: where there is nothing to compare, or the runs are of other commits.
     """
-    from measure import machine, write  # here, since the documentation's tables are made where no PEFT is installed
+    from common.measure import machine, write  # here, since the documentation's tables are made where no PEFT is installed
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="results of another run")

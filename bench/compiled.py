@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 import lora_lite as ll
-from contenders import Contender, contender
-from measure import (
+from common.contenders import Contender, contender
+from common.measure import (
     QUICK,
     RESULTS,
     Call,
@@ -38,8 +38,8 @@ from measure import (
     sizes_of,
     without_rounds,
 )
-from methods import MEASURED, Pair, pairs
-from record import Record, file_name
+from common.methods import MEASURED, Pair, pairs
+from common.record import Record, file_name
 
 SIZES = {
     "quick": {"width": 64, "layers": 1, "rows": 2, "tokens": 16},

@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import quiet  # noqa: F401  # isort: skip  # before what talks
+from common import quiet  # noqa: F401  # isort: skip  # before what talks
 import lora_lite as ll  # isort: skip
-from measure import machine, write
-from methods import METHODS, demo_config
-from pretrained import IGNORE, Gloss, batch, batches, class_of, load_classifier, load_glosses, load_smollm, spelt
-from tables import title
+from common.measure import machine, write
+from common.methods import METHODS, demo_config
+from common.pretrained import IGNORE, Gloss, batch, batches, class_of, load_classifier, load_glosses, load_smollm, spelt
+from common.tables import title
 
 HEAD, HEAD_RATE = r"^head$", 1e-2
 TELLING, FEW = ("lora", "dora", "pissa", "ia3", "oft"), ("lora", "ia3")

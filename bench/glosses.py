@@ -33,10 +33,10 @@ from tqdm import tqdm
 
 import lora_lite as ll
 from agreement import agree
-from contenders import wrapped
-from measure import machine, write
-from methods import MEASURED, METHODS, demo_config, theirs
-from pretrained import PAD, Gloss, Split, batch, batches, load_classifier, load_glosses
+from common.contenders import wrapped
+from common.measure import machine, write
+from common.methods import MEASURED, METHODS, demo_config, theirs
+from common.pretrained import PAD, Gloss, Split, batch, batches, load_classifier, load_glosses
 from quality import pruning, train_members, train_torch
 
 HEAD = r"^head$"

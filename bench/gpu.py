@@ -25,7 +25,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from record import Record
+from common.record import Record
 
 HERE = Path(__file__).parent
 LIBRARY = ("torch", "einops", "jaxtyping", "beartype", "safetensors")
@@ -96,7 +96,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def inside(name: str, o: argparse.Namespace) -> None:
     """Do one part in this process. SIGTERM ends it as an error does, so that the processes that it started end as well."""
     try:
-        parts = import_module("gpu_parts")
+        parts = import_module("common.gpu_parts")
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(parts.TOLD))
         parts.PARTS[name](o.out, o.quick)
     except Exception as e:

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 import lora_lite as ll
-from gsm8k_data import TABLES, Settings, batch, config, evaluate, problems, published
-from gsm8k_train import ADAPTER, build, gradients, load_model, norm, start, train, training_examples
-from measure import device, machine, write
-from methods import rank
+from common.gsm8k_data import TABLES, Settings, batch, config, evaluate, problems, published
+from common.gsm8k_train import ADAPTER, build, gradients, load_model, norm, start, train, training_examples
+from common.measure import device, machine, write
+from common.methods import rank
 
 
 def run(s: Settings, out: Path) -> dict[str, Any]:

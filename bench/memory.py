@@ -18,9 +18,9 @@ import torch
 from tqdm import tqdm
 
 import lora_lite as ll
-from contenders import build, contender, forwards, steps
-from measure import batch_of, device, llama, machine, moved, peak_bytes, sizes_of, write
-from methods import MEASURED, pairs
+from common.contenders import build, contender, forwards, steps
+from common.measure import batch_of, device, llama, machine, moved, peak_bytes, sizes_of, write
+from common.methods import MEASURED, pairs
 
 SIZES = {
     "quick": {"width": 64, "layers": 1, "rows": 2, "tokens": 32},

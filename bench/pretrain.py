@@ -27,7 +27,7 @@ import transformers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from arithmetic import (
+from common.arithmetic import (
     END,
     IGNORE,
     PAD,
@@ -145,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "base")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "common" / "base")
     parser.add_argument("--resume", type=Path, help="folder of a finished first stage")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -28,11 +28,11 @@ from tqdm import tqdm
 
 import lora_lite as ll
 from agreement import agree
-from arithmetic import IGNORE, PAD, Row, batch, batches, problems
-from contenders import build, wrapped
-from measure import machine, write
-from methods import MEASURED, METHODS, demo_config, theirs
-from pretrained import load_base
+from common.arithmetic import IGNORE, PAD, Row, batch, batches, problems
+from common.contenders import build, wrapped
+from common.measure import machine, write
+from common.methods import MEASURED, METHODS, demo_config, theirs
+from common.pretrained import load_base
 
 KIND = " gap"  # the demo's problems that ask for a difference: one skill, so that seeds agree after a training of half a minute
 FULL_RATE = 2.5e-4

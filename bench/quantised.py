@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from contenders import frozen_step, peft_model
-from measure import Job, Part, batch_of, device, interleaved, llama, moved, peak_bytes, ratio, ratios, run, sizes_of
-from methods import pairs
+from common.contenders import frozen_step, peft_model
+from common.measure import Job, Part, batch_of, device, interleaved, llama, moved, peak_bytes, ratio, ratios, run, sizes_of
+from common.methods import pairs
 
 LAYERS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "4-bit": lambda layer: bnb.nn.Linear4bit(

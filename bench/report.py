@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import tables as t
+import common.tables as t
 from agreement import compared, told
-from tables import RESULTS, Found, newest, title
+from common.tables import RESULTS, Found, newest, title
 
 ROOT = Path(__file__).parent.parent
 NONE = "No results file yet."

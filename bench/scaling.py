@@ -16,9 +16,9 @@ import torch
 from tqdm import tqdm
 
 import lora_lite as ll
-from contenders import build, frozen_step
-from measure import Job, Part, Spread, batch_of, interleaved, llama, moved, peak_bytes, ratio, ratios, row_losses, run
-from methods import MEASURED, pairs
+from common.contenders import build, frozen_step
+from common.measure import Job, Part, Spread, batch_of, interleaved, llama, moved, peak_bytes, ratio, ratios, row_losses, run
+from common.methods import MEASURED, pairs
 
 TELLING = ("lora", "dora", "hra", "oft")
 CENTRE = {"rank": 16, "width": 256, "rows": 4, "members": 4, "each": 1}

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 import lora_lite as ll
-from contenders import peft_model
-from measure import Job, Part, Spread, batch_of, interleaved, llama, milliseconds, moved, ratios, run, spread
-from methods import pairs
+from common.contenders import peft_model
+from common.measure import Job, Part, Spread, batch_of, interleaved, llama, milliseconds, moved, ratios, run, spread
+from common.methods import pairs
 
 ADAPTERS = 8
 SIZES = {"quick": (128, 2, 10, 16, 16), "full": (512, 4, 43, 32, 32)}

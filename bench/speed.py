@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 import compiled
 import lora_lite as ll
-from contenders import Contender, build, contender, forwards, steps, wrapped
-from measure import Call, Job, Part, Times, batch_of, device, interleaved, llama, milliseconds, moved, ratio, run, sizes_of
-from methods import MEASURED, Pair, pairs, rank
+from common.contenders import Contender, build, contender, forwards, steps, wrapped
+from common.measure import Call, Job, Part, Times, batch_of, device, interleaved, llama, milliseconds, moved, ratio, run, sizes_of
+from common.methods import MEASURED, Pair, pairs, rank
 from scaling import populations
 
 SIZES = {

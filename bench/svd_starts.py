@@ -19,10 +19,10 @@ import transformers
 from torch import nn
 
 import lora_lite as ll
+from common.measure import device, interleaved, spread
+from common.methods import LINEAR
 from lora_lite.core.leading import certified
 from lora_lite.core.linalg import truncated_svd
-from measure import device, interleaved, spread
-from methods import LINEAR
 
 RANK = 16
 POWERS = (1.0, 0.5, 0.0)

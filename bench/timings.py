@@ -24,9 +24,9 @@ import quantised
 import scaling
 import serving
 import speed
-from contenders import check, peft_model, same_numbers
-from measure import Call, Job, Part, Times, batch_of, device, interleaved, llama, ratio, run, sizes_of, spread
-from methods import MEASURED, Pair, config_of, drawn_start, pairs, theirs
+from common.contenders import check, peft_model, same_numbers
+from common.measure import Call, Job, Part, Times, batch_of, device, interleaved, llama, ratio, run, sizes_of, spread
+from common.methods import MEASURED, Pair, config_of, drawn_start, pairs, theirs
 
 SIZES = {
     "quick": {"layers": 20, "width": 16, "rows": 4},

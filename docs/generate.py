@@ -22,8 +22,8 @@ README, RESULTS, PAGES = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT 
 
 sys.path.append(str(ROOT / "bench"))
 
+from common.tables import glosses_rates, members_table, newest, rates_table, table  # noqa: E402
 from report import NONE, between, headlines, page  # noqa: E402
-from tables import glosses_rates, members_table, newest, rates_table, table  # noqa: E402
 
 WORDS = {"dense": "its dense form", "matmul": "products with it"}
 """A variant's `uses` of the weight, in words; of two the first says more."""

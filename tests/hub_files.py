@@ -7,9 +7,9 @@ import tokenizers
 import torch
 import transformers as tf
 
-import gsm8k_data
 import lora_lite as ll
-from gsm8k_data import published
+from common import gsm8k_data
+from common.gsm8k_data import published
 
 END = "<|endoftext|>"
 VARIANTS = [name for name, cls in ll.VARIANTS.items() if not cls.original]

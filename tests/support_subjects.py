@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import lora_lite as ll
-import methods
+from common import methods
 
 RANK = 4  # LoRA's
 Params = dict[str, Any]

@@ -1,12 +1,12 @@
-"""The demo's data are what `bench/arithmetic.py` says: test problems share no fact and no wording with the training's."""
+"""The demo's data are what `bench/common/arithmetic.py` says: test problems share no fact and no wording with the training's."""
 
 import random
 
 import pytest
 import torch
 
-import arithmetic
-from arithmetic import IGNORE, PAD, batch, batches, chain, decode, encode, generate, held_out, plain, problems, scattered, sums
+from common import arithmetic
+from common.arithmetic import IGNORE, PAD, batch, batches, chain, decode, encode, generate, held_out, plain, problems, scattered, sums
 
 
 def facts(rows):
@@ -77,7 +77,7 @@ def test_every_pass_through_the_rows_has_another_order():
 
 
 def test_generation_does_not_depend_on_the_other_prompts():
-    from pretrained import load_base  # here: it needs the models' library
+    from common.pretrained import load_base  # here: it needs the models' library
 
     model, prompts = load_base(), [row.question for row in sums("test", 4, seed=0)] + ["12+7-4+30>"]
     with torch.no_grad():

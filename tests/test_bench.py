@@ -10,22 +10,22 @@ import sys
 import time
 from pathlib import Path
 
+import contenders
+import measure
+import methods
 import pytest
 import torch
 
 import agreement
-import contenders
 import lora_lite as ll
-import measure
-import methods
 import quality
 import report
 import scaling as growth
 import timings
-from arithmetic import batch as demo_batch
-from arithmetic import exact_match
-from measure import batch_of, llama, peak_bytes
-from pretrained import load_base
+from common.arithmetic import batch as demo_batch
+from common.arithmetic import exact_match
+from common.measure import batch_of, llama, peak_bytes
+from common.pretrained import load_base
 from quality import evaluate, joined, train_ours, updated
 
 BENCH = Path(__file__).parent.parent / "bench"

@@ -10,11 +10,10 @@ import torch
 
 import compiled
 import gpu
-import gpu_parts
-import methods
 import report
-from measure import batch_of, llama
-from record import Record, file_name
+from common import gpu_parts, methods
+from common.measure import batch_of, llama
+from common.record import Record, file_name
 
 FACTS = {"commit": "abc.changes", "device": "cuda", "versions": {"torch": "2.11.0+cu130"}}
 

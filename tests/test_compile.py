@@ -8,7 +8,7 @@ from torch import nn
 
 import lora_lite as ll
 from cases import FIVE, assert_trees_equal, by_name, move
-from measure import peak_bytes
+from common.measure import peak_bytes
 
 INDUCTOR = pytest.param("inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++, found none"))
 

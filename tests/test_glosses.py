@@ -10,11 +10,11 @@ import transformers
 import demo
 import glosses
 import lora_lite as ll
-import pretrained
 import report
+from common import pretrained
+from common.measure import llama
+from common.pretrained import Gloss, Split, batch
 from glosses import Journal, Setting
-from measure import llama
-from pretrained import Gloss, Split, batch
 
 NOUN = '  1 This software and database\n{} 05 n 01 dog 0 001 @ 2 n 0000 | a {} animal; "it barked"  \n'
 SMALL = Setting(steps=12, rows=8, seeds=2, valid=40, test=60, tokens=8)

@@ -12,12 +12,11 @@ import torch
 import transformers as tf
 
 import gsm8k
-import gsm8k_data
-import gsm8k_train
 import lora_lite as ll
-from gsm8k_data import config, published
+from common import gsm8k_data, gsm8k_train
+from common.gsm8k_data import config, published
+from common.measure import llama
 from hub_files import END, VARIANTS, hub_tokenizer, small
-from measure import llama
 
 
 @pytest.fixture

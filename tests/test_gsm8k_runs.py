@@ -12,13 +12,11 @@ import pytest
 import torch
 
 import gsm8k
-import gsm8k_data
-import gsm8k_train
 import lora_lite as ll
-import tables
-from gsm8k_data import config
+from common import gsm8k_data, gsm8k_train, tables
+from common.gsm8k_data import config
+from common.measure import device as chosen_device
 from hub_files import VARIANTS, small
-from measure import device as chosen_device
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from torch import nn
 
 import lora_lite as ll
 from cases import assert_trees_equal, move
-from measure import peak_bytes
+from common.measure import peak_bytes
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
 from quantised_models import BACKENDS, quantised_layer, twins  # noqa: E402

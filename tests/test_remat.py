@@ -10,7 +10,7 @@ from torch import nn
 
 import lora_lite as ll
 from cases import FIVE, assert_trees_equal, by_name, move
-from measure import peak_bytes
+from common.measure import peak_bytes
 
 BLOCKS = {
     "llama": r"layers\.\d+$",

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from record import Record
+from common.record import Record
 
-TESTS = Path(__file__).parent.parent / "tests"
+TESTS = Path(__file__).parents[2] / "tests"
 QUICK = ("lora", "oft")
 """The variants of a quick run."""
 ROUNDS = 5
@@ -27,8 +27,8 @@ Rows = Iterable[tuple[tuple[str, ...], Callable[[], Any]]]
 
 def record_of(out: Path, kind: str) -> Record:
     """Open or continue today's results file of a kind."""
-    from measure import device, machine  # not above: the tests need neither transformers nor PEFT
-    from record import file_name
+    from common.measure import device, machine  # not above: the tests need neither transformers nor PEFT
+    from common.record import file_name
 
     facts, date = machine(torch.get_num_threads(), where=device()), datetime.date.today().isoformat()
     return Record(out / file_name(date, facts, kind), date, facts)
@@ -40,7 +40,7 @@ def each(part: str, out: Path, record: Record, rows: Rows) -> None:
     Raises:
         SystemExit: after all rows, where some failed.
     """
-    from measure import without_rounds
+    from common.measure import without_rounds
 
     run, failed = Record(out / "gpu.json"), {}
     run.keep(("failed", part), failed)
@@ -68,13 +68,13 @@ def _end(part: str, failed: dict[str, str]) -> None:
 
 
 def _sizes(table: Any, quick: bool) -> dict[str, int]:
-    from measure import sizes_of
+    from common.measure import sizes_of
 
     return sizes_of(table, argparse.Namespace(quick=quick))
 
 
 def _names(quick: bool) -> list[str]:
-    from methods import MEASURED
+    from common.methods import MEASURED
 
     return [name for name in MEASURED if not quick or name in QUICK]
 

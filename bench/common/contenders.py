@@ -11,8 +11,8 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
 import lora_lite as ll
-from measure import Call, moved
-from methods import Pair
+from common.measure import Call, moved
+from common.methods import Pair
 
 TOLERANCE = 1e-2  # of the largest change that the adapter makes to a logit; float32
 

@@ -22,10 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import lora_lite as ll
-from contenders import frozen_step
-from gsm8k_data import CALIBRATION, Example, Settings, batch, config, examples, read, reason
+from common.contenders import frozen_step
+from common.gsm8k_data import CALIBRATION, Example, Settings, batch, config, examples, read, reason
+from common.measure import interleaved, milliseconds, peak_bytes
 from lora_lite.variants.adalora import orthogonality
-from measure import interleaved, milliseconds, peak_bytes
 
 STATE, ADAPTER = "state.safetensors", "adapter.safetensors"
 

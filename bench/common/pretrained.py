@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import quiet  # isort: skip  # noqa: F401  # before what talks
+from common import quiet  # isort: skip  # noqa: F401  # before what talks
 import torch
 import transformers
 from torch import Tensor, nn

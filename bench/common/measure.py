@@ -29,9 +29,9 @@ import torch
 import transformers
 
 import lora_lite as ll
-from record import file_name, put
+from common.record import file_name, put
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 QUICK = RESULTS / "quick"  # written by --quick: shows that all works, never a figure of the documentation
 ROUNDS = "rounds"
 LARGE = 31 << 20  # bytes; the most from which glibc learns is 32 MiB

@@ -7,7 +7,7 @@ from typing import Any
 
 import lora_lite as ll
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 Found = dict[str, Any]
 
