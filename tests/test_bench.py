@@ -10,9 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import contenders
-import measure
-import methods
 import pytest
 import torch
 
@@ -22,6 +19,7 @@ import quality
 import report
 import scaling as growth
 import timings
+from common import contenders, measure, methods
 from common.arithmetic import batch as demo_batch
 from common.arithmetic import exact_match
 from common.measure import batch_of, llama, peak_bytes
