@@ -13,8 +13,8 @@ Variant = Callable[[Params, Frozen, Any], Any]
 """A variant's function of params, layer and input."""
 
 
-ROWS = 1024
-"""The most rows of the identity at once: all of a wide layer's would take more memory than the layer."""
+ROWS = 256
+"""The most rows of the identity at once, without a gradient: all of a wide layer's would take more memory than the layer."""
 
 
 class AtIdentity(Frozen):
@@ -53,11 +53,9 @@ def at_identity(f: Variant, params: Params, W: Frozen, role: str, dtype: torch.d
     if role == "bias":
         return offset
     i = W.in_features
-    if i <= ROWS:
+    if i <= ROWS or torch.is_grad_enabled() or in_transform():
         return (f(params, at, at.points(slice(None))) - offset).t()
     parts = (f(params, at, at.points(slice(k, min(k + ROWS, i)))) - offset for k in range(0, i, ROWS))
-    if torch.is_grad_enabled() or in_transform():
-        return torch.cat(list(parts)).t()
     found = weight.new_empty(i, W.out_features)  # once, rather than beside its parts
     for k, part in enumerate(parts):
         found[k * ROWS : (k + 1) * ROWS] = part
