@@ -1,7 +1,7 @@
 """An adapter from the disk, with its base model or without."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from lora_lite.core.errors import listed, several
 from lora_lite.core.frozen import Frozen
 from lora_lite.core.plan import Target
 from lora_lite.core.tree import Tree
-from lora_lite.files.adapter_file import bound, load
+from lora_lite.files.adapter_file import bound, settle
 from lora_lite.files.checkpoint import Checkpoint
 from lora_lite.files.kohya import from_kohya
 from lora_lite.files.kohya.names import of_image_tools
@@ -62,7 +62,7 @@ def opened(places: Sequence[Path], base: Path | None, prefix: str | None = None)
     pairs = []
     for place, found in zip(places, outlines):
         try:
-            pairs.append(_read(model, place, prefix="", weights=False))
+            pairs.append(_read(model, place, prefix=""))
         except ValueError as e:
             _require_base(found.unsure)
             raise e
@@ -82,13 +82,16 @@ def require_place(place: Path) -> Path:
     return place.parent if place.name == CONFIG else place
 
 
-def _read(model: nn.Module, place: Path, prefix: str | None, weights: bool) -> tuple[Adapt, Tree]:
-    """Read an adapter of any form. Without the weights it was trained on, a file of `save` is not held against them."""
+def _read(model: nn.Module, place: Path, prefix: str | None, read: Callable[[], None] | None = None) -> tuple[Adapt, Tree]:
+    """Read an adapter of any form. A file of `save` is held against the weights, where there are any to `read`."""
     if place.is_dir():
         return from_peft(model, place)
     if of_image_tools(place):
         return from_kohya(model, place, prefix=prefix)
-    return load(model, place) if weights else bound(model, place)[:2]
+    found = bound(model, place)
+    if read is not None:
+        settle(model, place, *found, read)
+    return found[:2]
 
 
 def on(checkpoint: Checkpoint, place: Path, prefix: str | None = None) -> tuple[Adapt, Tree]:
@@ -98,7 +101,7 @@ def on(checkpoint: Checkpoint, place: Path, prefix: str | None = None) -> tuple[
         ValueError: where it does not fit; it says which modules the files lack, if some do.
     """
     try:
-        return _read(checkpoint.model, place, prefix, weights=True)
+        return _read(checkpoint.model, place, prefix, checkpoint.mapped.release)
     except ValueError as e:
         if not checkpoint.lacking:
             raise

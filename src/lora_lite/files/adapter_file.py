@@ -2,7 +2,7 @@
 
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,10 +140,26 @@ def load(
     require_type(isinstance(path, str | os.PathLike), "load(model, path)", "path", "the path of a file", path)
     known, kinds = _known(variants), as_kinds(kinds)
     adapt, params, header, tensors = bound(model, Path(path), known, remat, kinds)
+    settle(model, Path(path), adapt, params, header, tensors)
+    return adapt, params
+
+
+def settle(
+    model: nn.Module,
+    path: Path,
+    adapt: Adapt,
+    params: Tree,
+    header: Header,
+    tensors: Mapping[str, Tensor],
+    read: Callable[[], None] = lambda: None,
+) -> None:
+    """Hold what `bound` returned against the model's weights: whole modules take the values of the file, and a warning names others.
+
+    `read` is called when a weight has been read.
+    """
     values = {p: {name: tensors[BASE + join(p, name)] for name in names} for p, names in header.values.items()}
     rebase(adapt._plan, params, values)
-    report(adapt._plan, header.weights, new_heads(model), path)
-    return adapt, params
+    report(adapt._plan, header.weights, new_heads(model), path, read)
 
 
 def read(path: Path) -> tuple[Header, dict[str, Tensor]]:

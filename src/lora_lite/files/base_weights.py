@@ -7,7 +7,7 @@ fine-tuned base is as good: only those that derived constants from the weight, a
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ def rebase(plan: Plan, params: Tree, values: Mapping[str, Mapping[str, Tensor]])
             params[target.path][name] = moved.to(d.dtype)
 
 
-def report(plan: Plan, marks: Mapping[str, str], new: list[str], where: object) -> None:
+def report(plan: Plan, marks: Mapping[str, str], new: list[str], where: object, read: Callable[[], None] = lambda: None) -> None:
     """Warn of targets whose weight is another than the one that the adapter was trained on, where that changes what the adapter is.
 
     Args:
@@ -89,9 +89,13 @@ def report(plan: Plan, marks: Mapping[str, str], new: list[str], where: object) 
         marks: the fingerprints of the file.
         new: paths of layers that a pretrained file does not hold.
         where: the file.
+        read: called when a weight has been read.
     """
     at_stake = [(t, cfg) for t, cfg in plan.entries if t.path in marks and (t.path in new or _derived(plan, t, cfg))]
-    differ = [(t, cfg) for t, cfg in at_stake if fingerprint(plan, t, cfg) not in (None, marks[t.path])]
+    differ = []
+    for t, cfg in at_stake:
+        differ += [(t, cfg)] if fingerprint(plan, t, cfg) not in (None, marks[t.path]) else []
+        read()
     derived = {t.path: type(cfg).__name__ for t, cfg in differ if _derived(plan, t, cfg)}
     drawn = [t.path for t, _ in differ if t.path not in derived]
     if derived:
@@ -100,7 +104,7 @@ def report(plan: Plan, marks: Mapping[str, str], new: list[str], where: object) 
             f'load: "{where}" was trained on other weights at {listed(derived)}, from which {listed(names)} derived constants. Its outputs '
             "are not those of the training. Load it onto the model that it was trained on, or train it again on this one.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     if drawn:
         warnings.warn(
@@ -108,7 +112,7 @@ def report(plan: Plan, marks: Mapping[str, str], new: list[str], where: object) 
             "those of the training. Load the head's weights first, or train it whole by ll.FullConfig(target_names=...), whose file "
             "holds them.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -67,6 +67,7 @@ def _merged(checkpoint: Checkpoint, adapt: Adapt, params: AnyTree, progress: boo
     plan = adapt._plan
     for target, cfg in shown(plan.entries, "merge", progress):
         with _in_memory(plan.base.get_submodule(target.kind.host(target.path))):
+            checkpoint.mapped.release()
             merged = merge(replace(plan, entries=((target, cfg),)), params)
         for path, tensor in merged.items():
             if path not in checkpoint.names:

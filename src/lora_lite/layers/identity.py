@@ -7,33 +7,41 @@ import torch
 from torch import Tensor
 
 from lora_lite.core.frozen import Frozen, Params, plus
+from lora_lite.core.tracing import in_transform
 
 Variant = Callable[[Params, Frozen, Any], Any]
 """A variant's function of params, layer and input."""
 
 
+ROWS = 256
+"""The most rows of the identity at once, without a gradient: all of a wide layer's would take more memory than the layer."""
+
+
 class AtIdentity(Frozen):
-    """A linear map that gives its own transpose at `points`, the rows of the identity, without a product."""
+    """A linear map that gives its own transpose at `points`, rows of the identity, without a product."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, constants: Params) -> None:
         super().__init__(weight, bias, constants)
         self._points: Tensor | None = None
+        self._rows = slice(None)
 
-    @property
-    def points(self) -> Tensor:
-        """The rows of the identity, `(i, i)`."""
-        if self._points is None:
-            self._points = torch.eye(self.in_features, dtype=self.dtype, device=self.device)
-        return self._points
+    def points(self, rows: slice) -> Tensor:
+        """Return rows of the identity, `(n, i)`, and give their values from now on."""
+        self._rows, eye = rows, torch.eye(self.in_features, dtype=self.dtype, device=self.device) if rows == slice(None) else None
+        if eye is None:
+            eye = torch.zeros(rows.stop - rows.start, self.in_features, dtype=self.dtype, device=self.device)
+            eye.diagonal(rows.start).fill_(1.0)
+        self._points = eye
+        return eye
 
     def __call__(self, x: Tensor) -> Tensor:
-        return plus(self.weight.t(), self.bias) if x is self._points else super().__call__(x)
+        return plus(self.weight.t()[self._rows], self.bias) if x is self._points else super().__call__(x)
 
     def matmul(self, x: Tensor) -> Tensor:
-        return self.weight.t() if x is self._points else super().matmul(x)
+        return self.weight.t()[self._rows] if x is self._points else super().matmul(x)
 
     def project(self, x: Tensor, A: Tensor, dropout: float = 0.0) -> Tensor:
-        return A.t() if x is self._points else super().project(x, A, dropout)
+        return A.t()[self._rows] if x is self._points else super().project(x, A, dropout)
 
 
 def at_identity(f: Variant, params: Params, W: Frozen, role: str, dtype: torch.dtype | None) -> Tensor:
@@ -42,7 +50,16 @@ def at_identity(f: Variant, params: Params, W: Frozen, role: str, dtype: torch.d
     bias = W.bias.detach().to(weight.dtype) if role == "bias" and W.bias is not None else None
     at = AtIdentity(weight, bias, W.constants)
     offset = f(params, at, weight.new_zeros(1, W.in_features))[0]
-    return offset if role == "bias" else (f(params, at, at.points) - offset).t()
+    if role == "bias":
+        return offset
+    i = W.in_features
+    if i <= ROWS or torch.is_grad_enabled() or in_transform():
+        return (f(params, at, at.points(slice(None))) - offset).t()
+    parts = (f(params, at, at.points(slice(k, min(k + ROWS, i)))) - offset for k in range(0, i, ROWS))
+    found = weight.new_empty(i, W.out_features)  # once, rather than beside its parts
+    for k, part in enumerate(parts):
+        found[k * ROWS : (k + 1) * ROWS] = part
+    return found.t()
 
 
 def adapted_part(W: Frozen, f: Variant, params: Params, role: str, dtype: torch.dtype) -> Tensor:

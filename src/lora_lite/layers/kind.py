@@ -290,7 +290,8 @@ class Kind(Frozen):
         Raises:
             ValueError: where the layer has no place for them.
         """
-        weight, bias = (self.adapted(f, params, role, exact_dtype(self.dtype)) for role in ("weight", "bias"))
+        # The weight last: another copy of it serves for the bias.
+        bias, weight = (self.adapted(f, params, role, exact_dtype(self.dtype)) for role in ("bias", "weight"))
         found = {self.state["weight"]: self.to_weight(weight)}
         if self.bias is not None:
             return {**found, self.state["bias"]: self.to_bias(bias)}
