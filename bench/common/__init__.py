@@ -1,1 +1,1 @@
-"""What the benchmarks share: models, data, methods, the clock, results files and tables."""
+"""The parts that benchmarks share: models, data, methods, the clock, results files and tables."""
