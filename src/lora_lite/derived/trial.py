@@ -21,7 +21,7 @@ _Call = tuple[Tensor | None, Mapping[str, Tensor | None]]
 
 
 class Seen(NamedTuple):
-    """The way in which a target's calls follow the rows: its input, and by their places the tensors beside it that are known to, or to be shared."""
+    """The way in which a target's calls follow the rows: its input, and by their places the tensors beside it, where known."""
 
     follows: bool
     beside: Mapping[str, bool]

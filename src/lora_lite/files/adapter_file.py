@@ -153,7 +153,7 @@ def settle(
     tensors: Mapping[str, Tensor],
     read: Callable[[], None] = lambda: None,
 ) -> None:
-    """Compare what `bound` returned with the model's weights: whole modules take the values of the file, and a warning names others.
+    """Check what `bound` returned against the model's weights: whole modules take the values of the file, and a warning names others.
 
     `read` is called when a weight has been read.
     """
