@@ -153,7 +153,7 @@ def settle(
     tensors: Mapping[str, Tensor],
     read: Callable[[], None] = lambda: None,
 ) -> None:
-    """Check what `bound` returned against the model's weights: whole modules take the values of the file, and a warning names others.
+    """Compare the result of `bound` with the model's weights: whole modules take the values of the file, and a warning names others.
 
     `read` is called when a weight has been read.
     """
