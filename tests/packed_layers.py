@@ -100,7 +100,8 @@ def hqq(bits: int, axis: int, **changed):
         "quant_scale": False,
         "quant_zero": False,
     }
-    meta |= {"packing": "3bit_32" if bits == 3 else f"{bits}bit_u8", "view_as_float": False, "unpack_view_dtype": kept, "group_size": GROUP}
+    meta["packing"] = "3bit_32" if bits == 3 else f"{bits}bit_u8"
+    meta |= {"view_as_float": changed.get("view_as_float", False), "unpack_view_dtype": kept, "group_size": GROUP}
     if changed.get("view_as_float"):
         layer.W_q = nn.Parameter(packed.to(kept).view(torch.float32), requires_grad=False)
     if changed.get("zero_scale"):

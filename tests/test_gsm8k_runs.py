@@ -73,7 +73,8 @@ def test_runs_of_other_settings_have_other_names(hub):
 KILLED = """
 import os, signal, sys, dataclasses
 from pathlib import Path
-import gsm8k, gsm8k_data, gsm8k_train
+import gsm8k
+from common import gsm8k_data, gsm8k_train
 place, calls, folder, s = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), eval(sys.argv[4], {"Settings": gsm8k.Settings})
 owner, name = {"train": (gsm8k_train, "batch"), "evaluate": (gsm8k_data, "right")}[place]
 real, seen = getattr(owner, name), []

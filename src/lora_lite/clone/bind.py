@@ -97,6 +97,8 @@ class Binding:
     def set(self, params: Params | None, rows: Rows | None = None, index: Tensor | None = None, off: bool = False) -> None:
         """Put the params of a call in place, or what stood there for the call around it; without arguments nothing stands."""
         self.params, self.rows, self.index, self.off = params, rows, index, off
+        if rows is not None:
+            self.W.follow = rows.beside.get(self.path)
         self.fast = self.direct and rows is None and params is not None and (self.used or torch.compiler.is_compiling() or "first")
 
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -124,7 +126,7 @@ class Binding:
     def _apply(self, params: Params, W: Any, x: Any) -> Any:
         if self.rows is None:
             return W.apply(self.variant, params, x)
-        mapped, W.follow = self.rows.mapped.get(self.path), self.rows.beside.get(self.path)
+        mapped = self.rows.mapped.get(self.path)
         try:
             if isinstance(mapped, int):
                 return W.apply_rows(self.variant, params, x.movedim(mapped, 0), self.index).movedim(0, mapped)

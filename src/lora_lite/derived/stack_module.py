@@ -84,7 +84,7 @@ def _place(module: nn.Module, state: RowState, rows: int | None = None, known: M
     beside = {path: own.beside for path, own in seen.items()}
     found = Rows(rows, frozenset(path for path, own in seen.items() if own.follows), beside=beside)
     for binding in _bound(module):
-        binding.rows, binding.index = found, state.index
+        binding.rows, binding.index, binding.W.follow = found, state.index, beside.get(binding.path)
 
 
 def _bound(module: nn.Module) -> list[Binding]:

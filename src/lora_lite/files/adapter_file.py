@@ -213,7 +213,7 @@ def _layers(adapt: Adapt) -> dict[str, tuple[str, list[int]]]:
     found = {}
     for target, cfg in adapt._plan.entries:
         layer = adapt._plan.layer(target, cfg)
-        own = layer.own("weight") if cfg.adapts == "linear" and isinstance(layer, Kind) else None
+        own: Any = getattr(layer, "own", lambda name: None)("weight") if cfg.adapts == "linear" else None
         if isinstance(own, Tensor):
             found[target.path] = target.kind.__name__, list(own.shape)
     return found

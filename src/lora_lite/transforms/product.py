@@ -75,7 +75,8 @@ def products_of(W: Kind, cfg: AdapterConfig, leaves: Params) -> list[Product] | 
     The variant's own function decides: it is applied to a few random vectors. DoRA has such factors too, and another update.
     """
     scale = getattr(cfg, "scale", None)
-    if not isinstance(scale, int | float) or type(W).changes is not Kind.changes:
+    plain = type(W).changes is Kind.changes
+    if not plain or not isinstance(scale, int | float):
         return None
     found = []
     for part, own in W.pairs(leaves):

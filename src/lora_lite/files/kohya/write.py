@@ -16,10 +16,9 @@ from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import require_type, several
 from lora_lite.core.plan import Target
 from lora_lite.files.durable import replace
-from lora_lite.files.kohya.methods import ALPHA, DOWN, METHODS, UP, Kernel
-from lora_lite.layers.convolution import ConvKind
+from lora_lite.files.kohya.methods import ALPHA, DOWN, METHODS, UP
+from lora_lite.files.peft.layers import kernel_of
 from lora_lite.layers.find import find
-from lora_lite.layers.linear import LinearKind
 
 AnyParams = Mapping[str, Mapping[str, Tensor]]
 Layers = dict[str, dict[str, Tensor]]
@@ -101,12 +100,9 @@ def _tensors(adapt: Adapt, target: Target, cfg: AdapterConfig, leaves: Mapping[s
     method = METHODS.get(cfg.name) if cfg.name in names else None
     if method is None or type(cfg) is not method.config:
         raise ValueError(f"these files hold {', '.join(names)}")
-    if not target.path or not issubclass(target.kind, LinearKind | ConvKind):
+    kernel = kernel_of(adapt._plan.base, target) if target.path else None
+    if kernel is None:
         raise ValueError("these files hold nn.Linear and convolutions inside a model")
-    kernel: Kernel = (target.i,)
-    if issubclass(target.kind, ConvKind):
-        layer: Any = adapt._plan.base.get_submodule(target.path)
-        kernel = tuple(layer.weight.shape[1:])
     own = method.write(cfg, {name: t.detach().cpu() for name, t in leaves.items()}, kernel)
     return {key: t.contiguous().clone() for key, t in own.items()}
 

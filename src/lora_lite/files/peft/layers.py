@@ -181,3 +181,11 @@ def is_parameter(target: Target) -> bool:
 def is_conv1d(target: Target) -> bool:
     """Whether the target is a layer of transformers' `Conv1D`, which PEFT knows by `fan_in_fan_out`."""
     return issubclass(target.kind, Conv1DKind)
+
+
+def kernel_of(model: nn.Module, target: Target) -> tuple[int, ...] | None:
+    """Return the shape of one output's weights: `(i,)` of an `nn.Linear`, `(i, *kernel)` of a convolution. None of other kinds."""
+    if issubclass(target.kind, ConvKind):
+        layer: Any = model.get_submodule(target.path)
+        return tuple(layer.weight.shape[1:])
+    return (target.i,) if issubclass(target.kind, LinearKind) else None
