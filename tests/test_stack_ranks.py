@@ -106,7 +106,7 @@ def test_pairs_keep_the_scale_of_their_configs(configs):
         assert_trees_equal(ll.tree_map(lambda p: p.grad, leaves[k]), want, 1e-9)
 
 
-NEUTRAL = {"lora", "dora", "eva", "loftq", "loha", "hira", "peanut", "glora", "supertuning-supra", "lokr"}
+NEUTRAL = {"alora", "lora", "dora", "eva", "loftq", "loha", "hira", "peanut", "glora", "supertuning-supra", "lokr"}
 FROZEN = {"pissa", "corda-ipm", "asvd", "lora-xs", "antipasto-rotation", "svft"}
 """Whose zeros do nothing, and are trained."""
 

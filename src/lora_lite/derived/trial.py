@@ -75,7 +75,7 @@ def cut(plain: Batch, rows: int, n: int) -> Batch:
         copies = leaf[:1].repeat(n, *[1] * (leaf.dim() - 1))
         if "mask" in pytree.keystr(path) and leaf.dim() == 2:
             for k in range(n):  # the first too: a mask of ones alone is none to many models
-                copies[k, max(1, leaf.shape[1] - 1 - k) :] = 0
+                copies[k, max(1, leaf.shape[1] - k - (leaf.shape[1] > 2)) :] = 0
         return copies
 
     parts: Batch = pytree.tree_map_with_path(of_first, plain)
