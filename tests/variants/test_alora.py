@@ -10,6 +10,7 @@ from torch import nn
 
 import lora_lite as ll
 from cases import assert_trees_equal, move
+from common.arithmetic import CACHE
 from peft_oracle import assert_close, edit, wrapped
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*generation flags are not valid")
@@ -103,14 +104,14 @@ def test_a_cache_goes_on_where_it_stood(model, tmp_path):
     whole = adapt(params, {"input_ids": ids}).logits
     for cut in (2, 5, 7):  # before and after the invocation
         first = adapt(params, {"input_ids": ids[:, :cut]}, use_cache=True)
-        second = adapt(params, {"input_ids": ids[:, cut:], "past_key_values": copy.deepcopy(first.past_key_values)}).logits
+        second = adapt(params, {"input_ids": ids[:, cut:], CACHE: copy.deepcopy(first.past_key_values)}).logits
         torch.testing.assert_close(second, whole[:, cut:], rtol=1e-4, atol=1e-4)
     prefix = model(ids[:1, :3], use_cache=True).past_key_values  # of the base model
-    rest = adapt(params, {"input_ids": ids[:1, 3:], "past_key_values": prefix}).logits
+    rest = adapt(params, {"input_ids": ids[:1, 3:], CACHE: prefix}).logits
     torch.testing.assert_close(rest, whole[:1, 3:], rtol=1e-4, atol=1e-4)
     prefix.crop(-7)  # before the invocation that it knew
     other = torch.tensor([[20, 21, 22]])  # up to where the other text had it, and on
-    cropped = adapt(params, {"input_ids": other, "past_key_values": prefix}).logits
+    cropped = adapt(params, {"input_ids": other, CACHE: prefix}).logits
     want = model(torch.cat([ids[:1, :2], other], 1)).logits[:, 2:]
     torch.testing.assert_close(cropped, want, rtol=1e-4, atol=1e-4)
 
