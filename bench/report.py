@@ -29,7 +29,7 @@ PART_OF: dict[str, tuple[str, ...]] = {
     **{"gpu": ("models", "variants"), "gpu-compiled": ("variants",), "gpu-memory": ("variants",), "gpu-populations": ("populations",)},
 }
 """The keys that a file must have for a section, where a run may have written some of it or been cut off."""
-MARGIN = {"pissa": 1.15, "olora": 1.15, "corda": 1.15, "lora_ga": 1.15, "asvd": 1.15}
+MARGIN = {"pissa": 1.15, "kasa": 1.15, "olora": 1.15, "corda": 1.15, "lora_ga": 1.15, "asvd": 1.15}
 """The allowed excess of the increment form over PEFT's residual form: two products for one, for an exact start and quantised bases."""
 
 COPIED = "each a few milliseconds, most of which go into copies of the module tree; PEFT changes the model that it is given"
