@@ -4,6 +4,7 @@ Each step runs one token of all requests at hand through `adapt.mixed`, with a c
 decoder with full attention; `bench/serving.py` times it.
 """
 
+import inspect
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,10 @@ import transformers
 from torch import Tensor
 
 import lora_lite as ll
+
+CACHE = (
+    "cache" if "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters else "past_key_values"
+)  # transformers 5.24's name
 
 
 @dataclass(eq=False)
@@ -65,7 +70,7 @@ class Loop:
     def _run(self, requests: list[Request], ids: Tensor, mask: Tensor, states: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         cache = transformers.DynamicCache(states)
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]  # padding on the left does not count
-        batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+        batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, CACHE: cache, "use_cache": True}
         logits = self.adapt.mixed(self.stacked, batch, [request.adapter for request in requests], logits_to_keep=1).logits
         for request, token in zip(requests, logits[:, -1].argmax(-1).tolist()):
             request.made.append(token)
