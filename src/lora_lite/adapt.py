@@ -10,16 +10,14 @@ from torch import Tensor, nn
 
 from lora_lite.clone.assemble import bound_copy, trainable_copy
 from lora_lite.clone.fsdp import ShardedReplicas, Sharding, shard_plan
-from lora_lite.clone.offloaded import offloaded_in
-from lora_lite.clone.params import bare, read_params, require_configs, require_fit, whole
+from lora_lite.clone.params import bare, read_params, require_configs, whole
 from lora_lite.clone.per_call import Replica, Replicas
 from lora_lite.clone.structure import clone_again
-from lora_lite.core.errors import listed
-from lora_lite.core.plan import Places, Plan, Shapes
+from lora_lite.core.plan import Places, Plan
 from lora_lite.core.tree import AnyTree, Tree
-from lora_lite.derived.described import Described
 from lora_lite.derived.merge import merge, merge_error
 from lora_lite.derived.mixed import index_of, is_stacked, member_shapes, stacked_size, steered
+from lora_lite.derived.required import Required
 from lora_lite.derived.rows import Followed, RowMap, own_rows
 from lora_lite.derived.stack_module import give_rows
 from lora_lite.prepare.derive import layers_of, shared_start
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-class Adapt(Described):
+class Adapt(Required):
     """An adapted model as a function: `adapt(params, batch)`.
 
     Made by `build` or `load`. It holds no trained state: params are a plain tree `{target path: {name: tensor}}`, made by `init`
@@ -310,24 +308,6 @@ class Adapt(Described):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Adapt, (self._plan,)  # only the plan is copied and pickled: the clones follow from it, and belong to this process's threads
-
-    def _require(self, params: Any, caller: str, shapes: Shapes | None = None) -> None:
-        require_fit(params, shapes or self.shapes, caller, self._on_meta)
-
-    def _require_in_memory(self, caller: str) -> None:
-        names = list(offloaded_in(self._plan.base))
-        if names:
-            raise ValueError(
-                f"adapt.{caller}: expected weights in memory, found those that accelerate offloads at {listed(names)}. Take the offloading "
-                "off with accelerate.hooks.remove_hook_from_module(model, recurse=True) and build again; the params fit both."
-            )
-
-    def _require_whole(self, caller: str) -> None:
-        if self._plan.sharding is not None:
-            raise ValueError(
-                f"adapt.{caller}: expected whole weights, found a base that is sharded over {self._plan.sharding.mesh.size()} processes. "
-                "Call it on an adapt that is not; the params fit both."
-            )
 
 
 def _replica(plan: Plan, shared: Mapping[str, Places]) -> Replica:

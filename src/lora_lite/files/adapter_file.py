@@ -1,7 +1,6 @@
 """Params and config to one safetensors file and back. Nothing is unpickled, nothing half-written, nothing half-loaded."""
 
 import os
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from lora_lite.core.errors import listed, nearest, require_type, several, tree_f
 from lora_lite.core.plan import Entries, Plan, Target
 from lora_lite.core.tree import Tree, flatten, join
 from lora_lite.files.base_weights import fingerprint, rebase, report, values_at
-from lora_lite.files.durable import replace
-from lora_lite.files.header import BASE, CONSTANT, FORMAT, Header, Stored, describe, read_header, tensor_faults, write_header
+from lora_lite.files.durable import written
+from lora_lite.files.header import BASE, CONSTANT, Header, Stored, describe, tensor_faults, write_header
+from lora_lite.files.stored import read as read
 from lora_lite.layers.find import find
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import SITES, as_kinds
@@ -96,12 +96,8 @@ def write(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], place: Path,
     shared_params = {name: describe(params[name]) for name in adapt._plan.shared_params()}
     described = {path: describe(found) for path, found in values.items()}
     header = Header([to_json(cfg) for cfg in configs], targets, shared, shared_params, described, marks, dict(adapt.starts), _layers(adapt))
-    beside = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with written(place) as beside:
         safetensors.torch.save_file(tensors, beside, write_header(header))
-        replace([(beside, place)])
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 @made_on_cpu
@@ -162,22 +158,6 @@ def settle(
     report(adapt._plan, header.weights, new_heads(model), path, read)
 
 
-def read(path: Path) -> tuple[Header, dict[str, Tensor]]:
-    """Read the header and the tensors of a file that `save` wrote.
-
-    Raises:
-        FileNotFoundError: where there is no file.
-        ValueError: where it is damaged, foreign or of another format version.
-    """
-    metadata, tensors = _read(path)
-    try:
-        return read_header(metadata), tensors
-    except ValueError as e:
-        raise ValueError(
-            f'load: expected "{path}" to describe its configs and targets, found a damaged header ({e}). Save it again.'
-        ) from e
-
-
 def bound(
     model: nn.Module,
     path: Path,
@@ -234,33 +214,6 @@ def _known(variants: Any) -> dict[str, type[AdapterConfig]]:
             f"load: expected variants as a sequence of config classes or a mapping by name, found {variants!r}. Write [ItsConfig]."
         )
     return {**VARIANTS, **(variants if isinstance(variants, Mapping) else {cls.name: cls for cls in classes})}
-
-
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    if not path.is_file():
-        raise FileNotFoundError(f'load: expected a file at "{path}", found none. Pass the path that was given to save.')
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-    except Exception as e:
-        raise ValueError(
-            f'load: expected "{path}" to be a whole safetensors file, found {_what_is(path)} ({e}). Save it again with ll.save; pickled '
-            "files are never opened."
-        ) from e
-    version = metadata.get("lora_lite_format")
-    if version != str(FORMAT):
-        what = "a safetensors file that ll.save did not write" if version is None else f"format version {version}"
-        raise ValueError(f'load: expected "{path}" to hold lora_lite format {FORMAT}, found {what}. Load a file written by ll.save.')
-    return metadata, tensors
-
-
-def _what_is(path: Path) -> str:
-    with path.open("rb") as file:
-        head = file.read(9)
-    if (head[:2] == b"PK" or head[:1] == b"\x80") and head[8:] != b"{":  # safetensors: eight bytes of length, then JSON
-        return "a pickled file"
-    return "a truncated or foreign one" if head else "an empty file"
 
 
 def _configs(stored: list[dict[str, Any]], known: Mapping[str, type[AdapterConfig]], path: object) -> list[AdapterConfig]:

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import uuid
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from lora_lite.adapt import Adapt
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.config_json import to_json
 from lora_lite.core.errors import require_type
-from lora_lite.files.durable import replace
+from lora_lite.files.durable import written
 
 NAME = "README.md"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?")
@@ -129,12 +128,8 @@ def write_card(card: str, folder: Path) -> None:
     if place.exists():
         warnings.warn(f'"{place}" is there already and was kept. Remove it for a new card.', UserWarning, stacklevel=3)
         return
-    beside = place.with_name(f".{NAME}.{uuid.uuid4().hex}.tmp")
-    try:
+    with written(place) as beside:
         beside.write_text(card, "utf-8")
-        replace([(beside, place)])
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _loaded_by(model: object) -> str | None:

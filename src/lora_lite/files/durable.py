@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,17 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def written(place: Path) -> Iterator[Path]:
+    """Yield a path beside `place`. What the block writes there takes that name when it ends well, and is gone when it does not."""
+    beside = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield beside
+        replace([(beside, place)])
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from lora_lite.core.errors import listed
 from lora_lite.core.frozen import Frozen
 from lora_lite.layers.access import ADAPTERS, first_of, place_of
+from lora_lite.layers.by_member import by_rows, joined, taken, tensors_in
 from lora_lite.layers.kind import Kind, Params, Run, Variant
 
 Own = Callable[..., Any]
@@ -85,7 +86,7 @@ class ModuleKind(Kind):
             self._own, self._rest = before
 
     def beside(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        return _tensors((args[1:], dict(kwargs) if args else dict(list(kwargs.items())[1:])))
+        return tensors_in((args[1:], dict(kwargs) if args else dict(list(kwargs.items())[1:])))
 
     def moved(self, deltas: Mapping[str, Tensor]) -> Callable[[Any], Any]:
         now = {name: (p + deltas[name]).to(p.dtype) for name, p in self.parameters.items() if name in deltas}
@@ -118,7 +119,7 @@ class ModuleKind(Kind):
 
     def apply_rows(self, f: Variant, params: Params, x: Any, index: Tensor | None) -> Any:
         """Apply a variant to each row with the params of its member. What is called with more than its input runs member by member."""
-        others = _tensors(self._rest[1:])
+        others = tensors_in(self._rest[1:])
         if self.follow is None:  # nobody has seen which of them grow with the batch: a first axis of one holds no rows
             lost = [name for name, value in others.items() if value.dim() and value.shape[0] != 1]
         else:
@@ -151,10 +152,10 @@ class ModuleKind(Kind):
                 found = self.apply(f, {name: p[k] for name, p in params.items()}, taken(x, rows, len(member)))
             finally:
                 self._own = before
-            outputs.append(pytree.tree_map(functools.partial(_by_rows, count=len(rows)), found))
+            outputs.append(pytree.tree_map(functools.partial(by_rows, count=len(rows)), found))
             order.append(rows)
         back = torch.cat(order).argsort()
-        return pytree.tree_map(lambda *parts: _joined(parts, back), *outputs)
+        return pytree.tree_map(lambda *parts: joined(parts, back), *outputs)
 
     def merged(self, f: Variant, params: Params) -> dict[str, Tensor]:
         """Run the variant on a recorder of displacements. A variant that does more than displace parameters has no merged weights."""
@@ -186,35 +187,6 @@ class ModuleKind(Kind):
 
     def probe(self, tokens: int) -> list[Any]:
         return []  # the module itself runs
-
-
-def taken(value: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Return the entries of some of `count` rows; the first axis has one or several for each."""
-    if not count or value.shape[0] % count:
-        raise ValueError(f"expected tensors with a multiple of {count} rows, found shape {tuple(value.shape)}.")
-    return value.unflatten(0, (count, -1))[rows].flatten(0, 1)
-
-
-def _tensors(tree: Any) -> dict[str, Tensor]:
-    """Return the tensors of arguments by their places."""
-    return {pytree.keystr(path): leaf for path, leaf in pytree.tree_leaves_with_path(tree) if isinstance(leaf, Tensor)}
-
-
-def _by_rows(value: Any, count: int) -> Any:
-    """Lay an output out by the rows that it is of."""
-    if not isinstance(value, Tensor):
-        return value
-    if not value.dim() or value.shape[0] % max(count, 1):
-        raise ValueError(
-            f"expected outputs with the rows of their batch on the first axis, found shape {tuple(value.shape)} of {count} rows. Train "
-            "a part of it that returns rows, or run the members one by one."
-        )
-    return value.unflatten(0, (count, -1)) if count else value[:, None]
-
-
-def _joined(parts: Sequence[Any], order: Tensor) -> Any:
-    """Join the members' outputs in the order of the batch."""
-    return torch.cat(list(parts))[order].flatten(0, 1) if isinstance(parts[0], Tensor) else parts[0]
 
 
 class _Recorder(Frozen):

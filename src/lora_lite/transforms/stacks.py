@@ -15,9 +15,15 @@ Pad = bool | Literal["frozen"]
 
 
 @overload
-def stack(trees: Iterable[AnyTree], pad: Pad = False) -> Tree: ...
+def stack(trees: Iterable[AnyTree], pad: Pad = False) -> Tree:
+    """Stack trees of one adapt."""
+
+
 @overload
-def stack(trees: Iterable[Pair], pad: Pad = False, adapt: Adapt | None = None) -> tuple[Adapt, Tree]: ...
+def stack(trees: Iterable[Pair], pad: Pad = False, adapt: Adapt | None = None) -> tuple[Adapt, Tree]:
+    """Stack trees of several adapts, each beside its own."""
+
+
 def stack(trees: Iterable[Any], pad: Pad = False, adapt: Adapt | None = None) -> Any:
     """Stack params trees along a leading adapter axis.
 
@@ -63,9 +69,15 @@ def stack(trees: Iterable[Any], pad: Pad = False, adapt: Adapt | None = None) ->
 
 
 @overload
-def unstack(stacked: AnyTree, like: Sequence[AnyTree] | None = None) -> list[Tree]: ...
+def unstack(stacked: AnyTree, like: Sequence[AnyTree] | None = None) -> list[Tree]:
+    """Split a stack of trees of one adapt."""
+
+
 @overload
-def unstack(stacked: AnyTree, like: Sequence[Pair], adapt: Adapt | None = None) -> list[Tree]: ...
+def unstack(stacked: AnyTree, like: Sequence[Pair], adapt: Adapt | None = None) -> list[Tree]:
+    """Split a stack of trees of several adapts."""
+
+
 def unstack(stacked: AnyTree, like: Sequence[Any] | None = None, adapt: Adapt | None = None) -> list[Tree]:
     """Split a stacked tree into its members.
 

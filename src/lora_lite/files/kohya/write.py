@@ -2,7 +2,6 @@
 
 import os
 import re
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from lora_lite.core.config import AdapterConfig
 from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import require_type, several
 from lora_lite.core.plan import Target
-from lora_lite.files.durable import replace
+from lora_lite.files.durable import written
 from lora_lite.files.kohya.methods import ALPHA, DOWN, METHODS, UP
 from lora_lite.files.peft.layers import kernel_of
 from lora_lite.layers.find import find
@@ -116,9 +115,5 @@ def _refuse(call: str, faults: list[str]) -> None:
 
 
 def _save(tensors: Mapping[str, Tensor], place: Path) -> None:
-    beside = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    with written(place) as beside:
         safetensors.torch.save_file(dict(tensors), beside, {"format": "pt"})
-        replace([(beside, place)])
-    finally:
-        beside.unlink(missing_ok=True)

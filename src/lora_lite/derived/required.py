@@ -1,0 +1,33 @@
+"""The demands of an adapted model's calls, with the way out where one is not met."""
+
+from typing import Any
+
+from lora_lite.clone.offloaded import offloaded_in
+from lora_lite.clone.params import require_fit
+from lora_lite.core.errors import listed
+from lora_lite.core.plan import Shapes
+from lora_lite.derived.described import Described
+
+
+class Required(Described):
+    """The demands on params and on the frozen weights, read off a plan."""
+
+    _on_meta: bool
+
+    def _require(self, params: Any, caller: str, shapes: Shapes | None = None) -> None:
+        require_fit(params, shapes or self.shapes, caller, self._on_meta)
+
+    def _require_in_memory(self, caller: str) -> None:
+        names = list(offloaded_in(self._plan.base))
+        if names:
+            raise ValueError(
+                f"adapt.{caller}: expected weights in memory, found those that accelerate offloads at {listed(names)}. Take the offloading "
+                "off with accelerate.hooks.remove_hook_from_module(model, recurse=True) and build again; the params fit both."
+            )
+
+    def _require_whole(self, caller: str) -> None:
+        if self._plan.sharding is not None:
+            raise ValueError(
+                f"adapt.{caller}: expected whole weights, found a base that is sharded over {self._plan.sharding.mesh.size()} processes. "
+                "Call it on an adapt that is not; the params fit both."
+            )

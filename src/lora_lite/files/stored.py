@@ -1,0 +1,51 @@
+"""Open an adapter file: whole, of this format, and never unpickled."""
+
+from pathlib import Path
+
+import safetensors
+from torch import Tensor
+
+from lora_lite.files.header import FORMAT, Header, read_header
+
+
+def read(path: Path) -> tuple[Header, dict[str, Tensor]]:
+    """Read the header and the tensors of a file that `save` wrote.
+
+    Raises:
+        FileNotFoundError: where there is no file.
+        ValueError: where it is damaged, foreign or of another format version.
+    """
+    metadata, tensors = _read(path)
+    try:
+        return read_header(metadata), tensors
+    except ValueError as e:
+        raise ValueError(
+            f'load: expected "{path}" to describe its configs and targets, found a damaged header ({e}). Save it again.'
+        ) from e
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if not path.is_file():
+        raise FileNotFoundError(f'load: expected a file at "{path}", found none. Pass the path that was given to save.')
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+    except Exception as e:
+        raise ValueError(
+            f'load: expected "{path}" to be a whole safetensors file, found {_what_is(path)} ({e}). Save it again with ll.save; pickled '
+            "files are never opened."
+        ) from e
+    version = metadata.get("lora_lite_format")
+    if version != str(FORMAT):
+        what = "a safetensors file that ll.save did not write" if version is None else f"format version {version}"
+        raise ValueError(f'load: expected "{path}" to hold lora_lite format {FORMAT}, found {what}. Load a file written by ll.save.')
+    return metadata, tensors
+
+
+def _what_is(path: Path) -> str:
+    with path.open("rb") as file:
+        head = file.read(9)
+    if (head[:2] == b"PK" or head[:1] == b"\x80") and head[8:] != b"{":  # safetensors: eight bytes of length, then JSON
+        return "a pickled file"
+    return "a truncated or foreign one" if head else "an empty file"

@@ -1,0 +1,37 @@
+"""The tensors of a call taken apart by the members of a mixed batch, and the members' outputs joined again."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+def taken(value: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Return the entries of some of `count` rows; the first axis has one or several for each."""
+    if not count or value.shape[0] % count:
+        raise ValueError(f"expected tensors with a multiple of {count} rows, found shape {tuple(value.shape)}.")
+    return value.unflatten(0, (count, -1))[rows].flatten(0, 1)
+
+
+def tensors_in(tree: Any) -> dict[str, Tensor]:
+    """Return the tensors of arguments by their places."""
+    return {pytree.keystr(path): leaf for path, leaf in pytree.tree_leaves_with_path(tree) if isinstance(leaf, Tensor)}
+
+
+def by_rows(value: Any, count: int) -> Any:
+    """Lay an output out by the rows that it is of."""
+    if not isinstance(value, Tensor):
+        return value
+    if not value.dim() or value.shape[0] % max(count, 1):
+        raise ValueError(
+            f"expected outputs with the rows of their batch on the first axis, found shape {tuple(value.shape)} of {count} rows. Train "
+            "a part of it that returns rows, or run the members one by one."
+        )
+    return value.unflatten(0, (count, -1)) if count else value[:, None]
+
+
+def joined(parts: Sequence[Any], order: Tensor) -> Any:
+    """Join the members' outputs in the order of the batch."""
+    return torch.cat(list(parts))[order].flatten(0, 1) if isinstance(parts[0], Tensor) else parts[0]
