@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_lite.clone.assemble import bound_copy, trainable_copy
 from lora_lite.clone.fsdp import ShardedReplicas, Sharding, shard_plan
-from lora_lite.clone.params import bare, read_params, require_configs, whole
+from lora_lite.clone.params import bare, params_of
 from lora_lite.clone.per_call import Replica, Replicas
 from lora_lite.clone.structure import clone_again
 from lora_lite.core.plan import Places, Plan
@@ -20,8 +20,7 @@ from lora_lite.derived.mixed import index_of, is_stacked, member_shapes, stacked
 from lora_lite.derived.required import Required
 from lora_lite.derived.rows import Followed, RowMap, own_rows
 from lora_lite.derived.stack_module import give_rows
-from lora_lite.prepare.derive import layers_of, shared_start
-from lora_lite.prepare.start import generator_for, placed, start_params
+from lora_lite.prepare.derive import drawn
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -125,14 +124,7 @@ class Adapt(Required):
         Returns:
             `{target path: {name: tensor}}` in the config's dtype, on the layers' devices. The global random state is not used.
         """
-        plan, tree = self._plan, dict[str, dict[str, Tensor]]()
-        for target, cfg in plan.entries:
-            tree[target.path] = start_params(cfg, plan.layer(target, cfg), generator_for(seed, target.path))
-        for name in plan.shared_params():
-            cfg = next(cfg for _, cfg in plan.entries if cfg.name == name)
-            layers = layers_of(plan.base, plan.entries, cfg)
-            tree[name] = {leaf: placed(p, layers[0].device, cfg.dtype) for leaf, p in shared_start(cfg, layers, seed).items()}
-        return plan.regrouped(tree)
+        return drawn(self._plan, seed)
 
     def module(self, params: Mapping[str, Mapping[str, Tensor]], index: Tensor | Sequence[int] | None = None) -> nn.Module:
         """Return an `nn.Module` of the model's own class with copies of `params` as its only trainable parameters.
@@ -178,16 +170,7 @@ class Adapt(Required):
         Raises:
             ValueError: where `module` is not one, or was made under other configs, such as another `alpha`.
         """
-        module = bare(module)
-        try:
-            found = read_params(module, self._plan.shapes, whole)
-        except AttributeError as e:
-            raise ValueError(
-                f"adapt.params: expected a module made by this adapt.module(params), found {type(module).__name__} without its "
-                f"params ({e}). Pass the module itself, not the model it was built from."
-            ) from e
-        require_configs(module, self._plan.entries)
-        return found
+        return params_of(self._plan, bare(module))
 
     def merge(self, params: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Return the merged weights and biases of the targets as a state dict. The model is not touched.

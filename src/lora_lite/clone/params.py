@@ -10,7 +10,7 @@ from lora_lite.clone.adapter import adapters
 from lora_lite.clone.bind import bindings
 from lora_lite.core.config_json import departures
 from lora_lite.core.errors import listed, several, tree_faults
-from lora_lite.core.plan import Entries, Shapes
+from lora_lite.core.plan import Entries, Plan, Shapes
 from lora_lite.core.tree import AnyTree, Tree
 from lora_lite.layers.kind import Params
 
@@ -71,6 +71,23 @@ def read_params(module: nn.Module, shapes: Shapes, get: Callable[[Tensor], Tenso
         if path not in held:
             raise AttributeError(f"no adapter of {path!r}")
     return {path: {name: get(held[path][name]) for name in names} for path, names in shapes.items()}
+
+
+def params_of(plan: Plan, module: nn.Module) -> Tree:
+    """Read detached copies of the params out of a module that was made from a plan.
+
+    Raises:
+        ValueError: where it was not, or under other configs.
+    """
+    try:
+        found = read_params(module, plan.shapes, whole)
+    except AttributeError as e:
+        raise ValueError(
+            f"adapt.params: expected a module made by this adapt.module(params), found {type(module).__name__} without its "
+            f"params ({e}). Pass the module itself, not the model it was built from."
+        ) from e
+    require_configs(module, plan.entries)
+    return found
 
 
 def require_configs(module: nn.Module, entries: Entries) -> None:

@@ -98,8 +98,7 @@ def model_card(
         raise ValueError(f"model_card: expected form to be any of {', '.join(map(repr, _USES))}, found {form!r}.")
     if base is not None and not _REPOSITORY.fullmatch(base):
         raise ValueError(f'model_card: expected base as the name of a repository, "user/repo", found {base!r}. Name it, or leave it out.')
-    model = adapt._plan.base
-    base = base or _loaded_by(model)
+    base = base or _loaded_by(adapt._plan.base)
     variants = sorted({cfg.name for cfg in adapt.configs})
     fields = {
         "base_model": base,
@@ -109,17 +108,22 @@ def model_card(
         "tags": list(dict.fromkeys([*variants, "lora_lite", *tags])),
     }
     header = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items() if value]  # JSON is YAML
-    known = type(model) is not nn.Module  # else the layers alone, read from the adapter's files
-    kind = type(model).__name__ if known else "model"
-    about = f"of [{base}](https://huggingface.co/{base})" if base else f"of a {kind}"
-    total = sum(p.numel() for p in model.parameters()) if known else 0
-    share = f", {100 * adapt.num_params / total:.2g}% of the model's {total:,}" if total else ""
-    lines = ["---", *header, "---", "", f"# {title}", ""]
-    lines += [f"An adapter {about}: {', '.join(variants)} at {len(adapt.targets)} layers, {adapt.num_params:,} trained values{share}.", ""]
+    lines = ["---", *header, "---", "", f"# {title}", "", _about(adapt, base, variants), ""]
     lines += ["| variant | options | layers |", "|---|---|---|", *_configs(adapt), ""]
     if metrics:
         lines += ["| metric | value |", "|---|---|", *(f"| {_cell(name)} | {_cell(value)} |" for name, value in metrics.items()), ""]
     return "\n".join([*lines, "## Use", "", _USES[form]])
+
+
+def _about(adapt: Adapt, base: str | None, variants: Sequence[str]) -> str:
+    """Return the sentence that says what was adapted, by what, and how much is trained."""
+    model = adapt._plan.base
+    known = type(model) is not nn.Module  # else the layers alone, read from the adapter's files
+    kind = type(model).__name__ if known else "model"
+    of = f"[{base}](https://huggingface.co/{base})" if base else f"a {kind}"
+    total = sum(p.numel() for p in model.parameters()) if known else 0
+    share = f", {100 * adapt.num_params / total:.2g}% of the model's {total:,}" if total else ""
+    return f"An adapter of {of}: {', '.join(variants)} at {len(adapt.targets)} layers, {adapt.num_params:,} trained values{share}."
 
 
 def write_card(card: str, folder: Path) -> None:

@@ -16,7 +16,8 @@ from lora_lite.core.frozen import Constants, Frozen, Params
 from lora_lite.core.leading import Start, noted, worst
 from lora_lite.core.plan import Entries, Groups, Plan, Shapes
 from lora_lite.core.progress import shown
-from lora_lite.prepare.start import generator_for, own_start
+from lora_lite.core.tree import Tree
+from lora_lite.prepare.start import generator_for, own_start, placed, start_params
 
 
 @torch.no_grad()
@@ -125,6 +126,18 @@ def layers_of(base: nn.Module, entries: Entries, cfg: AdapterConfig) -> list[Any
 def _noted_map(maps: list[Frozen], one: Frozen) -> Params:
     maps.append(one)
     return {"": torch.empty(0)}
+
+
+def drawn(plan: Plan, seed: int) -> Tree:
+    """Draw fresh params of a plan, each target's from a generator of its own, seeded by `seed` and its path."""
+    tree: Tree = {}
+    for target, cfg in plan.entries:
+        tree[target.path] = start_params(cfg, plan.layer(target, cfg), generator_for(seed, target.path))
+    for name in plan.shared_params():
+        cfg = next(cfg for _, cfg in plan.entries if cfg.name == name)
+        layers = layers_of(plan.base, plan.entries, cfg)
+        tree[name] = {leaf: placed(p, layers[0].device, cfg.dtype) for leaf, p in shared_start(cfg, layers, seed).items()}
+    return plan.regrouped(tree)
 
 
 @made_on_cpu
