@@ -120,7 +120,7 @@ def test_every_variant_is_padded_rightly_or_refused_by_name(row, pad):
     try:
         adapts = [build_any(model, cfg, batches) for cfg in of_ranks(row.cfg, 4, 8)]
     except ValueError:
-        return  # the other options do not fit such ranks
+        pytest.skip("its other options do not fit ranks 4 and 8")
     trees = trees_of(adapts)
     if row.id in NEUTRAL or (pad == "frozen" and row.id in FROZEN):
         host, stacked = ll.stack(zip(adapts, trees), pad=pad)

@@ -29,6 +29,7 @@ from lora_lite.core.linalg import full_precision as full_precision
 from lora_lite.core.linalg import gate as gate
 from lora_lite.core.linalg import kaiming as kaiming
 from lora_lite.core.linalg import skew as skew
+from lora_lite.core.linalg import smallest_components as smallest_components
 from lora_lite.core.linalg import truncated_svd as truncated_svd
 from lora_lite.core.recompute import recomputed as recomputed
 from lora_lite.core.statistics import Gradient as Gradient

@@ -48,6 +48,12 @@ def truncated_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     return (U * signs.t()).contiguous(), S.clone(), (Vh * signs).contiguous()
 
 
+def smallest_components(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the last `r` of the exact SVD, `U (o, r)`, `S (r)`, `Vh (r, i)`, in at least float32, with the signs of `truncated_svd`."""
+    U, S, Vh = truncated_svd(weight, min(weight.shape))
+    return U[:, -r:].contiguous(), S[-r:].clone(), Vh[-r:].contiguous()
+
+
 def skew(vectors: Tensor, size: int) -> Tensor:
     """Return skew matrices `(*n, size, size)`: `vectors (*n, size (size - 1) / 2)` above the diagonal by rows, their negatives below."""
     zeros = vectors.new_zeros(*vectors.shape[:-1], size * size)

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -27,14 +28,12 @@ def new_heads(model: nn.Module) -> list[str]:
 
 def heads_left_out(model: nn.Module) -> dict[str, str]:
     """Return the heads that a config takes by name alone, each with the reason: those that PEFT's `all-linear` leaves out."""
-    found: dict[str, str] = {}
     try:
         output = getattr(model, "get_output_embeddings", lambda: None)()
     except (AttributeError, NotImplementedError):
         output = None
-    for path, module in modules_by_path(model).items():
-        if module is output and path:
-            found[path] = "the head of a language model (get_output_embeddings), which target_names can ask for"
+    paths = [] if output is None else [path for path, module in modules_by_path(model).items() if module is output and path]
+    found = dict.fromkeys(paths, "the head of a language model (get_output_embeddings), which target_names can ask for")
     for path in new_heads(model):
         if path.partition(".")[0] in _PEFTS:
             found[path] = "a classifier's new head, which FullConfig trains whole"
@@ -44,8 +43,9 @@ def heads_left_out(model: nn.Module) -> dict[str, str]:
 def warn_of_new_heads(model: nn.Module, entries: Entries) -> None:
     """Warn of a classifier's head that a config took without being asked for it: it would stay frozen as it was drawn."""
     taken = {target.path: cfg for target, cfg in entries if cfg.adapts == "linear"}
-    _warn_of_frozen_heads(model, entries)
-    heads = [path for path in new_heads(model) if path in taken]
+    new = new_heads(model)
+    _warn_of_frozen_heads(model, entries, new)
+    heads = [path for path in new if path in taken]
     unasked = [path for path in heads if not any(names(p, path, list(taken)) for p in patterns_of(taken[path].target_names))]
     if unasked:
         path, name = unasked[0], type(taken[unasked[0]]).__name__
@@ -58,7 +58,7 @@ def warn_of_new_heads(model: nn.Module, entries: Entries) -> None:
         )
 
 
-def _warn_of_frozen_heads(model: nn.Module, entries: Entries) -> None:
+def _warn_of_frozen_heads(model: nn.Module, entries: Entries, new: Sequence[str]) -> None:
     """Warn of a classifier's new head that no config takes, where one takes the linear layers without naming them."""
     plain = next((cfg for _, cfg in entries if cfg.adapts == "linear" and not cfg.target_names), None)
     if plain is None:
@@ -66,8 +66,8 @@ def _warn_of_frozen_heads(model: nn.Module, entries: Entries) -> None:
     paths, excluded = [target.path for target, _ in entries], patterns_of(plain.exclude_names)
     frozen = [
         head
-        for head in heads_left_out(model)
-        if head in new_heads(model)
+        for head in new
+        if head.partition(".")[0] in _PEFTS
         and not any(head == p or head.startswith(f"{p}.") for p in paths)
         and not any(re.search(pattern, head) for pattern in excluded)
     ]

@@ -46,7 +46,7 @@ from lora_lite.core import (
     add_low_rank,
     checked,
     expect,
-    truncated_svd,
+    smallest_components,
 )
 from lora_lite.core.tree import AnyTree
 
@@ -60,8 +60,8 @@ class KaSAParams(TypedDict):
 def minor_components(W: Frozen, r: int) -> Constants:
     """Compute the `r` smallest singular components of the weight, `B0 diag(S0) A0`."""
     weight = W.dense()
-    U, S, Vh = truncated_svd(weight, min(weight.shape))
-    return {name: t.contiguous().to(weight.dtype) for name, t in (("A0", Vh[-r:]), ("B0", U[:, -r:]), ("S0", S[-r:]))}
+    B0, S0, A0 = (t.to(weight.dtype) for t in smallest_components(weight, r))
+    return {"A0": A0, "B0": B0, "S0": S0}
 
 
 @checked

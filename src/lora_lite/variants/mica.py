@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import Constants, Frozen, Params, add_low_rank, checked, require_rank, truncated_svd
+from lora_lite.core import Constants, Frozen, Params, add_low_rank, checked, require_rank, smallest_components
 from lora_lite.variants.lora import LowRankConfig
 
 
@@ -36,8 +36,7 @@ class MiCAParams(TypedDict):
 def minor_directions(W: Frozen, r: int) -> Constants:
     """Compute `B (o, r)`, the left singular vectors of the `r` smallest singular values of the weight."""
     weight = W.dense()
-    U, _, _ = truncated_svd(weight, min(weight.shape))
-    return {"B": U[:, -r:].contiguous().to(weight.dtype)}
+    return {"B": smallest_components(weight, r)[0].to(weight.dtype)}
 
 
 @checked
