@@ -56,13 +56,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[K
     cfg = cfg if cfg.target_names else with_fields(cfg, target_names=tuple(cfg.default_names(model)))
     everything = find(model, cfg.adapts, kinds)
     known = asked_for(everything, cfg.target_names)
-    if not known:
-        raise ValueError(
-            f"find_targets: expected a model with {SITES[cfg.adapts][1]}, found none in {type(model).__name__}. "
-            "Pass the module that holds them, or the kinds of its own layers as kinds=(ItsKind,)."
-        )
-    if cfg.adapts == "module" and not cfg.target_names:
-        raise ValueError(f'{type(cfg).__name__}.target_names: expected the modules to train, found none. Name them, e.g. r"score$".')
+    _require_any(model, cfg, known)
     asked, plain = patterns_of(cfg.target_names), unnamed(known)
     allowed = [path for path in known if path not in heads and not _excluded(path, cfg, plain)]
     blocks: Any = cfg.layers
@@ -88,6 +82,16 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[K
     targets = Targets.of(taken.values(), left_out)
     _check_roles(cfg, targets, found, d_model)
     return targets
+
+
+def _require_any(model: nn.Module, cfg: AdapterConfig, known: Mapping[str, Any]) -> None:
+    if not known:
+        raise ValueError(
+            f"find_targets: expected a model with {SITES[cfg.adapts][1]}, found none in {type(model).__name__}. "
+            "Pass the module that holds them, or the kinds of its own layers as kinds=(ItsKind,)."
+        )
+    if cfg.adapts == "module" and not cfg.target_names:
+        raise ValueError(f'{type(cfg).__name__}.target_names: expected the modules to train, found none. Name them, e.g. r"score$".')
 
 
 class _Reasons(NamedTuple):

@@ -83,11 +83,8 @@ def combine(
     parts = _parts(adapt, trees)
     strengths, tracked = _strengths(weights, len(parts))
     how = _method(method, density)
-    if tracked and (how.keep is None or r is not None):
-        raise ValueError(
-            f"combine: expected weights without a gradient for method={method!r}{'' if r is None else f' with r={r}'}, found a tensor that "
-            'has one. Use "cat" or "linear" without r to search strengths by gradient, or pass weights.detach().'
-        )
+    if tracked:
+        _require_differentiable(how, method, r)
     generator_for(seed, "")
     places = places_of(parts)
     if r is not None:
@@ -176,6 +173,14 @@ def _method(method: Any, density: Any) -> Method:
             f"combine: expected density in (0, 1], the share of entries that {method!r} keeps, found {density!r}. Use e.g. density=0.5."
         )
     return METHODS[method]
+
+
+def _require_differentiable(how: Method, method: str, r: int | None) -> None:
+    if how.keep is None or r is not None:
+        raise ValueError(
+            f"combine: expected weights without a gradient for method={method!r}{'' if r is None else f' with r={r}'}, found a tensor that "
+            'has one. Use "cat" or "linear" without r to search strengths by gradient, or pass weights.detach().'
+        )
 
 
 def _require_rank(r: Any, places: Sequence[Place]) -> None:
