@@ -40,15 +40,6 @@ def products(cfg):
 CHECKS = {"curvlinops": (products,)}
 
 
-OTHER_HESSIAN = {"boft", "psoft", "antipasto"}
-"""Variants whose rotation gets another Hessian product from curvlinops; the cause is not known.
-
-`hvp` agrees there with finite differences of the gradient, and with a double backward pass.
-"""
-
-
 @EACH
-def test_curvlinops(row, request):
-    if row.cfg.name in OTHER_HESSIAN:
-        request.applymarker(pytest.mark.xfail(reason="curvlinops' Hessian product of a rotation differs; cause unknown", strict=False))
+def test_curvlinops(row):
     products(row.cfg)
