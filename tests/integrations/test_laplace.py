@@ -101,7 +101,10 @@ CHECKS = {"Laplace diag, full": (diagonal, full), "Laplace kron": (kronecker,)}
 
 @LINEAR
 @pytest.mark.parametrize("check", [diagonal, full, kronecker], ids=lambda check: check.__name__)
-def test_laplace(row, check):
+def test_laplace(row, check, request):
+    if check is diagonal and any(leaf.dim() == 0 for leaf in ll.tree_leaves(subject(row.cfg)[1])):
+        why = "laplace-torch flattens a parameter's axes from start_dim=-p.dim() on, which for a number are those of the rows"
+        request.applymarker(pytest.mark.xfail(reason=why, raises=RuntimeError, strict=True))
     check(row.cfg)
 
 
