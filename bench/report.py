@@ -14,6 +14,7 @@ from typing import Any
 
 import common.tables as t
 from agreement import compared, told
+from common import learned
 from common.tables import RESULTS, Found, newest, title
 
 ROOT = Path(__file__).parent.parent
@@ -84,8 +85,8 @@ def sections(folder: Path = RESULTS, up: str = "../") -> Iterator[tuple[str, str
     yield "calls", f"{CALLS}\n\n{t.calls_tables(calls)}\n\nFrom {t.source(calls, up)}." if calls else ""
     makers: list[tuple[str, str, Callable[[Found], str]]] = [
         ("steps", "speed", lambda f: f"{t.step_table(f)}\n\n![Time against arithmetic](plots/arithmetic.svg)"),
-        ("quality", "quality", lambda f: f"{t.quality_table(f)}\n\n![Accuracy against trained parameters](plots/accuracy.svg)"),
-        ("glosses", "glosses", lambda f: f"{t.glosses_table(f)}\n\n![Accuracy against trained parameters](plots/glosses.svg)"),
+        ("quality", "quality", lambda f: f"{learned.quality_table(f)}\n\n![Accuracy against trained parameters](plots/accuracy.svg)"),
+        ("glosses", "glosses", lambda f: f"{learned.glosses_table(f)}\n\n![Accuracy against trained parameters](plots/glosses.svg)"),
         ("memory", "memory", t.memory_table),
         ("scaling", "scaling", lambda f: "![Cost as rank, width, batch and members grow](plots/scaling.svg)"),
         ("functions", "speed", t.functions_table),
@@ -100,14 +101,14 @@ def sections(folder: Path = RESULTS, up: str = "../") -> Iterator[tuple[str, str
         ("gpu-quantised", "quantised-cuda", t.quantised_table),
         ("gpu-serving", "serving-cuda", t.serving_table),
         ("agreement", "agreement", t.agreement_table),
-        ("demo", "demo", t.demo_table),
+        ("demo", "demo", learned.demo_table),
     ]
     for marker, kind, make in makers:
         found = newest(kind, folder)
         found = found if found and t.has(found, *PART_OF.get(marker, ())) else None
         threads = t.population_threads(found) if found and marker == "populations" else None
         yield marker, f"{make(found)}\n\nFrom {t.source(found, up, threads)}." if found else NONE
-    yield "gsm8k", t.gsm8k_table(folder, up) or NONE
+    yield "gsm8k", learned.gsm8k_table(folder, up) or NONE
 
 
 TELLING = ("lora", "dora", "hra", "boft", "lokr", "hira")

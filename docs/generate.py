@@ -22,7 +22,8 @@ README, RESULTS, PAGES = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT 
 
 sys.path.append(str(ROOT / "bench"))
 
-from common.tables import glosses_rates, members_table, newest, rates_table, table  # noqa: E402
+from common.learned import glosses_rates, rates_table  # noqa: E402
+from common.tables import members_table, newest, table  # noqa: E402
 from report import NONE, between, headlines, page  # noqa: E402
 
 WORDS = {"dense": "its dense form", "matmul": "products with it"}

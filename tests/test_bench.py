@@ -322,7 +322,7 @@ def test_rates_are_those_of_the_results_file_without_what_learnt_nothing(files):
     ours = found["results"]["variants"]
     ours["lora"]["ours"]["rate"] = ours["dora"]["ours"]["rate"] = 1.25e-3
     ours |= {"vera": {"ours": {"exact": 0.4, "rate": 8e-2}}, "loreft": {"ours": {"exact": 0.0, "rate": 1e-2}}}
-    text = report.t.rates_table(found, "../")
+    text = report.learned.rates_table(found, "../")
     assert text.splitlines()[2:] == ["| best rate | variants |", "| --- | --- |", "| 0.0013 | LoRA, DoRA |", "| 0.08 | VeRA |"]
     assert "Llama of 872.1k params, in 80 steps of 12 rows" in text
     assert "(../bench/results/2030-01-02-abc-quality.json)" in text

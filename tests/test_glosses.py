@@ -243,6 +243,6 @@ def test_the_table_and_the_plot_of_the_glosses(tmp_path):
     text = dict(report.sections(tmp_path))["glosses"]
     assert "| LoRA | 41.0k | 2.0e-03 | 75.0% ± 0.4% | 74.0% ± 0.4% | equal |\n| IA3 | 100 | 5.0e-02 | 70.0% ± 0.4% | - | - |" in text
     assert "Not trained: SSVD." in text
-    rates = report.t.glosses_rates(report.t.newest("glosses", tmp_path), "../")
+    rates = report.learned.glosses_rates(report.t.newest("glosses", tmp_path), "../")
     assert rates.splitlines()[4:] == ["| 0.002 | LoRA |", "| 0.05 | IA3 |"]
     assert (tmp_path / "plots" / "glosses.svg") in report.draw(tmp_path, tmp_path / "plots")

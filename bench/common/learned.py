@@ -1,0 +1,112 @@
+"""Tables of what variants learn: accuracies, rates, and the demo's."""
+
+import json
+from pathlib import Path
+
+from common.tables import RESULTS, Found, count, share, source, table, title
+
+
+def quality_table(quality: Found) -> str:
+    """Write the accuracy of each variant beside PEFT's training of the same method."""
+    rows = []
+    for name, row in quality["results"]["variants"].items():
+        ours, peft = row["ours"], row.get("peft")
+        equal = {True: "equal", False: "not equal"}.get(row.get("agree"), "-")
+        rows.append(
+            {
+                **{"variant": title(name), "params": count(ours["params"]), "accuracy": share(ours), "loss": f"{ours['loss']:.3f}"},
+                **{"PEFT's accuracy": share(peft), "PEFT's loss": f"{peft['loss']:.3f}" if peft else "-"},
+                "within two standard errors": equal,
+            }
+        )
+    return table(rows)
+
+
+def rates_table(quality: Found, up: str) -> str:
+    """Write the learning rate that was best for each variant in the training of the accuracies, and which training that was."""
+    q = quality["results"]
+    by_rate: dict[float, list[str]] = {}
+    for name, row in q["variants"].items():
+        if row["ours"]["exact"] >= 0.1:  # a rate at which nothing was learnt is none to begin with
+            by_rate.setdefault(row["ours"]["rate"], []).append(title(name))
+    rows = [{"best rate": f"{rate:.2g}", "variants": ", ".join(names)} for rate, names in sorted(by_rate.items())]
+    words = (
+        f"Measured on the base Llama of {count(q['full']['params'])} params, in {q['steps']} steps of {q['rows']} rows by AdamW: of a "
+        f"rate and its multiples, the best on problems of their own ({source(quality, up)}):"
+    )
+    return f"{words}\n\n{table(rows)}"
+
+
+def glosses_table(found: Found) -> str:
+    """Write the accuracy of each variant on the glosses, its rate and size, beside PEFT's training; the most accurate first."""
+    rows, r = [], found["results"]
+    done = {name: row for name, row in r["variants"].items() if "ours" in row and "failed" not in row["ours"]}
+    for name, row in sorted(done.items(), key=lambda item: -item[1]["ours"]["exact"]):
+        ours, peft = row["ours"], row.get("peft", {})
+        equal = {True: "equal", False: "not equal"}.get(row.get("agree"), "-")
+        rows.append(
+            {
+                **{"variant": title(name), "params": count(ours["params"]), "rate": f"{ours['rate']:.1e}", "accuracy": share(ours)},
+                **{"PEFT's accuracy": share(peft) if "exact" in peft else "-", "within two standard errors": equal},
+            }
+        )
+    probe = f"The linear probe, the head alone on the frozen encoder, reaches {share(r['probe'])}. " if r.get("probe") else ""
+    lacking = [title(name) for name in r["variants"] if name not in done]
+    failed = f"\n\nNot trained: {', '.join(lacking)}." if lacking else ""
+    return f"{probe}{r['steps']} steps of {r['rows']} glosses, {r['seeds']} seeds, {r['test']} test glosses.\n\n{table(rows)}{failed}"
+
+
+def glosses_rates(found: Found, up: str) -> str:
+    """Write the best learning rate of each variant on the pretrained encoder, of a population's, and which training that was."""
+    by_rate: dict[str, list[str]] = {}
+    done = {name: row["ours"] for name, row in found["results"]["variants"].items() if "failed" not in row.get("ours", {"failed": ""})}
+    for name, ours in sorted(done.items(), key=lambda item: item[1]["rate"]):
+        by_rate.setdefault(f"{ours['rate']:.1g}", []).append(title(name))
+    r = found["results"]
+    words = (
+        f"Measured on {r['model']}, 22.7 M params, in {r['steps']} steps of {r['rows']} glosses by AdamW: of rates in factors of three, "
+        f"the best on validation glosses ({source(found, up)}):"
+    )
+    return f"{words}\n\n{table([{'best rate': rate, 'variants': ', '.join(names)} for rate, names in by_rate.items()])}"
+
+
+def gsm8k_table(folder: Path = RESULTS, up: str = "../") -> str:
+    """Write every result on GSM8K; empty where there is none."""
+    rows = []
+    for path in sorted(folder.glob("*-gsm8k-*.json")):
+        found = json.loads(path.read_text("utf-8"))
+        r, s = found["results"], found["results"]["settings"]
+        rows.append(
+            {
+                **{
+                    "variant": " ".join([title(s["variant"]), *(f"{name}={value}" for name, value in s["fields"])]),
+                    "model": s["model"],
+                    "r": str(r["r"] or "-"),
+                    "test": share(r["test"]),
+                    "valid": share(r["valid"]),
+                },
+                **{"params": count(r["params"]), "added MACs/token": count(r["macs_per_token"])},
+                "forward / step, ms": f"{r['ms']['forward']['median']:.0f} / {r['ms']['step']['median']:.0f}",
+                **{
+                    "init, s": f"{r['init_seconds']:.2f}",
+                    "peak, GiB": f"{r['peak_bytes'] / 2**30:.2f}",
+                    "file": source({**found, "file": path.name}, up),
+                },
+            }
+        )
+    return table(rows) if rows else ""
+
+
+def demo_table(demo: Found) -> str:
+    """Write the demo's outcome: the accuracy of each variant, and the cost of its step."""
+    return table(
+        [
+            {
+                **{"variant": title(o["variant"]), "trained": f"{o['trained']:,}", "exact before": f"{o['before']:.1%}"},
+                **{"exact after": f"{o['after']:.1%} ± {o['error']:.1%}"},
+                **({"all of it, s": f"{o['seconds']:.0f}"} if "seconds" in o else {"step / frozen step": f"{o['ratio']:.2f}"}),
+                "init, s": f"{o['init']:.2f}",
+            }
+            for o in demo["results"]["outcomes"]
+        ]
+    )
