@@ -13,7 +13,7 @@ import torch
 
 import gsm8k
 import lora_lite as ll
-from common import gsm8k_data, gsm8k_train, tables
+from common import gsm8k_data, gsm8k_train, learned, tables
 from common.gsm8k_data import config
 from common.measure import device as chosen_device
 from hub_files import VARIANTS, small
@@ -49,7 +49,7 @@ def test_a_run_reaches_a_result_and_a_row_of_the_table(hub, tmp_path, table, var
     text = json.dumps({"date": "2030-01-02", "machine": "2-core CPU", "threads": 1, "results": found})
     assert str(hub) not in text
     (tmp_path / f"2030-01-02-abc-gsm8k-{gsm8k.run_name(s)}.json").write_text(text)
-    row = dict(zip(*([c.strip() for c in line.split("|")] for line in tables.gsm8k_table(tmp_path).splitlines()[::2]), strict=True))
+    row = dict(zip(*([c.strip() for c in line.split("|")] for line in learned.gsm8k_table(tmp_path).splitlines()[::2]), strict=True))
     rank = {"adalora": "12"}.get(variant, "8")
     assert (row["model"], row["r"], row["params"]) == (Path(s.model).name, rank, tables.count(found["params"]))
     assert "/tmp" not in str(row)
@@ -60,7 +60,7 @@ def test_the_table_tells_cores_and_ranks_apart(hub, tmp_path):
         found = gsm8k.run(s, tmp_path / "out")
         text = json.dumps({"date": "2030-01-02", "machine": "2-core CPU", "threads": 1, "results": found})
         (tmp_path / f"2030-01-0{k + 1}-abc-gsm8k-{gsm8k.run_name(s)}.json").write_text(text)
-    first, second = tables.gsm8k_table(tmp_path).splitlines()[2:]
+    first, second = learned.gsm8k_table(tmp_path).splitlines()[2:]
     assert first.startswith("| IA3 | Qwen3-tiny | - |")
     assert second.startswith("| AntiPaSTO core=gain | Qwen3.5-tiny | 16 |")
 
