@@ -213,6 +213,14 @@ def test_every_kind_that_ships_is_in_the_grid():
     assert {kind.__name__ for kind in set(table.KINDS) - tried} == packed
 
 
+@pytest.mark.parametrize("name", GRID)
+def test_a_kind_that_may_not_fit_a_class_fits_no_layer_of_it(name):
+    layer = GRID[name][1]()
+    known = table.candidates(layer)
+    assert [kind for kind in table.KINDS if kind.fits(layer) and kind not in known] == []
+    assert LinearKind not in table.candidates(nn.ReLU()), "most are not asked"
+
+
 def test_a_wrong_kind_fails_the_kit_by_name():
     class Swapped(MyKind):
         state = {"weight": "b", "bias": "W"}  # noqa: RUF012

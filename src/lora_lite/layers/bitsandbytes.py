@@ -6,7 +6,6 @@ packed tensors it was made with. The library is recognised by name and used thro
 """
 
 import copy
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +39,6 @@ class _Packed8bit(NamedTuple):
     scales: Tensor
 
 
-@functools.cache  # every build asks of every module
 def _is(cls: Any, name: str) -> bool:
     return any(c.__name__ == name and c.__module__.startswith("bitsandbytes.") for c in cls.__mro__)
 
@@ -60,8 +58,8 @@ class Linear4bitKind(_FrozenBitsandbytes):
     """bitsandbytes' `Linear4bit`: nf4 or fp4 in blocks, with or without double quantisation."""
 
     @classmethod
-    def fits(cls, layer: nn.Module) -> bool:
-        return _is(type(layer), "Linear4bit")  # type: ignore[arg-type]  # mypy takes the hash of the instances for that of the class
+    def may_fit(cls, of: type[nn.Module]) -> bool:
+        return _is(of, "Linear4bit")
 
     @classmethod
     def fault(cls, layer: Any) -> str | None:
@@ -118,8 +116,8 @@ class Linear8bitKind(_FrozenBitsandbytes):
     """
 
     @classmethod
-    def fits(cls, layer: nn.Module) -> bool:
-        return _is(type(layer), "Linear8bitLt")  # type: ignore[arg-type]  # as above
+    def may_fit(cls, of: type[nn.Module]) -> bool:
+        return _is(of, "Linear8bitLt")
 
     @classmethod
     def fault(cls, layer: Any) -> str | None:

@@ -30,13 +30,20 @@ class ConvKind(Kind):
     gives: ClassVar[AbstractSet[str]] = Kind.gives - {"inputs", "positions"}
     why: ClassVar[str] = "Calibration sees a convolution's images, not their patches."
 
+    classes: ClassVar[tuple[type[nn.Module], ...]] = CLASSES
+    """The classes of its layers; a subclass of them with a forward of its own is not read."""
+
     @classmethod
-    def fits(cls, layer: nn.Module) -> bool:
-        return isinstance(layer, CLASSES) and layer.groups == 1
+    def may_fit(cls, of: type[nn.Module]) -> bool:
+        return issubclass(of, cls.classes)
+
+    @classmethod
+    def fits(cls, layer: Any) -> bool:
+        return cls.may_fit(type(layer)) and layer.groups == 1
 
     @classmethod
     def faithful(cls, layer: nn.Module) -> bool:
-        return any(type(layer).forward is conv.forward for conv in CLASSES)
+        return any(type(layer).forward is conv.forward for conv in cls.classes)
 
     @property
     def _dims(self) -> int:
@@ -118,8 +125,8 @@ class GroupedConvKind(ConvKind):
     sees_inputs: ClassVar[bool] = False
 
     @classmethod
-    def fits(cls, layer: nn.Module) -> bool:
-        return isinstance(layer, CLASSES) and layer.groups > 1
+    def fits(cls, layer: Any) -> bool:
+        return cls.may_fit(type(layer)) and layer.groups > 1
 
     def apply(self, f: Variant, params: Params, x: Tensor) -> Tensor:
         return f(params, self, x) if set(f.uses) <= {"output"} else self.by_kernel(f, params, x)

@@ -28,8 +28,8 @@ class EmbeddingKind(Kind):
     why: ClassVar[str] = "An embedding receives token ids, which are no vectors."
 
     @classmethod
-    def fits(cls, layer: nn.Module) -> bool:
-        return isinstance(layer, nn.Embedding)
+    def may_fit(cls, of: type[nn.Module]) -> bool:
+        return issubclass(of, nn.Embedding)
 
     @classmethod
     def faithful(cls, layer: nn.Module) -> bool:

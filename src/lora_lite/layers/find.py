@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_lite.core.tree import modules_by_path
 from lora_lite.layers.kind import Kind
-from lora_lite.layers.kinds import KINDS, kind_of
+from lora_lite.layers.kinds import candidates, kind_of
 
 T = TypeVar("T")
 Found = dict[str, type[Kind]]
@@ -23,11 +23,10 @@ def find(model: nn.Module, site: str, kinds: Sequence[type[Kind]] = ()) -> Found
         site: a key of `SITES`.
         kinds: kinds besides those that ship, asked first.
     """
-    asked = [kind for kind in (*kinds, *KINDS) if kind.site == site]
     found: Found = {}
     for path, module in modules_by_path(model).items():
-        for kind in asked:
-            for place in kind.places(path, module, lambda m: kind_of(m, kinds)):
+        for kind in (*kinds, *candidates(module)):
+            for place in kind.places(path, module, lambda m: kind_of(m, kinds)) if kind.site == site else ():
                 if place == path or path not in found:  # a layer that is a target itself keeps its parameters
                     found.setdefault(place, kind)
     return _outermost_blocks(found) if site == "block" else found
@@ -83,8 +82,12 @@ def faults(model: nn.Module, kinds: Sequence[type[Kind]] = ()) -> list[str]:
 
 def _of_kinds_with(method: str, modules: Iterable[tuple[nn.Module, T]], kinds: Sequence[type[Kind]]) -> Iterator[tuple[T, type[Kind]]]:
     """Yield the value beside each module whose kind has a `method` of its own, and the kind. Few have, and asking all takes time."""
-    having = [kind for kind in (*kinds, *KINDS) if getattr(kind, method).__func__ is not getattr(Kind, method).__func__]
+
+    def has_own(kind: type[Kind]) -> bool:
+        return getattr(kind, method).__func__ is not getattr(Kind, method).__func__
+
     for module, value in modules:
+        having = (kind for kind in (*kinds, *candidates(module)) if has_own(kind))
         if any(kind.fits(module) for kind in having) and (kind := kind_of(module, kinds)) is not None:
             yield value, kind
 

@@ -83,9 +83,16 @@ class Kind(Tensors):
     # Where it is found
 
     @classmethod
+    def may_fit(cls, of: type[nn.Module]) -> bool:
+        """Whether modules of a class can be of this kind. A kind that ships is asked once for each class, `fits` for each module."""
+        return True
+
+    @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        """Whether this kind reads a module."""
-        raise NotImplementedError(f"{cls.__name__}.fits(layer) -> bool is not defined")
+        """Whether this kind reads a module: where `may_fit` is defined, by default all of the classes that it tells."""
+        if cls.may_fit.__func__ is Kind.may_fit.__func__:  # type: ignore[attr-defined]  # mypy sees no methods of a class in these
+            raise NotImplementedError(f"{cls.__name__}.fits(layer) -> bool is not defined")
+        return cls.may_fit(type(layer))
 
     @classmethod
     def faithful(cls, layer: nn.Module) -> bool:

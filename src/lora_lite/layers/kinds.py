@@ -1,5 +1,6 @@
 """The table of the kinds that ship. `kinds=` puts a user's own before them."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,18 @@ def as_kinds(kinds: Any) -> tuple[type[Kind], ...]:
     return tuple(listed)
 
 
+def candidates(layer: nn.Module) -> tuple[type[Kind], ...]:
+    """Return the kinds that ship of which modules of a layer's class can be, in the order in which they are asked."""
+    of: Any = type(layer)
+    return _of_class(of)
+
+
+@functools.lru_cache(1024)  # every build asks of every module
+def _of_class(of: Any) -> tuple[type[Kind], ...]:
+    return tuple(kind for kind in KINDS if kind.may_fit(of))
+
+
 def kind_of(layer: nn.Module, kinds: Sequence[type[Kind]] = ()) -> type[Kind] | None:
     """Find the kind of a linear layer that a config takes without naming it. None for other modules."""
-    return next((kind for kind in (*kinds, *KINDS) if kind.site == "linear" and not kind.by_name and kind.fits(layer)), None)
+    asked = (*kinds, *candidates(layer))
+    return next((kind for kind in asked if kind.site == "linear" and not kind.by_name and kind.fits(layer)), None)

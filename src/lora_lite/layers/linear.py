@@ -17,6 +17,10 @@ class LinearKind(Kind):
     sums: ClassVar[bool] = True
 
     @classmethod
+    def may_fit(cls, of: type[nn.Module]) -> bool:
+        return issubclass(of, nn.Linear)
+
+    @classmethod
     def fits(cls, layer: nn.Module) -> bool:
         return isinstance(layer, nn.Linear) and not _holds_codes(layer)
 
@@ -48,8 +52,8 @@ class _OfTransformers(Kind):
     told_by: ClassVar[str]
 
     @classmethod
-    def fits(cls, layer: nn.Module) -> bool:
-        return any(c.__name__ == cls.told_by and c.__module__.startswith("transformers.") for c in type(layer).__mro__)
+    def may_fit(cls, of: type[nn.Module]) -> bool:
+        return any(c.__name__ == cls.told_by and c.__module__.startswith("transformers.") for c in of.__mro__)
 
     @classmethod
     def faithful(cls, layer: nn.Module) -> bool:

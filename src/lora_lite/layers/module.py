@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lora_lite.core.errors import listed
 from lora_lite.core.frozen import Frozen
+from lora_lite.core.tree import join, modules_by_path
 from lora_lite.layers.access import ADAPTERS, first_of, place_of
 from lora_lite.layers.by_member import by_rows, joined, taken, tensors_in
 from lora_lite.layers.kind import Kind, Params, Run, Variant
@@ -241,10 +242,13 @@ def is_norm(layer: nn.Module) -> bool:
 
 def named_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters of a module and its children by name, without adapters' params. A shared parameter comes once."""
-    ours = {p for inner in module.modules() for p in parameters_of_adapters(inner)}
-    for name, p in module.named_parameters(prefix=prefix):
-        if p not in ours:
-            yield name, p
+    parts = modules_by_path(module, prefix)
+    seen = {p for inner in parts.values() for p in parameters_of_adapters(inner)}
+    for path, inner in parts.items():
+        for name, p in inner._parameters.items():
+            if p is not None and p not in seen:
+                seen.add(p)
+                yield join(path, name), p
 
 
 def parameters_of_adapters(module: Any) -> Iterator[Tensor]:

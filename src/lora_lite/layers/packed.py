@@ -1,6 +1,5 @@
 """Base of the kinds of other libraries' packed layers: how such a layer is recognised, and how its codes are unpacked."""
 
-import functools
 from typing import Any, ClassVar
 
 import torch
@@ -21,13 +20,15 @@ class PackedKind(FrozenQuantised):
     """The names of the class, or `module.name` where the library has several of one name."""
 
     @classmethod
-    def fits(cls, layer: nn.Module) -> bool:
-        kind: Any = type(layer)
-        package, *names = _of_forward(kind)
+    def may_fit(cls, of: type[nn.Module]) -> bool:
+        package, *names = _of_forward(of)
         return f"{package}.".startswith(f"{cls.library}.") and not cls.told_by.isdisjoint(names)
 
+    @classmethod
+    def fits(cls, layer: nn.Module) -> bool:
+        return cls.may_fit(type(layer))  # also where another base has a rule of its own
 
-@functools.cache  # every build asks of every module
+
 def _of_forward(cls: Any) -> tuple[str, str, str]:
     """Return the module of the class that a module's forward is of, its name, and its name after that of its file."""
     owner = next((c for c in cls.__mro__ if "forward" in vars(c)), cls)

@@ -16,6 +16,10 @@ class TensorClassKind(FrozenQuantised):
     """
 
     @classmethod
+    def may_fit(cls, of: type[nn.Module]) -> bool:
+        return issubclass(of, nn.Linear)
+
+    @classmethod
     def fits(cls, layer: nn.Module) -> bool:
         return isinstance(layer, nn.Linear) and _dequantises(layer._parameters.get("weight"))
 

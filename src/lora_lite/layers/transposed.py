@@ -23,16 +23,13 @@ _CONVS: tuple[Callable[..., Tensor], ...] = (F.conv_transpose1d, F.conv_transpos
 class TransposedConvKind(GroupedConvKind):
     """A transposed convolution, in groups or not: `x` is `(*b, channels, *space)`."""
 
+    classes: ClassVar[tuple[type[nn.Module], ...]] = CLASSES
     output_size: ClassVar[Any] = None
     """The size that the model's call asks for; None for the layer's own."""
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        return isinstance(layer, CLASSES)
-
-    @classmethod
-    def faithful(cls, layer: nn.Module) -> bool:
-        return any(type(layer).forward is conv.forward for conv in CLASSES)
+        return isinstance(layer, cls.classes)
 
     @property
     def weight(self) -> Tensor:
