@@ -66,7 +66,6 @@ def gathered(x: Tensor, rows: Tensor, cols: Tensor, values: Tensor, o: int) -> T
 
 def plus_flat(W: Frozen, x: Tensor, flat: Tensor, values: Tensor) -> Tensor:
     """Return `W(x) + S x`, where `values (k,)` are added up at the places `flat (k,)` of an empty `S (o, i)` laid out flat."""
-    o, i = W.out_features, W.in_features
     if not is_dense(values.shape[0], W):
-        return plus_sparse(W, x, flat // i, flat % i, values)
-    return W.updated(x, values.new_zeros(o * i).index_add(0, flat, values).view(o, i))
+        return plus_sparse(W, x, flat // W.in_features, flat % W.in_features, values)
+    return W.updated_at(x, flat, values)
