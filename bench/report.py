@@ -100,6 +100,7 @@ def sections(folder: Path = RESULTS, up: str = "../") -> Iterator[tuple[str, str
         ("gpu-populations", "speed-cuda", t.populations_table),
         ("gpu-quantised", "quantised-cuda", t.quantised_table),
         ("gpu-serving", "serving-cuda", t.serving_table),
+        ("versions", "versions", t.versions_table),
         ("agreement", "agreement", t.agreement_table),
         ("demo", "demo", learned.demo_table),
     ]

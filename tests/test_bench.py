@@ -19,7 +19,8 @@ import quality
 import report
 import scaling as growth
 import timings
-from common import contenders, measure, methods
+import versions
+from common import contenders, measure, methods, tables
 from common.arithmetic import batch as demo_batch
 from common.arithmetic import exact_match
 from common.measure import batch_of, llama, peak_bytes
@@ -203,6 +204,30 @@ def test_joined_batches_keep_each_members_rows():
     assert found["labels"].tolist() == [[1, 1, -100], [1, 1, 1]]
 
 
+def test_a_version_is_timed_beside_another_one(monkeypatch, capsys, tmp_path):
+    version = versions.Version(BENCH.parent / "src")
+    try:
+        found = versions.compare(version, version, "lora", 2)
+        with pytest.raises(RuntimeError, match="KeyError: 'nothing'"):
+            version.ask("step", "nothing")
+        assert "dora" in version.ask("variants"), "it goes on"
+    finally:
+        version.end()
+    assert found["peak"] == 1.0
+    assert all(0 < found[what]["median"] < 10 and found[what]["n"] == 2 for what in versions.CALLS)
+    monkeypatch.setattr(sys, "argv", ["versions.py", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        versions.main()
+    assert "expected a folder with the package lora_lite, found none" in capsys.readouterr().err
+
+
+def test_versions_that_are_slower_beyond_the_spread_are_named():
+    even, slow = ({"median": m, "low": m - 0.05, "high": m + 0.05} for m in (1.0, 1.2))
+    rows = {"lora": {"forward": even, "step": even, "peak": 1.0}, "dora": {"forward": even, "step": slow, "peak": 1.0}}
+    assert tables.versions_table({"results": {"variants": rows}}).endswith("Slower or larger beyond the spread: DoRA.")
+    assert tables.versions_table({"results": {"variants": {"lora": rows["lora"]}}}).endswith("None is slower or larger beyond the spread.")
+
+
 def test_standard_error_counts_seeds_and_problems():
     assert quality.standard_error([0.5, 0.5], 100) == pytest.approx(0.05)
     assert quality.standard_error([0.4, 0.6], 100) == pytest.approx(math.sqrt(0.01 + 0.0025))
@@ -370,7 +395,7 @@ def test_page_has_every_part_and_no_figure_without_a_file(files, tmp_path):
     assert report.page(page, files) == page
     (tmp_path / "empty").mkdir()
     empty = report.page(text, tmp_path / "empty")
-    assert empty.count(report.NONE) == 20
+    assert empty.count(report.NONE) == 21
     assert "%" not in "".join(line for line in empty.splitlines() if line.startswith("|"))
     with pytest.raises(ValueError, match='expected a line "<!-- other -->"'):
         report.between(text, "other", "new")

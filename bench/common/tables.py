@@ -313,6 +313,15 @@ def serving_table(found: Found) -> str:
     return table(rows)
 
 
+def versions_table(found: Found) -> str:
+    """Write each variant's forward, step and peak over the other version's."""
+    rows, calls = found["results"]["variants"].items(), ("forward", "step")
+    cells = [{"variant": title(name)} | {call: spread(row[call]) for call in calls} | {"peak": f"{row['peak']:.2f}"} for name, row in rows]
+    slower = [title(name) for name, row in rows if any(row[call]["low"] > 1 for call in calls) or row["peak"] > 1.005]
+    end = f"Slower or larger beyond the spread: {', '.join(slower)}." if slower else "None is slower or larger beyond the spread."
+    return f"{table(cells)}\n\n{end}"
+
+
 def agreement_table(found: Found) -> str:
     """Write on how many figures two runs agree, and the figures on which they do not."""
     kinds = found["results"]
