@@ -51,11 +51,11 @@ def kinds_table() -> str:
     return _grid("kind of layer", json.loads((Path(__file__).parent / "kinds.json").read_text("utf-8")))
 
 
-def integrations_table() -> str:
-    """Return the grid of variants and other libraries, with a numbered list of the reasons where a check is not run or does not hold."""
+def integrations_table(library: str) -> str:
+    """Return the grid of `lora_lite` or `peft` and other libraries, with a numbered list of what is not run or does not hold."""
     found = json.loads(INTEGRATIONS.read_text("utf-8"))
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    named = {title(ll.VARIANTS[name]): cells for name, cells in found["results"].items()}
+    named = {title(ll.VARIANTS[name]): cells for name, cells in found["results"][library].items()}
     return f"{_grid('variant', named)}\n\nRun on {found['date']} ({versions})."
 
 
@@ -63,7 +63,9 @@ def _grid(what: str, found: dict[str, dict[str, str]]) -> str:
     numbers: dict[str, str] = {}
 
     def mark(said: str) -> str:
-        return "ok" if said == "ok" else numbers.setdefault(said, str(len(numbers) + 1))
+        holds, _, left = said.partition("; ") if said.startswith("ok") else ("", "", said)  # what an ok leaves out comes after it
+        number = left and numbers.setdefault(left, str(len(numbers) + 1))
+        return ", ".join(filter(None, (holds, number)))
 
     rows = [{what: name, **{check: mark(said) for check, said in checks.items()}} for name, checks in found.items()]
     return f"{table(rows)}\n\n" + "\n".join(f"{number}. {said}" for said, number in numbers.items())

@@ -105,8 +105,9 @@ class Kinds(FromCode):
 
 
 class Integrations(FromCode):
-    """The grid of variants and other libraries."""
+    """The grid of a library's methods, named by the argument, and other libraries."""
 
+    required_arguments = 1
     text = staticmethod(matrix.integrations_table)
 
 

@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from subjects import EACH, subject
+from subjects import EACH
 
 import lora_lite as ll
 
 curvlinops = pytest.importorskip("curvlinops", reason="curvlinops is not installed: pip install curvlinops-for-pytorch")
 
 
-def products(cfg):
+def products(case):
     """The operators' products with a vector are those of `hvp` and `ggn_vp` with it as a tree."""
-    adapt, params, x, y = subject(cfg)
+    s = case()
+    adapt, params, x, y = s.adapt, s.params, s.x, s.y
     module = adapt.module(params)
     module.eval()
     leaves = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -24,8 +25,8 @@ def products(cfg):
         return (output - y).square().mean()
 
     ours = {
-        curvlinops.HessianLinearOperator: ll.hvp(lambda p: squares(adapt(p, x)))(params, along),
-        curvlinops.GGNLinearOperator: ll.ggn_vp(lambda p: adapt(p, x), squares)(params, along),
+        curvlinops.HessianLinearOperator: s.hvp(lambda p: squares(adapt(p, x)), along),
+        curvlinops.GGNLinearOperator: s.ggn_vp(squares, along),
     }
     for operator, tree in ours.items():
         made = operator(module, mse, list(leaves.values()), [(x, y)], check_deterministic=False)
@@ -41,5 +42,5 @@ CHECKS = {"curvlinops": (products,)}
 
 
 @EACH
-def test_curvlinops(row):
-    products(row.cfg)
+def test_curvlinops(case):
+    products(case)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from subjects import EACH, flat, subject
+from subjects import EACH, Case, flat
 
 import lora_lite as ll
 from cases import assert_trees_equal
@@ -22,11 +22,12 @@ def _log_posterior(adapt):
     return of
 
 
-def laplace(cfg):
-    """The diagonal of the empirical Fisher, of the likelihood alone, is the mean square of per-example gradients."""
-    adapt, params, x, y = subject(cfg)
-    if not adapt.targets or not cfg.rowwise:
-        pytest.skip("per-example gradients of a variant that couples rows are those of batches of one row")
+def laplace(case):
+    """The diagonal of the empirical Fisher, of the likelihood alone, is the sum of squared per-example gradients."""
+    if not case.cfg.rowwise:
+        pytest.skip("Laplace's diagonal is of single rows, and this variant couples those of a batch")
+    s = case()
+    adapt, params, x, y = s.adapt, s.params, s.x, s.y
 
     def log_rows(params, batch):
         output = adapt(params, batch[0])
@@ -34,14 +35,16 @@ def laplace(cfg):
 
     transform = posteriors.laplace.diag_fisher.build(log_rows, per_sample=True)
     state, _ = transform.update(transform.init(params), (x, y))
-    want = ll.fisher_diag(adapt, lambda output, _: 0.5 * (output - y).square().sum(-1))(params, x)
+    rows = s.by_row(lambda output, rows: 0.5 * (output - y[rows]).square().sum(-1))
+    want = ll.tree_map(lambda g: g.square().sum(0), rows)
     assert any(leaf.any() for leaf in ll.tree_leaves(want))
-    assert_trees_equal(state.prec_diag, ll.tree_map(lambda f: f * len(x), want), 1e-9)
+    assert_trees_equal(state.prec_diag, want, 1e-9)
 
 
-def sghmc(cfg):
+def sghmc(case):
     """Two steps without noise are Hamiltonian steps with friction."""
-    adapt, params, x, y = subject(cfg)
+    s = case()
+    adapt, params, x, y = s.adapt, s.params, s.x, s.y
     log_posterior = _log_posterior(adapt)
     lr, alpha = 1e-3, 0.1
     transform = posteriors.sgmcmc.sghmc.build(log_posterior, lr=lr, alpha=alpha, temperature=0.0, momenta=0.0)
@@ -50,7 +53,7 @@ def sghmc(cfg):
     for _ in range(2):
         state, output = transform.update(state, (x, y))
         torch.testing.assert_close(output, adapt(p, x))
-        grads = torch.func.grad(lambda p: log_posterior(p, (x, y))[0])(p)
+        grads = s.grad(lambda p: log_posterior(p, (x, y))[0])(p)
         p, m = (
             ll.tree_map(lambda p, m: p + lr * m, p, m),
             ll.tree_map(lambda m, g: m + lr * g - lr * alpha * m, m, grads),
@@ -60,9 +63,10 @@ def sghmc(cfg):
     assert any(leaf.any() for leaf in ll.tree_leaves(m))
 
 
-def variational(cfg):
+def variational(case):
     """A step of the means and deviations follows the gradient of the bound at the sample that was drawn."""
-    adapt, params, x, y = subject(cfg)
+    s = case()
+    adapt, params, x, y = s.adapt, s.params, s.x, s.y
     log_posterior, lr = _log_posterior(adapt), 1e-3
     transform = posteriors.vi.diag.build(log_posterior, torchopt.sgd(lr=lr), init_log_sds=math.log(0.1), stl=False)
     torch.manual_seed(1)
@@ -71,7 +75,7 @@ def variational(cfg):
     torch.manual_seed(1)
     deviations = ll.tree_map(lambda p: torch.full_like(p, 0.1), params)
     sample = ll.tree_map(lambda p: p[0], posteriors.utils.diag_normal_sample(params, deviations, (1,)))
-    grads = torch.func.grad(lambda p: log_posterior(p, (x, y))[0])(sample)
+    grads = s.grad(lambda p: log_posterior(p, (x, y))[0])(sample)
     assert flat(grads).any()
     means = ll.tree_map(lambda p, g: p + lr * g, params, grads)
     widths = ll.tree_map(lambda p, s, g: math.log(0.1) + lr * (g * (s - p) + 1), params, sample, grads)
@@ -84,13 +88,14 @@ CHECKS = {"posteriors": (laplace, sghmc, variational)}
 
 @EACH
 @pytest.mark.parametrize("check", CHECKS["posteriors"], ids=lambda check: check.__name__)
-def test_posteriors(row, check):
-    check(row.cfg)
+def test_posteriors(case, check):
+    check(case)
 
 
 @pytest.mark.parametrize("cfg", [ll.DoRAConfig(r=2), ll.OFTConfig(block_size=8)], ids=lambda cfg: cfg.name)
 def test_dense_laplace_is_the_gauss_newton_matrix_and_samples_run_mixed(cfg):
-    adapt, params, x, y = subject(cfg)
+    s = Case(cfg)()
+    adapt, params, x, y = s.adapt, s.params, s.x, s.y
     params, y = ll.tree_map(torch.Tensor.float, params), y.float()  # posteriors draws in float32
 
     def outputs_of(params):

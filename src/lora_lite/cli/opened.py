@@ -64,8 +64,8 @@ def opened(places: Sequence[Path], base: Path | None, prefix: str | None = None)
         try:
             pairs.append(_read(model, place, prefix=""))
         except ValueError as e:
-            _require_base(found.unsure)
-            raise e
+            require_base(found.unsure)
+            raise ValueError(f"{e} Without the base model its layers are taken for bare ones: pass it, --base MODEL.") from e
     return Opened([adapt for adapt, _ in pairs], [tree for _, tree in pairs], False, outlines)
 
 
@@ -130,10 +130,15 @@ def require_known(found: Opened, also: bool = False) -> None:
                 reasons.setdefault(f"{type(cfg).__name__} derives tensors from the weight", []).append(target.path)
             elif also and of_weight(adapt, tree, target):
                 reasons.setdefault(f"the update of {type(cfg).__name__} depends on the weight", []).append(target.path)
-    _require_base(reasons)
+    require_base(reasons)
 
 
-def _require_base(reasons: Mapping[str, list[str]]) -> None:
+def require_base(reasons: Mapping[str, list[str]]) -> None:
+    """Raise where something needs the base model, which was not given.
+
+    Args:
+        reasons: the paths of the layers for which it does, by the reason.
+    """
     if reasons:
         faults = [f"{reason} (at {listed(paths)})" for reason, paths in reasons.items()]
         raise ValueError(

@@ -3,11 +3,14 @@
 from pathlib import Path
 
 from lora_lite.adapt import Adapt
+from lora_lite.cli.opened import require_base
 from lora_lite.core.tree import Tree
 from lora_lite.files.adapter_file import write
+from lora_lite.files.card import write_card
 from lora_lite.files.durable import whole_folder
 from lora_lite.files.kohya import to_diffusers, to_kohya
-from lora_lite.files.peft import to_peft
+from lora_lite.files.peft.without_base import of_base
+from lora_lite.files.peft.write import write_files
 
 FORMS = ("lora_lite", "peft", "kohya", "diffusers")
 
@@ -31,10 +34,16 @@ def written(adapt: Adapt, params: Tree, form: str, out: Path, based: bool, card:
         based: whether the model has the base model's weights.
         card: the text of a README beside PEFT's files, or None.
         prefix: the name of the part of a pipeline in files of image tools; None for that of a U-Net.
+
+    Raises:
+        ValueError: where the form cannot hold the adapter, or not without the base model.
     """
     if form == "peft":
+        require_base({} if based else of_base(adapt, params))
         with whole_folder(out) as folder:
-            to_peft(adapt, params, folder, card=card)
+            write_files(adapt, params, folder, complete=based)
+            if card is not None:
+                write_card(card, folder)
     elif form == "kohya":
         to_kohya(adapt, params, out, prefix="lora_unet" if prefix is None else prefix)
     elif form == "diffusers":

@@ -20,6 +20,7 @@ from lora_lite.core.tree import Tree, flatten, join
 from lora_lite.files.base_weights import fingerprint, rebase, report, values_at
 from lora_lite.files.durable import written
 from lora_lite.files.header import BASE, CONSTANT, Header, Stored, describe, tensor_faults, write_header
+from lora_lite.files.inferred import follows
 from lora_lite.files.stored import read as read
 from lora_lite.layers.find import find
 from lora_lite.layers.kind import Kind
@@ -189,12 +190,12 @@ def bound(
 
 
 def _layers(adapt: Adapt) -> dict[str, tuple[str, list[int]]]:
-    """Return the kind and the weight's shape, as it is stored, of each target that is a linear layer with a plain weight."""
+    """Return the kind and the weight's shape, as it is stored, of each linear layer that follows from them."""
     found = {}
     for target, cfg in adapt._plan.entries:
         layer = adapt._plan.layer(target, cfg)
         own: Any = getattr(layer, "own", lambda name: None)("weight") if cfg.adapts == "linear" else None
-        if isinstance(own, Tensor):
+        if isinstance(own, Tensor) and follows(adapt._plan.base, target.kind.host(target.path)):
             found[target.path] = target.kind.__name__, list(own.shape)
     return found
 

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from lora_lite.files.mapped import Mapped
+from lora_lite.files.peft.layers import in_attention
+from lora_lite.files.peft.twice import other_places
 
 _CONVS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
@@ -70,3 +72,14 @@ def layer_of(weight: Iterable[int], bias: bool, embedding: bool = False, device:
     if not rest:
         return nn.utils.skip_init(nn.LayerNorm, first, bias=bias, device=device)
     return with_parameters({"weight": (first, *rest), **({"bias": (first,)} if bias else {})})
+
+
+def follows(model: nn.Module, path: str) -> bool:
+    """Whether a layer is what its class and the shape of its weight imply.
+
+    A convolution may have a dilation or a padding mode besides, `nn.MultiheadAttention` reads its projection's weight without a call, and a
+    layer may stand at a second place. The forms of other libraries differ there.
+    """
+    layer = model.get_submodule(path)
+    apart = isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and (layer.padding_mode != "zeros" or max(layer.dilation) > 1)
+    return not (apart or in_attention(model, path) or (path != "" and other_places(model, path)))

@@ -133,10 +133,20 @@ def _of_peft(folder: Path) -> Outline:
     layers = {path: layer for path, own in shapes.items() if (layer := _implied(own)) is not None}
     for path in shapes.keys() - layers.keys():
         unsure.setdefault("no layer follows from the tensors", []).append(path)
+    for path in [path for path, layer in layers.items() if layer.kind == "ConvKind" and max(layer.shape[2:]) > 1]:
+        unsure.setdefault("the files do not describe the dilation and the padding of a convolution", []).append(path)
+    for path in filter(_of_attention, layers):
+        if not any(other != path and other.rpartition(".")[0] == path.rpartition(".")[0] for other in layers):
+            unsure.setdefault("the files do not tell an nn.MultiheadAttention, where they have another meaning", []).append(path)
     for field in ("target_parameters", "fan_in_fan_out"):
         if fields.get(field):
             unsure[f"the files do not describe the layers of {field}"] = list(layers)
     return Outline(layers, unsure)
+
+
+def _of_attention(path: str) -> bool:
+    """Whether an `nn.MultiheadAttention` may have a layer, whose only one is `out_proj`. PEFT wraps that module."""
+    return path.rpartition(".")[2] == "out_proj" or "base_layer" in path.split(".")
 
 
 def _of_image_tools(path: Path) -> Outline:

@@ -34,7 +34,8 @@ class AdapterSaving:
         options: keywords of the `Trainer`, `model` excepted.
 
     Raises:
-        ValueError: where `params` does not fit, or the arguments ask for FSDP or DeepSpeed, which save in their own way.
+        ValueError: where `params` does not fit, the arguments ask for FSDP or DeepSpeed, which save in their own way, or the output head is
+            adapted and the trainer reads its weight.
     """
 
     model: Any
@@ -53,7 +54,21 @@ class AdapterSaving:
         module = adapt.module(params)
         if getattr(module, "is_quantized", False):
             vars(module)["_hf_peft_config_loaded"] = True  # how Trainer asks whether a quantised model has something to train
+        called = vars(module).get("forward")
         super().__init__(model=module, **options)  # type: ignore[call-arg]
+        if vars(self.model).get("forward") is not called:  # as TRL's trainers do, to compute the head's output in parts
+            self._require_called_head()
+
+    def _require_called_head(self) -> None:
+        """Raise where the output head is a target: a trainer that replaces the model's forward reads the head's weight."""
+        head = self.model.get_output_embeddings()
+        paths = [path for path, module in self.model.named_modules() if module is head]
+        adapted = [target.path for target in self.adapt.targets if target.path in paths]
+        if adapted:
+            raise ValueError(
+                f'{type(self).__name__}: expected an output head that is not adapted, found "{adapted[0]}" among the targets. This trainer '
+                f"reads the head's weight, and the adapter would have no part in the loss. Leave it out: exclude_names=({adapted[0]!r},)."
+            )
 
     def params(self) -> Tree:
         """Return copies of the params as they are now."""

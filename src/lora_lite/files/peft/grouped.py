@@ -23,13 +23,13 @@ def patterns_of(target_modules: Any) -> tuple[str, ...]:
     return tuple(rf"(^|\.){re.escape(name)}$" for name in names) if any("." in name for name in names) else ()
 
 
-def fields_of(group_of: Callable[[str], str], paths: Sequence[str], others: Iterable[str]) -> dict[str, Any]:
+def fields_of(group_of: Callable[[str], str], paths: Sequence[str], others: Iterable[str] | None) -> dict[str, Any]:
     """Return PEFT's fields that name layers so that it makes the same groups.
 
     Args:
         group_of: the group of a layer, by its path.
         paths: the layers, in order.
-        others: the paths of all other modules.
+        others: the paths of all other modules; None where they are unknown, which one group alone does without.
 
     Raises:
         ValueError: where no such fields are there.
@@ -37,8 +37,13 @@ def fields_of(group_of: Callable[[str], str], paths: Sequence[str], others: Iter
     groups: dict[str, list[str]] = {}
     for path in paths:
         groups.setdefault(group_of(path), []).append(path)
+    if others is None and len(groups) > 1:
+        raise ValueError(
+            f"to_peft: expected the base model, whose other layers the names of {len(groups)} groups must leave out, found none. "
+            "Pass it: --base MODEL."
+        )
     ends = [_own_end(members, [path for path in paths if path not in members]) for members in groups.values()]
-    if all(ends):
+    if all(ends) and others is not None:
         besides = [path for path in others if any(f".{path}".endswith(f".{end}") for end in ends)]
         return {"target_modules": ends, **({"exclude_modules": expression(besides)} if besides else {})}
     if len(groups) == 1:

@@ -134,7 +134,7 @@ def _wrapped(model: nn.Module, target: Target, tensors: Mapping[str, Tensor], pa
 def unsaved(model: nn.Module, target: Target, cfg: AdapterConfig) -> str | None:
     """Return the reason why PEFT cannot keep a variant at a target, or None."""
     layer: Any = model.get_submodule(target.kind.host(target.path))
-    if isinstance(model.get_submodule(target.path.rpartition(".")[0]), nn.MultiheadAttention):
+    if in_attention(model, target.path):
         return "inside nn.MultiheadAttention: PEFT adds the update of its output projection twice"
     if issubclass(target.kind, ParameterKind | EmbeddingKind) and cfg.name != "lora":
         return f"on {'an embedding' if issubclass(target.kind, EmbeddingKind) else 'a parameter'}: PEFT has LoRA alone there"
@@ -155,6 +155,11 @@ def unsaved(model: nn.Module, target: Target, cfg: AdapterConfig) -> str | None:
     if layer.padding_mode != "zeros" or max(layer.dilation) > 1:
         return "on a convolution with dilation or a padding mode, which PEFT's LoRA leaves out"
     return None
+
+
+def in_attention(model: nn.Module, path: str) -> bool:
+    """Whether a layer is the output projection of an `nn.MultiheadAttention`, which reads its weight without calling it."""
+    return isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention)
 
 
 def _unusual(layer: Any) -> bool:

@@ -75,7 +75,8 @@ class Row(NamedTuple):
         misread: kinds of layers at which PEFT's file has another meaning than the variant, as the reason.
         bare: whether a file may hold nothing of a layer; the config's `target_modules` then says which layers there are.
         lists: PEFT's field that names the layers of this variant among those of its type.
-        named: `(our config, paths of the layers, paths of all other modules)` to the fields that name the layers otherwise than as a list.
+        named: `(our config, paths of the layers, paths of all other modules, None where unknown)` to the fields that name the layers
+            otherwise than as a list.
         conv1d: whether PEFT adapts transformers' `Conv1D` by it.
     """
 
@@ -102,7 +103,7 @@ class Row(NamedTuple):
     misread: Callable[[type[Kind]], str | None] = lambda kind: None
     bare: bool = False
     lists: str | None = None
-    named: Callable[[Any, Sequence[str], Sequence[str]], dict[str, Any]] = lambda cfg, paths, others: {}
+    named: Callable[[Any, Sequence[str], Sequence[str] | None], dict[str, Any]] = lambda cfg, paths, others: {}
     conv1d: bool = False
 
     def held(self, value: Callable[[str], Any]) -> dict[str, Leaf]:

@@ -30,7 +30,9 @@ def expression(paths: Iterable[str]) -> str:
     return "|".join(map(re.escape, paths))
 
 
-def listed_or_expressed(paths: list[str], others: Iterable[str]) -> list[str] | str:
-    """Return the layers as a list, which other readers of these files expect, or as an expression where a suffix would match others."""
+def listed_or_expressed(paths: list[str], others: Iterable[str] | None) -> list[str] | str:
+    """Return the layers as a list, which other readers of these files expect, or as an expression where a suffix would match others.
+
+    So it might where the other paths are not known, which None stands for."""
     ends = tuple(f".{path}" for path in paths)
-    return expression(paths) if any(path.endswith(ends) for path in others) else paths
+    return expression(paths) if paths and (others is None or any(path.endswith(ends) for path in others)) else paths

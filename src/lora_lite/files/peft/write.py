@@ -2,10 +2,8 @@
 
 import json
 import os
-import re
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,72 +21,18 @@ from lora_lite.files.card import write_card
 from lora_lite.files.durable import replace
 from lora_lite.files.peft import biases, tokens, twice, whole
 from lora_lite.files.peft.categories import gathered
-from lora_lite.files.peft.fields import BY_PATH, PATTERNS
+from lora_lite.files.peft.config import Pairs, Written, fields_of
 from lora_lite.files.peft.grouped import copies
 from lora_lite.files.peft.hub import CONFIG, WEIGHTS
-from lora_lite.files.peft.layers import as_saved, is_conv1d, is_parameter, unsaved
+from lora_lite.files.peft.layers import as_saved, is_conv1d, unsaved
 from lora_lite.files.peft.numbered import unstacked
 from lora_lite.files.peft.parts import PREFIX
 from lora_lite.files.peft.row import Leaves, Row, own_bias
 from lora_lite.files.peft.rows import ROWS
-from lora_lite.files.peft.targeted import expression, listed_or_expressed
-from lora_lite.files.peft.tasks import heads_of, task_of
+from lora_lite.files.peft.tasks import heads_of
 from lora_lite.variants.full import FullConfig
 from lora_lite.variants.ln_tuning import LNTuningConfig
 from lora_lite.variants.tokens import TokensConfig
-
-Pairs = list[tuple[Target, AdapterConfig]]
-
-VERSION = "0.18.0"
-"""The oldest PEFT that reads these files as they are meant: OFT's series was another before."""
-
-OF_TYPE: dict[str, dict[str, Any]] = {
-    "LORA": {"bias": "none"},
-    "IA3": {"feedforward_modules": []},
-    "DELORA": {"bias": "none"},
-    "HRA": {"bias": "none"},
-    "BEFT": {},
-    "ROAD": {},
-    "OFT": {"bias": "none"},
-    "PSOFT": {},
-    "VERA": {"bias": "none", "save_projection": True},
-    "PVERA": {"bias": "none", "save_projection": True},
-    "RANDLORA": {"bias": "none", "save_projection": True},
-    "VBLORA": {"bias": "none", "save_only_topk_weights": False},
-    "TINYLORA": {"bias": "none", "save_projection": True},
-    "UNILORA": {"bias": "none", "save_indices": True},
-    "FROD": {"bias": "none", "save_projection": True},
-    "ADALORA": {"bias": "none"},
-    "LN_TUNING": {},
-    "LOHA": {},
-    "LOKR": {},
-    "MISS": {"bias": "none"},
-    "SHIRA": {},
-    "HIRA": {},
-    "GRALORA": {"bias": "none"},
-    "BOFT": {"bias": "none"},
-    "C3A": {"bias": "none"},
-    "FOURIERFT": {"bias": "none"},
-    "WAVEFT": {"bias": "none", "wavelet_family": "db1"},
-    "TRAINABLE_TOKENS": {},
-    "DEFT": {"bias": "none", "init_weights": True},
-    "PEANUT": {},
-    "OSF": {},
-    "ADAMSS": {"init_weights": "orthogonal"},
-    "GLORA": {"bias": "none"},
-    "LILY": {},
-    "SUPERTUNING": {"save_precomputed_indices": True},
-}
-"""Fields that are the same in every file of a PEFT type."""
-
-
-class Written(NamedTuple):
-    """A layer in PEFT's terms."""
-
-    target: Target
-    row: Row
-    fields: dict[str, Any]
-    tensors: Leaves
 
 
 @made_on_cpu
@@ -124,34 +68,69 @@ def to_peft(
         raise FileNotFoundError(f'to_peft: expected the parent of "{folder}" to exist, found none. Create it first.')
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f'to_peft: expected a folder, found the file "{folder}". Name a folder.')
+    write_files(adapt, params, folder)
+    if card is not None:
+        write_card(card, folder)
+
+
+class Sorted(NamedTuple):
+    """The targets of an adapter, by the place that they have in PEFT's files."""
+
+    of_method: Pairs
+    as_whole: Pairs
+    as_bias: Pairs
+    of_tokens: dict[str, TokensConfig]
+
+
+def sorted_targets(adapt: Adapt) -> Sorted:
+    """Return the targets in this order."""
     entries = list(zip(adapt.targets, adapt.configs))
     as_whole: Pairs = [(target, cfg) for target, cfg in entries if isinstance(cfg, FullConfig)]
     of_tokens = {target.path: cfg for target, cfg in entries if isinstance(cfg, TokensConfig)}
     of_method = [(target, cfg) for target, cfg in entries if not isinstance(cfg, FullConfig | TokensConfig)]
     as_bias = biases.beside(of_method) if any(row.peft_type == "LORA" for _, cfg in of_method if (row := _row(cfg))) else []
-    of_method = [entry for entry in of_method if entry not in as_bias]
-    _refuse(of_method, as_whole, as_bias, of_tokens, adapt)
-    layers = [_written(target, cfg, copies(adapt._plan, params, target.path), adapt) for target, cfg in of_method]
+    return Sorted([entry for entry in of_method if entry not in as_bias], as_whole, as_bias, of_tokens)
+
+
+def write_files(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], folder: Path, complete: bool = True) -> None:
+    """Write the two files of `to_peft`.
+
+    Args:
+        adapt: the adapted model.
+        params: a tree that fits it.
+        folder: the folder to write to.
+        complete: whether `adapt` has all modules of the base model.
+
+    Raises:
+        ValueError: as in `to_peft`.
+    """
+    found = sorted_targets(adapt)
+    require_expressible(found, adapt)
+    layers, tensors = tensors_of(adapt, params, found)
+    fields = fields_of(adapt, layers, found.as_whole, found.of_tokens, complete)
+    if found.as_bias or any(getattr(cfg, "bias", False) for _, cfg in found.of_method):
+        fields["bias"] = "all" if found.as_bias else "lora_only"
+    heads = heads_of(adapt._plan.base, fields["task_type"], [target.path for target, _ in found.as_whole])
+    _write(folder, fields, {**{PREFIX + key: t for key, t in heads.items()}, **tensors})
+
+
+def tensors_of(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], found: Sorted) -> tuple[list[Written], Leaves]:
+    """Return the layers of the method in PEFT's terms, and the tensors of the file by key."""
+    layers = [_written(target, cfg, copies(adapt._plan, params, target.path), adapt) for target, cfg in found.of_method]
     saved = [as_saved(adapt._plan.base, layer.target, layer.tensors, adapt.targets) for layer in layers]
     tensors = {PREFIX + key: t for one in saved for key, t in one.items()}
     for row in {layer.row.peft_type: layer.row for layer in layers}.values():
         tensors = gathered(tensors, row.of_sort, row.sort, PREFIX)
-    for _, cfg in of_method:
+    for _, cfg in found.of_method:
         tensors |= {key: adapt.constants[cfg.name][name].cpu() for name, key in ROWS[cfg.name].shared.items()}
-    tensors |= _shared(adapt, params, {cfg.name: cfg for _, cfg in of_method})
-    for target, cfg in as_whole:
+    tensors |= _shared(adapt, params, {cfg.name: cfg for _, cfg in found.of_method})
+    for target, cfg in found.as_whole:
         values = whole.full_values(adapt._plan.base, target.path, cfg, params[target.path])
         tensors |= {PREFIX + key: t.contiguous().clone() for key, t in values.items()}
-    for target, _ in as_bias:
+    for target, _ in found.as_bias:
         tensors |= {PREFIX + key: t for key, t in biases.saved(adapt._plan.base, target, params[target.path]).items()}
-    tensors |= {PREFIX + key: t for key, t in tokens.written(adapt._plan.base, params, of_tokens, alone=not of_method).items()}
-    fields = _fields(adapt, layers, as_whole, of_tokens)
-    if as_bias or any(getattr(cfg, "bias", False) for _, cfg in of_method):
-        fields["bias"] = "all" if as_bias else "lora_only"
-    heads = heads_of(adapt._plan.base, fields["task_type"], [target.path for target, _ in as_whole])
-    _write(folder, fields, {**{PREFIX + key: t for key, t in heads.items()}, **tensors})
-    if card is not None:
-        write_card(card, folder)
+    rows = tokens.written(adapt._plan.base, params, found.of_tokens, alone=not found.of_method)
+    return layers, {**tensors, **{PREFIX + key: t for key, t in rows.items()}}
 
 
 def _row(cfg: AdapterConfig) -> Row | None:
@@ -159,7 +138,9 @@ def _row(cfg: AdapterConfig) -> Row | None:
     return row if row is not None and row.config is type(cfg) else None
 
 
-def _refuse(entries: Pairs, as_whole: Pairs, as_bias: Pairs, of_tokens: Mapping[str, TokensConfig], adapt: Adapt) -> None:
+def require_expressible(found: Sorted, adapt: Adapt) -> None:
+    """Raise where PEFT cannot express an adapter; the error names each target, variant or field."""
+    entries, as_whole, as_bias, of_tokens = found
     faults = _whole_faults(entries, as_whole, adapt)
     types = sorted({row.peft_type for _, cfg in entries if (row := _row(cfg))})
     faults += tokens.unwritable(adapt._plan.base, of_tokens, types, [target.path for target, _ in as_whole])
@@ -234,59 +215,6 @@ def _shared(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], configs: M
         for own, leaf in ROWS[name].shared_leaves.items():
             found[leaf.key] = (params[name][own].detach() + leaf.origin(cfg, constants)).cpu()
     return {key: t.contiguous().clone() for key, t in unstacked(found).items()}
-
-
-def _fields(adapt: Adapt, layers: list[Written], as_whole: Pairs, of_tokens: Mapping[str, TokensConfig]) -> dict[str, Any]:
-    """Return the fields of PEFT's config: common values, and patterns where layers may differ.
-
-    Raises:
-        ValueError: where layers differ in a field that PEFT has once.
-    """
-    norms = [target.path for target, cfg in as_whole if isinstance(cfg, LNTuningConfig)]
-    modules = [target.path for target, cfg in as_whole if not isinstance(cfg, LNTuningConfig)]
-    method = layers[0].row.peft_type if layers else whole.LN_TUNING if norms else tokens.TRAINABLE_TOKENS
-    task = adapt._plan.task_type or task_of(adapt._plan.base, [layer.target.path for layer in layers])
-    fields = {"peft_type": method, "peft_version": VERSION, "task_type": task, "inference_mode": True, **OF_TYPE[method]}
-    fields["base_model_name_or_path"] = getattr(getattr(adapt._plan.base, "config", None), "_name_or_path", None)
-    fields |= {"modules_to_save": modules} if modules else {}
-    chosen = [layer.target.path for layer in layers] or norms or list(of_tokens)
-    of_path = {t.path: t for t in adapt.targets}
-    parameters = [path for path in chosen if is_parameter(of_path[path])]
-    besides = [path for path, _ in adapt._plan.base.named_modules() if path not in set(chosen)]
-    fields["target_modules"] = listed_or_expressed([path for path in chosen if path not in parameters], besides)
-    if layers:
-        cfg = next(cfg for target, cfg in zip(adapt.targets, adapt.configs) if target.path == chosen[0])
-        fields |= layers[0].row.named(cfg, chosen, besides)
-    fields |= {"target_parameters": parameters} if parameters else {}
-    fields |= tokens.fields_of(adapt._plan.base, of_tokens, alone=not layers) if of_tokens else {}
-    if not layers:
-        return fields
-    if any(layer.row.conv1d for layer in layers):
-        fields["fan_in_fan_out"] = any(is_conv1d(layer.target) for layer in layers)
-    for lists in {layer.row.lists for layer in layers if layer.row.lists}:
-        fields[lists] = expression([layer.target.path for layer in layers if layer.row.lists == lists])
-    patterns, faults = PATTERNS.get(method, {}), []
-    for name in dict.fromkeys(name for layer in layers for name in layer.fields):
-        values = {layer.target.path: layer.fields.get(name) for layer in layers}
-        fields[name] = Counter(values.values()).most_common(1)[0][0]
-        others = {path: value for path, value in values.items() if value != fields[name]}
-        if name in patterns:
-            fields[patterns[name]] = {path if method in BY_PATH else f"^{re.escape(path)}$": value for path, value in others.items()}
-            faults += _taken(name, values, others) if method in BY_PATH else []
-        elif others:
-            faults.append(f"{name}: {fields[name]!r} and {next(iter(others.values()))!r} at {listed(others)}")
-    if faults:
-        raise ValueError(
-            f"to_peft: expected configs that agree in what PEFT has once for all layers, found:\n{several(faults)}\n"
-            "Keep the adapter with ll.save, or convert it with ll.to_lora first."
-        )
-    return fields
-
-
-def _taken(name: str, values: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
-    """List the layers whose path ends in that of an exception, and which PEFT would give its value."""
-    ends = [(path, end) for path in values for end in others if re.match(rf".*\.{end}$", path) and values[path] != others[end]]
-    return [f'{name}: {others[end]!r} at "{end}", which PEFT takes for "{path}" too' for path, end in ends]
 
 
 def _write(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
