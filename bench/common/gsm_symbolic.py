@@ -24,7 +24,7 @@ FILES, MAKE = ("generators_00_49", "generators_50_99"), "generate_"
 WRONG = {32, 35, 37, 61, 63, 65, 74, 76, 77, 79, 86, 87, 90, 97, 98}
 """The templates that the package marks as in need of repair."""
 HELD_OUT = 5
-"""One template of so many is the test's."""
+"""The templates of which one is the test's."""
 DRAWS = {"train": 400, "valid": 5, "test": 20}
 """Problems of a template; those that a template repeats are left out."""
 
