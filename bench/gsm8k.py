@@ -1,10 +1,12 @@
 """Train on MetaMathQA, test on GSM8K: the lineage's own measure, on any causal language model of the Hub or of a folder.
 
-`--table` takes the settings of one of the two tables that wassname/lora-lite published; options change them one by one. A run that was
-stopped goes on where it was when it is started again. `--probe` takes a few steps on one batch and prints a row of facts.
+`--table` takes the settings of one of the two tables that wassname/lora-lite published, or of `symbolic`: SmolLM2-135M-Instruct on
+GSM-Symbolic, both out of the packages of `pretrained.txt`, tested on templates that no training sees. Options change them one by one. A
+run that was stopped goes on where it was when it is started again. `--probe` takes a few steps on one batch and prints a row of facts.
 
     python bench/gsm8k.py --variant lora                               # Qwen3-0.6B-Base, q and v, 5000 steps of 4
     python bench/gsm8k.py --variant dora --table qwen3.5               # Qwen3.5-0.8B-Base, down_proj, 2500 steps of 8
+    python bench/gsm8k.py --variant lora --table symbolic              # SmolLM2-135M-Instruct, 500 steps of 16; no Hub
     python bench/gsm8k.py --variant antipasto --set basis=corda --table qwen3.5
     python bench/gsm8k.py --variant hra --probe --steps 8 --rate 5e-3
 """
@@ -13,20 +15,24 @@ import argparse
 import ast
 import dataclasses
 import re
+from collections.abc import Iterator, Mapping
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import lora_lite as ll
-from common.gsm8k_data import TABLES, Settings, batch, config, evaluate, problems, published
-from common.gsm8k_train import ADAPTER, build, gradients, load_model, norm, start, train, training_examples
+from common.gsm8k_data import CALIBRATED, CALIBRATION, TABLES, Settings, batch, config, evaluate, problems, published
+from common.gsm8k_train import ADAPTER, build, gradients, load_model, norm, prepare, start, train, training_examples
 from common.measure import device, machine, write
 from common.methods import rank
 
 
-def run(s: Settings, out: Path) -> dict[str, Any]:
+def run(s: Settings, out: Path, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Train and test one variant, with everything that a stopped run needs in a folder in `out`; give its results.
+
+    The costs of a step are measured at its start unless they are given as `facts`.
 
     Raises:
         ValueError, TypeError: where a setting, the model, the data or what is in the folder doesn't fit, before anything is written.
@@ -35,13 +41,50 @@ def run(s: Settings, out: Path) -> dict[str, Any]:
     tests = problems(s.test_data, s.valid, s.test, s.seed)
     model, tokenizer = load_model(s, device())
     data, pad = training_examples(s, tokenizer), tokenizer.pad_token_id
-    adapt, state = start(s, model, data, pad, folder)
+    adapt, state = start(s, model, data, pad, folder, facts)
     params, losses = train(s, adapt, data, pad, state, folder)
     ll.save(adapt, params, folder / ADAPTER)
     module = adapt.module(params).eval()
     found = {name: evaluate(s, module, tokenizer, rows, folder / f"{name}.jsonl") for name, rows in tests.items()}
     facts = {"r": rank(config(s)), "params": adapt.num_params, "macs_per_token": adapt.macs_per_token, **state["facts"]}
     return {"settings": shown(s), **found, **facts, "first_loss": losses[0], "last_loss": losses[-1]}
+
+
+def frozen(s: Settings, out: Path) -> dict[str, Any]:
+    """Test the model as it is, before any training."""
+    model, tokenizer = load_model(s, device())
+    folder = out / f"{shown(s)['model']}-frozen-{s.dtype}"
+    folder.mkdir(parents=True, exist_ok=True)
+    tests = problems(s.test_data, s.valid, s.test, s.seed)
+    return {name: evaluate(s, model, tokenizer, rows, folder / f"{name}.jsonl") for name, rows in tests.items()}
+
+
+def measured(s: Settings) -> dict[str, Any]:
+    """Return the facts of a variant's start and step, without a training."""
+    model, tokenizer = load_model(s, device())
+    few = dataclasses.replace(s, steps=min(s.steps, max(CALIBRATION.get(s.variant, CALIBRATED), 1)))
+    return prepare(s, model, training_examples(few, tokenizer), tokenizer.pad_token_id)[1]
+
+
+def runs(jobs: Mapping[str, tuple[Settings, Mapping[str, Any]]], out: Path, workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Do several runs at once, in processes that end with this one: each name with its results, or with `{"failed": ...}`.
+
+    Args:
+        jobs: by name, the settings of a run and the facts of its costs.
+        out: where the runs are kept.
+        workers: the number of processes.
+    """
+    with get_context("spawn").Pool(workers) as pool:
+        yield from pool.imap_unordered(_named, [(name, s, facts, out) for name, (s, facts) in jobs.items()])
+
+
+def _named(job: tuple[str, Settings, Mapping[str, Any], Path]) -> tuple[str, dict[str, Any]]:
+    name, s, facts, out = job
+    torch.set_num_threads(1)
+    try:
+        return name, run(s, out, facts)
+    except (Exception, SystemExit) as e:  # whatever it is, the other runs go on
+        return name, {"failed": " ".join(f"{type(e).__name__}: {e}".split())[:300]}
 
 
 def shown(s: Settings) -> dict[str, Any]:
@@ -118,7 +161,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("outputs/gsm8k"), help="where the run is kept")
     choices = {"variant": list(ll.VARIANTS), "dtype": ["bfloat16", "float16", "float32"]}
     for field in dataclasses.fields(Settings):
-        if field.name != "fields":
+        if field.name not in ("fields", "tuned"):
             kind = int if field.name in ("test", "valid") else type(field.default)
             more = {"type": kind, "choices": choices.get(field.name), "help": f"default {field.default} (LoRA, table qwen3)"}
             parser.add_argument(f"--{field.name.replace('_', '-')}", **more)
@@ -131,7 +174,7 @@ def settings_of(o: argparse.Namespace) -> Settings:
     Raises:
         ValueError: for a number out of range, or a word of --set that sets nothing.
     """
-    given = {f.name: getattr(o, f.name) for f in dataclasses.fields(Settings) if f.name != "fields"}
+    given = {f.name: getattr(o, f.name) for f in dataclasses.fields(Settings) if f.name not in ("fields", "tuned")}
     given = {name: value for name, value in given.items() if value is not None}
     bare = [word for word in o.set if "=" not in word]
     if bare:

@@ -28,6 +28,7 @@ process, with the same numbers in both. The products by themselves are the least
 """The head of a section that is shown only where there is a results file of it."""
 PART_OF: dict[str, tuple[str, ...]] = {
     **{"gpu": ("models", "variants"), "gpu-compiled": ("variants",), "gpu-memory": ("variants",), "gpu-populations": ("populations",)},
+    **{"symbolic": ("variants",), "real-costs": ("variants",)},
 }
 """The keys that a file must have for a section, where a run may have written some of it or been cut off."""
 MARGIN = {"pissa": 1.15, "kasa": 1.15, "olora": 1.15, "corda": 1.15, "lora_ga": 1.15, "asvd": 1.15}
@@ -88,6 +89,7 @@ def sections(folder: Path = RESULTS, up: str = "../") -> Iterator[tuple[str, str
         ("quality", "quality", lambda f: f"{learned.quality_table(f)}\n\n![Accuracy against trained parameters](plots/accuracy.svg)"),
         ("glosses", "glosses", lambda f: f"{learned.glosses_table(f)}\n\n![Accuracy against trained parameters](plots/glosses.svg)"),
         ("memory", "memory", t.memory_table),
+        ("real-costs", "real-costs", t.real_costs_tables),
         ("scaling", "scaling", lambda f: "![Cost as rank, width, batch and members grow](plots/scaling.svg)"),
         ("functions", "speed", t.functions_table),
         ("compiled", "compiled" if newest("compiled", folder) else "speed", t.compiled_table),
@@ -103,6 +105,7 @@ def sections(folder: Path = RESULTS, up: str = "../") -> Iterator[tuple[str, str
         ("versions", "versions", t.versions_table),
         ("agreement", "agreement", t.agreement_table),
         ("demo", "demo", learned.demo_table),
+        ("symbolic", "symbolic-cuda", learned.symbolic_table),
     ]
     for marker, kind, make in makers:
         found = newest(kind, folder)

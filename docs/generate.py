@@ -7,6 +7,7 @@ The table of variants is read from `VARIANTS`, the facts of the config classes a
 each build.
 """
 
+import ast
 import dataclasses
 import re
 import sys
@@ -66,11 +67,20 @@ def start(variant: Variant) -> str:
     return "exact" if identity == 0 else f"within {identity:g}"
 
 
+def formula(expression: str) -> str:
+    """Return a count as code; one that a field chooses from several, `{'a': x, 'b': y}[field]`, case by case."""
+    tree = ast.parse(expression, mode="eval").body
+    if not (isinstance(tree, ast.Subscript) and isinstance(tree.value, ast.Dict)):
+        return f"`{expression}`"
+    cases = zip(map(ast.literal_eval, filter(None, tree.value.keys)), map(ast.unparse, tree.value.values), strict=True)
+    return f"by `{ast.unparse(tree.slice)}`: " + "; ".join(f"{case} `{count}`" for case, count in cases)
+
+
 def facts(variant: Variant) -> dict[str, str]:
     """Return the facts that a variant's class declares, by heading."""
     return {
-        "trained numbers per layer": f"`{variant.trained}`" if variant.trained else "all that it has",
-        "extra MACs per token": f"`{variant.macs}`",
+        "trained numbers per layer": formula(variant.trained) if variant.trained else "all that it has",
+        "extra MACs per token": formula(variant.macs),
         "identity at init": start(variant),
         "needs of the weight": next((words for use, words in WORDS.items() if use in variant().uses), "nothing but its output"),
     }

@@ -37,8 +37,13 @@ def support_table(library: str) -> str:
         for name, cells in found["results"][library].items()
     ]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    reasons = "\n".join(f"{number}. `{said}`" for said, number in numbers.items())
+    reasons = "\n".join(f"{number}. {code(said)}" for said, number in numbers.items())
     return f"{table(rows)}\n\n{reasons}\n\nRun on {found['date']} ({versions})."
+
+
+def code(said: str) -> str:
+    """Return words as code in Markdown; they may have back-quotes themselves."""
+    return f"`` {said} ``" if "`" in said else f"`{said}`"
 
 
 def cells_table() -> str:
@@ -75,7 +80,7 @@ def architectures_list() -> str:
     """Return the model classes that were tried, from `architectures.json`: the names of those that hold, the others with the reason."""
     found = json.loads(ARCHITECTURES.read_text("utf-8"))
     held = [name for name, said in found["results"].items() if said == "ok"]
-    others = [{"class": name, "reason": f"`{said}`"} for name, said in found["results"].items() if said != "ok"]
+    others = [{"class": name, "reason": code(said)} for name, said in found["results"].items() if said != "ok"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     names = ", ".join(f"`{name}`" for name in held)
     return f"{len(held)} classes hold: {names}.\n\n{table(others)}\n\nRun on {found['date']} ({versions})."

@@ -47,6 +47,20 @@ def tiny(device):
     return make
 
 
+@pytest.fixture
+def symbolic(tmp_path, monkeypatch):
+    """Put a package of a few templates where GSM-Symbolic is looked for."""
+    from common import gsm_symbolic  # not above, for the same reason
+    from hub_files import write_symbolic
+
+    write_symbolic(tmp_path / "package")
+    monkeypatch.setattr(gsm_symbolic, "folder_of", (tmp_path / "package").joinpath)
+    monkeypatch.setattr(gsm_symbolic, "DRAWS", {"train": 5, "valid": 2, "test": 4})
+    gsm_symbolic.generators.cache_clear()
+    yield
+    gsm_symbolic.generators.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory):
     """Return a folder with small models and data sets as the Hub lays them out."""

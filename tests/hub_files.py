@@ -66,10 +66,30 @@ def write_hub(folder):
     (folder / "gsm8k" / "README.md").write_text(f"---\n{card}---\n")
 
 
+TEMPLATE = """
+def generate_{number}(rng, difficulty):
+    a = rng.randint(1, 9)
+    solution = f"It is {{a + 3}}.\\n#### {{a + 3}}.0"
+    return {{"question": f"Sort {number}: what is {{a}} plus 3?", "answer": str(a + 3), "metadata": {{"answer_cot": solution}}}}
+"""
+
+
+def write_symbolic(folder):
+    """Write a package of ten templates and a wrong one, laid out as reasoning-gym, which imports what is not installed."""
+    inner = folder / "reasoning_gym" / "arithmetic" / "gsm_symbolic"
+    inner.mkdir(parents=True)
+    for place in (folder / "reasoning_gym", inner.parent, inner):
+        (place / "__init__.py").write_text("import a_module_that_is_not_there\n")
+    (folder / "reasoning_gym" / "utils.py").write_text("half = 2\n")
+    for file, numbers in (("generators_00_49", (0, 1, 2, 3, 4, 32)), ("generators_50_99", (50, 51, 52, 53, 54))):
+        text = "".join(TEMPLATE.format(number=number) for number in numbers)
+        (inner / f"{file}.py").write_text(f"from reasoning_gym.utils import half\n{text}")
+
+
 def small(hub, table="qwen3", **given):
     """Return a table's settings for a run of a second."""
     model = str(hub / {"qwen3": "Qwen3-tiny", "qwen3.5": "Qwen3.5-tiny"}[table])
-    data = {"train_data": str(hub / "MetaMathQA"), "test_data": str(hub / "gsm8k")}
+    data = {"train_data": str(hub / "metamath.jsonl"), "test_data": str(hub / "gsm8k")}  # a file: to look through a folder takes longer
     sizes = {"steps": 4, "rows": 2, "accumulate": 2, "r": 8, "longest": 96, "new_tokens": 6, "eval_rows": 3, "valid": 4, "rate": 1e-2}
     given.setdefault("fields", SMALL.get(given.get("variant"), ()))
     return published(table, **{"model": model, **data, **sizes, **given})

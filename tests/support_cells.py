@@ -237,7 +237,7 @@ def outcome(cell: Callable[[Wrap], None], wrap: Wrap) -> str:
         return f"wrong numbers: {e}"
     except Exception as e:
         words = " ".join(str(e).split())
-        return f"{type(e).__name__}: {words[:120]}"
+        return f"{type(e).__name__}: {words if len(words) <= 120 else words[:120].rpartition(' ')[0] + ' …'}"
     return "ok"
 
 

@@ -40,7 +40,10 @@ def test_ratios_are_taken_within_rounds():
 
 
 def scaled(factor):
-    return {"a": {"b": measure.spread([factor * 1.0, factor * 2.0, factor * 3.0]), "facts": {"width": 8}}, "process": measure.spread([os.getpid()])}
+    return {
+        "a": {"b": measure.spread([factor * 1.0, factor * 2.0, factor * 3.0]), "facts": {"width": 8}},
+        "process": measure.spread([os.getpid()]),
+    }
 
 
 def when():
@@ -396,7 +399,7 @@ def test_page_has_every_part_and_no_figure_without_a_file(files, tmp_path):
     assert report.page(page, files) == page
     (tmp_path / "empty").mkdir()
     empty = report.page(text, tmp_path / "empty")
-    assert empty.count(report.NONE) == 21
+    assert empty.count(report.NONE) == 23
     assert "%" not in "".join(line for line in empty.splitlines() if line.startswith("|"))
     with pytest.raises(ValueError, match='expected a line "<!-- other -->"'):
         report.between(text, "other", "new")

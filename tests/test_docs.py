@@ -201,3 +201,11 @@ def test_readme_gives_the_two_commands():
     for env in ("demo", "test"):
         assert f"\npython -m pip install tox && python -m tox run -e {env}\n" in readme
         assert f"[testenv:{env}]" in (ROOT / "tox.ini").read_text("utf-8")
+
+
+def test_code_of_tables_can_be_read(generate):
+    assert generate.formula("r * (i + o)") == "`r * (i + o)`"
+    assert generate.formula("{'a': r + r, 'b': i}[core]") == "by `core`: a `r + r`; b `i`"
+    assert generate.formula("{'a': 1}[core] * o") == "`{'a': 1}[core] * o`"
+    matrix = importlib.import_module("matrix")
+    assert (matrix.code("a b"), matrix.code("no `a`")) == ("`a b`", "`` no `a` ``")

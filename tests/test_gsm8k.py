@@ -13,9 +13,10 @@ import transformers as tf
 
 import gsm8k
 import lora_lite as ll
-from common import gsm8k_data, gsm8k_train
+from common import gsm8k_data, gsm8k_train, gsm_symbolic
 from common.gsm8k_data import config, published
 from common.measure import llama
+from common.methods import METHODS, demo_config
 from hub_files import END, VARIANTS, hub_tokenizer, small
 
 
@@ -94,6 +95,32 @@ def test_options_change_the_tables_settings(monkeypatch):
     assert (config(s).r, config(s).core, config(s).basis) == (64, "gain", "corda")
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_third_table_has_the_demos_configs_and_rates(name):
+    s = published("symbolic", variant=name)
+    assert (config(s), s.rate) == (demo_config(name, 500), METHODS[name].short_rate or METHODS[name].rate)
+
+
+def test_problems_of_held_out_templates_are_the_tests_alone(symbolic):
+    found = {split: gsm_symbolic.problems(split) for split in gsm_symbolic.DRAWS}
+    sorts = {split: {row["query"].partition(":")[0] for row in rows} for split, rows in found.items()}
+    assert (len(sorts["test"]), len(sorts["train"])) == (2, 8)
+    assert sorts["train"] == sorts["valid"]
+    assert not sorts["train"] & sorts["test"]
+    assert "Sort 32" not in set.union(*sorts.values())  # the package says that it is wrong
+    asked = {split: [row["query"] for row in rows] for split, rows in found.items()}
+    assert not set(asked["train"]) & set(asked["valid"])
+    assert all(len(rows) == len(set(rows)) for rows in asked.values())
+    assert found == {split: gsm_symbolic.problems(split) for split in gsm_symbolic.DRAWS}
+    row = found["train"][0]
+    assert row["response"] == row["answer"] == f"It is {gsm8k_data.answer_of(row['answer'])}.\n#### {gsm8k_data.answer_of(row['answer'])}"
+    assert row["query"] == row["question"]
+    assert not [name for name in sys.modules if name.partition(".")[0] in ("reasoning_gym", "templates")]
+    rows = gsm8k_data.problems(gsm_symbolic.NAME, valid=50, test=3, seed=0)
+    assert set(rows["valid"]["question"]) == set(asked["valid"])
+    assert rows["test"]["question"] == asked["test"][:3]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -101,6 +128,7 @@ def test_options_change_the_tables_settings(monkeypatch):
         (["--set", "r"], r"expected --set FIELD=VALUE, found \['r'\]\. Write e\.g\."),
         (["--set", "r=0"], r"LoRAConfig\.r: expected an integer >= 1, found 0"),
         (["--set", "rslora=1"], r"LoRAConfig\.rslora: expected True or False, found 1"),
+        (["--table", "symbolic", "--r", "8", "--targets", "q$"], r'expected no r, targets with the table "symbolic".*--set r=16'),
         (["--steps", "0", "--test", "0", "--rate", "0"], r"at least 1 and a rate above 0, found steps=0, test=0, rate=0\.0\. Correct"),
         (["--variant", "loftq"], r'expected a variant that starts from the weights as they are, found "loftq".*use --variant lora'),
         (["--variant", "adalora", "--steps", "3", "--set", "tinit=4"], r"AdaLoRAConfig\.total_step: expected more than tinit"),

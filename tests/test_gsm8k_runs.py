@@ -6,15 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import gsm8k
 import lora_lite as ll
-from common import gsm8k_data, gsm8k_train, learned, tables
-from common.gsm8k_data import config
+from common import gsm8k_data, gsm8k_train, gsm_symbolic, learned, tables
+from common.gsm8k_data import config, published
 from common.measure import device as chosen_device
 from hub_files import VARIANTS, small
 
@@ -53,6 +55,26 @@ def test_a_run_reaches_a_result_and_a_row_of_the_table(hub, tmp_path, table, var
     rank = {"adalora": "12"}.get(variant, "8")
     assert (row["model"], row["r"], row["params"]) == (Path(s.model).name, rank, tables.count(found["params"]))
     assert "/tmp" not in str(row)
+
+
+@pytest.mark.usefixtures("symbolic")
+def test_runs_on_held_out_templates_reach_a_table(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(gsm8k, "get_context", lambda way: SimpleNamespace(Pool=ThreadPool))
+    sizes = {"steps": 2, "rows": 2, "longest": 96, "new_tokens": 4, "valid": 4, "test": None, "model": str(hub / "Qwen3-tiny")}
+    settings = {name: published("symbolic", variant=name, **sizes) for name in ("lora", "osf")}  # one whose update needs a first state
+    jobs = {name: (s, gsm8k.measured(s)) for name, s in settings.items()}
+    jobs["broken"] = (dataclasses.replace(settings["lora"], rows=50), {})
+    count = len(gsm_symbolic.problems("test"))
+    found = {name: json.loads(json.dumps(row)) for name, row in gsm8k.runs(jobs, tmp_path / "out", 1)}
+    assert "expected 100 training examples" in found.pop("broken")["failed"]
+    for name, row in found.items():
+        assert (row["valid"]["n"], row["test"]["n"], row["ms"]) == (4, count, jobs[name][1]["ms"])
+    results = {"variants": found, "frozen": gsm8k.frozen(settings["lora"], tmp_path / "out")}
+    words, _, head, _, *rows = learned.symbolic_table({"results": results}).splitlines()
+    assert f"2 steps of 2 rows; {count} test problems of templates that no training sees, 4 validation problems" in words
+    assert "The model itself answers" in words
+    assert head.startswith("| variant | r | test | valid | params | added MACs/token | forward / step, ms |")
+    assert {row.split(" | ")[0] for row in rows} == {"| LoRA", "| OSF"}
 
 
 def test_the_table_tells_cores_and_ranks_apart(hub, tmp_path):

@@ -19,6 +19,8 @@ TESTS = Path(__file__).parents[2] / "tests"
 QUICK = ("lora", "oft")
 """The variants of a quick run."""
 ROUNDS = 5
+TRAINING = 12 * 2**30
+"""Bytes of a GPU for each training of several at once."""
 OWN_CASES = "test_before_any_eager_call"
 """The test that stands in for those of a GPU where there is none."""
 
@@ -40,6 +42,11 @@ def each(part: str, out: Path, record: Record, rows: Rows) -> None:
     Raises:
         SystemExit: after all rows, where some failed.
     """
+    _end(part, failures(part, out, record, rows))
+
+
+def failures(part: str, out: Path, record: Record, rows: Rows) -> dict[str, str]:
+    """Measure the rows that the record lacks, as `each` does, and return the failures, by row."""
     from common.measure import without_rounds
 
     run, failed = Record(out / "gpu.json"), {}
@@ -55,7 +62,7 @@ def each(part: str, out: Path, record: Record, rows: Rows) -> None:
                 raise
             failed["/".join(keys)] = " ".join(f"{type(e).__name__}: {e}".split())[:300]
             run.keep(("failed", part), failed)
-    _end(part, failed)
+    return failed
 
 
 TOLD = "told to end"
@@ -171,7 +178,36 @@ def populations(out: Path, quick: bool) -> None:
     each("populations", out, record, [(("populations",), lambda: module.populations(width, layers, r=8 if quick else 16, repeats=repeats))])
 
 
-PARTS: dict[str, Callable[[Path, bool], None]] = {f.__name__: f for f in (tests, steps, compiled, serving, quantised, memory, populations)}
+def learned(out: Path, quick: bool) -> None:
+    """Train every variant on GSM-Symbolic: first the costs of each, alone, then all trainings, several at once.
+
+    A training is kept outside `out`, where `gsm8k.py` keeps its own, and goes on from there.
+    """
+    module, data = import_module("gsm8k"), import_module("common.gsm8k_data")
+    less = {"steps": 2, "rows": 2, "valid": 2, "test": 2, "new_tokens": 4} if quick else {}
+    gpu = torch.cuda.is_available()
+    bytes_of_all = torch.cuda.get_device_properties(0).total_memory if gpu else 0
+    workers = max(1, min((os.cpu_count() or 1) * 3 // 4, bytes_of_all // TRAINING))
+    settings = {n: data.published("symbolic", variant=n, dtype="bfloat16" if gpu else "float32", **less) for n in _names(quick)}
+    record = record_of(out, "symbolic")
+    kept = Path("outputs") / "gsm8k"
+    rows: list[tuple[tuple[str, ...], Any]] = [(("costs", n), lambda s=s: module.measured(s)) for n, s in settings.items()]
+    failed = failures("learned", out, record, [(("frozen",), lambda: module.frozen(settings["lora"], kept)), *rows])
+    costs = record.tree["results"].get("costs", {})
+    jobs = {n: (s, costs[n]) for n, s in settings.items() if n in costs and ("variants", n) not in record}
+    for name, row in module.runs(jobs, kept, workers):
+        if "failed" in row:
+            failed[name] = row["failed"]
+            Record(out / "gpu.json").keep(("failed", "learned"), failed)
+        else:
+            record.keep(("variants", name), row)
+            print(f"learned: {name}", flush=True)
+    _end("learned", failed)
+
+
+PARTS: dict[str, Callable[[Path, bool], None]] = {
+    f.__name__: f for f in (tests, steps, compiled, serving, quantised, memory, populations, learned)
+}
 
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", module="(transformers|peft|torch)")

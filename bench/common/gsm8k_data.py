@@ -1,8 +1,8 @@
-"""The parts of a run of `gsm8k.py`: its settings, the rows of MetaMathQA and GSM8K as batches, and the score of answers.
+"""The parts of a run of `gsm8k.py`: its settings, the rows of its data as batches, and the score of answers.
 
-The settings are those of the two tables that wassname/lora-lite published. Departures: params are float32, where the lineage's are
-bfloat16, which rounds small steps away; `--set dtype=bfloat16` restores its own. HRA's row of the first table is of batches of 2, for lack
-of memory there: `--rows 2`.
+The settings are those of the two tables that wassname/lora-lite published, and a third of models and data out of packages. Departures:
+params are float32, where the lineage's are bfloat16, which rounds small steps away; `--set dtype=bfloat16` restores its own. HRA's row of
+the first table is of batches of 2, for lack of memory there: `--rows 2`.
 """
 
 import dataclasses
@@ -21,6 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import lora_lite as ll
+from common import gsm_symbolic
+from common.methods import METHODS, demo_config
+from common.pretrained import SMOLLM
 
 OWN: dict[str, dict[str, Any]] = {
     "ia3": {"rate": 5e-3, "targets": r"(k_proj|v_proj)$"},
@@ -33,12 +36,14 @@ OWN: dict[str, dict[str, Any]] = {
 UNSCALED = ("pissa", "lora_xs")  # alpha is the rank
 FIELDS: dict[str, dict[str, Any]] = {"delora": {"lambda0": 0.1}, "road": {"group_size": 64}, "tokens": {"token_ids": tuple(range(64))}}
 CORE = {"qwen3.5": {"antipasto": (("core", "gain"),)}}  # its row is the rotation's in the first table, the gain's in the second
-CALIBRATION = {"eva": 4}  # batches; 64 for what estimates a covariance
+CALIBRATION, CALIBRATED = {"eva": 4}, 64  # batches of one variant; of the others, which estimate a covariance
 
 
 @dataclass(frozen=True)
 class Settings:
     """A run. Rows are of one pass; a step adds up the gradients of `accumulate` passes.
+
+    With `tuned` a variant's config and rate are those of the demo, in place of the lineage's one rank, scale and targets.
 
     Raises:
         ValueError: for a number out of range; it lists each.
@@ -63,6 +68,7 @@ class Settings:
     dtype: str = "bfloat16"
     train_data: str = "meta-math/MetaMathQA"
     test_data: str = "openai/gsm8k"
+    tuned: bool = False
 
     def __post_init__(self) -> None:
         counts = ("r", "steps", "rows", "accumulate", "longest", "new_tokens", "eval_rows", "valid", "test")
@@ -75,13 +81,29 @@ class Settings:
 TABLES = {
     "qwen3": Settings(),
     "qwen3.5": Settings(model="Qwen/Qwen3.5-0.8B-Base", targets=r"down_proj$", steps=2500, rows=2, accumulate=4, longest=512, eval_rows=16),
+    "symbolic": Settings(
+        **{"model": SMOLLM, "train_data": gsm_symbolic.NAME, "test_data": gsm_symbolic.NAME, "tuned": True},
+        **{"steps": 500, "rows": 16, "longest": 448, "new_tokens": 264, "eval_rows": 170, "valid": 340},
+    ),
 }
-"""The settings of the lineage's two published tables; AdamW with decay 0.1, cosine to zero, gradients clipped to norm 1 in both."""
+"""The settings of the lineage's two published tables, and of one that needs no Hub; AdamW with decay 0.1, cosine to zero, gradients clipped
+to norm 1 in all. No problem of the third is longer than its lengths."""
 
 
 def published(table: str, **given: Any) -> Settings:
-    """Return a variant's settings in one of the tables, changed by those that are given; given fields come after the table's."""
+    """Return a variant's settings in one of the tables, changed by those that are given; given fields come after the table's.
+
+    Raises:
+        ValueError: for a rank, scale or targets where each variant has its own.
+    """
     variant = given.get("variant", "lora")
+    if TABLES[table].tuned:
+        fixed = sorted(given.keys() & {"r", "alpha", "targets"})
+        if fixed:
+            raise ValueError(
+                f'gsm8k: expected no {", ".join(fixed)} with the table "{table}", where each variant has its own config. Use --set r=16.'
+            )
+        return dataclasses.replace(TABLES[table], **{"rate": METHODS[variant].short_rate or METHODS[variant].rate, **given})
     own = OWN.get(variant, {}) | given
     own |= {"fields": tuple({**dict(CORE.get(table, {}).get(variant, ())), **dict(given.get("fields", ()))}.items())}
     if variant in UNSCALED and "alpha" not in given:
@@ -105,6 +127,8 @@ def config(s: Settings) -> ll.AdapterConfig:
     unknown = [name for name, _ in s.fields if name not in known]
     if unknown:
         raise ValueError(f"gsm8k: expected --set to name fields of {cls.__name__}, {', '.join(known)}, found {unknown}. Name one of them.")
+    if s.tuned:
+        return dataclasses.replace(demo_config(s.variant, s.steps), **dict(s.fields))
     general: dict[str, Any] = {"r": s.r, "alpha": s.alpha, "init_r": s.r * 3 // 2, "target_r": s.r, "total_step": s.steps}
     general |= {"target_names": s.targets} if cls.adapts in ("linear", "module") and not cls.tied else {}  # others have names of their own
     return cls(**{**{k: v for k, v in general.items() if k in known}, **FIELDS.get(s.variant, {}), **dict(s.fields)})
@@ -121,7 +145,8 @@ Example = dict[str, list[int]]
 def read(source: str, split: str, columns: Sequence[str], name: str | None = None) -> datasets.Dataset:
     """Return a split of a dataset: `source` is a file (jsonl, json, parquet), which is all one split, a folder, or a name on the Hub.
 
-    A folder is one as the Hub lays it out, or one with a file for each split: `train.jsonl`, `test.jsonl`.
+    A folder is one as the Hub lays it out, or one with a file for each split: `train.jsonl`, `test.jsonl`. The problems of `gsm-symbolic`
+    are made, not read.
 
     Raises:
         ValueError: where there is no such dataset, one of `columns` is missing or it has no rows.
@@ -146,6 +171,8 @@ def reason(e: Exception) -> str:
 
 
 def _load(path: Path, source: str, split: str, name: str | None) -> datasets.Dataset:
+    if source == gsm_symbolic.NAME:
+        return datasets.Dataset.from_list(gsm_symbolic.problems(split))
     if not path.exists():
         return datasets.load_dataset(source, name, split=split)
     files = [str(path)] if path.is_file() else _files(path, split, name)
@@ -167,11 +194,14 @@ def _files(folder: Path, split: str, name: str | None) -> list[str]:
 def problems(source: str, valid: int, test: int | None, seed: int) -> dict[str, datasets.Dataset]:
     """Return the problems to answer: `valid` of GSM8K's training split, and the first `test` of its test split, None for all.
 
+    GSM-Symbolic has a split for `valid`: of the templates of the training, with other numbers.
+
     Raises:
         ValueError: where they can't be read, or an answer has no number.
     """
     columns = ("question", "answer")
-    train, last = (read(source, split, columns, "main") for split in ("train", "test"))
+    first = "valid" if source == gsm_symbolic.NAME else "train"
+    train, last = (read(source, split, columns, "main") for split in (first, "test"))
     counts = min(valid, len(train)), min(test or len(last), len(last))
     found = {"valid": train.shuffle(seed=seed).select(range(counts[0])), "test": last.select(range(counts[1]))}
     for rows in found.values():

@@ -23,22 +23,25 @@ from tqdm import tqdm
 
 import lora_lite as ll
 from common.contenders import frozen_step
-from common.gsm8k_data import CALIBRATION, Example, Settings, batch, config, examples, read, reason
+from common.gsm8k_data import CALIBRATED, CALIBRATION, Example, Settings, batch, config, examples, read, reason
 from common.measure import interleaved, milliseconds, peak_bytes
+from common.methods import METHODS
+from common.pretrained import SMOLLM, smollm_folder
 from lora_lite.variants.adalora import orthogonality
 
 STATE, ADAPTER = "state.safetensors", "adapter.safetensors"
 
 
 def load_model(s: Settings, where: torch.device) -> tuple[Any, Any]:
-    """Load the model, in evaluation mode, and its tokenizer, padded left with its end token.
+    """Load the model, in evaluation mode, and its tokenizer, padded left with its end token. SmolLM2-135M-Instruct comes out of a package.
 
     Raises:
         ValueError: where there is no such model, or its tokenizer has no end token.
     """
+    place = smollm_folder() if s.model == SMOLLM else s.model
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(s.model)
-        model = transformers.AutoModelForCausalLM.from_pretrained(s.model, dtype=getattr(torch, s.dtype)).to(where).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+        model = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, s.dtype)).to(where).eval()
     except (OSError, ValueError, KeyError) as e:  # transformers' answers to a wrong name and to another kind of model
         raise ValueError(
             f'gsm8k: expected a causal language model and its tokenizer, of the Hub or a folder, at "{s.model}", '
@@ -58,13 +61,17 @@ def training_examples(s: Settings, tokenizer: Any) -> list[Example]:
 
 def build(s: Settings, model: Any, data: Sequence[Example], pad: int) -> ll.Adapt:
     """Return the run's `adapt`, calibrated on the first examples where the variant needs it."""
-    cfg, count = config(s), CALIBRATION.get(s.variant, 64)
+    cfg, count = config(s), CALIBRATION.get(s.variant, CALIBRATED)
     parts = [data[k : k + s.rows] for k in range(0, min(len(data), count * s.rows), s.rows)]
     return ll.build(model, cfg, calibration=(batch(part, pad, model.device) for part in parts) if cfg.calibrated else None)
 
 
-def start(s: Settings, model: Any, data: Sequence[Example], pad: int, folder: Path) -> tuple[ll.Adapt, dict[str, Any]]:
+def start(
+    s: Settings, model: Any, data: Sequence[Example], pad: int, folder: Path, facts: Mapping[str, Any] | None = None
+) -> tuple[ll.Adapt, dict[str, Any]]:
     """Return the `adapt` of a run and the state of its training: as they were kept in `folder`, or new ones, which are kept there.
+
+    The costs are measured unless `facts` are given, for a machine that is busy with other runs.
 
     Raises:
         ValueError: where the folder's run has other settings.
@@ -74,17 +81,26 @@ def start(s: Settings, model: Any, data: Sequence[Example], pad: int, folder: Pa
         state = load_state(place)
         require_same(state["settings"], s, folder)
         return ll.load(model, adapter)[0], state
-    begin = time.perf_counter()
-    adapt = build(s, model, data, pad)
-    params = adapt.init(seed=s.seed)
-    facts = {"init_seconds": time.perf_counter() - begin, **costs(adapt, params, model, batch(data[: s.rows], pad, model.device))}
-    state = {"settings": asdict(s), "facts": facts, "params": params, "adam": None, "update": None, "losses": []}
+    adapt, measured = prepare(s, model, data, pad, facts is None)
+    params, update = adapt.init(seed=s.seed), METHODS[s.variant].state(adapt)
+    state = {"settings": asdict(s), "facts": facts or measured, "params": params, "adam": None, "update": update, "losses": []}
     folder.mkdir(parents=True, exist_ok=True)
     for answers in folder.glob("*.jsonl"):
         answers.unlink()  # of a run whose state was removed
     ll.save(adapt, params, adapter)
     save_state(place, state)
     return adapt, state
+
+
+def prepare(s: Settings, model: Any, data: Sequence[Example], pad: int, measure: bool = True) -> tuple[ll.Adapt, dict[str, Any]]:
+    """Return the run's `adapt` and, if asked to measure, its facts: the seconds of its start and the costs of a step."""
+    begin = time.perf_counter()
+    adapt = build(s, model, data, pad)
+    params = adapt.init(seed=s.seed)
+    seconds = time.perf_counter() - begin
+    if not measure:
+        return adapt, {}
+    return adapt, {"init_seconds": seconds, **costs(adapt, params, model, batch(data[: s.rows], pad, model.device))}
 
 
 def gradients(adapt: ll.Adapt, params: Any, parts: Sequence[Mapping[str, Any]]) -> tuple[float, Any]:

@@ -71,30 +71,40 @@ def glosses_rates(found: Found, up: str) -> str:
 
 
 def gsm8k_table(folder: Path = RESULTS, up: str = "../") -> str:
-    """Write every result on GSM8K; empty where there is none."""
+    """Write every run of `gsm8k.py`, a file each; empty where there is none."""
     rows = []
     for path in sorted(folder.glob("*-gsm8k-*.json")):
         found = json.loads(path.read_text("utf-8"))
-        r, s = found["results"], found["results"]["settings"]
-        rows.append(
-            {
-                **{
-                    "variant": " ".join([title(s["variant"]), *(f"{name}={value}" for name, value in s["fields"])]),
-                    "model": s["model"],
-                    "r": str(r["r"] or "-"),
-                    "test": share(r["test"]),
-                    "valid": share(r["valid"]),
-                },
-                **{"params": count(r["params"]), "added MACs/token": count(r["macs_per_token"])},
-                "forward / step, ms": f"{r['ms']['forward']['median']:.0f} / {r['ms']['step']['median']:.0f}",
-                **{
-                    "init, s": f"{r['init_seconds']:.2f}",
-                    "peak, GiB": f"{r['peak_bytes'] / 2**30:.2f}",
-                    "file": source({**found, "file": path.name}, up),
-                },
-            }
-        )
+        run = found["results"]
+        name, *columns = lineage_row(run).items()
+        more = {"data": run["settings"]["test_data"], "file": source({**found, "file": path.name}, up)}
+        rows.append({**dict([name]), "model": run["settings"]["model"], **dict(columns), **more})
     return table(rows) if rows else ""
+
+
+def lineage_row(run: Found) -> dict[str, str]:
+    """Return the lineage's columns for the results of a run of `gsm8k.py`."""
+    s, ms = run["settings"], run["ms"]
+    return {
+        **{"variant": " ".join([title(s["variant"]), *(f"{name}={value}" for name, value in s["fields"])]), "r": str(run["r"] or "-")},
+        **{"test": share(run["test"]), "valid": share(run["valid"])},
+        **{"params": count(run["params"]), "added MACs/token": count(run["macs_per_token"])},
+        "forward / step, ms": f"{ms['forward']['median']:.0f} / {ms['step']['median']:.0f}",
+        **{"init, s": f"{run['init_seconds']:.2f}", "peak, GiB": f"{run['peak_bytes'] / 2**30:.2f}"},
+    }
+
+
+def symbolic_table(found: Found) -> str:
+    """Write the lineage's columns for every variant on GSM-Symbolic; the most exact on templates held out first."""
+    before = found["results"].get("frozen")
+    base = f" The model itself answers {share(before['test'])} and {share(before['valid'])}." if before else ""
+    runs = sorted(found["results"]["variants"].values(), key=lambda run: (-run["test"]["exact"], -run["valid"]["exact"]))
+    s, test, valid = runs[0]["settings"], runs[0]["test"]["n"], runs[0]["valid"]["n"]
+    words = (
+        f"{s['model']}, {s['dtype']}, {s['steps']} steps of {s['rows']} rows; {test} test problems of templates that no training sees, "
+        f"{valid} validation problems of the training's templates with other numbers.{base}"
+    )
+    return f"{words}\n\n{table([lineage_row(run) for run in runs])}"
 
 
 def demo_table(demo: Found) -> str:

@@ -260,6 +260,8 @@ METHODS: dict[str, Row] = {name: ROWS.get(name, Row()) for name in ll.VARIANTS}
 
 MEASURED = [name for name, variant in ll.VARIANTS.items() if not variant.original]
 """The variants that are measured: all but those that start from a weight before quantisation, for these bases are dense."""
+FIRST = ("lora", "dora", "pissa", "ia3", "vera", "oft", "hra", "loha", "lokr", "boft", "miss", "bitfit", "ln_tuning", "adalora", "road")
+"""The most used variants, which long runs take first."""
 
 
 # The configs of a variant

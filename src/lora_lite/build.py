@@ -50,7 +50,7 @@ def build(
         original: for LoftQ, the weights from before quantisation: a state dict, or the path of a safetensors file or of a folder of them.
 
     Returns:
-        An `Adapt`: `params = adapt.init(seed=0)`, then `adapt(params, batch)`.
+        The adapted model, an `Adapt`. Then `params = adapt.init(seed=0)`, and `adapt(params, batch)` calls it.
 
     Raises:
         ValueError: where a config matches nothing, claims a layer that another claims, or asks of a layer what its kind

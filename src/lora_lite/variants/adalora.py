@@ -1,6 +1,6 @@
 r"""AdaLoRA: a low-rank update as a singular value decomposition whose components are pruned while it trains.
 
-$$y = W x + b + \frac{\alpha}{r_0 + 10^{-5}}\, B\, (E \odot (A\, \mathrm{drop}(x))), \qquad r_0 = \text{init\_r}$$
+$$y = W x + b + \frac{\alpha}{r_0 + 10^{-5}}\, B\, (E \odot (A\, \mathrm{drop}(x))), \qquad r_0 = \mathrm{init\_r}$$
 
 `update` is the method's other half, for the training loop to call after each optimiser's step with the params after it and the gradients
 before it: it smooths each entry's sensitivity, scores each triplet `(E_j, A_j, B_j)`, and sets the `E_j` of the lowest to zero, by the
