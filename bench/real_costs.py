@@ -12,6 +12,7 @@ variant has a process of its own, and its row is on the disk before the next beg
 import argparse
 import copy
 import datetime
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -50,7 +51,7 @@ def one(name: str, model: str, sizes: Mapping[str, tuple[int, int]], r: int, rep
     warnings.filterwarnings("ignore", module="(transformers|peft|torch)")
     torch.set_num_threads(threads)
     base, pair = load(model), pairs(r)[name]
-    batches = {size: batch_of(*shape, base.config.vocab_size) for size, shape in sizes.items()}
+    batches = {size: batch_of(*shape) for size, shape in sizes.items()}
     first = next(iter(batches.values()))
     c = contender(base, pair, first)
     found = {**counts(pair, c), "sizes": {size: costs(base, c, batch, repeats) for size, batch in batches.items()}}
@@ -69,7 +70,8 @@ def costs(base: Any, c: Contender, batch: Mapping[str, Any], repeats: int) -> di
 
 
 def tokens(base: Any, c: Contender, batch: Mapping[str, Any]) -> dict[str, Call]:
-    """Return the generation of one token for each row, with the batch's keys and values there, by the frozen model, ours and PEFT's."""
+    """Return the generation of one token for each row after the batch as a prompt, by the frozen model, ours and PEFT's."""
+    name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"  # from transformers 5.24 on, and before
     models = {"frozen": lambda rows: base(**rows), "ours": lambda rows: c.adapt(c.params, rows)}
     if c.theirs is not None:
         models["peft"] = lambda rows: c.theirs(**rows)
@@ -79,9 +81,8 @@ def tokens(base: Any, c: Contender, batch: Mapping[str, Any]) -> dict[str, Call]
             cache = model({"input_ids": batch["input_ids"], "use_cache": True}).past_key_values
 
         def call(model: Any = model, cache: Any = cache) -> None:
-            before = cache.get_seq_length()
-            model({"input_ids": batch["input_ids"][:, -1:], "past_key_values": cache, "use_cache": True})
-            cache.crop(before)
+            model({"input_ids": batch["input_ids"][:, -1:], name: cache, "use_cache": True})
+            cache.crop(-1)
 
         calls[who] = torch.no_grad()(call)
     return calls

@@ -4,8 +4,8 @@ Calls are this file's own part. A chain of narrow layers shows the price of a ca
 gradient step beside PEFT's same method, the base's own call, and the bare products. Starts are `build` and `init` beside PEFT's
 `get_peft_model`, for the variants that decompose no weight and see no data.
 
-    python bench/timings.py                  # the sizes of the documentation, ten minutes
-    python bench/timings.py --quick          # a minute
+    python bench/timings.py                  # the sizes of the documentation, about half an hour
+    python bench/timings.py --quick          # minutes
     python bench/timings.py --part calls     # one part, with its own results file
 """
 

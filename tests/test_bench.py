@@ -10,6 +10,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import torch
 import agreement
 import lora_lite as ll
 import quality
+import real_costs
 import report
 import scaling as growth
 import timings
@@ -26,6 +28,7 @@ from common.arithmetic import batch as demo_batch
 from common.arithmetic import exact_match
 from common.measure import batch_of, llama, peak_bytes
 from common.pretrained import load_base
+from common.record import Record
 from quality import evaluate, joined, train_ours, updated
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -465,3 +468,54 @@ def test_report_needs_no_peft():
     """The documentation is built where PEFT is not installed."""
     code = f"import sys; sys.modules['peft'] = None; sys.path.append({str(BENCH)!r}); import report"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_costs_on_a_real_model_go_on_row_by_row_and_are_shown(tmp_path, monkeypatch):
+    class Here:
+        """An executor that runs in this process."""
+
+        def __init__(self, *args, **more):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            pass
+
+        def submit(self, call, measure, *args):
+            ran.append((args[0], list(args[2])))
+            return SimpleNamespace(result=lambda: measure(*args))
+
+    ran = []
+    monkeypatch.setattr(real_costs, "ProcessPoolExecutor", Here)
+    facts = {"commit": "abc", "device": "cpu", "machine": "2-core x86 CPU", "threads": 1}
+    path = tmp_path / "2030-01-02-abc-real-costs.json"
+    small, large = {"2x8": (2, 8)}, {"2x8": (2, 8), "3x4": (3, 4)}
+    for names, sizes in ((["lora", "loreft"], small), (["lora"], large), (["lora"], large)):
+        assert not real_costs.measure(names, "small", sizes, 4, 1, Record(path, "2030-01-02", facts))
+    assert ran == [("lora", ["2x8"]), ("loreft", ["2x8"]), ("lora", ["3x4"])]
+    parts = dict(report.sections(tmp_path))
+    text = parts["real-costs"]
+    assert "2 rows of 8 tokens:" in text
+    assert "3 rows of 4 tokens:" in text
+    head = "| variant | step, ms | step / frozen | step / PEFT's | forward / PEFT's | token / PEFT's | peak / frozen | peak / PEFT's |"
+    assert text.count(head) == 2
+    assert [line.split(" | ")[3].strip(" |") for line in text.splitlines() if line.startswith("| LoReFT | ")] == ["-", "-"]
+    tokens = next(iter(Record(path, "", facts).tree["results"]["variants"]["lora"]["sizes"].values()))["token"]
+    assert set(tokens["ms"]) == {"frozen", "ours", "peft"}
+    wrong = real_costs.measure(["tokens"], "small", small, 4, 1, Record(path, "", facts))  # which the batch has none of
+    assert wrong["tokens"].startswith("SystemExit: bench: expected finite logits of tokens that differ")
+
+
+def test_a_generated_token_is_that_of_the_whole_text():
+    model, batch = llama(32, 2), batch_of(2, 6)
+    c = real_costs.contender(model, methods.pairs(4)["lora"], batch)
+    made = []
+    monkey = c._replace(adapt=lambda params, rows: made.append(c.adapt(params, rows)) or made[-1], theirs=None)
+    call = real_costs.tokens(model, monkey, {"input_ids": batch["input_ids"]})["ours"]
+    for _ in range(2):  # the second as the first: the cache is as it was
+        call()
+        longer = torch.cat([batch["input_ids"], batch["input_ids"][:, -1:]], 1)
+        want = c.adapt(c.params, {"input_ids": longer, "use_cache": False}).logits[:, -1]
+        torch.testing.assert_close(made[-1].logits[:, -1], want, rtol=1e-4, atol=1e-5)
