@@ -14,7 +14,7 @@ from typing import Any
 
 import common.tables as t
 from agreement import compared, told
-from common import learned
+from common import learned, many
 from common.tables import RESULTS, Found, newest, title
 
 ROOT = Path(__file__).parent.parent
@@ -93,15 +93,15 @@ def sections(folder: Path = RESULTS, up: str = "../") -> Iterator[tuple[str, str
         ("scaling", "scaling", lambda f: "![Cost as rank, width, batch and members grow](plots/scaling.svg)"),
         ("functions", "speed", t.functions_table),
         ("compiled", "compiled" if newest("compiled", folder) else "speed", t.compiled_table),
-        ("populations", "speed", t.populations_table),
+        ("populations", "speed", many.populations_table),
         ("quantised", "quantised", t.quantised_table),
-        ("serving", "serving", t.serving_table),
+        ("serving", "serving", many.serving_table),
         ("gpu", "speed-cuda", lambda f: f"{t.gpu_table(f)}\n\n{verdict(f, None, None)}"),
         ("gpu-compiled", "compiled-cuda", t.compiled_table),
         ("gpu-memory", "memory-cuda", t.memory_table),
-        ("gpu-populations", "speed-cuda", t.populations_table),
+        ("gpu-populations", "speed-cuda", many.populations_table),
         ("gpu-quantised", "quantised-cuda", t.quantised_table),
-        ("gpu-serving", "serving-cuda", t.serving_table),
+        ("gpu-serving", "serving-cuda", many.serving_table),
         ("versions", "versions", t.versions_table),
         ("agreement", "agreement", t.agreement_table),
         ("demo", "demo", learned.demo_table),
@@ -110,7 +110,7 @@ def sections(folder: Path = RESULTS, up: str = "../") -> Iterator[tuple[str, str
     for marker, kind, make in makers:
         found = newest(kind, folder)
         found = found if found and t.has(found, *PART_OF.get(marker, ())) else None
-        threads = t.population_threads(found) if found and marker == "populations" else None
+        threads = many.population_threads(found) if found and marker == "populations" else None
         yield marker, f"{make(found)}\n\nFrom {t.source(found, up, threads)}." if found else NONE
     yield "gsm8k", learned.gsm8k_table(folder, up) or NONE
 

@@ -24,7 +24,8 @@ README, RESULTS, PAGES = ROOT / "README.md", ROOT / "docs" / "results.md", ROOT 
 sys.path.append(str(ROOT / "bench"))
 
 from common.learned import glosses_rates, rates_table  # noqa: E402
-from common.tables import members_table, newest, table  # noqa: E402
+from common.many import members_table  # noqa: E402
+from common.tables import newest, table  # noqa: E402
 from report import NONE, between, headlines, page  # noqa: E402
 
 WORDS = {"dense": "its dense form", "matmul": "products with it"}

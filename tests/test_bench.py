@@ -368,13 +368,13 @@ def test_mixed_steps_pay_from_where_the_spread_stays_below_one():
     }
     growth = {"file": "f.json", "threads": 1, "results": {"layers": 2, "centre": {"width": 256, "rank": 16, "members": 4}, "axes": {}}}
     growth["results"]["axes"] = {"members": lines}
-    text = report.t.members_table(growth, "../")
+    text = report.many.members_table(growth, "../")
     assert "from 8 members on." in text
     assert "rows each" not in text
     growth["results"]["axes"] |= {"each": {"lora": {"1": below, "32": above}}}
-    assert "4 members with more rows each:\n\n| variant | rows each: 1 | rows each: 32 |" in report.t.members_table(growth, "../")
+    assert "4 members with more rows each:\n\n| variant | rows each: 1 | rows each: 32 |" in report.many.members_table(growth, "../")
     lines["lora"]["16"] = above
-    assert "from more than 16 members on." in report.t.members_table(growth, "../")
+    assert "from more than 16 members on." in report.many.members_table(growth, "../")
 
 
 @pytest.mark.parametrize("at", [{"members": 2, "each": 1}, {"members": 2, "each": 3}])
