@@ -143,15 +143,17 @@ class _PeftModel:
         self._trained = [name for name, p in module.named_parameters() if p.requires_grad]
 
     def start(self) -> Tree:
-        return {"": {name: self._module.get_parameter(name).detach() for name in self._trained}}
+        own = dict(self._module.named_parameters())
+        return {"": {name: own[name].detach() for name in self._trained}}
 
     def __call__(self, params: Tree, x: Tensor) -> Tensor:
         return torch.func.functional_call(self._module, params[""], (x,))
 
     def module(self, params: Tree) -> nn.Module:
         other = copy.deepcopy(self._module)
+        own = dict(other.named_parameters())
         for name, value in params[""].items():
-            other.get_parameter(name).data = value.detach().clone()
+            own[name].data = value.detach().clone()
         return other
 
 

@@ -45,7 +45,7 @@ def samples(case):
 def clipped(case):
     """A step without noise follows the sum of the gradients, each clipped to a norm."""
     s, module, rows = _samples(case)
-    norms = sum(g.flatten(1).square().sum(1) for g in ll.tree_leaves(rows)).sqrt()
+    norms = sum(g.reshape(len(g), -1).square().sum(1) for g in ll.tree_leaves(rows)).sqrt()
     bound = float(norms.median())  # some rows are clipped, others not
     want = ll.tree_map(lambda g: torch.einsum("n,n...->...", (bound / (norms + 1e-6)).clamp(max=1.0), g), rows)
     plain = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
@@ -67,6 +67,6 @@ def test_opacus(case, check):
     check(case)
 
 
-@pytest.mark.parametrize("case", [case for case in THEIRS if case.cfg.name in ("lora", "hra")], ids=lambda case: case.cfg.name)
+@pytest.mark.parametrize("case", [case for case in THEIRS if case.cfg.name == "lora"], ids=lambda case: case.cfg.name)
 def test_opacus_with_pefts(case):
     samples(case)
