@@ -298,5 +298,7 @@ def evaluate(s: Settings, model: Any, tokenizer: Any, rows: Any, place: Path) ->
             file.write("".join(json.dumps(line) + "\n" for line in new))
             file.flush()
             done += new
-    share = sum(line["right"] for line in done) / len(done)
-    return {"exact": share, "error": math.sqrt(share * (1 - share) / len(done)), "n": len(done)}
+    n = len(done)
+    share = sum(line["right"] for line in done) / n
+    p = min(max(share, 0.5 / n), 1 - 0.5 / n)  # none or all right leave a doubt too
+    return {"exact": share, "error": math.sqrt(p * (1 - p) / n), "n": n}

@@ -1,4 +1,4 @@
-"""Where lines do not break: within a range, an error or a word of code.
+"""Places where lines do not break: within a range, an error or a word of code.
 
 `0.95 [0.91, 1.12]` breaks before the bracket alone, `64.2% ± 4.7%` nowhere, and `--write` not after its hyphens. Code with a word that is
 wider than a phone is marked `long`, and breaks anywhere (`_static/pages.css`).
@@ -12,7 +12,7 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 
 SPACE = "\N{NO-BREAK SPACE}"
 WIDE = 36
-"""Letters of code that fit a phone's line in a list."""
+"""The number of letters of code that fit a phone's line in a list."""
 
 
 class Unbroken(SphinxPostTransform):
