@@ -121,7 +121,7 @@ TELLING = ("lora", "dora", "hra", "boft", "lokr", "hira")
 
 def headlines(folder: Path = RESULTS, support: Path = SUPPORT) -> str:
     """Return README's figures, each with the way to where it stands."""
-    speed, memory, serving = (newest(kind, folder) for kind in ("speed", "memory", "serving"))
+    speed, memory, serving, glosses = (newest(kind, folder) for kind in ("speed", "memory", "serving", "glosses"))
     lines = []
     if speed:
         rows = {n: row["step"]["over_peft"] for n, row in speed["results"]["models"]["variants"].items() if "over_peft" in row["step"]}
@@ -141,6 +141,14 @@ def headlines(folder: Path = RESULTS, support: Path = SUPPORT) -> str:
         lines.append(
             f"**{told['requests']} requests for {told['adapters']} adapters**: {ours:.0f} a second in one mixed batch, "
             f"{theirs:.0f} with PEFT's `set_adapter` ([serving](docs/results.md#serving))."
+        )
+    if glosses:
+        done = {n: row for n, row in glosses["results"]["variants"].items() if "agree" in row}
+        equal = sum(row["agree"] for row in done.values())
+        told = ", ".join(f"{t.title(n)} {t.share(done[n]['ours'])}, PEFT's {t.share(done[n]['peft'])}" for n in ("lora",) if n in done)
+        lines.append(
+            f"**What is learned on a pretrained encoder**: {told}; within two standard errors of PEFT's training for {equal} of "
+            f"{len(done)} methods ([a pretrained model](docs/results.md#a-pretrained-model-on-real-data))."
         )
     if support.is_file():
         cells = json.loads(support.read_text("utf-8"))["results"]

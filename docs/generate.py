@@ -111,10 +111,11 @@ def costs_table(width: int = 4096) -> str:
 
 
 def best_rates() -> str:
-    """Return the learning rates that were best in the newest measurement: on the pretrained encoder, or else on the shipped model."""
-    real = newest("glosses")
-    found = real or newest("quality")
-    return NONE if found is None else glosses_rates(found, "../") if real else rates_table(found, "../")
+    """Return the learning rates that were best in the newest measurements: on the pretrained encoder, others on the shipped model."""
+    real, small = newest("glosses"), newest("quality")
+    on_real = [glosses_rates(real, "../")] if real else []
+    others = [rates_table(small, "../", real["results"]["variants"] if real else ())] if small else []
+    return "\n\n".join(filter(None, on_real + others)) or NONE
 
 
 def members() -> str:

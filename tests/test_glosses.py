@@ -233,6 +233,17 @@ def test_an_answer_is_right_where_all_its_tokens_are(stand_in):
     assert loss.isfinite()
 
 
+def test_the_agreement_of_seeds_is_stated():
+    seeds = {"a": [0.71, 0.70], "b": [0.73, 0.72], "c": [0.72, 0.74], "d": [0.72, 0.75]}
+    done = {name: {"ours": {"members": pair}} for name, pair in seeds.items()}
+    assert report.learned.ranks([0.71, 0.73, 0.72, 0.72]) == [0.5, 3.5, 2.0, 2.0]
+    assert "rank correlation of 0.32. Neighbours" in report.learned.order_of_seeds(done)
+    assert "1.00. Their order is that of both" in report.learned.order_of_seeds(
+        {n: {"ours": {"members": [p[0]] * 2}} for n, p in seeds.items()}
+    )
+    assert report.learned.order_of_seeds({"a": {"ours": {"members": [0.7]}}}) == ""
+
+
 def test_the_table_and_the_plot_of_the_glosses(tmp_path):
     row = {"exact": 0.75, "error": 0.004, "loss": 1.0, "rate": 2e-3, "params": 40960}
     variants = {"lora": {"ours": row, "peft": {**row, "exact": 0.74}, "agree": True}, "ssvd": {"failed": "why"}}
@@ -243,6 +254,8 @@ def test_the_table_and_the_plot_of_the_glosses(tmp_path):
     text = dict(report.sections(tmp_path))["glosses"]
     assert "| LoRA | 41.0k | 2.0e-03 | 75.0% ± 0.4% | 74.0% ± 0.4% | equal |\n| IA3 | 100 | 5.0e-02 | 70.0% ± 0.4% | - | - |" in text
     assert "Not trained: SSVD." in text
+    assert "Not measured yet: PiSSA," in text
+    assert "rank correlation" not in text, "two variants have no order to speak of"
     rates = report.learned.glosses_rates(report.t.newest("glosses", tmp_path), "../")
     assert rates.splitlines()[4:] == ["| 0.002 | LoRA |", "| 0.05 | IA3 |"]
     assert (tmp_path / "plots" / "glosses.svg") in report.draw(tmp_path, tmp_path / "plots")

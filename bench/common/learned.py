@@ -1,8 +1,11 @@
 """Tables of what variants learn: accuracies, rates, and the demo's."""
 
 import json
+import statistics
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import lora_lite as ll
 from common.tables import RESULTS, Found, count, share, source, table, title
 
 
@@ -22,19 +25,25 @@ def quality_table(quality: Found) -> str:
     return table(rows)
 
 
-def rates_table(quality: Found, up: str) -> str:
-    """Write the learning rate that was best for each variant in the training of the accuracies, and which training that was."""
+def rates_table(quality: Found, up: str, without: Collection[str] = ()) -> str:
+    """Write the learning rate that was best for each variant in the training of the accuracies, and which training that was.
+
+    Args:
+        quality: a results file of accuracies on the small Llama.
+        up: the way from the page to the repository.
+        without: the variants to leave out.
+    """
     q = quality["results"]
     by_rate: dict[float, list[str]] = {}
     for name, row in q["variants"].items():
-        if row["ours"]["exact"] >= 0.1:  # a rate at which nothing was learnt is none to begin with
+        if name not in without and row["ours"]["exact"] >= 0.1:  # a rate at which nothing was learnt is none to begin with
             by_rate.setdefault(row["ours"]["rate"], []).append(title(name))
     rows = [{"best rate": f"{rate:.2g}", "variants": ", ".join(names)} for rate, names in sorted(by_rate.items())]
     words = (
         f"Measured on the base Llama of {count(q['full']['params'])} params, in {q['steps']} steps of {q['rows']} rows by AdamW: of a "
         f"rate and its multiples, the best on problems of their own ({source(quality, up)}):"
     )
-    return f"{words}\n\n{table(rows)}"
+    return f"{words}\n\n{table(rows)}" if rows else ""
 
 
 def glosses_table(found: Found) -> str:
@@ -53,7 +62,25 @@ def glosses_table(found: Found) -> str:
     probe = f"The linear probe, the head alone on the frozen encoder, reaches {share(r['probe'])}. " if r.get("probe") else ""
     lacking = [title(name) for name in r["variants"] if name not in done]
     failed = f"\n\nNot trained: {', '.join(lacking)}." if lacking else ""
-    return f"{probe}{r['steps']} steps of {r['rows']} glosses, {r['seeds']} seeds, {r['test']} test glosses.\n\n{table(rows)}{failed}"
+    absent = [title(name) for name in ll.VARIANTS if name not in r["variants"]]
+    failed += f"\n\nNot measured yet: {', '.join(absent)}." if absent else ""
+    facts = f"{r['steps']} steps of {r['rows']} glosses, {r['seeds']} seeds, {r['test']} test glosses.{order_of_seeds(done)}"
+    return f"{probe}{facts}\n\n{table(rows)}{failed}"
+
+
+def order_of_seeds(done: Found) -> str:
+    """State how far two seeds agree on the order of the variants, and what can be concluded. Nothing for fewer than three variants."""
+    pairs = [row["ours"]["members"] for row in done.values() if len(row["ours"].get("members", ())) == 2]
+    if len(pairs) < 3 or any(len(set(seed)) < 2 for seed in zip(*pairs)):
+        return ""
+    found = statistics.correlation(*(ranks(seed) for seed in zip(*pairs, strict=True)))
+    told = "Neighbours in the table are not told apart" if found < 0.9 else "Their order is that of both seeds"
+    return f" The order of the variants by one seed and by the other has a rank correlation of {found:.2f}. {told}."
+
+
+def ranks(values: Sequence[float]) -> list[float]:
+    """Return the rank of each value, equal ones with the mean of theirs."""
+    return [sum(v < value for v in values) + 0.5 * sum(v == value for v in values) for value in values]
 
 
 def glosses_rates(found: Found, up: str) -> str:
