@@ -252,7 +252,9 @@ def test_the_table_and_the_plot_of_the_glosses(tmp_path):
     file = {"date": "2030-01-02", "commit": "abc", "machine": "2-core x86 CPU", "threads": 1, "results": found}
     (tmp_path / "2030-01-02-abc-glosses.json").write_text(json.dumps(file))
     text = dict(report.sections(tmp_path))["glosses"]
-    assert "| LoRA | 41.0k | 2.0e-03 | 75.0% ± 0.4% | 74.0% ± 0.4% | equal |\n| IA3 | 100 | 5.0e-02 | 70.0% ± 0.4% | - | - |" in text
+    assert (
+        "| LoRA | 41.0k | 2.0e-03 | 2 | 75.0% ± 0.4% | 74.0% ± 0.4% | equal |\n| IA3 | 100 | 5.0e-02 | 2 | 70.0% ± 0.4% | - | - |" in text
+    )
     assert "Not trained: SSVD." in text
     assert "Not measured yet: PiSSA," in text
     assert "rank correlation" not in text, "two variants have no order to speak of"

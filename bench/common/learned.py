@@ -55,7 +55,8 @@ def glosses_table(found: Found) -> str:
         equal = {True: "equal", False: "not equal"}.get(row.get("agree"), "-")
         rows.append(
             {
-                **{"variant": title(name), "params": count(ours["params"]), "rate": f"{ours['rate']:.1e}", "accuracy": share(ours)},
+                **{"variant": title(name), "params": count(ours["params"]), "rate": f"{ours['rate']:.1e}"},
+                **{"seeds": str(len(ours.get("members", ())) or r["seeds"]), "accuracy": share(ours)},
                 **{"PEFT's accuracy": share(peft) if "exact" in peft else "-", "within two standard errors": equal},
             }
         )
@@ -64,8 +65,9 @@ def glosses_table(found: Found) -> str:
     failed = f"\n\nNot trained: {', '.join(lacking)}." if lacking else ""
     absent = [title(name) for name in ll.VARIANTS if name not in r["variants"]]
     failed += f"\n\nNot measured yet: {', '.join(absent)}." if absent else ""
-    facts = f"{r['steps']} steps of {r['rows']} glosses, {r['seeds']} seeds, {r['test']} test glosses.{order_of_seeds(done)}"
-    return f"{probe}{facts}\n\n{table(rows)}{failed}"
+    each = r["test"] // r["seeds"]
+    facts = f"{r['steps']} steps of {r['rows']} glosses, {r['seeds']} seeds of {each} test glosses each."
+    return f"{probe}{facts}{order_of_seeds(done)}\n\n{table(rows)}{failed}"
 
 
 def order_of_seeds(done: Found) -> str:
