@@ -145,9 +145,10 @@ def headlines(folder: Path = RESULTS, support: Path = SUPPORT) -> str:
     if glosses:
         done = {n: row for n, row in glosses["results"]["variants"].items() if "agree" in row}
         equal = sum(row["agree"] for row in done.values())
-        told = ", ".join(f"{t.title(n)} {t.share(done[n]['ours'])}, PEFT's {t.share(done[n]['peft'])}" for n in ("lora",) if n in done)
+        lora = done.get("lora")
+        told = f"LoRA {t.share(lora['ours'])}, PEFT's {t.share(lora['peft'])}; " if lora else ""
         lines.append(
-            f"**What is learned on a pretrained encoder**: {told}; within two standard errors of PEFT's training for {equal} of "
+            f"**What is learned on a pretrained encoder**: {told}within two standard errors of PEFT's training for {equal} of "
             f"{len(done)} methods ([a pretrained model](docs/results.md#a-pretrained-model-on-real-data))."
         )
     if support.is_file():

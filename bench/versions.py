@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 import lora_lite as ll
-from common.measure import batch_of, llama, machine, moved, peak_bytes, ratio, seconds, settled, write
+from common.measure import batch_of, commit_of, llama, machine, moved, peak_bytes, ratio, seconds, settled, write
 
 HERE = Path(__file__).resolve()
 SRC = HERE.parents[1] / "src"
@@ -79,6 +79,8 @@ def serve() -> dict[str, Any]:
         return {"forward": torch.no_grad()(lambda: adapt(params, batch)), "step": lambda: step(params)}
 
     def answer(what: str, *words: str) -> Any:
+        if what == "version":
+            return ll.__version__
         if what == "variants":
             return [name for name in ll.VARIANTS if name not in SKIPPED]
         [name] = words
@@ -139,9 +141,10 @@ def main() -> None:
     for name in tqdm(o.variants or shared, desc="versions", mininterval=5):
         found[name] = compare(new, old, name, 2 if o.quick else o.rounds)
         tqdm.write(show(name, found[name]))
+    other = {"version": old.ask("version"), "commit": commit_of(o.other, ".")}
     new.end()
     old.end()
-    write("versions", machine(1), {"skipped": SKIPPED, "variants": found}, o.quick)
+    write("versions", machine(1), {"other": other, "skipped": SKIPPED, "variants": found}, o.quick)
 
 
 if __name__ == "__main__":

@@ -220,6 +220,7 @@ def test_a_version_is_timed_beside_another_one(monkeypatch, capsys, tmp_path):
         assert "dora" in version.ask("variants"), "it goes on"
     finally:
         version.end()
+    assert measure.commit_of(tmp_path) == "none"
     assert found["peak"] == 1.0
     assert all(0 < found[what]["median"] < 10 and found[what]["n"] == 2 for what in versions.CALLS)
     monkeypatch.setattr(sys, "argv", ["versions.py", str(tmp_path)])
@@ -231,8 +232,14 @@ def test_a_version_is_timed_beside_another_one(monkeypatch, capsys, tmp_path):
 def test_versions_that_are_slower_beyond_the_spread_are_named():
     even, slow = ({"median": m, "low": m - 0.05, "high": m + 0.05} for m in (1.0, 1.2))
     rows = {"lora": {"forward": even, "step": even, "peak": 1.0}, "dora": {"forward": even, "step": slow, "peak": 1.0}}
-    assert tables.versions_table({"results": {"variants": rows}}).endswith("Slower or larger beyond the spread: DoRA.")
-    assert tables.versions_table({"results": {"variants": {"lora": rows["lora"]}}}).endswith("None is slower or larger beyond the spread.")
+    facts = {"commit": "new1", "versions": {"lora_lite": "0.2.0"}}
+
+    def text(rows):
+        return tables.versions_table({**facts, "results": {"other": {"version": "0.1.0", "commit": "old1"}, "variants": rows}})
+
+    assert text(rows).startswith("Version 0.2.0 at commit new1 over version 0.1.0 at old1:")
+    assert text(rows).endswith("Slower or larger beyond the spread: DoRA.")
+    assert text({"lora": rows["lora"]}).endswith("None is slower or larger beyond the spread.")
 
 
 def test_standard_error_counts_seeds_and_problems():

@@ -178,7 +178,9 @@ def test_without_its_kind_a_layer_is_unknown():
 
 
 def test_a_subclass_that_gives_nothing_says_what_it_must():
-    with pytest.raises(NotImplementedError, match=r"FrozenQuantised\.fits\(layer\) -> bool is not defined"):
+    with pytest.raises(
+        NotImplementedError, match=r"FrozenQuantised\.classes is not set, and FrozenQuantised\.fits\(layer\) -> bool is not defined"
+    ):
         ll.build(pair()[0], ll.LoRAConfig(), kinds=(ll.FrozenQuantised,))
     empty = type("Empty", (FrozenInt8,), {"dequantise": ll.FrozenQuantised.dequantise})
     adapt = ll.build(pair()[0], ll.LoRAConfig(), kinds=(empty,))

@@ -145,6 +145,26 @@ def test_saving_fits_another_trainer(tmp_path):
     assert (tmp_path / f"checkpoint-{STEPS}" / ADAPTER_FILE).is_file()
 
 
+def test_an_adapted_head_is_refused_where_the_trainer_reads_its_weight(tmp_path):
+    class Reading(tf.Trainer):
+        def __init__(self, model, **options):
+            super().__init__(model, **options)
+            self.model.forward = lambda **batch: None  # as TRL's, which computes the head's output in parts
+
+    class Both(AdapterSaving, Reading):
+        pass
+
+    def trainer(*names):
+        _, adapt, params = started(ll.LoRAConfig(r=2, target_names=names, exclude_names=()))
+        return Both(adapt, params, args=arguments(tmp_path, eval_strategy="no"), train_dataset=rows())
+
+    with pytest.raises(ValueError, match=r"Both: expected an output head that is not adapted, found \"lm_head\".*exclude_names="):
+        trainer("q_proj$", "lm_head$")
+    assert trainer("q_proj$").adapt.targets
+    plain = ll.build(torch.nn.Sequential(torch.nn.Linear(4, 4)), ll.LoRAConfig(r=2))  # a model that names no head
+    Both(plain, plain.init(), args=arguments(tmp_path, eval_strategy="no"), train_dataset=rows())
+
+
 def test_foreign_checkpoint_is_an_error(tmp_path):
     _, adapt, params = started()
     trainer_of("adapter", adapt, params, arguments(tmp_path)).train()

@@ -34,16 +34,22 @@ def rates_table(quality: Found, up: str, without: Collection[str] = ()) -> str:
         without: the variants to leave out.
     """
     q = quality["results"]
-    by_rate: dict[float, list[str]] = {}
-    for name, row in q["variants"].items():
-        if name not in without and row["ours"]["exact"] >= 0.1:  # a rate at which nothing was learnt is none to begin with
-            by_rate.setdefault(row["ours"]["rate"], []).append(title(name))
-    rows = [{"best rate": f"{rate:.2g}", "variants": ", ".join(names)} for rate, names in sorted(by_rate.items())]
+    learnt = {n: row["ours"] for n, row in q["variants"].items() if n not in without and row["ours"]["exact"] >= 0.1}
+    if not learnt:  # a rate at which nothing was learnt is none to begin with
+        return ""
     words = (
         f"Measured on the base Llama of {count(q['full']['params'])} params, in {q['steps']} steps of {q['rows']} rows by AdamW: of a "
         f"rate and its multiples, the best on problems of their own ({source(quality, up)}):"
     )
-    return f"{words}\n\n{table(rows)}" if rows else ""
+    return f"{words}\n\n{by_rate(learnt, 2)}"
+
+
+def by_rate(rows: Found, digits: int) -> str:
+    """Lay variants out by their best rates, of so many digits."""
+    named: dict[str, list[str]] = {}
+    for name, ours in sorted(rows.items(), key=lambda item: item[1]["rate"]):
+        named.setdefault(f"{ours['rate']:.{digits}g}", []).append(title(name))
+    return table([{"best rate": rate, "variants": ", ".join(names)} for rate, names in named.items()])
 
 
 def glosses_table(found: Found) -> str:
@@ -87,16 +93,13 @@ def ranks(values: Sequence[float]) -> list[float]:
 
 def glosses_rates(found: Found, up: str) -> str:
     """Write the best learning rate of each variant on the pretrained encoder, of a population's, and which training that was."""
-    by_rate: dict[str, list[str]] = {}
     done = {name: row["ours"] for name, row in found["results"]["variants"].items() if "failed" not in row.get("ours", {"failed": ""})}
-    for name, ours in sorted(done.items(), key=lambda item: item[1]["rate"]):
-        by_rate.setdefault(f"{ours['rate']:.1g}", []).append(title(name))
     r = found["results"]
     words = (
         f"Measured on {r['model']}, 22.7 M params, in {r['steps']} steps of {r['rows']} glosses by AdamW: of rates in factors of three, "
         f"the best on validation glosses ({source(found, up)}):"
     )
-    return f"{words}\n\n{table([{'best rate': rate, 'variants': ', '.join(names)} for rate, names in by_rate.items()])}"
+    return f"{words}\n\n{by_rate(done, 1)}"
 
 
 def gsm8k_table(folder: Path = RESULTS, up: str = "../") -> str:

@@ -238,18 +238,24 @@ def machine(threads: int, processes: int = 1, where: torch.device | None = None)
     gpu = where is not None and where.type == "cuda"
     kind = torch.cuda.get_device_name(where) if gpu else f"{os.cpu_count()}-core {platform.machine()} CPU"
     counts = {"device": "cuda" if gpu else "cpu", "threads": threads, "processes": processes}
-    return {"commit": _commit(), "versions": versions, "machine": kind, **counts, "python": platform.python_version()}
+    commit = commit_of(RESULTS.parents[1], "src", ":(glob)bench/**/*.py")
+    return {"commit": commit, "versions": versions, "machine": kind, **counts, "python": platform.python_version()}
 
 
-def _commit() -> str:
-    """Return the short commit, marked where the measured code has been changed since."""
+def commit_of(folder: Path, *measured: str) -> str:
+    """Return the short commit of a folder, marked where what was measured has been changed since; "none" where git does not know it.
+
+    Args:
+        folder: in a checkout.
+        measured: the paths of what was measured, from there, as git takes them.
+    """
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=RESULTS.parent.parent, check=False).stdout.strip()
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=folder, check=False).stdout.strip()
 
     try:
         commit = git("rev-parse", "--short", "HEAD")
-        return commit + (".changes" if commit and git("status", "--porcelain", "--", "src", ":(glob)bench/*.py") else "") or "none"
+        return commit + (".changes" if commit and git("status", "--porcelain", "--", *measured) else "") or "none"
     except FileNotFoundError:  # no git here
         return "none"
 

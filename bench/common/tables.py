@@ -277,8 +277,10 @@ def versions_table(found: Found) -> str:
     rows, calls = found["results"]["variants"].items(), ("forward", "step")
     cells = [{"variant": title(name)} | {call: spread(row[call]) for call in calls} | {"peak": f"{row['peak']:.2f}"} for name, row in rows]
     slower = [title(name) for name, row in rows if any(row[call]["low"] > 1 for call in calls) or row["peak"] > 1.005]
+    other = found["results"]["other"]
+    head = f"Version {found['versions']['lora_lite']} at commit {found['commit']} over version {other['version']} at {other['commit']}:"
     end = f"Slower or larger beyond the spread: {', '.join(slower)}." if slower else "None is slower or larger beyond the spread."
-    return f"{table(cells)}\n\n{end}"
+    return f"{head}\n\n{table(cells)}\n\n{end}"
 
 
 def agreement_table(found: Found) -> str:

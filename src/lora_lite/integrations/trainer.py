@@ -20,6 +20,7 @@ from lora_lite.core.config_json import departures
 from lora_lite.core.errors import listed
 from lora_lite.core.tree import Tree
 from lora_lite.files.adapter_file import load, save
+from lora_lite.prepare.heads import output_heads
 
 ADAPTER_FILE = "adapter.safetensors"
 """The name of the adapter's file in a checkpoint. `lora_lite.load` reads it."""
@@ -61,9 +62,8 @@ class AdapterSaving:
 
     def _require_called_head(self) -> None:
         """Raise where the output head is a target: a trainer that replaces the model's forward reads the head's weight."""
-        head = self.model.get_output_embeddings()
-        paths = [path for path, module in self.model.named_modules() if module is head]
-        adapted = [target.path for target in self.adapt.targets if target.path in paths]
+        heads = output_heads(self.model)
+        adapted = [target.path for target in self.adapt.targets if target.path in heads]
         if adapted:
             raise ValueError(
                 f'{type(self).__name__}: expected an output head that is not adapted, found "{adapted[0]}" among the targets. This trainer '

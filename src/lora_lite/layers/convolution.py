@@ -26,16 +26,10 @@ _CONVS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
 class ConvKind(Kind):
     """A convolution whose outputs see all channels: `x` is `(*b, channels, *space)`."""
 
+    classes: ClassVar[tuple[type[nn.Module], ...]] = CLASSES
     by_name: ClassVar[bool] = True
     gives: ClassVar[AbstractSet[str]] = Kind.gives - {"inputs", "positions"}
     why: ClassVar[str] = "Calibration sees a convolution's images, not their patches."
-
-    classes: ClassVar[tuple[type[nn.Module], ...]] = CLASSES
-    """The classes of its layers; a subclass of them with a forward of its own is not read."""
-
-    @classmethod
-    def may_fit(cls, of: type[nn.Module]) -> bool:
-        return issubclass(of, cls.classes)
 
     @classmethod
     def fits(cls, layer: Any) -> bool:

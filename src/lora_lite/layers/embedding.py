@@ -22,14 +22,11 @@ from lora_lite.layers.linear import LinearKind
 class EmbeddingKind(Kind):
     """`nn.Embedding`: `x` holds ids `(*b)`, `i` is the vocabulary, `o` the width."""
 
+    classes: ClassVar[tuple[type[nn.Module], ...]] = (nn.Embedding,)
     by_name: ClassVar[bool] = True
     gives: ClassVar[AbstractSet[str]] = frozenset({"output", "project", "rows", "dropout"})
     state = {"weight": "weight"}  # noqa: RUF012  # read only
     why: ClassVar[str] = "An embedding receives token ids, which are no vectors."
-
-    @classmethod
-    def may_fit(cls, of: type[nn.Module]) -> bool:
-        return issubclass(of, nn.Embedding)
 
     @classmethod
     def faithful(cls, layer: nn.Module) -> bool:

@@ -45,13 +45,10 @@ class Kind(Tensors):
         ...     def forward(self, x):
         ...         return x @ self.W + self.b
         >>> class MyKind(ll.Kind):
+        ...     classes = (MyLinear,)
         ...     state = {"weight": "W", "bias": "b"}
         ...     weight = property(lambda self: self.layer.W.t())
         ...     bias = property(lambda self: self.layer.b)
-        ...
-        ...     @classmethod
-        ...     def fits(cls, layer):
-        ...         return isinstance(layer, MyLinear)
         ...
         ...     def to_weight(self, dense):
         ...         return dense.t()
@@ -62,6 +59,8 @@ class Kind(Tensors):
 
     site: ClassVar[str] = "linear"
     """The site, `"linear"`, `"norm"`, `"module"` or `"block"`: variants whose fact `adapts` names it adapt this kind."""
+    classes: ClassVar[tuple[type[nn.Module], ...]] = ()
+    """The classes of its layers, subclasses included; empty where `fits` tells them."""
     by_name: ClassVar[bool] = False
     """Whether only `target_names` can ask for such a layer."""
     gives: ClassVar[AbstractSet[str]] = Frozen.gives | {"inputs", "dropout"}
@@ -85,13 +84,14 @@ class Kind(Tensors):
     @classmethod
     def may_fit(cls, of: type[nn.Module]) -> bool:
         """Whether modules of a class can be of this kind. A kind that ships is asked once for each class, `fits` for each module."""
-        return True
+        return not cls.classes or issubclass(of, cls.classes)
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        """Whether this kind reads a module: where `may_fit` is defined, by default all of the classes that it tells."""
-        if cls.may_fit.__func__ is Kind.may_fit.__func__:  # type: ignore[attr-defined]  # mypy sees no methods of a class in these
-            raise NotImplementedError(f"{cls.__name__}.fits(layer) -> bool is not defined")
+        """Whether this kind reads a module: by default wherever `may_fit` says so of its class."""
+        told = cls.classes or cls.may_fit.__func__ is not Kind.may_fit.__func__  # type: ignore[attr-defined]  # mypy takes these for functions
+        if not told:
+            raise NotImplementedError(f"{cls.__name__}.classes is not set, and {cls.__name__}.fits(layer) -> bool is not defined")
         return cls.may_fit(type(layer))
 
     @classmethod

@@ -14,15 +14,12 @@ from lora_lite.layers.kind import Kind
 class LinearKind(Kind):
     """`nn.Linear`: reads the layer at each call, so that tensors bound for one call are seen."""
 
+    classes: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
     sums: ClassVar[bool] = True
 
     @classmethod
-    def may_fit(cls, of: type[nn.Module]) -> bool:
-        return issubclass(of, nn.Linear)
-
-    @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        return isinstance(layer, nn.Linear) and not _holds_codes(layer)
+        return cls.may_fit(type(layer)) and not _holds_codes(layer)
 
     @classmethod
     def faithful(cls, layer: nn.Module) -> bool:

@@ -27,7 +27,7 @@ class OwnForwardKind(LinearKind):
 
     @classmethod
     def may_fit(cls, of: type[nn.Module]) -> bool:
-        return issubclass(of, nn.Linear) and of.forward is not nn.Linear.forward
+        return super().may_fit(of) and of.forward is not nn.Linear.forward
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:

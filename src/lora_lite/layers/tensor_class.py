@@ -1,6 +1,6 @@
 """Linear layers whose weight is a tensor of a class of its own that dequantises: torchao's, optimum-quanto's, and others of that make."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,11 @@ class TensorClassKind(FrozenQuantised):
     Where the layer's own forward quantises the inputs too, the adapted model leaves that out: it is no linear map and has no derivative.
     """
 
-    @classmethod
-    def may_fit(cls, of: type[nn.Module]) -> bool:
-        return issubclass(of, nn.Linear)
+    classes: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        return isinstance(layer, nn.Linear) and _dequantises(layer._parameters.get("weight"))
+        return cls.may_fit(type(layer)) and _dequantises(layer._parameters.get("weight"))
 
     @classmethod
     def faithful(cls, layer: nn.Module) -> bool:

@@ -29,7 +29,7 @@ class TransposedConvKind(GroupedConvKind):
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        return isinstance(layer, cls.classes)
+        return cls.may_fit(type(layer))
 
     @property
     def weight(self) -> Tensor:

@@ -26,14 +26,18 @@ def new_heads(model: nn.Module) -> list[str]:
     return [path for path, m in model.named_modules() if isinstance(m, nn.Linear) and path.partition(".")[0] != body]
 
 
-def heads_left_out(model: nn.Module) -> dict[str, str]:
-    """Return the heads that a config takes by name alone, each with the reason: those that PEFT's `all-linear` leaves out."""
+def output_heads(model: nn.Module) -> list[str]:
+    """Return the paths of the module that a language model names as its output head. None for other models."""
     try:
         output = getattr(model, "get_output_embeddings", lambda: None)()
     except (AttributeError, NotImplementedError):
         output = None
-    paths = [] if output is None else [path for path, module in modules_by_path(model).items() if module is output and path]
-    found = dict.fromkeys(paths, "the head of a language model (get_output_embeddings), which target_names can ask for")
+    return [] if output is None else [path for path, module in modules_by_path(model).items() if module is output and path]
+
+
+def heads_left_out(model: nn.Module) -> dict[str, str]:
+    """Return the heads that a config takes by name alone, each with the reason: those that PEFT's `all-linear` leaves out."""
+    found = dict.fromkeys(output_heads(model), "the head of a language model (get_output_embeddings), which target_names can ask for")
     for path in new_heads(model):
         if path.partition(".")[0] in _PEFTS:
             found[path] = "a classifier's new head, which FullConfig trains whole"

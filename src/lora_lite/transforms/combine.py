@@ -38,25 +38,17 @@ def combine(
     Variants whose update is linear in their params (IA3, BitFit, SHiRA, ...) keep their form in a sum, modules trained as a whole and
     trained tokens always. All others become LoRA of scale 1, with a bias where one was moved.
 
-    The methods, and the rank of the result unless `r` is given:
-
-    - `"cat"`: the sum; the sum of the adapters' ranks, factors side by side.
-    - `"linear"`: the sum; at most the layer's own rank, since one factor is a basis of all updates.
-    - `"svd"`: the sum's best approximation; the rank of the largest adapter, also below.
-    - `"magnitude_prune"`: the sum of the largest entries of each.
-    - `"ties"`: the mean of the largest entries of each that agree in sign.
-    - `"dare_linear"`: the sum of entries drawn at random, over `density`.
-    - `"dare_ties"`: the mean of entries drawn at random that agree in sign.
-
     Args:
         adapt: the adapted model of all trees, or one for each tree, over the same frozen weights. Their configs may differ.
         trees: the params trees of K adapters, at least one.
         weights: a number for each, `(K,)`, of either sign; dimensionless. With `"cat"` and `"linear"` and no `r` the params are
             differentiable in a tensor of them.
-        method: one of the above.
-        r: rank of every target's LoRA, >= 1 and no more than the widest layer has; what it does not hold is lost. None as above.
-        density: share of the entries that are kept, in (0, 1], for `"ties"`, `"magnitude_prune"`, `"dare_linear"` and `"dare_ties"`; the
-            others do not read it.
+        method: `"cat"` or `"linear"`, the sum, with the factors side by side or on one basis of at most the layer's own rank; `"svd"`, its
+            best approximation. `"magnitude_prune"` and `"dare_linear"`, the sum of each one's largest or of random entries; `"ties"` and
+            `"dare_ties"`, the mean of those of them that agree in sign.
+        r: rank of every target's LoRA, >= 1 and no more than the widest layer has; what it does not hold is lost. None for that of all of a
+            sum, and for the largest adapter's elsewhere.
+        density: share of the entries that are kept, in (0, 1], for the four methods that take some; the others do not read it.
         seed: of the random entries, for `"dare_linear"` and `"dare_ties"`, any integer.
         progress: show a progress bar on stderr when it takes more than a second.
 

@@ -52,7 +52,7 @@ def plus_sparse(W: Frozen, x: Tensor, rows: Tensor, cols: Tensor, values: Tensor
     """Return `W(x) + S x`, where `values (k,)` are added up at `rows` and `cols` `(k,)` of an empty `S (o, i)`."""
     o, i = W.out_features, W.in_features
     if is_dense(values.shape[0], W):
-        return plus_flat(W, x, rows.long() * i + cols, values)
+        return W.updated_at(x, rows.long() * i + cols, values)
     y = W(x)
     return y + gathered(x, rows, cols, values, o).to(y.dtype)
 
