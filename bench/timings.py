@@ -58,18 +58,19 @@ def chain_of(layers: int, width: int) -> nn.Sequential:
 
 
 def products(base: nn.Sequential, x: Tensor, r: int) -> dict[str, Call]:
-    """Return the base's own call, and the bare products of LoRA's layers: its two with the fused add, and all three."""
+    """Return the base's own call, and the bare products of LoRA's layers, of their own factors: two with the fused add, and all three."""
     g = torch.Generator().manual_seed(1)
-    A, B = (0.01 * torch.randn(shape, generator=g).to(x) for shape in ((r, x.shape[1]), (x.shape[1], r)))  # small: `three` goes deep
-    weights = [layer.weight for layer in base]
+    shapes = ((r, x.shape[1]), (x.shape[1], r))
+    # Small factors, since `three` goes deep.
+    layers = [(layer.weight, *(0.01 * torch.randn(shape, generator=g).to(x) for shape in shapes)) for layer in base]
 
     def two() -> None:
-        for _ in weights:
+        for _, A, B in layers:
             torch.addmm(x, linear(x, A), B.t(), alpha=2.0)
 
     def three() -> None:
         y = x
-        for weight in weights:
+        for weight, A, B in layers:
             y = torch.addmm(linear(y, weight), linear(y, A), B.t(), alpha=2.0)
 
     return {"base": lambda: base(x), "two products": two, "three products": three}

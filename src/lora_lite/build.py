@@ -12,6 +12,7 @@ from lora_lite.clone.structure import clone_module
 from lora_lite.core.config import AdapterConfig, as_config
 from lora_lite.core.device import made_on_cpu
 from lora_lite.core.plan import Entries, Target
+from lora_lite.core.tree import still
 from lora_lite.layers.kind import Kind
 from lora_lite.prepare.calibrate import gather, require_data
 from lora_lite.prepare.checks import check_entries
@@ -66,11 +67,12 @@ def build(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"build: expected model as a torch.nn.Module, found {type(model).__name__}. Pass the model itself.")
-    entries = choose(model, cfg, kinds)
-    warn_of_new_heads(model, entries)
-    require_data(entries, calibration, loss)
-    originals = read_originals(model, entries, original)
-    base = clone_module(model, kinds)
+    with still(model):
+        entries = choose(model, cfg, kinds)
+        warn_of_new_heads(model, entries)
+        require_data(entries, calibration, loss)
+        originals = read_originals(model, entries, original)
+        base = clone_module(model, kinds)
     check_pattern(base, remat)
     stats = originals | read_partners(base, entries, kinds)
     stats |= {} if calibration is None else gather(base, entries, calibration, progress, loss, group, kinds)

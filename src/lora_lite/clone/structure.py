@@ -37,7 +37,7 @@ def clone_module(model: nn.Module, kinds: Sequence[type[Kind]] = ()) -> nn.Modul
         ValueError: for modules whose forward cannot be led to the copy (scripted, compiled or patched by a hook library), and
             quantised layers that hold no quantised weight.
     """
-    _refuse_unfaithful(model, modules_by_path(model))
+    _refuse_unfaithful(modules_by_path(model))
     unreadable = faults(model, kinds)
     if unreadable:
         raise ValueError(f"build: expected quantised layers that hold their weight quantised, found:\n{several(unreadable)}")
@@ -52,13 +52,13 @@ def clone_again(clone: nn.Module, kinds: Sequence[type[Kind]] = ()) -> nn.Module
     return copies[id(clone)]
 
 
-def _refuse_unfaithful(model: nn.Module, named: Mapping[str, nn.Module]) -> None:
+def _refuse_unfaithful(named: Mapping[str, nn.Module]) -> None:
     scripted = [path or "the model" for path, m in named.items() if isinstance(m, torch.jit.ScriptModule)]
     if scripted:
         raise ValueError(
             f"build: expected ordinary modules, found TorchScript at {listed(scripted)}. Build on the model before scripting it."
         )
-    lazy = [name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+    lazy = [join(path, name) for path, m in named.items() for name, p in m._parameters.items() if isinstance(p, UninitializedParameter)]
     if lazy:
         raise ValueError(f"build: expected parameters with shapes, found lazy ones at {listed(lazy)}. Run the model on one batch first.")
     patched = [path or "the model" for path, m in named.items() if _patched(m)]

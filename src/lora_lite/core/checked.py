@@ -50,18 +50,7 @@ def checked(fn: Callable[..., Tensor], *, cast: bool = True) -> Callable[..., Te
     fields = get_type_hints(hints["params"]) if named else None  # without the marks of fields that are not required
     optional = hints["params"].__optional_keys__ if named else frozenset()
 
-    @functools.wraps(fn)
-    def door(params: Any, W: Frozen | Tensor, x: Tensor, **statics: Any) -> Tensor:
-        if _enabled and not torch.compiler.is_compiling():
-            return tested(params, W, x, statics)
-        if not isinstance(W, Frozen):
-            W = as_frozen(W)
-        dtype = x.dtype
-        for p in params.values() if cast else ():  # as in_dtype does, without its call
-            if p.dtype is not dtype:
-                params = in_dtype(params, W, x)
-                break
-        return fn(params, W, x, **statics)
+    signature = inspect.signature(fn)
 
     def tested(params: Any, W: Any, x: Any, statics: Mapping[str, Any]) -> Tensor:
         with jaxtyped("context"):  # one set of axis sizes for all the tests below
@@ -77,7 +66,48 @@ def checked(fn: Callable[..., Tensor], *, cast: bool = True) -> Callable[..., Te
             _raise(fn, _fault("the result", y, hints["return"]), given)
             return y
 
-    door.__signature__ = inspect.signature(fn)  # type: ignore[attr-defined]
+    door: Any = functools.wraps(fn)(_door(fn, tested, [*signature.parameters.values()][3:], cast))
+    door.__signature__ = signature
+    return door
+
+
+_DOOR = """
+def make(fn, tested):
+    def door(params, W, x{declared}):
+        if _enabled and not torch.compiler.is_compiling():
+            return tested(params, W, x, {{{tabled}}})
+        if not isinstance(W, Frozen):
+            W = as_frozen(W)
+        {cast}
+        return fn(params, W, x{passed})
+    return door
+"""
+_CAST = """dtype = x.dtype
+        for p in params.values():  # as in_dtype does, without its call
+            if p.dtype is not dtype:
+                params = in_dtype(params, W, x)
+                break
+"""
+
+
+def _door(fn: Callable[..., Tensor], tested: Callable[..., Tensor], statics: Sequence[inspect.Parameter], cast: bool) -> Any:
+    """Make the door of a function, with its statics as keywords by their names.
+
+    Its text is written for these names, as `dataclasses` writes an `__init__`: keywords that are packed into a dictionary and out again
+    would be the dearest part of a light layer's call.
+    """
+    named = [s.name for s in statics if s.kind is not s.VAR_KEYWORD]
+    rest = [f"**{s.name}" for s in statics if s.kind is s.VAR_KEYWORD]
+    code = _DOOR.format(
+        declared="".join(f", {part}" for part in [*(["*", *named] if named else []), *rest]),
+        tabled=", ".join([*(f'"{name}": {name}' for name in named), *rest]),
+        passed="".join(f", {part}" for part in [*(f"{name}={name}" for name in named), *rest]),
+        cast=_CAST if cast else "",
+    )
+    made: dict[str, Any] = {}
+    exec(code, globals(), made)
+    door = made["make"](fn, tested)
+    door.__kwdefaults__ = {s.name: s.default for s in statics if s.name in named and s.default is not s.empty}
     return door
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor, is_functorch_wrapped_tensor
 
 
 def add_low_rank(y0: Tensor, h: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
     """Return `y0 + scale h B^T` in one fused multiply-add: `y0 (*b, o)`, `h (*b, r)`, `B (o, r)`."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(h):
+    if is_batchedtensor(h) and not torch.compiler.is_compiling():
         h, scale = h * scale, 1.0  # `vmap` makes a product and a sum of the addmm, and would scale the wide product
     if y0.dim() == 2:  # views have a price, and one more in the backward pass
         return torch.addmm(y0, h, B.t(), alpha=scale)
@@ -67,21 +68,24 @@ def _above(size: int, device: torch.device) -> Tensor:
     return rows * size + cols
 
 
-_FIXED: dict[Any, Tensor] = {}
+_FIXED: dict[Any, Any] = {}
 
 
-def fixed(make: Callable[[int, torch.device], Tensor], size: int, device: torch.device) -> Tensor:
-    """Return `make(size, device)`, cached. While a compiler or a transform traces, the tensor is made anew."""
+def fixed(make: Callable[[Any, torch.device], Any], size: Any, device: torch.device) -> Any:
+    """Return `make(size, device)`, a tensor or a tuple of them, cached. While a compiler or a transform traces, they are made anew."""
     if torch.compiler.is_compiling():
         return make(size, device)
     key = make, size, device
-    if key not in _FIXED:
+    found = _FIXED.get(key)
+    if found is None:
         with torch.inference_mode(False):
-            tensor = make(size, device)
-        if type(tensor) is not Tensor or tensor.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            return tensor
-        _FIXED[key] = tensor
-    return _FIXED[key]
+            found = make(size, device)
+        if any(
+            type(t) is not Tensor or t.is_meta or is_functorch_wrapped_tensor(t) for t in (found if isinstance(found, tuple) else (found,))
+        ):
+            return found
+        _FIXED[key] = found
+    return found
 
 
 def cayley_excess(X: Tensor) -> Tensor:

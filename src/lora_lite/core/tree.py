@@ -1,6 +1,8 @@
 """Parameter trees, `{target path: {name: tensor}}`: named, flattened and mapped."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +16,24 @@ def join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def modules_by_path(root: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
-    """Return the modules that `named_modules` yields. A build asks a dozen times, and generators in generators take their time."""
+_still: ContextVar[tuple[nn.Module, Mapping[str, nn.Module]] | None] = ContextVar("_still", default=None)
+
+
+@contextmanager
+def still(root: nn.Module) -> Iterator[None]:
+    """Walk a model once for all who ask meanwhile, where it keeps its modules. A build asks a dozen times."""
+    token = _still.set((root, modules_by_path(root)))
+    try:
+        yield
+    finally:
+        _still.reset(token)
+
+
+def modules_by_path(root: nn.Module, prefix: str = "") -> Mapping[str, nn.Module]:
+    """Return the modules that `named_modules` yields, in its order, without its price: generators in generators."""
+    known = _still.get()
+    if known is not None and known[0] is root and not prefix:
+        return known[1]
     found: dict[str, nn.Module] = {}
     seen: set[int] = set()
     todo = [(prefix, root)]

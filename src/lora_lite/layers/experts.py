@@ -23,7 +23,7 @@ _PROTOCOL = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gat
 
 def has_experts(module: nn.Module) -> bool:
     """Whether a module keeps the weights of experts by transformers' protocol."""
-    return all(hasattr(module, name) for name in _PROTOCOL) and {"down_proj", _first(module)} <= set(module._parameters)
+    return "down_proj" in module._parameters and all(hasattr(module, n) for n in _PROTOCOL) and _first(module) in module._parameters
 
 
 def _first(module: Any) -> str:

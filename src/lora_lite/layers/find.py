@@ -1,5 +1,6 @@
 """The finder for all kinds: the targets that a variant of a site can adapt in a model, by path."""
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -82,14 +83,15 @@ def faults(model: nn.Module, kinds: Sequence[type[Kind]] = ()) -> list[str]:
 
 def _of_kinds_with(method: str, modules: Iterable[tuple[nn.Module, T]], kinds: Sequence[type[Kind]]) -> Iterator[tuple[T, type[Kind]]]:
     """Yield the value beside each module whose kind has a `method` of its own, and the kind. Few have, and asking all takes time."""
-
-    def has_own(kind: type[Kind]) -> bool:
-        return getattr(kind, method).__func__ is not getattr(Kind, method).__func__
-
     for module, value in modules:
-        having = (kind for kind in (*kinds, *candidates(module)) if has_own(kind))
-        if any(kind.fits(module) for kind in having) and (kind := kind_of(module, kinds)) is not None:
+        having = _having(method, (*kinds, *candidates(module)))
+        if having and any(kind.fits(module) for kind in having) and (kind := kind_of(module, kinds)) is not None:
             yield value, kind
+
+
+@functools.lru_cache(1024)
+def _having(method: str, kinds: tuple[type[Kind], ...]) -> list[type[Kind]]:
+    return [kind for kind in kinds if getattr(kind, method).__func__ is not getattr(Kind, method).__func__]
 
 
 def packed(module: nn.Module, path: str, kinds: Sequence[type[Kind]] = ()) -> list[str]:

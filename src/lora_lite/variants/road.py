@@ -44,34 +44,32 @@ class ROADParams(TypedDict):
     a: Float[Tensor, " p"]
 
 
-def rotation(params: ROADParams, variant: str, group_size: int) -> tuple[Tensor, Tensor]:
-    """Compute `c - 1` and the signed `s` of `y = c h + s swap(h)`, eq. (4), as `(groups, 1 or 2, group_size/2)`.
-
-    `c - 1 = a - 2 (1 + a) sin(theta/2)^2` keeps the digits that `(1 + a) cos(theta) - 1` would cancel.
-    """
-    shape = (-1, SIZES[variant], group_size // 2)
-    dtype = torch.promote_types(params["theta"].dtype, torch.float32)
-    theta, a = params["theta"].to(dtype).view(shape), params["a"].to(dtype).view(shape)  # (groups, 1 | 2 | 4, group_size/2)
-    gain = 1 + a
-    (t_cos, t_sin), (a_cos, _), (g_cos, g_sin) = (t.chunk(2, 1) if variant == "road_4" else (t, t) for t in (theta, a, gain))
-    half = (0.5 * t_cos).sin()
-    c = torch.addcmul(a_cos, g_cos * half, half, value=-2)
-    return c, g_sin * t_sin.sin() * fixed(_signs, 2, theta.device)
-
-
-def _signs(size: int, device: torch.device) -> Tensor:
-    return torch.tensor([[-1.0], [1.0]], device=device)
+def layout(sizes: tuple[int, str, int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return, for each output, where the `theta` of its cosine lies, that of its sine, and the sine's sign, of `o` and the statics."""
+    o, variant, group_size = sizes
+    pair, half = SIZES[variant], group_size // 2
+    at = torch.arange(pair * o // 2, device=device).view(-1, pair, half)  # (groups, 1 | 2 | 4, half)
+    at_cos, at_sin = at.chunk(2, 1) if variant == "road_4" else (at, at)
+    rows = (at_cos.expand(-1, 2, half), at_sin.expand(-1, 2, half), torch.tensor([[-1.0], [1.0]], device=device).expand(len(at), 2, half))
+    return rows[0].flatten(), rows[1].flatten(), rows[2].flatten()
 
 
 @checked
 def road(params: ROADParams, W: Frozen, x: Float[Tensor, "*b i"], *, variant: str, group_size: int) -> Float[Tensor, "*b o"]:
-    """Return `c h + s swap(h)` with `h = W x + b`. The module's docstring has the formula and the shapes."""
+    """Return `c h + s swap(h)` with `h = W x + b`, eq. (4). The module's docstring has the formula and the shapes."""
     y = W(x)
-    c, s = rotation(params, variant, group_size)
-    c, s = c.expand_as(s).flatten(), s.flatten()  # whole rows: products with short ones take twice the time backward
-    # A copy of the halves in the other order is cheaper than two halves rotated apart and joined.
-    swapped = y.unflatten(-1, (-1, 2, group_size // 2)).flip(-2).view(y.shape)
-    return torch.addcmul(gate(y, c), swapped, s.to(y.dtype))
+    # Entries are spread over whole rows: products with short ones, or of two halves apart that are joined, take twice the time.
+    at_cos, at_sin, signs = fixed(layout, (y.shape[-1], variant, group_size), y.device)
+    dtype = torch.promote_types(params["theta"].dtype, torch.float32)
+    theta, a = params["theta"].to(dtype), params["a"].to(dtype)
+    gain = 1 + a
+    s = (gain * theta.sin()).index_select(0, at_sin) * signs
+    swapped = y.view(*y.shape[:-1], y.shape[-1] // group_size, 2, group_size // 2).flip(-2).view(y.shape)
+    if y.dtype.itemsize >= 4:
+        return torch.addcmul(y * (gain * theta.cos()).index_select(0, at_cos).to(y.dtype), swapped, s.to(y.dtype))
+    half = (0.5 * theta).sin()  # c - 1 = a - 2 (1 + a) sin(theta/2)^2: in few digits a small turn's cosine is one
+    less_one = torch.addcmul(a, gain * half, half, value=-2).index_select(0, at_cos)
+    return torch.addcmul(gate(y, less_one), swapped, s.to(y.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,7 @@ from torch import Tensor
 from lora_lite.core import AdapterConfig, Constants, Frozen, Params, checked
 from lora_lite.core.errors import listed
 from lora_lite.core.fields import at, expect
+from lora_lite.core.tree import modules_by_path
 
 
 class TokensParams(TypedDict):
@@ -81,7 +82,7 @@ class TokensConfig(AdapterConfig):
             embedding = model.get_input_embeddings()
         except (AttributeError, NotImplementedError):
             embedding = None
-        found = [path for path, module in model.named_modules() if module is embedding]
+        found = [path for path, module in modules_by_path(model).items() if module is embedding]
         if not found:
             raise ValueError(
                 f"{at(self, 'target_names')} the embedding to train, since {type(model).__name__} has no get_input_embeddings() to tell "
