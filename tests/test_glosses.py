@@ -244,6 +244,16 @@ def test_the_agreement_of_seeds_is_stated():
     assert report.learned.order_of_seeds({"a": {"ours": {"members": [0.7]}}}) == ""
 
 
+def test_what_all_variants_have_in_common_with_a_seed_tells_none_apart():
+    generator = torch.Generator().manual_seed(0)
+    true, seed = torch.linspace(0.6, 0.8, 400, dtype=torch.float64), torch.tensor([0.03, -0.03])  # seeds far apart, for all alike
+    members = (true[:, None] + seed + 0.004 * torch.randn(400, 2, generator=generator)).tolist()
+    error, apart = report.learned.told_apart(members)
+    assert error == pytest.approx(0.004 / 2**0.5, rel=0.1)
+    assert 0.85 < apart < 0.95  # two variants are apart where they differ by 0.008 or more, of 0.2: a share of (1 - 0.04)^2
+    assert report.learned.told_apart([[0.5, 0.7], [0.6, 0.8], [0.7, 0.9]]) == pytest.approx((0.0, 1.0), abs=1e-9)
+
+
 def test_the_table_and_the_plot_of_the_glosses(tmp_path):
     row = {"exact": 0.75, "error": 0.004, "loss": 1.0, "rate": 2e-3, "params": 40960}
     variants = {"lora": {"ours": row, "peft": {**row, "exact": 0.74}, "agree": True}, "ssvd": {"failed": "why"}}
