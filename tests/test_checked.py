@@ -261,3 +261,19 @@ def test_every_other_variant_does_with_a_plain_weight(row):
     y = case.cfg.forward(case.params, ll.Frozen(case.W.weight, case.W.bias), case.x)
     assert y.shape == case(case.params).shape
     assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_statics_keep_their_names_and_defaults(checks, on):
+    @ll.checked
+    def f(params: GainParams, W: ll.Frozen, x: Float[Tensor, "*b i"], *, a: int, b: float = 2.0, **rest: int) -> Float[Tensor, "*b i"]:
+        return x + a * b + sum(rest.values())
+
+    checks(on)
+    given = {"g": draw(O)}, draw(O, I), torch.zeros(1, I)
+    assert f(*given, a=2).unique().tolist() == [4.0]
+    assert f(*given, a=2, b=1.0, more=3, still=4).unique().tolist() == [9.0]
+    with pytest.raises(TypeError, match=r"missing 1 required keyword-only argument: 'a'"):
+        f(*given)
+    with pytest.raises(TypeError, match=r"lora\(\) got an unexpected keyword argument 'scales'"):
+        lf.lora(lora_params(), draw(O, I), draw(1, I), scales=1.0)
