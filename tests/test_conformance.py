@@ -1,5 +1,10 @@
-"""The conformance kit: every shipped variant passes every check, and so does one from outside the package."""
+"""The conformance kit: every shipped variant passes every check, and so does one from outside the package.
 
+Compiling takes as long as all other checks together: here it is tried on each variant's first row, and with `LORA_LITE_COMPILE=every`,
+which `tox -e compiled` sets, on all.
+"""
+
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, TypedDict
@@ -10,13 +15,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import lora_lite as ll
-from cases import CASES, ShiftConfig, assert_trees_equal, move
+from cases import CASES, FIRST, ShiftConfig, assert_trees_equal, move
 from lora_lite.testing import CHECKS
 
 
 def _grid():
+    compiled = CASES if os.environ.get("LORA_LITE_COMPILE") == "every" else FIRST
     for row in CASES:
-        for name in CHECKS:
+        for name in (name for name in CHECKS if name != "compiles" or row in compiled):
             marks = [pytest.mark.xfail(reason=row.fails[name], strict=True)] if name in row.fails else []
             yield pytest.param(row.cfg, name, id=f"{row.id}-{name}", marks=marks)
 
