@@ -186,6 +186,9 @@ FIRST = tuple({row.cfg.name: row for row in reversed(CASES)}.values())[::-1]
 EVERY = (*((row, torch.float64) for row in FIRST), *((Row(cfg.name, cfg), torch.float32) for cfg in FIVE))
 """Each variant in float64, where nothing hides in rounding, and the core variants in float32 too."""
 
+ACROSS = tuple((row, dtype, name) for row, dtype in EVERY for name in ("llama", "bert", "t5") if name != "bert" or dtype == torch.float32)
+"""These on a decoder and on an encoder with its decoder, and the core variants on an encoder alone."""
+
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest error of a value, relative to the largest one it is made of, by dtype."""

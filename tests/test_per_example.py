@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lora_lite as ll
-from cases import EVERY, assert_gradients_equal, assert_trees_equal, build_any, in_dtype, move, named, padded, row_of
+from cases import ACROSS, assert_gradients_equal, assert_trees_equal, build_any, in_dtype, move, named, padded, row_of
 from lora_lite.transforms import gradients
 
 
@@ -23,8 +23,7 @@ def norm(tree):
     return torch.cat([leaf.flatten().float() if leaf.dtype == torch.bfloat16 else leaf.flatten() for leaf in ll.tree_leaves(tree)]).norm()
 
 
-@pytest.mark.parametrize(("row", "dtype"), EVERY, ids=named)
-@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+@pytest.mark.parametrize(("row", "dtype", "name"), ACROSS, ids=named)
 def test_gradients_and_norms_equal_a_loop(tiny, name, row, dtype):
     model, batch = padded(tiny, name)
     adapt = build_any(model.to(dtype), row.cfg, [batch])

