@@ -7,9 +7,12 @@ import torch
 from peft_layer import matrix
 
 import lora_lite as ll
+from lora_lite.core import linalg
+from lora_lite.core.tracing import vmap_rows
 from lora_lite.testing import check_variant
-from lora_lite.variants import goft as module
-from lora_lite.variants.goft import goft, through_tree
+from lora_lite.variants import _tree
+from lora_lite.variants._tree import through_tree
+from lora_lite.variants.goft import goft
 from lora_lite.variants.qgoft import orthogonality, qgoft
 
 WIDTHS = (2, 3, 6, 8, 13, 24, 32)
@@ -67,19 +70,42 @@ def test_free_blocks_are_the_papers_product(i):
     torch.testing.assert_close(matrix(qgoft, {"dG": dG, "d": d}, i), (1 + d)[:, None] * R.t(), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("i", [4, 8, 16, 48, 44, 112])
-def test_levels_within_blocks_are_those_one_by_one(i, monkeypatch):
-    x, G, w = draw(3, 10, i), draw(4, i - 1, seed=1), draw(3, 10, i, seed=2)
-    calls = []
-    for widest in (16, 1):
-        monkeypatch.setattr(module, "WIDEST", widest)
-        calls.append((through_tree(x, G), torch.func.grad(lambda x, G: (through_tree(x, G) * w).sum(), argnums=(0, 1))(x, G)))
-    torch.testing.assert_close(*calls, rtol=1e-12, atol=1e-12)
+def level_by_level(x, G):
+    """Apply the pairs one level after the other, the coarsest first."""
+    columns = list(x.unbind(-1))
+    for (a, b), (aa, ab, ba, bb) in reversed(list(zip(pairs(len(columns)), G.t()))):
+        columns[a], columns[b] = aa * columns[a] + ab * columns[b], ba * columns[a] + bb * columns[b]
+    return torch.stack(columns, -1)
 
 
-def test_levels_within_blocks_pass_the_kit(monkeypatch):
-    monkeypatch.setattr(module, "WIDEST", 4)  # the kit's layers are small
-    check_variant(ll.GOFTConfig(norms=True), skip=["counts"])
+@pytest.mark.parametrize("i", [2, 7, 32, 44, 64, 97, 160])
+def test_blocks_are_the_levels_one_by_one_and_so_are_their_gradients(i):
+    x, G, w = draw(3, 5, i), draw(4, i - 1, seed=1), draw(3, 5, i, seed=2)
+    forms = (level_by_level, lambda x, G: through_tree(x, lambda: G))
+    want, plain, once_more, by_func = [], [], [], []
+    for form, found in zip(forms, (want, plain)):
+        leaves = [t.clone().requires_grad_() for t in (x, G)]
+        y = form(*leaves)
+        grads = torch.autograd.grad((y * w).sum(), leaves, create_graph=True)
+        found += [y, *torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)]
+        once_more.append(grads)
+        found += torch.autograd.grad((form(*leaves) * w).sum(), leaves)  # by hand, where no graph of it is made
+        by_func.append(torch.func.grad(lambda x, G, form=form: (form(x, G) * w).sum(), argnums=(0, 1))(x, G))
+    for pair in ((want, plain), once_more, by_func):
+        for a, b in zip(*pair, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9 * float(a.detach().abs().max()))
+    torch.testing.assert_close(through_tree(x[:, :0], lambda: G), x[:, :0])
+    members = torch.stack((G, 1 + G)).requires_grad_()  # mapped, then plain autograd
+    mapped = vmap_rows(lambda p, x: through_tree(x, lambda: p["G"]), {"G": members}, torch.stack((x, w)))
+    want = torch.stack([level_by_level(a, g) for a, g in zip((x, w), members)])
+    for a, b in zip(*(torch.autograd.grad(y.sin().sum(), members) for y in (want, mapped))):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-9 * float(a.abs().max()))
+
+
+def test_blocks_pass_the_kit(monkeypatch):
+    monkeypatch.setattr(_tree, "WIDEST", 4)  # the kit's layers are small
+    monkeypatch.setattr(linalg, "_FIXED", {})
+    check_variant(ll.GOFTConfig(norms=True))
 
 
 def test_free_blocks_that_are_rotations_are_goft():

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lora_lite.core.linalg import autocasts, kaiming
-from lora_lite.core.recompute import linear_plus
+from lora_lite.core.recompute import Vjp, linear_plus
 
 Constants = dict[str, Tensor]
 Params = Mapping[str, Tensor]
@@ -150,7 +150,9 @@ class Frozen:
             return self.updated(x, values.new_zeros(math.prod(shape)).index_add(0, places, values).view(shape))
         return F.linear(x, weight.reshape(-1).index_add(0, places, values).view(shape), self.bias)
 
-    def updated_by(self, x: Tensor, update: Callable[..., Tensor], *tensors: Tensor, dropout: float = 0.0) -> Tensor:
+    def updated_by(
+        self, x: Tensor, update: Callable[..., Tensor], *tensors: Tensor, dropout: float = 0.0, vjp: Vjp | None = None
+    ) -> Tensor:
         """Return `updated(x, D)` for the matrix `D = update(*tensors)`, which the backward pass computes again instead of keeping it.
 
         Args:
@@ -158,13 +160,14 @@ class Frozen:
             update: a cheap function that draws no random numbers. It depends on trained tensors by its arguments alone.
             *tensors: its arguments, in the dtype of `x`; the backward pass keeps these.
             dropout: of the input of the update.
+            vjp: a cheaper way to the sum with the weight and to the gradients, see `linear_plus`.
         """
         if type(self).project is not Frozen.project or autocasts(x):
             return self.updated(x, update(*tensors), dropout)
         shape, weight = (self.out_features, self.in_features), self._summand(x, dropout)
         if weight is None:
-            return self(x) + linear_plus(self.dropped(x, dropout), shape, update, tensors)
-        return linear_plus(x, shape, update, tensors, weight, self.bias)
+            return self(x) + linear_plus(self.dropped(x, dropout), shape, update, tensors, vjp=vjp)
+        return linear_plus(x, shape, update, tensors, weight, self.bias, vjp)
 
     def _summand(self, x: Tensor, dropout: float) -> Tensor | None:
         """Return the weight where the sum with an update keeps the digits of both, else None."""

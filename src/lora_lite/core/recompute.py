@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from lora_lite.core.tracing import in_transform
 
 Compute = Callable[..., Tensor]
+Vjp = Callable[..., tuple[Tensor, Callable[[Tensor], Sequence[Tensor | None]]]]
 
 SMALL = 1 << 14
 """Number of entries up to which an intermediate tensor is kept: the price of a Function in Python is then the larger one."""
@@ -38,7 +39,13 @@ def recomputed(f: Compute, *tensors: Tensor) -> Tensor:
 
 
 def linear_plus(
-    x: Tensor, shape: tuple[int, int], update: Compute, tensors: Sequence[Tensor], weight: Tensor | None = None, bias: Tensor | None = None
+    x: Tensor,
+    shape: tuple[int, int],
+    update: Compute,
+    tensors: Sequence[Tensor],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    vjp: Vjp | None = None,
 ) -> Tensor:
     """Return `x (weight + D)^T + bias` for `D = update(*tensors)`, of which the backward pass keeps all but `D`.
 
@@ -49,10 +56,13 @@ def linear_plus(
         tensors: its arguments.
         weight: `(o, i)`, or None for `x D^T`.
         bias: `(o,)`.
+        vjp: a cheaper way to the sum, and to gradients that have none themselves. `vjp(weight, *tensors)` returns `weight + D`, and a
+            function from its gradient, which that may overwrite, to those of the tensors. The function is called once at most.
     """
     if _recomputes(shape[0] * shape[1], tensors, (weight, bias)):
-        return _LinearPlus.apply(update, weight, bias, x, *tensors)
-    return F.linear(x, _sum(weight, update(*tensors)), bias)
+        return _LinearPlus.apply(update, vjp, weight, bias, x, *tensors)
+    whole = _sum(weight, update(*tensors)) if vjp is None or torch.is_grad_enabled() else vjp(weight, *tensors)[0]
+    return F.linear(x, whole, bias)
 
 
 def gradients_of(f: Compute, tensors: Sequence[Tensor], grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
@@ -75,20 +85,34 @@ class _Recomputed(torch.autograd.Function):
 
 class _LinearPlus(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, update: Compute, weight: Tensor | None, bias: Tensor | None, x: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.update = update
+    def forward(
+        ctx: Any, update: Compute, vjp: Vjp | None, weight: Tensor | None, bias: Tensor | None, x: Tensor, *tensors: Tensor
+    ) -> Tensor:
+        ctx.update, ctx.vjp = update, vjp
         ctx.save_for_backward(weight, x, *tensors)
-        return F.linear(x, _sum(weight, update(*tensors)), bias)
+        whole = _sum(weight, update(*tensors)) if vjp is None else vjp(weight, *tensors)[0]
+        return F.linear(x, whole, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, x, *tensors = ctx.saved_tensors
-        _, _, _, of_x, *of_tensors = ctx.needs_input_grad
-        inputs, D = _again(ctx.update, tensors)
-        grad_x = grad @ _sum(weight, D if torch.is_grad_enabled() else D.detach()) if of_x else None
-        grad_D = grad.flatten(0, -2).t() @ x.flatten(0, -2) if any(of_tensors) else None
-        found = [None] * len(tensors) if grad_D is None else _gradients(D, inputs, grad_D, of_tensors)
-        return None, None, None, grad_x, *found
+        of_x, *of_tensors = ctx.needs_input_grad[4:]
+        plain = ctx.vjp is None or torch.is_grad_enabled()
+        whole, pull = (_vjp(ctx.update, of_tensors) if plain else ctx.vjp)(weight, *tensors)
+        grad_x = grad @ whole if of_x else None
+        del whole
+        found = pull(grad.flatten(0, -2).t() @ x.flatten(0, -2)) if any(of_tensors) else [None] * len(tensors)
+        return None, None, None, None, grad_x, *found
+
+
+def _vjp(update: Compute, needs: Sequence[bool]) -> Vjp:
+    """Return the sum with `update` and its gradients by autograd, None for a tensor that needs none."""
+
+    def vjp(weight: Tensor | None, *tensors: Tensor) -> Any:
+        inputs, D = _again(update, tensors)
+        return _sum(weight, D if torch.is_grad_enabled() else D.detach()), lambda grad: _gradients(D, inputs, grad, needs)
+
+    return vjp
 
 
 def _sum(weight: Tensor | None, D: Tensor) -> Tensor:

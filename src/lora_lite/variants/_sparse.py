@@ -68,4 +68,4 @@ def plus_flat(W: Frozen, x: Tensor, flat: Tensor, values: Tensor) -> Tensor:
     """Return `W(x) + S x`, where `values (k,)` are added up at the places `flat (k,)` of an empty `S (o, i)` laid out flat."""
     if not is_dense(values.shape[0], W):
         return plus_sparse(W, x, flat // W.in_features, flat % W.in_features, values)
-    return W.updated_at(x, flat, values)
+    return W.updated_at(x, flat.long(), values)  # narrower ones are read at half the speed, twice in a step

@@ -31,7 +31,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.core import Frozen, NonNegative, Params, Size, SVDConfig, balanced_factors, checked, expect, kaiming
-from lora_lite.variants.loha import plus_product
+from lora_lite.variants._hadamard import plus_product
 
 
 class ABBAParams(TypedDict):

@@ -117,8 +117,8 @@ def clover(params: CLOVERParams, W: Frozen, x: Float[Tensor, "*b i"], *, core: s
 
 def mapped(y: Tensor, D: Tensor) -> Tensor:
     """Return `y_h + y_h D_h` for the heads of `y (*b, H h)`, as rows."""
-    heads = y.reshape(-1, len(D), D.shape[-1]).transpose(0, 1)  # (H, tokens, h)
-    return y + torch.bmm(heads, D.to(y.dtype)).transpose(0, 1).reshape(y.shape)
+    rows = y.reshape(-1, len(D), D.shape[-1])
+    return (rows + torch.bmm(rows.transpose(0, 1), D.to(y.dtype)).transpose(0, 1)).reshape(y.shape)
 
 
 @dataclass(frozen=True, kw_only=True)

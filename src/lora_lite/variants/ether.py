@@ -47,27 +47,28 @@ class ETHERParams(TypedDict):
 
 def unit(u: Tensor) -> Tensor:
     """Return the rows of `u` at length one, in at least float32. Rows of zeros stay zero."""
-    u = u.to(torch.promote_types(u.dtype, torch.float32))
-    return u * u.square().sum(1, keepdim=True).clamp_min(FLOOR).rsqrt()
+    return F.normalize(u.to(torch.promote_types(u.dtype, torch.float32)), dim=-1, eps=FLOOR**0.5)
 
 
-def add_in_blocks(x: Tensor, B: Tensor, C: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return `x + C B^T (x - bias)` for the blocks of `x (*b, n k)`, with `B` and `C` `(n, k, m)`."""
-    n, k, _ = B.shape
-    offset = None if bias is None else -torch.einsum("nk,nkm->nm", bias.to(B.dtype).view(n, k), B)
+def add_in_blocks(x: Tensor, B: Tensor, scale: float, swap: bool = False, bias: Tensor | None = None) -> Tensor:
+    """Return `x + scale B'^T B (x - bias)` for the blocks of `x (*b, n k)`, with `B (n, m, k)`, and `B'` its rows in reverse if `swap`."""
+    n, _, k = B.shape
+    offset = None if bias is None else -torch.einsum("nk,nmk->nm", bias.to(B.dtype).view(n, k), B)
     if n == 1:
-        return add_low_rank(x, F.linear(x, B[0].t(), None if offset is None else offset[0]), C[0])
-    blocks = x.reshape(-1, n, k).transpose(0, 1)  # (n, tokens, k)
-    h = torch.bmm(blocks, B) if offset is None else torch.baddbmm(offset[:, None], blocks, B)
-    return (blocks + torch.bmm(h, C.mT)).transpose(0, 1).reshape(x.shape)
+        h = F.linear(x, B[0], None if offset is None else offset[0])
+        return add_low_rank(x, h.flip(-1) if swap else h, B[0].t(), scale)  # rows of B side by side: the quicker layout, both ways
+    rows = x.reshape(-1, n, k)
+    h = torch.bmm(rows.transpose(0, 1), B.mT)  # (n, tokens, m)
+    h = h if offset is None else h + offset[:, None]
+    return (rows + torch.bmm(scale * (h.flip(-1) if swap else h), B).transpose(0, 1)).reshape(x.shape)
 
 
 @checked
 def ether(params: ETHERParams, W: Frozen, x: Float[Tensor, "*b i"], *, side: str = "in") -> Float[Tensor, "*b o"]:
     """Return `W H x + b`, or `H W x + b` with `side="out"`. The module's docstring has the formula and the shapes."""
     with full_precision(x):
-        u = unit(params["u"]).to(x.dtype)[..., None]  # (n, k, 1)
-    return W(add_in_blocks(x, u, -2 * u)) if side == "in" else add_in_blocks(W(x), u, -2 * u, W.bias)
+        u = unit(params["u"]).to(x.dtype)[:, None]  # (n, 1, k)
+    return W(add_in_blocks(x, u, -2.0)) if side == "in" else add_in_blocks(W(x), u, -2.0, bias=W.bias)
 
 
 @dataclass(frozen=True, kw_only=True)

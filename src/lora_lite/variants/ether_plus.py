@@ -48,19 +48,19 @@ class ETHERPlusParams(TypedDict):
     v_out: NotRequired[Float[Tensor, "n l"]]
 
 
-def exchange(u: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute `B`, `C` `(n, k, 2)` of `G = I + C B^T` in the dtype of `x`."""
+def exchanged(x: Tensor, u: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `G (x - bias) + bias`."""
     with full_precision(x):
-        u, v = unit(u), unit(v)
-        e, d = (v + u).to(x.dtype), (v - u).to(x.dtype)
-    return torch.stack((e, d), 2), 0.5 * torch.stack((d, e), 2)
+        v, u = unit(torch.stack((v, u)))
+        B = torch.stack((v + u, v - u), 1).to(x.dtype)  # (n, 2, k): e and d
+    return add_in_blocks(x, B, 0.5, swap=True, bias=bias)
 
 
 @checked
 def ether_plus(params: ETHERPlusParams, W: Frozen, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
     """Return `G' W G x + b`, or `W G x + b` without `u_out` and `v_out`. The module's docstring has the formula and the shapes."""
-    y = W(add_in_blocks(x, *exchange(params["u"], params["v"], x)))
-    return y if "u_out" not in params else add_in_blocks(y, *exchange(params["u_out"], params["v_out"], x), W.bias)
+    y = W(exchanged(x, params["u"], params["v"]))
+    return exchanged(y, params["u_out"], params["v_out"], W.bias) if "u_out" in params else y
 
 
 @dataclass(frozen=True, kw_only=True)

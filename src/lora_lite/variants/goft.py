@@ -7,11 +7,11 @@ partner waits for the next level. There are `i - 1` pairs for every `i`. `R^T` b
 
 $$x_a' = \cos\theta\, x_a + \sin\theta\, x_b, \qquad x_b' = \cos\theta\, x_b - \sin\theta\, x_a$$
 
-Level `l` meets only the multiples of its stride, so all levels together cost as much as one pass over `2 i` numbers. With many tokens the
-finest levels are multiplied out first, to small blocks: more multiply-adds than are declared here, and fewer passes. `D` is there with
-`norms`; without, `R` keeps the length of every input to rounding.
+All levels are multiplied out first: the five finest to blocks of 32 inputs, the others to a matrix between the blocks. That takes two
+products, where a pass for each level would take fewer multiply-adds, and longer. `D` is there with `norms`; without, `R` keeps the length
+of every input to rounding.
 
-Identity at init: exact, since all angles are zero: what is added to a pair is `(cos - 1) x_a + sin x_b`, and both factors are zero.
+Identity at init: exact, since all angles are zero, and the blocks identities.
 
 Paper: Ma, Chu, Yang, Lin, Gao, Zhao, *Parameter Efficient Quasi-Orthogonal Fine-Tuning via Givens Rotation*, 2024, arXiv:2404.04316, eq.
 (1)-(4), norms (6), algorithm app. C.
@@ -36,7 +36,7 @@ weights are not those of its forward; the pairs here are those of the paper and 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NotRequired, TypedDict
 
@@ -44,7 +44,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import AdapterConfig, Frozen, Params, checked, full_precision, gate
+from lora_lite.core import AdapterConfig, Frozen, Params, checked, gate
+from lora_lite.variants._tree import sizes, through_tree
 
 
 class GOFTParams(TypedDict):
@@ -52,58 +53,18 @@ class GOFTParams(TypedDict):
     d: NotRequired[Float[Tensor, " i"]]
 
 
-WIDEST = 16
-"""Largest number of neighbouring inputs whose levels are one matrix, where there are more tokens than that; by measurement."""
-
-
-def through_tree(x: Tensor, G: Tensor) -> Tensor:
-    """Apply `x_a' = x_a + G_0 x_a + G_1 x_b` and `x_b' = x_b + G_2 x_a + G_3 x_b` to the pairs of the tree, the coarsest first.
-
-    Args:
-        x: inputs `(*b, i)`.
-        G: `(4, i - 1)`, the pairs level by level from stride 1.
-    """
-    i, rows = x.shape[-1], x.reshape(-1, x.shape[-1])
-    levels = list(G[..., None].split([(i + (1 << n) - 1) >> (n + 1) for n in range((i - 1).bit_length())], 1))
-    k = math.gcd(i, WIDEST)
-    if k < 4 or len(rows) <= WIDEST:
-        # (i, tokens): strides over rows leave whole rows to copy and multiply
-        return _through(rows.t().contiguous(), levels).t().contiguous().view(x.shape)  # W's product would round another layout otherwise
-    fine, coarse = levels[: k.bit_length() - 1], levels[k.bit_length() - 1 :]
-    # The finest levels stay inside blocks of k neighbours. Their product is made once, and one pass replaces one for each level.
-    within = _through(torch.eye(k, dtype=x.dtype, device=x.device), [g.view(4, i // k, -1, 1) for g in fine])
-    first, others = rows.view(-1, i // k, k).split([1, k - 1], -1)
-    first = _through(first[..., 0].t().contiguous(), coarse).t()[..., None]
-    blocks = torch.cat((first, others), -1).transpose(0, 1)  # (i/k, tokens, k)
-    return (blocks @ within.mT).transpose(0, 1).reshape(x.shape)
-
-
-def _through(rows: Tensor, levels: Sequence[Tensor]) -> Tensor:
-    """Apply the pairs of `m` trees to `rows (i, n)`, level by level from the last. `levels` have the factors `(4, *m, pairs, 1)`."""
-    done = rows[:1]  # the multiples of the stride so far
-    for level, (aa, ab, ba, bb) in reversed(list(enumerate(levels))):
-        b = rows[1 << level :: 2 << level]
-        a, alone = done[..., : len(b), :], done[..., len(b) :, :]
-        turned = torch.addcmul(torch.addcmul(a, a, aa), b, ab), torch.addcmul(torch.addcmul(b, b, bb), a, ba)
-        pairs = torch.stack(turned, -2).flatten(-3, -2)
-        done = torch.cat((pairs, alone), -2) if alone.shape[-2] else pairs
-    return done
-
-
-def excess_rotations(p: Tensor, angle: str) -> Tensor:
-    """Compute `(cos - 1, sin, -sin, cos - 1)`, `(4, i - 1)`, in at least float32; `cos - 1` is `-2 sin^2` of the half angle."""
+def rotations(p: Tensor, angle: str) -> Tensor:
+    """Compute `(cos, sin, -sin, cos)`, `(4, i - 1)`, in at least float32."""
     p = p.to(torch.promote_types(p.dtype, torch.float32))
     theta = math.pi * p.tanh() if angle == "tanh" else p
-    sin, excess = theta.sin(), -2 * (0.5 * theta).sin().square()
-    return torch.stack((excess, sin, -sin, excess))
+    sin, cos = theta.sin(), theta.cos()
+    return torch.stack((cos, sin, -sin, cos))
 
 
 @checked
 def goft(params: GOFTParams, W: Frozen, x: Float[Tensor, "*b i"], *, angle: str = "raw") -> Float[Tensor, "*b o"]:
     """Return `W (D R^T x) + b`, with `D = 1` where there is no `d`. The module's docstring has the formula and the shapes."""
-    with full_precision(x):
-        G = excess_rotations(params["p"], angle)
-    turned = through_tree(x, G.to(x.dtype))
+    turned = through_tree(x, lambda: rotations(params["p"], angle))
     return W(gate(turned, params["d"]) if "d" in params else turned)
 
 
@@ -119,10 +80,15 @@ class GOFTConfig(AdapterConfig):
     name = "goft"
     uses = frozenset({"output", "vectors"})
     trained = "i - 1 + (i if norms else 0)"
-    macs = "4 * (i - 1) + (i if norms else 0)"
+    macs = "n * k * k + n * n + (i if norms else 0)"  # n blocks of k inputs, and the matrix between them
 
     norms: bool = False
     angle: Literal["raw", "tanh"] = "raw"
+
+    def sizes(self, i: int, o: int) -> Mapping[str, int]:
+        """Return the number of blocks, `n`, and the inputs of each, `k`."""
+        tree = sizes(i)
+        return {"n": tree.n, "k": tree.k}
 
     def init(self, W: Frozen, generator: torch.Generator) -> GOFTParams:
         params: GOFTParams = {"p": torch.zeros(W.in_features - 1)}

@@ -7,7 +7,8 @@ The update is a product of two factors itself, whose columns and rows are the pr
 $$(w_{1a} w_{1b}) \odot (w_{2a} w_{2b}) = B A, \qquad
 B_{k, pq} = (w_{1a})_{kp} (w_{2a})_{kq}, \quad A_{pq, l} = (w_{1b})_{pl} (w_{2b})_{ql}$$
 
-These Khatri-Rao factors take `r^2 (i + o)` multiply-adds a token. Where the matrix itself takes fewer, `i o`, it is multiplied out.
+These Khatri-Rao factors take `r^2 (i + o)` multiply-adds a token. Where the matrix itself takes fewer, `i o`, it is multiplied out and
+added to the weight. So it is with many tokens, since its gradient takes one product of that size, and that of the factors two.
 
 Identity at init: exact, since `w2_b = 0`.
 
@@ -34,8 +35,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import AdapterConfig, Frozen, NonNegative, Params, Probability, Rank, add_low_rank, checked, kaiming
+from lora_lite.core import AdapterConfig, Frozen, NonNegative, Params, Probability, Rank, checked, kaiming
 from lora_lite.variants._dropout import kept
+from lora_lite.variants._hadamard import plus_product
 
 
 class LoHaParams(TypedDict):
@@ -43,17 +45,6 @@ class LoHaParams(TypedDict):
     w1_b: Float[Tensor, "r i"]
     w2_a: Float[Tensor, "o r"]
     w2_b: Float[Tensor, "r i"]
-
-
-def plus_product(W: Frozen, x: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], scale: float) -> Tensor:
-    """Return `W(x) + scale [(B1 A1) * (B2 A2)] x` of two pairs `B (o, r)`, `A (r, i)`, in the form that takes fewer multiply-adds."""
-    (B1, A1), (B2, A2) = first, second
-    o, i = len(B1), A1.shape[1]
-    if len(A1) * len(A2) * (i + o) >= i * o:
-        return W.updated_by(x, lambda B1, A1, B2, A2: (scale * B1 @ A1) * (B2 @ A2), B1, A1, B2, A2)
-    A = (A1[:, None] * A2).flatten(0, 1)  # (r1 r2, i)
-    B = (B1[:, :, None] * B2[:, None]).flatten(1)  # (o, r1 r2)
-    return add_low_rank(W(x), W.project(x, A), B, scale)
 
 
 @checked

@@ -22,6 +22,7 @@ decay would shrink to nothing. The paper's term of the loss is not in its code. 
 have length one: lengths are free. The pairs are the paper's, as in [GOFT](goft.md), which says what the official code's versions do.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict
 
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from lora_lite.core import AdapterConfig, Frozen, Params, checked, gate
 from lora_lite.core.tree import AnyTree
-from lora_lite.variants.goft import through_tree
+from lora_lite.variants._tree import sizes, through_tree
 
 
 class QGOFTParams(TypedDict):
@@ -49,10 +50,16 @@ def orthogonality(params: AnyTree) -> Tensor:
     return torch.stack(terms).sum()
 
 
+def maps(dG: Tensor) -> Tensor:
+    """Return the entries 00, 10, 01 and 11 of `G = I + dG`, `(4, i - 1)`, in at least float32."""
+    dG = dG.to(torch.promote_types(dG.dtype, torch.float32))
+    return (dG + torch.eye(2, dtype=dG.dtype, device=dG.device)).transpose(1, 2).flatten(1).t()
+
+
 @checked
 def qgoft(params: QGOFTParams, W: Frozen, x: Float[Tensor, "*b i"]) -> Float[Tensor, "*b o"]:
     """Return `W (D R^T x) + b`, with `D = 1` where there is no `d`. The module's docstring has the formula and the shapes."""
-    turned = through_tree(x, params["dG"].transpose(1, 2).flatten(1).t())  # rows 00, 10, 01, 11
+    turned = through_tree(x, lambda: maps(params["dG"]))
     return W(gate(turned, params["d"]) if "d" in params else turned)
 
 
@@ -67,9 +74,14 @@ class QGOFTConfig(AdapterConfig):
     name = "qgoft"
     uses = frozenset({"output", "vectors"})
     trained = "4 * (i - 1) + (i if norms else 0)"
-    macs = "4 * (i - 1) + (i if norms else 0)"
+    macs = "n * k * k + n * n + (i if norms else 0)"  # n blocks of k inputs, and the matrix between them
 
     norms: bool = False
+
+    def sizes(self, i: int, o: int) -> Mapping[str, int]:
+        """Return the number of blocks, `n`, and the inputs of each, `k`."""
+        tree = sizes(i)
+        return {"n": tree.n, "k": tree.k}
 
     def init(self, W: Frozen, generator: torch.Generator) -> QGOFTParams:
         params: QGOFTParams = {"dG": torch.zeros(W.in_features - 1, 2, 2)}
