@@ -82,7 +82,7 @@ def test_merge_equals_adapt_merge(made, tmp_path, capsys, name):
         assert torch.equal(found[key], tensor), key
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {path.name for path in (folder / "base").iterdir()} - {"pytorch_model.bin"}
-    assert "pytorch_model.bin" in err[0]
+    assert any("pytorch_model.bin" in line for line in err)  # a slow machine shows the progress bar before
     index = "model.safetensors.index.json"
     assert json.loads((tmp_path / "out" / index).read_text()) == json.loads((folder / "base" / index).read_text())
 
