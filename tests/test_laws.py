@@ -722,3 +722,44 @@ def test_a_thousand_sequences_of_calls():
                 assert fails or equal(got, want[key]), key
     for model, _, _, _, _, before in subjects:
         assert facts(model) == before
+
+
+class ProductByFunction(torch.autograd.Function):
+    """A loss of its own that takes the head's weight, as those that compute logits in parts do."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.t() @ x
+
+
+class OfFunction(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 9, bias=False)
+
+    def forward(self, x):
+        return ProductByFunction.apply(self.body(x), self.head.weight)
+
+
+@pytest.mark.parametrize("names", ["head", "head|body"])
+def test_a_weight_given_to_an_autograd_function_is_adapted_or_refused(names):
+    adapt = ll.build(OfFunction(), ll.LoRAConfig(r=2, target_names=names))
+    params = move(adapt.init())
+    x = torch.randn(3, 6)
+    merged = OfFunction()
+    merged.load_state_dict({**adapt._plan.base.state_dict(), **adapt.merge(params)})
+    torch.testing.assert_close(adapt(params, x), merged(x))
+    with torch.no_grad():
+        torch.testing.assert_close(adapt.module(params).eval()(x), merged(x))
+    with pytest.raises(RuntimeError, match='"head" expected a weight that autograd follows, found it given to ProductByFunction'):
+        adapt.module(params)(x)
+    with pytest.raises(RuntimeError, match="expected a weight that autograd follows"):
+        ll.value_and_grad(lambda p: adapt(p, x).sum())(params)
+    only = ll.build(OfFunction(), ll.LoRAConfig(r=2, target_names="body"))
+    only.module(only.init())(x).sum().backward()

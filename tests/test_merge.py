@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from cases import FIVE, ShiftConfig, by_name, move
+from cases import CASES, FIVE, ShiftConfig, build_any, by_name, move
+from lora_lite.layers import identity
 
 
 @pytest.mark.parametrize("cfg", FIVE, ids=by_name)
@@ -28,6 +29,45 @@ def test_merged_copy_computes_what_adapt_computes(tiny, name, cfg):
         got = fresh(**batch).logits - base
     assert float((got - want).abs().max()) < 1e-10 * max(1.0, float(want.abs().max()))
     assert float(want.abs().max()) > 1e-3
+
+
+FIRST = list({row.cfg.name: row.cfg for row in reversed(CASES) if row.cfg.linear and row.cfg.adapts == "linear"}.values())
+
+
+@pytest.mark.parametrize("cfg", FIRST, ids=by_name)
+def test_a_large_weight_is_merged_in_parts(cfg, monkeypatch):
+    """The parts are those of a weight of 16 MiB and more, here of 1 KiB."""
+    model = nn.Sequential(nn.Linear(24, 48), nn.Linear(48, 24)).double()
+    adapt = build_any(model, cfg, [torch.randn(64, 24, dtype=torch.float64)])
+    params = move(adapt.init())
+    want = adapt.merge(params)
+    monkeypatch.setattr(identity, "PART", 2048)
+    monkeypatch.setattr(identity, "BLOCK", 1024)
+    found = adapt.merge(params)
+    assert found.keys() == want.keys()
+    for name, tensor in want.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "scaled", "stack"])
+def test_parts_of_other_layouts(tiny, name, monkeypatch):
+    if name == "stack":
+        model = nn.Module()
+        model.experts = nn.Parameter(torch.randn(3, 40, 24))
+        cfg = ll.LoRAConfig(r=2, target_names=r"experts$")
+    else:
+        model, _ = tiny("gpt2" if name == "gpt2" else "gemma3")
+        cfg = ll.LoRAConfig(r=2, **({} if name == "gpt2" else {"target_names": r"embed_tokens$", "exclude_names": ()}))
+        if name == "scaled":
+            model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    adapt = ll.build(model, cfg)
+    params = move(adapt.init())
+    want = adapt.merge(params)
+    monkeypatch.setattr(identity, "PART", 1024)
+    monkeypatch.setattr(identity, "BLOCK", 512)
+    for name, tensor in adapt.merge(params).items():
+        torch.testing.assert_close(tensor, want[name], rtol=1e-6, atol=1e-6)
+        assert name.endswith("bias") or not torch.equal(tensor, model.state_dict()[name])
 
 
 def test_merge_keeps_dtype_and_layout(tiny):

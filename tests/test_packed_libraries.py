@@ -12,11 +12,11 @@ from packed_checks import check, close
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
 
 
-def library(name):
+def library(name, why="is not installed: tox -e packed"):
     """Import a library, or skip the test with the reason."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return pytest.importorskip(name, reason=f"{name.partition('.')[0]} is not installed: tox -e packed", exc_type=ImportError)
+        return pytest.importorskip(name, reason=f"{name.partition('.')[0]} {why}", exc_type=ImportError)
 
 
 def linear(i=64, o=32):
@@ -98,7 +98,7 @@ def autoawq():
 
 
 def autogptq(bits):
-    module = library("auto_gptq.nn_modules.qlinear.qlinear_cuda_old")
+    module = library("auto_gptq.nn_modules.qlinear.qlinear_cuda_old", "0.7 does not import beside transformers 5")
     i, o, group = 64, 32, 16
     layer = module.QuantLinear(bits, group, i, o, True)
     g = torch.Generator().manual_seed(0)

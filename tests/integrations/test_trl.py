@@ -126,6 +126,30 @@ def test_an_adapted_head_is_refused(tmp_path):
         AdapterSFT(adapt, params, args=_args(trl.SFTConfig, tmp_path), train_dataset=rows, processing_class=_tokenizer())
 
 
+@pytest.mark.parametrize("names", [(r"lm_head$",), (r"lm_head$", r"q_proj$")], ids=["head", "head-and-body"])
+@pytest.mark.parametrize("kind", ["dpo", "sft"])
+def test_a_plain_trainer_does_not_leave_an_adapted_head_out(tmp_path, kind, names):
+    model, adapt, params = _adapted(ll.LoRAConfig(r=2, target_names=names, exclude_names=()))
+    module = adapt.module(params)
+    if kind == "dpo":
+        rows, args = datasets.Dataset.from_list(list(PAIRS)), _args(trl.DPOConfig, tmp_path)
+        trainer = trl.DPOTrainer(module, ref_model=model, args=args, train_dataset=rows, processing_class=_tokenizer())
+    else:
+        rows = datasets.Dataset.from_list([{"prompt": "the cat", "completion": " sat ."}] * 2)
+        trainer = trl.SFTTrainer(module, args=_args(trl.SFTConfig, tmp_path), train_dataset=rows, processing_class=_tokenizer())
+    with pytest.raises(RuntimeError, match='at "lm_head" expected a weight that autograd follows'):
+        trainer.train()
+    module.eval()
+    batch = dict(next(iter(trainer.get_train_dataloader())))
+    with torch.no_grad():  # without gradients the loss is that of the adapted head
+        found = float(trainer.compute_loss(module, dict(batch)))
+        if kind == "dpo":
+            assert abs(found - 0.6931472) > 1e-4
+        else:
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels") if name in batch}
+            assert abs(found - float(adapt(params, inputs).loss)) < 1e-5
+
+
 def test_the_recipe(tmp_path):
     model, _, _ = _adapted(ll.LoRAConfig(r=2))
     pairs = datasets.Dataset.from_list(list(PAIRS))

@@ -1,4 +1,4 @@
-"""Merge an adapter into its base model, a layer at a time."""
+"""Merge an adapter into its base model, part by part."""
 
 import argparse
 import sys
@@ -12,7 +12,8 @@ from lora_lite.files.merge_checkpoint import merge_checkpoint
 
 DESCRIPTION = """\
 Write the base model with an adapter merged into its weights: the same shards, index, names and dtypes, and the folder's other files
-(config.json, tokenizer). The result is what adapt.merge gives. No more than a layer is in memory at once, whatever the model's size.
+(config.json, tokenizer). The result is what adapt.merge gives. A part of a layer is merged at a time, in about the memory of the largest
+shard.
 """
 EXAMPLE = "example:\n  lora-lite merge Llama-3.2-1B adapter.safetensors Llama-3.2-1B-merged"
 

@@ -158,6 +158,12 @@ class Binding:
             )
         return W.read(self.variant, params, name)
 
+    @property
+    def trained(self) -> bool:
+        """Whether params stand that autograd is to reach."""
+        standing = [p for _, p in self._leaves()] if self.params is None else self.params.values()
+        return not self.off and any(p.requires_grad for p in standing)
+
     def _note(self) -> None:
         if not torch.compiler.is_compiling():
             self.used = True

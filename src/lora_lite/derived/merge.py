@@ -1,7 +1,7 @@
 """Merge an adapter into dense weights, for every linear variant by its pure function. A kind knows its names and layout."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from lora_lite.core.errors import several
 from lora_lite.core.frozen import Frozen
 from lora_lite.core.plan import Plan, Target
 from lora_lite.core.tree import AnyTree, join
-from lora_lite.layers.identity import at_identity, exact_dtype
+from lora_lite.layers.identity import Release, at_identity, exact_dtype
 from lora_lite.layers.kind import Variant
 
 
@@ -38,20 +38,52 @@ def merge(plan: Plan, params: AnyTree, dtype: torch.dtype | None = None) -> dict
     merged: dict[str, Tensor] = {}
     for target, cfg in plan.entries:
         try:
-            W, found = _merged(plan, target, cfg, params)
-        except _Fault as e:
-            faults.append(f'"{target.path}": {e}')
-            continue
-        kept = W.kept()
-        host = target.kind.host(target.path)
-        for name, value in found.items():
-            merged[join(host, name)] = value.to(dtype or kept[name].dtype, memory_format=torch.contiguous_format)
+            for name, where, part, kept in merged_parts(plan, target, cfg, params):
+                if where is ...:
+                    merged[name] = part.to(dtype or kept.dtype, memory_format=torch.contiguous_format)
+                    continue
+                if name not in merged:
+                    merged[name] = torch.empty(kept.shape, dtype=dtype or kept.dtype, device=part.device)
+                merged[name][where] = part
+        except Unmergeable as e:
+            faults.append(e.fault)
     _refuse(faults)
     return merged
 
 
-class _Fault(Exception):
-    """Why one target cannot be merged."""
+@torch.no_grad()
+def merged_parts(
+    plan: Plan, target: Target, cfg: AdapterConfig, params: AnyTree, release: Release = lambda: None
+) -> Iterator[tuple[str, Any, Tensor, Tensor]]:
+    """Yield the merged tensors of one target in parts: the tensor's name, the index and the values of a part, and the frozen tensor.
+
+    Args:
+        plan: of which only frozen tensors are read.
+        target: one of its targets.
+        cfg: the target's config.
+        params: the params tree.
+        release: called when a part of a weight has been read.
+
+    Raises:
+        Unmergeable: where a state dict cannot hold the adapted map, before the first part.
+    """
+    if reason := _unmergeable(target, cfg):
+        raise Unmergeable(target, reason)
+    W = plan.layer(target, cfg)
+    try:
+        kept = W.kept()
+        for name, where, part in W.merged_parts(Variant(cfg), plan.leaves(params, target.path, cfg), release):
+            yield join(target.kind.host(target.path), name), where, part, kept[name]
+    except ValueError as e:
+        raise Unmergeable(target, str(e)) from e
+
+
+class Unmergeable(ValueError):
+    """The reason why one target cannot be merged."""
+
+    def __init__(self, target: Target, reason: str) -> None:
+        self.fault = f'"{target.path}": {reason}'
+        super().__init__(_refusal([self.fault]))
 
 
 def refuse_unmergeable(plan: Plan) -> None:
@@ -65,10 +97,14 @@ def refuse_unmergeable(plan: Plan) -> None:
 
 def _refuse(faults: list[str]) -> None:
     if faults:
-        raise ValueError(
-            f"merge: expected targets whose adapted map a state dict can hold, found:\n{several(faults)}\n"
-            "Keep the adapter unmerged, or leave these targets out when building."
-        )
+        raise ValueError(_refusal(faults))
+
+
+def _refusal(faults: list[str]) -> str:
+    return (
+        f"merge: expected targets whose adapted map a state dict can hold, found:\n{several(faults)}\n"
+        "Keep the adapter unmerged, or leave these targets out when building."
+    )
 
 
 def _unmergeable(target: Target, cfg: AdapterConfig) -> str | None:
@@ -77,17 +113,6 @@ def _unmergeable(target: Target, cfg: AdapterConfig) -> str | None:
     if target.shared_with and not cfg.tied:
         return f"its weight is shared with {', '.join(target.shared_with)}, which the merged one would change too"
     return None
-
-
-def _merged(plan: Plan, target: Target, cfg: AdapterConfig, params: AnyTree) -> tuple[Any, dict[str, Tensor]]:
-    if reason := _unmergeable(target, cfg):
-        raise _Fault(reason)
-    W = plan.layer(target, cfg)
-    try:
-        W.kept()
-        return W, W.merged(Variant(cfg), plan.leaves(params, target.path, cfg))
-    except ValueError as e:
-        raise _Fault(str(e)) from e
 
 
 def merge_error(plan: Plan, params: AnyTree, merged: Mapping[str, Tensor]) -> dict[str, float]:

@@ -64,7 +64,8 @@ def layer_of(weight: Iterable[int], bias: bool, embedding: bool = False, device:
     """Return the layer that keeps a weight of this shape."""
     first, *rest = weight
     if len(rest) == 1 and embedding and not bias:
-        return nn.utils.skip_init(nn.Embedding, first, rest[0], device=device)
+        table = torch.empty(first, rest[0], device=device)
+        return nn.Embedding.from_pretrained(table, freeze=False)  # skip_init draws it on meta, for which torch imports its compiler
     if len(rest) == 1:
         return nn.utils.skip_init(nn.Linear, rest[0], first, bias=bias, device=device)
     if len(rest) + 1 in _CONVS:

@@ -16,6 +16,8 @@ import safetensors
 import torch
 from torch import Tensor
 
+from lora_lite.layers.identity import block_rows
+
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool},
@@ -76,11 +78,15 @@ class Mapped:
                 self._maps[file] = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)  # torch warns of a buffer that it may not write
         return self._maps[file]
 
-    def release(self) -> None:
-        """Let go of the pages that were read, and of freed memory. The tensors stay valid and are read again where they are touched."""
+    def release_pages(self) -> None:
+        """Let go of the pages that were read. The tensors stay valid and are read again where they are touched."""
         for mapped in self._maps.values():
             if hasattr(mmap, "MADV_DONTNEED"):  # elsewhere the system takes clean pages back when it needs them
                 mapped.madvise(mmap.MADV_DONTNEED)
+
+    def release(self) -> None:
+        """Let go of the pages that were read, and of freed memory."""
+        self.release_pages()
         if sys.platform == "linux":  # glibc keeps freed blocks of a layer's size between small ones, a layer more at each merge
             trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
             if trim is not None:
@@ -107,3 +113,43 @@ def places_in(path: Path) -> dict[str, Place]:
             start, end = facts["data_offsets"]
             found[name] = Place(path, 8 + length + start, end - start, tuple(facts["shape"]), DTYPES.get(facts["dtype"]))
     return found
+
+
+def overwrite(path: Path, place: Place, where: Any, part: Tensor) -> None:
+    """Write a part of a tensor over it in a file, of columns a block of rows at a time.
+
+    Args:
+        path: the file, which has the tensor at `place`.
+        place: the place.
+        where: the index of the part in the tensor, by whole numbers and slices; `...` for all of it.
+        part: its values.
+
+    Raises:
+        ValueError: where the tensor there is of another dtype or shape.
+    """
+    room = torch.empty(place.shape, dtype=place.dtype, device="meta")[where]
+    if (room.dtype, room.shape) != (part.dtype, part.shape):
+        raise ValueError(
+            f'expected {room.dtype} of shape {tuple(room.shape)} in "{path}", found {part.dtype} of shape {tuple(part.shape)}.'
+        )
+    size = part.itemsize
+    start = place.start + int(room.storage_offset()) * size
+    with path.open("r+b") as file:
+        if room.is_contiguous():
+            file.seek(start)
+            file.write(_bytes(part))
+            return
+        width = int(room.stride(0))
+        count = block_rows(width, part.dtype)
+        for k, rows in enumerate(part.split(count)):
+            first = start + k * count * width * size
+            file.seek(first)
+            found = bytearray(((len(rows) - 1) * width + rows.shape[1]) * size)
+            file.readinto(found)
+            torch.frombuffer(found, dtype=part.dtype).as_strided(rows.shape, (width, 1)).copy_(rows)
+            file.seek(first)
+            file.write(found)
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()

@@ -1,23 +1,22 @@
-"""Merge an adapter into a checkpoint on the disk, a layer at a time: files are copied, and merged tensors written into the copies."""
+"""Merge an adapter into a checkpoint on the disk: files are copied, and merged tensors written into the copies, part by part."""
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_lite.adapt import Adapt
 from lora_lite.core.progress import shown
 from lora_lite.core.tree import AnyTree
-from lora_lite.derived.merge import merge, refuse_unmergeable
+from lora_lite.derived.merge import merged_parts, refuse_unmergeable
 from lora_lite.files.checkpoint import Checkpoint
 from lora_lite.files.durable import replace as put
 from lora_lite.files.durable import require_free, whole_folder
+from lora_lite.files.mapped import overwrite
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
 """Endings of files that hold weights."""
@@ -49,47 +48,23 @@ def merge_checkpoint(checkpoint: Checkpoint, adapt: Adapt, params: AnyTree, out:
         left = [] if checkpoint.is_file else _copy_others(checkpoint.folder, folder, {path.name for path in checkpoint.mapped.files})
         for path, copy in copies.items():
             shutil.copyfile(path, copy)
-        for name, tensor in _merged(checkpoint, adapt, params, progress):
-            place = checkpoint.mapped.places[name]
-            if (tensor.dtype, tuple(tensor.shape)) != (place.dtype, place.shape):
-                raise ValueError(
-                    f'merge: expected "{name}" as {place.dtype} of shape {place.shape}, found {tensor.dtype}, {tuple(tensor.shape)}.'
-                )
-            with copies[place.file].open("r+b") as file:
-                file.seek(place.start)
-                data: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-                file.write(data)
+        for target, cfg in shown(adapt._plan.entries, "merge", progress):
+            _merge_into(copies, checkpoint, merged_parts(adapt._plan, target, cfg, params, checkpoint.mapped.release_pages))
     return left
 
 
-def _merged(checkpoint: Checkpoint, adapt: Adapt, params: AnyTree, progress: bool) -> Iterator[tuple[str, Tensor]]:
-    """Yield the merged tensors under their names in the files."""
-    plan = adapt._plan
-    for target, cfg in shown(plan.entries, "merge", progress):
-        with _in_memory(plan.base.get_submodule(target.kind.host(target.path))):
-            checkpoint.mapped.release()
-            merged = merge(replace(plan, entries=((target, cfg),)), params)
-        for path, tensor in merged.items():
-            if path not in checkpoint.names:
-                raise ValueError(
-                    f'merge: expected a tensor "{path}" in the files of "{checkpoint.place}", found none. Load the model and call '
-                    "adapt.merge."
-                )
-            yield from ((name, tensor) for name in checkpoint.names[path])
-        del merged
+def _merge_into(copies: Mapping[Path, Path], checkpoint: Checkpoint, parts: Iterator[tuple[str, Any, Tensor, Tensor]]) -> None:
+    """Write the merged tensors of one target over its own in the copies of the files."""
+    for path, where, part, kept in parts:
+        if path not in checkpoint.names:
+            raise ValueError(
+                f'merge: expected a tensor "{path}" in the files of "{checkpoint.place}", found none. Load the model and call adapt.merge.'
+            )
+        for name in checkpoint.names[path]:
+            place = checkpoint.mapped.places[name]
+            overwrite(copies[place.file], place, where, part.to(kept.dtype))
+        del part
         checkpoint.mapped.release()
-
-
-@contextmanager
-def _in_memory(module: nn.Module) -> Iterator[None]:
-    """Read a module's parameters into memory: tensors in a mapped file are not aligned, and sums over them would round otherwise."""
-    mapped = dict(module._parameters)
-    try:
-        for name, p in mapped.items():
-            module._parameters[name] = None if p is None else nn.Parameter(p.detach().clone(), requires_grad=False)
-        yield
-    finally:
-        module._parameters.update(mapped)
 
 
 @contextmanager

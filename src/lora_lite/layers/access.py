@@ -1,6 +1,9 @@
 """Ways into the modules of a copy: the places of its tensors, views without adapters, and stand-ins for weights that the model reads."""
 
 import copy
+import inspect
+import re
+import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -109,7 +112,35 @@ def _product(input: Any, weight: Any, bias: Any = None) -> Any:
 
 def _adapted(value: Any) -> Any:
     if isinstance(value, ReadTensor):
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and value.binding.trained:
+            _require_followed(value)
         return value.binding.read(value.of_parameter)
     if isinstance(value, list | tuple) and any(isinstance(v, ReadTensor) for v in value):
         return type(value)(_adapted(v) for v in value)
     return value
+
+
+def _require_followed(stand_in: ReadTensor) -> None:
+    """Refuse a stand-in that an autograd Function was given, as TRL's loss is: autograd takes it for the frozen parameter.
+
+    The Function computes with the adapted weight, and its backward finds no way to the params. Where one only runs modules that read the
+    weight, as a checkpointed block does, its recomputation finds it.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        behind = frame.f_back
+        if behind is not None and behind.f_code is _APPLY:
+            code, own = frame.f_code, frame.f_locals
+            given = [own.get(name) for name in code.co_varnames[: code.co_argcount + bool(code.co_flags & inspect.CO_VARARGS)]]
+            ctx = next((value for value in given if hasattr(value, "needs_input_grad")), None)
+            whole = any(value is stand_in or (isinstance(value, tuple) and any(v is stand_in for v in value)) for value in given)
+            if whole and (stand_in.binding.W.training or any(getattr(ctx, "needs_input_grad", ()))):
+                raise RuntimeError(
+                    f'adapt: at "{stand_in.binding.path}" expected a weight that autograd follows, found it given to '
+                    f"{behind.f_locals['cls'].__name__}, an autograd Function, through which the adapter would get no gradient. Leave the "
+                    f'layer out, exclude_names=(r"{re.escape(stand_in.binding.path)}$",), or use a loss that calls the layer.'
+                )
+        frame = behind
+
+
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]  # of a class method

@@ -4,7 +4,7 @@ Nothing one-hot is ever formed: `W(x)` is the lookup, and `W.project(x, A)` a lo
 (Gemma's) have the scale in `W`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from lora_lite.core.frozen import Frozen, Start
 from lora_lite.layers.access import raw
+from lora_lite.layers.identity import Release, block_rows, exact_dtype
 from lora_lite.layers.kind import Kind, Params, Variant
 from lora_lite.layers.linear import LinearKind
+from lora_lite.layers.tensors import Part
 
 
 class EmbeddingKind(Kind):
@@ -108,7 +110,9 @@ class EmbeddingKind(Kind):
         facts = {name: getattr(self.layer, name) for name in names}
         scale = getattr(self.layer, "embed_scale", None)
         constants = {name: c.to(where) if isinstance(where, str) else c for name, c in self.constants.items()}
-        return EmbeddingKind(SimpleNamespace(weight=self.layer.weight.to(where), embed_scale=scale, training=False, **facts), constants)
+        weight = self.layer.weight.to(where) if isinstance(where, str) else self.layer.weight
+        layer = SimpleNamespace(weight=weight, embed_scale=scale, training=False, **facts)
+        return EmbeddingKind(layer, constants) if isinstance(where, str) else _Cast(layer, constants, where)
 
     def adapted(self, f: Variant, params: Params, role: str, dtype: torch.dtype | None = None) -> Tensor:
         """Look every token up. One-hot inputs sum to one, so that a constant added to every output is part of the table."""
@@ -125,7 +129,16 @@ class EmbeddingKind(Kind):
         return [(delta if scale is None else delta / scale, delta.new_zeros(len(delta)))]
 
     def merged(self, f: Variant, params: Params) -> dict[str, Tensor]:
-        return {"weight": self.to_weight(self.adapted(f, params, "weight", torch.promote_types(self.dtype, torch.float32)))}
+        return {"weight": self.to_weight(self.adapted(f, params, "weight", exact_dtype(self.dtype)))}
+
+    @torch.no_grad()
+    def merged_parts(self, f: Variant, params: Params, release: Release = lambda: None) -> Iterator[Part]:
+        W = self._to(exact_dtype(self.dtype))
+        n = block_rows(self.out_features, W.dtype)
+        for k in range(0, self.in_features, n):
+            tokens = torch.arange(k, min(k + n, self.in_features), device=self.device)
+            yield "weight", slice(k, k + n), self.to_weight(f(params, W, tokens).t())
+            release()
 
     def probe(self, tokens: int) -> list[tuple[str, Frozen, Tensor, int]]:
         return [("", self._to("meta"), torch.empty(tokens, device="meta").long(), 0)]  # a lookup multiplies nothing
@@ -133,6 +146,25 @@ class EmbeddingKind(Kind):
     def to_weight(self, dense: Tensor) -> Tensor:
         scale = self._scale(dense)
         return dense.t() if scale is None else dense.t() / scale
+
+
+class _Cast(EmbeddingKind):
+    """An embedding in another dtype, of which each lookup is cast, and not the table."""
+
+    def __init__(self, layer: Any, constants: Params, dtype: torch.dtype) -> None:
+        super().__init__(layer, constants)
+        self._dtype = dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def weight(self) -> Tensor:
+        return self._scaled(self.layer.weight.to(self._dtype)).t()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._scaled(self._look_up(x, self.layer.weight).to(self._dtype))
 
 
 def of_rows_in(module: nn.Module, constants: Params) -> Kind | None:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from lora_lite.core.frozen import Frozen
 from lora_lite.core.tree import join
 from lora_lite.layers.access import module_at, raw
-from lora_lite.layers.identity import at_identity, on_meta
+from lora_lite.layers.identity import Release, at_identity, columns, exact_dtype, offset_of, on_meta
 from lora_lite.layers.kind import Kind, Params, Variant
+from lora_lite.layers.tensors import Part
 
 UNREAD = (nn.RNNBase, nn.RNNCellBase)
 """Classes that reach their parameters by other references than attributes, so that a stand-in would not be read."""
@@ -114,6 +115,16 @@ class ParameterKind(Kind):
 
     def adapted(self, f: Variant, params: Params, role: str, dtype: torch.dtype | None = None) -> Tensor:
         return self._joined([at_identity(f, p, W, role, dtype) for W, p in self.pairs(params)])
+
+    def merged_parts(self, f: Variant, params: Params, release: Release = lambda: None) -> Iterator[Part]:
+        dtype = exact_dtype(self.dtype)
+        beside = self._with_bias(self._joined([offset_of(f, p, W, dtype, release) for W, p in self.pairs(params)]))
+        for n, (W, p) in enumerate(self.pairs(params)):
+            for where, part in columns(f, p, W, dtype, release):
+                index = (where, slice(None)) if self.transposed else (slice(None), where)
+                yield self.state["weight"], (n, *index) if self.stacked else index, part.t() if self.transposed else part
+        for name, tensor in beside.items():
+            yield name, ..., tensor
 
     def readable(self) -> list[str]:
         return [self.state["weight"]]

@@ -1,7 +1,7 @@
 """The tensors of a layer: how a kind reads them, lays them out, and merges an adapter into them."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,10 @@ from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import Frozen, Params, in_dtype
 from lora_lite.core.tree import join
 from lora_lite.layers.access import HOST
-from lora_lite.layers.identity import adapted_part, at_identity, exact_dtype, on_meta
+from lora_lite.layers.identity import Release, adapted_part, at_identity, columns, exact_dtype, offset_of, on_meta
+
+Part = tuple[str, Any, Tensor]
+"""A part of a merged tensor: the tensor's name in the module, the index of the part, and the part."""
 
 
 class Variant:
@@ -34,6 +37,11 @@ class Tensors(Frozen):
 
     state: ClassVar[Mapping[str, str]] = {"weight": "weight", "bias": "bias"}
     """The names under which the module keeps its weight and its bias."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if {"merged", "adapted"} & set(vars(cls)) and "merged_parts" not in vars(cls):
+            cls.merged_parts = _whole  # type: ignore[assignment, method-assign]  # the parts that it would inherit are of another map
 
     def __init__(self, layer: Any, constants: Params | None = None) -> None:
         self.layer, self.constants = layer, {} if constants is None else dict(constants)
@@ -106,12 +114,48 @@ class Tensors(Frozen):
         """
         # The weight last: another copy of it serves for the bias.
         bias, weight = (self.adapted(f, params, role, exact_dtype(self.dtype)) for role in ("bias", "weight"))
-        found = {self.state["weight"]: self.to_weight(weight)}
+        return {self.state["weight"]: self.to_weight(weight), **self._with_bias(bias)}
+
+    def _with_bias(self, bias: Tensor) -> dict[str, Tensor]:
         if self.bias is not None:
-            return {**found, self.state["bias"]: self.to_bias(bias)}
+            return {self.state["bias"]: self.to_bias(bias)}
         if bias.any():
             raise ValueError("the adapter moves the bias, and the layer has none to hold it")
-        return found
+        return {}
+
+    def merged_parts(self, f: Variant, params: Params, release: Release = lambda: None) -> Iterator[Part]:
+        """Yield the tensors of `merged` in parts, so that a large weight is never whole in float32.
+
+        A kind that defines `merged` or `adapted` yields whole tensors, unless it defines this too.
+
+        Args:
+            f: the variant.
+            params: the target's params.
+            release: called when a part of the weight has been read.
+
+        Raises:
+            ValueError: where the layer has no place for them, before the first part.
+        """
+        dtype, name = exact_dtype(self.dtype), self.state["weight"]
+        beside = self._with_bias(offset_of(f, params, self, dtype, release))
+        transposed = self._stores_transpose()
+        if transposed is None:
+            yield name, ..., self.to_weight(self.adapted(f, params, "weight", dtype))
+        else:
+            for where, part in columns(f, params, self, dtype, release):
+                yield (name, where, part.t()) if transposed else (name, (slice(None), where), part)
+        for bias, tensor in beside.items():
+            yield bias, ..., tensor
+
+    def _stores_transpose(self) -> bool | None:
+        """Whether the layer stores the transpose of its matrix `(o, i)`. None where it stores neither as it is."""
+        if type(self).to_weight is Tensors.to_weight:
+            return False
+        dense = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=self.device)
+        stored = self.to_weight(dense)
+        layouts = [(dense.shape, dense.stride()), (dense.t().shape, dense.t().stride())]
+        found = (stored.shape, stored.stride())
+        return bool(layouts.index(found)) if found in layouts and stored.data_ptr() == dense.data_ptr() else None
 
     def kept(self) -> dict[str, Tensor]:
         """Return the layer's tensors that `merged` replaces, under the same names. A packed weight is returned dense.
@@ -189,3 +233,9 @@ class Tensors(Frozen):
         """Find the weight from before quantisation: its name in a state dict, and the weight `(o, i)` or None."""
         name = join(self.host(path), self.state["weight"])
         return name, weights.get(name)
+
+
+def _whole(W: Tensors, f: Variant, params: Params, release: Release = lambda: None) -> Iterator[Part]:
+    """Yield the whole tensors of `merged`."""
+    for name, tensor in W.merged(f, params).items():
+        yield name, ..., tensor

@@ -45,11 +45,17 @@ class DoRAParams(TypedDict):
     m: Float[Tensor, " o"]
 
 
+_ROWS = 256
+
+
 def row_norms(W: Frozen) -> Constants:
     """Compute `||w_k||^2`, at least in float32: a bfloat16 sum over a row would lose its last digits."""
     weight = W.dense()
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return {"sqnorm": torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()}
+    norms = torch.empty(len(weight), dtype=dtype, device=weight.device)
+    for own, rows in zip(norms.split(_ROWS), weight.split(_ROWS)):  # the norm of rows in bfloat16 casts all of them first
+        own.copy_(torch.linalg.vector_norm(rows, dim=1, dtype=dtype))
+    return {"sqnorm": norms.square()}
 
 
 def gains(params: DoRAParams, W: Frozen, scale: float) -> Tensor:
