@@ -296,12 +296,13 @@ def scaling(figure: Any, found: Found) -> None:
         for name, points in lines.items():
             x = [int(value) for value in points]
             medians, low, high = ([p[key] for p in points.values()] for key in ("median", "low", "high"))
-            axes.plot(x, medians, "o-", lw=1, ms=3, label=title(name))
-            axes.fill_between(x, low, high, alpha=0.15, lw=0)
+            color = "grey" if name == "frozen base" else None
+            axes.plot(x, medians, "o-", lw=1, ms=3, color=color, label=title(name))
+            axes.fill_between(x, low, high, alpha=0.15, lw=0, color=color)
         axes.set(xlabel=names[axis], xscale="log", ylabel="step / loop" if axis in ("members", "each", "few") else "step / frozen step")
         axes.set_xticks(x, [str(value) for value in x])
         axes.minorticks_off()
-    figure.axes[0].legend(fontsize=7)
+    max(figure.axes, key=lambda axes: len(axes.lines)).legend(fontsize=7)
 
 
 def draw(results: Path, folder: Path) -> list[Path]:

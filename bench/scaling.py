@@ -28,6 +28,10 @@ POINTS: dict[str, tuple[int, ...]] = {
     **{"members": (1, 2, 4, 8, 16), "each": (1, 2, 8, 32), "few": (2, 8, 32, 64)},
 }
 QUICK: dict[str, tuple[int, ...]] = {"rank": (4, 8), "width": (64, 128), "rows": (1, 2), "members": (1, 2), "each": (1, 2), "few": (2, 4)}
+MANY = ("members", "each", "few")
+"""The axes on which one step of many adapters is timed over a loop."""
+FROZEN = "frozen base"
+"""The line of the base alone on those."""
 TOKENS = 64
 MEMBER_TOKENS = 32
 FEW_TOKENS = 16
@@ -44,9 +48,16 @@ def step_ratio(name: str, at: Mapping[str, int], repeats: int) -> Spread:
 
 
 def members_ratio(name: str, at: Mapping[str, int], repeats: int) -> Spread:
-    """Return the time of one step of many adapters, each with as many rows, over that of a loop over them."""
+    """Return the time of one step of many adapters, each with as many rows, over that of a loop over them.
+
+    For the frozen base it is forward and backward to its input: the ratio of a mixed step whose adapters cost nothing.
+    """
     members, each, tokens = (at["few"], 1, FEW_TOKENS) if "few" in at else (at["members"], at["each"], MEMBER_TOKENS)
     model, ids = llama(at["width"], 2), batch_of(members * each, tokens)["input_ids"]
+    if name == FROZEN:
+        whole, *alone = [{"input_ids": rows, "labels": rows} for rows in (ids, *ids.chunk(members))]
+        frozen = {"mixed": lambda: frozen_step(model, whole), "loop": lambda: [frozen_step(model, part) for part in alone]}
+        return ratio(interleaved(frozen, repeats), "mixed", "loop")
     adapt = build(model, pairs(at["rank"])[name].cfg, [batch_of(members, MEMBER_TOKENS)])
     trees = [moved(adapt.init(seed=k)) for k in range(members)]
     stacked, inputs = ll.stack(trees), {"input_ids": ids, "use_cache": False}
@@ -59,11 +70,10 @@ def members_ratio(name: str, at: Mapping[str, int], repeats: int) -> Spread:
 
 def scaling(names: Iterable[str], points: Mapping[str, tuple[int, ...]], repeats: int) -> dict[str, Any]:
     """Walk along each axis from the centre: `{axis: {variant: {value: ratio}}}`."""
-    measure: dict[str, Callable[..., Spread]] = {
-        axis: members_ratio if axis in ("members", "each", "few") else step_ratio for axis in points
-    }
-    work = [(axis, name, value) for axis, values in points.items() for name in names for value in values]
-    found: dict[str, Any] = {axis: {name: {} for name in names} for axis in points}
+    measure: dict[str, Callable[..., Spread]] = {axis: members_ratio if axis in MANY else step_ratio for axis in points}
+    lines = {axis: [*names, FROZEN] if axis in MANY else list(names) for axis in points}
+    work = [(axis, name, value) for axis, values in points.items() for name in lines[axis] for value in values]
+    found: dict[str, Any] = {axis: {name: {} for name in lines[axis]} for axis in points}
     for axis, name, value in tqdm(work, desc="scaling", mininterval=5):
         found[axis][name][str(value)] = measure[axis](name, {**CENTRE, axis: value}, repeats)
     return found

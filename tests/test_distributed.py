@@ -243,6 +243,25 @@ def _quantised(rank, backend):
     return [*differences, float((mixed[0] - mixed[1]).abs().max())], untouched, begun, alive, _packed_bytes()
 
 
+def uneven(rank):
+    """Three processes, which divide no width of the model: by function on bases of three sorts, beside one process with all rows."""
+    return {backend: _uneven(rank, backend) for backend in ("dense", "nf4", "8-bit")}
+
+
+def _uneven(rank, backend):
+    model = whole_model(num_hidden_layers=1)
+    model = model if backend == "dense" else twins(model, backend)[0]
+    adapt = ll.build(model, FIVE[0])
+    params, whole = move(adapt.init()), batch_for()
+    three, own = ({name: ids[rows] for name, ids in whole.items()} for rows in (slice(3), slice(rank, rank + 1)))
+    want = ll.value_and_grad(lambda p: adapt(p, three).loss)(params)[1]
+    sharded = adapt.shard(init_device_mesh("cpu", (3,)))
+    grads = ll.all_reduce_mean(ll.value_and_grad(lambda p: sharded(p, own).loss)(params)[1])
+    mixed = [a.mixed(ll.stack([params, want]), whole, [0, 1, 1, 0]).logits for a in (sharded, adapt)]
+    differences = [float((a - b).abs().max()) for a, b in zip(ll.tree_leaves(grads), ll.tree_leaves(want))]
+    return max(differences), float((mixed[0] - mixed[1]).abs().max())
+
+
 def _packed_bytes():
     """Count the bytes of packed weights and scales that are alive in this process, each storage once."""
     gc.collect()
@@ -512,6 +531,13 @@ def test_quantised_bases_train_what_one_process_trains_on_half_of_the_base_each(
             both, of_module = alive
             assert max(both - of_module, of_module) < 0.52 * begun
             assert left < 0.02 * begun
+
+
+def test_parts_of_three_processes_may_be_uneven(tmp_path):
+    for well, found in run_jobs({"uneven": uneven}, tmp_path, count=3)["uneven"]:
+        assert well, found
+        for differences in found.values():
+            assert max(differences) < 1e-6
 
 
 def test_processes_try_the_rows_of_all_their_batches_together(of):

@@ -77,6 +77,17 @@ def test_bounds_do_not_depend_on_the_size_of_the_numbers_or_their_dtype(spectrum
             assert float((U.double() * S.double() @ Vh.double() - best).norm() / best.norm()) <= start.error
 
 
+@pytest.mark.parametrize("shape", [(576, 576), (700, 576)])
+def test_flat_spectra_of_wide_layers_are_within_the_bound_of_a_longer_iteration(shape):
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    U, S, Vh = torch.linalg.svd(drawn, full_matrices=False)
+    W = U * torch.arange(1, len(S) + 1) ** -0.1 @ Vh
+    start, (U16, S16, Vh16) = certified(W, 16)
+    U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    best = U[:, :16] * S[:16] @ Vh[:16]
+    assert float((U16.double() * S16.double() @ Vh16.double() - best).norm() / best.norm()) <= start.error <= leading.TOLERANCE
+
+
 def test_triplets_have_the_signs_and_the_layout_of_the_exact_ones():
     W = matrix_of("power", 300, 256).float()
     for got, want in zip(leading_svd(W, 5), truncated_svd(W, 5), strict=True):

@@ -1,4 +1,4 @@
-"""Run jobs in two processes that form a gloo group on the CPU, and bring back what each gave or how it failed."""
+"""Run jobs in two processes or more that form a gloo group on the CPU, and bring back what each gave or how it failed."""
 
 import datetime
 import os
@@ -13,27 +13,27 @@ PATIENCE = 120.0
 """Seconds until two processes that have not ended are killed; a collective gives up after a quarter of it."""
 
 
-def run_jobs(jobs, folder):
-    """Run the jobs, `{name: f(rank) -> value}` of a module's top level, in both processes: for each name its two outcomes, by rank."""
-    context = mp.spawn(_work, args=(jobs, str(folder)), nprocs=2, join=False)
+def run_jobs(jobs, folder, count=2):
+    """Run the jobs, `{name: f(rank) -> value}` of a module's top level, in each process: for each name its outcomes, by rank."""
+    context = mp.spawn(_work, args=(jobs, str(folder), count), nprocs=count, join=False)
     deadline = time.monotonic() + PATIENCE
     try:
         while not context.join(timeout=1.0):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"two processes did not end within {PATIENCE} seconds")
+                raise TimeoutError(f"{count} processes did not end within {PATIENCE} seconds")
     finally:
         for process in context.processes:
             process.kill()
-    ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    ranks = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
     return {name: [outcome[name] for outcome in ranks] for name in jobs}
 
 
-def _work(rank, jobs, folder):
+def _work(rank, jobs, folder, count):
     torch.set_num_threads(1)
     os.chdir(folder)
     timeout = datetime.timedelta(seconds=PATIENCE / 4)
     # A file to meet at instead of a port, which another program might take.
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timeout)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=count, timeout=timeout)
     outcomes = {}
     for name, job in jobs.items():
         torch.manual_seed(0)

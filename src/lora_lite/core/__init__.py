@@ -37,3 +37,4 @@ from lora_lite.core.statistics import Means as Means
 from lora_lite.core.statistics import Statistics as Statistics
 from lora_lite.core.statistics import exact as exact
 from lora_lite.core.statistics import require_stats as require_stats
+from lora_lite.core.tracing import each_first as each_first

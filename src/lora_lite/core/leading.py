@@ -41,6 +41,9 @@ PROBES, FLOOR = 16, 0.58
 DEGREES = 16
 """The most degrees of the polynomial of the probes, two products each."""
 
+LEAST = 1e-30
+"""The least norm of a matrix, and the reciprocal of the largest, of which float32 holds the products: others are divided by it first."""
+
 Way = Literal["auto", "exact"]
 
 
@@ -154,8 +157,8 @@ def _certified(matrix: Tensor, r: int, tolerance: float, angle: float) -> tuple[
     norm = float(torch.linalg.vector_norm(matrix, dtype=torch.promote_types(matrix.dtype, torch.float32)))
     if not 0 < norm < math.inf:
         return None
-    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    narrow = Matrix((wide / norm).float(), torch.float32)
+    held = LEAST < norm < 1 / LEAST
+    narrow = Matrix(matrix.float(), torch.float32, 1 / norm) if held else Matrix((matrix / norm).float(), torch.float32)
 
     def provable(ritz: Ritz) -> bool:
         return ritz.by_mass(r) <= tolerance / 3 or _degree(ritz, r, narrow.n) <= DEGREES

@@ -3,6 +3,7 @@
 `add_low_rank`, `gate`, `truncated_svd`, `kaiming` and `cayley` are public, as `lora_lite.linalg`.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,14 +13,26 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor, is_functorch_wrapped_tensor
 
+from lora_lite.core.tracing import beneath_vmap, by_vmap
+
 
 def add_low_rank(y0: Tensor, h: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
     """Return `y0 + scale h B^T` in one fused multiply-add: `y0 (*b, o)`, `h (*b, r)`, `B (o, r)`."""
-    if is_batchedtensor(h) and not torch.compiler.is_compiling():
-        h, scale = h * scale, 1.0  # `vmap` makes a product and a sum of the addmm, and would scale the wide product
+    if is_batchedtensor(h) and by_vmap(h):
+        return beneath_vmap(functools.partial(_add_low_ranks, scale), y0, h, B)
     if y0.dim() == 2:  # views have a price, and one more in the backward pass
         return torch.addmm(y0, h, B.t(), alpha=scale)
     flat = torch.addmm(y0.reshape(-1, y0.shape[-1]), h.reshape(-1, h.shape[-1]), B.t(), alpha=scale)
+    return flat.view(y0.shape)
+
+
+def _add_low_ranks(scale: float, y0: Tensor, h: Tensor, B: Tensor) -> Tensor:
+    """Return `add_low_rank` of each row of `h`. `y0` and `B` may be shared by all."""
+    y0 = y0.expand(h.shape[0], *y0.shape) if y0.dim() < h.dim() else y0
+    if B.dim() == 2:
+        return add_low_rank(y0, h, B, scale)
+    rows = h.shape[0]
+    flat = torch.baddbmm(y0.reshape(rows, -1, y0.shape[-1]), h.reshape(rows, -1, h.shape[-1]), B.mT, alpha=scale)
     return flat.view(y0.shape)
 
 

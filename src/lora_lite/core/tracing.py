@@ -10,12 +10,19 @@ from torch._C._functorch import (
     TransformType,
     _add_batch_dim,
     _remove_batch_dim,
+    _unwrap_batched,
     get_unwrapped,
     is_batchedtensor,
     is_functorch_wrapped_tensor,
+    maybe_current_level,
     maybe_get_bdim,
+    maybe_get_level,
 )
-from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters, temporarily_clear_interpreter_stack
+from torch._functorch.pyfunctorch import (
+    retrieve_all_functorch_interpreters,
+    temporarily_clear_interpreter_stack,
+    temporarily_pop_interpreter_stack,
+)
 from torch._functorch.vmap import doesnt_support_saved_tensors_hooks, lazy_load_decompositions, vmap_increment_nesting
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
@@ -85,3 +92,31 @@ def _mapped(f: Callable[..., Any], params: Mapping[str, Tensor], xs: tuple[Tenso
         if isinstance(y, Tensor):
             return _remove_batch_dim(y, level, rows, 0)
         return pytree.tree_map_only(Tensor, lambda t: _remove_batch_dim(t, level, rows, 0), y)
+
+
+def by_vmap(x: Tensor) -> bool:
+    """Whether the innermost transform is a `vmap` that maps over an axis of `x`. Never while compiling, which fuses by itself."""
+    return not torch.compiler.is_compiling() and is_batchedtensor(x) and maybe_get_level(x) == maybe_current_level()
+
+
+def beneath_vmap(f: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Call `f` once on whole tensors, where one is `by_vmap`. The mapped axis is the first, of the result too.
+
+    `vmap` takes fused products apart: of an `addmm` it makes a product, a copy of the other summand and a sum. `f` chooses the products.
+
+    Args:
+        f: draws no random numbers. It gets a tensor that is not mapped as it is, without that axis.
+        *tensors: its arguments.
+    """
+    level: Any = maybe_current_level()
+    values = [_unwrap_batched(t, level) for t in tensors]
+    with temporarily_pop_interpreter_stack():
+        y = f(*(value if axis is None else value.movedim(axis, 0) for value, axis in values))
+    return _add_batch_dim(y, 0, level)
+
+
+def each_first(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return `f(x)` for an `f` that takes each entry of the first axis by itself. In a `vmap` it runs once, on the entries of all rows."""
+    if not by_vmap(x):
+        return f(x)
+    return beneath_vmap(lambda x: f(x.flatten(0, 1)).unflatten(0, x.shape[:2]), x)

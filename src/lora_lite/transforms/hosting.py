@@ -62,7 +62,8 @@ def _lack(host: Adapt, own: Adapt) -> str | None:
         there = host.shapes.get(path, {})
         for name, shape in leaves.items():
             if name not in there or not holds({name: there[name]}, {name: shape}):
-                return f'"{path}" "{name}" has the shape {there.get(name)}, and {shape}'
+                room = f"has the shape {there[name]}, and" if name in there else "is not in it, and has the shape"
+                return f'"{path}" "{name}" {room} {shape}'
         if extra := there.keys() - leaves.keys():
             return f'"{path}" has {listed(sorted(extra))}, and nothing of that'
     return None

@@ -35,7 +35,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import AdapterConfig, Frozen, Params, Within, cayley_excess, checked, full_precision, require_divisor, skew
+from lora_lite.core import AdapterConfig, Frozen, Params, Within, cayley_excess, checked, each_first, full_precision, require_divisor, skew
 
 
 class OFTParams(TypedDict):
@@ -51,8 +51,11 @@ def excess_rotation(v: Tensor, size: int, cayley: str, terms: int) -> Tensor:
         return 2 * Q
     # 2 Q + 2 Q^2 + ... + 2 Q^(N-2) + Q^(N-1) by Horner in Q^2: N = 4 and 5 take two products, 6 and 7 three.
     square = torch.bmm(Q, Q)
-    start = 2 * (Q + square)
-    tail = 2 * Q + square if terms > 3 and terms % 2 else Q  # 3 terms are 4, as in PEFT
+    if terms > 3 and terms % 2:  # 3 terms are 4, as in PEFT
+        tail = torch.add(square, Q, alpha=2)
+        start = tail + square
+    else:
+        tail, start = Q, 2 * (Q + square)
     for _ in range(max(terms - 2, 2) // 2):
         tail = torch.baddbmm(start, square, tail)
     return tail
@@ -71,7 +74,7 @@ def oft(
 ) -> Float[Tensor, "*b o"]:
     """Return `W (R^T x) + b`. The module's docstring has the formula and the shapes. One row of `v` serves all blocks."""
     with full_precision(x):
-        excess = excess_rotation(params["v"], block_size, cayley, terms)
+        excess = each_first(lambda v: excess_rotation(v, block_size, cayley, terms), params["v"])
     blocks = x.reshape(-1, x.shape[-1] // block_size, block_size)  # (tokens, n, k)
     if excess.shape[0] == 1:
         turned = blocks @ excess[0].to(x.dtype)
