@@ -1,14 +1,11 @@
 """VB-LoRA: its two starts, the formula written out, and one bank for all layers, chosen from as the logits are trained."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
 
 import lora_lite as ll
-from lora_lite.variants import vblora as module
-from lora_lite.variants.vblora import VBLoRAConfig, best_of, mixtures
+from lora_lite.variants.vblora import VBLoRAConfig, mixtures
 
 f64 = torch.float64
 SMALL = {"r": 3, "num_vectors": 10, "vector_length": 4}
@@ -30,35 +27,6 @@ def test_values_are_those_of_the_formula(k):
     B = torch.stack([torch.cat([by_hand(v[t, p], bank, k) for t in range(3)]) for p in range(3)], dim=1)
     got = ll.functional.vblora({"bank": bank, "logits_A": u, "logits_B": v}, W, x, topk=k)
     assert torch.allclose(got, W(x) + x @ A.T @ B.T, atol=1e-10)
-
-
-@pytest.mark.parametrize("k", [1, 2, 4, 6])
-def test_all_ways_to_a_mixture_agree(k, monkeypatch):
-    u, bank, w = torch.randn(7, 6, dtype=f64), torch.randn(6, 4, dtype=f64), torch.randn(7, 4, dtype=f64)
-
-    def way():
-        leaves = [t.clone().requires_grad_() for t in (u, bank)]
-        out = mixtures(*leaves, k)
-        return out.detach(), *torch.autograd.grad((out * w).sum(), leaves)
-
-    found = [way()]
-    assert (best_of(u, k) is None) == (k > module.FEW)
-    transformed = torch.func.grad(lambda u, bank: (mixtures(u, bank, k) * w).sum(), argnums=(0, 1))(u, bank)
-    torch.testing.assert_close(found[0][1:], transformed, rtol=1e-10, atol=1e-12)
-    for name in ("FEW", "WIDE"):  # a sort, then the vectors one by one
-        monkeypatch.setattr(module, name, 0)
-        found.append(way())
-    for other in found[1:]:
-        torch.testing.assert_close(found[0], other, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("value", [0.0, -math.inf, math.nan])
-def test_of_equal_logits_as_many_are_mixed_as_were_asked_for(value):
-    u = torch.full((3, 8), value)
-    assert best_of(u, 2) is None
-    assert best_of(torch.eye(8), 1) is not None
-    if value == 0.0:
-        assert mixtures(u, torch.eye(8), 2).count_nonzero(-1).tolist() == [2, 2, 2]
 
 
 def test_zero_start_leaves_the_model_and_moves_it_at_the_first_step():

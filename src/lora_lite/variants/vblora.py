@@ -3,7 +3,7 @@ r"""VB-LoRA: LoRA whose factors are put together from the vectors of one bank th
 $$y = W x + b + B A\, \mathrm{drop}(x), \qquad a = \sum_{j \in \mathrm{top}_k(u)} \mathrm{softmax}(u_{\mathrm{top}_k})_j\, v_j$$
 
 Each row of `A` and each column of `B` is a chain of sub-vectors `a` of length `l`. A sub-vector mixes the `k` vectors of the bank that its
-logits `u` name. A small bank is multiplied whole, with zeros for the vectors that are not mixed.
+logits `u` name.
 
 Identity at init: exact. Half of the bank starts at zero; `B` begins among its vectors, `A` among the others. With `start="random"`, the
 paper's and PEFT's, there is none: the update is a product of two small random factors.
@@ -24,7 +24,6 @@ by the logits as they are trained, in float32 under a bfloat16 model too: rounde
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
@@ -47,7 +46,6 @@ from lora_lite.core import (
     expect,
     require_divisor,
 )
-from lora_lite.core.tracing import transformed
 
 
 class VBLoRAParams(TypedDict):
@@ -56,41 +54,11 @@ class VBLoRAParams(TypedDict):
     logits_B: Float[Tensor, "q r h"]
 
 
-WIDE = 64
-"""Number of vectors in the bank, for each that is mixed, up to which the product with the whole bank is the quicker one; by measurement."""
-FEW = 4
-"""Number of vectors up to which as many maxima are quicker than a sort."""
-
-
 def mixtures(logits: Tensor, bank: Tensor, topk: int) -> Tensor:
     """Return the sub-vectors `(n, l)` of `logits (n, h)`: of each row the `topk` best vectors of the bank, weighed by their softmax."""
-    if len(bank) <= WIDE * topk:
-        return shares(logits, topk) @ bank
     best, index = logits.topk(topk)  # (n, k)
     vectors = bank.index_select(0, index.flatten()).view(*index.shape, -1)  # (n, k, l)
     return (best.softmax(-1)[:, None] @ vectors)[:, 0]
-
-
-def shares(logits: Tensor, topk: int) -> Tensor:
-    """Return the softmax of the `topk` best of each row of `logits (n, h)`, and zeros elsewhere."""
-    best = best_of(logits, topk)
-    if best is not None:
-        return torch.where(best, logits, -math.inf).softmax(-1)
-    values, index = logits.topk(topk)
-    return torch.zeros_like(logits).scatter(-1, index, values.softmax(-1))
-
-
-@torch.no_grad()
-def best_of(logits: Tensor, topk: int) -> Tensor | None:
-    """Return the mask of the `topk` best of each row by a maximum for each, or None where that is not the quicker way or ties are in it."""
-    plain = type(logits) in (Tensor, torch.nn.Parameter) and logits.device.type == "cpu" and not torch.compiler.is_compiling()
-    if topk > FEW or not plain or transformed():
-        return None
-    least = logits.amax(-1, keepdim=True)
-    for _ in range(topk - 1):
-        least = torch.where(logits < least, logits, -math.inf).amax(-1, keepdim=True)
-    best = logits >= least
-    return best if int(torch.count_nonzero(best)) == topk * len(logits) else None
 
 
 @functools.partial(checked, cast=False)
@@ -99,8 +67,8 @@ def vblora(params: VBLoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, topk: i
     u, v = params["logits_A"], params["logits_B"]
     r, cut = len(u), u.shape[0] * u.shape[1]
     parts = mixtures(torch.cat([u.flatten(0, 1), v.flatten(0, 1)]), params["bank"], topk).to(x.dtype)  # both factors in one
-    A, Bt = parts[:cut].view(r, -1), parts[cut:].view(len(v), r, -1).transpose(0, 1).reshape(r, -1)  # sub-vectors are copied whole
-    return add_low_rank(W(x), W.project(x, A, dropout), Bt.t())
+    A, B = parts[:cut].view(r, -1), parts[cut:].view(len(v), r, -1).mT.reshape(-1, r)
+    return add_low_rank(W(x), W.project(x, A, dropout), B)
 
 
 @dataclass(frozen=True, kw_only=True)
