@@ -10,6 +10,7 @@ from torch import nn
 
 import lora_lite as ll
 from cases import move
+from lora_lite.core.tree import modules_by_path, still
 
 BLOCK = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -163,3 +164,15 @@ def test_heads_are_left_out_with_the_reason_unless_they_are_asked_for():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ll.build(classifier, [ll.LoRAConfig(r=2), ll.FullConfig(target_names=r"^classifier$")])
+
+
+def test_a_model_that_keeps_its_modules_meanwhile_is_walked_once():
+    model, other = nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    with still(model):
+        assert modules_by_path(model) is modules_by_path(model)
+        assert list(modules_by_path(other)) == ["", "0", "1"]
+        with still(other):
+            assert list(modules_by_path(model, "a")) == ["a", "a.0"]
+    model.append(nn.Linear(4, 4))
+    assert list(modules_by_path(model)) == ["", "0", "1"]  # nothing is remembered afterwards
+    assert [t.path for t in ll.find_targets(model, ll.LoRAConfig())] == ["0", "1"]

@@ -44,11 +44,15 @@ def test_half_groups_are_paired():
     assert torch.allclose(y, torch.tensor([-3.0, 2.0, 1.0, 4.0]), rtol=0, atol=1e-6)
 
 
+TURN = 0.2421875
+"""An angle in bfloat16 whose cosine lies midway between two numbers of it."""
+
+
 def test_in_few_digits_a_small_turn_costs_one_rounding():
-    params = {"theta": torch.full((64,), 0.25, dtype=torch.bfloat16), "a": torch.zeros(64, dtype=torch.bfloat16)}
+    params = {"theta": torch.full((64,), TURN, dtype=torch.bfloat16), "a": torch.zeros(64, dtype=torch.bfloat16)}
     x = torch.cat((torch.linspace(1, 2, 64), torch.zeros(64))).bfloat16()
     y = road(params, torch.eye(128, dtype=torch.bfloat16), x, variant="road_1", group_size=128).double()
-    cos, sin = torch.tensor([0.25], dtype=torch.float64).cos(), torch.tensor([0.25], dtype=torch.float64).sin()
+    cos, sin = torch.tensor([TURN], dtype=torch.float64).cos(), torch.tensor([TURN], dtype=torch.float64).sin()
     want = torch.cat((cos * x[:64].double(), sin * x[:64].double()))
     assert ((y - want).abs() / want)[:64].max() < 1.05 * 2.0**-8  # a cosine rounded by itself would cost half as much again
 

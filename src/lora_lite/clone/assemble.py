@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lora_lite.clone.adapter import Adapter, adapters
-from lora_lite.clone.bind import Binding, bind_followers, bind_target, show_reads
+from lora_lite.clone.attach import bind_followers, bind_target
+from lora_lite.clone.bind import Binding, show_reads
 from lora_lite.clone.checkpointing import install
 from lora_lite.clone.data_parallel import replicable
 from lora_lite.clone.state import own_state

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lite.clone.bind import bindings_inside
+from lora_lite.clone.attach import bindings_inside
 from lora_lite.clone.state import State, volatile
 
 

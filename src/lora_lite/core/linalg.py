@@ -18,7 +18,7 @@ from lora_lite.core.tracing import beneath_vmap, by_vmap
 
 def add_low_rank(y0: Tensor, h: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
     """Return `y0 + scale h B^T` in one fused multiply-add: `y0 (*b, o)`, `h (*b, r)`, `B (o, r)`."""
-    if is_batchedtensor(h) and by_vmap(h):
+    if is_batchedtensor(h) and by_vmap(h):  # the first alone costs a plain call next to nothing
         return beneath_vmap(functools.partial(_add_low_ranks, scale), y0, h, B)
     if y0.dim() == 2:  # views have a price, and one more in the backward pass
         return torch.addmm(y0, h, B.t(), alpha=scale)
@@ -93,9 +93,8 @@ def fixed(make: Callable[[Any, torch.device], Any], size: Any, device: torch.dev
     if found is None:
         with torch.inference_mode(False):
             found = make(size, device)
-        if any(
-            type(t) is not Tensor or t.is_meta or is_functorch_wrapped_tensor(t) for t in (found if isinstance(found, tuple) else (found,))
-        ):
+        tensors = found if isinstance(found, tuple) else (found,)
+        if any(type(t) is not Tensor or t.is_meta or is_functorch_wrapped_tensor(t) for t in tensors):
             return found
         _FIXED[key] = found
     return found

@@ -134,7 +134,7 @@ def at_identity(f: Variant, params: Params, W: Frozen, role: str, dtype: torch.d
     weight = _aligned(W.dense(dtype))
     bias = W.bias.detach().to(weight.dtype) if role == "bias" and W.bias is not None else None
     at = AtIdentity(weight, bias, W.constants)
-    offset = f(params, at, weight.new_zeros(1, W.in_features))[0]
+    offset = _at_zero(f, params, at)
     if role == "bias":
         return offset
     i = W.in_features
