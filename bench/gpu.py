@@ -10,6 +10,7 @@ installed. The same command in the same folder goes on where the last one ended.
     python bench/gpu.py --out results                          # nine minutes on an H100
     python bench/gpu.py --minutes 4 --parts tests steps        # some of it
     python bench/gpu.py --minutes 15 --parts learned           # the accuracies of gsm8k.py --table symbolic, all variants
+    python bench/gpu.py --minutes 6 --parts learned --variants lora dora hra      # of these
     python bench/gpu.py --device cpu --quick --minutes 2       # all parts on a CPU, in small sizes
 
 The folder then has `gpu.json`, what became of each part, `gpu.log`, all that they printed, and the results files, which
@@ -105,7 +106,7 @@ def inside(name: str, o: argparse.Namespace) -> None:
     try:
         parts = import_module("common.gpu_parts")
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(parts.TOLD))
-        parts.PARTS[name](o.out, o.quick)
+        parts.PARTS[name](o.out, o.quick, o.variants)
     except Exception as e:
         traceback.print_exc()
         sys.exit(" ".join(f"{type(e).__name__}: {e}".split()))
@@ -125,6 +126,7 @@ def outside(o: argparse.Namespace) -> int:
     path = [str(HERE.parent / "src"), *filter(None, [environment.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(path)
     options = ["--out", str(o.out), "--device", o.device, *(["--quick"] if o.quick else [])]
+    options += ["--variants", *o.variants] if o.variants else []
     waiting, bad = list(o.parts), 0
     lacking = sorted({package for name in waiting for package in missing(PARTS[name].needs)})
     if lacking:
@@ -157,6 +159,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together")
     parser.add_argument("--out", type=Path, help="folder of the files; results, or results/quick with --quick, if not given")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=USUAL, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="those of the parts that measure each variant; all if none is named")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu, to try the script")
     parser.add_argument("--quick", action="store_true", help="small sizes, few variants and repetitions")
     parser.add_argument("--inside", choices=list(PARTS), help=argparse.SUPPRESS)

@@ -154,7 +154,7 @@ def test_a_part_whose_time_is_over_ends_at_once(tmp_path):
 
 
 def uncompiled(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda f, fullgraph=False: f)
+    monkeypatch.setattr(torch, "compile", lambda f, fullgraph=False, dynamic=None: f)
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")  # PEFT's, of norms
@@ -162,17 +162,18 @@ def uncompiled(monkeypatch):
 def test_compiled_steps_are_those_of_eager_mode(name, monkeypatch):
     uncompiled(monkeypatch)
     pair = methods.pairs(4)[name]
-    calls, seconds = compiled.compiled(llama(32, 1, vocab=64), pair, batch_of(3, 8, vocab=64))
+    calls, seconds, failed = compiled.compiled(llama(32, 1, vocab=64), pair, batch_of(3, 8, vocab=64))
     want = {"frozen", "ours", "eager", "value_and_grad"} | ({"peft"} if pair.peft else set())
     want |= {"mixed", "mixed eager"} if pair.cfg.adapts != "module" else set()
     assert set(calls) == set(seconds) == want
+    assert not failed
     row = compiled.timed(calls, seconds, 2)
     assert {"over_frozen", "over_eager", "value_and_grad", "compile_seconds"} <= set(row)
     assert ("mixed" in row) == ("mixed" in calls)
 
 
 def test_compiled_steps_with_other_gradients_are_not_timed(monkeypatch):
-    def wrong(f, fullgraph=False):
+    def wrong(f, fullgraph=False, dynamic=None):
         def scaled(*args):
             found = f(*args)
             return 1.1 * found if fullgraph and isinstance(found, torch.Tensor) else found
@@ -182,6 +183,21 @@ def test_compiled_steps_with_other_gradients_are_not_timed(monkeypatch):
     monkeypatch.setattr(torch, "compile", wrong)
     with pytest.raises(SystemExit, match=r"compiled step of lora \(ours\) to give the eager gradients"):
         compiled.compiled(llama(32, 1, vocab=64), methods.pairs(4)["lora"], batch_of(2, 8, vocab=64))
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_what_peft_cannot_compile_is_noted_beside_our_steps(monkeypatch):
+    def other(f, fullgraph=False, dynamic=None):
+        def broken():
+            raise ValueError("no graph\nof this")
+
+        return broken if f.__code__.co_argcount == 0 else f  # theirs alone takes nothing
+
+    monkeypatch.setattr(torch, "compile", other)
+    calls, _, failed = compiled.compiled(llama(32, 1, vocab=64), methods.pairs(4)["lora"], batch_of(2, 8, vocab=64))
+    assert failed == {"peft": "ValueError: no graph of this"}
+    assert "peft" not in calls
+    assert "ours" in calls
 
 
 ROW = {"over_frozen": {"median": 1.1}, "value_and_grad": {"over_frozen": {"median": 1.2}}, "compile_seconds": {"ours": 3.0, "frozen": 9.0}}
@@ -233,7 +249,7 @@ def test_trainings_are_kept_one_by_one_and_the_rest_goes_on(tmp_path, monkeypatc
     monkeypatch.setattr(gsm8k, "frozen", lambda s, out: {"test": {"exact": 0.0}})
     for _ in range(2):
         with pytest.raises(SystemExit, match=r"learned: 1 failed: .*oft"):
-            gpu_parts.learned(tmp_path, quick=True)
+            gpu_parts.learned(tmp_path, quick=True, names=None)
     assert asked == [{"lora": ("lora", {"init_seconds": 1.0})}, {"oft": ("oft", {"init_seconds": 1.0})}]
     found = json.loads(next(tmp_path.glob("*-symbolic*.json")).read_text())["results"]
     assert (list(found["variants"]), list(found["costs"]), found["frozen"]) == (["lora"], ["lora", "oft"], {"test": {"exact": 0.0}})

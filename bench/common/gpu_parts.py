@@ -5,7 +5,7 @@ import datetime
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -80,10 +80,17 @@ def _sizes(table: Any, quick: bool) -> dict[str, int]:
     return sizes_of(table, argparse.Namespace(quick=quick))
 
 
-def _names(quick: bool) -> list[str]:
+def _names(quick: bool, given: Sequence[str] | None) -> list[str]:
+    """Return the variants that are asked for, in the order given; all, or those of a quick run, where none is.
+
+    Raises:
+        SystemExit: for a name of no variant that can be measured.
+    """
     from common.methods import MEASURED
 
-    return [name for name in MEASURED if not quick or name in QUICK]
+    if unknown := sorted(set(given or ()) - set(MEASURED)):
+        sys.exit(f"gpu: expected names of variants that can be measured, found {', '.join(unknown)}. They are {', '.join(MEASURED)}.")
+    return list(given) if given else [name for name in MEASURED if not quick or name in QUICK]
 
 
 class Outcomes:
@@ -98,7 +105,7 @@ class Outcomes:
             self.record.keep(("outcomes", report.nodeid), report.outcome)
 
 
-def tests(out: Path, quick: bool) -> None:
+def tests(out: Path, quick: bool, names: Sequence[str] | None) -> None:
     """Run the tests of a GPU, several at once where pytest-xdist is; without a GPU one other test shows that this works."""
     import pytest
 
@@ -122,7 +129,7 @@ def tests(out: Path, quick: bool) -> None:
         sys.exit(f"tests: {found.count('failed')} of {len(found)} failed, exit status {int(code)}; see gpu.log")
 
 
-def steps(out: Path, quick: bool) -> None:
+def steps(out: Path, quick: bool, names: Sequence[str] | None) -> None:
     """Time forward, step and init of every variant beside the frozen base's and PEFT's."""
     import speed
 
@@ -130,21 +137,21 @@ def steps(out: Path, quick: bool) -> None:
     record = record_of(out, "speed")
     for key, value in facts.items():
         record.keep(("models", key), value)
-    each("steps", out, record, [(("models", "variants", name), lambda n=name: measure(n)) for name in _names(quick)])
+    each("steps", out, record, [(("models", "variants", name), lambda n=name: measure(n)) for name in _names(quick, names)])
 
 
-def compiled(out: Path, quick: bool) -> None:
+def compiled(out: Path, quick: bool, names: Sequence[str] | None) -> None:
     """Compile the steps of every variant, several variants at once, and time them one by one."""
     module = import_module("compiled")
     workers = max(1, (os.cpu_count() or 1) * 3 // 4) if torch.cuda.is_available() else 1
     sizes, r, repeats = _sizes(module.SIZES, quick), 8 if quick else 16, 3 if quick else 3 * ROUNDS
-    names = [name for name in _names(quick) if not quick or name == QUICK[0]]
-    failed = module.keep(record_of(out, "compiled"), names, sizes, r, repeats, workers)
+    asked = _names(quick, names)[: 1 if quick and not names else None]
+    failed = module.keep(record_of(out, "compiled"), asked, sizes, r, repeats, workers)
     Record(out / "gpu.json").keep(("failed", "compiled"), failed)
     _end("compiled", failed)
 
 
-def serving(out: Path, quick: bool) -> None:
+def serving(out: Path, quick: bool, names: Sequence[str] | None) -> None:
     """Time switching, many requests and generation beside PEFT's."""
     module = import_module("serving")
     found = module.measurements(*module.SIZES["quick" if quick else "full"], 2 if quick else ROUNDS)
@@ -152,24 +159,24 @@ def serving(out: Path, quick: bool) -> None:
     each("serving", out, record_of(out, "serving"), [((name,), found[name]) for name in order])
 
 
-def quantised(out: Path, quick: bool) -> None:
+def quantised(out: Path, quick: bool, names: Sequence[str] | None) -> None:
     """Time LoRA's step on quantised bases, and take its peak."""
     module = import_module("quantised")
     sizes, repeats = _sizes(module.SIZES, quick), 2 if quick else ROUNDS
     each("quantised", out, record_of(out, "quantised"), [((b,), lambda b=b: module.compared(b, sizes, 16, repeats)) for b in module.LAYERS])
 
 
-def memory(out: Path, quick: bool) -> None:
+def memory(out: Path, quick: bool, names: Sequence[str] | None) -> None:
     """Take the peak of every variant's forward and step, and of the ways to LoRA's gradient."""
     module = import_module("memory")
     sizes, r, record = _sizes(module.SIZES, quick), 8 if quick else 16, record_of(out, "memory")
     for key, value in {**sizes, "r": r}.items():
         record.keep((key,), value)
-    found: list[tuple[tuple[str, ...], Any]] = [(("variants", n), lambda n=n: module.one((n, sizes, r))) for n in _names(quick)]
+    found: list[tuple[tuple[str, ...], Any]] = [(("variants", n), lambda n=n: module.one((n, sizes, r))) for n in _names(quick, names)]
     each("memory", out, record, [*found[:1], (("lora",), lambda: module.one((None, sizes, r))), *found[1:]])
 
 
-def populations(out: Path, quick: bool) -> None:
+def populations(out: Path, quick: bool, names: Sequence[str] | None) -> None:
     """Time one step of many adapters, and gradients by row, against loops."""
     module = import_module("scaling")
     record, repeats = record_of(out, "speed"), 2 if quick else ROUNDS
@@ -178,7 +185,7 @@ def populations(out: Path, quick: bool) -> None:
     each("populations", out, record, [(("populations",), lambda: module.populations(width, layers, r=8 if quick else 16, repeats=repeats))])
 
 
-def learned(out: Path, quick: bool) -> None:
+def learned(out: Path, quick: bool, names: Sequence[str] | None) -> None:
     """Train every variant on GSM-Symbolic: first the costs of each, alone, then all trainings, several at once.
 
     A training is kept outside `out`, where `gsm8k.py` keeps its own, and goes on from there.
@@ -188,7 +195,7 @@ def learned(out: Path, quick: bool) -> None:
     gpu = torch.cuda.is_available()
     bytes_of_all = torch.cuda.get_device_properties(0).total_memory if gpu else 0
     workers = max(1, min((os.cpu_count() or 1) * 3 // 4, bytes_of_all // TRAINING))
-    settings = {n: data.published("symbolic", variant=n, dtype="bfloat16" if gpu else "float32", **less) for n in _names(quick)}
+    settings = {n: data.published("symbolic", variant=n, dtype="bfloat16" if gpu else "float32", **less) for n in _names(quick, names)}
     record = record_of(out, "symbolic")
     kept = Path("outputs") / "gsm8k"
     rows: list[tuple[tuple[str, ...], Any]] = [(("costs", n), lambda s=s: module.measured(s)) for n, s in settings.items()]
@@ -205,7 +212,7 @@ def learned(out: Path, quick: bool) -> None:
     _end("learned", failed)
 
 
-PARTS: dict[str, Callable[[Path, bool], None]] = {
+PARTS: dict[str, Callable[[Path, bool, Sequence[str] | None], None]] = {
     f.__name__: f for f in (tests, steps, compiled, serving, quantised, memory, populations, learned)
 }
 
