@@ -122,7 +122,18 @@ def tests(out: Path, quick: bool, names: Sequence[str] | None) -> None:
         "started": datetime.datetime.now().isoformat(),
     }
     record = Record(out / f"gpu-tests{'-cuda' if gpu else ''}.json", datetime.date.today().isoformat(), facts)
-    options = ["-q", "--tb=short", "-p", "no:cacheprovider", "--rootdir", str(TESTS.parent), "--device", facts["device"]]
+    options = [
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+        "--rootdir",
+        str(TESTS.parent),
+        "--device",
+        facts["device"],
+    ]
     code = pytest.main([*options, *several, *chosen], plugins=[Outcomes(record)])
     found = list(record.tree["results"].get("outcomes", {}).values())
     if code or not found:
