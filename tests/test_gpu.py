@@ -131,8 +131,17 @@ def test_quantised_equals_dequantised(row, backend, device, tmp_path):
         assert build_any(packed, row.cfg, batches(x)).shapes == adapt.shapes
     got, want = again(params, x) - again.base(x), adapt(params, x) - adapt.base(x)
     assert torch.allclose(got, want, rtol=0, atol=1e-4 * float(want.abs().max()))
-    rounded = 1e-2 if row.cfg.dtype == torch.bfloat16 else 1e-5  # a gradient has its param's dtype
-    assert_close_to_largest(gradients(again, params, x), gradients(adapt, params, x), rounded)
+    want = gradients(adapt, params, x)
+    rounded = 1e-2 if row.cfg.dtype == torch.bfloat16 else max(1e-5, 8 * own_rounding(adapt, params, x, dense, want, tmp_path))
+    assert_close_to_largest(gradients(again, params, x), want, rounded)  # a gradient has its param's dtype
+
+
+def own_rounding(adapt, params, x, model, found, folder):
+    """Return how far gradients in float32 are from those in float64, by the largest: a scalar's, as GLoRA's, is a sum that cancels."""
+    exact, _ = carried(adapt, params, copy.deepcopy(model).double(), folder)
+    want = gradients(exact, as_dtype(params, torch.float64), x.double())
+    largest = max(float(leaf.abs().max()) for leaf in ll.tree_leaves(want))
+    return max(float((a - b).abs().max()) for a, b in zip(ll.tree_leaves(found), ll.tree_leaves(want), strict=True)) / largest
 
 
 def test_dropout_with_remat_draws_the_same(tiny, device):

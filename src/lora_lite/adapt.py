@@ -66,8 +66,8 @@ class Adapt(Required):
             ValueError: where `params` does not fit; it lists each departure.
             TypeError: for a batch of another type.
         """
-        self._require(params, "adapt")
-        return self._replicas.here().adapted(params, batch, kwargs)
+        dtype = self._require(params, "adapt")
+        return self._replicas.here().adapted(params, batch, kwargs, dtype)
 
     def mixed(
         self,
@@ -107,7 +107,7 @@ class Adapt(Required):
         index = own_rows(batch, kwargs, members) if index is None and not all(cfg.rowwise for cfg in self.configs) else index
         replica, index = self._replicas.here(), index_of(index, members, leaf.device)
         rows = self._followed.rows(replica, batch, kwargs, members, index, row_map)
-        return replica.adapted(stacked, batch, kwargs, rows, index)
+        return replica.adapted(stacked, batch, kwargs, None, rows, index)
 
     def base(self, batch: Any, **kwargs: Any) -> Any:
         """Run the frozen model, as `adapt` runs the adapted one."""

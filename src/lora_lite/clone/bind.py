@@ -18,6 +18,16 @@ from lora_lite.core.frozen import in_dtype
 from lora_lite.layers.access import HOST, ReadTensor, first_of, place_of, raw
 from lora_lite.layers.kind import Kind, Params, Variant
 
+_NOTHING: Any = object()
+"""No positional argument."""
+
+
+class Uniform:
+    """The dtype of all params of the call that runs, which the bindings of a copy share; None where there are several or none."""
+
+    def __init__(self) -> None:
+        self.dtype: torch.dtype | None = None
+
 
 class Binding:
     """A target of a copy: its layer, its variant, and the params of the call that runs.
@@ -31,11 +41,12 @@ class Binding:
         own: the forward that the layer had.
         params: those of the call that runs; None outside of one, where the adapter's own parameters stand.
         off: whether the call that runs is one of the frozen model.
+        uniform: the dtype of all targets' params in the call that runs.
         rows: of a mixed batch, in which `params` have a leading axis of members; None for other calls.
         index: the member of each row of a mixed batch; None for equal contiguous groups.
         used: whether a call has reached the target.
-        fast: whether the call that runs goes straight to the formula; "first" where none has yet reached the target, and it is noted. Not
-            while a compiler traces: it would compile again after the first call.
+        fast: whether a call with `params` goes straight to the formula; "first" where none has yet reached the target, and it is noted.
+            Not while a compiler traces: it would compile again after the first call.
         followers: the bindings of other modules with the target's weight, where the variant is tied.
         watch: sees the inputs of a call of the frozen model and the tensors beside them, where one is tried.
     """
@@ -44,15 +55,16 @@ class Binding:
         self.path, self.cfg, self.W, self.adapter, self.shared = path, cfg, W, adapter, dict(shared)
         self.own: Callable[..., Any] = _missing
         self.root: nn.Module = adapter
-        self.variant, self.forward = Variant(cfg), cfg.forward
+        self.variant = Variant(cfg)
         # Nothing stands between the call and the formula, but the dtype of the params.
         self.direct = cfg.cast and type(W).call is Kind.call and type(W).apply is Kind.apply
         self.params: Params | None = None
+        self.uniform = Uniform()
         self.rows: Rows | None = None
         self.index: Tensor | None = None
         self.followers: list[Binding] = []
         self.used = self.off = self._placed = False
-        self.fast: bool | str = False
+        self.fast: bool | str = "first" if self.direct else False
         self.watch: Callable[[Any, Mapping[str, Tensor]], Any] | None = None
 
     def with_adapter(self, adapter: Adapter) -> "Binding":
@@ -72,19 +84,23 @@ class Binding:
         self.W = type(self.W)(raw(layer), self.W.constants)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the variant, as `called` does."""
+        return self.called(*args, **kwargs)
+
+    def called(self, x: Any = _NOTHING, *args: Any, **kwargs: Any) -> Any:
         """Run the variant where the model calls the layer: one step from there to its formula, where nothing stands between."""
-        if self.fast is not True:
-            if not self.fast:
+        params = self.params
+        if params is None or self.fast is not True or x is _NOTHING:
+            args = args if x is _NOTHING else (x, *args)
+            if params is None or not self.fast:
                 return self._call(args, kwargs)
-            self.used = True
+            x, self.used = first_of(args, kwargs), True
+            self.fast = True
         try:
-            params, W, x = self.params, self.W, args[0] if args else first_of(args, kwargs)
-            dtype = x.dtype
-            for p in params.values():  # type: ignore[union-attr]  # as in_dtype does, without its call
-                if p.dtype is not dtype:
-                    params = in_dtype(params, W, x)  # type: ignore[arg-type]
-                    break
-            return self.forward(params, W, x)  # type: ignore[arg-type]
+            W = self.W
+            if x.dtype is not self.uniform.dtype:
+                params = in_dtype(params, W, x)
+            return self.cfg.forward(params, W, x)
         except Exception as e:
             e.add_note(f'in {type(self.cfg).__name__} at target "{self.path}"')
             raise
@@ -99,7 +115,8 @@ class Binding:
         self.params, self.rows, self.index, self.off = params, rows, index, off
         if rows is not None:
             self.W.follow = rows.beside.get(self.path)
-        self.fast = self.direct and rows is None and params is not None and (self.used or torch.compiler.is_compiling() or "first")
+        known = params is not None if torch.compiler.is_compiling() else self.used  # it guards what it reads: not `used`, which changes
+        self.fast = self.direct and rows is None and (known or "first")
 
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self.params is None and not self.off and self.adapter.place is self.adapter:  # in a module: its hooks may be those of a tool

@@ -15,23 +15,26 @@ from lora_lite.core.tree import AnyTree, Tree
 from lora_lite.layers.kind import Params
 
 
-def require_fit(params: Any, shapes: Shapes, caller: str, on_meta: bool = False) -> None:
+def require_fit(params: Any, shapes: Shapes, caller: str, on_meta: bool = False) -> torch.dtype | None:
     """Refuse a params tree of other paths, names or shapes, or without data where the model has some.
+
+    Returns:
+        The dtype of all leaves, None where there are several.
 
     Raises:
         ValueError: it lists each departure.
         RuntimeError: for params on meta, which products on a CPU take without a word.
     """
     try:
-        if fits(params, shapes):
-            return
+        if found := fits(params, shapes):
+            return None if found is True else found
     except (KeyError, TypeError, AttributeError):
         pass  # whatever is wrong is found again below, and named
     faults = tree_faults(params, shapes)
     if not faults:
         empty = next(path for path, leaves in params.items() for leaf in leaves.values() if leaf.is_meta)
         if on_meta:
-            return
+            return None
         raise RuntimeError(
             f'{caller}: expected params with data at "{empty}", found them on meta. Pass params on its device; where the model recomputes '
             "blocks by a checkpoint of its own, leave that to build(..., remat=) instead."
@@ -45,11 +48,15 @@ def require_fit(params: Any, shapes: Shapes, caller: str, on_meta: bool = False)
 FLOATING = frozenset(dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype) and dtype.is_floating_point)
 
 
-def fits(params: AnyTree, shapes: Shapes) -> bool:
-    """Whether a params tree has these paths, names and shapes, and data. Plain loops: every call passes here, with hundreds of targets."""
+def fits(params: AnyTree, shapes: Shapes) -> bool | torch.dtype:
+    """Whether a params tree has these paths, names and shapes, and data: if so the dtype of all leaves, or True where there are several.
+
+    Plain loops: every call passes here, with hundreds of targets.
+    """
     if len(params) != len(shapes):
         return False
-    known = None  # a dtype that floats: nearly always the one of all leaves
+    dtype = None  # that of the last leaf, which floats
+    found: bool | torch.dtype | None = None
     for path, expected in shapes.items():
         leaves = params[path]
         if len(leaves) != len(expected):
@@ -58,11 +65,12 @@ def fits(params: AnyTree, shapes: Shapes) -> bool:
             leaf = leaves[name]
             if leaf.shape != shape or leaf.is_meta:
                 return False
-            if leaf.dtype is not known:
-                if leaf.dtype not in FLOATING:
+            if leaf.dtype is not dtype:
+                dtype = leaf.dtype
+                if dtype not in FLOATING:
                     return False
-                known = leaf.dtype
-    return True
+                found = dtype if found is None else True
+    return True if found is None else found
 
 
 def read_params(module: nn.Module, shapes: Shapes, get: Callable[[Tensor], Tensor]) -> Tree:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lora_lite.clone.bind import Binding
+from lora_lite.clone.bind import Binding, Uniform
 from lora_lite.clone.rows import Rows
 from lora_lite.clone.state import State, volatile_buffers
 from lora_lite.core.plan import Places, reaching
@@ -28,6 +28,9 @@ class Replica:
     def __init__(self, module: nn.Module, bindings: Sequence[Binding], shared: Mapping[str, Places]) -> None:
         self.module, self.bindings = module, [(binding.path, binding) for binding in bindings]
         self._shared, self._inside = shared, False
+        self._uniform = Uniform()
+        for binding in bindings:
+            binding.uniform = self._uniform
         self._state: State | None = None  # made by the first call, which finds the copy as it is to stay
         self._traced = False
         self._volatile = volatile_buffers(module)
@@ -37,15 +40,23 @@ class Replica:
         params: AnyTree,
         batch: Any,
         kwargs: Mapping[str, Any],
+        dtype: torch.dtype | None,
         rows: Rows | None = None,
         index: Tensor | None = None,
     ) -> Any:
-        """Run the adapted model. For a mixed batch, `rows` is as `Followed.rows` returns it, and `index` is the member of each row."""
+        """Run the adapted model.
+
+        Args:
+            params, batch, kwargs: as in the user's call.
+            dtype: of all leaves, None where there are several or nobody has looked.
+            rows: for a mixed batch, as `Followed.rows` returns it.
+            index: the member of each row.
+        """
         if self._shared:
             leaves = [reaching(params, p, self._shared[p]) for p, _ in self.bindings]
         else:
             leaves = [params[path] for path, _ in self.bindings]
-        return self._call(leaves, batch, kwargs, rows, index)
+        return self._call(leaves, batch, kwargs, rows, index, dtype=dtype)
 
     def frozen(self, batch: Any, kwargs: Mapping[str, Any]) -> Any:
         """Run the model without its adapters."""
@@ -68,27 +79,39 @@ class Replica:
         return seen
 
     def _call(
-        self, leaves: Sequence[Any], batch: Any, kwargs: Mapping[str, Any], rows: Rows | None, index: Tensor | None, off: bool = False
+        self,
+        leaves: Sequence[Any],
+        batch: Any,
+        kwargs: Mapping[str, Any],
+        rows: Rows | None,
+        index: Tensor | None,
+        off: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> Any:
         args, kwargs = arguments(batch, kwargs)
         # A hook of the model may call it again: then what stands is put back after, else nothing is left standing.
         before = [b.standing for _, b in self.bindings] if self._inside else ()
         was_inside, self._inside = self._inside, True
+        was_dtype, self._uniform.dtype = self._uniform.dtype, dtype
         try:
             other, traced = rows is not None or off or was_inside, torch.compiler.is_compiling()
             for (_, binding), own in zip(self.bindings, leaves):
                 if other:
                     binding.set(own, rows, index, off)
+                elif traced:
+                    binding.params, binding.fast = own, binding.direct
                 else:  # the rest stands as a plain call finds it
-                    binding.params, binding.fast = own, binding.direct and (traced or binding.used or "first")
+                    binding.params = own
             return self._traced_run(args, kwargs) if traced else self._run(args, kwargs, was_inside)
         finally:
-            self._inside = was_inside
+            self._inside, self._uniform.dtype = was_inside, was_dtype
             for _, binding in self.bindings:
                 if other:
                     binding.set(None)
+                elif traced:
+                    binding.params, binding.fast = None, binding.direct and "first"
                 else:
-                    binding.params, binding.fast = None, False
+                    binding.params = None
             for (_, binding), was in zip(self.bindings, before):
                 binding.set(*was)
 

@@ -107,6 +107,7 @@ def _has_code(module: nn.Module) -> bool:
     """Whether code that is neither torch's nor ours runs in a module: it may keep anything."""
     own = vars(module)
     forward = own.get("forward")
+    forward = getattr(forward, "__self__", forward)  # a target's is a method of its binding
     return (
         not type(module).__module__.startswith(_TORCHS)
         or bool(module._forward_hooks or module._forward_pre_hooks)

@@ -82,11 +82,8 @@ def make(fn, tested):
         return fn(params, W, x{passed})
     return door
 """
-_CAST = """dtype = x.dtype
-        for p in params.values():  # as in_dtype does, without its call
-            if p.dtype is not dtype:
-                params = in_dtype(params, W, x)
-                break
+_CAST = """if W.casts:
+            params = in_dtype(params, W, x)
 """
 
 

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from lora_lite.clone.offloaded import offloaded_in
 from lora_lite.clone.params import require_fit
 from lora_lite.core.errors import listed
@@ -14,8 +16,8 @@ class Required(Described):
 
     _on_meta: bool
 
-    def _require(self, params: Any, caller: str, shapes: Shapes | None = None) -> None:
-        require_fit(params, shapes or self.shapes, caller, self._on_meta)
+    def _require(self, params: Any, caller: str, shapes: Shapes | None = None) -> torch.dtype | None:
+        return require_fit(params, shapes or self.shapes, caller, self._on_meta)
 
     def _require_in_memory(self, caller: str) -> None:
         names = list(offloaded_in(self._plan.base))

@@ -166,9 +166,9 @@ def _forward(W: FrozenQuantised, x: Tensor) -> Tensor:
 def _apply(layer: Any, kind: type[FrozenQuantised], fn: Any, recurse: bool = True) -> Any:
     """Move a layer as `to` and its like do, and read its weights again from where they have moved."""
     type(layer)._apply(layer, fn, recurse)
-    binding = vars(layer).get("forward")
+    forward = vars(layer).get("forward")
     kind.adopt(layer)
-    if hasattr(binding, "reread"):
+    if binding := getattr(forward, "__self__", None):
         binding.reread()
-        vars(layer)["forward"] = binding
+        vars(layer)["forward"] = forward
     return layer

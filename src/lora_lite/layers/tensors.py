@@ -35,6 +35,7 @@ class Tensors(Frozen):
         constants: the variant's frozen tensors, by name.
     """
 
+    casts: ClassVar[bool] = False
     state: ClassVar[Mapping[str, str]] = {"weight": "weight", "bias": "bias"}
     """The names under which the module keeps its weight and its bias."""
 
