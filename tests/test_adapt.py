@@ -9,6 +9,7 @@ from torch import nn
 
 import lora_lite as ll
 from cases import FIVE, assert_trees_equal, by_name, move
+from lora_lite.clone.params import fits
 
 EVERY = pytest.mark.parametrize("cfg", FIVE, ids=by_name)
 
@@ -324,6 +325,42 @@ def _along(params, direction, step):
 
 
 @pytest.mark.parametrize("cfg", [cfg for cfg in FIVE if cfg.name != "dora"], ids=by_name)  # its detached norm: see the kit's check
+def two_layers():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    return model, adapt, move(adapt.init()), torch.randn(3, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_each_leaf_and_each_call_may_have_a_dtype_of_its_own(dtype):
+    _, adapt, params, x = two_layers()
+    several = {path: {**leaves, "B": leaves["B"].to(dtype)} for path, leaves in params.items()}
+    want = adapt(ll.tree_map(torch.Tensor.float, several), x)
+    for _ in range(2):
+        assert torch.equal(adapt(several, x), want)
+        assert torch.equal(adapt(params, x), want) == (dtype == torch.float64)  # which rounds nothing away
+    one = ll.tree_map(lambda p: p.to(dtype), params)
+    assert [fits(tree, adapt.shapes) for tree in (params, several, one)] == [torch.float32, True, dtype]
+
+
+def test_a_call_inside_another_leaves_it_the_dtype_of_its_params():
+    model, *_ = two_layers()
+    inner = []
+    model[1].register_forward_pre_hook(lambda *_: inner.append(again()) if not inner else None)
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    params, x = move(adapt.init()), torch.randn(3, 6)
+    halves = ll.tree_map(torch.Tensor.bfloat16, params)
+
+    def again():
+        inner.append(None)
+        return adapt(params, x)
+
+    got = adapt(halves, x)
+    assert torch.equal(inner[1], adapt(params, x))
+    assert torch.equal(got, adapt(ll.tree_map(torch.Tensor.float, halves), x))
+
+
 @pytest.mark.parametrize("name", ["gpt2", "bert"])  # others compute norms or softmax in float32 whatever their dtype
 def test_derivatives_of_a_whole_model_are_finite_differences(tiny, name, cfg):
     model, batch = tiny(name, attn_implementation="eager")  # fused attention has no forward mode
