@@ -356,7 +356,11 @@ def test_a_call_inside_another_leaves_it_the_dtype_of_its_params():
         inner.append(None)
         return adapt(params, x)
 
-    got = adapt(halves, x)
+    before = ll.set_typecheck(False)  # which casts too
+    try:
+        got = adapt(halves, x)
+    finally:
+        ll.set_typecheck(before)
     assert torch.equal(inner[1], adapt(params, x))
     assert torch.equal(got, adapt(ll.tree_map(torch.Tensor.float, halves), x))
 
