@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_lite.core.frozen import Frozen, Params
+from lora_lite.layers.kind import Variant
 from lora_lite.variants import VARIANTS
 
 LeafShapes = Mapping[str, tuple[int, ...]]
@@ -41,7 +42,7 @@ class Side:
 
     def update(self, params: Params, x: Tensor) -> Tensor:
         """Return the adapter's part of the layer's output, `(*b, o)`."""
-        y: Tensor = self.cfg.forward(params, self.W, x)
+        y: Tensor = Variant(self.cfg)(params, self.W, x)
         return y - self.W(x)
 
 
