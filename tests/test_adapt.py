@@ -324,7 +324,6 @@ def _along(params, direction, step):
     return {path: {name: leaf + step * direction[path][name] for name, leaf in leaves.items()} for path, leaves in params.items()}
 
 
-@pytest.mark.parametrize("cfg", [cfg for cfg in FIVE if cfg.name != "dora"], ids=by_name)  # its detached norm: see the kit's check
 def two_layers():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
@@ -365,6 +364,7 @@ def test_a_call_inside_another_leaves_it_the_dtype_of_its_params():
     assert torch.equal(got, adapt(ll.tree_map(torch.Tensor.float, halves), x))
 
 
+@pytest.mark.parametrize("cfg", [cfg for cfg in FIVE if cfg.name != "dora"], ids=by_name)  # its detached norm: see the kit's check
 @pytest.mark.parametrize("name", ["gpt2", "bert"])  # others compute norms or softmax in float32 whatever their dtype
 def test_derivatives_of_a_whole_model_are_finite_differences(tiny, name, cfg):
     model, batch = tiny(name, attn_implementation="eager")  # fused attention has no forward mode

@@ -95,23 +95,23 @@ class Replica:
         was_dtype, self._uniform.dtype = self._uniform.dtype, dtype
         try:
             other, traced = rows is not None or off or was_inside, torch.compiler.is_compiling()
-            for (_, binding), own in zip(self.bindings, leaves):
-                if other:
+            if other:
+                for (_, binding), own in zip(self.bindings, leaves):
                     binding.set(own, rows, index, off)
-                elif traced:
-                    binding.params, binding.fast = own, binding.direct
-                else:  # the rest stands as a plain call finds it
+            else:  # the rest stands as a plain call finds it
+                for (_, binding), own in zip(self.bindings, leaves):
                     binding.params = own
+            if traced and not other:
+                for _, binding in self.bindings:
+                    binding.fast = binding.direct
             return self._traced_run(args, kwargs) if traced else self._run(args, kwargs, was_inside)
         finally:
             self._inside, self._uniform.dtype = was_inside, was_dtype
             for _, binding in self.bindings:
-                if other:
+                binding.params = None
+            if traced or other:
+                for _, binding in self.bindings:
                     binding.set(None)
-                elif traced:
-                    binding.params, binding.fast = None, binding.direct and "first"
-                else:
-                    binding.params = None
             for (_, binding), was in zip(self.bindings, before):
                 binding.set(*was)
 

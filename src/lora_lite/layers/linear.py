@@ -32,9 +32,11 @@ class LinearKind(Kind):
 
     def __call__(self, x: Tensor) -> Tensor:
         table = self.layer._parameters
-        if "weight" in table and "bias" in table:  # no parametrization: looking the attributes up would be slow
-            return linear(x, table["weight"], table["bias"])
-        return linear(x, self.weight, self.bias)
+        try:  # looking the attributes up would be slow
+            weight, bias = table["weight"], table["bias"]
+        except KeyError:  # a parametrization
+            weight, bias = self.weight, self.bias
+        return linear(x, weight, bias)
 
 
 def _holds_codes(layer: nn.Module) -> bool:
