@@ -102,8 +102,7 @@ class LowRankConfig(AdapterConfig):
         return {"A": A, "B": B}
 
     def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
-        scale = self.alpha / (math.sqrt(self.r) if self.rslora else self.r)  # without the property's price, which is a tenth of a product's
-        return lora(params, W, x, scale=scale, dropout=self.dropout)
+        return lora(params, W, x, scale=self.scale, dropout=self.dropout)
 
 
 @dataclass(frozen=True, kw_only=True)

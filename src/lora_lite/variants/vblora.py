@@ -122,7 +122,7 @@ class VBLoRAConfig(AdapterConfig):
         require_divisor(self, "vector_length", W.out_features, "o")
         p, q, half = W.in_features // self.vector_length, W.out_features // self.vector_length, self.num_vectors // 2
         shapes = (self.r, p, self.num_vectors), (q, self.r, self.num_vectors)
-        logits_A, logits_B = (self.init_logits_std * torch.randn(shape, generator=generator) for shape in shapes)
+        logits_A, logits_B = (torch.empty(shape).normal_(0, self.init_logits_std, generator=generator) for shape in shapes)
         if self.start == "zero":
             lower_all(logits_A[..., half:], logits_A)
             lower_all(logits_B[..., :half], logits_B)
@@ -134,4 +134,5 @@ class VBLoRAConfig(AdapterConfig):
 
 def lower_all(some: Tensor, logits: Tensor) -> None:
     """Lower a part of fresh logits below all the others."""
-    some -= 1 + logits.max() - logits.min()
+    least, most = logits.aminmax()
+    some -= 1 + most - least
