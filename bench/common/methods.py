@@ -208,7 +208,7 @@ ROWS: dict[str, Row] = {
     ),
     "fourierft": Row(
         theirs=lambda cfg, on: peft.FourierFTConfig(
-            n_frequency=cfg.n_frequency, scaling=cfg.scaling, random_loc_seed=cfg.seed, target_modules=on
+            n_frequency=cfg.n_frequency, scaling=cfg.scaling, random_loc_seed=cfg.seed, init_weights=True, target_modules=on
         ),
         rate=5e-2,
     ),
