@@ -39,7 +39,7 @@ from common.measure import (
     without_rounds,
 )
 from common.methods import MEASURED, Pair, pairs
-from common.record import Record, file_name
+from common.record import Record, described, file_name
 
 SIZES = {
     "quick": {"width": 64, "layers": 1, "rows": 2, "tokens": 16},
@@ -96,11 +96,6 @@ def compiled(model: Any, pair: Pair, batch: dict[str, Any]) -> tuple[dict[str, C
 def _draws(call: Call) -> bool:
     """Whether a call has other results each time, of noise that compiled code draws otherwise."""
     return any(not torch.equal(a, b) for a, b in zip(call(), call(), strict=True))
-
-
-def described(e: BaseException) -> str:
-    """Return an error's type and message in one line."""
-    return " ".join(f"{type(e).__name__}: {e}".split())[:300]
 
 
 def mixed(c: Contender, pair: Pair, batch: dict[str, Any]) -> dict[str, Call]:

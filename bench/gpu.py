@@ -30,7 +30,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.record import Record
+from common.record import Record, described
 
 HERE = Path(__file__).parent
 LIBRARY = ("torch", "einops", "jaxtyping", "beartype", "safetensors")
@@ -109,7 +109,7 @@ def inside(name: str, o: argparse.Namespace) -> None:
         parts.PARTS[name](o.out, o.quick, o.variants)
     except Exception as e:
         traceback.print_exc()
-        sys.exit(" ".join(f"{type(e).__name__}: {e}".split()))
+        sys.exit(described(e))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # all is on the disk; to take the interpreter apart costs seconds of the next part

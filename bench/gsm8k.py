@@ -27,6 +27,7 @@ from common.gsm8k_data import CALIBRATED, CALIBRATION, TABLES, Settings, batch, 
 from common.gsm8k_train import ADAPTER, build, gradients, load_model, norm, prepare, start, train, training_examples
 from common.measure import device, machine, write
 from common.methods import rank
+from common.record import described
 
 
 def run(s: Settings, out: Path, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def _named(job: tuple[str, Settings, Mapping[str, Any], Path]) -> tuple[str, dic
     try:
         return name, run(s, out, facts)
     except (Exception, SystemExit) as e:  # whatever it is, the other runs go on
-        return name, {"failed": " ".join(f"{type(e).__name__}: {e}".split())[:300]}
+        return name, {"failed": described(e)}
 
 
 def shown(s: Settings) -> dict[str, Any]:

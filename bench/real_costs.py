@@ -27,7 +27,7 @@ from common.contenders import Contender, build, contender, forwards, steps, wrap
 from common.measure import QUICK, RESULTS, Call, batch_of, device, interleaved, llama, machine, peak_bytes, settled, without_rounds
 from common.methods import FIRST, MEASURED, Pair, drawn_start, pairs
 from common.pretrained import SMOLLM, load_smollm
-from common.record import Record, file_name
+from common.record import Record, described, file_name
 from speed import compared, counts
 
 SIZES = {"2x64": (2, 64), "8x128": (8, 128)}
@@ -124,7 +124,7 @@ def measure(names: Sequence[str], model: str, sizes: Mapping[str, tuple[int, int
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
                 row = without_rounds(fresh.submit(settled, one, name, model, lacking, r, repeats, threads).result())
         except (Exception, SystemExit) as e:  # whatever it is, the other variants go on
-            failed[name] = " ".join(f"{type(e).__name__}: {e}".split())[:300]
+            failed[name] = described(e)
             tqdm.write(f"{name:12} failed: {failed[name]}")
             continue
         row["sizes"] = {**kept.get("sizes", {}), **row["sizes"]}

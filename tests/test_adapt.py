@@ -9,7 +9,8 @@ from torch import nn
 
 import lora_lite as ll
 from cases import FIVE, assert_trees_equal, by_name, move
-from lora_lite.clone.params import fits
+from lora_lite.clone.params import dtypes
+from lora_lite.variants.lora import lora
 
 EVERY = pytest.mark.parametrize("cfg", FIVE, ids=by_name)
 
@@ -340,7 +341,20 @@ def test_each_leaf_and_each_call_may_have_a_dtype_of_its_own(dtype):
         assert torch.equal(adapt(several, x), want)
         assert torch.equal(adapt(params, x), want) == (dtype == torch.float64)  # which rounds nothing away
     one = ll.tree_map(lambda p: p.to(dtype), params)
-    assert [fits(tree, adapt.shapes) for tree in (params, several, one)] == [torch.float32, True, dtype]
+    assert [dtypes(tree, adapt.shapes) for tree in (params, several, one)] == [{torch.float32}, {torch.float32, dtype}, {dtype}]
+
+
+@pytest.mark.parametrize("checks", [False, True])
+def test_a_pure_function_casts_params_for_a_layer_that_no_call_reads(checks):
+    model, adapt, params, x = two_layers()
+    W = adapt.targets[0].kind.at(model, "0")
+    halves = ll.tree_map(torch.Tensor.bfloat16, params)["0"]
+    before = ll.set_typecheck(checks)
+    try:
+        got = lora(halves, W, x, scale=8.0)
+    finally:
+        ll.set_typecheck(before)
+    assert torch.equal(got, lora({name: p.float() for name, p in halves.items()}, ll.Frozen(model[0].weight, model[0].bias), x, scale=8.0))
 
 
 def test_a_call_inside_another_leaves_it_the_dtype_of_its_params():

@@ -158,7 +158,7 @@ def uncompiled(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")  # PEFT's, of norms
-@pytest.mark.parametrize("name", ["lora", "hra", "loreft", "ln_tuning"])
+@pytest.mark.parametrize("name", ["lora", "hra", "loreft", "ln_tuning", "pvera"])
 def test_compiled_steps_are_those_of_eager_mode(name, monkeypatch):
     uncompiled(monkeypatch)
     pair = methods.pairs(4)[name]

@@ -141,7 +141,9 @@ def own_rounding(adapt, params, x, model, found, folder):
     exact, _ = carried(adapt, params, copy.deepcopy(model).double(), folder)
     want = gradients(exact, as_dtype(params, torch.float64), x.double())
     largest = max(float(leaf.abs().max()) for leaf in ll.tree_leaves(want))
-    return max(float((a - b).abs().max()) for a, b in zip(ll.tree_leaves(found), ll.tree_leaves(want), strict=True)) / largest
+    rounding = max(float((a - b).abs().max()) for a, b in zip(ll.tree_leaves(found), ll.tree_leaves(want), strict=True)) / largest
+    assert rounding < 1e-3
+    return rounding
 
 
 def test_dropout_with_remat_draws_the_same(tiny, device):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from common.record import Record
+from common.record import Record, described
 
 TESTS = Path(__file__).parents[2] / "tests"
 QUICK = ("lora", "oft")
@@ -60,7 +60,7 @@ def failures(part: str, out: Path, record: Record, rows: Rows) -> dict[str, str]
         except (Exception, SystemExit) as e:  # SystemExit is how a check of the benchmarks fails
             if e.args == (TOLD,):
                 raise
-            failed["/".join(keys)] = " ".join(f"{type(e).__name__}: {e}".split())[:300]
+            failed["/".join(keys)] = described(e)
             run.keep(("failed", part), failed)
     return failed
 
@@ -122,18 +122,8 @@ def tests(out: Path, quick: bool, names: Sequence[str] | None) -> None:
         "started": datetime.datetime.now().isoformat(),
     }
     record = Record(out / f"gpu-tests{'-cuda' if gpu else ''}.json", datetime.date.today().isoformat(), facts)
-    options = [
-        "-q",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:benchmark",
-        "--rootdir",
-        str(TESTS.parent),
-        "--device",
-        facts["device"],
-    ]
+    options = ["-q", "--tb=short", *("-p", "no:cacheprovider"), *("-p", "no:benchmark")]
+    options += ["--rootdir", str(TESTS.parent), "--device", facts["device"]]
     code = pytest.main([*options, *several, *chosen], plugins=[Outcomes(record)])
     found = list(record.tree["results"].get("outcomes", {}).values())
     if code or not found:

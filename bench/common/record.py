@@ -31,6 +31,11 @@ def put(path: Path, tree: Mapping[str, Any]) -> None:
     os.replace(beside, path)
 
 
+def described(e: BaseException) -> str:
+    """Return an error's type and message in one line."""
+    return " ".join(f"{type(e).__name__}: {e}".split())[:300]
+
+
 class Record:
     """A results file in the making.
 

@@ -52,7 +52,8 @@ class Binding:
     """
 
     def __init__(self, path: str, cfg: AdapterConfig, W: Kind, adapter: Adapter, shared: Shared = ()) -> None:
-        self.path, self.cfg, self.W, self.adapter, self.shared = path, cfg, W, adapter, dict(shared)
+        self.path, self.cfg, self.adapter, self.shared = path, cfg, adapter, dict(shared)
+        self.W = _cast_for(W)
         self.own: Callable[..., Any] = _missing
         self.root: nn.Module = adapter
         self.variant = Variant(cfg)
@@ -81,13 +82,9 @@ class Binding:
     def reread(self) -> None:
         """Read the layer anew, after its packed weight has moved."""
         layer = vars(self.W.layer)[HOST]
-        self.W = type(self.W)(raw(layer), self.W.constants)
+        self.W = _cast_for(type(self.W)(raw(layer), self.W.constants))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the variant, as `called` does."""
-        return self.called(*args, **kwargs)
-
-    def called(self, x: Any = _NOTHING, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, x: Any = _NOTHING, *args: Any, **kwargs: Any) -> Any:
         """Run the variant where the model calls the layer: one step from there to its formula, where nothing stands between."""
         params = self.params
         if params is None or self.fast is not True or x is _NOTHING:
@@ -115,8 +112,8 @@ class Binding:
         self.params, self.rows, self.index, self.off = params, rows, index, off
         if rows is not None:
             self.W.follow = rows.beside.get(self.path)
-        known = params is not None if torch.compiler.is_compiling() else self.used  # it guards what it reads: not `used`, which changes
-        self.fast = self.direct and rows is None and (known or "first")
+        traced = torch.compiler.is_compiling()  # it guards what it reads: not `used`, which changes
+        self.fast = self.direct and rows is None and ((params is not None if traced else self.used) or "first")
 
     def _call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self.params is None and not self.off and self.adapter.place is self.adapter:  # in a module: its hooks may be those of a tool
@@ -221,6 +218,12 @@ class Binding:
                 "recomputes blocks by a checkpoint of its own, leave that to build(..., remat=) instead."
             )
         return {**{name: adapter.param(there) for name, (adapter, there) in self.shared.items()}, **self.adapter.params()}
+
+
+def _cast_for(W: Kind) -> Kind:
+    """Note that the calls of a layer cast the params before they reach the formula."""
+    W.casts = False
+    return W
 
 
 def _missing(*args: Any, **kwargs: Any) -> Any:

@@ -26,8 +26,9 @@ def require_fit(params: Any, shapes: Shapes, caller: str, on_meta: bool = False)
         RuntimeError: for params on meta, which products on a CPU take without a word.
     """
     try:
-        if found := fits(params, shapes):
-            return None if found is True else found
+        found = dtypes(params, shapes)
+        if found is not None:
+            return found.pop() if len(found) == 1 else None
     except (KeyError, TypeError, AttributeError):
         pass  # whatever is wrong is found again below, and named
     faults = tree_faults(params, shapes)
@@ -48,29 +49,28 @@ def require_fit(params: Any, shapes: Shapes, caller: str, on_meta: bool = False)
 FLOATING = frozenset(dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype) and dtype.is_floating_point)
 
 
-def fits(params: AnyTree, shapes: Shapes) -> bool | torch.dtype:
-    """Whether a params tree has these paths, names and shapes, and data: if so the dtype of all leaves, or True where there are several.
+def dtypes(params: AnyTree, shapes: Shapes) -> set[torch.dtype] | None:
+    """Return the dtypes of a params tree that has these paths, names and shapes, and data; None for one that has not.
 
     Plain loops: every call passes here, with hundreds of targets.
     """
     if len(params) != len(shapes):
-        return False
-    dtype = None  # that of the last leaf, which floats
-    found: bool | torch.dtype | None = None
+        return None
+    last, found = None, set()  # the dtype is nearly always that of the leaf before
     for path, expected in shapes.items():
         leaves = params[path]
         if len(leaves) != len(expected):
-            return False
+            return None
         for name, shape in expected.items():
             leaf = leaves[name]
             if leaf.shape != shape or leaf.is_meta:
-                return False
-            if leaf.dtype is not dtype:
-                dtype = leaf.dtype
-                if dtype not in FLOATING:
-                    return False
-                found = dtype if found is None else True
-    return True if found is None else found
+                return None
+            if leaf.dtype is not last:
+                last = leaf.dtype
+                if last not in FLOATING:
+                    return None
+                found.add(last)
+    return found
 
 
 def read_params(module: nn.Module, shapes: Shapes, get: Callable[[Tensor], Tensor]) -> Tree:

@@ -93,24 +93,21 @@ class Replica:
         before = [b.standing for _, b in self.bindings] if self._inside else ()
         was_inside, self._inside = self._inside, True
         was_dtype, self._uniform.dtype = self._uniform.dtype, dtype
+        traced = torch.compiler.is_compiling()
+        plain = not (traced or was_inside or off) and rows is None
         try:
-            other, traced = rows is not None or off or was_inside, torch.compiler.is_compiling()
-            if other:
-                for (_, binding), own in zip(self.bindings, leaves):
+            for (_, binding), own in zip(self.bindings, leaves):
+                if plain:
+                    binding.params = own  # the rest stands as a plain call finds it
+                else:
                     binding.set(own, rows, index, off)
-            else:  # the rest stands as a plain call finds it
-                for (_, binding), own in zip(self.bindings, leaves):
-                    binding.params = own
-            if traced and not other:
-                for _, binding in self.bindings:
-                    binding.fast = binding.direct
             return self._traced_run(args, kwargs) if traced else self._run(args, kwargs, was_inside)
         finally:
             self._inside, self._uniform.dtype = was_inside, was_dtype
             for _, binding in self.bindings:
-                binding.params = None
-            if traced or other:
-                for _, binding in self.bindings:
+                if plain:
+                    binding.params = None
+                else:
                     binding.set(None)
             for (_, binding), was in zip(self.bindings, before):
                 binding.set(*was)

@@ -60,8 +60,8 @@ class Frozen:
     """Whether the layer's output is `F.linear` with its weight to the bit, so that an update may be added to the weight beforehand.
 
     False for a subclass that has a `__call__` of its own and does not say so."""
-    casts: ClassVar[bool] = True
-    """Whether a pure function casts the params to the dtype of `x`. False for a layer of a model, whose call has done so."""
+    casts: bool = True
+    """Whether a pure function casts the params to the dtype of `x`. False for a layer of a bound copy, whose call has done so."""
     constants: Params
     """The variant's frozen tensors, by name."""
     prompt: Tensor | None = None

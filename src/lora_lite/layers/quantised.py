@@ -168,7 +168,8 @@ def _apply(layer: Any, kind: type[FrozenQuantised], fn: Any, recurse: bool = Tru
     type(layer)._apply(layer, fn, recurse)
     forward = vars(layer).get("forward")
     kind.adopt(layer)
-    if binding := getattr(forward, "__self__", None):
+    binding: Any = getattr(forward, "__self__", None)
+    if hasattr(binding, "reread"):
         binding.reread()
         vars(layer)["forward"] = forward
     return layer

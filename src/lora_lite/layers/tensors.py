@@ -35,7 +35,6 @@ class Tensors(Frozen):
         constants: the variant's frozen tensors, by name.
     """
 
-    casts: ClassVar[bool] = False
     state: ClassVar[Mapping[str, str]] = {"weight": "weight", "bias": "bias"}
     """The names under which the module keeps its weight and its bias."""
 
