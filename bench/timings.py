@@ -135,12 +135,17 @@ def starts(width: int, r: int, names: Sequence[str], repeats: int) -> dict[str, 
     return {"width": width, "layers": 2, "r": r, "variants": found}
 
 
+ROUNDS = 10
+"""Rounds of the chain for each of the starts."""
+
+
 def measure(sizes: Mapping[str, int], names: Sequence[str], repeats: int, width: int) -> dict[str, Any]:
     """Measure calls and starts once, in this process; `width` is that of the Llama."""
     warnings.filterwarnings("ignore", module="(transformers|peft|torch)")
     torch.set_num_threads(1)
     on_chain = [name for name in CHAIN if name in names]
-    return {"chain": chain(sizes, on_chain, repeats), "starts": starts(width, 16, names, repeats)}
+    rounds = ROUNDS * repeats  # of milliseconds each: fewer leave a spread as wide as what is to be told apart
+    return {"chain": chain(sizes, on_chain, rounds), "starts": starts(width, 16, names, repeats)}
 
 
 def part(options: Sequence[str] | None = None) -> Part:
