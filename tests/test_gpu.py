@@ -68,6 +68,18 @@ def test_saved_on_a_cpu_it_computes_the_same_on_a_gpu(row, device, tmp_path):
     assert_close_to_largest(got, want)
 
 
+@pytest.mark.parametrize("row", [row for row in CASES if row.cfg.name in ("antipasto", "clover", "oft")], ids=named)
+def test_long_rows(row, device, tmp_path):
+    model, _ = blocks()
+    x = torch.randn(3, 256, 48, dtype=torch.float64)  # rows this long are multiplied apart there
+    adapt = build_any(model, row.cfg, batches(x))
+    params = move(as_dtype(adapt.init(), torch.float64))
+    there, _ = carried(adapt, params, copy.deepcopy(model).to(device), tmp_path)
+    got, want = there(on(device, params), x.to(device)) - there.base(x.to(device)), adapt(params, x) - adapt.base(x)
+    assert torch.allclose(got.cpu(), want, rtol=0, atol=1e-5 * float(want.abs().max()))
+    assert_close_to_largest(on("cpu", gradients(there, on(device, params), x.to(device))), gradients(adapt, params, x))
+
+
 @pytest.mark.parametrize("row", CASES, ids=named)
 def test_built_on_a_gpu(row, device):
     model, x = blocks()

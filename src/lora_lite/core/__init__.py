@@ -24,9 +24,11 @@ from lora_lite.core.leading import balanced_factors as balanced_factors
 from lora_lite.core.leading import leading_svd as leading_svd
 from lora_lite.core.leading import note as note
 from lora_lite.core.linalg import add_low_rank as add_low_rank
+from lora_lite.core.linalg import block_product as block_product
 from lora_lite.core.linalg import cayley_excess as cayley_excess
 from lora_lite.core.linalg import full_precision as full_precision
 from lora_lite.core.linalg import gate as gate
+from lora_lite.core.linalg import in_blocks as in_blocks
 from lora_lite.core.linalg import kaiming as kaiming
 from lora_lite.core.linalg import skew as skew
 from lora_lite.core.linalg import smallest_components as smallest_components

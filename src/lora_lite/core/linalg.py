@@ -36,6 +36,23 @@ def _add_low_ranks(scale: float, y0: Tensor, h: Tensor, B: Tensor) -> Tensor:
     return flat.view(y0.shape)
 
 
+def in_blocks(x: Tensor, n: int) -> Tensor:
+    """Return `x (*b, n k)` as blocks for `block_product`, `(tokens, n, k)`; long rows on a GPU as `(rows, tokens, n, k)`.
+
+    The gradient of the matrices of `block_product` is one product over all tokens for each block. So few of them leave most of a GPU idle;
+    with the rows apart there is one for each row, and their sum.
+    """
+    k = x.shape[-1] // n
+    return x.reshape(*x.shape[:-1], n, k) if x.is_cuda and x.dim() == 3 and x.shape[1] >= 4 * k else x.reshape(-1, n, k)
+
+
+def block_product(blocks: Tensor, M: Tensor) -> Tensor:
+    """Return the product of each block of `in_blocks`, `(*b, n, j)`, with its own matrix of `M (n, j, k)`: `(*b, n, k)`."""
+    if blocks.dim() == 3:
+        return torch.bmm(blocks.transpose(0, 1), M).transpose(0, 1)
+    return (blocks.transpose(1, 2) @ M).transpose(1, 2)
+
+
 def gate(y: Tensor, g: Tensor, fixed: Tensor | None = None) -> Tensor:
     """Return `(1 + g) (y - fixed) + fixed`, with `y (*b, k)` and `g`, `fixed` `(k,)`. The result is exactly `y` where `g = 0`."""
     g = g.to(y.dtype)  # under autocast the layer's output has another dtype than its input

@@ -14,7 +14,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import Constants, Frozen, Params, add_low_rank, cayley_excess, checked, skew
+from lora_lite.core import Constants, Frozen, Params, add_low_rank, block_product, cayley_excess, checked, in_blocks, skew
 from lora_lite.variants.ssvd import singular_triplets
 
 
@@ -87,9 +87,9 @@ def antipasto_rotation(
         core = core + (S + shift)[:, :, None] * of_v
     if of_u is not None:
         core = core + of_u.mT @ (core + torch.diag_embed(S))
-    p = rearrange(_coordinates(basis, x), "... (n k) -> ... n k", n=n)
-    h = torch.einsum("...nj,nkj->...nk", p, core.to(p.dtype))  # one block product a token, whichever sides are rotated
-    return _add(W, x, basis, rearrange(h, "... n k -> ... (n k)"))
+    p = _coordinates(basis, x)
+    h = block_product(in_blocks(p, n), core.mT.to(p.dtype))  # one product a token and block, whichever sides are rotated
+    return _add(W, x, basis, h.reshape(p.shape))
 
 
 class AdditiveParams(TypedDict):

@@ -49,7 +49,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import AdapterConfig, Constants, Frozen, Params, Size, checked, expect, full_precision, require_divisor
+from lora_lite.core import (
+    AdapterConfig,
+    Constants,
+    Frozen,
+    Params,
+    Size,
+    block_product,
+    checked,
+    expect,
+    full_precision,
+    in_blocks,
+    require_divisor,
+)
 
 SINGULAR = 1e6  # the condition number, about, beyond which float32 has no digits left
 
@@ -117,8 +129,8 @@ def clover(params: CLOVERParams, W: Frozen, x: Float[Tensor, "*b i"], *, core: s
 
 def mapped(y: Tensor, D: Tensor) -> Tensor:
     """Return `y_h + y_h D_h` for the heads of `y (*b, H h)`, as rows."""
-    rows = y.reshape(-1, len(D), D.shape[-1])
-    return (rows + torch.bmm(rows.transpose(0, 1), D.to(y.dtype)).transpose(0, 1)).reshape(y.shape)
+    rows = in_blocks(y, len(D))
+    return (rows + block_product(rows, D.to(y.dtype))).reshape(y.shape)
 
 
 @dataclass(frozen=True, kw_only=True)

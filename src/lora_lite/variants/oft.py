@@ -35,7 +35,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import AdapterConfig, Frozen, Params, Within, cayley_excess, checked, each_first, full_precision, require_divisor, skew
+from lora_lite.core import (
+    AdapterConfig,
+    Frozen,
+    Params,
+    Within,
+    block_product,
+    cayley_excess,
+    checked,
+    each_first,
+    full_precision,
+    in_blocks,
+    require_divisor,
+    skew,
+)
 
 
 class OFTParams(TypedDict):
@@ -75,11 +88,8 @@ def oft(
     """Return `W (R^T x) + b`. The module's docstring has the formula and the shapes. One row of `v` serves all blocks."""
     with full_precision(x):
         excess = each_first(lambda v: excess_rotation(v, block_size, cayley, terms), params["v"])
-    blocks = x.reshape(-1, x.shape[-1] // block_size, block_size)  # (tokens, n, k)
-    if excess.shape[0] == 1:
-        turned = blocks @ excess[0].to(x.dtype)
-    else:
-        turned = torch.bmm(blocks.transpose(0, 1), excess.to(x.dtype)).transpose(0, 1)
+    blocks, excess = in_blocks(x, x.shape[-1] // block_size), excess.to(x.dtype)
+    turned = blocks @ excess[0] if excess.shape[0] == 1 else block_product(blocks, excess)
     return W((blocks + turned).view(x.shape))  # the sum lays the blocks out again, so no copy is made for it
 
 
