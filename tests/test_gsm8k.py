@@ -214,10 +214,14 @@ def test_only_the_response_is_labelled(hub):
     assert gsm8k_data.example(tokenizer, "What?" * 50, "2", longest=96) is None
     with pytest.raises(ValueError, match=r"expected 3 training examples of at most 96 tokens, found 1\. Lower --steps"):
         gsm8k_data.examples(tokenizer, [{"query": "a", "response": "1"}], 96, 3)
-    stacked = gsm8k_data.batch([{"input_ids": [5], "labels": [5]}, {"input_ids": [6, 7], "labels": [-100, 7]}], 1, torch.device("cpu"))
-    assert stacked["input_ids"].tolist() == [[1, 5], [6, 7]]
-    assert stacked["labels"].tolist() == [[-100, 5], [-100, 7]]
-    assert stacked["attention_mask"].tolist() == [[0, 1], [1, 1]]
+    part = [{"input_ids": [5], "labels": [5]}, {"input_ids": [6, 7], "labels": [-100, 7]}]
+    left, right = (gsm8k_data.batch(part, 1, torch.device("cpu"), left=left) for left in (True, False))
+    assert left["input_ids"].tolist() == [[1, 5], [6, 7]]
+    assert left["labels"].tolist() == [[-100, 5], [-100, 7]]
+    assert left["attention_mask"].tolist() == [[0, 1], [1, 1]]
+    assert right["input_ids"].tolist() == [[5, 1], [6, 7]]
+    assert right["labels"].tolist() == [[5, -100], [-100, 7]]
+    assert right["attention_mask"].tolist() == [[1, 0], [1, 1]]
 
 
 def test_texts_begin_alike_in_training_and_in_answering():

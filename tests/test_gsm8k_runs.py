@@ -173,6 +173,13 @@ def test_dropout_acts_in_training(settings, tmp_path):
     assert losses[0][2] != losses[1][2]
 
 
+def test_a_training_ends_where_its_loss_is_not_finite(settings, tmp_path, monkeypatch):
+    before = gsm8k_train.gradients
+    monkeypatch.setattr(gsm8k_train, "gradients", lambda *a: (float("nan"), before(*a)[1]))
+    with pytest.raises(ValueError, match=r"expected a finite loss and gradients in step 0 of lora, found a loss of nan"):
+        trained(settings, tmp_path)
+
+
 def test_adaloras_penalty_is_minimised_and_not_reported(settings):
     model, tokenizer = gsm8k_train.load_model(settings, torch.device("cpu"))
     data = gsm8k_train.training_examples(settings, tokenizer)
@@ -198,12 +205,18 @@ def test_a_row_doesnt_depend_on_its_padding(hub, table, variant):
     adapt = gsm8k_train.build(s, model, data, 0)
     params = ll.tree_map(lambda p: p + 0.1 * torch.randn_like(p), adapt.init())
     alone, beside = ([data[0]], [data[0], data[-1]])
-    logits = [adapt(params, gsm8k_data.batch(part, 0, model.device), use_cache=False).logits[0] for part in (alone, beside)]
-    assert len(logits[0]) < len(logits[1])
-    torch.testing.assert_close(logits[0], logits[1][-len(logits[0]) :], rtol=0, atol=1e-5)
+
+    def logits(part, left):
+        return adapt(params, gsm8k_data.batch(part, 0, model.device, left=left), use_cache=False).logits[0]
+
+    want = logits(alone, False)
+    left, right = logits(beside, True), logits(beside, False)
+    assert len(want) < len(left)
+    torch.testing.assert_close(left[-len(want) :], want, rtol=0, atol=1e-5)
+    torch.testing.assert_close(right[: len(want)], want, rtol=0, atol=1e-5)
     module, steps = adapt.module(params).eval(), []
     for part in (alone, beside):
-        rows = gsm8k_data.batch([{name: ids[:-5] for name, ids in e.items()} for e in part], 0, model.device)
+        rows = gsm8k_data.batch([{name: ids[:-5] for name, ids in e.items()} for e in part], 0, model.device, left=True)
         del rows["labels"]
         more = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 0}
         out = module.generate(**rows, **more, output_logits=True, return_dict_in_generate=True)

@@ -265,15 +265,19 @@ def examples(tokenizer: Any, rows: Iterable[Mapping[str, str]], longest: int, ne
     )
 
 
-def batch(part: Sequence[Example], pad: int, device: torch.device) -> dict[str, Tensor]:
-    """Stack examples, padded left."""
+def batch(part: Sequence[Example], pad: int, device: torch.device, left: bool = False) -> dict[str, Tensor]:
+    """Stack examples, padded right, or left for answers to go on from.
+
+    Left padding sees no token at all, of which a GPU's attention in bfloat16 gave gradients of nan at one length.
+    """
     width = max(len(example["input_ids"]) for example in part)
 
     def stacked(name: str, fill: int) -> Tensor:
-        return torch.tensor([[fill] * (width - len(e[name])) + e[name] for e in part], device=device)
+        rows = [(e[name], [fill] * (width - len(e[name]))) for e in part]
+        return torch.tensor([empty + row if left else row + empty for row, empty in rows], device=device)
 
-    mask = torch.tensor([[0] * (width - len(e["input_ids"])) + [1] * len(e["input_ids"]) for e in part], device=device)
-    return {"input_ids": stacked("input_ids", pad), "labels": stacked("labels", IGNORE), "attention_mask": mask}
+    mask = stacked("input_ids", -1) != -1
+    return {"input_ids": stacked("input_ids", pad), "labels": stacked("labels", IGNORE), "attention_mask": mask.long()}
 
 
 @torch.no_grad()
@@ -290,7 +294,7 @@ def evaluate(s: Settings, model: Any, tokenizer: Any, rows: Any, place: Path) ->
         for k in tqdm(range(len(done), len(rows), s.eval_rows), desc=f"evaluate {place.stem}", mininterval=5):
             part = rows.select(range(k, min(k + s.eval_rows, len(rows))))
             prompts = [encode(tokenizer, PROMPT.format(query=q))[: s.longest] for q in part["question"]]
-            inputs = batch([{"input_ids": ids, "labels": ids} for ids in prompts], tokenizer.pad_token_id, model.device)
+            inputs = batch([{"input_ids": ids, "labels": ids} for ids in prompts], tokenizer.pad_token_id, model.device, left=True)
             del inputs["labels"]
             out = model.generate(**inputs, max_new_tokens=s.new_tokens, do_sample=False, use_cache=True, **ends)
             texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -126,7 +126,11 @@ def norm(tree: Any) -> float:
 def train(
     s: Settings, adapt: ll.Adapt, data: Sequence[Example], pad: int, state: dict[str, Any], folder: Path, every: int = 100
 ) -> tuple[Any, list[float]]:
-    """Train from a state on, which is kept in `folder` every so many steps; give the params and the loss of each step."""
+    """Train from a state on, which is kept in `folder` every so many steps; give the params and the loss of each step.
+
+    Raises:
+        ValueError: where a loss or a gradient is not finite, before anything takes it up.
+    """
     adapt = adapt.train()
     params = ll.tree_map(lambda new, kept: kept.to(new.device, copy=True), adapt.init(seed=s.seed), state["params"])
     leaves, losses, where = ll.tree_leaves(params), list(state["losses"]), ll.tree_leaves(params)[0].device
@@ -140,7 +144,12 @@ def train(
         loss, grads = gradients(adapt, params, [batch(data[k : k + s.rows], pad, where) for k in starts])
         adam.param_groups[0]["lr"] = s.rate * 0.5 * (1 + math.cos(math.pi * step / s.steps))
         ll.set_grads(params, grads)
-        torch.nn.utils.clip_grad_norm_(leaves, 1.0)
+        size = float(torch.nn.utils.clip_grad_norm_(leaves, 1.0))
+        if not math.isfinite(loss + size):
+            raise ValueError(
+                f"gsm8k: expected a finite loss and gradients in step {step} of {s.variant}, found a loss of {loss} and gradients of norm "
+                f"{size}. Lower --rate, or use --dtype float32."
+            )
         adam.step()
         updated, update = adapt.configs[0].update(params, grads, update)
         with torch.no_grad():
