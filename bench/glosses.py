@@ -95,9 +95,13 @@ def config_of(name: str, s: Setting) -> ll.AdapterConfig:
     return dataclasses.replace(demo_config(name, s.steps), exclude_names=(HEAD,))
 
 
-def calibration(s: Setting) -> list[dict[str, Tensor]]:
-    """Return batches for the starts that depend on data, of one row each: what PEFT's CorDA takes."""
-    return [batch([row]) for row in s.split().train[:64]]
+def calibration(name: str, s: Setting) -> list[dict[str, Tensor]]:
+    """Return batches for a start that depends on data, of one row each: what PEFT's CorDA takes.
+
+    EVA's are of a step's rows. PEFT's ends where a batch changes its components little, which a single gloss always does.
+    """
+    rows, each = s.split().train, s.rows if name == "eva" else 1
+    return [batch(rows[k : k + each]) for k in range(0, min(len(rows), 64 * each), each)]
 
 
 # Trainings
@@ -110,7 +114,7 @@ def adapted(name: str, s: Setting) -> ll.Adapt:
     if name == "probe":
         return ll.build(model, head)
     cfg = config_of(name, s)
-    return ll.build(model, [cfg, head], calibration=calibration(s) if cfg.calibrated else None, progress=False)
+    return ll.build(model, [cfg, head], calibration=calibration(name, s) if cfg.calibrated else None, progress=False)
 
 
 def train_at(adapt: ll.Adapt, name: str, s: Setting, rates: Sequence[float], seeds: Sequence[int]) -> list[Any]:
@@ -193,7 +197,7 @@ def train_peft(name: str, s: Setting, seed: int, rate: float) -> dict[str, Any]:
     config = theirs(cfg, [t.path for t in ll.find_targets(model, cfg)])
     config.modules_to_save = ["head"]
     start = getattr(config, "init_lora_weights", None)
-    seen = [{k: v for k, v in part.items() if k != "labels" or start != "eva"} for part in calibration(s)]  # EVA takes labels for a text's
+    seen = [{k: v for k, v in part.items() if k != "labels" or start != "eva"} for part in calibration(name, s)]  # EVA takes labels for a text's
     outer, leaves = wrapped(model, config, seen)
     inner = outer.get_base_model()
     head = [p for path, p in inner.named_parameters() if p.requires_grad and path.startswith("head.")]

@@ -13,6 +13,7 @@ from torch import nn
 import lora_lite as ll
 from cases import FIRST, build_any, by_name, move
 from lora_lite.transforms.merging import METHODS
+from quantised_models import BACKENDS, facts, quantised_layer, same
 
 DENSE = {name: {"density": 0.5} if method.prune else {} for name, method in METHODS.items()}
 
@@ -64,6 +65,25 @@ def test_laws_of_every_linear_variant(row, unchecked):
         assert errors.keys() == {"0"}
         assert errors["0"] < 1e-6
         assert miss(result(params, x).detach() - base, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("row", [row for row in LINEAR if row.cfg.adapts == "linear"], ids=lambda row: row.id)
+def test_sums_on_quantised_bases(row, backend, unchecked):
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(64, 64)).eval()
+    model, x = nn.Sequential(quantised_layer(dense[0], backend)).eval(), torch.cat([torch.eye(64), torch.zeros(1, 64)])
+    before = facts(model)
+    first = dense.state_dict()
+    adapt = ll.build(model, row.cfg, original=first) if row.cfg.original else build_any(model, row.cfg, [torch.randn(64, 64)])
+    trees = [move(adapt.init(), seed) for seed in (1, 2)]
+    base = adapt.base(x).double()
+    a, b = (adapt(tree, x).detach() - base for tree in trees)
+    for method, options in (("cat", {}), ("svd", {"r": 64})):
+        result, params, errors = ll.combine(adapt, trees, [0.7, -0.4], method, **options)
+        assert errors["0"] < 1e-5
+        assert miss(result(params, x).detach() - base, 0.7 * a - 0.4 * b) < 2e-5
+    assert same(before, facts(model))
 
 
 def test_ranks_add_up_side_by_side_and_are_the_layers_own_on_one_basis(model):
