@@ -197,7 +197,8 @@ def train_peft(name: str, s: Setting, seed: int, rate: float) -> dict[str, Any]:
     config = theirs(cfg, [t.path for t in ll.find_targets(model, cfg)])
     config.modules_to_save = ["head"]
     start = getattr(config, "init_lora_weights", None)
-    seen = [{k: v for k, v in part.items() if k != "labels" or start != "eva"} for part in calibration(name, s)]  # EVA takes labels for a text's
+    without = "labels" if start == "eva" else None  # EVA takes them for those of a text's tokens
+    seen = [{key: value for key, value in part.items() if key != without} for part in calibration(name, s)]
     outer, leaves = wrapped(model, config, seen)
     inner = outer.get_base_model()
     head = [p for path, p in inner.named_parameters() if p.requires_grad and path.startswith("head.")]

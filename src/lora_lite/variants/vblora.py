@@ -58,7 +58,7 @@ def mixtures(logits: Tensor, bank: Tensor, topk: int) -> Tensor:
     """Return the sub-vectors `(n, l)` of `logits (n, h)`: of each row the `topk` best vectors of the bank, weighed by their softmax."""
     best, index = logits.topk(topk)  # (n, k)
     vectors = bank.index_select(0, index.flatten()).view(*index.shape, -1)  # (n, k, l)
-    return (best.softmax(-1)[:, None] @ vectors)[:, 0]
+    return (vectors * best.softmax(-1)[..., None]).sum(1)
 
 
 @functools.partial(checked, cast=False)
