@@ -4,6 +4,7 @@ A new variant is one row in `CASES`; a new architecture one function in `tiny_mo
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,9 @@ class Row:
     fails: Mapping[str, str] = field(default_factory=dict)
     draws: bool = False
 
+
+COMPILE_ALL = os.environ.get("LORA_LITE_COMPILE") == "every"
+"""Whether all is compiled, as `tox -e compiled` does: to trace a step takes seconds, so that the tests have a sample of them."""
 
 NO_STRENGTH = "A subspace cannot be missing by half."
 

@@ -3,17 +3,15 @@
 A fixed sample runs with the other tests; `LORA_LITE_COMPILE=every`, which `tox -e compiled` sets, runs them all.
 """
 
-import os
-
 import pytest
 import torch
 
 import lora_lite as ll
-from cases import FIRST, Blocks, assert_trees_equal, build_any, move, named
+from cases import COMPILE_ALL, FIRST, Blocks, assert_trees_equal, build_any, move, named
 
 SAMPLE = ("hra", "oft", "vera", "boft", "shira")
 """A chain of products, blocks, constants, butterflies and a sparse update: what the tests of the core variants do not have."""
-ROWS = [row for row in FIRST if os.environ.get("LORA_LITE_COMPILE") == "every" or row.id in SAMPLE]
+ROWS = [row for row in FIRST if COMPILE_ALL or row.id in SAMPLE]
 
 
 @pytest.fixture(autouse=True)

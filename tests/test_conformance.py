@@ -4,7 +4,6 @@ Compiling takes as long as all other checks together: here it is tried on each v
 which `tox -e compiled` sets, on all.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, TypedDict
@@ -15,12 +14,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import lora_lite as ll
-from cases import CASES, FIRST, ShiftConfig, assert_trees_equal, move
+from cases import CASES, COMPILE_ALL, FIRST, ShiftConfig, assert_trees_equal, move
 from lora_lite.testing import CHECKS
 
 
 def _grid():
-    compiled = CASES if os.environ.get("LORA_LITE_COMPILE") == "every" else FIRST
+    compiled = CASES if COMPILE_ALL else FIRST
     for row in CASES:
         for name in (name for name in CHECKS if name != "compiles" or row in compiled):
             marks = [pytest.mark.xfail(reason=row.fails[name], strict=True)] if name in row.fails else []
