@@ -268,7 +268,7 @@ def examples(tokenizer: Any, rows: Iterable[Mapping[str, str]], longest: int, ne
 def batch(part: Sequence[Example], pad: int, device: torch.device, left: bool = False) -> dict[str, Tensor]:
     """Stack examples, padded right, or left for answers to go on from.
 
-    Left padding sees no token at all, of which a GPU's attention in bfloat16 gave gradients of nan at one length.
+    A position of the left padding sees no token at all. For such rows a GPU's attention in bfloat16 gave gradients of nan, at one length.
     """
     width = max(len(example["input_ids"]) for example in part)
 
