@@ -201,10 +201,10 @@ def train_peft(name: str, s: Setting, seed: int, rate: float) -> dict[str, Any]:
     seen = [{key: value for key, value in part.items() if key != without} for part in calibration(name, s)]
     outer, leaves = wrapped(model, config, seen)
     inner = outer.get_base_model()
-    if start == "eva":  # theirs ends before all data is seen: the trainings are compared from one start
+    if name == "ether":  # HRA's vectors start longer, so that the same rate turns them less: the trainings are compared from one start
         for path, leaf in adapted(name, s).init(seed=seed).items():
             if path != "head":
-                inner.get_submodule(path).lora_A["default"].weight.data.copy_(leaf["A"])
+                inner.get_submodule(path).hra_u["default"].data.copy_(leaf["u"].t())
     head = [p for path, p in inner.named_parameters() if p.requires_grad and path.startswith("head.")]
     own = [p for p in leaves if not any(p is q for q in head)]
     train_torch(lambda rows: inner(**rows).loss, [(own, rate), (head, HEAD_RATE)], s.data(seed), s.steps, pruning(outer))

@@ -29,7 +29,7 @@ def peft_model(model: nn.Module, config: peft.PeftConfig, batches: Sequence[Mapp
 
 def wrapped(base: nn.Module, config: peft.PeftConfig, batches: Sequence[Mapping[str, Any]]) -> tuple[Any, list[nn.Parameter]]:
     """Let PEFT adapt the base in place, with the calibration that the method needs; return its model and trained parameters."""
-    start = getattr(config, "init_lora_weights", None)
+    start, mode = getattr(config, "init_lora_weights", None), base.training
     if start == "corda":
         from peft.tuners.lora.corda import preprocess_corda  # here, since it imports attrs, which PEFT does not declare
 
@@ -40,6 +40,7 @@ def wrapped(base: nn.Module, config: peft.PeftConfig, batches: Sequence[Mapping[
     if start == "eva":
         tensors = [{name: value for name, value in batch.items() if torch.is_tensor(value)} for batch in batches]
         peft.initialize_lora_eva_weights(adapted, tensors, show_progress_bar=False)
+        adapted.train(mode)  # which it leaves in training mode, dropout and all
     return adapted, [p for p in adapted.parameters() if p.requires_grad]
 
 
