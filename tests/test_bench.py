@@ -105,6 +105,16 @@ def test_a_variant_without_a_row_takes_part(monkeypatch):
     assert quality.rate_of("ssvd", 60) == (ll.SSVDConfig(r=8), 5e-3)
 
 
+def test_pefts_model_drops_nothing_where_ours_does_not():
+    model = torch.nn.Sequential(llama(32, 1, vocab=64), torch.nn.Dropout(0.5))
+    model.forward = model[0].forward
+    pair = methods.pairs(4)["eva"]
+    theirs, _ = contenders.peft_model(model.eval(), pair.peft, [batch_of(2, 8, vocab=64)])
+    dropouts = [m for m in theirs.modules() if isinstance(m, torch.nn.Dropout)]
+    assert dropouts
+    assert not any(m.training for m in dropouts)
+
+
 @pytest.mark.parametrize("name", timings.CHAIN)
 def test_the_chain_has_the_same_numbers_on_both_sides(name):
     base, x = timings.chain_of(6, 16), torch.randn(4, 16)
