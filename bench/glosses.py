@@ -98,7 +98,7 @@ def config_of(name: str, s: Setting) -> ll.AdapterConfig:
 def calibration(name: str, s: Setting) -> list[dict[str, Tensor]]:
     """Return batches for a start that depends on data, of one row each: what PEFT's CorDA takes.
 
-    EVA's are of a step's rows. PEFT's ends where a batch changes its components little, which a single gloss always does.
+    EVA's are of a step's rows: PEFT leaves out a batch of fewer tokens than ranks, as many a gloss is.
     """
     rows, each = s.split().train, s.rows if name == "eva" else 1
     return [batch(rows[k : k + each]) for k in range(0, min(len(rows), 64 * each), each)]
