@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from cases import COMPILE_ALL, FIVE, assert_trees_equal, by_name, move
+from cases import FIVE, assert_trees_equal, by_name, move
 from common.measure import peak_bytes
 
 INDUCTOR = pytest.param("inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++, found none"))
 
-FORMULAS = [cfg for cfg in FIVE if cfg.name == "dora" or (COMPILE_ALL and cfg.name in ("lora", "ia3"))]  # the others' are theirs
+FORMULAS = [cfg for cfg in FIVE if cfg.name not in ("pissa", "ia3_ff")]  # theirs are LoRA's and IA3's
 
 
 @pytest.fixture(autouse=True)
@@ -120,8 +120,7 @@ def test_recomputed_blocks_are_not_kept():
     assert peaks[1] < 0.5 * peaks[0]
 
 
-WAYS = {"kept": None, "recomputed": r"layers\.\d+$"}
-REMAT = pytest.mark.parametrize("remat", WAYS.values() if COMPILE_ALL else [None], ids=WAYS if COMPILE_ALL else ["kept"])
+REMAT = pytest.mark.parametrize("remat", [None, r"layers\.\d+$"], ids=["kept", "recomputed"])
 
 
 def by_row(output, batch):

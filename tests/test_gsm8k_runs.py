@@ -173,10 +173,16 @@ def test_dropout_acts_in_training(settings, tmp_path):
     assert losses[0][2] != losses[1][2]
 
 
-def test_a_training_ends_where_its_loss_is_not_finite(settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["a loss of nan", "gradients of norm nan"])
+def test_a_training_ends_where_its_loss_or_gradients_are_not_finite(settings, tmp_path, monkeypatch, what):
     before = gsm8k_train.gradients
-    monkeypatch.setattr(gsm8k_train, "gradients", lambda *a: (float("nan"), before(*a)[1]))
-    with pytest.raises(ValueError, match=r"expected a finite loss and gradients in step 0 of lora, found a loss of nan"):
+
+    def broken(*args):
+        loss, grads = before(*args)
+        return (float("nan"), grads) if "loss" in what else (loss, ll.tree_map(lambda g: g * float("nan"), grads))
+
+    monkeypatch.setattr(gsm8k_train, "gradients", broken)
+    with pytest.raises(ValueError, match=rf"expected a finite loss and gradients in step 0 of lora, found .*{what}"):
         trained(settings, tmp_path)
 
 

@@ -8,7 +8,6 @@ from torch import nn
 import lora_lite as ll
 from cases import (
     ACROSS,
-    COMPILE_ALL,
     FIRST,
     FIVE,
     Blocks,
@@ -121,7 +120,7 @@ def test_one_tree_at_several_strengths_is_a_stack(tiny):
     assert first(adapt.mixed(stacked, batch)).shape[0] == 4
 
 
-@pytest.mark.parametrize("cfg", [cfg for cfg in FIVE if cfg.name == "dora" or (COMPILE_ALL and cfg.name == "lora")], ids=by_name)
+@pytest.mark.parametrize("cfg", [cfg for cfg in FIVE if cfg.name in ("lora", "dora")], ids=by_name)
 def test_steering_and_mixing_compile_in_one_graph(tiny, cfg):
     model, batch = padded(tiny, "llama", num_hidden_layers=1)
     batch.pop("attention_mask")
@@ -193,12 +192,8 @@ def test_mixed_batches_under_remat_and_in_training_mode_with_dropout():
     assert not torch.equal(out[0], out[1])  # the rows are equal, what dropout leaves of them is not
 
 
-GIVEN = {"groups": None, "index": torch.tensor([1, 0, 1, 0])}
-
-
-@pytest.mark.parametrize("how", GIVEN if COMPILE_ALL else ["index"])
-def test_mixed_and_its_gradient_compile_in_one_graph(tiny, how):
-    given = GIVEN[how]
+@pytest.mark.parametrize("given", [None, torch.tensor([1, 0, 1, 0])], ids=["groups", "index"])
+def test_mixed_and_its_gradient_compile_in_one_graph(tiny, given):
     model, batch = padded(tiny, "llama")
     batch.pop("attention_mask")
     adapt = ll.build(model, ll.LoRAConfig(r=2))

@@ -115,7 +115,7 @@ def test_generate_edits_the_prompt_alone():
 
 
 def test_gradients_with_remat_and_under_compile_are_those_without():
-    model, batch = tiny_models["llama"](num_hidden_layers=1)
+    model, batch = tiny_models["llama"]()
     model.eval()
     plain, remat = (ll.build(model, ll.LoReFTConfig(r=4), remat=pattern) for pattern in (None, r"layers\.\d+$"))
     params = move(plain.init(seed=0))

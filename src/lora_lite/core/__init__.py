@@ -23,6 +23,7 @@ from lora_lite.core.leading import Way as Way
 from lora_lite.core.leading import balanced_factors as balanced_factors
 from lora_lite.core.leading import leading_svd as leading_svd
 from lora_lite.core.leading import note as note
+from lora_lite.core.linalg import add_block_product as add_block_product
 from lora_lite.core.linalg import add_low_rank as add_low_rank
 from lora_lite.core.linalg import block_product as block_product
 from lora_lite.core.linalg import cayley_excess as cayley_excess

@@ -53,6 +53,12 @@ def block_product(blocks: Tensor, M: Tensor) -> Tensor:
     return (blocks.transpose(1, 2) @ M).transpose(1, 2)
 
 
+def add_block_product(x: Tensor, M: Tensor) -> Tensor:
+    """Return `x (*b, n k)` and the product of each of its blocks with its own matrix of `M (n, k, k)` on top."""
+    blocks = in_blocks(x, len(M))
+    return (blocks + block_product(blocks, M)).reshape(x.shape)  # the sum lays the blocks out again, so no copy is made for it
+
+
 def gate(y: Tensor, g: Tensor, fixed: Tensor | None = None) -> Tensor:
     """Return `(1 + g) (y - fixed) + fixed`, with `y (*b, k)` and `g`, `fixed` `(k,)`. The result is exactly `y` where `g = 0`."""
     g = g.to(y.dtype)  # under autocast the layer's output has another dtype than its input

@@ -57,8 +57,7 @@ def linear_plus(
         weight: `(o, i)`, or None for `x D^T`.
         bias: `(o,)`.
         vjp: a cheaper way to the sum, and to gradients that have none themselves. `vjp(weight, *tensors)` returns `weight + D`, and a
-            function from its gradient, which that may overwrite, to those of the tensors. The function is called once at most,
-            and not at all after `vjp(..., pulls=False)`.
+            function from its gradient, which that may overwrite, to those of the tensors. The function is called once at most.
     """
     if _recomputes(shape[0] * shape[1], tensors, (weight, bias)):
         return _LinearPlus.apply(update, vjp, weight, bias, x, *tensors)
@@ -91,7 +90,7 @@ class _LinearPlus(torch.autograd.Function):
     ) -> Tensor:
         ctx.update, ctx.vjp = update, vjp
         ctx.save_for_backward(weight, x, *tensors)
-        whole = _sum(weight, update(*tensors)) if vjp is None else vjp(weight, *tensors, pulls=False)[0]
+        whole = _sum(weight, update(*tensors)) if vjp is None else vjp(weight, *tensors)[0]
         return F.linear(x, whole, bias)
 
     @staticmethod

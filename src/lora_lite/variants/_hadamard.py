@@ -42,18 +42,13 @@ def _product(scale: float, B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor) -> Te
     return (scale * B1 @ A1) * (B2 @ A2)
 
 
-def _vjp(scale: float, weight: Tensor | None, B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor, pulls: bool = True) -> tuple[Tensor, Any]:
-    """Return the product on top of a weight, and the gradients of the factors: two matrices are made, and the gradient overwrites them.
-
-    Without `pulls` the sum overwrites one of them.
-    """
+def _vjp(scale: float, weight: Tensor | None, B1: Tensor, A1: Tensor, B2: Tensor, A2: Tensor) -> tuple[Tensor, Any]:
+    """Return the product on top of a weight, and the gradients of the factors: two matrices are made, and the gradient overwrites them."""
     B1 = scale * B1
     P, Q = B1 @ A1, B2 @ A2
-    if not pulls:
-        return P.mul_(Q) if weight is None else torch.addcmul(weight, P, Q, out=P), None
-    rows1, rows2 = A1.t().contiguous(), A2.t().contiguous()  # products with these are the quicker ones
 
     def pull(grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows1, rows2 = A1.t().contiguous(), A2.t().contiguous()  # products with these are the quicker ones
         of_Q, of_P = P.mul_(grad), grad.mul_(Q)
         return (of_P @ rows1).mul_(scale), B1.t() @ of_P, of_Q @ rows2, B2.t() @ of_Q
 

@@ -32,7 +32,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import AdapterConfig, Count, Frozen, Params, Probability, Size, checked, expect, full_precision, gate, require_divisor
+from lora_lite.core import (
+    AdapterConfig,
+    Count,
+    Frozen,
+    Params,
+    Probability,
+    Size,
+    add_block_product,
+    checked,
+    expect,
+    full_precision,
+    gate,
+    require_divisor,
+)
 from lora_lite.core.linalg import cayley_excess
 
 
@@ -53,8 +66,7 @@ def turned(x: Tensor, excess: Tensor, level: int) -> Tensor:
     """Return `x F` for `x (tokens, i)`, with `F - I` as blocks `(n, k, k)` in groups of `2^level`."""
     n, k = excess.shape[:2]
     if not level:
-        blocks = x.view(-1, n, k)
-        return torch.add(blocks, torch.bmm(blocks.transpose(0, 1), excess).transpose(0, 1)).reshape(x.shape)
+        return add_block_product(x, excess)
     halves = x.view(-1, n >> level, 2, 1 << level, k // 2)  # (tokens, groups, halves, blocks, k/2)
     blocks = halves.permute(1, 3, 0, 2, 4).reshape(n, -1, k)
     change = torch.bmm(blocks, excess).view(n >> level, 1 << level, -1, 2, k // 2)

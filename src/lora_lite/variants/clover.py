@@ -55,11 +55,10 @@ from lora_lite.core import (
     Frozen,
     Params,
     Size,
-    block_product,
+    add_block_product,
     checked,
     expect,
     full_precision,
-    in_blocks,
     require_divisor,
 )
 
@@ -124,13 +123,10 @@ def clover(params: CLOVERParams, W: Frozen, x: Float[Tensor, "*b i"], *, core: s
             dT = factors["R_inv"] @ dT.to(factors["R_inv"].dtype)
         elif core == "vo":
             dT = (factors["C_inv"] @ dT.to(factors["C_inv"].dtype) @ factors["G_inv"]).mT
-    return W(mapped(x, dT)) if core == "vo" else mapped(W(x), dT)
-
-
-def mapped(y: Tensor, D: Tensor) -> Tensor:
-    """Return `y_h + y_h D_h` for the heads of `y (*b, H h)`, as rows."""
-    rows = in_blocks(y, len(D))
-    return (rows + block_product(rows, D.to(y.dtype))).reshape(y.shape)
+    if core == "vo":
+        return W(add_block_product(x, dT.to(x.dtype)))
+    y = W(x)
+    return add_block_product(y, dT.to(y.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,12 +40,11 @@ from lora_lite.core import (
     Frozen,
     Params,
     Within,
-    block_product,
+    add_block_product,
     cayley_excess,
     checked,
     each_first,
     full_precision,
-    in_blocks,
     require_divisor,
     skew,
 )
@@ -88,9 +87,11 @@ def oft(
     """Return `W (R^T x) + b`. The module's docstring has the formula and the shapes. One row of `v` serves all blocks."""
     with full_precision(x):
         excess = each_first(lambda v: excess_rotation(v, block_size, cayley, terms), params["v"])
-    blocks, excess = in_blocks(x, x.shape[-1] // block_size), excess.to(x.dtype)
-    turned = blocks @ excess[0] if excess.shape[0] == 1 else block_product(blocks, excess)
-    return W((blocks + turned).view(x.shape))  # the sum lays the blocks out again, so no copy is made for it
+    excess = excess.to(x.dtype)
+    if excess.shape[0] > 1:
+        return W(add_block_product(x, excess))
+    blocks = x.reshape(-1, block_size)  # one rotation for all
+    return W((blocks + blocks @ excess[0]).view(x.shape))
 
 
 @dataclass(frozen=True, kw_only=True)
