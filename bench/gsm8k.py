@@ -60,9 +60,8 @@ def frozen(s: Settings, out: Path) -> dict[str, Any]:
     return {name: evaluate(s, model, tokenizer, rows, folder / f"{name}.jsonl") for name, rows in tests.items()}
 
 
-def measured(s: Settings) -> dict[str, Any]:
-    """Return the facts of a variant's start and step, without a training."""
-    model, tokenizer = load_model(s, device())
+def measured(s: Settings, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Return the facts of a variant's start and step, without a training, on a model that any number of variants may share."""
     few = dataclasses.replace(s, steps=min(s.steps, max(CALIBRATION.get(s.variant, CALIBRATED), 1)))
     return prepare(s, model, training_examples(few, tokenizer), tokenizer.pad_token_id)[1]
 

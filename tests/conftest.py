@@ -56,9 +56,12 @@ def symbolic(tmp_path, monkeypatch):
     write_symbolic(tmp_path / "package")
     monkeypatch.setattr(gsm_symbolic, "folder_of", (tmp_path / "package").joinpath)
     monkeypatch.setattr(gsm_symbolic, "DRAWS", {"train": 5, "valid": 2, "test": 4})
-    gsm_symbolic.generators.cache_clear()
+    kept = gsm_symbolic.generators, gsm_symbolic.problems
+    for cached in kept:
+        cached.cache_clear()
     yield
-    gsm_symbolic.generators.cache_clear()
+    for cached in kept:
+        cached.cache_clear()
 
 
 @pytest.fixture(scope="session")

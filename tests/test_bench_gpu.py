@@ -235,7 +235,8 @@ def test_a_file_that_was_cut_off_is_no_section(tmp_path):
 def test_trainings_are_kept_one_by_one_and_the_rest_goes_on(tmp_path, monkeypatch):
     asked = []
 
-    def measured(s):
+    def measured(s, *loaded):
+        assert loaded == ("model", "tokenizer")
         if s.variant == "oft" and not asked:
             raise ValueError("no start")
         return {"init_seconds": 1.0}
@@ -244,6 +245,7 @@ def test_trainings_are_kept_one_by_one_and_the_rest_goes_on(tmp_path, monkeypatc
         asked.append({name: (s.variant, facts) for name, (s, facts) in jobs.items()})
         return iter([(name, {"test": {"exact": 0.5}} if name == "lora" else {"failed": "no end"}) for name in jobs])
 
+    monkeypatch.setattr(gsm8k, "load_model", lambda s, where: ("model", "tokenizer"))
     monkeypatch.setattr(gsm8k, "measured", measured)
     monkeypatch.setattr(gsm8k, "runs", runs)
     monkeypatch.setattr(gsm8k, "frozen", lambda s, out: {"test": {"exact": 0.0}})

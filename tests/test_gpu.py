@@ -8,6 +8,7 @@ import torch
 import lora_lite as ll
 from cases import (
     CASES,
+    FIRST,
     FIVE,
     TOLERANCE,
     Blocks,
@@ -18,6 +19,7 @@ from cases import (
     move,
     named,
 )
+from common.captured import Captured
 from quantised_models import BACKENDS, twins
 
 
@@ -167,3 +169,29 @@ def test_dropout_with_remat_draws_the_same(tiny, device):
         torch.manual_seed(7)
         results.append(ll.value_and_grad(lambda p, a=adapt: a(p, batch).loss)(params)[1])
     assert_trees_equal(results[1], results[0], 1e-6)
+
+
+@pytest.mark.parametrize("row", FIRST, ids=named)
+def test_a_captured_step_gives_the_gradients_of_each_batch(row, device):
+    model, x = blocks(torch.float32)
+    adapt = build_any(model.to(device), row.cfg, batches(x.to(device)))
+    params = move(adapt.init())
+
+    def step(params, rows):
+        return gradients(adapt, params, rows["x"])
+
+    captured = Captured(step)
+    for shape in ((4, 5, 48), (4, 5, 48), (3, 7, 48), (4, 5, 48)):
+        rows = {"x": torch.randn(shape, device=device)}
+        assert_close_to_largest(captured(params, rows), step(params, rows))
+        with torch.no_grad():
+            ll.tree_map(lambda p: p.add_(0.01 * torch.randn_like(p)), params)  # as an optimiser moves them
+    assert not captured.failed
+
+
+def test_a_step_that_waits_for_the_gpu_is_called_as_it_is(device):
+    captured = Captured(lambda params, rows: params * float(rows["x"].sum()))
+    for value in (1.0, 2.0):
+        x = torch.full((3,), value, device=device)
+        assert captured(torch.ones(2, device=device), {"x": x}).tolist() == [3 * value] * 2
+    assert "captur" in captured.failed

@@ -62,7 +62,8 @@ def test_runs_on_held_out_templates_reach_a_table(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(gsm8k, "get_context", lambda way: SimpleNamespace(Pool=ThreadPool))
     sizes = {"steps": 2, "rows": 2, "longest": 96, "new_tokens": 4, "valid": 4, "test": None, "model": str(hub / "Qwen3-tiny")}
     settings = {name: published("symbolic", variant=name, **sizes) for name in ("lora", "osf")}  # one whose update needs a first state
-    jobs = {name: (s, gsm8k.measured(s)) for name, s in settings.items()}
+    loaded = gsm8k.load_model(settings["lora"], chosen_device())
+    jobs = {name: (s, gsm8k.measured(s, *loaded)) for name, s in settings.items()}
     jobs["broken"] = (dataclasses.replace(settings["lora"], rows=50), {})
     count = len(gsm_symbolic.problems("test"))
     found = {name: json.loads(json.dumps(row)) for name, row in gsm8k.runs(jobs, tmp_path / "out", 1)}
@@ -101,11 +102,11 @@ place, calls, folder, s = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), eval
 owner, name = {"train": (gsm8k_train, "batch"), "evaluate": (gsm8k_data, "right")}[place]
 real, seen = getattr(owner, name), []
 
-def deadly(*args):
+def deadly(*args, **more):
     seen.append(1)
     if len(seen) == calls:
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args)
+    return real(*args, **more)
 
 train = gsm8k_train.train
 gsm8k.train = lambda *args: train(*args, every=2)

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import lora_lite as ll
+from common.captured import WIDTHS, Captured
 from common.contenders import frozen_step
 from common.gsm8k_data import CALIBRATED, CALIBRATION, Example, Settings, batch, config, examples, read, reason
 from common.measure import interleaved, milliseconds, peak_bytes
@@ -29,6 +30,7 @@ from common.methods import METHODS
 from common.pretrained import SMOLLM, smollm_folder
 from lora_lite.variants.adalora import orthogonality
 
+Step = Callable[[Any, Mapping[str, Any]], tuple[Tensor, Any]]
 STATE, ADAPTER = "state.safetensors", "adapter.safetensors"
 
 
@@ -103,19 +105,31 @@ def prepare(s: Settings, model: Any, data: Sequence[Example], pad: int, measure:
     return adapt, {"init_seconds": seconds, **costs(adapt, params, model, batch(data[: s.rows], pad, model.device))}
 
 
-def gradients(adapt: ll.Adapt, params: Any, parts: Sequence[Mapping[str, Any]]) -> tuple[float, Any]:
-    """Return the mean loss of several passes and the mean gradients of the objective, which for AdaLoRA has a penalty besides."""
+def gradients(adapt: ll.Adapt, params: Any, parts: Sequence[Mapping[str, Any]], step: Step | None = None) -> tuple[float, Any]:
+    """Return the mean loss of several passes and the mean gradients of the objective; `step` is that of `step_of`, if it is at hand."""
+    step, total, grads = step or step_of(adapt), 0.0, None
+    for rows in parts:
+        loss, new = step(params, rows)
+        total += float(loss) / len(parts)
+        grads = new if grads is None else ll.tree_map(torch.add, grads, new)
+    return total, ll.tree_map(lambda g: g / len(parts), grads) if len(parts) > 1 else grads
+
+
+def step_of(adapt: ll.Adapt) -> Step:
+    """Return the function of `(params, rows)` to the loss and the gradients of the objective, which for AdaLoRA has a penalty besides."""
     weight = getattr(adapt.configs[0], "orth_reg_weight", 0.0)
 
     def objective(p: Any, rows: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        loss = adapt(p, rows, use_cache=False).loss / len(parts)
-        return loss + weight * orthogonality(p) / len(parts) if weight else loss, loss
+        loss = adapt(p, rows, use_cache=False).loss
+        return loss + weight * orthogonality(p) if weight else loss, loss.detach()
 
-    step, total, grads = ll.value_and_grad(objective, has_aux=True), 0.0, None
-    for rows in parts:
-        (_, loss), new = step(params, rows)
-        total, grads = total + float(loss), new if grads is None else ll.tree_map(torch.add, grads, new)
-    return total, grads
+    both = ll.value_and_grad(objective, has_aux=True)
+
+    def step(params: Any, rows: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        (_, loss), grads = both(params, rows)
+        return loss, grads
+
+    return step
 
 
 def norm(tree: Any) -> float:
@@ -134,14 +148,17 @@ def train(
     adapt = adapt.train()
     params = ll.tree_map(lambda new, kept: kept.to(new.device, copy=True), adapt.init(seed=s.seed), state["params"])
     leaves, losses, where = ll.tree_leaves(params), list(state["losses"]), ll.tree_leaves(params)[0].device
+    captured = Captured(step_of(adapt)) if where.type == "cuda" and s.accumulate == 1 else None
     adam, update = torch.optim.AdamW(leaves, lr=s.rate, weight_decay=0.1), to_device(state["update"], where)
     if state["adam"] is not None:
         adam.state.update({leaf: moments for leaf, moments in zip(leaves, to_device(state["adam"], where), strict=True)})
-    for step in (bar := tqdm(range(len(losses), s.steps), initial=len(losses), total=s.steps, desc=f"train {s.variant}", mininterval=5)):
+    first_step = len(losses)
+    for step in (bar := tqdm(range(first_step, s.steps), initial=first_step, total=s.steps, desc=f"train {s.variant}", mininterval=5)):
         torch.manual_seed(s.seed + step)  # dropout, where there is any: the same whether the run was stopped or not
         first = step * s.accumulate * s.rows
         starts = range(first, first + s.accumulate * s.rows, s.rows)
-        loss, grads = gradients(adapt, params, [batch(data[k : k + s.rows], pad, where) for k in starts])
+        parts = [batch(data[k : k + s.rows], pad, where, multiple=WIDTHS if captured else 1) for k in starts]
+        loss, grads = gradients(adapt, params, parts, captured)
         adam.param_groups[0]["lr"] = s.rate * 0.5 * (1 + math.cos(math.pi * step / s.steps))
         ll.set_grads(params, grads)
         size = float(torch.nn.utils.clip_grad_norm_(leaves, 1.0))
@@ -155,6 +172,8 @@ def train(
         with torch.no_grad():
             ll.tree_map(lambda p, new: p if new is p else p.copy_(new), params, updated)
         losses.append(loss)
+        if captured and captured.failed and step == first_step:
+            bar.write(f"{s.variant}: no CUDA graph ({captured.failed}); each step is launched anew")
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if len(losses) % every == 0 or len(losses) == s.steps:
             now = {"params": params, "adam": [adam.state[leaf] for leaf in leaves], "update": update, "losses": losses}

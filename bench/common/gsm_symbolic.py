@@ -61,6 +61,7 @@ def templates(split: str) -> list[int]:
     return [number for number in numbers if (number in held) == (split == "test")]
 
 
+@cache
 def problems(split: str) -> list[Problem]:
     """Return the problems of a split, `train`, `valid` or `test`: the first of each template, then the second of each, and so on.
 

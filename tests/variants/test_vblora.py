@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from lora_lite.variants.vblora import VBLoRAConfig, mixtures
+from lora_lite.variants.vblora import SHORT, VBLoRAConfig, mixtures, places
 
 f64 = torch.float64
 SMALL = {"r": 3, "num_vectors": 10, "vector_length": 4}
@@ -27,6 +27,14 @@ def test_values_are_those_of_the_formula(k):
     B = torch.stack([torch.cat([by_hand(v[t, p], bank, k) for t in range(3)]) for p in range(3)], dim=1)
     got = ll.functional.vblora({"bank": bank, "logits_A": u, "logits_B": v}, W, x, topk=k)
     assert torch.allclose(got, W(x) + x @ A.T @ B.T, atol=1e-10)
+
+
+@pytest.mark.parametrize("h", [2, 10, SHORT - 1, SHORT])
+def test_two_maxima_are_the_two_best(h):
+    logits = torch.randn(50, h, dtype=f64)
+    best = logits.argsort(-1, descending=True)[:, :2]
+    assert torch.equal(places(logits, 2), best)
+    assert torch.equal(torch.func.vmap(lambda rows: places(rows, 2))(logits.view(10, 5, h)), best.view(10, 5, 2))
 
 
 def test_zero_start_leaves_the_model_and_moves_it_at_the_first_step():

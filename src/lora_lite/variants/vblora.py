@@ -47,6 +47,8 @@ from lora_lite.core import (
     require_divisor,
 )
 
+SHORT = 128  # vectors in a bank; torch's topk of two takes another, faster way from here on
+
 
 class VBLoRAParams(TypedDict):
     bank: Float[Tensor, "h l"]
@@ -54,9 +56,23 @@ class VBLoRAParams(TypedDict):
     logits_B: Float[Tensor, "q r h"]
 
 
+def places(logits: Tensor, topk: int) -> Tensor:
+    """Return the places `(n, topk)` of the largest of each row of `logits (n, h)`, the largest first.
+
+    On a CPU two maxima of short rows take half the time of torch's `topk`, which is the quicker for long rows and for more places.
+    """
+    logits = logits.detach()
+    if topk != 2 or logits.shape[-1] >= SHORT or logits.is_cuda:
+        return logits.topk(topk).indices
+    first = logits.argmax(-1, keepdim=True)
+    second = logits.scatter(-1, first, -torch.inf).argmax(-1, keepdim=True)
+    return torch.cat([first, second], -1)
+
+
 def mixtures(logits: Tensor, bank: Tensor, topk: int) -> Tensor:
     """Return the sub-vectors `(n, l)` of `logits (n, h)`: of each row the `topk` best vectors of the bank, weighed by their softmax."""
-    best, index = logits.topk(topk)  # (n, k)
+    index = places(logits, topk)
+    best = logits.gather(-1, index)  # (n, k)
     vectors = bank.index_select(0, index.flatten()).view(*index.shape, -1)  # (n, k, l)
     return (vectors * best.softmax(-1)[..., None]).sum(1)
 
