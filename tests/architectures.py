@@ -59,7 +59,7 @@ def small(name):
     if size > LARGEST:
         raise ValueError(f"{size / 1e6:.0f} million parameters at the smallest sizes that this script knows")
     torch.manual_seed(0)
-    model = cls(config).eval()
+    model = cls(config).eval().requires_grad_(False)  # by a weight with a gradient torch multiplies in another way
     takes = inspect.signature(model.forward).parameters
     if "input_ids" not in takes:
         return model, {"pixel_values": torch.randn(2, 3, 16, 16)}

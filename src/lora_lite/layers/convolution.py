@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_lite.core.frozen import Frozen
 from lora_lite.core.linalg import autocasts
 from lora_lite.layers.access import first_of
-from lora_lite.layers.identity import exact_dtype
+from lora_lite.layers.identity import exact_dtype, laid_out_as
 from lora_lite.layers.kind import Kind, Params, Run, Variant
 
 CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -130,7 +130,7 @@ class GroupedConvKind(ConvKind):
         dtype = exact_dtype(x.dtype)
         weight, bias = (self.adapted(f, params, role, dtype) for role in ("weight", "bias"))
         if dtype == x.dtype == self.dtype and not autocasts(x):
-            return self._convolve(x, self.to_weight(weight), bias)
+            return self._convolve(x, laid_out_as(self.layer.weight, self.to_weight(weight)), bias)
         own = 0.0 if self.bias is None else self.bias.detach().to(dtype)
         update = self._convolve(x, self.to_weight(weight - self.dense(dtype)).to(x.dtype))
         return self(x) + update + (bias - own).to(update.dtype)

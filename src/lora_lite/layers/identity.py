@@ -172,6 +172,12 @@ def _at_zero(f: Variant, params: Params, W: Frozen) -> Tensor:
     return f(params, W, torch.zeros(1, W.in_features, dtype=W.dtype, device=W.device))[0]
 
 
+def laid_out_as(own: Tensor, t: Tensor) -> Tensor:
+    """Return a tensor laid out in memory as the layer's own is: on some processors products with another layout round otherwise."""
+    order = sorted(range(t.dim()), key=lambda d: -own.stride(d))
+    return t.permute(order).contiguous().permute([order.index(d) for d in range(t.dim())])
+
+
 def _aligned(weight: Tensor) -> Tensor:
     """Copy a tensor that is not aligned, as in a mapped file: products over it may round otherwise than those over a copy."""
     plain = type(weight) in (Tensor, torch.nn.Parameter) and not weight.is_meta and not in_transform()

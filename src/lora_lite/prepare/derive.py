@@ -150,9 +150,13 @@ def shared_start(cfg: AdapterConfig, layers: Sequence[Any], seed: int) -> Mappin
 def own_constants(
     cfg: AdapterConfig, W: Frozen, generator: torch.Generator, stats: Any = None, given: Params = MappingProxyType({})
 ) -> Constants:
-    """Run a variant's `constants` on one linear map, with statistics where there are any, beside those that it was allotted."""
+    """Run a variant's `constants` on one linear map, with statistics where there are any, beside those that it was allotted.
+
+    They are laid out as those of a file will be: products of a decomposition's own layout round otherwise on some processors.
+    """
     W = W.with_constants({**W.constants, **given}) if given else W
-    return {**given, **(cfg.constants(W, generator) if stats is None else cfg.constants(W, generator, stats))}
+    found = cfg.constants(W, generator) if stats is None else cfg.constants(W, generator, stats)
+    return {**given, **{name: c.contiguous() for name, c in found.items()}}
 
 
 @contextmanager
