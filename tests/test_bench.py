@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ import torch
 
 import agreement
 import lora_lite as ll
+import processes
 import quality
 import real_costs
 import report
@@ -42,29 +42,19 @@ def test_ratios_are_taken_within_rounds():
     assert measure.spread([2.0]) == {"median": 2.0, "low": 2.0, "high": 2.0, "n": 1, "rounds": [2.0]}
 
 
-def scaled(factor):
-    return {
-        "a": {"b": measure.spread([factor * 1.0, factor * 2.0, factor * 3.0]), "facts": {"width": 8}},
-        "process": measure.spread([os.getpid()]),
-    }
-
-
-def when():
-    return {"at": measure.spread([time.monotonic()])}
-
-
-def test_rounds_of_fresh_processes_are_pooled():
-    [found] = measure.measured([measure.Job(scaled, (2.0,), 2)])
+def test_rounds_of_fresh_processes_are_pooled(monkeypatch):
+    monkeypatch.setattr(measure, "get_context", lambda way: processes.context())
+    [found] = measure.measured([measure.Job(processes.scaled, (2.0,), 2)])
     assert found["a"]["b"] == measure.spread([2.0, 4.0, 6.0] * 2)
     assert len({*found["process"][measure.ROUNDS], os.getpid()}) == 3
     low, high = (pytest.approx(bound) for bound in (2.0, 6.0))
     assert measure.without_rounds(found)["a"] == {"b": {"median": 4.0, "low": low, "high": high, "n": 6}, "facts": {"width": 8}}
-    assert measure.pooled([scaled(1.0), scaled(2.0)])["a"]["b"]["median"] == 2.5  # of 1, 2, 3, 2, 4, 6
+    assert measure.pooled([processes.scaled(1.0), processes.scaled(2.0)])["a"]["b"]["median"] == 2.5  # of 1, 2, 3, 2, 4, 6
 
 
 def test_jobs_take_turns_and_those_with_few_processes_lie_far_apart(monkeypatch):
     monkeypatch.setattr(measure, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))  # their order is all
-    found = measure.measured([measure.Job(when, (), count) for count in (4, 2, 1)])
+    found = measure.measured([measure.Job(processes.when, (), count) for count in (4, 2, 1)])
     order = sorted((at, job) for job, part in enumerate(found) for at in part["at"][measure.ROUNDS])
     assert [job for _, job in order] == [0, 1, 2, 0, 0, 1, 0]
 

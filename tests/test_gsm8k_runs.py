@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
-import sys
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,10 +12,16 @@ import torch
 
 import gsm8k
 import lora_lite as ll
+import processes
 from common import gsm8k_data, gsm8k_train, gsm_symbolic, learned, tables
 from common.gsm8k_data import config, published
 from common.measure import device as chosen_device
 from hub_files import VARIANTS, small
+
+
+@pytest.fixture(autouse=True)
+def _few_rounds(monkeypatch):
+    monkeypatch.setattr(gsm8k_train, "ROUNDS", 2)
 
 
 @pytest.fixture
@@ -47,7 +50,7 @@ def test_a_run_reaches_a_result_and_a_row_of_the_table(hub, tmp_path, table, var
     assert (found["valid"]["n"], found["test"]["n"]) == (4, 7)
     assert 0 <= found["test"]["exact"] <= 1
     assert 0 < found["last_loss"] < found["first_loss"]
-    assert (found["ms"]["step"]["n"], found["peak_bytes"] > 0, found["init_seconds"] > 0) == (5, True, True)
+    assert (found["ms"]["step"]["n"], found["peak_bytes"] > 0, found["init_seconds"] > 0) == (2, True, True)
     text = json.dumps({"date": "2030-01-02", "machine": "2-core CPU", "threads": 1, "results": found})
     assert str(hub) not in text
     (tmp_path / f"2030-01-02-abc-gsm8k-{gsm8k.run_name(s)}.json").write_text(text)
@@ -93,38 +96,17 @@ def test_runs_of_other_settings_have_other_names(hub):
     assert len({gsm8k.run_name(small(hub, **given)) for given in runs}) == len(runs)
 
 
-KILLED = """
-import os, signal, sys, dataclasses
-from pathlib import Path
-import gsm8k
-from common import gsm8k_data, gsm8k_train
-place, calls, folder, s = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), eval(sys.argv[4], {"Settings": gsm8k.Settings})
-owner, name = {"train": (gsm8k_train, "batch"), "evaluate": (gsm8k_data, "right")}[place]
-real, seen = getattr(owner, name), []
-
-def deadly(*args, **more):
-    seen.append(1)
-    if len(seen) == calls:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args, **more)
-
-train = gsm8k_train.train
-gsm8k.train = lambda *args: train(*args, every=2)
-setattr(owner, name, deadly)
-gsm8k.run(s, folder)
-"""
-
-
 def test_a_killed_run_ends_as_one_that_was_not(hub, tmp_path):
     s = small(hub, "qwen3.5", variant="adalora", fields=(("dropout", 0.3),))  # with a state of its own, and chance
     found = gsm8k.run(s, tmp_path / "whole")
-    before = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     for place, calls in (
         ("train", 8),
         ("evaluate", 11 + 4 + 5),
     ):  # at the fourth step; at the second batch of the test
-        words = [sys.executable, "-c", KILLED, place, str(calls), str(tmp_path / "killed"), repr(s)]
-        assert subprocess.run(words, env=before, capture_output=True, timeout=300).returncode == -signal.SIGKILL
+        process = processes.context().Process(target=processes.run_killed, args=(place, calls, tmp_path / "killed", s))
+        process.start()
+        process.join(300)
+        assert process.exitcode == -signal.SIGKILL
     again = gsm8k.run(s, tmp_path / "killed")
     whole, killed = (tmp_path / name / gsm8k.run_name(s) for name in ("whole", "killed"))
     states = [gsm8k_train.load_state(folder / gsm8k_train.STATE) for folder in (whole, killed)]

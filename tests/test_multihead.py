@@ -1,8 +1,8 @@
 """Weights that are read and never called: `nn.MultiheadAttention`'s projections and bare parameters, against PEFT and merged models."""
 
 import copy
-import functools
 import dataclasses
+import functools
 
 import peft
 import pytest

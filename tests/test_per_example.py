@@ -108,7 +108,7 @@ def test_norms_hold_no_gradients_of_all_targets():
 
     def peak(f):
         f(params, x)
-        with torch.profiler.profile(profile_memory=True, acc_events=True) as profiler:
+        with torch.profiler.profile(profile_memory=True) as profiler:
             f(params, x)
         held = most = 0
         for event in sorted((e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):

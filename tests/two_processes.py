@@ -9,13 +9,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import processes
+
 PATIENCE = 120.0
 """Seconds until two processes that have not ended are killed; a collective gives up after a quarter of it."""
 
 
 def run_jobs(jobs, folder, count=2):
     """Run the jobs, `{name: f(rank) -> value}` of a module's top level, in each process: for each name its outcomes, by rank."""
-    context = mp.spawn(_work, args=(jobs, str(folder), count), nprocs=count, join=False)
+    processes.context()
+    context = mp.start_processes(_work, args=(jobs, str(folder), count), nprocs=count, join=False, start_method=processes.NAME)
     deadline = time.monotonic() + PATIENCE
     try:
         while not context.join(timeout=1.0):

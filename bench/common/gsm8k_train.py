@@ -31,6 +31,8 @@ from common.pretrained import SMOLLM, smollm_folder
 from lora_lite.variants.adalora import orthogonality
 
 Step = Callable[[Any, Mapping[str, Any]], tuple[Tensor, Any]]
+ROUNDS = 5
+"""Rounds of the times of a step."""
 STATE, ADAPTER = "state.safetensors", "adapter.safetensors"
 
 
@@ -203,7 +205,7 @@ def costs(adapt: ll.Adapt, params: Any, model: Any, rows: Mapping[str, Any]) -> 
 
     calls = {"forward": torch.no_grad()(lambda: adapt(params, rows, use_cache=False)), "step": step}
     calls["frozen step"] = lambda: frozen_step(model, rows)
-    times = interleaved(calls, 5, where=model.device)
+    times = interleaved(calls, ROUNDS, where=model.device)
     return {"ms": {name: milliseconds(values) for name, values in times.items()}, "peak_bytes": peak_bytes(step)}
 
 

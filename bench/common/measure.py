@@ -20,15 +20,13 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import peft
 import torch
-import transformers
 
-import lora_lite as ll
 from common.record import file_name, put
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -49,8 +47,10 @@ def device() -> torch.device:
 # Models and batches
 
 
-def llama(width: int, layers: int, vocab: int = 512) -> transformers.LlamaForCausalLM:
+def llama(width: int, layers: int, vocab: int = 512) -> Any:
     """Build a Llama with random frozen weights where the benchmarks run: width in features, eight heads at most."""
+    import transformers  # here, since a fresh process that measures something else would import it in vain
+
     torch.manual_seed(0)
     heads = min(8, width // 8)
     sizes = {"hidden_size": width, "intermediate_size": width * 8 // 3 // 64 * 64 or 2 * width, "num_hidden_layers": layers}
@@ -158,7 +158,7 @@ def peak_bytes(call: Call) -> int:
         call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
@@ -234,7 +234,7 @@ def machine(threads: int, processes: int = 1, where: torch.device | None = None)
 
     `where` is the device that was measured, a CPU if not given.
     """
-    versions = {m.__name__: m.__version__ for m in (torch, transformers, peft, ll)}
+    versions = {m.__name__: m.__version__ for m in map(import_module, ("torch", "transformers", "peft", "lora_lite"))}
     gpu = where is not None and where.type == "cuda"
     kind = torch.cuda.get_device_name(where) if gpu else f"{os.cpu_count()}-core {platform.machine()} CPU"
     counts = {"device": "cuda" if gpu else "cpu", "threads": threads, "processes": processes}
