@@ -22,6 +22,7 @@ from torch import Tensor
 from lora_lite.core.frozen import Frozen, as_frozen, in_dtype
 
 _CONF = BeartypeConf(is_pep484_tower=True)  # an integer is a float
+_MATRIX, _ANY = Float[Tensor, "o i"], Float[Tensor, "..."]  # once: beartype compiles a test for each new annotation
 _enabled = os.environ.get("LORA_LITE_TYPECHECK", "").lower() not in ("", "0", "false", "no", "off")
 
 
@@ -135,7 +136,7 @@ def _field_faults(params: object, fields: Mapping[str, Any] | None, optional: Ab
     if not isinstance(params, Mapping):
         return [f"params: expected a mapping with {', '.join(fields or ('names',))}, found {type(params).__name__}"]
     if fields is None:  # a mapping with any names
-        fields = dict.fromkeys(params, Float[Tensor, "..."])
+        fields = dict.fromkeys(params, _ANY)
     faults = [f'params["{name}"]: not expected' for name in params if name not in fields]
     for name, hint in fields.items():
         if name in params:
@@ -147,11 +148,11 @@ def _field_faults(params: object, fields: Mapping[str, Any] | None, optional: Ab
 
 def _frozen_or_fault(W: Any, faults: list[str]) -> Any:
     if not isinstance(W, Frozen):
-        fault = _fault("W", W, Float[Tensor, "o i"])
+        fault = _fault("W", W, _MATRIX)
         faults += fault
         return W if fault else as_frozen(W)
     # A quantised layer has no (o, i) tensor to test; a meta tensor of its shape binds the axes without one.
-    faults += _fault("W", torch.empty(W.out_features, W.in_features, device="meta"), Float[Tensor, "o i"])
+    faults += _fault("W", torch.empty(W.out_features, W.in_features, device="meta"), _MATRIX)
     return W
 
 
