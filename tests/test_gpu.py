@@ -195,3 +195,4 @@ def test_a_step_that_waits_for_the_gpu_is_called_as_it_is(device):
         x = torch.full((3,), value, device=device)
         assert captured(torch.ones(2, device=device), {"x": x}).tolist() == [3 * value] * 2
     assert "captur" in captured.failed
+    assert torch.randn(3, device=device).isfinite().all(), "random numbers are drawn as before"

@@ -36,10 +36,13 @@ class Captured:
         """Return `step(params, rows)`."""
         shapes = tuple((name, t.shape) for name, t in rows.items())
         if not self.failed and shapes not in self._graphs:
+            random = torch.cuda.default_generators[torch.cuda.current_device()]
+            before = random.clone_state()
             try:
                 self._graphs[shapes] = self._capture(params, rows)
             except RuntimeError as e:  # CUDA's errors, of which an operation that may not be captured is one
                 self.failed = str(e).splitlines()[0]
+                random.graphsafe_set_state(before)  # its own still waits for the end of the capture, and would draw nothing
                 torch.cuda.synchronize()
         if self.failed:
             return self.step(params, rows)

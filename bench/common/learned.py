@@ -160,7 +160,15 @@ def symbolic_table(found: Found) -> str:
         f"{s['model']}, {s['dtype']}, {s['steps']} steps of {s['rows']} rows; {test} test problems of templates that no training sees, "
         f"{valid} validation problems of the training's templates with other numbers.{base}"
     )
-    return f"{words}\n\n{table([lineage_row(run) for run in runs])}"
+    best, error = max((run["test"]["exact"], run["test"]["error"]) for run in runs)
+    if best < 0.05:
+        words += (
+            f" Held-out templates stay out of reach: no variant answers more than {best:.1%} ± {error:.1%} of them, so that only the "
+            f"validation tells variants apart."
+        )
+    lacking = [title(name) for name in found["results"].get("costs", {}) if name not in found["results"]["variants"]]
+    absent = f"\n\nCut off before their end: {', '.join(lacking)}." if lacking else ""
+    return f"{words}\n\n{table([lineage_row(run) for run in runs])}{absent}"
 
 
 def demo_table(demo: Found) -> str:

@@ -64,7 +64,7 @@ def _matrices(G: Tensor, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the matrices in the blocks `(n, k, k)` and between them `(n, n)`, and both factors of their entries."""
     k, n, *_ = sizes(i)
     terms = fixed(_terms, i, G.device)
-    passes, factor = torch.cat((G.flatten(), G.new_tensor((1.0, 0.0)))).index_select(0, terms[:2].flatten()).view(2, *terms.shape[1:])
+    passes, factor = torch.cat((G.flatten(), G.new_ones(1), G.new_zeros(1))).index_select(0, terms[:2].flatten()).view(2, *terms.shape[1:])
     entries = passes.cumprod(0) * factor
     flat = G.new_zeros(n * k * k + n * n + 1).index_copy(0, terms[2].flatten(), entries.flatten())
     M, C, _ = flat.split((n * k * k, n * n, 1))
