@@ -125,9 +125,10 @@ def headlines(folder: Path = RESULTS, support: Path = SUPPORT) -> str:
     lines = []
     if speed:
         rows = {n: row["step"]["over_peft"] for n, row in speed["results"]["models"]["variants"].items() if "over_peft" in row["step"]}
-        slower = [n for n, ratio in rows.items() if ratio["low"] > MARGIN.get(n, 1.0)]
+        slower = {n: f"{t.title(n)} {ratio['median']:.2f}" for n, ratio in rows.items() if ratio["low"] > 1.0}
         told = ", ".join(f"{t.title(n)} {rows[n]['median']:.2f}" for n in TELLING if n in rows)
-        end = f"slower beyond the spread: {', '.join(map(t.title, slower))}" if slower else "none of them is slower beyond the spread"
+        why = ", which take two products for PEFT's one" if slower and set(slower) <= set(MARGIN) else ""
+        end = f"slower beyond the spread: {', '.join(slower.values())}{why}" if slower else "none of them is slower beyond the spread"
         lines.append(f"**A training step over PEFT's**, {len(rows)} methods in one run: {told}; {end} ([time](docs/results.md#time)).")
     if memory:
         rows = {n: row["step"]["ours"] / row["step"]["peft"] for n, row in memory["results"]["variants"].items() if "peft" in row["step"]}

@@ -174,7 +174,8 @@ def _at_zero(f: Variant, params: Params, W: Frozen) -> Tensor:
 
 def laid_out_as(own: Tensor, t: Tensor) -> Tensor:
     """Return a tensor laid out in memory as the layer's own is: on some processors products with another layout round otherwise."""
-    order = sorted(range(t.dim()), key=lambda d: -own.stride(d))
+    strides = own.stride()
+    order = sorted(range(t.dim()), key=lambda d: -strides[d])
     return t.permute(order).contiguous().permute([order.index(d) for d in range(t.dim())])
 
 
