@@ -72,7 +72,9 @@ def places(logits: Tensor, topk: int) -> Tensor:
 def mixtures(logits: Tensor, bank: Tensor, topk: int) -> Tensor:
     """Return the sub-vectors `(n, l)` of `logits (n, h)`: of each row the `topk` best vectors of the bank, weighed by their softmax."""
     index = places(logits, topk)
-    best = logits.gather(-1, index)  # (n, k)
+    rows = torch.arange(len(logits), device=logits.device)[:, None] * logits.shape[1]
+    # (n, k). `gather` would keep all logits for its gradient.
+    best = logits.flatten().index_select(0, (rows + index).flatten()).view_as(index)
     vectors = bank.index_select(0, index.flatten()).view(*index.shape, -1)  # (n, k, l)
     return (vectors * best.softmax(-1)[..., None]).sum(1)
 
