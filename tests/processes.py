@@ -36,7 +36,7 @@ def when():
 
 
 def run_killed(place, calls, folder, s):
-    """Do a run of `gsm8k.py` that kills its process at the so-manieth call of a function of its training or its evaluation."""
+    """Do a run of `gsm8k.py` that kills its process at the `calls`-th call of a function of its training or its evaluation."""
     import gsm8k
     from common import gsm8k_data, gsm8k_train
 

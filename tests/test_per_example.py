@@ -7,6 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lora_lite as ll
 from cases import ACROSS, assert_gradients_equal, assert_trees_equal, build_any, in_dtype, move, named, padded, row_of
+from common.measure import peak_bytes
 from lora_lite.transforms import gradients
 
 
@@ -106,19 +107,10 @@ def test_norms_hold_no_gradients_of_all_targets():
     def loss_rows(output, _):
         return output.square().sum(1)
 
-    def peak(f):
-        f(params, x)
-        with torch.profiler.profile(profile_memory=True) as profiler:
-            f(params, x)
-        held = most = 0
-        for event in sorted((e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-            held += event.nbytes()
-            most = max(most, held)
-        return most
-
     one_target = 32 * 4 * sum(leaf.numel() for leaf in params["0"].values())  # bytes
-    assert peak(ll.per_example_grad(adapt, loss_rows)) >= 16 * one_target
-    assert peak(ll.per_example_norm(adapt, loss_rows)) <= 6 * one_target
+    grads, norms = (f(adapt, loss_rows) for f in (ll.per_example_grad, ll.per_example_norm))
+    assert peak_bytes(lambda: grads(params, x)) >= 16 * one_target
+    assert peak_bytes(lambda: norms(params, x)) <= 6 * one_target
 
 
 def test_norms_inside_a_transform_and_compiled(gpt2):

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 import lora_lite as ll
+from cases import FIRST, Blocks, build_any, named
 from lora_lite.core import krylov, leading
 from lora_lite.core.leading import certified, leading_eigenpairs, leading_svd
 from lora_lite.core.linalg import truncated_svd
+from lora_lite.layers.identity import laid_out_as
 
 f64 = torch.float64
 SPECTRA = {
@@ -269,3 +271,25 @@ def test_psoft_has_files_of_peft_for_the_exact_factors_alone(tmp_path):
     psoft = built(CONFIGS["psoft"])
     with pytest.raises(ValueError, match='svd="auto": the file holds R alone'):
         ll.to_peft(psoft, psoft.init(), tmp_path / "psoft")
+
+
+def test_norm_of_a_large_matrix_has_the_digits_of_float32():
+    matrix = torch.randn(2048, 2048)
+    assert leading.frobenius(matrix) == pytest.approx(float(matrix.double().norm()), rel=1e-7)
+
+
+@pytest.mark.parametrize("row", FIRST, ids=named)
+def test_constants_are_laid_out_as_a_file_gives_them(row):
+    torch.manual_seed(0)
+    adapt = build_any(Blocks().eval(), row.cfg, [torch.randn(40, 7, 48)])
+    assert all(leaf.is_contiguous() for leaf in ll.tree_leaves(adapt.constants))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (1, 0, 3, 2)], ids=["plain", "channels last", "transposed"])
+def test_a_tensor_takes_the_layout_of_the_layers_own(order):
+    own = torch.empty([(3, 4, 5, 6)[d] for d in order]).permute([order.index(d) for d in range(4)])
+    t = torch.randn(6, 5, 4, 3).permute(3, 2, 1, 0)
+    got = laid_out_as(own, t)
+    assert got.stride() == own.stride()
+    assert torch.equal(got, t)
+    assert torch.equal(torch.func.vmap(lambda t: laid_out_as(own, t))(torch.stack([t, 2 * t]))[1], 2 * t)

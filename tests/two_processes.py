@@ -17,7 +17,7 @@ PATIENCE = 120.0
 
 def run_jobs(jobs, folder, count=2):
     """Run the jobs, `{name: f(rank) -> value}` of a module's top level, in each process: for each name its outcomes, by rank."""
-    processes.context()
+    processes.context()  # names what is imported beforehand
     context = mp.start_processes(_work, args=(jobs, str(folder), count), nprocs=count, join=False, start_method=processes.NAME)
     deadline = time.monotonic() + PATIENCE
     try:

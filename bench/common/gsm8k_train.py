@@ -154,8 +154,7 @@ def train(
     adam, update = torch.optim.AdamW(leaves, lr=s.rate, weight_decay=0.1), to_device(state["update"], where)
     if state["adam"] is not None:
         adam.state.update({leaf: moments for leaf, moments in zip(leaves, to_device(state["adam"], where), strict=True)})
-    first_step = len(losses)
-    for step in (bar := tqdm(range(first_step, s.steps), initial=first_step, total=s.steps, desc=f"train {s.variant}", mininterval=5)):
+    for step in (bar := tqdm(range(len(losses), s.steps), initial=len(losses), total=s.steps, desc=f"train {s.variant}", mininterval=5)):
         torch.manual_seed(s.seed + step)  # dropout, where there is any: the same whether the run was stopped or not
         first = step * s.accumulate * s.rows
         starts = range(first, first + s.accumulate * s.rows, s.rows)
@@ -174,12 +173,12 @@ def train(
         with torch.no_grad():
             ll.tree_map(lambda p, new: p if new is p else p.copy_(new), params, updated)
         losses.append(loss)
-        if captured and captured.failed and step == first_step:
-            bar.write(f"{s.variant}: no CUDA graph ({captured.failed}); each step is launched anew")
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         if len(losses) % every == 0 or len(losses) == s.steps:
             now = {"params": params, "adam": [adam.state[leaf] for leaf in leaves], "update": update, "losses": losses}
             save_state(folder / STATE, {**state, **now})
+    if captured and captured.failed:
+        tqdm.write(f"{s.variant}: not all steps were CUDA graphs: {captured.failed}")
     return params, losses
 
 
