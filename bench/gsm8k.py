@@ -24,7 +24,7 @@ import torch
 
 import lora_lite as ll
 from common.gsm8k_data import CALIBRATED, CALIBRATION, TABLES, Settings, batch, config, evaluate, problems, published
-from common.gsm8k_train import ADAPTER, build, gradients, load_model, norm, prepare, start, train, training_examples
+from common.gsm8k_train import ADAPTER, build, gradients, load_model, norm, prepare, start, step_of, train, training_examples
 from common.measure import device, machine, write
 from common.methods import rank
 from common.record import described
@@ -118,14 +118,14 @@ def probe(s: Settings, out: Path) -> dict[str, Any]:
         # By noise: what moves all entries alike is lost on HRA, whose reflections start as pairs that cancel.
         perturbed = adapt(ll.tree_map(lambda p: p + 0.25 * torch.randn_like(p), params), rows, use_cache=False).logits
     adam = torch.optim.AdamW(ll.tree_leaves(params), lr=s.rate)
-    losses, norms = [], []
+    losses, norms, step = [], [], step_of(adapt)
     for _ in range(s.steps):
-        loss, grads = gradients(adapt, params, [rows])
+        loss, grads = gradients(step, params, [rows])
         losses.append(loss)
         norms.append(norm(grads))
         ll.set_grads(params, grads)
         adam.step()
-    losses.append(gradients(adapt, params, [rows])[0])
+    losses.append(gradients(step, params, [rows])[0])
     out.mkdir(parents=True, exist_ok=True)
     place = out / f"probe-{s.variant}.safetensors"
     ll.save(adapt, params, place)

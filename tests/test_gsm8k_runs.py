@@ -77,6 +77,8 @@ def test_runs_on_held_out_templates_reach_a_table(hub, tmp_path, monkeypatch):
     words, _, head, _, *rows = learned.symbolic_table({"results": results}).splitlines()
     assert f"2 steps of 2 rows; {count} test problems of templates that no training sees, 4 validation problems" in words
     assert "The model itself answers" in words
+    assert "no variant answers more than 0.0%" in words
+    assert learned.symbolic_table({"results": results | {"costs": {"lora": {}, "oft": {}}}}).endswith("Cut off before their end: OFT.")
     assert head.startswith("| variant | r | test | valid | params | added MACs/token | forward / step, ms |")
     assert {row.split(" | ")[0] for row in rows} == {"| LoRA", "| OSF"}
 
@@ -177,7 +179,7 @@ def test_adaloras_penalty_is_minimised_and_not_reported(settings):
     for weight in (0.0, 0.5, 1.0):
         s = dataclasses.replace(settings, variant="adalora", fields=(("orth_reg_weight", weight),))
         adapt = gsm8k_train.build(s, model, data, 0)
-        found.append(gsm8k_train.gradients(adapt, adapt.init(), rows))
+        found.append(gsm8k_train.gradients(gsm8k_train.step_of(adapt), adapt.init(), rows))
     (none, a), (half, b), (one, c) = found
     assert none == half == one
     first, second = (ll.tree_leaves(ll.tree_map(torch.sub, x, a)) for x in (b, c))

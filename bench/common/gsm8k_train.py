@@ -107,9 +107,9 @@ def prepare(s: Settings, model: Any, data: Sequence[Example], pad: int, measure:
     return adapt, {"init_seconds": seconds, **costs(adapt, params, model, batch(data[: s.rows], pad, model.device))}
 
 
-def gradients(adapt: ll.Adapt, params: Any, parts: Sequence[Mapping[str, Any]], step: Step | None = None) -> tuple[float, Any]:
-    """Return the mean loss of several passes and the mean gradients of the objective; `step` is that of `step_of`, if it is at hand."""
-    step, total, grads = step or step_of(adapt), 0.0, None
+def gradients(step: Step, params: Any, parts: Sequence[Mapping[str, Any]]) -> tuple[float, Any]:
+    """Return the mean loss of several passes and the mean gradients; `step` is that of `step_of`."""
+    total, grads = 0.0, None
     for rows in parts:
         loss, new = step(params, rows)
         total += float(loss) / len(parts)
@@ -150,7 +150,8 @@ def train(
     adapt = adapt.train()
     params = ll.tree_map(lambda new, kept: kept.to(new.device, copy=True), adapt.init(seed=s.seed), state["params"])
     leaves, losses, where = ll.tree_leaves(params), list(state["losses"]), ll.tree_leaves(params)[0].device
-    captured = Captured(step_of(adapt)) if where.type == "cuda" and s.accumulate == 1 else None
+    plain = step_of(adapt)
+    captured = Captured(plain) if where.type == "cuda" and s.accumulate == 1 else None
     adam, update = torch.optim.AdamW(leaves, lr=s.rate, weight_decay=0.1), to_device(state["update"], where)
     if state["adam"] is not None:
         adam.state.update({leaf: moments for leaf, moments in zip(leaves, to_device(state["adam"], where), strict=True)})
@@ -159,7 +160,7 @@ def train(
         first = step * s.accumulate * s.rows
         starts = range(first, first + s.accumulate * s.rows, s.rows)
         parts = [batch(data[k : k + s.rows], pad, where, multiple=WIDTHS if captured else 1) for k in starts]
-        loss, grads = gradients(adapt, params, parts, captured)
+        loss, grads = gradients(captured or plain, params, parts)
         adam.param_groups[0]["lr"] = s.rate * 0.5 * (1 + math.cos(math.pi * step / s.steps))
         ll.set_grads(params, grads)
         size = float(torch.nn.utils.clip_grad_norm_(leaves, 1.0))
@@ -199,8 +200,10 @@ def require_same(kept: Mapping[str, Any], s: Settings, folder: Path) -> None:
 def costs(adapt: ll.Adapt, params: Any, model: Any, rows: Mapping[str, Any]) -> dict[str, Any]:
     """Return the time of a forward pass and of a step on one batch, ours and the frozen model's, in milliseconds, and the step's peak."""
 
+    both = step_of(adapt)
+
     def step() -> Any:
-        return gradients(adapt, params, [rows])
+        return gradients(both, params, [rows])
 
     calls = {"forward": torch.no_grad()(lambda: adapt(params, rows, use_cache=False)), "step": step}
     calls["frozen step"] = lambda: frozen_step(model, rows)

@@ -11,7 +11,7 @@ from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import Frozen, Params, in_dtype
 from lora_lite.core.tree import join
 from lora_lite.layers.access import HOST
-from lora_lite.layers.identity import Release, adapted_part, at_identity, columns, exact_dtype, offset_of, on_meta
+from lora_lite.layers.identity import Release, adapted_part, at_identity, columns, exact_dtype, laid_out_as, offset_of, on_meta
 
 Part = tuple[str, Any, Tensor]
 """A part of a merged tensor: the tensor's name in the module, the index of the part, and the part."""
@@ -185,10 +185,9 @@ class Tensors(Frozen):
             name: the parameter's name in the module.
         """
         role = next(role for role, own in self.state.items() if own == name)
-        tensor = self.adapted(f, params, role)
-        return (
-            self.to_weight(tensor) if role == "weight" else self.to_bias(tensor)
-        ).contiguous()  # in the layout of the frozen weight: products of another may round otherwise
+        tensor, own_tensor = self.adapted(f, params, role), self.own(role)
+        assert own_tensor is not None  # the model reads it
+        return laid_out_as(own_tensor, self.to_weight(tensor) if role == "weight" else self.to_bias(tensor))
 
     def shifts(self, f: Variant, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether a variant adds a constant to outputs of a layer that has no bias to hold it."""
