@@ -31,6 +31,8 @@ PART_OF: dict[str, tuple[str, ...]] = {
     **{"symbolic": ("variants",), "real-costs": ("variants",)},
 }
 """The keys that a file must have for a section, where a run may have written some of it or been cut off."""
+SEVERAL = ("symbolic-cuda", "compiled-cuda")
+"""The kinds whose rows may lie in several files, of some variants each."""
 MARGIN = {"pissa": 1.15, "kasa": 1.15, "olora": 1.15, "corda": 1.15, "lora_ga": 1.15, "asvd": 1.15}
 """The allowed excess of the increment form over PEFT's residual form: two products for one, for an exact start and quantised bases."""
 
@@ -108,7 +110,7 @@ def sections(folder: Path = RESULTS, up: str = "../") -> Iterator[tuple[str, str
         ("symbolic", "symbolic-cuda", learned.symbolic_table),
     ]
     for marker, kind, make in makers:
-        found = newest(kind, folder)
+        found = t.together(kind, folder) if kind in SEVERAL else newest(kind, folder)
         found = found if found and t.has(found, *PART_OF.get(marker, ())) else None
         threads = many.population_threads(found) if found and marker == "populations" else None
         yield marker, f"{make(found)}\n\nFrom {t.source(found, up, threads)}." if found else NONE

@@ -367,6 +367,23 @@ def test_rates_are_those_of_the_results_file_without_what_learnt_nothing(files):
     assert "(../bench/results/2030-01-02-abc-quality.json)" in text
 
 
+def test_rows_of_several_files_stand_together_where_machine_versions_and_sizes_are_one(tmp_path):
+    def put(day, machine="a GPU", width=8, **variants):
+        facts = {"date": day, "machine": machine, "versions": {"torch": "2"}, "threads": 1}
+        (tmp_path / f"{day}-compiled-cuda.json").write_text(json.dumps({**facts, "results": {"width": width, "variants": variants}}))
+
+    put("2030-01-01", lora=1, dora=1)
+    put("2030-01-02", "another GPU", oft=2)
+    put("2030-01-03", width=16, hra=3)
+    put("2030-01-04", dora=4)
+    put("2030-01-05", lora=5)
+    found = report.t.together("compiled-cuda", tmp_path)
+    assert found["results"] == {"width": 8, "variants": {"dora": 4, "lora": 5}}, "the newest row of each"
+    assert found["files"] == ["2030-01-05-compiled-cuda.json", "2030-01-04-compiled-cuda.json"], "those that a row is from"
+    assert report.t.source(found, "../").count("bench/results/") == 2
+    assert report.t.together("symbolic-cuda", tmp_path) is None
+
+
 def test_mixed_steps_pay_from_where_the_spread_stays_below_one():
     below, above = {"median": 0.8, "low": 0.7, "high": 0.9, "n": 3}, {"median": 0.9, "low": 0.8, "high": 1.1, "n": 3}
     lines = {

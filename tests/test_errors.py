@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import lora_lite as ll
+from lora_lite.variants.loreft import orthonormal
 
 LoRA = ll.LoRAConfig
 
@@ -402,3 +403,8 @@ def test_loading_onto_something_else_than_a_module_is_refused(world):
         "PosixPath|WindowsPath",
         r"Call load\(model, path\)",
     )
+
+
+def test_rows_that_depend_on_each_other_have_no_orthonormal_ones():
+    with pytest.raises(torch.linalg.LinAlgError):
+        orthonormal(torch.eye(2, 8)[[0, 1, 0]])

@@ -18,6 +18,34 @@ def newest(kind: str, folder: Path = RESULTS) -> Found | None:
     return {"file": files[-1].name, **json.loads(files[-1].read_text("utf-8"))} if files else None
 
 
+ROWS = ("variants", "costs")
+"""The parts of a results file that have a row for each variant."""
+
+
+def together(kind: str, folder: Path = RESULTS) -> Found | None:
+    """Read the newest results file of a kind, and from older ones of the same machine, versions and sizes the rows that it lacks.
+
+    A device that is lent for minutes measures some variants at a time. `files` names all files that rows are from.
+    """
+    found = newest(kind, folder)
+    if found is None:
+        return None
+
+    def conditions(run: Found) -> list[Any]:
+        return [run["machine"], run["versions"], run["threads"], {k: v for k, v in run["results"].items() if not isinstance(v, dict)}]
+
+    found["files"] = [found["file"]]
+    for path in sorted(folder.glob(f"*-{kind}.json"), reverse=True):
+        older = json.loads(path.read_text("utf-8"))
+        if path.name == found["file"] or conditions(older) != conditions(found):
+            continue
+        more = {key: {**older["results"].get(key, {}), **found["results"][key]} for key in ROWS if key in found["results"]}
+        if any(len(rows) > len(found["results"][key]) for key, rows in more.items()):
+            found["results"] |= more
+            found["files"].append(path.name)
+    return found
+
+
 def has(found: Found, *keys: str) -> bool:
     """Whether a results file has a figure at these keys."""
     part = found["results"]
@@ -62,9 +90,10 @@ def share(found: Found | None) -> str:
 
 
 def source(found: Found, up: str, threads: int | None = None) -> str:
-    """Write the source of figures: file, machine, threads, which a part of a file may have other than the rest."""
+    """Write the source of figures: files, machine, threads, which a part of a file may have other than the rest."""
     where, n = found.get("machine", "CPU"), threads or found["threads"]
-    return f"[`{found['file']}`]({up}bench/results/{found['file']}), {where}, {n} thread{'s' * (n > 1)}"
+    links = " and ".join(f"[`{file}`]({up}bench/results/{file})" for file in found.get("files", [found["file"]]))
+    return f"{links}, {where}, {n} thread{'s' * (n > 1)}"
 
 
 def main_table(speed: Found | None, memory: Found | None, quality: Found | None) -> str:

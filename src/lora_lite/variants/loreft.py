@@ -49,11 +49,19 @@ class LoReFTParams(TypedDict):
 
 
 def orthonormal(R: Tensor) -> Tensor:
-    """Return the rows of `R (..., r, d)` made orthonormal, in at least float32. Rows of zeros, which edit nothing, stay zero."""
+    """Return the rows of `R (..., r, d)` made orthonormal, in at least float32. Rows of zeros, which edit nothing, stay zero.
+
+    Of rows that depend on each other a GPU makes nan: a check would wait for it in each layer, and no CUDA graph could hold the call.
+
+    Raises:
+        torch.linalg.LinAlgError: on another device, for such rows.
+    """
     wide = R.to(torch.promote_types(R.dtype, torch.float32))
     with full_precision(R):
         gram = wide @ wide.mT
-        factor = torch.linalg.cholesky(gram + torch.diag_embed((gram.diagonal(dim1=-2, dim2=-1) == 0).to(gram.dtype)))
+        gram = gram + torch.diag_embed((gram.diagonal(dim1=-2, dim2=-1) == 0).to(gram.dtype))
+        factor, failed = torch.linalg.cholesky_ex(gram, check_errors=not gram.is_cuda)
+        factor = factor.masked_fill(failed[..., None, None] > 0, math.nan) if gram.is_cuda else factor
         return torch.linalg.solve_triangular(factor, wide, upper=False)
 
 
