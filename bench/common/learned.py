@@ -151,16 +151,18 @@ def lineage_row(run: Found) -> dict[str, str]:
 
 
 def symbolic_table(found: Found) -> str:
-    """Write the lineage's columns for every variant on GSM-Symbolic; the most exact on templates held out first."""
+    """Write the lineage's columns for every variant on GSM-Symbolic; the most exact first, on templates held out where any is learnt."""
     before = found["results"].get("frozen")
     base = f" The model itself answers {share(before['test'])} and {share(before['valid'])}." if before else ""
-    runs = sorted(found["results"]["variants"].values(), key=lambda run: (-run["test"]["exact"], -run["valid"]["exact"]))
+    runs = list(found["results"]["variants"].values())
     s, test, valid = runs[0]["settings"], runs[0]["test"]["n"], runs[0]["valid"]["n"]
     words = (
         f"{s['model']}, {s['dtype']}, {s['steps']} steps of {s['rows']} rows; {test} test problems of templates that no training sees, "
         f"{valid} validation problems of the training's templates with other numbers.{base}"
     )
     best, error = max((run["test"]["exact"], run["test"]["error"]) for run in runs)
+    first, second = ("valid", "test") if best < 0.05 else ("test", "valid")
+    runs.sort(key=lambda run: (-run[first]["exact"], -run[second]["exact"]))
     if best < 0.05:
         words += (
             f" Held-out templates stay out of reach: no variant answers more than {best:.1%} ± {error:.1%} of them, so that only the "
