@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.errors import several
+from lora_lite.core.errors import listed, several
 from lora_lite.core.frozen import Frozen
+from lora_lite.core.memory import place_in_memory
 from lora_lite.core.plan import Plan, Target
 from lora_lite.core.tree import AnyTree, join
 from lora_lite.layers.identity import Release, at_identity, exact_dtype
@@ -36,9 +37,12 @@ def merge(plan: Plan, params: AnyTree, dtype: torch.dtype | None = None) -> dict
     """
     faults: list[str] = []
     merged: dict[str, Tensor] = {}
+    alone: dict[str, Target] = {}
     for target, cfg in plan.entries:
         try:
             for name, where, part, kept in merged_parts(plan, target, cfg, params):
+                if not cfg.tied:
+                    alone[name] = target
                 if where is ...:
                     merged[name] = part.to(dtype or kept.dtype, memory_format=torch.contiguous_format)
                     continue
@@ -47,8 +51,21 @@ def merge(plan: Plan, params: AnyTree, dtype: torch.dtype | None = None) -> dict
                 merged[name][where] = part
         except Unmergeable as e:
             faults.append(e.fault)
-    _refuse(faults)
+    _refuse(faults or _moving_others(plan, alone, merged))
     return merged
+
+
+def _moving_others(plan: Plan, targets: Mapping[str, Target], merged: Mapping[str, Tensor]) -> list[str]:
+    """Return the targets with a merged tensor that would be written into another one of the model too, which lies in the same memory."""
+    tensors = dict([*plan.base.named_parameters(remove_duplicate=False), *plan.base.named_buffers(remove_duplicate=False)])
+    places = {name: place_in_memory(tensor) for name, tensor in tensors.items()}
+    faults = []
+    for name, target in targets.items():
+        own = tensors.get(name)
+        others = [n for n, p in places.items() if tensors[n] is not own and p.overlaps(places[name])] if own is not None else []
+        if others and not torch.equal(merged[name], own.to(merged[name].dtype)):
+            faults.append(f'"{target.path}": {name} lies in the memory of {listed(others)}, which would change too')
+    return faults
 
 
 @torch.no_grad()

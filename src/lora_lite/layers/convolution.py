@@ -111,7 +111,8 @@ class GroupedConvKind(ConvKind):
     """A convolution in groups: `W (o, i)` with `i = channels / groups * prod(kernel)`, of which each group of outputs has its rows.
 
     A row sees the channels of its own group, so that no one input goes with all rows. The variant is evaluated at the identity instead, as
-    where merging, and the layer convolves by the kernel that it returns. A variant that uses the output alone is called with it.
+    where merging, and the layer convolves by the kernel that it returns. So is one that uses the output alone: it may mix the outputs of
+    several groups, of which no kernel has the result.
     """
 
     gives: ClassVar[AbstractSet[str]] = ConvKind.gives - {"dropout"}
@@ -123,9 +124,6 @@ class GroupedConvKind(ConvKind):
         return cls.may_fit(type(layer)) and layer.groups > 1
 
     def apply(self, f: Variant, params: Params, x: Tensor) -> Tensor:
-        return f(params, self, x) if set(f.uses) <= {"output"} else self.by_kernel(f, params, x)
-
-    def by_kernel(self, f: Variant, params: Params, x: Tensor) -> Tensor:
         """Convolve by the adapted kernel. In low precision the update has a convolution of its own: its digits would be lost in a sum."""
         dtype = exact_dtype(x.dtype)
         weight, bias = (self.adapted(f, params, role, dtype) for role in ("weight", "bias"))

@@ -1,7 +1,7 @@
 """Whole modules, whose own parameters are moved, and norms among them."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -101,8 +101,7 @@ class ModuleKind(Kind):
     @contextmanager
     def _swapped(self, now: Mapping[str, Tensor]) -> Iterator[None]:
         """Swap tensors in for the module's parameters during a call. The module is of a copy, whose calls run one at a time."""
-        places = [(*place_of(self.layer, name), name) for name in now]
-        tables: list[tuple[Any, str, str]] = [(module._parameters, own, name) for module, own, name in places]
+        tables = list(_places(self.layer, now))
         tensors = [table[own] for table, own, _ in tables]
         before, self._now = self._now, now
         try:
@@ -188,6 +187,14 @@ class ModuleKind(Kind):
 
     def probe(self, tokens: int) -> list[Any]:
         return []  # the module itself runs
+
+
+def _places(module: nn.Module, names: Iterable[str]) -> Iterator[tuple[Any, str, str]]:
+    """Yield the tables of modules inside that hold parameters, with the key there and the name: several for one that modules share."""
+    hosts = {name: place_of(module, name) for name in names}
+    named = {host._parameters[own]: name for name, (host, own) in hosts.items()}
+    for inner in modules_by_path(module).values() if named else ():
+        yield from ((inner._parameters, own, named[p]) for own, p in inner._parameters.items() if p in named)
 
 
 class _Recorder(Frozen):

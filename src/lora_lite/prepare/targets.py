@@ -11,6 +11,7 @@ from torch import nn
 
 from lora_lite.core.config import AdapterConfig, as_config, patterns_of, with_fields
 from lora_lite.core.errors import listed, require_type
+from lora_lite.core.memory import Place, place_in_memory
 from lora_lite.core.plan import UNNAMED, Target, Targets
 from lora_lite.core.tree import modules_by_path
 from lora_lite.layers.find import asked_for, find, names, unnamed
@@ -144,12 +145,15 @@ def _excluded(path: str, cfg: AdapterConfig, plain: Sequence[str]) -> bool:
 
 
 def sharing(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Map the path of each module with a shared weight to the paths of the others that have the weight."""
-    holders: dict[int, list[str]] = {}
+    """Map the path of each module with a shared weight to the paths of the others that have the weight.
+
+    It is shared as one parameter, or as two in one memory, `b.weight.data = a.weight.data`.
+    """
+    holders: dict[Place, list[str]] = {}
     for path, module in modules_by_path(model).items():
         weight = module._parameters.get("weight")
         if weight is not None:
-            holders.setdefault(id(weight), []).append(path)
+            holders.setdefault(place_in_memory(weight), []).append(path)
     return {path: tuple(p for p in paths if p != path) for paths in holders.values() for path in paths if len(paths) > 1}
 
 
