@@ -107,6 +107,16 @@ def test_a_weight_that_is_trained_too_has_its_gradient(monkeypatch):
     torch.testing.assert_close(grad, torch.ones(6, 6))
 
 
+def test_autocast_of_the_forward_is_that_of_the_recomputation(monkeypatch):
+    monkeypatch.setattr(recompute, "SMALL", 0)
+    a, b, found = torch.randn(4, 3, requires_grad=True), torch.randn(3, 5, requires_grad=True), []
+    for f in (recomputed, lambda f, *tensors: f(*tensors)):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = f(lambda a, b: (a @ b).tanh(), a, b)
+        found.append((y, *torch.autograd.grad(y.float().square().sum(), (a, b))))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_in_bfloat16_and_with_checkpointed_blocks(name):
     torch.manual_seed(0)

@@ -106,6 +106,69 @@ def test_random_state_goes_on_as_without(tiny):
     assert torch.equal(*after)
 
 
+class _Drawing(nn.Module):
+    """A block that draws at random, whatever its mode."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.a, self.drop, self.b, self.draw = nn.Linear(8, 8), nn.Dropout(), nn.Linear(8, 8), draw
+
+    def forward(self, x):
+        return x + self.b(self.draw(self, torch.tanh(self.a(x))))
+
+
+DRAWS = {
+    "a module in training mode": lambda block, h: block.drop.train()(h),
+    "dropout in training mode": lambda block, h: nn.functional.dropout(h, 0.5, training=True),
+    "noise": lambda block, h: h * torch.randn_like(h),
+}
+
+
+@pytest.mark.parametrize("way", ["value_and_grad", "grad", "hessian", "vmap"])
+@pytest.mark.parametrize("draw", DRAWS)
+def test_blocks_in_evaluation_mode_that_draw_at_random(draw, way):
+    model, x, found = nn.Sequential(_Drawing(DRAWS[draw]), _Drawing(DRAWS[draw])).eval(), torch.randn(4, 8), []
+    for pattern in (None, r"^\d$"):
+        adapt = ll.build(model, ll.LoRAConfig(r=2), remat=pattern)
+        run = dict(_losses(adapt, move(adapt.init()), x, randomness="different"))[way]
+        torch.manual_seed(5)
+        found.append((run(), torch.rand(3)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["value_and_grad", "grad", "hessian", "jvp", "vmap"])
+@pytest.mark.parametrize("pattern", [r"^1$", r"^\d$"])
+def test_autocast_around_the_forward_alone(pattern, way):
+    shared = nn.Linear(8, 8)
+    model, x, found = nn.Sequential(nn.Sequential(shared, nn.Tanh()), nn.Sequential(shared, nn.Tanh()), shared), torch.randn(4, 8), []
+    for remat in (None, pattern):
+        adapt = ll.build(model, ll.LoRAConfig(r=2), remat=remat)
+
+        def call(p, x, adapt=adapt):
+            with torch.autocast("cpu", torch.bfloat16):
+                return adapt(p, x)
+
+        found.append(dict(_losses(call, move(adapt.init()), x))[way]())
+    # vmap adds up the gradients of the shared layer in another order, in bfloat16.
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=6e-2 if way == "vmap" else 1e-7)
+
+
+@pytest.mark.parametrize("how", ["value_and_grad", "func_grad"])
+def test_autocast_around_the_forward_of_a_model(tiny, how):
+    plain, remat, params, batch = pair(tiny, "t5", ll.LoRAConfig(r=4))
+
+    def call(adapt):
+        def run(p, batch):
+            with torch.autocast("cpu", torch.bfloat16):
+                return adapt(p, batch)
+
+        return run
+
+    want, got = (HOW[how](call(adapt), params, batch) for adapt in (plain, remat))
+    assert_trees_equal(got, want, 1e-6)
+    assert max(float(leaf.abs().max()) for leaf in ll.tree_leaves(want)) > 1e-4
+
+
 class _Noting(nn.Module):
     """A block that writes into a mapping what later ones read."""
 
@@ -150,14 +213,14 @@ def test_what_blocks_write_into_a_mapping_keeps_its_gradient(kind, how):
     assert_trees_equal(results[1], results[0], 1e-6)
 
 
-def _losses(adapt, params, x):
+def _losses(adapt, params, x, randomness="error"):
     """Every way to a gradient of `params`."""
     f = lambda p, x=x: adapt(p, x).square().sum()  # noqa: E731
     yield "value_and_grad", lambda: ll.value_and_grad(f)(params)
     yield "grad", lambda: torch.func.grad(f)(params)
     yield "hessian", lambda: ll.hvp(f)(params, params)
     yield "jvp", lambda: torch.func.jvp(f, (params,), (params,))
-    yield "vmap", lambda: torch.vmap(torch.func.grad(f), in_dims=(None, 0))(params, x[:, None])
+    yield "vmap", lambda: torch.vmap(torch.func.grad(f), in_dims=(None, 0), randomness=randomness)(params, x[:, None])
     yield "mixed", lambda: ll.value_and_grad(lambda p: adapt.mixed(p, x).square().sum())(ll.stack([params, params]))
 
 

@@ -131,7 +131,7 @@ def recompute(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], k
         kept.update(map(id, fresh))
         return fresh
 
-    recipe = Recipe(run, random_state(inputs) if block.training else None)
+    recipe = Recipe(run, random_state(block, inputs))
     with watched(block) as seen:
         results = Recompute.apply(recipe, *inputs)
     tree, sources, tensors = shape

@@ -6,12 +6,13 @@ holds the inputs of a block and the gradients of its outputs, and none of its ac
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lora_lite.core.recompute import Autocast, autocast_as, autocast_state
 from lora_lite.core.tracing import forward_mode, transformed
 
 Tensors = Sequence[Tensor]
@@ -25,10 +26,12 @@ class Recipe:
     Args:
         run: the function.
         rng: the random state of its first run, in which each further one begins; None where it draws nothing.
+        autocast: the state of autocast in its first run, and in each further one.
     """
 
     run: Callable[[Tensors], Tensors]
     rng: RandomState | None = None
+    autocast: Autocast = field(default_factory=autocast_state)
 
     def pullback(self, places: Sequence[int], inputs: int) -> "Recipe":
         """Return the gradients of the inputs at `places`, as a function of all `inputs` tensors and the gradients of the outputs."""
@@ -59,7 +62,7 @@ class Recipe:
             filled = list(tensors)
             for k, tensor in zip(places, chosen):
                 filled[k] = tensor
-            with _restored(self.rng):
+            with _restored(self.rng), autocast_as(self.autocast):
                 return tuple(t for t in self.run(filled) if _smooth(t))
 
         return f
@@ -117,9 +120,15 @@ def _vjp(f: Callable[..., tuple[Tensor, ...]], at: list[Tensor], grads: tuple[Te
     return torch.autograd.grad(outputs, at, weights, create_graph=recorded, allow_unused=True, materialize_grads=True)
 
 
-def random_state(tensors: Tensors) -> RandomState:
-    """Return the random state of the CPU and of the devices of some tensors."""
+def random_state(block: nn.Module, tensors: Tensors) -> RandomState:
+    """Return the random state of the CPU and of the devices of some tensors, in which `block` begins a run.
+
+    A block in evaluation mode may draw too (Monte Carlo dropout). While a CUDA graph is captured, the state of a device cannot be read. It is
+    left out then where all of the block is in evaluation mode.
+    """
     devices = {t.get_device() for t in tensors if t.is_cuda}
+    if devices and torch.cuda.is_current_stream_capturing() and not any(module.training for module in block.modules()):
+        devices = set()
     return torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices}
 
 

@@ -7,7 +7,8 @@ They run where plain autograd records and the tensors are large enough. Elsewher
 graph of the gradient, and so all that it computes again, and a compiler chooses by itself what to keep.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,11 +18,33 @@ from torch.autograd import forward_ad
 
 from lora_lite.core.tracing import in_transform
 
+Autocast = dict[str, tuple[torch.dtype, bool, bool]]
+"""The state of autocast by type of device: its dtype, whether it is on, whether it caches."""
 Compute = Callable[..., Tensor]
 Vjp = Callable[..., tuple[Tensor, Callable[[Tensor], Sequence[Tensor | None]]]]
 
 SMALL = 1 << 14
 """Number of entries up to which an intermediate tensor is kept: the price of a Function in Python is then the larger one."""
+
+
+def autocast_state() -> Autocast:
+    """Return the present state of autocast for the CPU and the accelerator, if any."""
+    accelerator = torch.accelerator.current_accelerator()
+    known = accelerator is not None and torch.amp.is_autocast_available(accelerator.type)
+    devices = ("cpu", accelerator.type) if accelerator is not None and known else ("cpu",)
+    caches = torch.is_autocast_cache_enabled()
+    return {device: (torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), caches) for device in devices}
+
+
+@contextmanager
+def autocast_as(state: Autocast) -> Iterator[None]:
+    """Put a state of autocast in place. A backward pass runs outside of the context that stood around the forward."""
+    now = autocast_state()
+    with ExitStack() as stack:
+        for device, (dtype, on, caches) in state.items():
+            if now[device] != state[device]:
+                stack.enter_context(torch.autocast(device, dtype, on, caches))
+        yield
 
 
 def _recomputes(entries: int, tensors: Sequence[Tensor], fixed: Sequence[Tensor | None] = ()) -> bool:
@@ -74,13 +97,19 @@ def gradients_of(f: Compute, tensors: Sequence[Tensor], grad: Tensor, needs: Seq
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, f: Compute, *tensors: Tensor) -> Tensor:
-        ctx.f = f
+        state = autocast_state()
+
+        def again(*tensors: Tensor) -> Tensor:
+            with autocast_as(state):
+                return f(*tensors)
+
+        ctx.again = again
         ctx.save_for_backward(*tensors)
         return f(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *gradients_of(ctx.f, ctx.saved_tensors, grad, ctx.needs_input_grad[1:])
+        return None, *gradients_of(ctx.again, ctx.saved_tensors, grad, ctx.needs_input_grad[1:])
 
 
 class _LinearPlus(torch.autograd.Function):
