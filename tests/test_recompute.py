@@ -117,6 +117,50 @@ def test_autocast_of_the_forward_is_that_of_the_recomputation(monkeypatch):
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
+VIEWS = {
+    "no view": torch.matmul,
+    "all of a tensor": lambda a, b: (a @ b).view(-1, 10),
+    "a transpose": lambda a, b: (a @ b).t(),
+    "a part": lambda a, b: (a @ b)[1:],
+    "a given tensor": lambda a, b: a.view(3, 4),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_the_value_may_be_changed_in_place(monkeypatch, view):
+    monkeypatch.setattr(recompute, "SMALL", 0)
+    a, b, found = torch.randn(4, 3, requires_grad=True), torch.randn(3, 5, requires_grad=True), []
+    for f in (recomputed, lambda f, *tensors: f(*tensors)):
+        y = f(VIEWS[view], a + 0, b + 0)
+        y = y.clone() if view == "a given tensor" else y  # as autograd asks: in place, the given tensor would change too
+        y.mul_(2).add_(1)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (a, b), allow_unused=True)))
+    torch.testing.assert_close(found[0], found[1])
+
+
+IN_PLACE = {
+    **CONFIGS,
+    "abba": ll.ABBAConfig(r1=6, r2=5),
+    "svft": ll.SVFTConfig(),
+    "goft": ll.GOFTConfig(),
+    "waveft": ll.WaveFTConfig(n_frequency=300),
+}
+
+
+@pytest.mark.parametrize("shape", [(136,), (400, 136), (2, 3, 136), (0, 136), (136, 5, 2)], ids=str)
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_an_operation_in_place_may_follow_a_target(name, shape):
+    model = nn.Sequential(nn.Linear(136, 144), nn.ReLU(inplace=True), nn.Linear(144, 136), nn.ReLU(inplace=True))
+    adapt, x = ll.build(model, IN_PLACE[name]), torch.randn(shape)
+    x = x.transpose(0, -1) if shape[-1] != 136 else x  # not contiguous
+    params = ll.tree_map(lambda p: p + 0.05 * torch.randn_like(p), adapt.init(seed=0))
+    got = ll.value_and_grad(loss(adapt, x))(params)
+    for layer in model:
+        layer.inplace = False
+    want = ll.value_and_grad(loss(ll.build(model, IN_PLACE[name]), x))(params)
+    torch.testing.assert_close(got, want, equal_nan=True)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_in_bfloat16_and_with_checkpointed_blocks(name):
     torch.manual_seed(0)

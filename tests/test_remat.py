@@ -155,7 +155,8 @@ def test_autocast_around_the_forward_alone(pattern, way):
 
 @pytest.mark.parametrize("how", ["value_and_grad", "func_grad"])
 def test_autocast_around_the_forward_of_a_model(tiny, how):
-    plain, remat, params, batch = pair(tiny, "t5", ll.LoRAConfig(r=4))
+    # torch's fused attention takes another kernel where nothing is recorded, which in bfloat16 rounds otherwise.
+    plain, remat, params, batch = pair(tiny, "t5", ll.LoRAConfig(r=4), attn_implementation="eager")
 
     def call(adapt):
         def run(p, batch):

@@ -123,8 +123,8 @@ def _vjp(f: Callable[..., tuple[Tensor, ...]], at: list[Tensor], grads: tuple[Te
 def random_state(block: nn.Module, tensors: Tensors) -> RandomState:
     """Return the random state of the CPU and of the devices of some tensors, in which `block` begins a run.
 
-    A block in evaluation mode may draw too (Monte Carlo dropout). While a CUDA graph is captured, the state of a device cannot be read. It is
-    left out then where all of the block is in evaluation mode.
+    A block in evaluation mode may draw too (Monte Carlo dropout). While a CUDA graph is captured, the state of a device cannot be read. It
+    is left out then where all of the block is in evaluation mode.
     """
     devices = {t.get_device() for t in tensors if t.is_cuda}
     if devices and torch.cuda.is_current_stream_capturing() and not any(module.training for module in block.modules()):

@@ -18,8 +18,8 @@ from torch.autograd import forward_ad
 
 from lora_lite.core.tracing import in_transform
 
-Autocast = dict[str, tuple[torch.dtype, bool, bool]]
-"""The state of autocast by type of device: its dtype, whether it is on, whether it caches."""
+Autocast = dict[str, tuple[torch.dtype, bool]]
+"""The state of autocast by type of device: its dtype, and whether it is on."""
 Compute = Callable[..., Tensor]
 Vjp = Callable[..., tuple[Tensor, Callable[[Tensor], Sequence[Tensor | None]]]]
 
@@ -32,18 +32,21 @@ def autocast_state() -> Autocast:
     accelerator = torch.accelerator.current_accelerator()
     known = accelerator is not None and torch.amp.is_autocast_available(accelerator.type)
     devices = ("cpu", accelerator.type) if accelerator is not None and known else ("cpu",)
-    caches = torch.is_autocast_cache_enabled()
-    return {device: (torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), caches) for device in devices}
+    return {device: (torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)) for device in devices}
 
 
 @contextmanager
 def autocast_as(state: Autocast) -> Iterator[None]:
-    """Put a state of autocast in place. A backward pass runs outside of the context that stood around the forward."""
+    """Put a state of autocast in place, to compute again: a backward pass runs outside of the context that stood around the forward.
+
+    Casts are not cached. The inputs of a recomputation are leaves, of which autocast would keep one cast for all uses, and add up the
+    gradients of these in the narrow dtype.
+    """
     now = autocast_state()
     with ExitStack() as stack:
-        for device, (dtype, on, caches) in state.items():
-            if now[device] != state[device]:
-                stack.enter_context(torch.autocast(device, dtype, on, caches))
+        for device, (dtype, on) in state.items():
+            if on or now[device] != state[device]:
+                stack.enter_context(torch.autocast(device, dtype, on, cache_enabled=False))
         yield
 
 
@@ -55,10 +58,26 @@ def _recomputes(entries: int, tensors: Sequence[Tensor], fixed: Sequence[Tensor 
     return needs and not any(t is not None and t.requires_grad for t in fixed)
 
 
+def whole(tensor: Tensor, given: Sequence[Tensor]) -> Tensor:
+    """Return a tensor that a Function may hand out, so that its receiver may change the values in place.
+
+    Autograd allows that for no view that is made inside a Function. For a view of all of a tensor this is the tensor itself, of another
+    shape: take the view outside. For other views it is a copy. A view of a given tensor stays one.
+    """
+    base = tensor._base
+    if base is None or any(base is t or base is t._base for t in given):
+        return tensor
+    alike = base.numel() == tensor.numel() and base.dtype == tensor.dtype and base.is_conj() == tensor.is_conj()
+    contiguous = base.is_contiguous() and tensor.is_contiguous() and base.is_neg() == tensor.is_neg()
+    return base if alike and contiguous else tensor.clone()
+
+
 def recomputed(f: Compute, *tensors: Tensor) -> Tensor:
     """Return `f(*tensors)`, of which the backward pass keeps `tensors` alone. `f` draws no random numbers."""
-    entries = max(t.numel() for t in tensors)
-    return _Recomputed.apply(f, *tensors) if _recomputes(entries, tensors) else f(*tensors)
+    if not _recomputes(max(t.numel() for t in tensors), tensors):
+        return f(*tensors)
+    shape: list[int] = []
+    return _Recomputed.apply(f, shape, *tensors).view(shape)
 
 
 def linear_plus(
@@ -83,7 +102,7 @@ def linear_plus(
             function from its gradient, which that may overwrite, to those of the tensors. The function is called once at most.
     """
     if _recomputes(shape[0] * shape[1], tensors, (weight, bias)):
-        return _LinearPlus.apply(update, vjp, weight, bias, x, *tensors)
+        return _LinearPlus.apply(update, vjp, weight, bias, x, *tensors).view(*x.shape[:-1], shape[0])
     whole = _sum(weight, update(*tensors)) if vjp is None or torch.is_grad_enabled() else vjp(weight, *tensors)[0]
     return F.linear(x, whole, bias)
 
@@ -95,24 +114,30 @@ def gradients_of(f: Compute, tensors: Sequence[Tensor], grad: Tensor, needs: Seq
 
 
 class _Recomputed(torch.autograd.Function):
+    """Return `f(*tensors)`, in another shape where it is a view. Its own is put into `shape`."""
+
     @staticmethod
-    def forward(ctx: Any, f: Compute, *tensors: Tensor) -> Tensor:
-        state = autocast_state()
+    def forward(ctx: Any, f: Compute, shape: list[int], *tensors: Tensor) -> Tensor:
+        state, y = autocast_state(), f(*tensors)
+        out = whole(y, tensors)
+        shape.extend(y.shape)
 
         def again(*tensors: Tensor) -> Tensor:
             with autocast_as(state):
-                return f(*tensors)
+                return f(*tensors).reshape(of_out)
 
-        ctx.again = again
+        ctx.again, of_out = again, out.shape
         ctx.save_for_backward(*tensors)
-        return f(*tensors)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *gradients_of(ctx.again, ctx.saved_tensors, grad, ctx.needs_input_grad[1:])
+        return None, None, *gradients_of(ctx.again, ctx.saved_tensors, grad, ctx.needs_input_grad[2:])
 
 
 class _LinearPlus(torch.autograd.Function):
+    """Return `(tokens, o)`: of a view that is made in here, autograd allows nobody to change the values in place."""
+
     @staticmethod
     def forward(
         ctx: Any, update: Compute, vjp: Vjp | None, weight: Tensor | None, bias: Tensor | None, x: Tensor, *tensors: Tensor
@@ -120,7 +145,7 @@ class _LinearPlus(torch.autograd.Function):
         ctx.update, ctx.vjp = update, vjp
         ctx.save_for_backward(weight, x, *tensors)
         whole = _sum(weight, update(*tensors)) if vjp is None else vjp(weight, *tensors)[0]
-        return F.linear(x, whole, bias)
+        return F.linear(x.reshape(-1, x.shape[-1]), whole, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -128,9 +153,9 @@ class _LinearPlus(torch.autograd.Function):
         of_x, *of_tensors = ctx.needs_input_grad[4:]
         plain = ctx.vjp is None or torch.is_grad_enabled()
         whole, pull = (_vjp(ctx.update, of_tensors) if plain else ctx.vjp)(weight, *tensors)
-        grad_x = grad @ whole if of_x else None
+        grad_x = (grad @ whole).view(x.shape) if of_x else None
         del whole
-        found = pull(grad.flatten(0, -2).t() @ x.flatten(0, -2)) if any(of_tensors) else [None] * len(tensors)
+        found = pull(grad.t() @ x.reshape(-1, x.shape[-1])) if any(of_tensors) else [None] * len(tensors)
         return None, None, None, None, grad_x, *found
 
 
