@@ -7,11 +7,12 @@ import peft
 import pytest
 import safetensors.torch
 import torch
+import transformers as tf
 from torch import nn
 
 import lora_lite as ll
 from cases import assert_trees_equal, move, tiny_models
-from peft_oracle import assert_close
+from peft_oracle import assert_close, wrapped
 
 TOLERANCE = 1e-5
 pytestmark = [
@@ -112,6 +113,103 @@ def test_own_weights_saved_beside_the_adapter_are_held_to_the_model(targets, tmp
         model.lm_head.weight.add_(1.0)
     with pytest.raises(ValueError, match=r"(embed_tokens|lm_head)\..*weight\": it differs from the model's own"):
         ll.from_peft(model, tmp_path)
+
+
+class Scaled(nn.Linear):
+    """As of an equalised learning rate."""
+
+    def forward(self, x):
+        return 2.0 * super().forward(x)
+
+
+class Checked(nn.Linear):
+    """A forward of its own that is the plain one."""
+
+    def forward(self, x):
+        assert x.shape[-1] == self.in_features
+        return super().forward(x)
+
+
+class Residual(nn.Linear):
+    """A sum in which the weight stands once."""
+
+    def forward(self, x):
+        return x.flip(-1)[..., : self.out_features] + super().forward(x)
+
+
+class Reads(nn.Module):
+    """A layer that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(6, 4)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.net.weight, self.net.bias)
+
+
+def _mamba():
+    torch.manual_seed(0)
+    return tf.MambaForCausalLM(tf.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)).eval()
+
+
+ALIKE = {
+    "checked": (Checked, {"target_modules": ["net.0"]}),
+    "checked-dora": (Checked, {"target_modules": ["net.0"], "use_dora": True}),
+    "residual": (Residual, {"target_modules": ["net.0"]}),
+    "scaled-parameter": (Scaled, {"target_modules": [], "target_parameters": ["net.0.weight"]}),  # PEFT adapts it inside the forward
+}
+
+
+@pytest.mark.parametrize("case", ALIKE)
+def test_own_forwards_that_peft_computes_alike_are_read(case, tmp_path):
+    torch.manual_seed(0)
+    cls, fields = ALIKE[case]
+    model, x = Around(cls(6, 4)).eval(), torch.randn(3, 6)
+    theirs = wrapped(model, peft.LoraConfig(r=2, **fields))
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    assert_close(adapt(params, x) - model(x), theirs(x) - model(x))
+    if cls is not Scaled:
+        ll.to_peft(adapt, params, tmp_path / "ours")
+        assert_close(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours")(x) - model(x), theirs(x) - model(x))
+
+
+APART = {
+    "scaled": (lambda: Around(Scaled(6, 4)), {"target_modules": ["net.0"]}, r'"net\.0": LoRAConfig on a Scaled, which has a forward'),
+    "residual-dora": (
+        lambda: Around(Residual(6, 4)),
+        {"target_modules": ["net.0"], "use_dora": True},
+        "on a Residual, which has a forward",
+    ),
+    "read": (Reads, {"target_modules": ["net"]}, "on a layer whose weight Reads reads without calling it"),
+    "mamba": (_mamba, {"target_modules": ["dt_proj"]}, "on a layer whose weight MambaMixer reads without calling it"),
+}
+
+
+@pytest.mark.parametrize("case", APART)
+def test_layers_that_peft_computes_otherwise_are_refused_both_ways(case, tmp_path):
+    make, fields, message = APART[case]
+    model = make()
+    wrapped(model, peft.LoraConfig(r=2, **fields)).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match=f"(?s)from_peft: .*{message}"):
+        ll.from_peft(model, tmp_path / "theirs")
+    cls = ll.DoRAConfig if fields.get("use_dora") else ll.LoRAConfig
+    adapt = ll.build(model, cls(r=2, target_names=fields["target_modules"]))
+    with pytest.raises(ValueError, match=f"(?s)to_peft: .*{message}"):
+        ll.to_peft(adapt, move(adapt.init()), tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("name", ["out_proj", "conv1d"])
+def test_layers_of_mamba_that_peft_refuses_are_refused(name, tmp_path):
+    model = _mamba()
+    with pytest.raises(ValueError, match=f"Module '{name}' is incompatible with Mamba"):
+        peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=[name]))
+    adapt = ll.build(model, ll.LoRAConfig(r=2, target_names=f"{name}$"))
+    with pytest.raises(ValueError, match=rf'"backbone\.layers\.0\.mixer\.{name}": LoRAConfig on a layer of Mamba: PEFT.s LORA refuses'):
+        ll.to_peft(adapt, move(adapt.init()), tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
 
 
 REFUSED = {

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.plan import Target
 from lora_lite.core.tree import join
+from lora_lite.files.peft.calls import uncalled
 from lora_lite.layers.convolution import ConvKind
 from lora_lite.layers.embedding import EmbeddingKind
 from lora_lite.layers.kind import Kind
@@ -131,11 +132,14 @@ def _wrapped(model: nn.Module, target: Target, tensors: Mapping[str, Tensor], pa
     return {at + A: a.contiguous(), at + B: b.contiguous()}
 
 
-def unsaved(model: nn.Module, target: Target, cfg: AdapterConfig) -> str | None:
-    """Return the reason why PEFT cannot keep a variant at a target, or None."""
+def unsaved(model: nn.Module, target: Target, cfg: AdapterConfig, asked: Sequence[str] = ()) -> str | None:
+    """Return the reason why PEFT cannot keep a variant at a target, or None. `asked` is a file's `target_parameters`."""
     layer: Any = model.get_submodule(target.kind.host(target.path))
     if in_attention(model, target.path):
         return "inside nn.MultiheadAttention: PEFT adds the update of its output projection twice"
+    elsewhere = uncalled(model, target, cfg, _weight_asked(layer, target.path, asked))
+    if elsewhere:
+        return elsewhere
     if issubclass(target.kind, ParameterKind | EmbeddingKind) and cfg.name != "lora":
         return f"on {'an embedding' if issubclass(target.kind, EmbeddingKind) else 'a parameter'}: PEFT has LoRA alone there"
     if issubclass(target.kind, ParameterKind | EmbeddingKind) and getattr(cfg, "lora_bias", False):

@@ -83,7 +83,7 @@ def from_peft(
     _require(_misread(model, chosen, kinds), folder, model)
     configs = [*_merged_configs(chosen), *whole.configs_of(parts.modules), *tokens.configs_of(parts.rows), *_bitfit(parts.shifts)]
     built = build(model, configs, remat=remat, kinds=kinds)
-    _require(_undefined(model, built, chosen), folder, model)
+    _require(_undefined(model, built, chosen, parts.fields.get("target_parameters") or ()), folder, model)
     adapt = _with_constants(built, chosen, parts)
     theirs = _theirs(chosen, parts)
     faults = tree_faults(theirs, grouped.shapes_of(adapt._plan, theirs)) + _field_faults(parts, chosen)
@@ -125,10 +125,10 @@ def _bitfit(shifts: Tree) -> list[AdapterConfig]:
     return [BitFitConfig(target_names=tuple(f"^{re.escape(path)}$" for path in shifts), exclude_names=())] if shifts else []
 
 
-def _undefined(model: nn.Module, adapt: Adapt, chosen: Chosen) -> list[str]:
+def _undefined(model: nn.Module, adapt: Adapt, chosen: Chosen, asked: Sequence[str]) -> list[str]:
     """List the layers at which PEFT computes something else than the variant, or nothing."""
     pairs = [(t, cfg) for t, cfg in zip(adapt.targets, adapt.configs) if t.path in chosen]
-    reasons = [(t.path, cfg, unsaved(model, t, cfg)) for t, cfg in pairs]
+    reasons = [(t.path, cfg, unsaved(model, t, cfg, asked)) for t, cfg in pairs]
     return [f'"{path}": {type(cfg).__name__} {why}' for path, cfg, why in reasons if why]
 
 

@@ -20,6 +20,7 @@ from lora_lite.core.plan import Target
 from lora_lite.files.card import write_card
 from lora_lite.files.durable import replace
 from lora_lite.files.peft import biases, tokens, twice, whole
+from lora_lite.files.peft.calls import barred
 from lora_lite.files.peft.categories import gathered
 from lora_lite.files.peft.config import Pairs, Written, fields_of
 from lora_lite.files.peft.grouped import copies
@@ -156,7 +157,7 @@ def require_expressible(found: Sorted, adapt: Adapt) -> None:
         faults += [f"{at}.{reason}"] if reason else []
         if is_conv1d(target) and not row.conv1d:
             faults.append(f"{at} on a Conv1D: PEFT's {row.peft_type} takes nn.Linear alone")
-        unable = unsaved(adapt._plan.base, target, cfg)
+        unable = barred(adapt._plan.base, target, row.peft_type) or unsaved(adapt._plan.base, target, cfg)
         faults += [f"{at} {unable}"] if unable else []
         if not target.path:
             faults.append("the model itself is the layer: PEFT adapts layers inside a model")
