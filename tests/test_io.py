@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -234,6 +235,29 @@ def test_a_rename_that_fails_leaves_the_old_file_and_nothing_else(saved, monkeyp
         ll.save(adapt, moved(params, 1), path)
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are those of POSIX")
+@pytest.mark.parametrize("mask", [0o022, 0o007, 0o077], ids=oct)
+def test_files_have_the_permissions_that_open_would_leave(saved, mask):
+    adapt, params, path = saved
+
+    def modes():
+        ll.save(adapt, params, path)
+        ll.to_peft(adapt, params, path.parent / "peft")
+        ll.save(adapt, params, path.parent / f"new-{mask}.safetensors")
+        places = [path.parent / "peft", *(path.parent / "peft").iterdir(), path.parent / f"new-{mask}.safetensors", path]
+        return [stat.S_IMODE(place.stat().st_mode) for place in places]
+
+    path.chmod(0o640)
+    before = os.umask(mask)
+    try:
+        assert modes() == [0o777 & ~mask, 0o666 & ~mask, 0o666 & ~mask, 0o666 & ~mask, 0o640]
+        for place in (path.parent / "peft").iterdir():
+            place.chmod(0o604)
+        assert modes()[1:3] == [0o604, 0o604]
+    finally:
+        os.umask(before)
 
 
 def test_a_process_killed_in_the_middle_of_writing_leaves_the_old_file(saved):

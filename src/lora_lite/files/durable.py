@@ -2,7 +2,7 @@
 
 import os
 import shutil
-import tempfile
+import stat
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,10 +12,13 @@ from pathlib import Path
 def replace(pairs: Iterable[tuple[Path, Path]]) -> None:
     """Move files `(from, to)` of one disk to their places, in order. Their bytes reach the disk first, their names before it returns.
 
-    A file system may keep a rename before the bytes that it names: after a power cut the file would be there and empty.
+    A file system may keep a rename before the bytes that it names: after a power cut the file would be there and empty. Each file gets the
+    permissions that `open(place, "w")` would leave it.
     """
     pairs = list(pairs)
-    for beside, _ in pairs:
+    for beside, place in pairs:
+        if (mode := _mode(place)) != _mode(beside):  # safetensors writes for the owner alone
+            os.chmod(beside, mode)
         sync(beside)
     for folder in dict.fromkeys(beside.parent for beside, _ in pairs):
         sync(folder)
@@ -58,9 +61,9 @@ def whole_folder(place: Path) -> Iterator[Path]:
         FileNotFoundError: where its parent does not exist.
     """
     require_free(place)
-    beside = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".tmp", dir=place.parent))
+    beside = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
+    beside.mkdir()
     try:
-        os.chmod(beside, 0o777 & ~_umask())
         yield beside
         for path in [*beside.rglob("*"), beside]:
             sync(path)
@@ -80,7 +83,14 @@ def require_free(place: Path) -> None:
         raise FileExistsError(f'expected nothing at "{place}", which is to be written, found something. Name another place, or remove it.')
 
 
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+def _mode(place: Path) -> int:
+    """Return the permissions of a file; where there is none, those of a new one. Reading the umask would set it for other threads."""
+    try:
+        return stat.S_IMODE(place.stat().st_mode)
+    except FileNotFoundError:
+        new = place.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        new.touch()
+        return stat.S_IMODE(new.stat().st_mode)
+    finally:
+        new.unlink(missing_ok=True)
