@@ -105,3 +105,47 @@ def test_merge_refuses_what_is_not_linear_and_what_is_shared(tiny):
     adapt = ll.build(model, ll.LoRAConfig(r=2, exclude_names=()))
     with pytest.raises(ValueError, match=r'"lm_head": its weight is shared with model\.embed_tokens'):
         adapt.merge(adapt.init())
+
+
+def _tied(how):
+    model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.Tanh(), nn.Linear(6, 6, bias=False))
+    first, last = model[0].weight, model[2]
+    if how == "one memory":
+        last.weight.data = first.data
+    elif how == "transposed":
+        last.weight = nn.Parameter(first.data.t())
+    else:
+        both = torch.randn(9, 6)
+        model[0].weight, last.weight = nn.Parameter(both[:6]), nn.Parameter(both[3:])
+    return model
+
+
+@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=2, target_names="0"), ll.FullConfig(target_names="0")], ids=by_name)
+@pytest.mark.parametrize("how", ["one memory", "transposed", "overlapping"])
+def test_merge_refuses_a_weight_in_the_memory_of_another(how, cfg):
+    model = _tied(how)
+    adapt = ll.build(model, cfg)
+    with pytest.raises(ValueError, match=r'"0": .*(shared with 2|lies in the memory of "2\.weight")'):
+        adapt.merge(move(adapt.init()))
+
+
+def test_parts_of_one_tensor_that_have_no_element_in_common_are_merged():
+    table = torch.randn(12, 12)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    for k, part in enumerate((table[:6, :6], table[:6, 6:], table[6:, :6])):
+        model[2 * k].weight = nn.Parameter(part)
+    adapt, x = ll.build(model, ll.LoRAConfig(r=2)), torch.randn(3, 6)
+    params = move(adapt.init())
+    want = adapt(params, x)
+    model.load_state_dict(adapt.merge(params), strict=False)
+    torch.testing.assert_close(model(x), want)
+
+
+def test_a_mixing_of_outputs_across_groups_is_merged_as_it_is_computed():
+    model, x = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8)), torch.randn(2, 8, 5, 5)
+    adapt = ll.build(model, ll.ROADConfig(target_names="0", group_size=8))
+    params = move(adapt.init())
+    want = adapt(params, x)
+    assert (want - model(x)).abs().max() > 0.01
+    model.load_state_dict(adapt.merge(params), strict=False)
+    torch.testing.assert_close(model(x), want)

@@ -276,3 +276,26 @@ def test_a_tied_head_moves_alone_and_does_not_merge():
     assert not torch.allclose(hidden[0].logits, hidden[1].logits)
     with pytest.raises(ValueError, match="its weight is shared with"):
         adapt.merge(params)
+
+
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(self.a(x).tanh())
+
+
+def test_a_weight_that_parts_of_a_module_share_moves_in_all_of_them():
+    model, x = nn.Sequential(Tied(), nn.Linear(6, 3)), torch.randn(5, 6)
+    adapt = ll.build(model, ll.FullConfig(target_names="^0$"))
+    params = move(adapt.init())
+    got = adapt(params, x)
+    moved = {f"0.{name}": p + params["0"][name] for name, p in model[0].named_parameters()}
+    torch.testing.assert_close(got, torch.func.functional_call(model, moved, (x,)))
+    model.load_state_dict(adapt.merge(params), strict=False)
+    torch.testing.assert_close(model(x), got)

@@ -1,5 +1,7 @@
 """The user's model is never touched, whatever is done with `adapt`, and at its start `adapt` is the model, to the bit."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -236,3 +238,29 @@ def test_buffer_written_in_the_forward_is_a_copy(dtype, training, device):
     first = adapt(params, x)
     assert snapshot(model) == before
     assert torch.equal(adapt(params, x), first)
+
+
+@pytest.mark.parametrize("names", ["^0$", "^1$"])
+def test_weights_that_are_computed_are_read_without_a_trace(names):
+    """To read the weight under a spectral norm moves its vectors, in training mode."""
+    model = nn.Sequential(torch.nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8)), nn.Linear(8, 3)).train()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    cfg = ll.LoRAConfig(r=2, target_names=names)
+    ll.find_targets(model, cfg)
+    adapt = ll.build(model, cfg)
+    params = adapt.init()
+    adapt.summary()
+    ll.value_and_grad(lambda p: adapt(p, torch.randn(4, 6)).square().sum())(params)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3", "hra"])
+def test_a_layer_may_have_the_name_of_its_variant(name):
+    model = nn.Sequential(OrderedDict({name: nn.Linear(6, 6)}))
+    adapt, x = ll.build(model, ll.VARIANTS[name](target_names=".")), torch.randn(3, 6)
+    assert torch.equal(adapt(adapt.init(), x), model(x))
+
+
+def test_a_layer_with_the_name_of_tensors_that_are_shared_is_refused():
+    with pytest.raises(ValueError, match=r'"vera" to themselves, found it taken by a target of that name\. Rename'):
+        ll.build(nn.Sequential(OrderedDict(vera=nn.Linear(6, 6))), ll.VeRAConfig(r=2))

@@ -162,11 +162,12 @@ def test_rows_are_tried_once_and_leave_no_trace():
     stacked = ll.stack(members(adapt))
     torch.manual_seed(0)
     first = adapt.mixed(stacked, torch.ones(4, 6))
-    assert calls == [1, 2, 1, 2, 4]
+    tried = [1, 1, 2, 2]
+    assert calls == [*tried, *tried, 4], "as the mode has it and in evaluation mode"
     torch.manual_seed(0)
     assert torch.equal(first, adapt.mixed(stacked, torch.ones(4, 6))), "the trial drew nothing from the global generator"
     adapt.mixed(stacked, torch.ones(8, 6))
-    assert calls == [1, 2, 1, 2, 4, 4, 8]
+    assert calls == [*tried, *tried, 4, 4, 8]
 
 
 def patches(rows):
@@ -301,7 +302,7 @@ def test_compiled_call_is_tried_once_and_not_compiled_again(backend):
         want = sum(adapt(params[n], {name: t[row : row + 1] for name, t in batch.items()}).square().sum() for row, n in enumerate(index))
         torch.testing.assert_close(value, want)
         assert all(leaf.abs().max() > 0 for leaf in ll.tree_leaves(grads))
-    assert len(tried) == 4, "one row and two, as the mode has it and in evaluation mode"
+    assert len(tried) == 8, "two rows alone and together, as the mode has it and in evaluation mode"
 
 
 def count(f, calls):
@@ -314,6 +315,51 @@ def test_compiled_table_of_relative_positions_is_refused():
     batch, stacked = {"input_ids": torch.randint(3, 64, (2, 8))}, ll.stack(members(adapt))
     with pytest.raises(ValueError, match="relative_attention_bias.*" + REFUSED):
         compiled(lambda p: adapt.mixed(p, batch, torch.tensor([0, 1])).last_hidden_state)(stacked)
+
+
+class Regrouped(nn.Module):
+    """A layer whose input has the rows in another order, twice, or without some of their tokens."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.lin = how, nn.Linear(6, 6)
+
+    def forward(self, x, n):
+        if self.how == "twice":
+            first, second = self.lin(torch.cat([x, x])).tanh().chunk(2)
+            return first * second
+        if self.how == "sorted":
+            order = n.argsort(descending=True)
+            return self.lin(x[order]).tanh()[order.argsort()]
+        keep = torch.arange(x.shape[1]) < n[:, None] if self.how == "packed" else x[..., 0] > 0  # the latter as tokens go to an expert
+        return torch.zeros_like(x).masked_scatter(keep[..., None], self.lin(x[keep]).tanh())
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+@pytest.mark.parametrize("how", ["twice", "sorted", "packed", "routed"])
+def test_rows_in_another_order_or_in_part_are_refused(how, rows):
+    adapt = ll.build(Regrouped(how), ll.LoRAConfig(r=2))
+    x, n = torch.randn(rows, 5, 6), torch.tensor([5, 5, 3] if rows == 3 else [5, 3])
+    x[0, 0, 0], x[1, :, 0] = 1.0, -1.0
+    stacked = ll.stack([move(adapt.init(seed=k)) for k in range(rows)])
+    for call in (
+        lambda: adapt.mixed(stacked, (x, n)),
+        lambda: ll.per_example_grad(adapt, lambda y, _: y.sum((1, 2)))(adapt.init(), (x, n)),
+    ):
+        with pytest.raises(ValueError, match='"lin".*' + REFUSED):
+            call()
+
+
+def test_a_call_with_other_numbers_of_tokens_than_were_tried_is_refused():
+    adapt, n = ll.build(Regrouped("routed"), ll.LoRAConfig(r=2)), torch.tensor([4, 4])
+    params = [move(adapt.init(seed=k)) for k in range(2)]
+    x = torch.randn(2, 4, 6)
+    x[..., 0] = torch.tensor([1.0, 1.0, -1.0, -1.0])
+    want = torch.cat([adapt(p, (x[k : k + 1], n[k : k + 1])) for k, p in enumerate(params)])
+    torch.testing.assert_close(adapt.mixed(ll.stack(params), (x, n)), want)
+    x[0, 2, 0] = 1.0
+    with pytest.raises(ValueError, match=r'"lin".*order is known'):
+        adapt.mixed(ll.stack(params), (x, n))
 
 
 class Fixed(nn.Module):

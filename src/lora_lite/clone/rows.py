@@ -1,6 +1,6 @@
 """The rows of a mixed batch, as the bindings of a call see them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,8 @@ class Rows:
 
     Attributes:
         count: the batch's rows; None where they are not followed.
-        known: the targets whose input is known to be made of them, at its first axis and in their order.
+        known: the targets whose input is known to be made of them, at its first axis and in their order, each with the entries there
+            for a row, of all its calls; None where the shapes of another call showed it.
         mapped: of targets whose input has them elsewhere, the axis that they are on, or the member of each entry of the first axis.
         unsure: while a graph is traced, takes the path of a target to be checked when the graph runs: its input has not the rows alone on
             its first axis.
@@ -21,7 +22,7 @@ class Rows:
     """
 
     count: int | None = None
-    known: frozenset[str] = frozenset()
+    known: Mapping[str, Collection[int] | None] = field(default_factory=dict)
     mapped: Mapping[str, Tensor | int] = field(default_factory=dict)
     unsure: Callable[[str], None] | None = None
     beside: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
@@ -32,10 +33,13 @@ class Rows:
         Raises:
             ValueError: naming the target.
         """
-        if self.count is None or path in self.known or path in self.mapped:
+        each = self.known.get(path)
+        if self.count is None or path in self.mapped or (each is None and path in self.known):
             return
         given = x()
-        if isinstance(given, Tensor) and given.dim() and given.shape[0] == self.count:
+        if isinstance(given, Tensor) and given.dim() and given.shape[0] in [self.count * n for n in each or (1,)]:
+            return
+        if each is not None and not isinstance(given, Tensor):
             return
         if self.unsure is None:
             raise ValueError(unknown(path, self.count, tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__))

@@ -39,7 +39,7 @@ def place_in_memory(tensor: Tensor) -> Place:
     if not tensor.numel() or tensor.is_meta or is_traceable_wrapper_subclass(tensor) or not (start := tensor.untyped_storage().data_ptr()):
         return Place(id(tensor))
     shape, stride, size = tuple(tensor.shape), tensor.stride(), tensor.element_size()
-    begin = tensor.storage_offset() * size
+    begin = int(tensor.storage_offset()) * size
     end = begin + (1 + sum((n - 1) * step for n, step in zip(shape, stride))) * size
     by_rows = len(shape) == 2 and stride[1] == 1 and stride[0] >= shape[1]
     pitch, width = (stride[0] * size, shape[1] * size) if by_rows else (0, 0)

@@ -124,7 +124,8 @@ class Plan:
 
     def places(self, path: str, cfg: AdapterConfig) -> Places:
         """Return where all params stand that a target shares, with a group or with all targets of its config."""
-        of_all = {name: (cfg.name, name) for name in self.shapes.get(cfg.name, {}) if "." not in name}  # those of groups have a path before
+        common = {} if cfg.name in self.constants else self.shapes.get(cfg.name, {})  # else a target of that name has its own there
+        of_all = {name: (cfg.name, name) for name in common if "." not in name}  # those of groups have a path before
         return {**of_all, **self.grouped(path, cfg)}
 
     def regrouped(self, tree: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

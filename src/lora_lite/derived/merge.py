@@ -61,8 +61,9 @@ def _moving_others(plan: Plan, targets: Mapping[str, Target], merged: Mapping[st
     places = {name: place_in_memory(tensor) for name, tensor in tensors.items()}
     faults = []
     for name, target in targets.items():
-        own = tensors.get(name)
-        others = [n for n, p in places.items() if tensors[n] is not own and p.overlaps(places[name])] if own is not None else []
+        if (own := tensors.get(name)) is None:
+            continue
+        others = [n for n, place in places.items() if tensors[n] is not own and place.overlaps(places[name])]
         if others and not torch.equal(merged[name], own.to(merged[name].dtype)):
             faults.append(f'"{target.path}": {name} lies in the memory of {listed(others)}, which would change too')
     return faults

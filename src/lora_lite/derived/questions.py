@@ -4,7 +4,7 @@ A trial gathers the base's weights, in which every process takes part. So in eac
 be tried, and all of them try it, on the same rows: with one model and one batch they issue the same collectives, and find the same.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,12 +22,12 @@ class Question:
     Attributes:
         key: its structure.
         mapped: the targets of which the caller says where the rows are.
-        pair: the batch cut to its first row, and to that row twice; None where the answer is known already, or no trial can be made.
+        runs: the batch as `runs_of` cuts it; None where the answer is known already, or no trial can be made.
     """
 
     key: tuple[Any, ...]
     mapped: tuple[str, ...]
-    pair: tuple[Batch, Batch] | None
+    runs: Sequence[Batch] | None
 
 
 def asked(own: Question | None, group: Any) -> Iterator[Question]:
@@ -41,10 +41,10 @@ def asked(own: Question | None, group: Any) -> Iterator[Question]:
         yield from () if own is None else (own,)
         return
     everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, own and replace(own, pair=pytree.tree_map_only(Tensor, _Sent.of, own.pair)), group=group)
+    dist.all_gather_object(everyone, own and replace(own, runs=pytree.tree_map_only(Tensor, _Sent.of, own.runs)), group=group)
     for question in everyone:
         if question is not None:
-            yield replace(question, pair=pytree.tree_map_only(_Sent, _Sent.here, question.pair))
+            yield replace(question, runs=pytree.tree_map_only(_Sent, _Sent.here, question.runs))
 
 
 @dataclass(frozen=True)

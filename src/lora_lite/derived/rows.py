@@ -15,7 +15,7 @@ from lora_lite.core.errors import listed
 from lora_lite.core.tracing import in_transform, outside_transforms, unwrapped, while_traced
 from lora_lite.derived.compiled_rows import Graph, Layout, see_rows, taken_apart
 from lora_lite.derived.questions import Question, asked
-from lora_lite.derived.trial import Batch, Seen, cut, trial
+from lora_lite.derived.trial import Batch, Seen, runs_of, trial
 
 RowMap = Mapping[str, Tensor | Sequence[int] | int]
 
@@ -49,7 +49,7 @@ class Followed:
     ) -> Rows:
         """Return the batch's rows, and the targets whose input is known to be made of them, at their first axis and in their order.
 
-        The first batch with rows of a shape runs the frozen model on its first row, alone and beside itself, unless the batch holds
+        The first batch with rows of a shape runs the frozen model on two of them, each alone and both together, unless the batch holds
         objects that a run may change, such as a cache. In a compiled function the same is done when it runs. The processes of a sharded
         model do it together, each for the batches of all.
 
@@ -71,8 +71,8 @@ class Followed:
         if torch.compiler.is_compiling():
             return Rows(mapped=mapped) if rows < 2 else self._traced(plain, rows, mapped)
         known = self._follow(plain, rows, mapped)
-        beside = {path: seen.beside for path, seen in known.items()}
-        return Rows(mapped=mapped) if rows < 2 else Rows(rows, frozenset(known), mapped, beside=beside)
+        beside, each = ({path: getattr(seen, name) for path, seen in known.items()} for name in ("beside", "each"))
+        return Rows(mapped=mapped) if rows < 2 else Rows(rows, each, mapped, beside=beside)
 
     def _follow(self, plain: Any, rows: int, mapped: Collection[str]) -> dict[str, Seen]:
         """Return for each target how its calls follow the rows, by a trial or from memory; nothing where none can be made.
@@ -84,7 +84,7 @@ class Followed:
         for question in asked(own, self._group):
             if question.key not in self._known:
                 with outside_transforms():
-                    self._known[question.key] = trial(self._replicas.here(), *question.pair) if question.pair else {}
+                    self._known[question.key] = trial(self._replicas.here(), question.runs) if question.runs else {}
             require_following(self._known[question.key], question.mapped, "adapt.mixed")
         return {} if own is None else self._known[own.key]
 
@@ -95,14 +95,14 @@ class Followed:
             return Question(key, tuple(mapped), None)
         with outside_transforms():
             bare = pytree.tree_map_only(Tensor, unwrapped, plain)
-            return Question(key, tuple(mapped), (cut(bare, rows, 1), cut(bare, rows, 2)))
+            return Question(key, tuple(mapped), runs_of(bare, rows))
 
     def _traced(self, plain: Any, rows: int, mapped: dict[str, Tensor | int]) -> Rows:
         """Let the graph that is traced check the rows of its batches."""
         parts: tuple[list[Tensor], list[int], list[float]] = ([], [], [])
         graph: str = self._begin(taken_apart(plain, *parts), tuple(mapped))
         see_rows(parts, rows, graph)
-        return Rows(rows, frozenset(), mapped, functools.partial(self._note, graph))
+        return Rows(rows, {}, mapped, functools.partial(self._note, graph))
 
     def _new_graph(self, layout: Layout, mapped: tuple[str, ...]) -> str:
         def check(plain: Any, rows: int, unsure: Collection[str]) -> None:

@@ -17,7 +17,7 @@ from lora_lite.clone.per_call import Replica
 from lora_lite.clone.rows import Rows
 from lora_lite.derived.mixed import index_of
 from lora_lite.derived.rows import PLAIN, equal_groups, require_following
-from lora_lite.derived.trial import Seen, cut, trial
+from lora_lite.derived.trial import Seen, runs_of, trial
 
 _STATE = "_lora_lite_rows"
 _OWN = ("generate", "_expand_inputs_for_generation")
@@ -82,7 +82,7 @@ def _place(module: nn.Module, state: RowState, rows: int | None = None, known: M
         rows = None
     seen = known or {}
     beside = {path: own.beside for path, own in seen.items()}
-    found = Rows(rows, frozenset(path for path, own in seen.items() if own.follows), beside=beside)
+    found = Rows(rows, {path: None for path, own in seen.items() if own.follows}, beside=beside)
     for binding in _bound(module):
         binding.rows, binding.index, binding.W.follow = found, state.index, beside.get(binding.path)
 
@@ -117,8 +117,7 @@ def _known(module: nn.Module, state: RowState, args: tuple[Any, ...], kwargs: Ma
         state.trying = True
         try:
             can = rows > 1 and not state.single and all(isinstance(leaf, PLAIN) for leaf in pytree.tree_leaves(args))
-            pair = (cut((args, parts), rows, n) for n in (1, 2))
-            state.known[key] = trial(Replica(module, _bound(module), {}), *pair) if can else {}
+            state.known[key] = trial(Replica(module, _bound(module), {}), runs_of((args, parts), rows)) if can else {}
         finally:
             state.trying = False
     return state.known[key]

@@ -1,10 +1,11 @@
 """The trial that finds which targets' inputs are made of a batch's rows.
 
-A layer's input need not have the rows of the batch on its first axis. Packed patches, tables of relative positions and time before rows are
-cases in which an even division proves nothing. So the frozen model runs on one row and on two, and each target's input must grow by the row
-that came in.
+A layer's input need not have the rows of the batch on its first axis, nor in their order. Packed patches, tables of relative positions,
+time before rows, rows sorted by their length and experts that see some tokens are cases in which an even division proves nothing. So the
+frozen model runs on two rows, alone and side by side in either order, and each target's input must be made of what the rows gave alone.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,31 +22,40 @@ _Call = tuple[Tensor | None, Mapping[str, Tensor | None]]
 
 
 class Seen(NamedTuple):
-    """The way in which a target's calls follow the rows: its input, and by their places the tensors beside it, where known."""
+    """The way in which a target's calls follow the rows: its input, and by their places the tensors beside it, where known.
+
+    Attributes:
+        follows: whether the first axis of its inputs has the rows, in their order.
+        beside: by place, whether a tensor beside an input has them too, or is shared.
+        each: the entries of that axis for each row, of all its calls.
+    """
 
     follows: bool
     beside: Mapping[str, bool]
+    each: frozenset[int] = frozenset()
 
 
-_CLOSE = 0.1
+_NEAR = 0.1
 """The distance, in norms, of inputs that count as equal: low dtypes round by the size of a batch, and other rows are about 1 away."""
+_EXACT = 1e-10
+"""That distance for inputs that are integers, such as ids and masks: their projections in float64 alone are rounded."""
 
 
-def trial(replica: Replica, one: Batch, two: Batch) -> dict[str, Seen]:
-    """Return, for each target that one row reaches, how its calls follow rows; nothing where the model refuses such a batch.
+def trial(replica: Replica, runs: Sequence[Batch]) -> dict[str, Seen]:
+    """Return, for each target that a row reaches, how its calls follow rows; nothing where the model refuses such a batch.
 
     The global random state is put back.
 
     Args:
         replica: the copy to run.
-        one, two: a batch and its keywords, cut to one row and to two, as `cut` does it.
+        runs: a batch and its keywords as `runs_of` cuts them.
     """
-    devices = {leaf.device for leaf in pytree.tree_leaves(two) if isinstance(leaf, Tensor) and leaf.is_cuda}
+    devices = {leaf.device for leaf in pytree.tree_leaves(runs) if isinstance(leaf, Tensor) and leaf.is_cuda}
     with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
         try:
-            found = _grown(*(replica.inputs(*batch, _print) for batch in (one, two)), values=not replica.module.training)
+            found = _followed([replica.inputs(*batch, _print) for batch in runs], values=not replica.module.training)
             if replica.module.training:  # dropout draws otherwise: the order shows in evaluation mode
-                still = _grown(*(_in_evaluation(replica, *batch) for batch in (one, two)), values=True)
+                still = _followed([_in_evaluation(replica, *batch) for batch in runs], values=True)
                 found = {
                     path: still.get(path, seen)._replace(follows=seen.follows and still.get(path, seen).follows)
                     for path, seen in found.items()
@@ -66,19 +76,39 @@ def _in_evaluation(replica: Replica, batch: Any, kwargs: dict[str, Any]) -> Mapp
             module.training = mode
 
 
-def cut(plain: Batch, rows: int, n: int) -> Batch:
-    """Return the batch's first row `n` times. Each is masked one position earlier than the last, as a shorter text is."""
+def runs_of(plain: Batch, rows: int) -> tuple[Batch, Batch, Batch, Batch]:
+    """Return the batch cut to its first row, to the row most unlike it, to both, and to both the other way round."""
+    other = _unlike_first(plain, rows)
+    alone, beside, both, swapped = (_cut(plain, rows, picked) for picked in ([0], [other], [0, other], [other, 0]))
+    return alone, beside, both, swapped
 
-    def of_first(path: Any, leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != rows:
+
+def _own(leaf: Any, rows: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == rows
+
+
+def _unlike_first(plain: Batch, rows: int) -> int:
+    """Return the row that differs from the first in the most parts of the batch: a sort by one of them tells the two apart."""
+    differs = torch.zeros(rows, dtype=torch.int64)
+    for leaf in pytree.tree_leaves(plain):
+        if _own(leaf, rows):
+            differs += (leaf != leaf[:1]).reshape(rows, -1).any(1).cpu()
+    return int(differs[1:].argmax()) + 1
+
+
+def _cut(plain: Batch, rows: int, picked: Sequence[int]) -> Batch:
+    """Return some rows of the batch. Any but the first is masked one position earlier than it, as a shorter text is."""
+
+    def of_rows(path: Any, leaf: Any) -> Any:
+        if not _own(leaf, rows):
             return leaf
-        copies = leaf[:1].repeat(n, *[1] * (leaf.dim() - 1))
+        part = leaf[list(picked)]
         if "mask" in pytree.keystr(path) and leaf.dim() == 2:
-            for k in range(n):  # the first too: a mask of ones alone is none to many models
-                copies[k, max(1, leaf.shape[1] - k - (leaf.shape[1] > 2)) :] = 0
-        return copies
+            for k, row in enumerate(picked):  # the first too: a mask of ones alone is none to many models
+                part[k, max(1, leaf.shape[1] - (row > 0) - (leaf.shape[1] > 2)) :] = 0
+        return part
 
-    parts: Batch = pytree.tree_map_with_path(of_first, plain)
+    parts: Batch = pytree.tree_map_with_path(of_rows, plain)
     return parts
 
 
@@ -86,38 +116,49 @@ def _print(x: Any) -> Tensor | None:
     """Return a projection and the norm of each entry of an input's first axis, `(n, 2)`, by which the entry is known again."""
     if not isinstance(x, Tensor) or not x.dim():
         return None
-    flat = x.reshape(len(x), -1).to(torch.float32 if x.is_floating_point() else torch.float64)
+    flat = x.reshape(len(x), math.prod(x.shape[1:])).to(torch.float32 if x.is_floating_point() else torch.float64)
     weights = torch.arange(1, flat.shape[1] + 1, dtype=flat.dtype, device=flat.device).mul(1.7).cos()  # a plain sum is zero after LayerNorm
     return torch.stack([flat @ weights, torch.linalg.vector_norm(flat, dim=1)], 1)
 
 
-def _grown(one: Mapping[str, Sequence[_Call]], two: Mapping[str, Sequence[_Call]], *, values: bool) -> dict[str, Seen]:
-    """Return, for each target, whether its inputs on two rows are those on one row and as much again, and so for what is beside them."""
+def _followed(runs: Sequence[Mapping[str, Sequence[_Call]]], *, values: bool) -> dict[str, Seen]:
+    """Return, for each target, whether its inputs on two rows are those on each of them, and so for what is beside them."""
     found = {}
-    for path, calls in one.items():
-        pairs, even = list(zip(calls, two.get(path, []), strict=False)), len(calls) == len(two.get(path, []))
-        follows = even and all(_twice(a, b, values) for (a, _), (b, _) in pairs)
-        names = dict.fromkeys(name for _, beside in calls for name in beside)
-        kinds = {name: {_follows(a.get(name), b.get(name), values) for (_, a), (_, b) in pairs} for name in names}
+    for path in dict.fromkeys(path for run in runs for path in run):
+        calls = [run.get(path, []) for run in runs]
+        steps, even = list(zip(*calls, strict=False)), len({len(run) for run in calls}) == 1  # of each call of the target, all runs
+        follows = even and all(_joined([x for x, _ in step], values) for step in steps)
+        names = dict.fromkeys(name for run in calls for _, beside in run for name in beside)
+        kinds = {name: {_follows([beside.get(name) for _, beside in step], values) for step in steps} for name in names}
         known = {name: kind.pop() for name, kind in kinds.items() if even and len(kind) == 1}
-        found[path] = Seen(follows, {name: kind for name, kind in known.items() if kind is not None})
+        each = frozenset(len(x) for x, _ in calls[0] if x is not None)
+        found[path] = Seen(follows, {name: kind for name, kind in known.items() if kind is not None}, each)
     return found
 
 
-def _follows(one: Tensor | None, two: Tensor | None, values: bool) -> bool | None:
-    """Whether a tensor beside an input grew by a row, or stayed as it was; None where neither is plain."""
-    if one is None or two is None:
-        return False if one is two else None  # both are numbers
-    if _twice(one, two, values):
+def _follows(runs: Sequence[Tensor | None], values: bool) -> bool | None:
+    """Whether a tensor beside an input is made of the rows, or the same whatever they are; None where neither is plain."""
+    first = runs[0]
+    if first is None or any(run is None for run in runs):
+        return None if any(run is not None for run in runs) else False  # all are numbers
+    if _joined(runs, values):
         return True
-    same = one.shape == two.shape and bool((one - two).abs().max() <= _CLOSE * one[:, 1].max() if len(one) else True)
+    same = all(run is not None and run.shape == first.shape and _close(run, first) for run in runs)
     return False if same else None
 
 
-def _twice(one: Tensor | None, two: Tensor | None, values: bool) -> bool:
-    if one is None or two is None or len(two) != 2 * len(one):
+def _joined(runs: Sequence[Tensor | None], values: bool) -> bool:
+    """Whether the inputs of two rows side by side, in either order, are those of each row alone."""
+    one, other, both, swapped = runs
+    if one is None or other is None or both is None or swapped is None:
         return False
-    if not values or not len(one):
+    if not len(one) == len(other) == len(both) / 2 == len(swapped) / 2:
+        return False
+    return not values or (_close(both, torch.cat([one, other])) and _close(swapped, torch.cat([other, one])))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if not len(a):
         return True
-    far = (two[: len(one)] - one)[:, 0].abs().max()
-    return bool(far <= _CLOSE * one[:, 1].max()) if one.dtype == torch.float32 else not far
+    near = _NEAR if a.dtype == torch.float32 else _EXACT
+    return bool((a - b)[:, 0].abs().max() <= near * b[:, 1].max())

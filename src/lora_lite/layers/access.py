@@ -43,10 +43,32 @@ def raw(layer: nn.Module) -> Any:
 
     The view shares the tables of parameters, buffers and submodules, so that tensors swapped in for a call are seen. It runs no hooks.
     """
-    twin = type(layer).__new__(type(layer))
-    vars(twin).update({name: value for name, value in vars(layer).items() if not isinstance(value, ReadTensor)})
+    twin = _twin(layer)
     vars(twin).pop("forward", None)
     vars(twin)[HOST] = layer  # its mode may change
+    if (parts := layer._modules.get("parametrizations")) is not None:
+        vars(twin)["_modules"] = {**layer._modules, "parametrizations": _twin(parts, _Readings)}
+    return twin
+
+
+def _twin(module: nn.Module, cls: type[nn.Module] | None = None) -> nn.Module:
+    twin = (cls or type(module)).__new__(cls or type(module))
+    vars(twin).update({name: value for name, value in vars(module).items() if not isinstance(value, ReadTensor)})
+    return twin
+
+
+class _Readings(nn.ModuleDict):
+    """The parametrizations of a view: to read a weight leaves no trace in their buffers, as the vectors of a spectral norm."""
+
+    def __getitem__(self, name: str) -> nn.Module:
+        part = super().__getitem__(name)
+        return _with_own_buffers(part) if part.training and not torch.compiler.is_compiling() else part
+
+
+def _with_own_buffers(module: nn.Module) -> nn.Module:
+    twin = _twin(module)
+    vars(twin)["_buffers"] = {name: b if b is None else b.clone() for name, b in module._buffers.items()}
+    vars(twin)["_modules"] = {name: m if m is None else _with_own_buffers(m) for name, m in module._modules.items()}
     return twin
 
 

@@ -70,11 +70,15 @@ def share(base: nn.Module, entries: Entries) -> tuple[dict[str, Constants], Shap
         layers = layers_of(base, entries, cfg)
         constants = made_on_cpu(cfg.share)(layers)
         params = shared_start(cfg, layers, 0)
-        taken = cfg.name in named or any(target.path == cfg.name for target, _ in entries)
-        if (constants or params or by_group) and taken:
+        by, way = "another config of the variant", "Use one config for all layers of the variant."
+        if any(target.path == cfg.name for target, _ in entries):
+            by, way = "a target of that name", "Rename that module, or leave it out with exclude_names."
+        elif cfg.name not in named:
+            by = ""
+        if (constants or params or by_group) and by:
             raise ValueError(
                 f'build: expected the tensors that {type(cfg).__name__} shares to have the name "{cfg.name}" to themselves, found it '
-                "taken by another config of the variant or by a layer. Use one config for all layers of the variant."
+                f"taken by {by}. {way}"
             )
         named |= {cfg.name} if constants or params or by_group else set()
         if constants:

@@ -14,6 +14,7 @@ from lora_lite.core.errors import listed, require_type
 from lora_lite.core.memory import Place, place_in_memory
 from lora_lite.core.plan import UNNAMED, Target, Targets
 from lora_lite.core.tree import modules_by_path
+from lora_lite.layers.access import raw
 from lora_lite.layers.find import asked_for, find, names, unnamed
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import SITES, as_kinds, kind_of
@@ -129,7 +130,7 @@ def _kinds(model: nn.Module, kinds: Sequence[type[Kind]]) -> Iterator[Kind]:
     for layer in model.modules():
         kind = kind_of(layer, kinds)
         if kind is not None:
-            yield kind(layer)
+            yield kind(raw(layer))
 
 
 def _matches(patterns: tuple[str, ...], path: str) -> bool:
