@@ -11,6 +11,7 @@ from torch import nn
 
 import lora_lite as ll
 from cases import move, tiny_models
+from peft_oracle import wrapped
 from test_field import HEAD, bert, ids
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*target_parameters.*"), pytest.mark.filterwarnings("ignore:build")]
@@ -213,6 +214,43 @@ def test_classifier_with_a_low_rank_head_has_no_task_since_pefts_class_would_shu
     close(through_peft(model, tmp_path / "a")(input_ids=ids()).logits, adapt(params, {"input_ids": ids()}).logits)
     again, read = ll.from_peft(model, tmp_path / "a")
     close(again(read, {"input_ids": ids()}).logits, adapt(params, {"input_ids": ids()}).logits)
+
+
+def distilbert():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 4, "max_position_embeddings": 32}
+    return tf.DistilBertForSequenceClassification(tf.DistilBertConfig(**sizes, num_labels=3)).eval()
+
+
+INSIDE = {
+    "every layer": (ll.LoRAConfig(r=2), None),  # of which one is "pre_classifier", that ends as the head's name does
+    "the body": (ll.LoRAConfig(r=2, target_names="q_lin$"), "SEQ_CLS"),
+    "both heads": ([ll.LoRAConfig(r=2, target_names="q_lin$"), ll.FullConfig(target_names="classifier$")], "SEQ_CLS"),
+    "one head": ([ll.LoRAConfig(r=2, target_names="q_lin$"), ll.FullConfig(target_names="pre_classifier$")], "SEQ_CLS"),
+}
+
+
+@pytest.mark.parametrize("case", INSIDE)
+def test_heads_are_those_whose_names_end_as_pefts_do(case, tmp_path):
+    model, (cfg, task) = distilbert(), INSIDE[case]
+    adapt = ll.build(model, cfg)
+    params = move(adapt.init())
+    ll.to_peft(adapt, params, tmp_path / "a")
+    assert task_in(tmp_path / "a") == task
+    want = adapt(params, {"input_ids": ids()}).logits
+    close(through_peft(model, tmp_path / "a")(input_ids=ids()).logits, want)
+    again, read = ll.from_peft(model, tmp_path / "a")
+    close(again(read, {"input_ids": ids()}).logits, want)
+
+
+def test_pefts_own_file_of_such_heads_goes_both_ways(tmp_path):
+    model = distilbert()
+    theirs = wrapped(model, peft.LoraConfig(r=2, target_modules=["q_lin"], task_type="SEQ_CLS"))
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    close(adapt(params, {"input_ids": ids()}).logits, theirs(input_ids=ids()).logits)
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    close(through_peft(model, tmp_path / "ours")(input_ids=ids()).logits, theirs(input_ids=ids()).logits)
 
 
 def test_classifier_whose_head_is_not_adapted_keeps_it(tmp_path):

@@ -91,7 +91,7 @@ def fields_of(
     norms = [target.path for target, cfg in as_whole if isinstance(cfg, LNTuningConfig)]
     modules = [target.path for target, cfg in as_whole if not isinstance(cfg, LNTuningConfig)]
     method = layers[0].row.peft_type if layers else whole.LN_TUNING if norms else tokens.TRAINABLE_TOKENS
-    task = adapt._plan.task_type or task_of(adapt._plan.base, [layer.target.path for layer in layers])
+    task = adapt._plan.task_type or task_of(adapt._plan.base, [*(layer.target.path for layer in layers), *norms], modules)
     fields = {"peft_type": method, "peft_version": VERSION, "task_type": task, "inference_mode": True, **OF_TYPE[method]}
     fields["base_model_name_or_path"] = getattr(getattr(adapt._plan.base, "config", None), "_name_or_path", None)
     fields |= {"modules_to_save": modules} if modules else {}

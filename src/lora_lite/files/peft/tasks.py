@@ -20,7 +20,7 @@ _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score
 """The modules that PEFT's class of a task trains as a whole, asked or not."""
 
 
-def task_of(model: nn.Module, targets: Iterable[str]) -> str | None:
+def task_of(model: nn.Module, targets: Iterable[str], whole: Iterable[str] = ()) -> str | None:
     """Infer the task of a model of transformers from its class; None where PEFT's classes of tasks would not run it.
 
     They call the model with `input_ids`; that of a classifier takes the head as trained whole, which shuts other targets in it out; that
@@ -29,6 +29,7 @@ def task_of(model: nn.Module, targets: Iterable[str]) -> str | None:
     Args:
         model: the model.
         targets: paths of the targets that are not trained as a whole.
+        whole: paths of those that are: one may be a head, and not a part of it.
     """
     name = type(model).__name__
     config: Any = getattr(model, "config", None)
@@ -39,8 +40,9 @@ def task_of(model: nn.Module, targets: Iterable[str]) -> str | None:
         task = "FEATURE_EXTRACTION"
     if task == "SEQ_2_SEQ_LM" and not getattr(config, "is_encoder_decoder", True):
         return None
-    heads = _HEADS.get(task or "", ())
-    return None if any(set(path.split(".")) & set(heads) for path in targets) else task
+    heads = [path for path, _ in model.named_modules() if path.endswith(_HEADS.get(task or "", ()))]
+    shut_out = [*targets, *(path for path in whole if path not in heads)]
+    return None if any(join(path, "").startswith(join(head, "")) for path in shut_out for head in heads) else task
 
 
 def heads_of(model: nn.Module, task: str | None, whole: Iterable[str]) -> dict[str, Tensor]:

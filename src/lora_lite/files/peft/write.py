@@ -176,7 +176,7 @@ def require_expressible(found: Sorted, adapt: Adapt) -> None:
 
 def _whole_faults(entries: Pairs, as_whole: Pairs, adapt: Adapt) -> list[str]:
     norms = [target.path for target, cfg in as_whole if isinstance(cfg, LNTuningConfig)]
-    faults = []
+    asked, faults = {target.path for target, _ in as_whole}, []
     if norms and entries:
         faults.append(f"LN-tuning at {listed(norms)} beside another method: a file of PEFT's holds one, and modules trained as a whole")
     if as_whole and not entries and not norms:
@@ -184,7 +184,7 @@ def _whole_faults(entries: Pairs, as_whole: Pairs, adapt: Adapt) -> list[str]:
     for target, cfg in as_whole:
         again = twice.fault(adapt._plan.base, target.path)
         faults += [again] if again else []
-        others = whole.ambiguous(adapt._plan.base, target.path)
+        others = [path for path in whole.ambiguous(adapt._plan.base, target.path) if path not in asked]
         if others:
             faults.append(f'"{target.path}": {type(cfg).__name__}: PEFT goes by the end of a name and would take {listed(others)} too')
     return faults
