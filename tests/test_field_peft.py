@@ -5,13 +5,14 @@ import json
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers as tf
 from torch import nn
 
 import lora_lite as ll
 from cases import move, tiny_models
-from peft_oracle import wrapped
+from peft_oracle import saved, wrapped
 from test_field import HEAD, bert, ids
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*target_parameters.*"), pytest.mark.filterwarnings("ignore:build")]
@@ -94,6 +95,89 @@ def test_whole_module_registered_twice_is_refused(tmp_path):
     adapt = ll.build(model, [ll.LoRAConfig(r=2, target_names=r"1$"), ll.FullConfig(target_names=r"heads\.0$")])
     with pytest.raises(ValueError, match=r'"heads\.0": the layer stands at "heads\.2" too'):
         ll.to_peft(adapt, adapt.init(), tmp_path / "b")
+
+
+# Modules trained as a whole
+
+
+class Counting(nn.Module):
+    """A layer beside buffers, of which the file holds one."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+        self.register_buffer("kept", torch.randn(8))
+        self.register_buffer("left", torch.randn(8), persistent=False)
+
+    def forward(self, x):
+        return self.lin(x) + self.kept + self.left
+
+
+class Tied(nn.Module):
+    """Two layers of one weight, and one layer at two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.b.weight = self.a.weight
+        self.again = self.c
+
+    def forward(self, x):
+        return self.again(self.b(self.c(self.a(x).tanh())).tanh())
+
+
+WHOLE = {"norm": lambda: nn.BatchNorm1d(8), "buffers": Counting, "ties": Tied}
+
+
+def with_whole(case):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), WHOLE[case]()).eval(), torch.randn(3, 8)
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+@pytest.mark.parametrize("case", WHOLE)
+def test_whole_modules_with_buffers_and_ties_go_both_ways(case, tmp_path):
+    model, x = with_whole(case)
+    theirs = wrapped(model, peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    theirs.save_pretrained(tmp_path / "theirs")
+    want = theirs(x)
+    close(through_peft(model, tmp_path / "theirs")(x), want)
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    close(adapt(params, x), want)
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    close(through_peft(model, tmp_path / "ours")(x), want)
+    assert set(saved(tmp_path / "ours")) == set(saved(tmp_path / "theirs"))
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+@pytest.mark.parametrize("method", ["lora", "ln_tuning"])
+def test_buffers_that_moved_are_refused_and_the_way_out_works(method, tmp_path):
+    model, x = with_whole("norm")
+    configs = {
+        "lora": peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"]),
+        "ln_tuning": peft.LNTuningConfig(target_modules=["1"]),
+    }
+    theirs = wrapped(model, configs[method])
+    with torch.no_grad():
+        for _ in range(2):
+            theirs.train()(3 * x + 1)
+    theirs.eval().save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match=r'running_mean": expected the model.s own, .*Load it into the model first'):
+        ll.from_peft(model, tmp_path / "theirs")
+    own = {key.rpartition(".")[2]: t for key, t in saved(tmp_path / "theirs").items()}
+    model[1].load_state_dict({**model[1].state_dict(), **{name: t for name, t in own.items() if name in dict(model[1].named_buffers())}})
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    close(adapt(params, x), theirs(x))
+
+
+def test_names_of_one_parameter_that_differ_are_refused(tmp_path):
+    model, _ = with_whole("ties")
+    wrapped(model, peft.LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"])).save_pretrained(tmp_path)
+    tensors = saved(tmp_path)
+    tensors["base_model.model.1.b.weight"] = tensors["base_model.model.1.b.weight"] + 1
+    safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r'1\.b\.weight": expected what "a\.weight" holds'):
+        ll.from_peft(model, tmp_path)
 
 
 WEIGHTS = {

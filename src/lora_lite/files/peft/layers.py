@@ -53,9 +53,14 @@ def _own(found: Tensors, at: str, module: nn.Module) -> list[str]:
     for name, own in module._parameters.items():
         for key in (at + _WRAPPER + name, at + name):
             saved = found.pop(key, None)
-            if saved is not None and not (own is not None and saved.shape == own.shape and torch.equal(saved.to(own), own)):
+            if saved is not None and not same(saved, own):
                 faults.append(f'unexpected "{key}": it differs from the model\'s own. Load it into the model first')
     return faults
+
+
+def same(saved: Tensor, own: Tensor | None) -> bool:
+    """Whether a tensor of a file is the model's own, to the rounding of the model."""
+    return own is not None and saved.shape == own.shape and torch.equal(saved.to(own), own)
 
 
 def _embedding(found: Tensors, at: str) -> None:

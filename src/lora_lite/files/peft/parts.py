@@ -57,14 +57,14 @@ def parts_of(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, 
     common, saved = shared.split(method, saved)
     fields, saved, misnamed = in_names_of(model, fields, saved, PREFIX, keys, kinds)
     saved, faults = twice.at_first_place(model, saved, PREFIX)
-    modules, saved = whole.split(model, fields, saved, PREFIX)
+    modules, saved, unlike = whole.split(model, fields, saved, PREFIX)
     rows, saved, misfits = tokens.split(model, fields, saved, PREFIX)
     adapted, others, saved = biases.split(model, fields, saved, PREFIX)
     shifts, more = biases.of_layers(model, others, kinds)
     modules = {**modules, FullConfig: {**modules.get(FullConfig, {}), **more}} if more else modules
     saved, unfit = as_linear(model, fields, saved, PREFIX)
     layers, unplaced = _by_layer(model, method, {**saved, **adapted})
-    faults += misnamed + misfits + unfit + unplaced
+    faults += misnamed + unlike + misfits + unfit + unplaced
     if not layers and any(row.bare for row in rows_of(method)):
         paths_named, unclear = named(fields, find(model, "linear", kinds))
         layers, faults = {path: {} for path in paths_named}, faults + unclear

@@ -4,11 +4,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import listed, several
 from lora_lite.core.tree import Tree, join
+from lora_lite.files.peft.layers import same
 from lora_lite.layers.module import ModuleKind
 from lora_lite.variants.full import FullConfig
 from lora_lite.variants.ln_tuning import LNTuningConfig
@@ -21,22 +23,44 @@ Whole = Mapping[type[AdapterConfig], Values]
 """The same by our config of the modules: `FullConfig`, or `LNTuningConfig` for norms."""
 
 
-def split(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> tuple[Whole, dict[str, Tensor]]:
-    """Split a file's tensors into those of whole modules and the rest."""
-    rest, whole = dict(tensors), dict[type[AdapterConfig], Values]()
-    for config, path, name, key in _keys(model, fields):
-        tensor = rest.pop(prefix + key, None)
-        if tensor is not None:
-            whole.setdefault(config, {}).setdefault(path, {})[name] = tensor
-    return whole, rest
+def split(
+    model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str
+) -> tuple[Whole, dict[str, Tensor], list[str]]:
+    """Split a file's tensors into those of whole modules and the rest; with the faults of the former.
+
+    PEFT writes a shared parameter under each of its names, and buffers. A module's config has no place for other buffers."""
+    rest, whole, faults = dict(tensors), dict[type[AdapterConfig], Values](), list[str]()
+    for config, path, module, mark in _modules(model, fields):
+        first = {id(p): name for name, p in ModuleKind(module).parameters.items()}
+        for name, own in _held(module):
+            key = prefix + join(path, mark + name)
+            tensor = rest.pop(key, None)
+            if tensor is None:
+                continue
+            if id(own) in first:
+                value = whole.setdefault(config, {}).setdefault(path, {}).setdefault(first[id(own)], tensor)
+                faults += (
+                    [] if torch.equal(value, tensor) else [f'"{key}": expected what "{first[id(own)]}" holds, which it is, found another']
+                )
+            elif not same(tensor, own):
+                faults.append(
+                    f'"{key}": expected the model\'s own, as a buffer is not trained here, found another. Load it into the model first'
+                )
+    return whole, rest, faults
 
 
-def _keys(model: nn.Module, fields: Mapping[str, Any]) -> Iterator[tuple[type[AdapterConfig], str, str, str]]:
-    """Yield `(config, path, parameter, key)` of every parameter that a file with these fields may hold in full."""
+def _modules(model: nn.Module, fields: Mapping[str, Any]) -> Iterator[tuple[type[AdapterConfig], str, nn.Module, str]]:
+    """Yield `(config, path, module, mark in its keys)` of every module that a file with these fields may hold in full."""
     for path in _asked(model, fields.get("modules_to_save") or []):
-        yield from ((FullConfig, path, name, join(path, name)) for name, _ in model.get_submodule(path).named_parameters())
+        yield FullConfig, path, model.get_submodule(path), ""
     for path, module in model.named_modules() if fields["peft_type"] == LN_TUNING else ():
-        yield from ((LNTuningConfig, path, name, join(path, _NORM + name)) for name in module._parameters)
+        if module._parameters:
+            yield LNTuningConfig, path, module, _NORM
+
+
+def _held(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """List what a module's state dict holds, a shared parameter under each of its names."""
+    return [(name, t) for name, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)]
 
 
 def paths_of(whole: Whole) -> list[str]:
@@ -87,9 +111,11 @@ def displacements(model: nn.Module, whole: Whole) -> Tree:
 
 
 def full_values(model: nn.Module, path: str, cfg: AdapterConfig, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of one whole module as PEFT's file holds them, by key."""
-    own, mark = ModuleKind(model.get_submodule(path)).parameters, _NORM if isinstance(cfg, LNTuningConfig) else ""
-    return {join(path, mark + name): (own[name] + delta.detach()).to(own[name].dtype).cpu() for name, delta in leaves.items()}
+    """Return the tensors of one whole module as PEFT's file holds them, by key, its buffers among them."""
+    module, mark = model.get_submodule(path), _NORM if isinstance(cfg, LNTuningConfig) else ""
+    own = ModuleKind(module).parameters
+    moved = {id(own[name]): (own[name] + delta.detach()).to(own[name].dtype) for name, delta in leaves.items()}
+    return {join(path, mark + name): moved.get(id(t), t).detach().cpu() for name, t in _held(module)}
 
 
 def ambiguous(model: nn.Module, path: str) -> list[str]:
