@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lora_lite as ll
 from lora_lite.cli import main
@@ -108,6 +108,26 @@ def test_merge_of_a_folder_of_peft_and_of_stored_transposes(tmp_path, capsys):
     merged = GPT2LMHeadModel.from_pretrained(tmp_path / "out").state_dict()
     for key, tensor in {**model.state_dict(), **adapt.merge(params)}.items():
         assert torch.equal(merged[key], tensor), key
+
+
+def test_merge_of_an_embedding_whose_scale_no_file_holds(tmp_path, capsys):
+    sizes = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "head_dim": 8,
+        "tie_word_embeddings": False,
+    }
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)).eval()
+    model.save_pretrained(tmp_path / "base")
+    adapt = ll.build(model, [ll.LoRAConfig(r=2), ll.LoRAConfig(r=2, target_names=r"^model\.embed_tokens$")])
+    params = moved(adapt.init(seed=0))
+    ll.save(adapt, params, tmp_path / "a.safetensors")
+    run(capsys, "merge", tmp_path / "base", tmp_path / "a.safetensors", tmp_path / "merged")
+    got = safetensors.torch.load_file(tmp_path / "merged" / "model.safetensors")
+    for name, want in adapt.merge(params).items():
+        torch.testing.assert_close(got[name], want)
 
 
 def test_merge_into_one_file_of_any_model(tmp_path, capsys):

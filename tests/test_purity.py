@@ -4,6 +4,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 
 import lora_lite as ll
@@ -264,3 +265,31 @@ def test_a_layer_may_have_the_name_of_its_variant(name):
 def test_a_layer_with_the_name_of_tensors_that_are_shared_is_refused():
     with pytest.raises(ValueError, match=r'"vera" to themselves, found it taken by a target of that name\. Rename'):
         ll.build(nn.Sequential(OrderedDict(vera=nn.Linear(6, 6))), ll.VeRAConfig(r=2))
+
+
+def test_a_lookup_that_shortens_rows_does_so_in_a_copy():
+    model, ids = nn.Sequential(nn.Embedding(10, 8, max_norm=0.5), nn.Linear(8, 4)), torch.arange(10)
+    before = bytes_of(model[0].weight)
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    params = move(adapt.init())
+    got, module = adapt(params, ids), adapt.module(params)
+    assert torch.equal(module(ids), got)
+    assert len(list(module.parameters())) == 5
+    assert bytes_of(model[0].weight) == before
+    model(ids)
+    assert bytes_of(model[0].weight) != before, "the model itself shortens them"
+    torch.testing.assert_close(adapt(params, ids), got)
+
+
+def test_a_forward_that_writes_to_weights_is_refused():
+    """RWKV divides weights by powers of two, once, and notes it in an attribute, which a call puts back."""
+    config = tf.RwkvConfig(vocab_size=32, hidden_size=16, num_hidden_layers=4, rescale_every=2)
+    model, cfg, batch = tf.RwkvForCausalLM(config).eval(), ll.LoRAConfig(r=2, target_names="key$"), {"input_ids": torch.arange(6)[None]}
+    adapt = ll.build(model, cfg)
+    with pytest.raises(RuntimeError, match=r'wrote to "rwkv\.blocks\.0.*Load the weights again'):
+        adapt(adapt.init(), batch, use_cache=False)
+    model = tf.RwkvForCausalLM(config).eval()
+    want = model(**batch, use_cache=False).logits
+    adapt = ll.build(model, cfg)
+    for _ in range(2):
+        assert torch.equal(adapt(adapt.init(), batch, use_cache=False).logits, want)

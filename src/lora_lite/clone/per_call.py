@@ -123,7 +123,9 @@ class Replica:
             self._traced = False
         try:
             state.enter()
-            return self.module(*args, **kwargs)
+            result = self.module(*args, **kwargs)
+            state.require_read_only()
+            return result
         finally:
             state.leave()
             if around is not None:

@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_lite.clone.offloaded import Offloaded
 from lora_lite.clone.references import containers_in
+from lora_lite.core.errors import listed
 from lora_lite.core.tree import join
 
 _SMALL = 2**16
@@ -58,9 +60,14 @@ class State:
                 for key, value in _items(place):
                     if isinstance(value, Tensor) and _may_change(place, module, key, value):
                         tensors.setdefault(id(value), (value, []))[1].append((place, key))
+            if getattr(module, "max_norm", None) is not None:  # a lookup that shortens rows of its table
+                table = module._parameters
+                tensors.setdefault(id(table["weight"]), (table["weight"], []))[1].append((table, "weight"))  # type: ignore[arg-type]
             if foreign:  # else all code that runs is torch's, which keeps its state in buffers
                 self._live += _places(module) if _has_code(module) or module._buffers else [vars(module)]
         self._tensors = list(tensors.values())
+        self._weights = _weights(root) if foreign else {}
+        self._versions: list[int] = []
         self.kept = self.now()
         self._empty, self._filled = [p for p in self._live if not p], [p for p in self._live if p]
         self._filled_kept = [was for was in self.kept if was]
@@ -72,9 +79,25 @@ class State:
     def enter(self) -> None:
         """Put copies in the place of the tensors that a forward may write into; one that is held twice stays one."""
         for tensor, places in self._tensors:
-            own = tensor.clone()
+            own = nn.Parameter(tensor.clone(), False) if isinstance(tensor, nn.Parameter) else tensor.clone()
             for place, key in places:
                 place[key] = own
+        if self._weights:
+            self._versions = [weight._version for weight in self._weights.values()]
+
+    def require_read_only(self) -> None:
+        """Raise where the code of the model has written to its weights since `enter`: they are the user's, and no copy of them is kept.
+
+        Raises:
+            RuntimeError: naming them.
+        """
+        written = [name for (name, weight), version in zip(self._weights.items(), self._versions) if weight._version != version]
+        if written:
+            raise RuntimeError(
+                f"adapt: expected a model that only reads its weights in a call, found that its forward wrote to {listed(written)}, which "
+                "are the user's. Load the weights again, and let the model do that once before build: call it by itself in evaluation "
+                "mode, or for RWKV set config.rescale_every = 0."
+            )
 
     def leave(self) -> None:
         """Put everything back."""
@@ -96,6 +119,17 @@ class State:
             if not _same(place, was):
                 place.clear()
                 place.extend(was) if hasattr(place, "extend") else place.update(was)
+
+
+def _weights(root: nn.Module) -> dict[str, Tensor]:
+    """Return the weights that count their changes, by name. Those of recurrent layers are laid out anew where a model asks for it."""
+    return {
+        join(path, name): p
+        for path, module in root.named_modules()
+        if not isinstance(module, nn.RNNBase) and getattr(module, "max_norm", None) is None
+        for name, p in module._parameters.items()
+        if p is not None and not p.is_inference() and not isinstance(p, Offloaded)
+    }
 
 
 def own_state(module: nn.Module) -> None:

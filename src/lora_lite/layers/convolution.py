@@ -28,6 +28,7 @@ class ConvKind(Kind):
 
     classes: ClassVar[tuple[type[nn.Module], ...]] = CLASSES
     by_name: ClassVar[bool] = True
+    autocast: ClassVar[bool] = True
     gives: ClassVar[AbstractSet[str]] = Kind.gives - {"inputs", "positions"}
     why: ClassVar[str] = "Calibration sees a convolution's images, not their patches."
 

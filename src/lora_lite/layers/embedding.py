@@ -60,7 +60,11 @@ class EmbeddingKind(Kind):
 
     def _scale(self, like: Tensor) -> Any:
         scale = getattr(self.layer, "embed_scale", None)
-        return scale.to(like.dtype) if isinstance(scale, Tensor) else scale
+        if not isinstance(scale, Tensor):
+            return scale
+        if scale.is_meta and not like.is_meta:  # the weights of an outline come from files, which hold no such buffer
+            scale = torch.tensor(self.layer.scalar_embed_scale, device=like.device)
+        return scale.to(like.dtype)
 
     def _look_up(self, x: Tensor, table: Tensor) -> Tensor:
         layer = self.layer  # sparse gradients are for the weight, which has none
@@ -106,12 +110,11 @@ class EmbeddingKind(Kind):
 
     def _to(self, where: torch.dtype | str) -> "EmbeddingKind":
         """Return the same lookup in another dtype or on another device, in evaluation mode."""
-        names = ("num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq")
-        facts = {name: getattr(self.layer, name) for name in names}
-        scale = getattr(self.layer, "embed_scale", None)
+        names = ("num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq", "embed_scale", "scalar_embed_scale")
+        facts = {name: getattr(self.layer, name) for name in names if hasattr(self.layer, name)}
         constants = {name: c.to(where) if isinstance(where, str) else c for name, c in self.constants.items()}
         weight = self.layer.weight.to(where) if isinstance(where, str) else self.layer.weight
-        layer = SimpleNamespace(weight=weight, embed_scale=scale, training=False, **facts)
+        layer = SimpleNamespace(weight=weight, training=False, **facts)
         return EmbeddingKind(layer, constants) if isinstance(where, str) else _Cast(layer, constants, where)
 
     def adapted(self, f: Variant, params: Params, role: str, dtype: torch.dtype | None = None) -> Tensor:
