@@ -176,3 +176,31 @@ def test_a_model_that_keeps_its_modules_meanwhile_is_walked_once():
     model.append(nn.Linear(4, 4))
     assert list(modules_by_path(model)) == ["", "0", "1"]  # nothing is remembered afterwards
     assert [t.path for t in ll.find_targets(model, ll.LoRAConfig())] == ["0", "1"]
+
+
+class Step(nn.Module):
+    """A recurrent layer and a linear one."""
+
+    def __init__(self, rnn):
+        super().__init__()
+        self.rnn, self.head = rnn, nn.Linear(8, 4)
+
+    def forward(self, x):
+        y = self.rnn(x)
+        return self.head(y[0] if isinstance(y, tuple) else y)
+
+
+@pytest.mark.parametrize("cell", [nn.RNNCell, nn.LSTMCell, nn.GRUCell])
+def test_cells_read_their_adapted_weights(cell):
+    model, x = Step(cell(8, 8)), torch.randn(3, 8)
+    adapt = ll.build(model, ll.LoRAConfig(r=2, target_names=r"rnn\.weight_ih$"))
+    params = ll.tree_map(lambda p: p + 0.3, adapt.init())
+    got = adapt(params, x)
+    assert (got - model(x)).abs().max() > 0.01
+    model.load_state_dict(adapt.merge(params), strict=False)
+    torch.testing.assert_close(got, model(x))
+
+
+def test_weights_that_a_recurrent_layer_reads_by_a_list_are_refused_by_name():
+    with pytest.raises(ValueError, match=r'by a list of their own: "rnn\.weight_ih_l0"'):
+        ll.find_targets(Step(nn.LSTM(8, 8)), ll.LoRAConfig(target_names=r"rnn\.weight_ih_l0$"))

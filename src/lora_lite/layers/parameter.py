@@ -18,8 +18,8 @@ from lora_lite.layers.identity import Release, at_identity, columns, exact_dtype
 from lora_lite.layers.kind import Kind, Params, Variant
 from lora_lite.layers.tensors import Part
 
-UNREAD = (nn.RNNBase, nn.RNNCellBase)
-"""Classes that reach their parameters by other references than attributes, so that a stand-in would not be read."""
+UNREAD = (nn.RNNBase,)
+"""Classes that reach their parameters by a list of their own, not by attributes, so that a stand-in would not be read."""
 
 
 class ParameterKind(Kind):

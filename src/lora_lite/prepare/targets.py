@@ -13,12 +13,13 @@ from lora_lite.core.config import AdapterConfig, as_config, patterns_of, with_fi
 from lora_lite.core.errors import listed, require_type
 from lora_lite.core.memory import Place, place_in_memory
 from lora_lite.core.plan import UNNAMED, Target, Targets
-from lora_lite.core.tree import modules_by_path
+from lora_lite.core.tree import join, modules_by_path
 from lora_lite.layers.access import raw
 from lora_lite.layers.find import asked_for, find, names, unnamed
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import SITES, as_kinds, kind_of
 from lora_lite.layers.module import outermost
+from lora_lite.layers.parameter import UNREAD
 from lora_lite.prepare.blocks import block_indices
 from lora_lite.prepare.heads import heads_left_out
 from lora_lite.prepare.worn import refuse_bound, refuse_half, refuse_worn
@@ -179,6 +180,12 @@ def _check_names(model: nn.Module, cfg: AdapterConfig, known: list[str], allowed
         if any(_matches((pattern,), path) for path in known):
             raise ValueError(
                 f"{where}, found that exclude_names={cfg.exclude_names} and layers={cfg.layers} leave out all it matches. Change them."
+            )
+        unread = [join(p, name) for p, m in model.named_modules() if isinstance(m, UNREAD) for name in m._parameters]
+        if named := [name for name in unread if _matches((pattern,), name)]:
+            raise ValueError(
+                f"{where}, found weights of recurrent layers, which reach them by a list of their own: {listed(named[:3])}. Train such a "
+                "layer whole, with FullConfig, or leave it out."
             )
         others = [(p, type(m).__name__) for p, m in model.named_modules() if p and _matches((pattern,), p)]
         if others:
