@@ -12,7 +12,7 @@ from torch import nn
 
 import lora_lite as ll
 from cases import move, tiny_models
-from peft_oracle import saved, wrapped
+from peft_oracle import edit, saved, wrapped
 from test_field import HEAD, bert, ids
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*target_parameters.*"), pytest.mark.filterwarnings("ignore:build")]
@@ -177,6 +177,153 @@ def test_names_of_one_parameter_that_differ_are_refused(tmp_path):
     tensors["base_model.model.1.b.weight"] = tensors["base_model.model.1.b.weight"] + 1
     safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=r'1\.b\.weight": expected what "a\.weight" holds'):
+        ll.from_peft(model, tmp_path)
+
+
+# What else a file of PEFT's may hold
+
+
+class Headed(nn.Module):
+    """A layer, one beside it, and a head of several layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+
+    def forward(self, x):
+        return self.head(self.k(self.q(x).tanh()).tanh())
+
+
+BIASES = {
+    "head of layers, all": {"bias": "all", "modules_to_save": ["head"]},
+    "head of layers, lora_only": {"bias": "lora_only", "modules_to_save": ["head"]},
+    "head of one layer": {"bias": "all", "modules_to_save": ["k"]},
+    "dora": {"bias": "all", "use_dora": True},
+    "dora, lora_only": {"bias": "lora_only", "use_dora": True},
+    "dora, head": {"bias": "all", "use_dora": True, "modules_to_save": ["head"]},
+    "negative": {"lora_alpha": -3},
+    "negative, dora": {"lora_alpha": -3, "use_dora": True},
+    "negative, one layer": {"lora_alpha": 5, "alpha_pattern": {"k": -2}, "lora_bias": True, "target_modules": ["q", "k"]},
+    "negative, mica": {"lora_alpha": -3, "init_lora_weights": "mica"},
+    "nothing tied": {"ensure_weight_tying": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`")
+@pytest.mark.filterwarnings(r"ignore:.*invalid shape. base_model.*lora_B\.bias")
+@pytest.mark.parametrize("case", BIASES)
+def test_files_with_biases_and_signs_go_both_ways(case, tmp_path):
+    torch.manual_seed(0)
+    model, x = Headed().eval(), torch.randn(3, 8)
+    theirs = wrapped(model, peft.LoraConfig(**{"r": 2, "target_modules": ["q"], **BIASES[case]}))
+    own = theirs.base_model.model.q.base_layer.bias
+    if "use_dora" in BIASES[case] and own is not None:
+        own.data.copy_(model.q.bias)  # which DoRA here does not train
+    theirs.save_pretrained(tmp_path / "theirs")
+    want = theirs(x)
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    close(adapt(params, x), want)
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    close(through_peft(model, tmp_path / "ours")(x), want)
+
+
+def test_bias_that_moved_beside_dora_is_refused_and_the_way_out_works(tmp_path):
+    torch.manual_seed(0)
+    model, x = Headed().eval(), torch.randn(3, 8)
+    theirs = wrapped(model, peft.LoraConfig(r=2, target_modules=["q"], bias="lora_only", use_dora=True))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r'q\.base_layer\.bias": expected the model.s own, .* trains no bias, .*Load it into the model first'
+    ):
+        ll.from_peft(model, tmp_path)
+    model.q.bias.data.copy_(saved(tmp_path)["base_model.model.q.base_layer.bias"])
+    adapt, params = ll.from_peft(model, tmp_path)
+    close(adapt(params, x), theirs(x))
+
+
+@pytest.mark.parametrize(
+    ("key", "message"), [("original_module", "the model.s own"), ("modules_to_save.default", 'what ".*head.0.bias" holds')]
+)
+def test_copies_of_biases_that_differ_are_refused(key, message, tmp_path):
+    model = Headed().eval()
+    wrapped(model, peft.LoraConfig(r=2, target_modules=["q"], bias="all", modules_to_save=["head"])).save_pretrained(tmp_path)
+    tensors = saved(tmp_path)
+    tensors[f"base_model.model.head.{key}.0.bias"] = torch.ones(8)
+    safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=rf'head\.{key}\.0\.bias": expected {message}'):
+        ll.from_peft(model, tmp_path)
+
+
+def test_negative_scale_of_a_start_is_refused_with_a_way_out(tmp_path):
+    model = Headed().eval()
+    peft_of(model, tmp_path, target_modules=["q"])
+    edit(tmp_path, lora_alpha=-3, init_lora_weights="olora")
+    with pytest.raises(ValueError, match=r"lora_alpha in .* to be >= 0, found -3\. Merge"):
+        ll.from_peft(model, tmp_path)
+
+
+NAMED = {
+    "lora": peft.LoraConfig(r=2, target_modules=["q", "k"]),
+    "dora": peft.LoraConfig(r=2, target_modules=["q", "k"], use_dora=True),
+    "ia3": peft.IA3Config(target_modules=["q"], feedforward_modules=[]),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_keys_with_the_adapters_name_inside_are_read_as_peft_does(case, tmp_path):
+    torch.manual_seed(0)
+    model, x = Headed().eval(), torch.randn(3, 8)
+    theirs = wrapped(model, NAMED[case])
+    theirs.save_pretrained(tmp_path)
+    inside = {key: t.contiguous() for key, t in theirs.state_dict().items() if ".default" in key}
+    assert len(inside) == len(saved(tmp_path))
+    safetensors.torch.save_file(inside, tmp_path / "adapter_model.safetensors")
+    close(through_peft(model, tmp_path)(x), theirs(x))
+    adapt, params = ll.from_peft(model, tmp_path)
+    close(adapt(params, x), theirs(x))
+
+
+def tied_llama():
+    torch.manual_seed(0)
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**{**CONFIGS["llama"].to_dict(), "tie_word_embeddings": True})).eval()
+
+
+TYING = {
+    "layer": ({"target_modules": ["embed_tokens"]}, None),
+    "module": ({"modules_to_save": ["embed_tokens"]}, ["lm_head", "model.embed_tokens"]),
+    "both modules": ({"modules_to_save": ["embed_tokens", "lm_head"]}, ["lm_head", "model.embed_tokens"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+@pytest.mark.parametrize("case", TYING)
+def test_trained_ties_are_refused_and_the_way_out_works(case, tmp_path):
+    fields, modules = TYING[case]
+    model = tied_llama()
+    theirs = wrapped(model, peft.LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "ensure_weight_tying": True, **fields}))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"ensure_weight_tying: expected it off at .* set it to false in the file"):
+        ll.from_peft(model, tmp_path)
+    edit(tmp_path, ensure_weight_tying=False, modules_to_save=modules)
+    adapt, params = ll.from_peft(model, tmp_path)
+    close(adapt(params, {"input_ids": ids()}).logits, theirs(input_ids=ids()).logits)
+
+
+@pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`")
+def test_ties_of_tokens_are_what_they_are_here(tmp_path):
+    model = tied_llama()
+    theirs = wrapped(model, peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 5], ensure_weight_tying=True))
+    theirs.save_pretrained(tmp_path)
+    adapt, params = ll.from_peft(model, tmp_path)
+    close(adapt(params, {"input_ids": ids()}).logits, theirs(input_ids=ids()).logits)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_rows_that_move_a_head_with_an_adapter_are_refused_in_the_files_terms(tmp_path):
+    model = tied_llama()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], trainable_token_indices=[3, 5])
+    wrapped(model, config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r'"model\.embed_tokens": its trained rows move "lm_head" too, which .* has an adapter of its own'):
         ll.from_peft(model, tmp_path)
 
 

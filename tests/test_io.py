@@ -406,3 +406,24 @@ def test_a_field_that_a_file_cannot_hold_is_named_and_nothing_is_written(tmp_pat
     with pytest.raises(TypeError, match=r"PlainConfig\.power: expected a value that a file can hold, found <built-in.*Keep the name"):
         ll.save(adapt, adapt.init(), tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+KOHYA = {
+    "lora": {"lora_down.weight": (3, 8), "lora_up.weight": (6, 3)},
+    "loha": {"hada_w1_a": (6, 3), "hada_w1_b": (3, 8), "hada_w2_a": (6, 3), "hada_w2_b": (3, 8)},
+    "lokr": {"lokr_w1": (2, 2), "lokr_w2_a": (3, 1), "lokr_w2_b": (1, 4)},
+    "lokr, whole": {"lokr_w1": (2, 2), "lokr_w2": (3, 4)},  # whose scale is 1, whatever alpha says
+}
+
+
+@pytest.mark.parametrize("case", KOHYA)
+def test_a_negative_alpha_of_kohya_negates_the_update(tmp_path, case):
+    model = nn.ModuleDict({"q": nn.Linear(8, 6)})
+    tensors = {f"lora_unet_q.{key}": draw(*shape, seed=k) for k, (key, shape) in enumerate(KOHYA[case].items())}
+    moved_by = []
+    for alpha in (3.0, -3.0):
+        safetensors.torch.save_file({**tensors, "lora_unet_q.alpha": torch.tensor(alpha)}, tmp_path / "a.safetensors")
+        adapt, params = ll.from_kohya(model, tmp_path / "a.safetensors")
+        moved_by.append(adapt.merge(params)["q.weight"] - model["q"].weight)
+    assert moved_by[0].abs().max() > 0.1
+    torch.testing.assert_close(moved_by[1], moved_by[0] if case == "lokr, whole" else -moved_by[0])

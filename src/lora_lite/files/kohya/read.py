@@ -215,10 +215,18 @@ def _entry(
     alpha = float(tensors[ALPHA]) if ALPHA in tensors else None
     if alpha is None and fields is not None and UP in own:
         alpha = float(resolve(fields, "lora_alpha", path)) * (own[UP].shape[1] ** 0.5 if resolve(fields, "use_rslora", path) else 1.0)
+    if alpha is not None and alpha < 0:
+        own, alpha = _negated(own), -alpha
     found = method.read(own, alpha, shape)
     dtype = torch.float64 if torch.float64 in [t.dtype for t in own.values()] else torch.float32
     cfg = method.config(**found.values, dtype=dtype, target_names=(f"^{re.escape(path)}$",), exclude_names=())
     return cfg, found.params
+
+
+def _negated(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of an update with one of its factors negated, since configs take no negative scale. Whole matrices have none."""
+    factor = next((key for key in (UP, "hada_w1_b", "lokr_w1_b", "lokr_w2_b") if key in tensors), None)
+    return dict(tensors) if factor is None else {**tensors, factor: -tensors[factor]}
 
 
 def _shape(model: nn.Module, found: Found, path: str) -> tuple[int, int]:

@@ -1,14 +1,15 @@
 """Biases that PEFT trains in place beside LoRA, `bias="all"` and `bias="lora_only"`: it keeps full values, we displacements."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.plan import Target
 from lora_lite.core.tree import Tree, join
+from lora_lite.files.peft.layers import LOAD, same
 from lora_lite.layers.find import find
 from lora_lite.layers.kind import Kind
 from lora_lite.variants.bitfit import BitFitConfig
@@ -18,9 +19,25 @@ ADAPTED = "base_layer.bias"
 Tensors = dict[str, Tensor]
 
 
-def split(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensors, Tensors, Tensors]:
-    """Split a file's tensors: the biases of adapted layers by key, those of other modules that have moved by path, and the rest."""
-    adapted, others, rest = Tensors(), Tensors(), dict(tensors)
+class Biases(NamedTuple):
+    """The tensors of a file, with its biases apart.
+
+    Attributes:
+        adapted: biases of layers that have a LoRA too, by key.
+        others: those of other modules that have moved, by path.
+        rest: all other tensors.
+        faults: biases that would move where nothing trains them.
+    """
+
+    adapted: Tensors
+    others: Tensors
+    rest: Tensors
+    faults: list[str]
+
+
+def split(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str, trained: bool) -> Biases:
+    """Split a file's tensors. `trained` says whether the variant of adapted layers has a bias; else theirs have to be the model's own."""
+    adapted, others, rest, faults = Tensors(), Tensors(), dict(tensors), list[str]()
     for path, module in model.named_modules() if fields.get("bias") in ("all", "lora_only") else ():
         own = module._parameters.get("bias")
         for key, found in ((join(path, ADAPTED), adapted), (join(path, "bias"), others)):
@@ -28,11 +45,31 @@ def split(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, Ten
             if own is None or saved is None or saved.shape != own.shape:  # the last is told as a tensor without a place
                 continue
             del rest[prefix + key]
-            if found is adapted:
+            if found is adapted and trained:
                 adapted[prefix + key] = saved
-            elif not torch.equal(saved.to(own), own):
+            elif same(saved, own):
+                continue
+            elif found is adapted:
+                faults.append(f'"{prefix + key}": expected the model\'s own, as this variant trains no bias, found another. {LOAD}')
+            else:
                 others[path] = saved
-    return adapted, others, rest
+    return Biases(adapted, others, rest, faults)
+
+
+def without_copies(
+    model: nn.Module, modules: Mapping[str, Tensors], tensors: Mapping[str, Tensor], prefix: str
+) -> tuple[Tensors, list[str]]:
+    """Leave out the biases of whole modules that `bias="all"` repeats: those of PEFT's copy, and of the module that it leaves unused."""
+    rest, faults = dict(tensors), list[str]()
+    for path, values in modules.items():
+        own = dict(model.get_submodule(path).named_parameters(remove_duplicate=False))
+        start = re.compile(rf"{re.escape(prefix + path)}\.(original_module|modules_to_save(?:\.default)?)\.(.*bias)")
+        for key, found in [(key, found) for key in tensors if (found := start.fullmatch(key))]:
+            unused = found[1] == "original_module"
+            if not same(rest.pop(key), own.get(found[2]) if unused else values.get(found[2])):
+                whose = f"the model's own, found another. {LOAD}" if unused else f'what "{prefix + path}.{found[2]}" holds, found another'
+                faults.append(f'"{key}": expected {whose}')
+    return rest, faults
 
 
 def of_layers(model: nn.Module, others: Mapping[str, Tensor], kinds: Sequence[type[Kind]]) -> tuple[Tree, dict[str, Tensors]]:

@@ -31,9 +31,10 @@ def uncalled(model: nn.Module, target: Target, cfg: AdapterConfig, inside: bool)
     if target.kind.host(target.path) != target.path or not target.path:
         return None
     parent, _, name = target.path.rpartition(".")
-    holder, layer = type(model.get_submodule(parent)), model.get_submodule(target.path)
-    if _reads_alone(holder, name):
-        return f"on a layer whose weight {holder.__name__} reads without calling it: PEFT's layer acts in a call alone"
+    layer, holder = model.get_submodule(target.path), model.get_submodule(parent)
+    of: Any = type(holder)
+    if _reads_alone(of, name):
+        return f"on a layer whose weight {of.__name__} reads without calling it: PEFT's layer acts in a call alone"
     sums = cfg.name in _SUMS and not getattr(cfg, "lora_bias", False)
     if issubclass(target.kind, OwnForwardKind) and not inside and _differs(layer, sums):
         return f"on a {type(layer).__name__}, which has a forward of its own: PEFT's update stays outside of it, ours is inside"
@@ -101,10 +102,10 @@ def _drawn_or_own(name: str, tensor: Tensor, generator: torch.Generator) -> Tens
 
 
 @functools.lru_cache(1024)
-def _reads_alone(holder: type[nn.Module], name: str) -> bool:
+def _reads_alone(of: Any, name: str) -> bool:
     """Whether a class uses a submodule for its weight and bias only, as the source of its methods has it. Without source it does not."""
     try:
-        uses = {use for cls in holder.__mro__ if cls not in (nn.Module, object) for use in _uses(cls, name)}
+        uses = {use for cls in of.__mro__ if cls not in (nn.Module, object) for use in _uses(cls, name)}
     except (OSError, TypeError, SyntaxError):
         return False
     return "weight" in uses and uses <= {"weight", "bias"}

@@ -88,7 +88,15 @@ BY_PATH = {"C3A", "FOURIERFT"}
 _ANY = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
 _ANY |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "modules_to_save"}
 _OF_LORA = {"rank_pattern", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
-_OF_LORA |= {"trainable_token_indices", "target_parameters", "megatron_config", "megatron_core", "qalora_group_size", "runtime_config"}
+_OF_LORA |= {
+    "ensure_weight_tying",
+    "trainable_token_indices",
+    "target_parameters",
+    "megatron_config",
+    "megatron_core",
+    "qalora_group_size",
+    "runtime_config",
+}
 FREE: dict[str, set[str]] = {
     "LORA": {*_OF_LORA, "alpha_pattern"},
     "ADALORA": {*_OF_LORA, "r", "init_lora_weights"},  # of the fields that it inherits, it uses neither
@@ -164,6 +172,7 @@ def check_fields(fields: Mapping[str, Any], where: object) -> None:
             f'from_peft: expected "{where}" to ask only for what lora_lite computes too, found:\n{several(faults)}\n'
             "Merge the adapter with PEFT's merge_and_unload and adapt the merged model, or train it with these off."
         )
+    _check_scale(fields, where)
     if method == "LORA":
         _check_start(fields, where)
         if fields.get("bias") not in (*OFF, "all", "lora_only"):
@@ -179,6 +188,21 @@ def check_fields(fields: Mapping[str, Any], where: object) -> None:
             f"from_peft: expected wavelet_family in \"{where}\" to be 'db1', whose inverse transform is known in closed form, found "
             f"{wavelet!r}, whose filters are not here. Merge the adapter with PEFT's merge_and_unload and adapt the merged model."
         )
+
+
+def _check_scale(fields: Mapping[str, Any], where: object) -> None:
+    """Refuse a negative scale where its sign cannot be moved to a factor: a start would be taken off with the other sign."""
+    start, method = resolve(fields, "init_lora_weights", ""), fields["peft_type"]
+    if method == "LORA" and start not in ("pissa", "olora") and not fields.get("kasa_config"):
+        return
+    for name in ("lora_alpha", "alpha", "randlora_alpha"):
+        values = [fields.get(name), *(fields.get("alpha_pattern") or {}).values()]
+        negative = next((value for value in values if isinstance(value, int | float) and value < 0), None)
+        if negative is not None:
+            raise ValueError(
+                f'from_peft: expected {name} in "{where}" to be >= 0, found {negative}. '
+                "Merge the adapter with PEFT's merge_and_unload and adapt the merged model."
+            )
 
 
 def _check_start(fields: Mapping[str, Any], where: object) -> None:

@@ -25,8 +25,10 @@ from lora_lite.layers.transposed import TransposedConvKind
 
 Tensors = dict[str, Tensor]
 A, B, BIAS, MAGNITUDE, GATE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector", "ia3_l"
-_EMBEDDING = {"lora_embedding_A": A, "lora_embedding_B": B}
+EMBEDDING = {"lora_embedding_A": A, "lora_embedding_B": B}
 _WRAPPER = "base_layer."
+LOAD = "Load it into the model first"
+"""The way out where a file holds a tensor of the model's own that the model has otherwise."""
 
 
 def as_linear(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensors, list[str]]:
@@ -54,7 +56,7 @@ def _own(found: Tensors, at: str, module: nn.Module) -> list[str]:
         for key in (at + _WRAPPER + name, at + name):
             saved = found.pop(key, None)
             if saved is not None and not same(saved, own):
-                faults.append(f'unexpected "{key}": it differs from the model\'s own. Load it into the model first')
+                faults.append(f'unexpected "{key}": it differs from the model\'s own. {LOAD}')
     return faults
 
 
@@ -64,7 +66,7 @@ def same(saved: Tensor, own: Tensor | None) -> bool:
 
 
 def _embedding(found: Tensors, at: str) -> None:
-    for theirs, ours in _EMBEDDING.items():
+    for theirs, ours in EMBEDDING.items():
         if at + theirs in found:
             found[at + ours] = found.pop(at + theirs)
 
@@ -115,7 +117,7 @@ def axes_of(model: nn.Module, path: str) -> int:
 def as_saved(model: nn.Module, target: Target, tensors: Mapping[str, Tensor], targets: Sequence[Target]) -> Tensors:
     """Return the tensors of one target of LoRA or IA3 with the keys, from the model's root, and the shapes that PEFT's file has."""
     if issubclass(target.kind, EmbeddingKind):
-        keys = {ours: theirs for theirs, ours in _EMBEDDING.items()}
+        keys = {ours: theirs for theirs, ours in EMBEDDING.items()}
         return {join(target.path, keys[key]): t for key, t in tensors.items()}
     if issubclass(target.kind, ConvKind):
         kernel: Any = model.get_submodule(target.path).weight

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lora_lite.core.errors import nearest
 from lora_lite.core.tree import Tree
-from lora_lite.files.peft import biases, numbered, shared, tokens, twice, whole
+from lora_lite.files.peft import biases, numbered, rows_lora, shared, ties, tokens, twice, whole
+from lora_lite.files.peft.adapter_name import without_name
 from lora_lite.files.peft.categories import spread
 from lora_lite.files.peft.layers import as_linear, axes_of
 from lora_lite.files.peft.names import in_names_of
@@ -51,7 +52,7 @@ def parts_of(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, 
     method = fields["peft_type"]
     keys = [*_leaves(method), *_zeros(method)]
     of_all = {leaf.key: leaf for row in rows_of(method) for leaf in row.shared_leaves.values()}
-    saved = numbered.joined(tensors, {**_leaves(method), **of_all})
+    saved = numbered.joined(without_name(tensors, keys), {**_leaves(method), **of_all})
     for row in rows_of(method):
         saved = spread(saved, row.of_sort, row.sort, PREFIX) if row.of_sort else saved
     common, saved = shared.split(method, saved)
@@ -59,12 +60,15 @@ def parts_of(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, 
     saved, faults = twice.at_first_place(model, saved, PREFIX)
     modules, saved, unlike = whole.split(model, fields, saved, PREFIX)
     rows, saved, misfits = tokens.split(model, fields, saved, PREFIX)
-    adapted, others, saved = biases.split(model, fields, saved, PREFIX)
+    saved, repeated = biases.without_copies(model, modules.get(FullConfig, {}), saved, PREFIX)
+    adapted, others, saved, fixed = biases.split(model, fields, saved, PREFIX, _trains_bias(fields))
     shifts, more = biases.of_layers(model, others, kinds)
     modules = {**modules, FullConfig: {**modules.get(FullConfig, {}), **more}} if more else modules
     saved, unfit = as_linear(model, fields, saved, PREFIX)
     layers, unplaced = _by_layer(model, method, {**saved, **adapted})
-    faults += misnamed + unlike + misfits + unfit + unplaced
+    layers = {path: dict(rows_lora.positive(fields, path, own)) for path, own in layers.items()}
+    clashes = ties.faults(model, fields, [*layers, *whole.paths_of(modules)], rows)
+    faults += clashes or misnamed + unlike + misfits + repeated + fixed + unfit + unplaced
     if not layers and any(row.bare for row in rows_of(method)):
         paths_named, unclear = named(fields, find(model, "linear", kinds))
         layers, faults = {path: {} for path in paths_named}, faults + unclear
@@ -82,6 +86,12 @@ def parts_of(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, 
         ]
     )
     return Parts(fields, layers, modules, rows, shifts, common, faults)
+
+
+def _trains_bias(fields: Mapping[str, Any]) -> bool:
+    """Whether the variant of a file of LoRA has a layer's own bias among its params."""
+    row = next((row for row in rows_of(fields["peft_type"]) if row.peft_type == "LORA" and row.when(fields, {})), None)
+    return row is not None and any(leaf.key == biases.ADAPTED for leaf in row.leaves.values())
 
 
 def _zeros(method: str) -> set[str]:

@@ -27,10 +27,17 @@ from lora_lite.variants.pissa import PiSSAConfig
 def _read_lora(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
     return {
         "r": tensors["lora_A.weight"].shape[-2],
-        "alpha": resolve(fields, "lora_alpha", path),
+        "alpha": abs(resolve(fields, "lora_alpha", path)),  # the sign is in B, see `positive`
         "rslora": resolve(fields, "use_rslora", path),
         "dropout": resolve(fields, "lora_dropout", path),
     }
+
+
+def positive(fields: Fields, path: str, tensors: Tensors) -> Tensors:
+    """Return a layer's tensors for `|alpha|`: configs take no negative one, and `s B A = (-s) (-B) A`."""
+    if fields["peft_type"] != "LORA" or resolve(fields, "lora_alpha", path) >= 0:
+        return tensors
+    return {key: -t if key.startswith("lora_B.") else t for key, t in tensors.items()}
 
 
 def _read_plain(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:

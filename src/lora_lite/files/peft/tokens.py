@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_lite.core.errors import listed
 from lora_lite.core.tree import Tree, join
 from lora_lite.files.peft import twice
+from lora_lite.files.peft.layers import LOAD
 from lora_lite.files.peft.whole import ambiguous
 from lora_lite.prepare.targets import sharing
 from lora_lite.variants.tokens import TokensConfig
@@ -73,7 +74,7 @@ def _faults(path: str, ids: Sequence[int], values: Tensor, weight: Tensor, base:
     others = torch.ones(len(weight), dtype=torch.bool)
     others[list(ids)] = False  # these rows are in the file in any case, and new tokens are drawn anew in each model
     same = base.shape == weight.shape and torch.equal(base[others], weight.detach().cpu()[others].to(base.dtype))
-    return [] if same else [f'unexpected weight of "{path}": it differs from the model\'s own. Load it into the model first']
+    return [] if same else [f'unexpected weight of "{path}": it differs from the model\'s own. {LOAD}']
 
 
 def _field(fields: Mapping[str, Any]) -> str:

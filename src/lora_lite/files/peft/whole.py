@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import listed, several
 from lora_lite.core.tree import Tree, join
-from lora_lite.files.peft.layers import same
+from lora_lite.files.peft.layers import LOAD, same
 from lora_lite.layers.module import ModuleKind
 from lora_lite.variants.full import FullConfig
 from lora_lite.variants.ln_tuning import LNTuningConfig
@@ -43,9 +43,7 @@ def split(
                     [] if torch.equal(value, tensor) else [f'"{key}": expected what "{first[id(own)]}" holds, which it is, found another']
                 )
             elif not same(tensor, own):
-                faults.append(
-                    f'"{key}": expected the model\'s own, as a buffer is not trained here, found another. Load it into the model first'
-                )
+                faults.append(f'"{key}": expected the model\'s own, as a buffer is not trained here, found another. {LOAD}')
     return whole, rest, faults
 
 

@@ -1,0 +1,24 @@
+"""Keys with the adapter's name inside, `lora_A.default.weight` for `lora_A.weight`: PEFT loads them as its model has them."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from lora_lite.files.peft.layers import EMBEDDING, MAGNITUDE
+
+_NAME = "default"
+"""The name under which PEFT loads an adapter; a key with any other is one of no adapter there."""
+
+
+def without_name(tensors: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Tensor]:
+    """Return a file's tensors under the keys that PEFT saves. `keys` are the ends that a layer's tensors may have."""
+    ends = {_named(key): key for key in (*keys, *EMBEDDING) if "#" not in key} | {f"{_named(MAGNITUDE)}.weight": MAGNITUDE}
+    ending = re.compile(rf"(.*\.)({'|'.join(map(re.escape, ends))})")
+    plain = {name: found[1] + ends[found[2]] if (found := ending.fullmatch(name)) else name for name in tensors}
+    return {name if plain[name] in tensors else plain[name]: tensor for name, tensor in tensors.items()}
+
+
+def _named(key: str) -> str:
+    first, dot, rest = key.partition(".")
+    return f"{first}.{_NAME}{dot}{rest}"
