@@ -2,6 +2,7 @@
 
 import functools
 from collections import UserDict
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -212,6 +213,314 @@ def test_what_blocks_write_into_a_mapping_keeps_its_gradient(kind, how):
         else:
             results.append(ll.value_and_grad(f)(params)[1] if how == "value_and_grad" else torch.func.grad(f)(params))
     assert_trees_equal(results[1], results[0], 1e-6)
+
+
+@dataclass
+class _State:
+    h: torch.Tensor
+    steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _FrozenState:
+    h: torch.Tensor
+    more: list
+
+
+class _Plain(nn.Module):
+    """A block, and the way by which a model calls it: each hands gradients in or out by more than arguments and results."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.cond, self.losses = nn.Linear(8, 8), None, []
+
+    def make(self, x):
+        return torch.tanh(self.lin(x))
+
+    def call(self, x, seen):
+        return self(x)
+
+
+class _Conditioned(_Plain):
+    """The model sets an attribute, as OpenFlamingo does."""
+
+    def forward(self, x):
+        return x + self.make(x + self.cond)
+
+
+class _ConditionedDeep(_Plain):
+    """The model sets an attribute in a dict of the module."""
+
+    def __init__(self):
+        super().__init__()
+        self.given = {}
+
+    def forward(self, x):
+        return x + self.make(x + self.given["cond"])
+
+    def call(self, x, seen):
+        self.given["cond"] = self.cond
+        return self(x)
+
+
+class _Aux(_Plain):
+    """A loss is kept as an attribute."""
+
+    def forward(self, x):
+        y = self.make(x)
+        self.aux = y.square().mean()
+        return x + y
+
+    def call(self, x, seen):
+        x = self(x)
+        seen.append(10 * self.aux)
+        return x
+
+
+class _AuxTwice(_Aux):
+    """A loss that grows from call to call, and replaces what stood there."""
+
+    aux = 0.0
+
+    def forward(self, x):
+        y = self.make(x)
+        self.aux = self.aux + y.square().mean(0)
+        return x + y
+
+    def call(self, x, seen):
+        return super().call(self(x), seen)
+
+
+class _AuxList(_Plain):
+    """Losses are appended to a list of the module, and put into a new dict."""
+
+    def forward(self, x):
+        y = self.make(x)
+        self.losses.append(y.square().mean())
+        self.stats = {"mean": y.mean(), "all": [y]}
+        return x + y
+
+    def call(self, x, seen):
+        x = self(self(x))
+        seen.extend([*self.losses, self.stats["mean"], self.stats["all"][0]])
+        return x
+
+
+class _Buffer(_Plain):
+    """A buffer is registered anew, from what has a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x):
+        y = self.make(x)
+        self.mean = 0.5 * self.mean + y.mean(0)
+        return x + y
+
+    def call(self, x, seen):
+        x = self(self(x))
+        seen.append(self.mean)
+        return x
+
+
+class _Data(_Plain):
+    """A dataclass goes in and another one comes out."""
+
+    def forward(self, state):
+        return _State(state.h + self.make(state.h), state.steps + 1)
+
+    def call(self, x, seen):
+        state = self(_State(x, 2))
+        assert type(state) is _State
+        assert state.steps == 3
+        return state.h
+
+
+class _DataWritten(_Plain):
+    """A dataclass is written into and handed through."""
+
+    def forward(self, state):
+        state.h = state.h + self.make(state.h)
+        return state
+
+    def call(self, x, seen):
+        state = _State(x)
+        assert self(state) is state
+        return state.h
+
+
+class _DataFrozen(_Plain):
+    """A frozen dataclass with slots, whose list is written into."""
+
+    def forward(self, state):
+        state.more.append(self.make(state.h))
+        return _FrozenState(state.h + state.more[0], state.more)
+
+    def call(self, x, seen):
+        state = _FrozenState(x, seen)
+        out = self(state)
+        assert out.more is seen
+        return out.h
+
+
+class _Lists(_Plain):
+    """The block appends to a list of the caller."""
+
+    def forward(self, x, seen):
+        y = self.make(x)
+        seen.append(y)
+        return x + y
+
+    def call(self, x, seen):
+        return self(x, seen)
+
+
+class _Nested(_Plain):
+    """The block writes into a dict in a dict, and into a list in a tuple, and hands them on."""
+
+    def forward(self, x, notes):
+        notes, (listed, _) = notes["inner"], notes["pair"]
+        notes["first"] = self.make(x)
+        listed.extend([notes["first"].square(), {"deep": notes["first"].sin()}])
+        return x + notes["first"], notes
+
+    def call(self, x, seen):
+        listed, inner = [], {"old": x}
+        x, same = self(x, notes={"inner": inner, "pair": (listed, None)})
+        assert same is inner
+        assert inner["old"] is not None
+        seen.extend([inner["first"], listed[0], listed[1]["deep"]])
+        return x
+
+
+class _Escaping(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.enc, self.blocks = nn.Linear(8, 8), nn.ModuleList([kind(), kind()])
+
+    def forward(self, x):
+        x, seen = self.enc(x), []
+        for block in self.blocks:
+            block.cond = x.sin()
+        for block in self.blocks:
+            x = block.call(x, seen)
+        return x + sum(k * y.square().sum() for k, y in enumerate(seen, 1))
+
+
+WAYS = {
+    kind.__name__.strip("_"): kind
+    for kind in (_Conditioned, _ConditionedDeep, _Aux, _AuxTwice, _AuxList, _Buffer, _Data, _DataWritten, _DataFrozen, _Lists, _Nested)
+}
+
+
+@pytest.mark.parametrize("how", ["value_and_grad", "grad", "hessian", "jvp", "vmap", "mixed"])
+@pytest.mark.parametrize("kind", WAYS)
+def test_gradients_that_pass_by_other_ways_than_arguments(kind, how):
+    model, x = _Escaping(WAYS[kind]), torch.randn(4, 8)
+    plain, remat = (ll.build(model, ll.LoRAConfig(r=2), remat=pattern) for pattern in (None, r"^blocks\.\d$"))
+    params, found = move(plain.init()), []
+    for adapt in (plain, remat, remat):  # the second time without the checks of a first run
+        found.append(dict(_losses(adapt, params, x))[how]())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[2], found[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", WAYS)
+def test_gradients_that_pass_by_other_ways_in_a_module(kind):
+    model, x, found = _Escaping(WAYS[kind]), torch.randn(4, 8), []
+    for pattern in (None, r"^blocks\.\d$"):
+        adapt = ll.build(model, ll.LoRAConfig(r=2), remat=pattern)
+        module = adapt.module(move(adapt.init()))
+        module(x).square().sum().backward()
+        found.append({name: p.grad for name, p in module.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+_ELSEWHERE = {}
+
+
+class _FromGlobal(_Plain):
+    """The block reads a tensor of a global."""
+
+    def forward(self, x):
+        return x + self.make(x + _ELSEWHERE["cond"])
+
+    def call(self, x, seen):
+        _ELSEWHERE["cond"] = self.cond
+        return self(x)
+
+
+class _FromAside(_Plain):
+    """The block reads a tensor in a dict of a module of torch, which keeps no state in one."""
+
+    def forward(self, x):
+        return x + self.make(x + self.lin.given["cond"])
+
+    def call(self, x, seen):
+        self.lin.given = {"cond": self.cond}
+        return self(x)
+
+
+class _FromObject(_Plain):
+    """The block reads a tensor of an object that nobody takes apart."""
+
+    def forward(self, x, holder):
+        return x + self.make(x * holder.loc)
+
+    def call(self, x, seen):
+        return self(x, torch.distributions.Normal(self.cond, 1.0, validate_args=False))
+
+
+class _InObject(_Plain):
+    """The block returns an object that nobody takes apart."""
+
+    def forward(self, x):
+        return torch.distributions.Normal(x + self.make(x), 1.0, validate_args=False)
+
+    def call(self, x, seen):
+        return self(x).loc
+
+
+FROM_ELSEWHERE = (
+    r"expected tensors with a gradient to enter by its arguments or by attributes of its modules, found one of shape \(.*\) from "
+    r"elsewhere.* in torch\.Tensor\.(add|mul)\. Its gradient would be lost\. Pass it as an argument, detach it"
+)
+REFUSED = {
+    "FromAside": (_FromAside, FROM_ELSEWHERE),
+    "FromGlobal": (_FromGlobal, FROM_ELSEWHERE),
+    "FromObject": (_FromObject, FROM_ELSEWHERE),
+    "InObject": (_InObject, r"expected tensors to leave it by themselves or in lists.* found some inside of a Normal.*Return the tensors"),
+}
+
+
+@pytest.mark.parametrize("how", ["value_and_grad", "grad", "hessian", "jvp", "vmap", "mixed"])
+@pytest.mark.parametrize("kind", REFUSED)
+def test_gradients_that_would_be_lost_are_refused_by_name(kind, how):
+    block, message = REFUSED[kind]
+    model, x = _Escaping(block), torch.randn(4, 8)
+    adapt = ll.build(model, ll.LoRAConfig(r=2), remat=r"^blocks\.\d$")
+    for _ in range(2):  # a refusal is no check that was passed
+        with pytest.raises(ValueError, match=rf'remat: block "blocks\.0" {message}.*without remat'):
+            dict(_losses(adapt, move(adapt.init()), x))[how]()
+    with torch.no_grad():
+        adapt(adapt.init(), x)
+
+
+class _Constant(_Plain):
+    """The block reads tensors of a global that have no gradient."""
+
+    def forward(self, x):
+        return x + self.make(x + _ELSEWHERE["constant"] + _ELSEWHERE["cond"].detach())
+
+
+def test_constants_of_elsewhere_may_be_read():
+    _ELSEWHERE.update(constant=torch.randn(8), cond=torch.randn(8, requires_grad=True))
+    model, x = nn.Sequential(_Constant()), torch.randn(4, 8)
+    plain, remat = (ll.build(model, ll.LoRAConfig(r=2), remat=pattern) for pattern in (None, "^0$"))
+    params = move(plain.init())
+    for (_, want), (_, got) in zip(_losses(plain, params, x), _losses(remat, params, x)):
+        torch.testing.assert_close(got(), want(), rtol=1e-5, atol=1e-6)
 
 
 def _losses(adapt, params, x, randomness="error"):
@@ -491,6 +800,54 @@ def test_derivatives_of_every_order(device, model, how):
         found.append(HIGHER[how](lambda p, adapt=adapt: adapt(p, x), params, along))
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
     assert max(float(t.abs().max()) for t in torch.utils._pytree.tree_leaves(found[0])) > 1e-3
+
+
+class _Viewing(nn.Module):
+    """A block whose outputs are views of what it has made."""
+
+    def __init__(self, views):
+        super().__init__()
+        self.mlp, self.views = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), views
+
+    def forward(self, x):
+        return self.views(self.mlp(x))
+
+
+class _Changing(nn.Module):
+    """A model that changes the outputs of its block in place."""
+
+    def __init__(self, views):
+        super().__init__()
+        self.block, self.first = _Viewing(views), nn.Linear(8, 8)
+
+    def forward(self, x):
+        outputs = self.block(self.first(x))
+        for k, out in enumerate(outputs, 2):
+            out *= k
+        return sum(k * out.sin().sum() for k, out in enumerate(outputs, 1))
+
+
+VIEWS = {
+    "a linear layer's": lambda h: (h,),
+    "the same twice": lambda h: (h, h),
+    "two of one": lambda h: (h.view(-1), h),
+    "a transpose": lambda h: (h.transpose(0, -1),),
+    "a part": lambda h: (h[..., 1:4],),
+    "another shape": lambda h: (h.unflatten(-1, (2, 4)),),
+}
+
+
+IN_PLACE = [(views, how) for views in VIEWS for how in ("value_and_grad", "grad", "hessian", "jvp", "vmap")]
+IN_PLACE.remove(("two of one", "vmap"))  # a tensor of vmap does not know of what it is a view
+
+
+@pytest.mark.parametrize(("views", "how"), IN_PLACE)
+def test_outputs_may_be_changed_in_place(views, how):
+    model, x, found = _Changing(VIEWS[views]), torch.randn(2, 3, 8), []
+    for pattern in (None, "^block$"):
+        adapt = ll.build(model, ll.LoRAConfig(r=2), remat=pattern)
+        found.append(dict(_losses(adapt, move(adapt.init()), x))[how]())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

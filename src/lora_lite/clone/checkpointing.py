@@ -8,7 +8,7 @@ inside a transform the compiler decides what to recompute.
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from lora_lite.clone.block_inputs import require_no_escape, watched, with_notes, without_notes, written
+from lora_lite.clone.block_function import BlockFunction
+from lora_lite.clone.block_inputs import require_no_escape, watched
 from lora_lite.clone.held import Held
 from lora_lite.clone.recomputed import Recipe, Recompute, random_state
-from lora_lite.clone.state import State
 from lora_lite.core.errors import nearest
 from lora_lite.core.tracing import transformed
 
@@ -30,9 +30,10 @@ def install(clone: nn.Module, pattern: str | None) -> None:
     Raises:
         ValueError: where `pattern` matches no module.
     """
+    names = {module: f'block "{path}"' for path, module in clone.named_modules()}
     for block in check_pattern(clone, pattern):
         own = vars(block).pop("forward", None) or functools.partial(type(block).forward, block)
-        vars(block)["forward"] = functools.partial(_recomputed, block, own)
+        vars(block)["forward"] = functools.partial(_recomputed, names[block], block, own)
         vars(block)["gradient_checkpointing"] = False  # ours, not also the model's own
     for module in clone.modules():
         if "_gradient_checkpointing_func" in vars(module):
@@ -62,9 +63,9 @@ def _compile(pattern: str) -> re.Pattern[str]:
         raise ValueError(f"build: expected remat as a regular expression, found {pattern!r} ({e}). Write e.g. r'layers\\.\\d+$'.") from e
 
 
-def _recomputed(block: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _recomputed(name: str, block: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     args, kwargs = _without_caches(args, kwargs)
-    return recompute(own, block, args, kwargs)
+    return recompute(name, own, block, args, kwargs)
 
 
 def _model_checkpoint(fn: Callable[..., Any], *args: Any, **_: Any) -> Any:
@@ -75,7 +76,7 @@ def _model_checkpoint(fn: Callable[..., Any], *args: Any, **_: Any) -> Any:
     block = getattr(fn, "__self__", None)
     if block is None:  # a plain function with the block as its first argument
         block, fn, args = args[0], functools.partial(fn, args[0]), args[1:]
-    return recompute(fn, block, args, kwargs)
+    return recompute(f"a block of class {type(block).__name__}", fn, block, args, kwargs)
 
 
 def _drop_grad_hooks(module: nn.Module) -> None:
@@ -102,46 +103,17 @@ def _without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tupl
     return tuple(None if hasattr(value, "get_seq_length") else value for value in args), keep
 
 
-def recompute(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run `fn(*args, **kwargs)`, the forward of `block`, keeping only its inputs for the backward pass."""
+def recompute(name: str, fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run `fn(*args, **kwargs)`, the forward of `block`, keeping only its inputs for the backward pass. Messages call it `name`."""
     if not torch.is_grad_enabled():
         return fn(*args, **kwargs)
     if torch.compiler.is_compiling():
         return _compiled(fn, block, args, kwargs)
-    notes, args, kwargs = without_notes(args, kwargs)
-    leaves, spec = pytree.tree_flatten((args, kwargs, [dict(note) for note in notes]))
-    places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    held, state = Held.of(block), State(block)
-    inputs = [leaves[k] for k in places] + held.tensors
-    shape: list[Any] = []  # of the output: its tree, and for each leaf where it comes from
-    kept: set[int] = set()  # ids of the tensors of outputs, of each run: derivatives forward run it again
-
-    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
-        filled = list(leaves)
-        for k, tensor in zip(places, tensors):
-            filled[k] = tensor
-        with held.in_place(tensors[len(places) :], None if not shape else state):
-            *given, contents = pytree.tree_unflatten(filled, spec)
-            own, a, kw = with_notes(notes, contents, *given)
-            out, tree = pytree.tree_flatten((fn(*a, **kw), written(own, contents)))
-        known = {id(t): n for n, t in enumerate(tensors)}
-        # An input handed through is not an output of the Function: autograd would take it for a copy.
-        shape[:] = [tree, [known.get(id(t)) if isinstance(t, Tensor) else t for t in out], [isinstance(t, Tensor) for t in out]]
-        fresh = [t for t in out if isinstance(t, Tensor) and id(t) not in known]
-        kept.update(map(id, fresh))
-        return fresh
-
-    recipe = Recipe(run, random_state(block, inputs))
+    run = BlockFunction(name, fn, block, args, kwargs)
     with watched(block) as seen:
-        results = Recompute.apply(recipe, *inputs)
-    tree, sources, tensors = shape
-    require_no_escape(seen, kept)
-    fresh = iter(results)
-    out = [source if not tensor else next(fresh) if source is None else inputs[source] for source, tensor in zip(sources, tensors)]
-    result, news = pytree.tree_unflatten(out, tree)
-    for note, values in zip(notes, news):
-        note.update(values)
-    return result
+        made = Recompute.apply(Recipe(run, random_state(block, run.inputs)), *run.inputs)
+    require_no_escape(seen, run.kept)
+    return run.result(made)
 
 
 def _compiled(fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

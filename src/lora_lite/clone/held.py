@@ -41,8 +41,8 @@ class Held:
         return cls(params, index, [(m._buffers, name) for m, name, _ in buffers], written)
 
     @contextmanager
-    def in_place(self, tensors: Sequence[Tensor], state: State | None) -> Iterator[None]:
-        """Put tensors where these stood for the length of a run.
+    def in_place(self, tensors: Sequence[Tensor], state: State | None) -> Iterator[list[Tensor]]:
+        """Put tensors where these stood for the length of a run. The context is a list of the buffers of the run.
 
         The first run, which has no `state`, leaves the block as its forward does. A later one begins with the block's state before that,
         and leaves no trace.
@@ -60,9 +60,10 @@ class Held:
                 binding.set(None if self._off else own, self._rows, index, self._off)
             if state is not None:
                 state.put(state.kept)
-            for (table, name), own in zip(self._buffers, self._written):
-                table[name] = next(given).clone() if own else next(given)
-            yield
+            placed = [next(given).clone() if own else next(given) for own in self._written]
+            for (table, name), own in zip(self._buffers, placed):
+                table[name] = own
+            yield placed
         finally:
             for (binding, _), was in zip(self._params, before):
                 binding.set(*was)

@@ -1,0 +1,122 @@
+"""Tensors that enter or leave a recomputed block by ways that its autograd Function does not see.
+
+Inside of the Function nothing has a graph. A tensor with a gradient that is read there and is no input of it, such as one in a global,
+would lose that gradient without a word. So would one that leaves inside of an object that is not taken apart.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import TransformType, get_unwrapped, is_functorch_wrapped_tensor, is_gradtrackingtensor, maybe_get_level
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils import _pytree as pytree
+
+from lora_lite.clone.references import PLAIN
+from lora_lite.core.tracing import transformed
+from lora_lite.layers.access import ReadTensor
+
+
+def forward_levels() -> frozenset[int]:
+    """Return the levels of the forward-mode transforms that are active."""
+    if not transformed():
+        return frozenset()
+    return frozenset(i.level() for i in retrieve_all_functorch_interpreters() if i.key() == TransformType.Jvp)
+
+
+def carries(tensor: Tensor, forward: frozenset[int] = frozenset()) -> bool:
+    """Whether a tensor has a gradient in plain autograd or a transform, or may have a tangent at one of the levels `forward`."""
+    return any(t.requires_grad or (is_gradtrackingtensor(t) and maybe_get_level(t) in forward) for t in _layers(tensor))
+
+
+def _layers(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield a tensor, and those that transforms have wrapped in it."""
+    yield tensor
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+        yield tensor
+
+
+class NoStrays(TorchFunctionMode):
+    """Refuse tensors with a gradient that a block meets in its first run and that are none of its inputs.
+
+    Args:
+        name: the block, for messages.
+        known: its inputs.
+        forward: the levels of forward mode around it.
+    """
+
+    def __init__(self, name: str, known: Iterable[Tensor], forward: frozenset[int]) -> None:
+        super().__init__()
+        self._name, self._forward = name, forward
+        self._known: dict[int, Tensor] = {}  # held, so that an `id` stays theirs
+        self._add(known)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        met = [t for t in _tensors((args, kwargs)) if carries(t, self._forward) and not self._is_known(t)]
+        try:
+            result = func(*args, **(kwargs or {}))
+        except RuntimeError:
+            if met:  # a tensor of a transform is of no use outside of it
+                raise self._refusal(met[0], func) from None
+            raise
+        if met and func not in _DETACH and (result is None or any(_smooth(t) for t in _tensors(result))):
+            raise self._refusal(met[0], func)
+        own = [] if met else _tensors((args, result))  # a block may differentiate by itself, and ask that of what it has made
+        self._add(t for t in own if carries(t, self._forward))
+        return result
+
+    def _refusal(self, tensor: Tensor, func: Any) -> ValueError:
+        return ValueError(
+            f"remat: {self._name} expected tensors with a gradient to enter by its arguments or by attributes of its modules, found one of "
+            f"shape {tuple(tensor.shape)} from elsewhere, such as a global or a closure, in {resolve_name(func) or func}. Its gradient "
+            "would be lost. Pass it as an argument, detach it, or build without remat."
+        )
+
+    def _add(self, tensors: Iterable[Tensor]) -> None:
+        self._known.update((id(layer), layer) for t in tensors for layer in _layers(t))
+
+    def _is_known(self, tensor: Tensor) -> bool:
+        return any(id(layer) in self._known for layer in _layers(tensor))
+
+
+_DETACH = frozenset((Tensor.detach, torch.detach))
+
+
+def _smooth(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors in the arguments of an operation. What is read of a stand-in for a weight comes from the params."""
+    if isinstance(tree, Tensor):
+        if not isinstance(tree, ReadTensor):
+            yield tree
+    elif isinstance(tree, list | tuple):
+        for part in tree:
+            yield from _tensors(part)
+    elif isinstance(tree, dict):
+        yield from _tensors(list(tree.values()))
+
+
+def require_no_hidden(name: str, leaves: Iterable[Any], given: Sequence[Any], known: Iterable[Tensor]) -> None:
+    """Refuse objects among what leaves a block, other than tensors and containers, that hold tensors computed in it.
+
+    Args:
+        name: the block, for messages.
+        leaves: what leaves it.
+        given: its arguments: an object that is handed through may stay as it is.
+        known: the tensors that are not computed in it.
+    """
+    own = {*map(id, known), *map(id, given)}
+    for leaf in leaves:
+        if type(leaf) in PLAIN or id(leaf) in own or isinstance(leaf, Tensor | nn.Module | type):
+            continue
+        if any(isinstance(t, Tensor) and _smooth(t) and id(t) not in own for t in pytree.tree_leaves(dict(getattr(leaf, "__dict__", {})))):
+            raise ValueError(
+                f"remat: {name} expected tensors to leave it by themselves or in lists, tuples, dicts and dataclasses, found some "
+                f"inside of a {type(leaf).__name__}, where their gradient would be lost. Return the tensors and make the "
+                f"{type(leaf).__name__} outside of the block, or build without remat."
+            )
