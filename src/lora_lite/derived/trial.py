@@ -38,7 +38,7 @@ class Seen(NamedTuple):
 _NEAR = 0.1
 """The distance, in norms, of inputs that count as equal: low dtypes round by the size of a batch, and other rows are about 1 away."""
 _EXACT = 1e-10
-"""That distance for inputs that are integers, such as ids and masks: their projections in float64 alone are rounded."""
+"""The distance of ids and masks that count as equal: only their projections, in float64, are rounded."""
 
 
 def trial(replica: Replica, runs: Sequence[Batch]) -> dict[str, Seen]:
