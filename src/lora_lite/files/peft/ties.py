@@ -10,7 +10,7 @@ from lora_lite.prepare.targets import sharing
 
 
 def faults(model: nn.Module, fields: Mapping[str, Any], adapted: Iterable[str], tables: Iterable[str]) -> list[str]:
-    """List what a file has on shared weights that cannot be read.
+    """List the adapters of a file on shared weights that cannot be read.
 
     Args:
         model: the model.

@@ -57,7 +57,7 @@ def _modules(model: nn.Module, fields: Mapping[str, Any]) -> Iterator[tuple[type
 
 
 def _held(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """List what a module's state dict holds, a shared parameter under each of its names."""
+    """List the tensors of a module's state dict, a shared parameter under each of its names."""
     return [(name, t) for name, t in module.state_dict(keep_vars=True).items() if isinstance(t, Tensor)]
 
 
