@@ -82,9 +82,9 @@ def vmap_rows(f: Callable[..., Any], params: Mapping[str, Tensor], *xs: Tensor) 
         return torch.vmap(f, randomness="different")(params, *xs)
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         raise RuntimeError(
-            "adapt: expected rows with params of their own outside of hooks on saved tensors, found such hooks, as of a checkpoint that the "
-            "model began by itself: they cannot keep what belongs to one row. Switch checkpointing on before build, or name the blocks, "
-            'build(..., remat=r"layers\\.\\d+$").'
+            "adapt: expected rows with params of their own outside of hooks on saved tensors, found such hooks, as of a checkpoint that "
+            "the model began by itself: they cannot keep what belongs to one row. Switch checkpointing on before build, or name the "
+            'blocks, build(..., remat=r"layers\\.\\d+$").'
         )
     lazy_load_decompositions()
     return _mapped(f, params, xs)

@@ -113,9 +113,7 @@ def _reads_alone(of: Any, name: str) -> bool:
 
 def _uses(cls: type, name: str) -> Iterator[str]:
     """Yield the attribute that a class takes of each `self.name`, empty where it uses the module itself. Starts of weights are left out."""
-    if not name.isidentifier() or f".{name}" not in inspect.getsource(
-        inspect.getmodule(cls) or cls
-    ):  # quick, where finding a class in its file is not
+    if not name.isidentifier() or f".{name}" not in inspect.getsource(inspect.getmodule(cls) or cls):  # finding a class in it takes long
         return
     for method in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(cls)))):
         if isinstance(method, ast.FunctionDef) and not any(word in method.name for word in ("init", "reset")):
