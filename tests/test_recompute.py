@@ -6,6 +6,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import lora_lite as ll
+from cases import CASES, Blocks, build_any, move, named
 from lora_lite.core import recompute
 from lora_lite.core.recompute import linear_plus, recomputed
 
@@ -159,6 +160,31 @@ def test_an_operation_in_place_may_follow_a_target(name, shape):
         layer.inplace = False
     want = ll.value_and_grad(loss(ll.build(model, IN_PLACE[name]), x))(params)
     torch.testing.assert_close(got, want, equal_nan=True)
+
+
+def batched_and_looped(cfg, i, o, remat=None):
+    """Return the gradients of three losses by one backward pass of a batch of vectors, and by one pass for each."""
+    x, weights = torch.randn(3, 2, i, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    adapt = build_any(Blocks(i, o).double(), cfg, [x], remat=remat).eval()  # torch draws nothing in a batched backward pass
+    params = ll.tree_map(lambda p: p.double().requires_grad_(), move(adapt.init()))
+    losses, options = adapt(params, x).square().mean((1, 2)), {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    leaves = ll.tree_leaves(params)
+    each = [torch.autograd.grad(losses, leaves, row, **options) for row in weights]
+    return torch.autograd.grad(losses, leaves, weights, is_grads_batched=True, **options), tuple(map(torch.stack, zip(*each)))
+
+
+@pytest.mark.parametrize("remat", [None, r"^blocks\.0$"], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("row", CASES, ids=named)
+def test_backward_passes_of_a_batch_of_vectors(row, remat):
+    got, want = batched_and_looped(row.cfg, 48, 64, remat)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    assert max(g.abs().max() for g in want) > 1e-8
+
+
+@pytest.mark.parametrize(("name", "i", "o"), [*((name, 136, 144) for name in IN_PLACE), ("c3a-wide", 416, 416)])
+def test_backward_passes_of_a_batch_of_vectors_in_large_layers(name, i, o):
+    got, want = batched_and_looped(IN_PLACE.get(name, ll.C3AConfig(block_size=16)), i, o)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

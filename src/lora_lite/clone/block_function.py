@@ -19,7 +19,7 @@ from lora_lite.clone.containers import Containers, Place
 from lora_lite.clone.held import Held
 from lora_lite.clone.state import State
 from lora_lite.clone.strays import NoStrays, carries, forward_levels, require_no_hidden
-from lora_lite.core.recompute import whole
+from lora_lite.core.recompute import unviewed
 
 _CHECKED: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
 """The sorts of arguments with which a block has been found to read nothing else."""
@@ -72,10 +72,9 @@ class BlockFunction:
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Run the block on tensors in the place of its inputs, and return those that it makes."""
-        layout, sort = self._layout, self._sort()
-        if layout is not None:
-            return self._as_laid_out(self._run(tensors, nullcontext())[0], layout)
-        checked = _CHECKED.setdefault(self._block, set())
+        if self._layout is not None:
+            return self._as_laid_out(self._run(tensors, nullcontext())[0], self._layout)
+        checked, sort = _CHECKED.setdefault(self._block, set()), self._sort()
         if sort in checked:
             return self._lay_out(*self._run(tensors, nullcontext()), tensors)
         # Other objects stand for the inputs, so that one that is read from elsewhere too is none of them.
@@ -163,7 +162,7 @@ class BlockFunction:
                 # An input handed through is not an output of the Function: autograd would take it for a copy.
                 origins.append(_From(known[id(leaf)]))
             elif isinstance(leaf, Tensor):
-                base = whole(leaf, tensors)
+                base = unviewed(leaf, tensors)
                 number, _ = made.setdefault(id(base), (len(made), base))
                 origins.append(_From(number, tuple(leaf.shape)))
             else:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from lora_lite.core.tracing import in_transform
@@ -58,7 +59,7 @@ def _recomputes(entries: int, tensors: Sequence[Tensor], fixed: Sequence[Tensor 
     return needs and not any(t is not None and t.requires_grad for t in fixed)
 
 
-def whole(tensor: Tensor, given: Sequence[Tensor]) -> Tensor:
+def unviewed(tensor: Tensor, given: Sequence[Tensor]) -> Tensor:
     """Return a tensor that a Function may hand out, so that its receiver may change the values in place.
 
     Autograd allows that for no view that is made inside a Function. For a view of all of a tensor this is the tensor itself, of another
@@ -119,7 +120,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, f: Compute, shape: list[int], *tensors: Tensor) -> Tensor:
         state, y = autocast_state(), f(*tensors)
-        out = whole(y, tensors)
+        out = unviewed(y, tensors)
         shape.extend(y.shape)
 
         def again(*tensors: Tensor) -> Tensor:
@@ -151,7 +152,8 @@ class _LinearPlus(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, x, *tensors = ctx.saved_tensors
         of_x, *of_tensors = ctx.needs_input_grad[4:]
-        plain = ctx.vjp is None or torch.is_grad_enabled()
+        # A batch of gradients, of `is_grads_batched`, has no rule for writing in place.
+        plain = ctx.vjp is None or torch.is_grad_enabled() or is_legacy_batchedtensor(grad)
         whole, pull = (_vjp(ctx.update, of_tensors) if plain else ctx.vjp)(weight, *tensors)
         grad_x = (grad @ whole).view(x.shape) if of_x else None
         del whole

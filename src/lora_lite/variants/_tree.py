@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from lora_lite.core.linalg import fixed, full_precision
@@ -115,7 +116,7 @@ class _Tree(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, G, change, M, C, passes, factor = ctx.saved_tensors
-        if torch.is_grad_enabled() or transformed():
+        if torch.is_grad_enabled() or transformed() or is_legacy_batchedtensor(grad):  # the last has no rule for `out`
             return *gradients_of(lambda x, G: _through(x, G, ctx.i), (x, G), grad, ctx.needs_input_grad[:2]), None
         of_blocks, of_x = grad.transpose(0, 1), torch.empty_like(x)
         torch.bmm(of_blocks, M, out=of_x.transpose(0, 1))
