@@ -306,6 +306,20 @@ class _AuxList(_Plain):
         return x
 
 
+class _AuxInside(_Plain):
+    """A loss is kept in a dict that becomes an attribute of a module of torch's."""
+
+    def forward(self, x):
+        y = self.make(x)
+        self.lin.stats = {"loss": y.square().mean()}
+        return x + y
+
+    def call(self, x, seen):
+        x = self(x)
+        seen.append(self.lin.stats["loss"])
+        return x
+
+
 class _Buffer(_Plain):
     """A buffer is registered anew, from what has a gradient."""
 
@@ -410,7 +424,20 @@ class _Escaping(nn.Module):
 
 WAYS = {
     kind.__name__.strip("_"): kind
-    for kind in (_Conditioned, _ConditionedDeep, _Aux, _AuxTwice, _AuxList, _Buffer, _Data, _DataWritten, _DataFrozen, _Lists, _Nested)
+    for kind in (
+        _Conditioned,
+        _ConditionedDeep,
+        _Aux,
+        _AuxTwice,
+        _AuxList,
+        _AuxInside,
+        _Buffer,
+        _Data,
+        _DataWritten,
+        _DataFrozen,
+        _Lists,
+        _Nested,
+    )
 }
 
 
@@ -486,7 +513,21 @@ FROM_ELSEWHERE = (
     r"expected tensors with a gradient to enter by its arguments or by attributes of its modules, found one of shape \(.*\) from "
     r"elsewhere.* in torch\.Tensor\.(add|mul)\. Its gradient would be lost\. Pass it as an argument, detach it"
 )
+
+
+class _ToGlobal(_Plain):
+    """The block appends to a list of a global."""
+
+    def forward(self, x):
+        y = self.make(x)
+        _KEPT.append(y)
+        return x + y
+
+
+_KEPT = []
+TO_ELSEWHERE = r"expected what is computed inside a block to leave it by its result.*keeps the outcome of .*Return it, keep a detached copy"
 REFUSED = {
+    "ToGlobal": (_ToGlobal, TO_ELSEWHERE),
     "FromAside": (_FromAside, FROM_ELSEWHERE),
     "FromGlobal": (_FromGlobal, FROM_ELSEWHERE),
     "FromObject": (_FromObject, FROM_ELSEWHERE),
@@ -511,7 +552,9 @@ class _Constant(_Plain):
     """The block reads tensors of a global that have no gradient."""
 
     def forward(self, x):
-        return x + self.make(x + _ELSEWHERE["constant"] + _ELSEWHERE["cond"].detach())
+        y = self.make(x + _ELSEWHERE["constant"] + _ELSEWHERE["cond"].detach())
+        _KEPT.append(y.detach().norm())
+        return x + y
 
 
 def test_constants_of_elsewhere_may_be_read():

@@ -69,21 +69,32 @@ class BlockFunction:
         self.kept: set[int] = set()
         self._forward = forward_levels()
         self._layout: _Layout | None = None
+        self._checks: NoStrays | None = None
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Run the block on tensors in the place of its inputs, and return those that it makes."""
         if self._layout is not None:
             return self._as_laid_out(self._run(tensors, nullcontext())[0], self._layout)
-        checked, sort = _CHECKED.setdefault(self._block, set()), self._sort()
-        if sort in checked:
+        if self._sort() in _CHECKED.get(self._block, ()):
             return self._lay_out(*self._run(tensors, nullcontext()), tensors)
         # Other objects stand for the inputs, so that one that is read from elsewhere too is none of them.
         aliases = {id(t): t.detach() for t in tensors}
         tensors = [aliases[id(t)] for t in tensors]
-        found = self._run(tensors, NoStrays(self._name, [*tensors, *self._block.parameters()], self._forward))
+        smooth = [t for t, given in zip(tensors, self.inputs) if carries(given, self._forward)]
+        checks = NoStrays(self._name, [*tensors, *self._block.parameters()], smooth, self._forward)
+        found = self._run(tensors, checks)
         require_no_hidden(self._name, found[0], self._leaves, [*tensors, *self._block.parameters(), *self._block.buffers()])
-        checked.add(sort)
-        return self._lay_out(*found, tensors)
+        made = self._lay_out(*found, tensors)
+        checks.hand_out([*made, *(leaf for leaf in found[0] if isinstance(leaf, Tensor))])
+        self._checks = checks
+        return made
+
+    def require_no_escape(self) -> None:
+        """Refuse, after a first run, that anything holds what is computed inside and not handed out."""
+        if self._checks is not None:
+            self._checks.require_no_escape()
+            self._checks = None
+            _CHECKED.setdefault(self._block, set()).add(self._sort())
 
     def _sort(self) -> Any:
         """Return the facts that the checks of a first run depend on."""

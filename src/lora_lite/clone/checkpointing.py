@@ -113,6 +113,7 @@ def recompute(name: str, fn: Callable[..., Any], block: nn.Module, args: tuple[A
     with watched(block) as seen:
         made = Recompute.apply(Recipe(run, random_state(block, run.inputs)), *run.inputs)
     require_no_escape(seen, run.kept)
+    run.require_no_escape()
     return run.result(made)
 
 

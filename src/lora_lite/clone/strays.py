@@ -4,6 +4,8 @@ Inside of the Function nothing has a graph. A tensor with a gradient that is rea
 would lose that gradient without a word. So would one that leaves inside of an object that is not taken apart.
 """
 
+import gc
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -44,15 +46,18 @@ class NoStrays(TorchFunctionMode):
 
     Args:
         name: the block, for messages.
-        known: its inputs.
+        known: its inputs, and other tensors that it may read.
+        smooth: those of the inputs that carry a gradient outside.
         forward: the levels of forward mode around it.
     """
 
-    def __init__(self, name: str, known: Iterable[Tensor], forward: frozenset[int]) -> None:
+    def __init__(self, name: str, known: Iterable[Tensor], smooth: Iterable[Tensor], forward: frozenset[int]) -> None:
         super().__init__()
         self._name, self._forward = name, forward
         self._known: dict[int, Tensor] = {}  # held, so that an `id` stays theirs
         self._add(known)
+        self._made: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        self._note(smooth, "")
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         met = [t for t in _tensors((args, kwargs)) if carries(t, self._forward) and not self._is_known(t)]
@@ -66,7 +71,39 @@ class NoStrays(TorchFunctionMode):
             raise self._refusal(met[0], func)
         own = [] if met else _tensors((args, result))  # a block may differentiate by itself, and ask that of what it has made
         self._add(t for t in own if carries(t, self._forward))
+        given = list(_tensors((args, kwargs)))
+        if func not in _DETACH and any(self._depends(t) for t in given):
+            self._note((t for t in _tensors(result) if all(t is not g for g in given)), resolve_name(func) or str(func))
         return result
+
+    def _note(self, tensors: Iterable[Tensor], where: str) -> None:
+        self._made.update((id(t), (weakref.ref(t), where)) for t in tensors if _smooth(t))
+
+    def _depends(self, tensor: Tensor) -> bool:
+        """Whether a tensor depends on inputs that carry a gradient."""
+        return any((found := self._made.get(id(layer))) is not None and found[0]() is layer for layer in _layers(tensor))
+
+    def hand_out(self, tensors: Iterable[Tensor]) -> None:
+        """Take note of tensors that the block hands out, and may be held."""
+        for layer in (layer for t in tensors for layer in _layers(t)):
+            self._made.pop(id(layer), None)
+            self._made.pop(id(layer._base), None)
+
+    def require_no_escape(self) -> None:
+        """Refuse that tensors made in the block are still held by anything but what it hands out."""
+
+        def alive() -> list[tuple[Tensor, str]]:
+            return [(t, where) for ref, where in self._made.values() if where and (t := ref()) is not None]
+
+        if not alive():
+            return
+        gc.collect()  # some are held by cycles alone
+        if escaped := alive():
+            raise ValueError(
+                f"remat: {self._name} expected what is computed inside a block to leave it by its result, its arguments or attributes of "
+                f"its modules, found that something else, such as a global or a closure, keeps the outcome of {escaped[0][1]}, of shape "
+                f"{tuple(escaped[0][0].shape)}, which would have no gradient. Return it, keep a detached copy, or build without remat."
+            )
 
     def _refusal(self, tensor: Tensor, func: Any) -> ValueError:
         return ValueError(
