@@ -119,6 +119,7 @@ def adapted(name: str, s: Setting) -> ll.Adapt:
 
 def train_at(adapt: ll.Adapt, name: str, s: Setting, rates: Sequence[float], seeds: Sequence[int]) -> list[Any]:
     """Train a member at each rate, on the data of its seed, all in one mixed batch a step, and return their params."""
+    adapt = adapt.train()  # PVeRA draws
     each, members = torch.tensor(rates), len(rates)
     head = each if name == "probe" else torch.full((members,), HEAD_RATE)
 
@@ -207,7 +208,9 @@ def train_peft(name: str, s: Setting, seed: int, rate: float) -> dict[str, Any]:
                 inner.get_submodule(path).hra_u["default"].data.copy_(leaf["u"].t())
     head = [p for path, p in inner.named_parameters() if p.requires_grad and path.startswith("head.")]
     own = [p for p in leaves if not any(p is q for q in head)]
+    inner.train()
     train_torch(lambda rows: inner(**rows).loss, [(own, rate), (head, HEAD_RATE)], s.data(seed), s.steps, pruning(outer))
+    inner.eval()
     found = evaluate(lambda rows: inner(**rows), s.tested(seed))
     return {**found, "params": sum(p.numel() for p in own), "minutes": (time.perf_counter() - began) / 60}
 

