@@ -10,7 +10,7 @@ import transformers as tf
 from torch import nn
 
 import lora_lite as ll
-from cases import FIVE, assert_trees_equal, by_name, move
+from cases import FIVE, assert_trees_equal, by_name, move, tensors_of
 from common.measure import peak_bytes
 
 BLOCKS = {
@@ -462,6 +462,13 @@ def test_gradients_that_pass_by_other_ways_in_a_module(kind):
         module(x).square().sum().backward()
         found.append({name: p.grad for name, p in module.named_parameters() if p.requires_grad})
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_recomputed_blocks_in_recomputed_blocks(tiny):
+    plain, remat, params, batch = pair(tiny, "swin", ll.LoRAConfig(r=2), pattern=r"layers\.\d+$|blocks\.\d+$")
+    for how in (lambda f: ll.value_and_grad(f)(params)[1], lambda f: torch.func.grad(f)(params)):
+        want, got = (how(lambda p, a=a: tensors_of(a(p, batch))[0].square().sum()) for a in (plain, remat))
+        assert_trees_equal(got, want, 1e-5)
 
 
 _ELSEWHERE = {}

@@ -68,6 +68,7 @@ class BlockFunction:
         self.inputs = [*(self._leaves[k] for k in self._places), *self._read.values(), *self._held.tensors]
         self.kept: set[int] = set()
         self._forward = forward_levels()
+        self._writes: list[Any] = []  # places of attributes
         self._layout: _Layout | None = None
         self._checks: NoStrays | None = None
 
@@ -161,7 +162,9 @@ class BlockFunction:
             for key, value in _items(now):
                 if value is not read.get((number, key), before.get(key)) and id(value) not in placed:
                     written[number, key] = own.take(value)
-        return {place: value for place, value in written.items() if _holds_tensors(value)}
+        if self._layout is None:
+            self._writes = [place for place, value in written.items() if _holds_tensors(value)]
+        return {place: written[place] for place in self._writes}  # a recomputed block inside leaves more behind in a later run
 
     def _lay_out(self, leaves: list[Any], spec: Any, others: list[Any], tensors: Sequence[Tensor]) -> list[Tensor]:
         """Note where the outputs of the first run come from, and return the tensors that the Function hands out."""
