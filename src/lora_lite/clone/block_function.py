@@ -110,7 +110,7 @@ class BlockFunction:
             own, args, kwargs = self._arguments(tensors[:at])
             with checks:
                 result = own.take(self._fn(*args, **kwargs))
-            written = self._written(read, set(map(id, placed)), own)
+            written = self._written(read, placed, own)
         leaves, spec = pytree.tree_flatten((result, written, own.news()))
         return leaves, spec, own.others()
 
@@ -152,19 +152,21 @@ class BlockFunction:
                 now[number][key] = value
         self._state.put(now)
 
-    def _written(self, read: dict[Any, Tensor], placed: set[int], own: Containers) -> dict[Any, Any]:
-        """Return the values with tensors that the run has put into attributes, by place."""
-        written = {}
+    def _written(self, read: dict[Any, Tensor], placed: list[Tensor], own: Containers) -> dict[Any, Any]:
+        """Return the values with tensors that the run has put into attributes, by place: in a later run, those of the places of the first."""
+        if self._layout is not None:
+            now = self._state.now() if self._writes else []
+            return {(number, key): own.take(now[number][key]) for number, key in self._writes}
+        buffers, written = set(map(id, placed)), {}
         for number, (now, was) in enumerate(zip(self._state.now(), self._state.kept)):
             if isinstance(now, set) or _same(now, was):
                 continue
             before = dict(_items(was))
             for key, value in _items(now):
-                if value is not read.get((number, key), before.get(key)) and id(value) not in placed:
+                if value is not read.get((number, key), before.get(key)) and id(value) not in buffers:
                     written[number, key] = own.take(value)
-        if self._layout is None:
-            self._writes = [place for place, value in written.items() if _holds_tensors(value)]
-        return {place: written[place] for place in self._writes}  # a recomputed block inside leaves more behind in a later run
+        self._writes = [place for place, value in written.items() if _holds_tensors(value)]
+        return {place: written[place] for place in self._writes}
 
     def _lay_out(self, leaves: list[Any], spec: Any, others: list[Any], tensors: Sequence[Tensor]) -> list[Tensor]:
         """Note where the outputs of the first run come from, and return the tensors that the Function hands out."""

@@ -14,6 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lora_lite.clone.references import PLAIN
+
 Contents = dict[Any, Any]
 
 
@@ -43,7 +45,7 @@ class Containers:
 
     def take(self, tree: Any) -> Any:
         """Return a tree with places instead of its containers. Their contents are taken in turn."""
-        return pytree.tree_map(self._taken, tree, is_leaf=_holds)
+        return tree if type(tree) is Tensor or type(tree) in PLAIN else pytree.tree_map(self._taken, tree, is_leaf=_holds)
 
     def _taken(self, value: Any) -> Any:
         if not _holds(value):
