@@ -153,7 +153,7 @@ class BlockFunction:
         self._state.put(now)
 
     def _written(self, read: dict[Any, Tensor], placed: list[Tensor], own: Containers) -> dict[Any, Any]:
-        """Return the values with tensors that the run has put into attributes, by place: in a later run, those of the places of the first."""
+        """Return values with tensors that the run has put into attributes, by place; in a later run those of the places of the first."""
         if self._layout is not None:
             now = self._state.now() if self._writes else []
             return {(number, key): own.take(now[number][key]) for number, key in self._writes}

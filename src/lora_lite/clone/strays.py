@@ -56,8 +56,8 @@ class NoStrays(TorchFunctionMode):
         self._name, self._forward = name, forward
         self._known: dict[int, Tensor] = {}  # held, so that an `id` stays theirs
         self._add(known)
-        self._made: dict[int, tuple[weakref.ref[Tensor], str]] = {}
-        self._note(smooth, "")
+        self._made: dict[int, tuple[weakref.ref[Tensor], Any]] = {}
+        self._note(smooth, None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         met = [t for t in _tensors((args, kwargs)) if carries(t, self._forward) and not self._is_known(t)]
@@ -73,11 +73,11 @@ class NoStrays(TorchFunctionMode):
         self._add(t for t in own if carries(t, self._forward))
         given = list(_tensors((args, kwargs)))
         if func not in _DETACH and any(self._depends(t) for t in given):
-            self._note((t for t in _tensors(result) if all(t is not g for g in given)), resolve_name(func) or str(func))
+            self._note((t for t in _tensors(result) if all(t is not g for g in given)), func)
         return result
 
-    def _note(self, tensors: Iterable[Tensor], where: str) -> None:
-        self._made.update((id(t), (weakref.ref(t), where)) for t in tensors if _smooth(t))
+    def _note(self, tensors: Iterable[Tensor], func: Any) -> None:
+        self._made.update((id(t), (weakref.ref(t), func)) for t in tensors if _smooth(t))
 
     def _depends(self, tensor: Tensor) -> bool:
         """Whether a tensor depends on inputs that carry a gradient."""
@@ -92,8 +92,8 @@ class NoStrays(TorchFunctionMode):
     def require_no_escape(self) -> None:
         """Refuse that tensors made in the block are still held by anything but what it hands out."""
 
-        def alive() -> list[tuple[Tensor, str]]:
-            return [(t, where) for ref, where in self._made.values() if where and (t := ref()) is not None]
+        def alive() -> list[tuple[Tensor, Any]]:
+            return [(t, func) for ref, func in self._made.values() if func is not None and (t := ref()) is not None]
 
         if not alive():
             return
@@ -101,14 +101,14 @@ class NoStrays(TorchFunctionMode):
         if escaped := alive():
             raise ValueError(
                 f"remat: {self._name} expected what is computed inside a block to leave it by its result, its arguments or attributes of "
-                f"its modules, found that something else, such as a global or a closure, keeps the outcome of {escaped[0][1]}, of shape "
-                f"{tuple(escaped[0][0].shape)}, which would have no gradient. Return it, keep a detached copy, or build without remat."
+                f"its modules, found that something else, such as a global or a closure, keeps the outcome of {_name(escaped[0][1])}, of "
+                f"shape {tuple(escaped[0][0].shape)}, which would have no gradient. Return it, keep a detached copy, or build without remat."
             )
 
     def _refusal(self, tensor: Tensor, func: Any) -> ValueError:
         return ValueError(
             f"remat: {self._name} expected tensors with a gradient to enter by its arguments or by attributes of its modules, found one of "
-            f"shape {tuple(tensor.shape)} from elsewhere, such as a global or a closure, in {resolve_name(func) or func}. Its gradient "
+            f"shape {tuple(tensor.shape)} from elsewhere, such as a global or a closure, in {_name(func)}. Its gradient "
             "would be lost. Pass it as an argument, detach it, or build without remat."
         )
 
@@ -117,6 +117,10 @@ class NoStrays(TorchFunctionMode):
 
     def _is_known(self, tensor: Tensor) -> bool:
         return any(id(layer) in self._known for layer in _layers(tensor))
+
+
+def _name(func: Any) -> str:
+    return resolve_name(func) or str(func)
 
 
 _DETACH = frozenset((Tensor.detach, torch.detach))
