@@ -101,8 +101,8 @@ class NoStrays(TorchFunctionMode):
         if escaped := alive():
             raise ValueError(
                 f"remat: {self._name} expected what is computed inside a block to leave it by its result, its arguments or attributes of "
-                f"its modules, found that something else, such as a global or a closure, keeps the outcome of {_name(escaped[0][1])}, of "
-                f"shape {tuple(escaped[0][0].shape)}, which would have no gradient. Return it, keep a detached copy, or build without remat."
+                f"its modules, found that something else, such as a global or closure, keeps the outcome of {_name(escaped[0][1])}, of shape "
+                f"{tuple(escaped[0][0].shape)}, which would have no gradient. Return it, keep a detached copy, or build without remat."
             )
 
     def _refusal(self, tensor: Tensor, func: Any) -> ValueError:
