@@ -98,11 +98,11 @@ class NoStrays(TorchFunctionMode):
         if not alive():
             return
         gc.collect()  # some are held by cycles alone
-        if escaped := alive():
+        for tensor, func in alive()[:1]:
             raise ValueError(
                 f"remat: {self._name} expected what is computed inside a block to leave it by its result, its arguments or attributes of "
-                f"its modules, found that something else, such as a global or closure, keeps the outcome of {_name(escaped[0][1])}, of shape "
-                f"{tuple(escaped[0][0].shape)}, which would have no gradient. Return it, keep a detached copy, or build without remat."
+                f"its modules, found that something else, such as a global or closure, keeps the outcome of {_name(func)}, of shape "
+                f"{tuple(tensor.shape)}, which would have no gradient. Return it, keep a detached copy, or build without remat."
             )
 
     def _refusal(self, tensor: Tensor, func: Any) -> ValueError:
