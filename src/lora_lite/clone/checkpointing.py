@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from lora_lite.clone.block_function import BlockFunction
-from lora_lite.clone.hooked_outputs import require_no_escape, watched
 from lora_lite.clone.held import Held
+from lora_lite.clone.hooked_outputs import require_no_escape, watched
 from lora_lite.clone.recomputed import Recipe, Recompute, random_state
 from lora_lite.core.errors import nearest
 from lora_lite.core.tracing import transformed
