@@ -34,7 +34,8 @@ def stand_in(monkeypatch):
     def load():
         torch.manual_seed(0)
         sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 24}
-        encoder = transformers.BertModel(transformers.BertConfig(**sizes), add_pooling_layer=False)
+        still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        encoder = transformers.BertModel(transformers.BertConfig(**sizes, **still), add_pooling_layer=False)
         return pretrained.Classifier(encoder, 16, 5).requires_grad_(False).eval()
 
     monkeypatch.setattr(glosses, "load_classifier", load)

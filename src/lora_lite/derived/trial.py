@@ -89,7 +89,7 @@ def _own(leaf: Any, rows: int) -> bool:
 
 def _unlike_first(plain: Batch, rows: int) -> int:
     """Return the row that differs from the first in the most parts of the batch: a sort by one of them tells the two apart."""
-    differs = torch.zeros(rows, dtype=torch.int64)
+    differs = torch.zeros(rows, dtype=torch.int64, device="cpu")
     for leaf in pytree.tree_leaves(plain):
         if _own(leaf, rows):
             differs += (leaf != leaf[:1]).reshape(rows, -1).any(1).cpu()

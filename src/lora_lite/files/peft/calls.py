@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.plan import Target
-from lora_lite.layers.own_forward import OwnForwardKind
 
 _SUMS = ("lora", "alora", "pissa", "olora", "mica", "eva", "loftq", "corda", "asvd", "lora_ga")
 """The variants that PEFT adds to a layer's output, whatever else the layer adds to `W x`."""
@@ -36,7 +35,7 @@ def uncalled(model: nn.Module, target: Target, cfg: AdapterConfig, inside: bool)
     if _reads_alone(of, name):
         return f"on a layer whose weight {of.__name__} reads without calling it: PEFT's layer acts in a call alone"
     sums = cfg.name in _SUMS and not getattr(cfg, "lora_bias", False)
-    if issubclass(target.kind, OwnForwardKind) and not inside and _differs(layer, sums):
+    if target.kind.by_product and not inside and _differs(layer, sums):
         return f"on a {type(layer).__name__}, which has a forward of its own: PEFT's update stays outside of it, ours is inside"
     return None
 
