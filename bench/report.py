@@ -31,7 +31,7 @@ PART_OF: dict[str, tuple[str, ...]] = {
     **{"symbolic": ("variants",), "real-costs": ("variants",)},
 }
 """The keys that a file must have for a section, where a run may have written some of it or been cut off."""
-SEVERAL = ("symbolic-cuda", "compiled-cuda")
+SEVERAL = ("symbolic-cuda", "compiled-cuda", "real-costs")
 """The kinds whose rows may lie in several files, of some variants each."""
 MARGIN = {"pissa": 1.15, "kasa": 1.15, "olora": 1.15, "corda": 1.15, "lora_ga": 1.15, "asvd": 1.15}
 """The allowed excess of the increment form over PEFT's residual form: two products for one, for an exact start and quantised bases."""
