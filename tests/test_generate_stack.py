@@ -189,3 +189,18 @@ def test_rows_other_than_those_of_the_index_are_refused(tiny, index):
         module.generate(PROMPTS, **SETTINGS)
     with pytest.raises(ValueError, match=f"adapt.module: expected a batch of {len(index)} rows, .* found 4"):
         module(input_ids=PROMPTS)
+
+
+def test_a_checkpoint_that_begins_after_the_build_is_refused_with_the_way_out(tiny):
+    model, batch = tiny("llama")
+    batch = {**batch, "use_cache": False}
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    stacked = ll.stack([adapt.init(seed=k) for k in range(2)])
+    module = adapt.module(stacked, index=[0] * len(batch["input_ids"])).train()
+    module.gradient_checkpointing_enable()
+    with pytest.raises(RuntimeError, match=r"found such hooks, as of a checkpoint.*Switch checkpointing on before build"):
+        module(**batch)
+    model.gradient_checkpointing_enable()
+    module = ll.build(model, ll.LoRAConfig(r=2)).module(stacked, index=[0] * len(batch["input_ids"])).train()
+    model.gradient_checkpointing_disable()
+    module(**batch).logits.sum().backward()

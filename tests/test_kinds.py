@@ -4,6 +4,7 @@
 """
 
 import copy
+import dataclasses
 import json
 import re
 import sys
@@ -207,6 +208,28 @@ def test_grid(name, check):
     assert outcome(name, check) == json.loads(PAGE.read_text("utf-8"))[name][check], "as the support page says"
 
 
+@pytest.mark.parametrize("name", GRID)
+def test_rows_under_autocast_have_the_dtype_of_a_plain_call(name):
+    """torch's vmap computes a product with a bias in float32 under autocast."""
+    kind, make_layer, options = GRID[name]
+    case = make_kind_case(kind, make_layer, **{key: value for key, value in options.items() if key != "skip"})
+    model, x = case.model.float(), case.x.float() if case.x.is_floating_point() else case.x
+    refused = 0
+    for cfg in case.variants:
+        adapt = ll.build(model, dataclasses.replace(case.config(cfg), dtype=torch.float32), kinds=(kind,), progress=False)
+        params = [move(adapt.init(seed=k)) for k in range(2)]
+        with torch.autocast("cpu", torch.bfloat16):
+            want = torch.cat([adapt(p, x[2 * k : 2 * k + 2]) for k, p in enumerate(params)])
+            try:
+                got = adapt.mixed(ll.stack(params), x)
+            except ValueError as e:
+                refused += kind.why in str(e)
+                continue
+        assert got.dtype == want.dtype, cfg.name
+        torch.testing.assert_close(got, want, rtol=0.03, atol=0.03)
+    assert refused in (0, len(case.variants))
+
+
 def test_every_kind_that_ships_is_in_the_grid():
     tried = {kind for kind, _, _ in GRID.values()}
     packed = set(PACKED.values()) | {"Linear4bitKind", "Linear8bitKind"}  # tests/test_packed_kinds.py and test_quantised*.py: no float64
@@ -219,6 +242,15 @@ def test_a_kind_that_may_not_fit_a_class_fits_no_layer_of_it(name):
     known = table.candidates(layer)
     assert [kind for kind in table.KINDS if kind.fits(layer) and kind not in known] == []
     assert LinearKind not in table.candidates(nn.ReLU()), "most are not asked"
+
+
+def test_a_kind_whose_module_keeps_no_weight_under_its_name_says_so():
+    class Elsewhere(MyKind):
+        state = {"weight": "kernel"}  # noqa: RUF012
+        weight = ll.Kind.weight
+
+    with pytest.raises(AttributeError, match=r"Elsewhere: expected a weight at 'kernel', found none\. Set its state"):
+        ll.build(nn.Sequential(MyLinear(6, 8)), ll.LoRAConfig(r=2), kinds=(Elsewhere,))
 
 
 def test_a_wrong_kind_fails_the_kit_by_name():

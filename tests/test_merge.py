@@ -149,3 +149,14 @@ def test_a_mixing_of_outputs_across_groups_is_merged_as_it_is_computed():
     assert (want - model(x)).abs().max() > 0.01
     model.load_state_dict(adapt.merge(params), strict=False)
     torch.testing.assert_close(model(x), want)
+
+
+def test_rows_of_a_table_move_in_whatever_has_its_memory():
+    model, ids = nn.Sequential(nn.Embedding(8, 6), nn.Tanh(), nn.Linear(6, 8, bias=False)), torch.arange(8)[None]
+    model[2].weight.data = model[0].weight.data
+    adapt = ll.build(model, ll.TokensConfig(target_names="^0$", token_ids=(1, 5)))
+    params = move(adapt.init())
+    want = adapt(params, ids)
+    model.load_state_dict(adapt.merge(params), strict=False)
+    assert model[2].weight.data_ptr() == model[0].weight.data_ptr()
+    torch.testing.assert_close(model(ids), want)

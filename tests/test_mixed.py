@@ -253,17 +253,3 @@ def test_bad_input_is_refused(tiny, call, error, match):
     adapt = ll.build(model, ll.LoRAConfig(r=2))
     with pytest.raises(error, match=match):
         call(adapt, ll.stack(_members(adapt, 2)), batch)
-
-
-@pytest.mark.parametrize("layer", [nn.Linear(16, 16), nn.Conv1d(16, 8, 1), nn.ConvTranspose1d(16, 8, 1)], ids=lambda m: type(m).__name__)
-@pytest.mark.parametrize("name", ["lora", "ia3", "hra", "bitfit"])
-def test_rows_under_autocast_have_the_dtype_of_a_plain_call(name, layer):
-    """torch's vmap computes a product with a bias in float32 under autocast."""
-    x = torch.randn(4, 16, 16)
-    adapt = ll.build(nn.Sequential(layer), ll.VARIANTS[name](target_names="0"))
-    params = _members(adapt, 2)
-    with torch.autocast("cpu", torch.bfloat16):
-        got = adapt.mixed(ll.stack(params), x)
-        want = torch.cat([adapt(p, x[2 * k : 2 * k + 2]) for k, p in enumerate(params)])
-    assert got.dtype == want.dtype == torch.bfloat16
-    torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)

@@ -357,7 +357,7 @@ def test_a_call_with_other_numbers_of_tokens_than_were_tried_is_refused():
     x[..., 0] = torch.tensor([1.0, 1.0, -1.0, -1.0])
     want = torch.cat([adapt(p, (x[k : k + 1], n[k : k + 1])) for k, p in enumerate(params)])
     torch.testing.assert_close(adapt.mixed(ll.stack(params), (x, n)), want)
-    x[0, 2, 0] = 1.0
+    x[0, 2:, 0] = 1.0  # six tokens in all: a multiple of the rows, and not two for each
     with pytest.raises(ValueError, match=r'"lin".*order is known'):
         adapt.mixed(ll.stack(params), (x, n))
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ Found = dict[str, Any]
 
 
 def newest(kind: str, folder: Path = RESULTS) -> Found | None:
-    """Read the newest results file of a kind; its date comes first in the name. None where there is none."""
-    files = sorted(folder.glob(f"*-{kind}.json"), key=lambda p: (p.name[:10], p.stat().st_mtime))
-    return {"file": files[-1].name, **json.loads(files[-1].read_text("utf-8"))} if files else None
+    """Read the newest results file of a kind. None where there is none."""
+    return next(by_age(kind, folder), None)
+
+
+def by_age(kind: str, folder: Path = RESULTS) -> Iterator[Found]:
+    """Read the results files of a kind, the newest first; the date comes first in the name."""
+    for path in sorted(folder.glob(f"*-{kind}.json"), key=lambda p: (p.name[:10], p.stat().st_mtime), reverse=True):
+        yield {"file": path.name, **json.loads(path.read_text("utf-8"))}
 
 
 ROWS = ("variants", "costs")
@@ -27,7 +33,7 @@ def together(kind: str, folder: Path = RESULTS) -> Found | None:
 
     A device that is lent for minutes measures some variants at a time. `files` names all files that rows are from.
     """
-    found = newest(kind, folder)
+    found, *others = [*by_age(kind, folder)] or [None]
     if found is None:
         return None
 
@@ -35,14 +41,13 @@ def together(kind: str, folder: Path = RESULTS) -> Found | None:
         return [run["machine"], run["versions"], run["threads"], {k: v for k, v in run["results"].items() if not isinstance(v, dict)}]
 
     found["files"] = [found["file"]]
-    for path in sorted(folder.glob(f"*-{kind}.json"), reverse=True):
-        older = json.loads(path.read_text("utf-8"))
-        if path.name == found["file"] or conditions(older) != conditions(found):
+    for older in others:
+        if conditions(older) != conditions(found):
             continue
         more = {key: {**older["results"].get(key, {}), **found["results"][key]} for key in ROWS if key in found["results"]}
         if any(len(rows) > len(found["results"][key]) for key, rows in more.items()):
             found["results"] |= more
-            found["files"].append(path.name)
+            found["files"].append(older["file"])
     return found
 
 

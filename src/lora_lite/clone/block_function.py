@@ -4,7 +4,6 @@ Inputs are the tensors among its arguments, in containers too, the params and bu
 in attributes of these. Outputs are the tensors that it makes: those of its result, and those that it writes into containers and attributes.
 """
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from lora_lite.clone.containers import Containers, Place
 from lora_lite.clone.held import Held
-from lora_lite.clone.state import State
+from lora_lite.clone.state import State, items, same
 from lora_lite.clone.strays import NoStrays, carries, forward_levels, require_no_hidden
 from lora_lite.core.recompute import unviewed
 
@@ -159,10 +158,10 @@ class BlockFunction:
             return {(number, key): own.take(now[number][key]) for number, key in self._writes}
         buffers, written = set(map(id, placed)), {}
         for number, (now, was) in enumerate(zip(self._state.now(), self._state.kept)):
-            if isinstance(now, set) or _same(now, was):
+            if isinstance(now, set) or same(now, was):
                 continue
-            before = dict(_items(was))
-            for key, value in _items(now):
+            before = dict(items(was))
+            for key, value in items(now):
                 if value is not read.get((number, key), before.get(key)) and id(value) not in buffers:
                     written[number, key] = own.take(value)
         self._writes = [place for place, value in written.items() if _holds_tensors(value)]
@@ -204,20 +203,9 @@ def _attributes(kept: list[Any]) -> Iterator[tuple[tuple[int, Any], Tensor]]:
     for number, place in enumerate(kept):
         values = place.values() if isinstance(place, dict) else place
         if Tensor in map(type, values):  # in C: few attributes are tensors
-            for key, value in _items(place):
+            for key, value in items(place):
                 if type(value) is Tensor and (value.requires_grad or is_functorch_wrapped_tensor(value)):
                     yield (number, key), value
-
-
-def _items(place: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield the keys and values of a mapping or a list; a set has no keys."""
-    return iter(place.items() if isinstance(place, dict) else enumerate(place) if not isinstance(place, set) else ())
-
-
-def _same(now: Any, was: Any) -> bool:
-    """Whether two mappings or lists hold the same objects."""
-    pair = (now.values(), was.values()) if isinstance(now, dict) else (now, was)
-    return len(now) == len(was) and all(map(operator.is_, *pair))
 
 
 def _holds_tensors(tree: Any) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_lite.clone.bind import Binding, Uniform
 from lora_lite.clone.rows import Rows
 from lora_lite.clone.state import State, volatile_buffers
+from lora_lite.clone.written import Weights
 from lora_lite.core.plan import Places, reaching
 from lora_lite.core.tracing import outside_transforms, while_traced
 from lora_lite.core.tree import AnyTree
@@ -32,6 +33,7 @@ class Replica:
         for binding in bindings:
             binding.uniform = self._uniform
         self._state: State | None = None  # made by the first call, which finds the copy as it is to stay
+        self._weights: Weights | None = None
         self._traced = False
         self._volatile = volatile_buffers(module)
 
@@ -114,9 +116,9 @@ class Replica:
 
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], inside: bool) -> Any:
         """Run the copy from the state that it had at the build, and leave it there."""
-        if self._state is None:
-            self._state = State(self.module)
-        state = self._state
+        if self._state is None or self._weights is None:
+            self._state, self._weights = State(self.module), Weights(self.module)
+        state, versions = self._state, self._weights.versions()
         around = state.now() if inside else None
         if inside or self._traced:
             state.leave()
@@ -124,7 +126,7 @@ class Replica:
         try:
             state.enter()
             result = self.module(*args, **kwargs)
-            state.require_read_only()
+            self._weights.require(versions)
             return result
         finally:
             state.leave()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.core.recompute import Autocast, autocast_as, autocast_state
+from lora_lite.core.autocast import Autocast, autocast_as, autocast_state
 from lora_lite.core.tracing import forward_mode, transformed
 
 Tensors = Sequence[Tensor]

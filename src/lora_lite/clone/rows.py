@@ -33,13 +33,11 @@ class Rows:
         Raises:
             ValueError: naming the target.
         """
-        each = self.known.get(path)
-        if self.count is None or path in self.mapped or (each is None and path in self.known):
+        each = self.known.get(path, (1,))
+        if self.count is None or path in self.mapped or each is None:
             return
         given = x()
-        if isinstance(given, Tensor) and given.dim() and given.shape[0] in [self.count * n for n in each or (1,)]:
-            return
-        if each is not None and not isinstance(given, Tensor):
+        if isinstance(given, Tensor) and given.dim() and given.shape[0] in [self.count * n for n in each]:
             return
         if self.unsure is None:
             raise ValueError(unknown(path, self.count, tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__))

@@ -10,9 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lite.clone.offloaded import Offloaded
 from lora_lite.clone.references import containers_in
-from lora_lite.core.errors import listed
 from lora_lite.core.tree import join
 
 _SMALL = 2**16
@@ -51,23 +49,21 @@ class State:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        modules = [module for module in root.modules() if not type(module).__module__.startswith(_OURS)]
-        foreign = any(_has_code(module) for module in modules)
+        modules = modules_of_model(root).values()
+        foreign = any(map(has_code, modules))
         self._live: list[Any] = []
         tensors: dict[int, tuple[Tensor, list[tuple[Any, Any]]]] = {}
         for module in modules:
             for place in _places(module) if foreign else [module._buffers]:
-                for key, value in _items(place):
+                for key, value in items(place):
                     if isinstance(value, Tensor) and _may_change(place, module, key, value):
                         tensors.setdefault(id(value), (value, []))[1].append((place, key))
             if getattr(module, "max_norm", None) is not None:  # a lookup that shortens rows of its table
                 table = module._parameters
                 tensors.setdefault(id(table["weight"]), (table["weight"], []))[1].append((table, "weight"))  # type: ignore[arg-type]
             if foreign:  # else all code that runs is torch's, which keeps its state in buffers
-                self._live += _places(module) if _has_code(module) or module._buffers else [vars(module)]
+                self._live += _places(module) if has_code(module) or module._buffers else [vars(module)]
         self._tensors = list(tensors.values())
-        self._weights = _weights(root) if foreign else {}
-        self._versions: list[int] = []
         self.kept = self.now()
         self._empty, self._filled = [p for p in self._live if not p], [p for p in self._live if p]
         self._filled_kept = [was for was in self.kept if was]
@@ -82,22 +78,6 @@ class State:
             own = nn.Parameter(tensor.clone(), False) if isinstance(tensor, nn.Parameter) else tensor.clone()
             for place, key in places:
                 place[key] = own
-        if self._weights:
-            self._versions = [weight._version for weight in self._weights.values()]
-
-    def require_read_only(self) -> None:
-        """Raise where the code of the model has written to its weights since `enter`: they are the user's, and no copy of them is kept.
-
-        Raises:
-            RuntimeError: naming them.
-        """
-        written = [name for (name, weight), version in zip(self._weights.items(), self._versions) if weight._version != version]
-        if written:
-            raise RuntimeError(
-                f"adapt: expected a model that only reads its weights in a call, found that its forward wrote to {listed(written)}, which "
-                "are the user's. Load the weights again, and let the model do that once before build: call it by itself in evaluation "
-                "mode, or for RWKV set config.rescale_every = 0."
-            )
 
     def leave(self) -> None:
         """Put everything back."""
@@ -116,20 +96,9 @@ class State:
     def put(self, kept: list[Any]) -> None:
         """Make the modules hold what they held."""
         for place, was in zip(self._live, kept):
-            if not _same(place, was):
+            if not same(place, was):
                 place.clear()
                 place.extend(was) if hasattr(place, "extend") else place.update(was)
-
-
-def _weights(root: nn.Module) -> dict[str, Tensor]:
-    """Return the weights that count their changes, by name. Those of recurrent layers are laid out anew where a model asks for it."""
-    return {
-        join(path, name): p
-        for path, module in root.named_modules()
-        if not isinstance(module, nn.RNNBase) and getattr(module, "max_norm", None) is None
-        for name, p in module._parameters.items()
-        if p is not None and not p.is_inference() and not isinstance(p, Offloaded)
-    }
 
 
 def own_state(module: nn.Module) -> None:
@@ -137,7 +106,12 @@ def own_state(module: nn.Module) -> None:
     State(module).enter()
 
 
-def _has_code(module: nn.Module) -> bool:
+def modules_of_model(root: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a copy by path, without adapters."""
+    return {path: module for path, module in root.named_modules() if not type(module).__module__.startswith(_OURS)}
+
+
+def has_code(module: nn.Module) -> bool:
     """Whether code that is neither torch's nor ours runs in a module: it may keep anything."""
     own = vars(module)
     forward = own.get("forward")
@@ -165,10 +139,11 @@ def _skipped(name: str) -> bool:
 _NOT_STATE = frozenset(name for name, value in vars(nn.Module()).items() if hasattr(value, "copy"))
 
 
-def _items(place: Any) -> Iterator[tuple[Any, Any]]:
+def items(place: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield the keys and values of a mapping or a list; other containers have no keys."""
     if isinstance(place, dict):
         yield from place.items()
-    elif type(place) is list:
+    elif isinstance(place, list):
         yield from enumerate(place)
 
 
@@ -182,7 +157,7 @@ def _copy(place: Any) -> Any:
     return kind(place)
 
 
-def _same(place: Any, was: Any) -> bool:
+def same(place: Any, was: Any) -> bool:
     """Whether a container holds the same objects as before, in the same order."""
     if len(place) != len(was):
         return False

@@ -1,5 +1,6 @@
 """The names that a variant's file imports. This package imports nothing of the rest of the library."""
 
+from lora_lite.core.autocast import full_precision as full_precision
 from lora_lite.core.checked import another_start as another_start
 from lora_lite.core.checked import checked as checked
 from lora_lite.core.config import AdapterConfig as AdapterConfig
@@ -27,7 +28,6 @@ from lora_lite.core.linalg import add_block_product as add_block_product
 from lora_lite.core.linalg import add_low_rank as add_low_rank
 from lora_lite.core.linalg import block_product as block_product
 from lora_lite.core.linalg import cayley_excess as cayley_excess
-from lora_lite.core.linalg import full_precision as full_precision
 from lora_lite.core.linalg import gate as gate
 from lora_lite.core.linalg import in_blocks as in_blocks
 from lora_lite.core.linalg import kaiming as kaiming

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lora_lite.core.linalg import autocasts, kaiming
+from lora_lite.core.autocast import autocasts
+from lora_lite.core.linalg import kaiming
 from lora_lite.core.recompute import Vjp, linear_plus
 
 Constants = dict[str, Tensor]

@@ -26,9 +26,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_lite.core.autocast import full_precision
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.krylov import ROUNDING, Matrix, Ritz, krylov
-from lora_lite.core.linalg import full_precision, truncated_svd
+from lora_lite.core.linalg import truncated_svd
 
 TOLERANCE = 1e-3
 """The largest relative error of a fast start: half of what rounding to bfloat16 changes of an entry."""

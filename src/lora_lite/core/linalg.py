@@ -6,7 +6,6 @@
 import functools
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -136,20 +135,3 @@ def cayley(X: Tensor) -> Tensor:
     """Compute the rotation `C(X) = (I - X)^{-1} (I + X)` of a skew `X (*n, k, k)`, in at least float32. `C(-X) = C(X)^T`."""
     excess = cayley_excess(X)
     return excess + torch.eye(X.shape[-1], dtype=excess.dtype, device=X.device)
-
-
-_AS_IT_IS = nullcontext()
-
-
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast is on for the device of `x`."""
-    return torch.is_autocast_enabled(_of_autocast(x))
-
-
-def full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """Return a context in which autocast leaves the dtypes of small products and solves alone."""
-    return torch.autocast(_of_autocast(x), enabled=False) if autocasts(x) else _AS_IT_IS
-
-
-def _of_autocast(x: Tensor) -> str:
-    return "cpu" if x.is_meta else x.device.type  # autocast knows no meta device

@@ -7,8 +7,7 @@ They run where plain autograd records and the tensors are large enough. Elsewher
 graph of the gradient, and so all that it computes again, and a compiler chooses by itself what to keep.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,38 +16,14 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
+from lora_lite.core.autocast import autocast_as, autocast_state
 from lora_lite.core.tracing import in_transform
 
-Autocast = dict[str, tuple[torch.dtype, bool]]
-"""The state of autocast by type of device: its dtype, and whether it is on."""
 Compute = Callable[..., Tensor]
 Vjp = Callable[..., tuple[Tensor, Callable[[Tensor], Sequence[Tensor | None]]]]
 
 SMALL = 1 << 14
 """Number of entries up to which an intermediate tensor is kept: the price of a Function in Python is then the larger one."""
-
-
-def autocast_state() -> Autocast:
-    """Return the present state of autocast for the CPU and the accelerator, if any."""
-    accelerator = torch.accelerator.current_accelerator()
-    known = accelerator is not None and torch.amp.is_autocast_available(accelerator.type)
-    devices = ("cpu", accelerator.type) if accelerator is not None and known else ("cpu",)
-    return {device: (torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)) for device in devices}
-
-
-@contextmanager
-def autocast_as(state: Autocast) -> Iterator[None]:
-    """Put a state of autocast in place, to compute again: a backward pass runs outside of the context that stood around the forward.
-
-    Casts are not cached. The inputs of a recomputation are leaves, of which autocast would keep one cast for all uses, and add up the
-    gradients of these in the narrow dtype.
-    """
-    now = autocast_state()
-    with ExitStack() as stack:
-        for device, (dtype, on) in state.items():
-            if on or now[device] != state[device]:
-                stack.enter_context(torch.autocast(device, dtype, on, cache_enabled=False))
-        yield
 
 
 def _recomputes(entries: int, tensors: Sequence[Tensor], fixed: Sequence[Tensor | None] = ()) -> bool:

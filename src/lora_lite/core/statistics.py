@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from lora_lite.core.autocast import full_precision
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import Frozen
 from lora_lite.core.leading import Start, Way, leading_eigenpairs, note
-from lora_lite.core.linalg import full_precision
 
 
 @dataclass(frozen=True, eq=False)

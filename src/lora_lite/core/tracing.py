@@ -27,6 +27,8 @@ from torch._functorch.vmap import doesnt_support_saved_tensors_hooks, lazy_load_
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from lora_lite.core.autocast import narrowed
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -87,7 +89,8 @@ def vmap_rows(f: Callable[..., Any], params: Mapping[str, Tensor], *xs: Tensor) 
             'blocks, build(..., remat=r"layers\\.\\d+$").'
         )
     lazy_load_decompositions()
-    return _mapped(f, params, xs)
+    with narrowed(xs[0]):
+        return _mapped(f, params, xs)
 
 
 @doesnt_support_saved_tensors_hooks  # as torch.vmap, whose rules these are

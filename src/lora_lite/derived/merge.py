@@ -1,7 +1,7 @@
 """Merge an adapter into dense weights, for every linear variant by its pure function. A kind knows its names and layout."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -59,11 +59,14 @@ def _moving_others(plan: Plan, targets: Mapping[str, Target], merged: Mapping[st
     """Return the targets with a merged tensor that would be written into another one of the model too, which lies in the same memory."""
     tensors = dict([*plan.base.named_parameters(remove_duplicate=False), *plan.base.named_buffers(remove_duplicate=False)])
     places = {name: place_in_memory(tensor) for name, tensor in tensors.items()}
+    beside: dict[Hashable, list[str]] = {}
+    for name, place in places.items():
+        beside.setdefault(place.storage, []).append(name)
     faults = []
     for name, target in targets.items():
         if (own := tensors.get(name)) is None:
             continue
-        others = [n for n, place in places.items() if tensors[n] is not own and place.overlaps(places[name])]
+        others = [n for n in beside[places[name].storage] if tensors[n] is not own and places[n].overlaps(places[name])]
         if others and not torch.equal(merged[name], own.to(merged[name].dtype)):
             faults.append(f'"{target.path}": {name} lies in the memory of {listed(others)}, which would change too')
     return faults

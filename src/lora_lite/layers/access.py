@@ -52,7 +52,8 @@ def raw(layer: nn.Module) -> Any:
 
 
 def _twin(module: nn.Module, cls: type[nn.Module] | None = None) -> nn.Module:
-    twin = (cls or type(module)).__new__(cls or type(module))
+    of = cls or type(module)
+    twin = of.__new__(of)
     vars(twin).update({name: value for name, value in vars(module).items() if not isinstance(value, ReadTensor)})
     return twin
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_lite.core.autocast import autocasts
 from lora_lite.core.frozen import Frozen
-from lora_lite.core.linalg import autocasts
 from lora_lite.layers.access import first_of
 from lora_lite.layers.identity import exact_dtype, laid_out_as
 from lora_lite.layers.kind import Kind, Params, Run, Variant
@@ -28,7 +28,6 @@ class ConvKind(Kind):
 
     classes: ClassVar[tuple[type[nn.Module], ...]] = CLASSES
     by_name: ClassVar[bool] = True
-    autocast: ClassVar[bool] = True
     gives: ClassVar[AbstractSet[str]] = Kind.gives - {"inputs", "positions"}
     why: ClassVar[str] = "Calibration sees a convolution's images, not their patches."
 

@@ -16,7 +16,6 @@ from torch.utils import _pytree as pytree
 from lora_lite.core.frozen import Frozen, Params
 from lora_lite.core.invocation import ACTIVE, aligned
 from lora_lite.core.legacy import gives_of
-from lora_lite.core.linalg import autocasts
 from lora_lite.core.tracing import vmap_rows
 from lora_lite.layers.access import first_of, module_at, raw
 from lora_lite.layers.tensors import Tensors
@@ -72,8 +71,6 @@ class Kind(Tensors):
     """Whether the variant is called with the layer's inputs. Where it is evaluated at the identity alone, it has to be linear."""
     by_product: ClassVar[bool] = False
     """Whether the layer keeps its own forward, whose product with the weight reaches the variant."""
-    autocast: ClassVar[bool] = False
-    """Whether torch's autocast computes the layer's own output in its dtype."""
     why: ClassVar[str] = ""
     """The reason why a part is lacking, in one sentence, for the error that refuses a variant."""
 
@@ -215,8 +212,6 @@ class Kind(Tensors):
             own = (x.unflatten(0, (rows, -1)), aligned(active, x).unflatten(0, (rows, -1)))
             return vmap_rows(lambda p, x, active: self.with_active(active).apply(f, p, x), params, *own).flatten(0, 1)
         found = vmap_rows(lambda p, x: self.apply(f, p, x), params, x.unflatten(0, (rows, -1)))
-        if self.autocast and found.dtype == torch.float32 and autocasts(x):  # under vmap torch forgets it for products with a bias
-            found = found.to(torch.get_autocast_dtype(x.device.type))
         return found.flatten(0, 1) if isinstance(found, Tensor) else pytree.tree_map(lambda y: y.flatten(0, 1), found)
 
 

@@ -16,7 +16,6 @@ class LinearKind(Kind):
 
     classes: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
     sums: ClassVar[bool] = True
-    autocast: ClassVar[bool] = True
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
@@ -50,7 +49,6 @@ class _OfTransformers(Kind):
     """A linear layer of transformers', recognised by the name of its class: an import would make transformers a dependency."""
 
     told_by: ClassVar[str]
-    autocast: ClassVar[bool] = True
 
     @classmethod
     def may_fit(cls, of: type[nn.Module]) -> bool:

@@ -59,12 +59,20 @@ class Tensors(Frozen):
         table = self.layer._parameters
         return table[name] if name in table else getattr(self.layer, name, None)
 
+    def stored(self, role: str) -> Tensor:
+        """Return the same where the kind relies on it.
+
+        Raises:
+            AttributeError: where the module keeps none under that name.
+        """
+        tensor = self.own(role)
+        if tensor is None:
+            raise AttributeError(f"{type(self).__name__}: expected a {role} at {self.state.get(role)!r}, found none. Set its state.")
+        return tensor
+
     @property
     def weight(self) -> Tensor:
-        weight = self.own("weight")
-        if weight is None:
-            raise AttributeError(f"{type(self).__name__}: expected a weight at {self.state.get('weight')!r}, found none. Set its state.")
-        return weight
+        return self.stored("weight")
 
     @property
     def bias(self) -> Tensor | None:
@@ -185,9 +193,8 @@ class Tensors(Frozen):
             name: the parameter's name in the module.
         """
         role = next(role for role, own in self.state.items() if own == name)
-        tensor, own_tensor = self.adapted(f, params, role), self.own(role)
-        assert own_tensor is not None  # the model reads it
-        return laid_out_as(own_tensor, self.to_weight(tensor) if role == "weight" else self.to_bias(tensor))
+        tensor = self.adapted(f, params, role)
+        return laid_out_as(self.stored(role), self.to_weight(tensor) if role == "weight" else self.to_bias(tensor))
 
     def shifts(self, f: Variant, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether a variant adds a constant to outputs of a layer that has no bias to hold it."""

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
@@ -70,22 +71,28 @@ def share(base: nn.Module, entries: Entries) -> tuple[dict[str, Constants], Shap
         layers = layers_of(base, entries, cfg)
         constants = made_on_cpu(cfg.share)(layers)
         params = shared_start(cfg, layers, 0)
-        by, way = "another config of the variant", "Use one config for all layers of the variant."
-        if any(target.path == cfg.name for target, _ in entries):
-            by, way = "a target of that name", "Rename that module, or leave it out with exclude_names."
-        elif cfg.name not in named:
-            by = ""
-        if (constants or params or by_group) and by:
-            raise ValueError(
-                f'build: expected the tensors that {type(cfg).__name__} shares to have the name "{cfg.name}" to themselves, found it '
-                f"taken by {by}. {way}"
-            )
-        named |= {cfg.name} if constants or params or by_group else set()
+        if constants or params or by_group:
+            _require_own_name(cfg, entries, named)
+            named.add(cfg.name)
         if constants:
             common[cfg.name] = {name: c.to(layers[0].device) for name, c in constants.items()}
         if params:
             shapes[cfg.name] = {name: tuple(p.shape) for name, p in params.items()}
     return common, shapes
+
+
+def _require_own_name(cfg: AdapterConfig, entries: Entries, named: AbstractSet[str]) -> None:
+    """Refuse a variant whose shared tensors have no name to themselves: `named` are those of other configs."""
+    if any(target.path == cfg.name for target, _ in entries):
+        by, way = "a target of that name", "Rename that module, or leave it out with exclude_names."
+    elif cfg.name in named:
+        by, way = "another config of the variant", "Use one config for all layers of the variant."
+    else:
+        return
+    raise ValueError(
+        f'build: expected the tensors that {type(cfg).__name__} shares to have the name "{cfg.name}" to themselves, found it taken '
+        f"by {by}. {way}"
+    )
 
 
 @made_on_cpu

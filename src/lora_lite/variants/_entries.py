@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lora_lite.core.linalg import autocasts
+from lora_lite.core.autocast import autocasts
 from lora_lite.core.recompute import gradients_of
 from lora_lite.core.tracing import in_transform
 

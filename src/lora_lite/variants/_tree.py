@@ -14,7 +14,8 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
-from lora_lite.core.linalg import fixed, full_precision
+from lora_lite.core.autocast import full_precision
+from lora_lite.core.linalg import fixed
 from lora_lite.core.recompute import gradients_of
 from lora_lite.core.tracing import transformed
 

@@ -88,15 +88,8 @@ BY_PATH = {"C3A", "FOURIERFT"}
 _ANY = {"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
 _ANY |= {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "modules_to_save"}
 _OF_LORA = {"rank_pattern", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
-_OF_LORA |= {
-    "ensure_weight_tying",
-    "trainable_token_indices",
-    "target_parameters",
-    "megatron_config",
-    "megatron_core",
-    "qalora_group_size",
-    "runtime_config",
-}
+_OF_LORA |= {"trainable_token_indices", "target_parameters", "megatron_config", "megatron_core", "qalora_group_size", "runtime_config"}
+_OF_LORA |= {"ensure_weight_tying"}
 FREE: dict[str, set[str]] = {
     "LORA": {*_OF_LORA, "alpha_pattern"},
     "ADALORA": {*_OF_LORA, "r", "init_lora_weights"},  # of the fields that it inherits, it uses neither
