@@ -384,6 +384,19 @@ def test_rows_of_several_files_stand_together_where_machine_versions_and_sizes_a
     assert report.t.together("symbolic-cuda", tmp_path) is None
 
 
+@pytest.mark.parametrize("copied", [[0, 1, 2], [2, 1, 0]])
+def test_files_of_one_day_are_in_the_order_of_what_they_say_not_of_when_they_were_copied(copied, tmp_path):
+    """A fresh clone writes them in any order."""
+    moments = [("fff", "2030-01-02T09:00:00+00:00"), ("aaa", "2030-01-02T10:00:00+00:00"), ("bbb", None)]
+    for when, k in enumerate(copied):
+        name, moment = moments[k]
+        path = tmp_path / f"2030-01-02-{name}-speed.json"
+        path.write_text(json.dumps({"results": k} | ({"written": moment} if moment else {})))
+        os.utime(path, (when, when))
+    assert [run["results"] for run in report.t.by_age("speed", tmp_path)] == [1, 0, 2]
+    assert report.newest("speed", tmp_path)["results"] == 1
+
+
 def test_mixed_steps_pay_from_where_the_spread_stays_below_one():
     below, above = {"median": 0.8, "low": 0.7, "high": 0.9, "n": 3}, {"median": 0.9, "low": 0.8, "high": 1.1, "n": 3}
     lines = {

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from common.record import file_name, put
+from common.record import file_name, now, put
 
 RESULTS = Path(__file__).parents[1] / "results"
 QUICK = RESULTS / "quick"  # written by --quick: shows that all works, never a figure of the documentation
@@ -264,6 +264,6 @@ def write(name: str, facts: dict[str, Any], results: dict[str, Any], quick: bool
     """Write a results file, dated and named by commit and kind, on a GPU `<kind>-cuda`, and print its name."""
     date = datetime.date.today().isoformat()
     path = (QUICK if quick else RESULTS) / file_name(date, facts, name)
-    put(path, {"date": date, **facts, "results": without_rounds(results)})
+    put(path, {"date": date, "written": now(), **facts, "results": without_rounds(results)})
     print(f"wrote {path.relative_to(RESULTS.parent.parent)}", flush=True)
     return path

@@ -1,5 +1,6 @@
 """Results files that are whole at any moment: each figure is on the disk before the next is measured. The standard library is enough."""
 
+import datetime
 import json
 import os
 import re
@@ -7,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-MARKS = ("date", "results")
+MARKS = ("date", "written", "results")
 """The keys of a results file beside the facts that its figures depend on."""
 
 
@@ -18,6 +19,11 @@ def file_name(date: str, facts: Mapping[str, Any], kind: str) -> str:
     """
     kind = f"{kind}-cuda" if facts.get("device") == "cuda" else kind
     return re.sub(r"[^A-Za-z0-9._-]", ".", f"{date}-{facts['commit']}-{kind}.json")
+
+
+def now() -> str:
+    """Return the moment as results files have it, which orders those of one day: a copied file has the time of its copy."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def put(path: Path, tree: Mapping[str, Any]) -> None:
@@ -52,7 +58,7 @@ class Record:
         facts = json.loads(json.dumps(dict(facts or {})))
         old = json.loads(path.read_text("utf-8")) if path.is_file() else {}
         same = {key: value for key, value in old.items() if key not in MARKS} == facts
-        self.tree = old if same and "results" in old else {"date": date, **facts, "results": {}}
+        self.tree = old if same and "results" in old else {"date": date, "written": "", **facts, "results": {}}
 
     def __contains__(self, keys: tuple[str, ...]) -> bool:
         """Whether a figure is kept at these keys."""
@@ -70,4 +76,5 @@ class Record:
         for key in outer:
             place = place.setdefault(key, {})
         place[last] = value
+        self.tree["written"] = now()
         put(self.path, self.tree)

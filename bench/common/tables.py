@@ -1,5 +1,6 @@
 """Results files as Markdown tables, one function a table."""
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -19,9 +20,10 @@ def newest(kind: str, folder: Path = RESULTS) -> Found | None:
 
 
 def by_age(kind: str, folder: Path = RESULTS) -> Iterator[Found]:
-    """Read the results files of a kind, the newest first; the date comes first in the name."""
-    for path in sorted(folder.glob(f"*-{kind}.json"), key=lambda p: (p.name[:10], p.stat().st_mtime), reverse=True):
-        yield {"file": path.name, **json.loads(path.read_text("utf-8"))}
+    """Read the results files of a kind, the newest first: by the day in the name, the moment in the file, the rest of the name."""
+    for _, paths in itertools.groupby(sorted(folder.glob(f"*-{kind}.json"), reverse=True), lambda path: path.name[:10]):
+        found = [{"file": path.name, "written": "", **json.loads(path.read_text("utf-8"))} for path in paths]
+        yield from sorted(found, key=lambda run: (run["written"], run["file"]), reverse=True)
 
 
 ROWS = ("variants", "costs")
