@@ -29,7 +29,6 @@ SPECTRA = {
     "of a lower rank": lambda j: torch.where(j <= 5, 1 / j, 0.0),
     "of that rank": lambda j: torch.where(j <= 8, 1 / j, 0.0),
 }
-MET = {"power", "slow power", "exponential", "steep", "clustered at the top", "a floor", "of a lower rank", "of that rank"}
 
 
 def matrix_of(spectrum, o, i, seed=0):
@@ -50,8 +49,8 @@ def test_stated_bounds_hold_against_float64(spectrum, shape):
     for r, seed in ((8, 0), (3, 1), (20, 2)):
         W = matrix_of(spectrum, *shape, seed).float()
         found = certified(W, r)
-        if r == 8:
-            assert spectrum not in MET or found is not None
+        if r == 8:  # where the width is no more than 40 times the rank, float64 tells all but equal values apart
+            assert spectrum == "flat" or found is not None
         if found is None:
             continue
         start, (U, S, Vh) = found
@@ -88,6 +87,28 @@ def test_flat_spectra_of_wide_layers_are_within_the_bound_of_a_longer_iteration(
     U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
     best = U[:, :16] * S[:16] @ Vh[:16]
     assert float((U16.double() * S16.double() @ Vh16.double() - best).norm() / best.norm()) <= start.error <= leading.TOLERANCE
+
+
+@pytest.mark.parametrize("layout", ["wide", "tall", "in parts", "tall, in parts"])
+def test_square_of_a_matrix_is_its_product_with_its_transpose(layout, monkeypatch):
+    W = torch.randn(37, 100, generator=torch.Generator().manual_seed(0), dtype=f64)
+    if "parts" in layout:
+        monkeypatch.setattr(krylov, "WHOLE", 1000)
+    given = (W.t() if "tall" in layout else W).contiguous()
+    A = krylov.Matrix(given.float() if "parts" in layout else given, f64, 0.5)
+    W = W.float().double() if "parts" in layout else W
+    X = torch.randn(5, 37, dtype=f64)
+    for square in (A.square, A.squared().square):
+        torch.testing.assert_close(square(X), X @ (0.25 * W @ W.t()))
+
+
+def test_whole_square_is_decomposed_where_the_iteration_finds_no_end():
+    """The gap is too small for the digits of float32, and wide enough for those of float64."""
+    W = matrix_of("close at the cut", 256, 300).float()
+    n, (start, (U, S, Vh)) = 9, certified(W, 9)
+    exact_U, exact_S, exact_Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    best = exact_U[:, :n] * exact_S[:n] @ exact_Vh[:n]
+    assert float((U.double() * S.double() @ Vh.double() - best).norm() / best.norm()) <= start.error <= leading.TOLERANCE
 
 
 def test_triplets_have_the_signs_and_the_layout_of_the_exact_ones():

@@ -1,4 +1,7 @@
-"""Approximate leading singular vectors, by a block Krylov iteration in float32. How good they are, `leading` computes."""
+"""Approximate leading singular vectors, by a block Krylov iteration in float32. How good they are, `leading` computes.
+
+Where the matrix `A` is narrow, `A A^T` is formed once, and the iteration takes its products, or it is decomposed as a whole.
+"""
 
 import math
 from collections.abc import Callable
@@ -9,6 +12,18 @@ from torch import Tensor
 
 BLOCK = 8, 32
 """The least and the most vectors of a block: small blocks need fewer products in all, large ones fewer of them one after another."""
+SQUARE = 40
+"""Up to so many times the rank `A A^T` is formed: that costs what some ten pairs of products for each of the rank do."""
+SMALL = 16
+"""Up to so many times the rank all eigenvectors of `A A^T` are as quick as the leading ones."""
+STRIPS = 4
+"""The strips in which `A A^T` is formed: what lies above their diagonal blocks is that below."""
+NOISE = {torch.float32: 2**-22, torch.float64: 2**-48}
+"""A bound on what rounding changes of `A A^T`, for an `A` of norm 1: some eight times of what is found."""
+WHOLE_NOISE = 16
+"""A bound on what rounding changes of its eigenvalues, in such amounts for a largest of 1: some seven times of what is found."""
+ALONG = 1e-4
+"""The part of a new basis along the old one of which the square is beyond the digits of float32."""
 ROUNDING = 1e-6
 """A residual, over the norm of the matrix, below which float32 makes no progress."""
 WHOLE = 2**24
@@ -24,6 +39,8 @@ class Matrix:
         scale: `A` is so many times the weight: the products are scaled, which are smaller than it.
     """
 
+    noise = 0.0
+
     def __init__(self, weight: Tensor, dtype: torch.dtype, scale: float = 1.0) -> None:
         self.n, self.m = sorted(weight.shape)
         self._tall, self._dtype, self._scale = len(weight) > weight.shape[1], dtype, scale
@@ -37,6 +54,34 @@ class Matrix:
     def back(self, X: Tensor) -> Tensor:
         """Return `X A^T` for rows `X (k, m)`."""
         return self._scaled(self._times(X) if self._tall else self._times_transposed(X))
+
+    def square(self, X: Tensor) -> Tensor:
+        """Return `X A A^T` for rows `X (k, n)`."""
+        return self.back(self.forth(X))
+
+    def gram(self) -> Tensor:
+        """Return `A A^T`, `(n, n)`."""
+        width = self.m if self._height == len(self._weight) else max(1, WHOLE // self.n)
+        total, *others = (_gram(part.to(self._dtype)) for part in (self._weight.t() if self._tall else self._weight).split(width, 1))
+        for other in others:
+            total += other
+        return total.mul_(self._scale**2)
+
+    def squared(self) -> "Square":
+        """Form `A A^T` of an `A` of norm 1."""
+        return Square(self.gram())
+
+    def iteration(self, r: int, device: torch.device) -> "Iteration":
+        """Begin an iteration for the first `r` vectors."""
+        block = min(max(r, BLOCK[0]), BLOCK[1])
+        last = min(self.n * 3 // 5, 40 * r + 256) // block * block
+        images = torch.empty(last, self.m, device=device, dtype=torch.float64)
+
+        def step(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+            images[k : len(rows)] = newest = self.forth(rows[k:])
+            return self.back(newest), images[k : len(rows)] @ images[: len(rows)].t()
+
+        return Iteration(block, 3 * r, last, step)
 
     def _scaled(self, Y: Tensor) -> Tensor:
         return Y if self._scale == 1.0 else Y.mul_(self._scale)
@@ -53,29 +98,91 @@ class Matrix:
         return torch.cat([part.to(self._dtype) @ X.t() for part in self._weight.split(self._height)]).t()
 
 
+def _gram(A: Tensor) -> Tensor:
+    """Return `A A^T`, with some five eighths of the work."""
+    n = len(A)
+    C, height = A.new_empty(n, n), -(-n // STRIPS)
+    for j in range(0, n, height):
+        strip = A[j:] @ A[j : j + height].t()
+        C[j:, j : j + height] = strip
+        C[j : j + height, j + height :] = strip[height:].t()
+    return C
+
+
+class Square:
+    """The product `A A^T` of a matrix `A` of norm 1 as `Matrix` is.
+
+    Args:
+        product: `(n, n)`.
+    """
+
+    def __init__(self, product: Tensor) -> None:
+        self.n, self._product, self.noise = len(product), product, NOISE[product.dtype]
+
+    def square(self, X: Tensor) -> Tensor:
+        """Return `X A A^T` for rows `X (k, n)`."""
+        return X @ self._product
+
+    def iteration(self, r: int, device: torch.device) -> "Iteration":
+        """Begin an iteration for the first `r` vectors."""
+        block = min(max(r // 2, BLOCK[0]), BLOCK[1])
+
+        def step(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+            images = rows[k:] @ self._product
+            return images, (images @ rows[max(0, k - block) :].t()).double()  # with those before, the products are zero
+
+        return Iteration(block, 6 * r, self.n * 3 // 5 // block * block, step)
+
+    def whole(self) -> "Ritz":
+        """Return all eigenvectors."""
+        values, inner = torch.linalg.eigh(self._product)
+        values = values.flip(0).clamp_min(0).tolist()
+        return Ritz(None, inner.flip(1), values, [0.0] * self.n, self.noise * (1 + WHOLE_NOISE * values[0]))
+
+
+class Iteration(NamedTuple):
+    """Sizes and step of an iteration.
+
+    Attributes:
+        block: vectors of a block.
+        first: vectors from which on the error is estimated.
+        last: the most vectors of the space.
+        step: from an orthonormal basis so far, `(l, n)`, and where its newest rows begin, their products with `A A^T`, `(b, n)`, and of
+            those with the last rows of the basis, `(b, j)` in float64.
+    """
+
+    block: int
+    first: int
+    last: int
+    step: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+
 class Ritz(NamedTuple):
     """Approximate eigenvectors of `A A^T` in a Krylov space, by descending eigenvalue.
 
     Attributes:
-        rows: the basis of the space, `(l, n)`, in float32.
+        rows: the basis of the space, `(l, n)`, in float32; None for all of it.
         inner: the vectors in that basis, `(l, l)`, in float64.
         values: eigenvalues, `l` of them.
         residuals: the norms `|A A^T u - value u|`, by the recurrence.
+        noise: bound on what rounding took from an eigenvalue.
     """
 
-    rows: Tensor
+    rows: Tensor | None
     inner: Tensor
     values: list[float]
     residuals: list[float]
+    noise: float = 0.0
 
     def vectors(self, p: int) -> Tensor:
         """Return the first `p` vectors as rows, `(p, n)`, orthonormal up to rounding."""
-        return self.inner[:, :p].t().to(self.rows) @ self.rows
+        inner = self.inner[:, :p].t()
+        return inner if self.rows is None else inner.to(self.rows) @ self.rows
 
-    def error(self, r: int) -> float:
+    def error(self, r: int, miss: float | None = None) -> float:
         """Estimate the relative error of the product of the first `r` singular triplets, by their residuals over the gap or by the rest."""
         gap = 1 - math.sqrt(self.values[r] / self.values[r - 1]) if self.values[r - 1] > 0 else 0.0
-        return min(self.by_mass(r), self.miss(r) / gap) if gap > 0 else self.by_mass(r)
+        return min(self.by_mass(r), (self.miss(r) if miss is None else miss) / gap) if gap > 0 else self.by_mass(r)
 
     def by_mass(self, r: int) -> float:
         """Estimate that error by the norm of the rest alone, of which the sum of squares has the digits of float32."""
@@ -97,7 +204,7 @@ class Ritz(NamedTuple):
         return len(values) - 1
 
 
-def krylov(A: Matrix, r: int, device: torch.device, aim: float, most: float, provable: Callable[[Ritz], bool]) -> Ritz | None:
+def krylov(A: Matrix | Square, r: int, device: torch.device, aim: float, most: float, provable: Callable[[Ritz], bool]) -> Ritz | None:
     """Approximate the first `r` left singular vectors of `A`, of norm 1 and in float32, until the error is at most `aim` and can be proved.
 
     The start is drawn on the CPU from a generator of its own, so that it does not depend on the device.
@@ -106,28 +213,26 @@ def krylov(A: Matrix, r: int, device: torch.device, aim: float, most: float, pro
         The approximation; None where rounding, or a space of three fifths of the dimensions, leaves an estimated error above `most`. A
         third of them leaves one above 0.3 where the spectrum is flat and the width small: the whole decomposition is then as fast.
     """
-    block = min(max(r, BLOCK[0]), BLOCK[1])
-    last = min(A.n * 3 // 5, 40 * r + 256) // block * block
-    check = (3 * r // block + 1) * block
+    block, first, last, step = A.iteration(r, device)
+    check = (first // block + 1) * block
     if last < check:
         return None
     rows = torch.empty(last, A.n, device=device)
-    images = torch.empty(last, A.m, device=device, dtype=torch.float64)
-    gram = images.new_empty(last, last)
+    gram = rows.new_zeros(last, last, dtype=torch.float64)
     start = torch.randn(block, A.n, generator=torch.Generator().manual_seed(0)).to(device)
-    next_rows = torch.linalg.qr(A.back(A.forth(start)).t()).Q.t()
-    before, done = math.inf, 0
+    next_rows = torch.linalg.qr(A.square(start).t()).Q.t()
+    before, done = 1.0, r
     for k in range(0, last, block):
         size = k + block
         rows[k:size] = next_rows
-        newest = A.forth(rows[k:size])
-        images[k:size] = newest
-        gram[k:size, :size] = images[k:size] @ images[:size].t()
-        gram[:k, k:size] = gram[k:size, :k].t()
-        next_rows, coupling = _across(rows[:size], A.back(newest))
+        products, inner = step(rows[:size], k)
+        since = size - inner.shape[1]
+        gram[k:size, since:size] = inner
+        gram[since:k, k:size] = inner[:, : k - since].t()
+        next_rows, coupling = _across(rows[:size], products, inner)
         if size < check:
             continue
-        ritz = _ritz(rows[:size], gram[:size, :size], coupling)
+        ritz = _ritz(rows[:size], gram[:size, :size], coupling, A.noise)
         error = ritz.error(r)
         if error <= aim and provable(ritz):
             return ritz
@@ -138,22 +243,29 @@ def krylov(A: Matrix, r: int, device: torch.device, aim: float, most: float, pro
     raise AssertionError("the last block returns")
 
 
-def _across(rows: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an orthonormal basis of what of `Y (b, n)` lies across the rows, `(b, n)`, and the coefficients of that part, `(b, b)`."""
-    Q, first = torch.linalg.qr((Y - (Y @ rows.t()) @ rows).t())
-    Q, second = torch.linalg.qr(Q - rows.t() @ (rows @ Q))  # where little was left, its rounding is not across
-    return Q.t(), second @ first
+def _across(rows: Tensor, Y: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+    """Return an orthonormal basis of what of `Y (b, n)` lies across the rows, `(b, n)`, and the coefficients of that part, `(b, b)`.
+
+    `inner` are the products of `Y` with the last of the rows, `(b, j)`.
+    """
+    Q, coefficients = torch.linalg.qr((Y - inner.to(Y) @ rows[len(rows) - inner.shape[1] :]).t())
+    along = rows @ Q
+    Q = Q - rows.t() @ along
+    if float(along.abs().max()) > ALONG:  # where little was left, its rounding is not across
+        Q, second = torch.linalg.qr(Q)
+        coefficients = second @ coefficients
+    return Q.t(), coefficients
 
 
-def _ritz(rows: Tensor, gram: Tensor, coupling: Tensor) -> Ritz:
+def _ritz(rows: Tensor, gram: Tensor, coupling: Tensor, noise: float) -> Ritz:
     values, inner = torch.linalg.eigh(gram)
     values, inner = values.flip(0).clamp_min(0), inner.flip(1)
     residuals = torch.linalg.vector_norm(coupling.to(inner) @ inner[-len(coupling) :], dim=0)
-    return Ritz(rows, inner, values.tolist(), residuals.tolist())
+    return Ritz(rows, inner, values.tolist(), residuals.tolist(), noise)
 
 
 def _columns(since: int, size: int, before: float, error: float, aim: float) -> int:
     """Return how many vectors more bring the error down to `aim`, by the rate of the last ones: it grows, so that they are few."""
-    if not error < before < math.inf:
+    if not error < before:
         return size // 2
-    return max(1, min(size // 2, math.ceil(0.8 * math.log(error / aim) * since / math.log(before / error))))
+    return max(1, min(size, math.ceil(0.8 * math.log(error / aim) * since / math.log(before / error))))

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lora_lite.core.autocast import full_precision
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.krylov import ROUNDING, Matrix, Ritz, krylov
+from lora_lite.core.krylov import ROUNDING, SMALL, SQUARE, Matrix, Ritz, Square, krylov
 from lora_lite.core.linalg import truncated_svd
 
 TOLERANCE = 1e-3
@@ -39,6 +39,8 @@ SMALLEST = 160
 """The width from which on the fast path is the faster one."""
 PROBES, FLOOR = 16, 0.58
 """Probes, and the least length of their part along a direction: `P(chi^2_16 < 0.58^2) <= (x e^(1 - x))^8 < 1e-10`, `x = 0.58^2 / 16`."""
+WIDE_ROUNDING = 1e-13
+"""A residual, over the norm of the matrix, which float64 leaves."""
 DEGREES = 16
 """The most degrees of the polynomial of the probes, two products each."""
 
@@ -166,24 +168,48 @@ def _certified(matrix: Tensor, r: int, tolerance: float, angle: float) -> tuple[
         return None
     held = LEAST < norm < 1 / LEAST
     narrow = Matrix(matrix.float(), torch.float32, 1 / norm) if held else Matrix((matrix / norm).float(), torch.float32)
+    wide = Matrix(matrix, torch.float64)
+    for ritz, A in _approximations(narrow, matrix, norm, r, tolerance):
+        rows = ritz.vectors(ritz.apart(r))
+        left, S, right, residual = _triplets(wide, rows[:r])
+        start = _by_gap(S, residual, norm * _rest(A, ritz, rows, r))
+        if start.error > tolerance:
+            start = start._replace(error=_by_mass(S, matrix))
+        if start.error <= tolerance and start.angle <= angle:
+            U, V = (right, left) if len(matrix) > matrix.shape[1] else (left, right)
+            dtype = torch.promote_types(matrix.dtype, torch.float32)
+            signs = V.gather(0, V.abs().argmax(0, keepdim=True)).sign()  # (1, r)
+            return start, ((U * signs).to(dtype).contiguous(), S.to(dtype), (V * signs).t().to(dtype).contiguous())
+    return None
+
+
+def _approximations(narrow: Matrix, matrix: Tensor, norm: float, r: int, tolerance: float) -> Iterator[tuple[Ritz, Matrix | Square]]:
+    """Approximate the leading vectors, the fastest way first, and for each give what it took products with.
+
+    A way is left out, or ends, where the bounds cannot be met with its digits.
+    """
 
     def provable(ritz: Ritz) -> bool:
         return ritz.by_mass(r) <= tolerance / 3 or _degree(ritz, r, narrow.n) <= DEGREES
 
-    ritz = krylov(narrow, r, matrix.device, tolerance / 3, tolerance / 2, provable)
-    if ritz is None:
-        return None
-    rows = ritz.vectors(ritz.apart(r))
-    left, S, right, residual = _triplets(Matrix(matrix, torch.float64), rows[:r])
-    start = _by_gap(S, residual, norm * _rest(narrow, ritz, rows, r))
-    if start.error > tolerance:
-        start = start._replace(error=_by_mass(S, matrix))
-    if not (start.error <= tolerance and start.angle <= angle):
-        return None
-    U, V = (right, left) if len(matrix) > matrix.shape[1] else (left, right)
-    dtype = torch.promote_types(matrix.dtype, torch.float32)
-    signs = V.gather(0, V.abs().argmax(0, keepdim=True)).sign()  # (1, r)
-    return start, ((U * signs).to(dtype).contiguous(), S.to(dtype), (V * signs).t().to(dtype).contiguous())
+    def by(A: Matrix | Square) -> Ritz | None:
+        return krylov(A, r, matrix.device, tolerance / 3, tolerance / 2, provable)
+
+    if narrow.n > SQUARE * r:
+        if ritz := by(narrow):
+            yield ritz, narrow
+        return
+    square = narrow.squared()
+    if narrow.n > SMALL * r and (ritz := by(square)):
+        yield ritz, square
+    else:
+        ritz = square.whole()
+        if ritz.error(r, ROUNDING) <= tolerance / 2:
+            yield ritz, square
+    square = Matrix(matrix.double() / norm, torch.float64).squared()
+    ritz = square.whole()
+    if ritz.error(r, WIDE_ROUNDING) <= tolerance / 2:
+        yield ritz, square
 
 
 def _triplets(A: Matrix, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -227,12 +253,14 @@ def _outer(ritz: Ritz, r: int) -> float:
     return max(ritz.values[ritz.apart(r)], ROUNDING**2)
 
 
-def _rest(A: Matrix, ritz: Ritz, rows: Tensor, r: int) -> float:
+def _rest(A: Matrix | Square, ritz: Ritz, rows: Tensor, r: int) -> float:
     """Bound the norm of `A - X`, `X` the first `r` triplets. `rows` are the vectors that are known, `(p, n)`.
 
     Returns:
         The bound, or inf where there is no gap to prove.
     """
+    if ritz.rows is None:
+        return math.sqrt(ritz.values[r] + ritz.noise)
     inner, outer, degree = ritz.values[r] * (1 + 1e-5), _outer(ritz, r), _degree(ritz, r, A.n)  # for the digits of float32
     if degree > DEGREES:
         return math.inf
@@ -241,11 +269,11 @@ def _rest(A: Matrix, ritz: Ritz, rows: Tensor, r: int) -> float:
         return X - (X @ rows.t()) @ rows
 
     before = left_over(torch.randn(PROBES, A.n, generator=torch.Generator().manual_seed(1)).to(rows))
-    probes = (2 / outer) * left_over(A.back(A.forth(before))) - before
+    probes = (2 / outer) * left_over(A.square(before)) - before
     for _ in range(degree - 1):
-        before, probes = probes, (4 / outer) * left_over(A.back(A.forth(probes))) - 2 * probes - before
+        before, probes = probes, (4 / outer) * left_over(A.square(probes)) - 2 * probes - before
     size = float(torch.linalg.matrix_norm(probes.double(), 2)) / FLOOR
     beyond = 1.0001 * outer * (1 + math.cosh(math.acosh(max(size, 1.0)) / degree)) / 2
     # The known triplets and what is left, as a matrix of two by two: `R` couples them.
     coupling = sum(residual * residual for residual in ritz.residuals[r : len(rows)])
-    return math.sqrt((inner + beyond) / 2 + math.hypot((inner - beyond) / 2, math.sqrt(coupling)))
+    return math.sqrt((inner + beyond) / 2 + math.hypot((inner - beyond) / 2, math.sqrt(coupling)) + ritz.noise)
