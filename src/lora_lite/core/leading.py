@@ -204,7 +204,7 @@ def _approximations(narrow: Matrix, matrix: Tensor, norm: float, r: int, toleran
         yield ritz, square
     else:
         ritz = square.whole()
-        if ritz.error(r, ROUNDING) <= tolerance / 2:
+        if ritz.error(r, ROUNDING / 2) <= tolerance:
             yield ritz, square
     square = Matrix(matrix.double() / norm, torch.float64).squared()
     ritz = square.whole()
