@@ -1,5 +1,6 @@
 """Situations out of public reports: each is the smallest model in which it happened, and what is right there."""
 
+import contextlib
 import copy
 import os
 import subprocess
@@ -575,6 +576,66 @@ def test_files_of_peft_and_low_rank_forms_are_made_where_the_layer_is(tmp_path):
         torch.set_default_device(None)
     assert all(leaf.device.type == "cpu" for tree in (read, low, again.constants) for leaf in ll.tree_leaves(tree))
     torch.testing.assert_close(again(read, (ids(),)).logits, adapt(params, (ids(),)).logits, rtol=1e-5, atol=1e-5)
+
+
+# What is made once is the same, whatever is set around the call
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+AROUND = {
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "inference": torch.inference_mode,
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("name", sorted(set(DEFAULTS) - {"loreft", *CALIBRATED}))
+def test_starts_constants_and_merged_weights_are_the_same_whatever_is_set(name, around):
+    """transformers sets the default dtype while it loads, and evaluation loops stand in autocast and inference mode."""
+    model, cfg, x = stacked_layers().requires_grad_(False), DEFAULTS[name], torch.randn(5, 16)
+
+    def made(adapt, params):
+        found = [adapt.constants, adapt.init(seed=3)]
+        if cfg.linear:
+            merged = adapt.merge(params)
+            found += [
+                {"": merged},
+                {"": {path: torch.tensor(e, dtype=torch.float64) for path, e in adapt.merge_error(params, merged).items()}},
+            ]
+        return [leaf for tree in found for leaf in ll.tree_leaves(tree)]
+
+    want = ll.build(model, cfg)
+    params = move(want.init(seed=3))
+    wanted = made(want, params)
+    with AROUND[around]():
+        adapt = ll.build(model, cfg)
+        found, module = made(adapt, params), adapt.module(params)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    module(x).sum().backward()  # nothing in it is of inference mode
+    ll.value_and_grad(lambda p: adapt(p, x).sum())(adapt.init())
+    with AROUND[around]():
+        started = adapt.init()
+    ll.value_and_grad(lambda p: adapt(p, x).sum())(started)
+
+
+def test_file_read_in_inference_mode_can_be_trained(tmp_path):
+    model, x = stacked_layers(), torch.randn(5, 16)
+    adapt = ll.build(model, ll.PiSSAConfig(r=2))
+    ll.save(adapt, adapt.init(), tmp_path / "a.safetensors")
+    with torch.inference_mode():
+        again, params = ll.load(model, tmp_path / "a.safetensors")
+    ll.value_and_grad(lambda p: again(p, x).sum())(params)
 
 
 # Messages

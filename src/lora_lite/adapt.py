@@ -207,8 +207,7 @@ class Adapt(Required):
             ValueError: where `params` does not fit, a target cannot be merged, or `merged` lacks its weight.
         """
         self._require(params, "merge_error")
-        with torch.no_grad():
-            return merge_error(self._plan, params, merged)
+        return merge_error(self._plan, params, merged)
 
     def steer(self, params: Mapping[str, Mapping[str, Tensor]], c: float | Tensor) -> Tree:
         """Return the params at strength `c`, 0 for the base model and 1 for the adapter. Differentiable in `c` and `params`.

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from lora_lite.adapt import Adapt
 from lora_lite.clone.checkpointing import check_pattern
 from lora_lite.clone.structure import clone_module
+from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig, as_config
-from lora_lite.core.device import made_on_cpu
 from lora_lite.core.plan import Entries, Target
 from lora_lite.core.tree import still
 from lora_lite.layers.kind import Kind
@@ -104,7 +104,7 @@ def allocated(entries: Entries, stats: Mapping[str, Any]) -> Entries:
     """Return each target with its config, as calibrated configs allocate them from the statistics of all targets."""
     own: dict[str, AdapterConfig] = {}
     for cfg in {id(cfg): cfg for _, cfg in entries if cfg.calibrated}.values():
-        own |= made_on_cpu(cfg.allocate)({target.path: stats[target.path] for target, other in entries if other is cfg})
+        own |= made_alike(cfg.allocate)({target.path: stats[target.path] for target, other in entries if other is cfg})
     kept = tuple((target, own.get(target.path, cfg)) for target, cfg in entries if not cfg.calibrated or target.path in own)
     if not kept:
         raise ValueError(f"{type(entries[0][1]).__name__}.allocate dropped every target. It must keep at least one.")

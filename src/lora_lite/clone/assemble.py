@@ -11,6 +11,7 @@ from lora_lite.clone.checkpointing import install
 from lora_lite.clone.data_parallel import replicable
 from lora_lite.clone.state import own_state
 from lora_lite.clone.structure import clone_again
+from lora_lite.core.alike import made_alike
 from lora_lite.core.invocation import ACTIVE
 from lora_lite.core.plan import Plan
 from lora_lite.layers.notes import note
@@ -41,6 +42,7 @@ def _shared(clone: nn.Module, name: str, plan: Plan) -> Adapter:
     return Adapter.on(clone, name, f"{name}_shared", plan.shapes[name], dtype)
 
 
+@made_alike
 def trainable_copy(plan: Plan, params: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
     """Copy a plan's base as a module to be trained. Its trainable parameters are copies of `params`, and its small buffers its own."""
     module, _ = bound_copy(plan)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import listed, several
 from lora_lite.core.frozen import Frozen
@@ -23,6 +24,7 @@ def merged_layer(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen) ->
     return weight, bias
 
 
+@made_alike
 @torch.no_grad()
 def merge(plan: Plan, params: AnyTree, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Return the merged tensors of every target, named as in the model's state dict.
@@ -136,6 +138,8 @@ def _unmergeable(target: Target, cfg: AdapterConfig) -> str | None:
     return None
 
 
+@made_alike
+@torch.no_grad()
 def merge_error(plan: Plan, params: AnyTree, merged: Mapping[str, Tensor]) -> dict[str, float]:
     """Return for each target the distance of the merged tensors from the adapted map, over the size of the update.
 

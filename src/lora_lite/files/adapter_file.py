@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lora_lite.adapt import Adapt
 from lora_lite.clone.structure import clone_module
+from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.config_json import from_json, to_json
-from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import listed, nearest, require_type, several, tree_faults
 from lora_lite.core.plan import Entries, Plan, Target
 from lora_lite.core.tree import Tree, flatten, join
@@ -32,7 +32,7 @@ from lora_lite.prepare.targets import sharing
 from lora_lite.variants import VARIANTS
 
 
-@made_on_cpu
+@made_alike
 def save(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], path: str | os.PathLike[str]) -> None:
     """Write params, constants and configs to one safetensors file.
 
@@ -101,7 +101,7 @@ def write(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], place: Path,
         safetensors.torch.save_file(tensors, beside, write_header(header))
 
 
-@made_on_cpu
+@made_alike
 def load(
     model: nn.Module,
     path: str | os.PathLike[str],

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.device import made_on_cpu
 from lora_lite.core.frozen import Constants, Frozen, Params
 from lora_lite.core.leading import Start, noted, worst
 from lora_lite.core.plan import Entries, Groups, Plan, Shapes
@@ -69,7 +69,7 @@ def share(base: nn.Module, entries: Entries) -> tuple[dict[str, Constants], Shap
         if not by_group and own.share is AdapterConfig.share and own.share_init is AdapterConfig.share_init:
             continue
         layers = layers_of(base, entries, cfg)
-        constants = made_on_cpu(cfg.share)(layers)
+        constants = made_alike(cfg.share)(layers)
         params = shared_start(cfg, layers, 0)
         if constants or params or by_group:
             _require_own_name(cfg, entries, named)
@@ -95,7 +95,7 @@ def _require_own_name(cfg: AdapterConfig, entries: Entries, named: AbstractSet[s
     )
 
 
-@made_on_cpu
+@made_alike
 def allot(base: nn.Module, entries: Entries) -> dict[str, Constants]:
     """Derive the constants of each target that depend on all targets of its config."""
     allotted: dict[str, Constants] = {}
@@ -139,6 +139,7 @@ def _noted_map(maps: list[Frozen], one: Frozen) -> Params:
     return {"": torch.empty(0)}
 
 
+@made_alike
 def drawn(plan: Plan, seed: int) -> Tree:
     """Draw fresh params of a plan, each target's from a generator of its own, seeded by `seed` and its path."""
     tree: Tree = {}
@@ -151,13 +152,13 @@ def drawn(plan: Plan, seed: int) -> Tree:
     return plan.regrouped(tree)
 
 
-@made_on_cpu
+@made_alike
 def shared_start(cfg: AdapterConfig, layers: Sequence[Any], seed: int) -> Mapping[str, torch.Tensor]:
     """Draw the params that all targets of a config share."""
     return cfg.share_init(layers, generator_for(seed, cfg.name))
 
 
-@made_on_cpu
+@made_alike
 def own_constants(
     cfg: AdapterConfig, W: Frozen, generator: torch.Generator, stats: Any = None, given: Params = MappingProxyType({})
 ) -> Constants:

@@ -9,14 +9,14 @@ from typing import Any
 import safetensors
 from torch import Tensor, nn
 
-from lora_lite.core.device import made_on_cpu
+from lora_lite.core.alike import made_alike
 from lora_lite.core.errors import listed, several
 from lora_lite.core.plan import Entries
 
 Originals = Mapping[str, Tensor] | str | os.PathLike[str]
 
 
-@made_on_cpu
+@made_alike
 def read_originals(model: nn.Module, entries: Entries, original: Originals | None) -> dict[str, Tensor]:
     """Return the original weight of each target whose variant needs it, by path.
 

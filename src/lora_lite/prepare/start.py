@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.device import made_on_cpu
 from lora_lite.core.frozen import Frozen, Params
 from lora_lite.layers.kind import Kind
 
@@ -37,7 +37,7 @@ def generator_for(seed: int, path: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-@made_on_cpu
+@made_alike
 def own_start(cfg: AdapterConfig, W: Frozen, generator: torch.Generator) -> Params:
     """Run a variant's `init` on one linear map whose constants are filled.
 

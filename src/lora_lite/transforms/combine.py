@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_lite.adapt import Adapt
-from lora_lite.core.device import made_on_cpu
+from lora_lite.core.alike import made_alike
 from lora_lite.core.errors import listed, nearest, require_type, several
 from lora_lite.core.progress import shown
 from lora_lite.core.tree import AnyTree, Tree
@@ -21,7 +21,7 @@ from lora_lite.transforms.updates import Update, lost
 CALL = "combine(adapt, trees, weights)"
 
 
-@made_on_cpu
+@made_alike
 def combine(
     adapt: Adapt | Sequence[Adapt],
     trees: Sequence[AnyTree],

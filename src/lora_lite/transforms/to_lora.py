@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lora_lite.adapt import Adapt
 from lora_lite.build import build
+from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import require_type, several
 from lora_lite.core.leading import leading_svd
 from lora_lite.core.plan import Target
@@ -19,7 +19,7 @@ from lora_lite.layers.kind import Variant
 from lora_lite.variants.lora import LoRAConfig
 
 
-@made_on_cpu
+@made_alike
 def to_lora(
     adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], r: int, alpha: float | None = None
 ) -> tuple[Adapt, Tree, dict[str, float]]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lora_lite.adapt import Adapt
 from lora_lite.build import build
+from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import require_type, several, tree_faults
 from lora_lite.core.tree import Tree
 from lora_lite.files.kohya.methods import ALPHA, METHODS, UP
@@ -28,7 +28,7 @@ from lora_lite.layers.kinds import as_kinds
 FILE = "pytorch_lora_weights.safetensors"
 
 
-@made_on_cpu
+@made_alike
 def from_kohya(
     model: nn.Module, path: str | os.PathLike[str], *, prefix: str | None = None, remat: str | None = None, kinds: Sequence[type[Kind]] = ()
 ) -> tuple[Adapt, Tree]:
@@ -56,7 +56,7 @@ def from_kohya(
     return _read("from_kohya", model, path, prefix, remat, kinds)
 
 
-@made_on_cpu
+@made_alike
 def from_diffusers(
     model: nn.Module, path: str | os.PathLike[str], *, prefix: str | None = None, remat: str | None = None, kinds: Sequence[type[Kind]] = ()
 ) -> tuple[Adapt, Tree]:

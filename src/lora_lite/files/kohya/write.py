@@ -10,8 +10,8 @@ import safetensors.torch
 from torch import Tensor
 
 from lora_lite.adapt import Adapt
+from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import require_type, several
 from lora_lite.core.plan import Target
 from lora_lite.files.durable import written
@@ -23,7 +23,7 @@ AnyParams = Mapping[str, Mapping[str, Tensor]]
 Layers = dict[str, dict[str, Tensor]]
 
 
-@made_on_cpu
+@made_alike
 def to_kohya(adapt: Adapt, params: AnyParams, path: str | os.PathLike[str], *, prefix: str = "lora_unet") -> None:
     """Write LoRA, LoHa or LoKr as a file of kohya's or LyCORIS'.
 
@@ -48,7 +48,7 @@ def to_kohya(adapt: Adapt, params: AnyParams, path: str | os.PathLike[str], *, p
     _save({f"{name}.{key}": t for name, own in named.items() for key, t in own.items()}, Path(path))
 
 
-@made_on_cpu
+@made_alike
 def to_diffusers(adapt: Adapt, params: AnyParams, path: str | os.PathLike[str], *, prefix: str = "unet") -> None:
     """Write LoRA as a file that diffusers' `load_lora_weights` reads.
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lora_lite.adapt import Adapt
 from lora_lite.build import build
+from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import require_type, several, tree_faults
 from lora_lite.core.frozen import Constants
 from lora_lite.core.leading import SVDConfig
@@ -36,7 +36,7 @@ from lora_lite.variants.oft import project
 Chosen = dict[str, tuple[Row, Any]]
 
 
-@made_on_cpu
+@made_alike
 def from_peft(
     model: nn.Module,
     directory: str | os.PathLike[str],

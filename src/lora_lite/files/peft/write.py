@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lora_lite.adapt import Adapt
+from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.device import made_on_cpu
 from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.plan import Target
 from lora_lite.files.card import write_card
@@ -36,7 +36,7 @@ from lora_lite.variants.ln_tuning import LNTuningConfig
 from lora_lite.variants.tokens import TokensConfig
 
 
-@made_on_cpu
+@made_alike
 def to_peft(
     adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], directory: str | os.PathLike[str], *, card: str | None = None
 ) -> None:

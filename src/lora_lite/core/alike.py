@@ -1,0 +1,57 @@
+"""What is made once, a start, a constant, a merged weight or a file, is the same whatever is set around the call that makes it."""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from lora_lite.core.autocast import autocast_state
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def made_alike(f: F) -> F:
+    """Run a function as in a fresh process, whose default device is the CPU and whose default dtype is float32.
+
+    Generators draw on the CPU, and other numbers in other dtypes; results go to the layers' devices by name. Autocast is off, since it
+    would round weights, and so is inference mode, whose tensors can never be trained.
+
+    Not for what runs the user's model, which may rely on any of these.
+    """
+
+    @functools.wraps(f)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        contexts = _contexts()
+        if not contexts:
+            return f(*args, **kwargs)
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context)
+            return f(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
+
+
+def _contexts() -> list[AbstractContextManager[Any]]:
+    """Return the contexts that undo what is set; none of them where nothing is, since each has its price for every call of torch."""
+    found: list[AbstractContextManager[Any]] = []
+    if torch.get_default_device().type != "cpu":
+        found.append(torch.device("cpu"))
+    if torch.get_default_dtype() is not torch.float32:
+        found.append(_float32())
+    found += [torch.autocast(device, enabled=False) for device, (_, on) in autocast_state().items() if on]
+    if torch.is_inference_mode_enabled():
+        found += [torch.inference_mode(False), torch.no_grad()]  # the first alone would switch gradients on
+    return found
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
