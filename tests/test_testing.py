@@ -1,6 +1,7 @@
 """The conformance kit itself: a variant that is wrong in one way fails, and the message names the check."""
 
 import dataclasses
+import random
 from dataclasses import dataclass
 from typing import ClassVar, TypedDict
 
@@ -80,6 +81,30 @@ def _unseeded_init(self, W, generator, stats=None):
     return {"A": torch.randn(2, W.in_features), "B": torch.zeros(W.out_features, 2)}, {}
 
 
+def _hidden_state(self, W, generator, stats=None):
+    made = {"A": torch.tensor([[random.random() for _ in range(W.in_features)] for _ in range(2)]), "B": torch.zeros(W.out_features, 2)}
+    return made, {}
+
+
+def _unseeded_constant(self, W, generator, stats=None):
+    params, _ = _Base.init(self, W, generator)
+    return params, {"c": torch.tensor(random.random())}
+
+
+def _seeds_everything(self, W, generator, stats=None):
+    torch.manual_seed(0)
+    return _Base.init(self, W, generator)
+
+
+def _other_names(self, W, generator, stats=None):
+    params, _ = _Base.init(self, W, generator)
+    return {**params, f"{random.random()}": torch.zeros(1)}, {}
+
+
+def _nan_at_the_start(self, params, W, x):
+    return W(x) + F.linear(F.linear(x, params["A"]), params["B"]) * (params["B"].norm() / params["B"].norm())
+
+
 def _random_start(self, W, generator, stats=None):
     draw = torch.randn(2, W.in_features + W.out_features, generator=generator)
     return {"A": draw[:, : W.in_features].contiguous(), "B": draw[:, W.in_features :].t().contiguous()}, {}
@@ -136,8 +161,9 @@ BROKEN = {
     "gradients": (("forward", _wrong_gradient), ("forward", _half_of_the_gradient), ("forward", _leaf_without_gradient)),
     "acts": (("forward", _leaf_without_effect),),
     "pure": (("forward", _writes_its_input), ("forward", _hidden_randomness)),
-    "deterministic": (("init", _unseeded_init),),
+    "deterministic": tuple(("init", f) for f in (_unseeded_init, _hidden_state, _unseeded_constant, _seeds_everything, _other_names)),
     "identity": (("init", _random_start),),
+    "parts": (("uses", {"output"}), ("uses", {"project", "vectors"})),
     "untouched": (("init", _overwrites_the_weight),),
     "merged": (("forward", _nonlinear),),
     "steered": (("steer", _steers_the_wrong_way), ("steer", _steer_ignores_strength)),
@@ -158,6 +184,54 @@ def test_broken_variant_fails_its_check_by_name(check, attribute, fault):
     others = [name for name in CHECKS if name != check]
     with pytest.raises(AssertionError, match=rf"BrokenConfig fails 1 of \d+ checks:\n  - {check}: "):
         ll.testing.check_variant(broken(), skip=others)
+
+
+def test_nan_is_no_identity_to_a_tolerance():
+    broken = dataclasses.dataclass(frozen=True, kw_only=True)(
+        type("BrokenConfig", (_Base,), {"forward": _nan_at_the_start, "identity": 1e-3})
+    )
+    with pytest.raises(AssertionError, match=r"the base output to 0\.001 at init, found nan off"):
+        CHECKS["identity"](broken())
+
+
+LEAVES = {
+    "nothing": (lambda self, W, generator: None, "expected a mapping from names to the tensors to train, found nothing"),
+    "number": (lambda self, W, generator: {"g": 0.0}, 'expected "g" to be a tensor, found float'),
+    "none": (lambda self, W, generator: {"g": None}, 'expected "g" to be a tensor, found NoneType'),
+    "integers": (lambda self, W, generator: {"g": torch.zeros(2, dtype=torch.long)}, 'expected "g" to be a floating tensor'),
+    "complex": (lambda self, W, generator: {"g": torch.zeros(2, dtype=torch.cfloat)}, "expected .*found torch.complex64"),
+    "number for a name": (lambda self, W, generator: {0: torch.zeros(2)}, "expected names that are strings and not empty, found 0"),
+    "no name": (lambda self, W, generator: {"": torch.zeros(2)}, "expected names that are strings and not empty, found ''"),
+}
+
+
+@pytest.mark.parametrize("case", LEAVES)
+def test_leaves_that_are_no_tensors_are_refused_by_name(case):
+    """A complex start lost its imaginary part, and one with a number for a name was saved to a file that could not be loaded."""
+    init, message = LEAVES[case]
+    forward = _Base.forward
+    cls = dataclasses.dataclass(frozen=True, kw_only=True)(
+        type("OddConfig", (ll.AdapterConfig,), {"name": "odd", "init": init, "forward": forward})
+    )
+    for refused in (lambda: ll.build(torch.nn.Linear(4, 4), cls()), lambda: ll.testing.check_variant(cls())):
+        with pytest.raises(TypeError, match=rf"OddConfig\.init: {message}"):
+            refused()
+
+
+@pytest.mark.parametrize(
+    ("method", "made", "message"),
+    [
+        ("constants", lambda self, W, generator, stats=None: None, "expected a mapping from names to tensors, found nothing"),
+        ("constants", lambda self, W, generator, stats=None: {"c": 1.0}, 'expected "c" to be a tensor, found float'),
+        ("share", lambda self, layers: {"c": 1.0}, 'expected "c" to be a tensor, found float'),
+        ("share_init", lambda self, layers, generator: {"c": 1.0}, 'expected "c" to be a tensor, found float'),
+        ("allot", lambda self, layers: {path: {"c": 1.0} for path in layers}, 'at "": expected "c" to be a tensor, found float'),
+    ],
+)
+def test_constants_that_are_no_tensors_are_refused_by_name(method, made, message):
+    cls = dataclasses.dataclass(frozen=True, kw_only=True)(type("OddConfig", (ll.LoRAConfig,), {"name": "odd", method: made}))
+    with pytest.raises(TypeError, match=rf"OddConfig\.{method}.*{message}"):
+        ll.build(torch.nn.Linear(4, 4), cls())
 
 
 def test_unbroken_base_passes():

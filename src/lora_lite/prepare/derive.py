@@ -18,7 +18,7 @@ from lora_lite.core.leading import Start, noted, worst
 from lora_lite.core.plan import Entries, Groups, Plan, Shapes
 from lora_lite.core.progress import shown
 from lora_lite.core.tree import Tree
-from lora_lite.prepare.start import generator_for, own_start, placed, start_params
+from lora_lite.prepare.start import generator_for, own_start, placed, require_tensors, start_params
 
 
 @torch.no_grad()
@@ -70,6 +70,7 @@ def share(base: nn.Module, entries: Entries) -> tuple[dict[str, Constants], Shap
             continue
         layers = layers_of(base, entries, cfg)
         constants = made_alike(cfg.share)(layers)
+        require_tensors(constants, f"{own.__name__}.share")
         params = shared_start(cfg, layers, 0)
         if constants or params or by_group:
             _require_own_name(cfg, entries, named)
@@ -102,7 +103,10 @@ def allot(base: nn.Module, entries: Entries) -> dict[str, Constants]:
     for cfg in {id(cfg): cfg for _, cfg in entries}.values():
         if type(cfg).allot is not AdapterConfig.allot:
             paths = [target.path for target, other in entries if other is cfg]
-            allotted |= cfg.allot(dict(zip(paths, layers_of(base, entries, cfg))))
+            found = cfg.allot(dict(zip(paths, layers_of(base, entries, cfg))))
+            for path in paths:
+                require_tensors(found.get(path, {}), f'{type(cfg).__name__}.allot at "{path}"')
+            allotted |= found
     return allotted
 
 
@@ -155,7 +159,9 @@ def drawn(plan: Plan, seed: int) -> Tree:
 @made_alike
 def shared_start(cfg: AdapterConfig, layers: Sequence[Any], seed: int) -> Mapping[str, torch.Tensor]:
     """Draw the params that all targets of a config share."""
-    return cfg.share_init(layers, generator_for(seed, cfg.name))
+    params = cfg.share_init(layers, generator_for(seed, cfg.name))
+    require_tensors(params, f"{type(cfg).__name__}.share_init", trained=True)
+    return params
 
 
 @made_alike
@@ -168,6 +174,7 @@ def own_constants(
     """
     W = W.with_constants({**W.constants, **given}) if given else W
     found = cfg.constants(W, generator) if stats is None else cfg.constants(W, generator, stats)
+    require_tensors(found, f"{type(cfg).__name__}.constants")
     return {**given, **{name: c.contiguous() for name, c in found.items()}}
 
 

@@ -42,13 +42,31 @@ def own_start(cfg: AdapterConfig, W: Frozen, generator: torch.Generator) -> Para
     """Run a variant's `init` on one linear map whose constants are filled.
 
     Raises:
-        TypeError: where `init` returns anything but tensors by name.
+        TypeError: where `init` returns anything but floating tensors by name.
     """
     params: Any = cfg.init(W, generator)
-    if not isinstance(params, Mapping):
-        found = "two trees" if isinstance(params, tuple) else type(params).__name__
-        raise TypeError(
-            f"{type(cfg).__name__}.init: expected a mapping from names to the tensors to train, found {found}. Return frozen tensors from "
-            "constants(W, generator, stats); init finds them in W.constants."
-        )
-    return params
+    require_tensors(params, f"{type(cfg).__name__}.init", trained=True)
+    return dict(params)
+
+
+def require_tensors(found: Any, method: str, trained: bool = False) -> None:
+    """Raise unless a variant's method returned tensors by name, floating ones where they are trained.
+
+    Raises:
+        TypeError: it names the method and the first tensor that is none.
+    """
+    if not isinstance(found, Mapping):
+        kind = "two trees" if isinstance(found, tuple) else "nothing" if found is None else type(found).__name__
+        tensors, way = ("the tensors to train", _WAY) if trained else ("tensors", "Return a dict, empty for no tensors.")
+        raise TypeError(f"{method}: expected a mapping from names to {tensors}, found {kind}. {way}")
+    for name, tensor in found.items():
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"{method}: expected names that are strings and not empty, found {name!r}. They name tensors in files.")
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f'{method}: expected "{name}" to be a tensor, found {type(tensor).__name__}. Keep other values in fields.')
+        if trained and not tensor.is_floating_point():
+            wanted = f'expected "{name}" to be a floating tensor, which can be trained, found {tensor.dtype}'
+            raise TypeError(f"{method}: {wanted}. Convert it, or return it from constants.")
+
+
+_WAY = "Return frozen tensors from constants(W, generator, stats); init finds them in W.constants."

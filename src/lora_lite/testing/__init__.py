@@ -24,6 +24,7 @@ from lora_lite.testing._formula import (
     facts,
     identity,
     merged,
+    parts,
     precision,
     pure,
     rows,
@@ -44,7 +45,7 @@ __all__ = ["CHECKS", "KIND_CHECKS", "Case", "KindCase", "check_kind", "check_var
 CHECKS: dict[str, Callable[[AdapterConfig], None]] = {
     f.__name__: f
     for f in (
-        *(facts, deterministic, identity, acts, pure, gradients, forward_mode, vmapped, rows),
+        *(facts, deterministic, parts, identity, acts, pure, gradients, forward_mode, vmapped, rows),
         *(merged, steered, training, precision, shapes, counts, compiles, mixed_batch, saved, untouched),
         *(quantised_4bit, quantised_8bit),
     )

@@ -1,15 +1,20 @@
 """Checks of a variant's arithmetic on one layer."""
 
 import dataclasses
+import math
+import unittest
+from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_lite.core.checked import set_typecheck
 from lora_lite.core.config import AdapterConfig, with_fields
-from lora_lite.core.frozen import USES
+from lora_lite.core.frozen import USES, Frozen
 from lora_lite.derived.cost import declared, macs_per_token
 from lora_lite.derived.merge import merged_layer
+from lora_lite.layers.kind import Variant
 from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32, float64, make_cases
 
 
@@ -24,17 +29,91 @@ def facts(cfg: AdapterConfig) -> None:
 
 
 def deterministic(cfg: AdapterConfig) -> None:
-    """Init draws from its generator only, and returns new tensors each time."""
-    state = torch.get_rng_state()
+    """Init and constants draw from their generator only, and init returns new tensors each time."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(20_240_229)  # a state in which no variant leaves the generator
+        state = torch.get_rng_state()
+        for case, again in zip(float32(cfg), float32(cfg)):
+            _same_tensors("constants", case.W.constants, again.W.constants)
+            _same_tensors("the start", case.start, again.start)
+            first, second = (case.cfg.init(case.W, torch.Generator().manual_seed(7)) for _ in range(2))
+            _same_tensors("init", first, second)
+            for name in first:
+                if first[name].data_ptr() == second[name].data_ptr() and first[name].numel():
+                    fail(f"init to give a new {name} each time", "the same memory")
+        if not torch.equal(state, torch.get_rng_state()):
+            fail("the global random state untouched", "it moved")
+
+
+def _same_tensors(made_by: str, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+    if first.keys() != second.keys():
+        fail(f"{made_by} to give the same names for the same generator", sorted({*first} ^ {*second}))
+    for name in first:
+        if not torch.equal(first[name], second[name]):
+            fail(f"{made_by} to give the same {name} for the same generator", "another")
+
+
+def parts(cfg: AdapterConfig) -> None:
+    """No part of the layer is used that `uses` does not name: other kinds of layers may lack it."""
+    if cfg.adapts != "linear":
+        raise unittest.SkipTest("only parts of linear layers differ by kind")
     for case in float32(cfg):
-        first, second = (case.cfg.init(case.W, torch.Generator().manual_seed(7)) for _ in range(2))
-        for name in first:
-            if not torch.equal(first[name], second[name]):
-                fail(f"init to give the same {name} for the same generator", "another")
-            if first[name].data_ptr() == second[name].data_ptr() and first[name].numel():
-                fail(f"init to give a new {name} each time", "the same memory")
-    if not torch.equal(state, torch.get_rng_state()):
-        fail("the global random state untouched", "it moved")
+        W = _Watched(case.W, case.x)
+        y = Variant(case.cfg)(case.params, W, torch.full_like(case.x, math.nan))
+        used = W.used | ({"vectors"} if y.isnan().any() else set())
+        used -= {"project"} if "vectors" in case.cfg.uses else set()  # who sees the vectors can project them
+        if not used <= set(case.cfg.uses):
+            fail(f"uses to name {sorted(used)}", f"{sorted(case.cfg.uses)}")
+
+
+class _Watched(Frozen):
+    """A layer that notes which of its parts are used. It knows its input: the one that a variant is given is of nan."""
+
+    def __init__(self, W: Frozen, x: Tensor) -> None:
+        super().__init__(W.weight, W.bias, W.constants)
+        self.used: set[str] = set()
+        self._x = x
+
+    @property
+    def weight(self) -> Tensor:
+        self.used.add("dense")
+        return self._weight
+
+    @property
+    def in_features(self) -> int:
+        return self._weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self._weight.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self._weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._weight.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.used.add("output")
+        return F.linear(self._known(x), self._weight, self.bias)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        self.used.add("matmul")
+        return F.linear(x, self._weight)
+
+    def project(self, x: Tensor, A: Tensor, dropout: float = 0.0) -> Tensor:
+        self.used.add("project")
+        return F.linear(self._known(x), A)
+
+    def add_rows(self, x: Tensor, index: Tensor, D: Tensor) -> Tensor:
+        self.used.add("rows")
+        return F.linear(self._known(x), self._weight.index_add(0, index, D), self.bias)
+
+    def _known(self, x: Tensor) -> Tensor:
+        """Return the input for the one that is not to be read. Others, such as a rotated one, are vectors that the variant made."""
+        return self._x if x.shape == self._x.shape and x.isnan().all() else x
 
 
 def identity(cfg: AdapterConfig) -> None:
@@ -46,7 +125,7 @@ def identity(cfg: AdapterConfig) -> None:
         if cfg.identity == 0.0 and not torch.equal(y, y0):
             fail("the base output exactly at init", f"{float((y - y0).abs().max()):.1e} off")
         error = float((y - y0).norm() / y0.norm())
-        if error > cfg.identity:
+        if not error <= cfg.identity:
             fail(f"the base output to {cfg.identity} at init", f"{error:.1e} off")
 
 
