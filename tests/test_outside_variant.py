@@ -1,9 +1,10 @@
 """Variants written outside the package, as their authors would: what they need write, and what they are given."""
 
 import ast
+import functools
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
 import pytest
@@ -167,6 +168,89 @@ def test_a_class_that_is_no_subclass_is_checked_when_it_is_used():
     ll.testing.check_variant(Foreign())
     with pytest.raises(ValueError, match=r"Foreign\.r: expected an integer >= 1, found 0"):
         ll.build(nn.Linear(4, 4), Foreign(r=0))
+
+
+# Its config in a file.
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnConfig(ll.AdapterConfig):
+    """A shift by a number that a field holds in one form or another."""
+
+    name: ClassVar[str] = "own"
+    held: Any = 2.0
+
+    def init(self, W, generator):
+        return {"s": torch.zeros(W.out_features)}
+
+    def strength(self) -> float:
+        return float(self.held)
+
+    def forward(self, params, W, x):
+        return W(x) + self.strength() * params["s"]
+
+
+def saved_and_loaded(cfg, place, variants):
+    model, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(3, 4)
+    adapt = ll.build(model, cfg)
+    params = move(adapt.init())
+    ll.save(adapt, params, place / "a.safetensors")
+    again, loaded = ll.load(model, place / "a.safetensors", variants=variants)
+    assert torch.equal(again(loaded, x), adapt(params, x))
+    return again.configs[0]
+
+
+@pytest.mark.parametrize("held", [{1: 3.0}, {"a": {2: 1.0}}, torch.float16])
+def test_field_that_a_file_would_change_is_refused_by_save(held, tmp_path):
+    """Keys came back as strings, and a dtype as its name: another function, without a word."""
+    adapt = ll.build(nn.Sequential(nn.Linear(4, 4)), OwnConfig(held=held))
+    with pytest.raises(TypeError, match=r"OwnConfig\.held: expected a value that comes back from a file, found .*Use strings"):
+        ll.save(adapt, adapt.init(), tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("held", [3, float("inf"), float("nan"), ((1, 2), (3,)), [1, [2]], {"a": (1, 2)}, None, "1"])
+def test_field_comes_back_as_it_was(held, tmp_path):
+    cls = dataclass(frozen=True, kw_only=True)(type("QuietConfig", (OwnConfig,), {"strength": lambda self: 1.0}))
+    found = saved_and_loaded(cls(held=held), tmp_path, [cls]).held
+    assert repr(found) == repr(held).replace("[", "(").replace("2]]", "2,))").replace("]", ")")
+    if not isinstance(held, dict):
+        hash(found)
+
+
+def test_fields_that_the_class_makes_itself_need_no_place_in_a_file(tmp_path):
+    @dataclass(frozen=True, kw_only=True)
+    class MadeConfig(OwnConfig):
+        doubled: float = field(init=False, default=0.0)
+
+        def __post_init__(self):
+            super().__post_init__()
+            object.__setattr__(self, "doubled", 2 * self.held)
+
+        @functools.cached_property
+        def tripled(self):
+            return torch.tensor(3 * self.held)
+
+        def strength(self):
+            return self.doubled + float(self.tripled)
+
+    cfg = MadeConfig(held=3.0)
+    assert cfg.strength() == 15
+    assert saved_and_loaded(cfg, tmp_path, [MadeConfig]).strength() == 15
+
+
+def test_class_under_a_shipped_name_is_not_taken_for_the_shipped_one(tmp_path):
+    class TwiceConfig(ll.LoRAConfig):
+        def forward(self, params, W, x):
+            return 2 * super().forward(params, W, x) - W(x)
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    saved_and_loaded(TwiceConfig(r=2), tmp_path, [TwiceConfig])
+    with pytest.raises(ValueError, match=r'class TwiceConfig, whose .* has the name "lora" of LoRAConfig.*variants=\[TwiceConfig\]'):
+        ll.load(model, tmp_path / "a.safetensors")
+    both = ll.build(model, [ll.LoRAConfig(r=2, target_names="^0$"), TwiceConfig(r=2, target_names="^1$")])
+    with pytest.raises(ValueError, match=r'found "lora" for LoRAConfig and TwiceConfig\. Give one of the classes another name'):
+        ll.save(both, both.init(), tmp_path / "b.safetensors")
 
 
 # The form of version 0.1.0.

@@ -26,7 +26,7 @@ def header_rows(path: Path) -> tuple[list[Row], list[AdapterConfig], int] | None
     if path.is_dir() or of_image_tools(path):
         return None
     header, tensors = read(path)
-    unknown = [str(config["name"]) for config in header.configs if config["name"] not in VARIANTS]
+    unknown = [str(config["name"]) for config in header.configs if config["name"] not in VARIANTS] + [*header.classes.values()]
     if unknown:
         raise ValueError(
             f'expected variants that ship, found {listed(unknown)} in "{path}". Load it in Python: ll.load(..., variants=[...]).'

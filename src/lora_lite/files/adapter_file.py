@@ -13,7 +13,7 @@ from lora_lite.adapt import Adapt
 from lora_lite.clone.structure import clone_module
 from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.config_json import from_json, to_json
+from lora_lite.core.config_json import from_json, to_file
 from lora_lite.core.errors import listed, nearest, require_type, several, tree_faults
 from lora_lite.core.plan import Entries, Plan, Target
 from lora_lite.core.tree import Tree, flatten, join
@@ -96,7 +96,8 @@ def write(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], place: Path,
     shared = {name: describe(constants) for name, constants in adapt.constants.items() if name not in targets}
     shared_params = {name: describe(params[name]) for name in adapt._plan.shared_params()}
     described = {path: describe(found) for path, found in values.items()}
-    header = Header([to_json(cfg) for cfg in configs], targets, shared, shared_params, described, marks, dict(adapt.starts), _layers(adapt))
+    stored, classes = [to_file(cfg) for cfg in configs], _classes(configs)
+    header = Header(stored, targets, shared, shared_params, described, marks, dict(adapt.starts), _layers(adapt), classes)
     with written(place) as beside:
         safetensors.torch.save_file(tensors, beside, write_header(header))
 
@@ -173,7 +174,7 @@ def bound(
         ValueError: where the file is damaged, foreign or of another model.
     """
     header, tensors = read(path)
-    configs = _configs(header.configs, known, path)
+    configs = _configs(header, known, path)
     entries, faults = _entries(model, header.targets, configs, kinds)
     faults += tensor_faults(header, tensors)
     if not faults:
@@ -217,13 +218,38 @@ def _known(variants: Any) -> dict[str, type[AdapterConfig]]:
     return {**VARIANTS, **(variants if isinstance(variants, Mapping) else {cls.name: cls for cls in classes})}
 
 
-def _configs(stored: list[dict[str, Any]], known: Mapping[str, type[AdapterConfig]], path: object) -> list[AdapterConfig]:
+def _classes(configs: Sequence[AdapterConfig]) -> dict[str, str]:
+    """Return the classes from outside the package whose variants have the names of shipped ones, by that name.
+
+    Raises:
+        ValueError: where two classes have one name, of which a file would be read as one of them.
+    """
+    named: dict[str, Any] = {}
+    for cfg in configs:
+        cls = getattr(type(cfg), "_written", type(cfg))
+        other = named.setdefault(cfg.name, cls)
+        if other is not cls:
+            raise ValueError(
+                f'save: expected a name of its own for each variant, found "{cfg.name}" for {other.__name__} and {cls.__name__}. Give one '
+                "of the classes another name."
+            )
+    return {name: cls.__name__ for name, cls in named.items() if name in VARIANTS and cls is not VARIANTS[name]}
+
+
+def _configs(header: Header, known: Mapping[str, type[AdapterConfig]], path: object) -> list[AdapterConfig]:
+    stored = header.configs
     missing = [config["name"] for config in stored if config["name"] not in known]
     if missing:
         raise ValueError(
             f'load: expected "{path}" to hold one of the variants {listed(known, 40)}, found {listed(missing)}. Closest: '
             f"{nearest(missing[0], known, 1)}. Pass a variant from outside the package as load(..., variants=[ItsConfig])."
         )
+    for name, cls in header.classes.items():
+        if known[name] is VARIANTS.get(name):
+            raise ValueError(
+                f'load: expected the class {cls}, whose variant in "{path}" has the name "{name}" of {known[name].__name__}, found it not '
+                f"given. Pass load(..., variants=[{cls}])."
+            )
     try:
         return [from_json(known[config["name"]], config) for config in stored]
     except (TypeError, ValueError) as e:

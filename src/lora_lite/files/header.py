@@ -54,6 +54,7 @@ class Header(NamedTuple):
         weights: fingerprints of the weights of the other targets.
         starts: how leading singular vectors were found, of the targets whose start is made of them.
         layers: the kind of each linear layer and the shape of its weight, so that the file can be read without the model.
+        classes: the classes from outside the package whose variants have the names of shipped ones, by that name.
     """
 
     configs: list[dict[str, Any]]
@@ -64,9 +65,10 @@ class Header(NamedTuple):
     weights: dict[str, str]
     starts: dict[str, Start]
     layers: dict[str, tuple[str, list[int]]]
+    classes: dict[str, str]
 
 
-_LATER = ("shared_params", "values", "weights", "starts", "layers")
+_LATER = ("shared_params", "values", "weights", "starts", "layers", "classes")
 """Parts that a file has only where they hold something: a file without them is as version 0.1.0 wrote it."""
 
 
@@ -93,13 +95,14 @@ def read_header(metadata: Mapping[str, str]) -> Header:
         weights = {str(path): str(mark) for path, mark in later["weights"].items()}
         starts = {str(path): _start(*facts) for path, facts in later["starts"].items()}
         layers = _described(later["layers"])
+        classes = {str(name): str(cls) for name, cls in later["classes"].items()}
         if not all(isinstance(config["name"], str) for config in configs):
             raise TypeError("a config names no variant")
         if not set(values) <= set(targets):
             raise KeyError("values of a module that is no target")
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as e:
         raise ValueError(f"{type(e).__name__}: {e}") from e
-    return Header(configs, targets, shared, shared_params, values, weights, starts, layers)
+    return Header(configs, targets, shared, shared_params, values, weights, starts, layers, classes)
 
 
 def _stored(facts: Mapping[str, Any], configs: int) -> Stored:
