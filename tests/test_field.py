@@ -483,6 +483,17 @@ def test_decoders_mask_is_for_the_decoder():
     assert statistics(seq2seq(), ll.ASVDConfig(r=4), batch)["decoder.block.0.layer.0.SelfAttention.q"].count == 96
 
 
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_masks_of_a_batch_whose_arguments_are_given_in_order_count(kind):
+    """As a `TensorDataset` gives them: the padding was calibrated on."""
+    mask = torch.ones(3, 7, dtype=torch.long)
+    mask[0, 4:] = 0
+    stats = statistics(bert(), ll.EVAConfig(r=2, target_names="query$"), kind([ids(), mask]))
+    assert {s.count for s in stats.values()} == {18}
+    stats = statistics(seq2seq(), ll.EVAConfig(r=4), kind([ids(), mask, ids()]))
+    assert {s.count for path, s in stats.items() if path.startswith("encoder")} == {18}
+
+
 def test_mask_of_the_text_is_not_for_the_vision_tower():
     torch.manual_seed(0)
     small = {**SMALL, "num_hidden_layers": 1}

@@ -218,6 +218,19 @@ def test_leaves_that_are_no_tensors_are_refused_by_name(case):
             refused()
 
 
+def test_names_that_a_file_could_not_tell_apart_are_refused_by_build():
+    """`b.B` at "a" and `B` at "a.b": the file held one of them for both."""
+
+    def init(self, W, generator):
+        return {"B": torch.zeros(W.out_features), "b.B": torch.zeros(W.out_features)}
+
+    outer = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    outer[0].b = torch.nn.Linear(4, 4)
+    cls = dataclasses.dataclass(frozen=True, kw_only=True)(type("OddConfig", (ll.LoRAConfig,), {"name": "odd", "init": init}))
+    with pytest.raises(ValueError, match=r'found two "0\.b\.B"\. Give the variant\'s tensors names without dots'):
+        ll.build(outer, cls())
+
+
 @pytest.mark.parametrize(
     ("method", "made", "message"),
     [

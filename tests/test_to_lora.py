@@ -103,3 +103,13 @@ def test_arguments_are_checked(model):
         ll.to_lora(adapt, {}, r=2)
     with pytest.raises(ValueError, match=r"LoRAConfig\.r: expected an integer >= 1"):
         ll.to_lora(adapt, params, r=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_params_of_a_training_that_went_astray_are_named(model, value):
+    """They were said to move the bias, and the decomposition of `combine` failed."""
+    adapt, params = _build(model, ll.DoRAConfig(r=2))
+    params["2"]["B"][0, 0] = value
+    for convert in (lambda: ll.to_lora(adapt, params, r=2), lambda: ll.combine(adapt, [adapt.init(), params], [1.0, 1.0])):
+        with pytest.raises(ValueError, match='expected finite params, found inf or nan at "2.B"'):
+            convert()

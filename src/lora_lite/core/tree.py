@@ -50,9 +50,21 @@ def modules_by_path(root: nn.Module, prefix: str = "") -> Mapping[str, nn.Module
     return found
 
 
-def flatten(tree: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Name every leaf `<target path>.<name>`."""
-    return {join(path, name): leaf for path, leaves in tree.items() for name, leaf in leaves.items()}
+def flatten(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Name every leaf `<target path>.<name>`.
+
+    Raises:
+        ValueError: where two leaves have one name, of which a file would hold one.
+    """
+    found: dict[str, Any] = {}
+    for path, leaves in tree.items():
+        for name, leaf in leaves.items():
+            if (where := join(path, name)) in found:
+                raise ValueError(
+                    f'expected a name of its own for each tensor, found two "{where}". Give the variant\'s tensors names without dots.'
+                )
+            found[where] = leaf
+    return found
 
 
 def tree_leaves(tree: Mapping[str, Mapping[str, Any]]) -> list[Any]:

@@ -8,6 +8,7 @@ from lora_lite.clone.offloaded import offloaded_in
 from lora_lite.clone.params import require_fit
 from lora_lite.core.errors import listed
 from lora_lite.core.plan import Shapes
+from lora_lite.core.tree import flatten
 from lora_lite.derived.described import Described
 
 
@@ -18,6 +19,13 @@ class Required(Described):
 
     def _require(self, params: Any, caller: str, shapes: Shapes | None = None) -> torch.dtype | None:
         return require_fit(params, shapes or self.shapes, caller, self._on_meta)
+
+    def _require_finite(self, params: Any, caller: str) -> None:
+        strange = [where for where, leaf in flatten(params).items() if not bool(leaf.isfinite().all())]
+        if strange:
+            raise ValueError(
+                f"{caller}: expected finite params, found inf or nan at {listed(strange)}. Take those from before the training went astray."
+            )
 
     def _require_in_memory(self, caller: str) -> None:
         names = list(offloaded_in(self._plan.base))

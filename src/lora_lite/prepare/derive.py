@@ -17,7 +17,7 @@ from lora_lite.core.frozen import Constants, Frozen, Params
 from lora_lite.core.leading import Start, noted, worst
 from lora_lite.core.plan import Entries, Groups, Plan, Shapes
 from lora_lite.core.progress import shown
-from lora_lite.core.tree import Tree
+from lora_lite.core.tree import Tree, flatten
 from lora_lite.prepare.start import generator_for, own_start, placed, require_tensors, start_params
 
 
@@ -50,6 +50,8 @@ def derive(
         if found or first:
             starts[target.path] = worst([*found, *first])
         constants[target.path] = {name: c.detach().to(W.device) for name, c in own.items()}
+    for tree in (shapes, constants):
+        flatten(tree)  # which refuses names that files could not tell apart
     plan = Plan(base, entries, {}, constants, remat, common, groups, kinds=tuple(kinds), starts=starts)
     return replace(plan, shapes=plan.regrouped({**shapes, **shared_shapes}))
 

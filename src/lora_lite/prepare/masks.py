@@ -4,6 +4,7 @@ The layers of an encoder take the attention mask alone, those of a decoder its o
 text layers of a model of several modalities take the masks, and its towers none. A coincidence of shapes decides nothing.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +26,7 @@ class Positions:
         config: Any = getattr(model, "config", None)
         self._two_sided = bool(getattr(config, "is_encoder_decoder", False))
         self._text = None if self._two_sided else _text_parts(model, config)
+        self._names = _positional(model)
         self._encoded: Tensor | None = None
         encoder = _encoder(model) if self._two_sided else None
         if encoder is not None:
@@ -43,13 +45,20 @@ class Positions:
             x: the layer's input: a decoder's keys and values are computed from the encoder's output.
             label_mask: whether positions whose label is ignored are left out.
         """
-        if not isinstance(batch, Mapping) or not self._is_text(path):
+        if not self._is_text(path):
             return []
+        batch = self._by_name(batch)
         if self._two_sided or any(str(key).startswith("decoder_") for key in batch):
             if _in_encoder(path) or self._is_encoded(x):
                 return _kept(batch, "attention_mask")
             return _kept(batch, "decoder_attention_mask") + (_labelled(batch) if label_mask else [])
         return _kept(batch, "attention_mask") + (_labelled(batch) if label_mask else [])
+
+    def _by_name(self, batch: Any) -> Mapping[Any, Any]:
+        """Return a batch's arguments by their names, those that are given in order too."""
+        if isinstance(batch, Mapping):
+            return batch
+        return dict(zip(self._names, batch if isinstance(batch, tuple | list) else (batch,)))
 
     def _is_text(self, path: str) -> bool:
         return self._text is None or any(path == part or path.startswith(f"{part}.") for part in self._text)
@@ -57,6 +66,12 @@ class Positions:
     def _is_encoded(self, x: Tensor) -> bool:
         seen = self._encoded
         return seen is not None and x.shape == seen.shape and x.data_ptr() == seen.data_ptr()
+
+
+def _positional(model: nn.Module) -> list[str]:
+    """Return the names of the arguments that a model takes in order."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
 def _kept(batch: Mapping[Any, Any], name: str) -> list[Tensor]:

@@ -128,6 +128,7 @@ def _parts(adapt: Any, trees: Any) -> list[Part]:
         require_type(isinstance(tree, Mapping), CALL, f"tree {k}", "a params tree, e.g. adapt.init()", tree)
         own._require_whole("combine")
         own._require(tree, f"combine (tree {k})")
+        own._require_finite(tree, f"combine (tree {k})")
     known = {id(own): own for own in adapts}
     return [Part(known[id(own)], tree) for own, tree in zip(adapts, trees)]
 

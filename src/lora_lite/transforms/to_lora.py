@@ -53,6 +53,7 @@ def to_lora(
     require_type(isinstance(params, Mapping), call, "params", "a params tree, e.g. adapt.init()", params)
     adapt._require_whole("to_lora")
     adapt._require(params, "to_lora")
+    adapt._require_finite(params, "to_lora")
     cfg = LoRAConfig(
         r=r,
         alpha=float(r) if alpha is None else alpha,
