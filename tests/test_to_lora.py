@@ -111,5 +111,5 @@ def test_params_of_a_training_that_went_astray_are_named(model, value):
     adapt, params = _build(model, ll.DoRAConfig(r=2))
     params["2"]["B"][0, 0] = value
     for convert in (lambda: ll.to_lora(adapt, params, r=2), lambda: ll.combine(adapt, [adapt.init(), params], [1.0, 1.0])):
-        with pytest.raises(ValueError, match='expected finite params, found inf or nan at "2.B"'):
+        with pytest.raises(ValueError, match=r'expected finite params, found inf or nan at "2\.B"'):
             convert()
