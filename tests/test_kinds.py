@@ -267,6 +267,42 @@ def test_a_wrong_kind_fails_the_kit_by_name():
         check_kind(Unturned, lambda: MyLinear(6, 8))
 
 
+def test_a_kind_that_moves_no_rows_or_draws_fails_the_kit_by_name():
+    class Unmoved(MyKind):
+        def add_rows(self, x, index, D):
+            return self(x)
+
+    class Drawing(MyKind):
+        weight = property(lambda self: self.layer.W.t() + 0 * torch.rand(()))
+
+    with pytest.raises(AssertionError, match="merged: expected the model with tokens merged"):
+        check_kind(Unmoved, lambda: MyLinear(6, 8))
+    with pytest.raises(AssertionError, match="untouched: expected the global random state as it was, found it moved"):
+        check_kind(Drawing, lambda: MyLinear(6, 8))
+
+
+@pytest.mark.parametrize(("fact", "value"), [("gives", {"outputs"}), ("site", "lin")])
+def test_words_that_no_variant_uses_are_refused(fact, value):
+    """No variant fitted such a kind, so that the kit had nothing to try and passed."""
+    kind = type("Misspelt", (MyKind,), {fact: value, "why": "It is so."})
+    for refused in (
+        lambda: check_kind(kind, lambda: MyLinear(6, 8)),
+        lambda: ll.build(nn.Sequential(MyLinear(6, 8)), ll.LoRAConfig(r=2), kinds=(kind,)),
+    ):
+        with pytest.raises(ValueError, match=rf"Misspelt\.{fact}: expected words among .*Change the class variable"):
+            refused()
+
+
+def test_rows_of_parameters_and_experts_are_trained():
+    """They have no module of their own, where tied weights were looked for."""
+    model = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    adapt = ll.build(model, ll.TokensConfig(token_ids=(1, 4), target_names="in_proj_weight"))
+    params = move(adapt.init())
+    x, merged = torch.randn(2, 3, 8), copy.deepcopy(model)
+    merged.load_state_dict(adapt.merge(params), strict=False)
+    torch.testing.assert_close(adapt(params, (x, x, x))[0], merged(x, x, x)[0])
+
+
 def test_merging_a_kind_that_names_no_parameter_is_refused():  # D1
     class Nameless(MyKind):
         state = {"weight": "weight", "bias": "bias"}  # noqa: RUF012

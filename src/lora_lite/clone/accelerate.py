@@ -17,7 +17,7 @@ from lora_lite.clone.offloaded import fetch_in_place
 from lora_lite.core.errors import listed
 from lora_lite.core.plan import Entries
 from lora_lite.core.tree import modules_by_path
-from lora_lite.layers.access import ADOPTED
+from lora_lite.layers.access import ADOPTED, module_at
 
 
 def moves_inputs(module: nn.Module) -> bool:
@@ -64,7 +64,8 @@ def refuse_offloaded(model: nn.Module, entries: Entries) -> None:
         )
     shapes = {tuple(p.shape) for m in fetched.values() for p in m.parameters(recurse=False) if p.is_meta}
     # Offloading may leave no trace of a shared weight: the same shape is enough.
-    tied = [t.path for t, cfg in entries if cfg.tied and shapes & {tuple(p.shape) for p in model.get_submodule(t.path).parameters()}]
+    held = ((t, module_at(model, t.kind.host(t.path))) for t, cfg in entries if cfg.tied)
+    tied = [t.path for t, module in held if shapes & {tuple(p.shape) for p in module.parameters()}]
     if tied:
         raise ValueError(
             "build: expected weights in memory where all modules with the same weight follow a variant, found that accelerate offloads "

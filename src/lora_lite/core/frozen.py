@@ -192,7 +192,8 @@ class Frozen:
             index: the rows, `(n,)`, each once.
             D: their displacements, `(n, i)`, and `(n, o)` of an embedding.
         """
-        return self(x).index_add(-1, index, self.project(x, D))
+        y = self(x)
+        return y.index_add(-1, index, self.project(x, D).to(y.dtype))  # under autocast one of them may be wide
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the detached weight as a plain `(o, i)` matrix, in `dtype` or else in its own."""

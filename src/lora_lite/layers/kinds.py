@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from lora_lite.core.errors import listed
+from lora_lite.core.frozen import USES
 from lora_lite.layers.awq import AWQKind, GPTQModelAWQKind
 from lora_lite.layers.bitsandbytes import Linear4bitKind, Linear8bitKind
 from lora_lite.layers.block import BlockKind
@@ -46,11 +48,21 @@ def as_kinds(kinds: Any) -> tuple[type[Kind], ...]:
 
     Raises:
         TypeError: where they are no sequence of kinds.
+        ValueError: where one is of a site that there is none of, or gives parts that no variant uses.
     """
-    listed = kinds if isinstance(kinds, Sequence) and not isinstance(kinds, str) else None
-    if listed is None or not all(isinstance(kind, type) and issubclass(kind, Kind) for kind in listed):
+    given = kinds if isinstance(kinds, Sequence) and not isinstance(kinds, str) else None
+    if given is None or not all(isinstance(kind, type) and issubclass(kind, Kind) for kind in given):
         raise TypeError(f"kinds: expected a sequence of subclasses of ll.Kind, found {kinds!r}. Write kinds=(ItsKind,).")
-    return tuple(listed)
+    for kind in given:
+        for fact, words, known in (("site", [kind.site], SITES), ("gives", kind.gives, _PARTS)):
+            if unknown := sorted(set(words) - set(known)):
+                raise ValueError(
+                    f"{kind.__name__}.{fact}: expected words among {listed(known, 20)}, found {listed(unknown)}. Change the class variable."
+                )
+    return tuple(given)
+
+
+_PARTS = (*USES, "inputs", "dropout", "moved")
 
 
 def candidates(layer: nn.Module) -> tuple[type[Kind], ...]:

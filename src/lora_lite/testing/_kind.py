@@ -198,9 +198,10 @@ def module(case: KindCase) -> None:
 
 
 def untouched(case: KindCase) -> None:
-    """Building, calling and merging leave the model's bytes, classes and attributes as they were."""
+    """Building, calling and merging leave the model's bytes, classes and attributes as they were, and torch's random state."""
     before = {name: t.clone() for name, t in case.model.state_dict().items()}
     facts = [(type(m), m.training, sorted(vars(m))) for m in case.model.modules()]
+    state = torch.get_rng_state()
     for cfg in case.variants:
         adapt, params = case.adapted(cfg)
         value_and_grad(_loss(adapt, case.x))(params)
@@ -210,6 +211,8 @@ def untouched(case: KindCase) -> None:
             fail(f"the model's {name} as it was", "it changed")
     if facts != [(type(m), m.training, sorted(vars(m))) for m in case.model.modules()]:
         fail("the model's classes, modes and attributes as they were", "a change")
+    if not torch.equal(state, torch.get_rng_state()):
+        fail("the global random state as it was", "it moved")
 
 
 KIND_CHECKS: dict[str, Callable[[KindCase], str | None]] = {

@@ -12,6 +12,7 @@ from lora_lite.build import build
 from lora_lite.core.config import AdapterConfig, with_fields
 from lora_lite.core.tree import Tree, tree_map
 from lora_lite.layers.kind import Kind
+from lora_lite.layers.kinds import as_kinds
 from lora_lite.prepare.targets import find_targets
 from lora_lite.variants.dora import DoRAConfig
 from lora_lite.variants.full import FullConfig
@@ -21,9 +22,10 @@ from lora_lite.variants.ln_tuning import LNTuningConfig
 from lora_lite.variants.lora import LoRAConfig
 from lora_lite.variants.loreft import LoReFTConfig
 from lora_lite.variants.pissa import PiSSAConfig
+from lora_lite.variants.tokens import TokensConfig
 
 VARIANTS: dict[str, tuple[AdapterConfig, ...]] = {
-    "linear": (LoRAConfig(r=2), IA3Config(), PiSSAConfig(r=2), DoRAConfig(r=2), HRAConfig(r=2)),
+    "linear": (LoRAConfig(r=2), IA3Config(), PiSSAConfig(r=2), DoRAConfig(r=2), HRAConfig(r=2), TokensConfig(token_ids=(0, 1))),
     "norm": (LNTuningConfig(),),
     "module": (FullConfig(target_names=("layer",)),),
     "block": (LoReFTConfig(r=2),),
@@ -83,6 +85,7 @@ def make_kind_case(
     Args:
         kind, make_layer, make_input, names: as in `check_kind`.
     """
+    as_kinds((kind,))  # facts that no check could read fail here, once
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = _Around(make_layer()).double().eval().requires_grad_(False)
