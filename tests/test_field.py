@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import warnings
 from pathlib import Path
 
@@ -638,6 +639,34 @@ def test_starts_constants_and_merged_weights_are_the_same_whatever_is_set(name, 
     with AROUND[around]():
         started = adapt.init()
     ll.value_and_grad(lambda p: adapt(p, x).sum())(started)
+
+
+def test_threads_that_build_at_once_make_the_same():
+    """The default dtype is that of all threads."""
+    model, found = stacked_layers(), []
+    want = ll.build(model, ll.VeRAConfig(r=2)).init(seed=1)
+
+    def build():
+        for _ in range(6):
+            found.append(ll.build(model, ll.VeRAConfig(r=2)).init(seed=1))
+
+    with default_dtype(torch.bfloat16):
+        threads = [threading.Thread(target=build) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert torch.get_default_dtype() is torch.bfloat16
+    assert len(found) == 24
+    assert all(torch.equal(a, b) for tree in found for a, b in zip(ll.tree_leaves(tree), ll.tree_leaves(want)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, "float32"])
+def test_weights_are_merged_into_floating_dtypes_alone(dtype):
+    """They were cut off to integers."""
+    adapt = ll.build(stacked_layers(), ll.LoRAConfig(r=2))
+    with pytest.raises(TypeError, match=rf"merge: expected a floating torch\.dtype or None, found '?{dtype}"):
+        adapt.merge(adapt.init(), dtype)
 
 
 def test_file_read_in_inference_mode_can_be_trained(tmp_path):

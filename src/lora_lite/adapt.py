@@ -186,7 +186,10 @@ class Adapt(Required):
         Raises:
             ValueError: where `params` does not fit, a variant is not linear, the adapter moves a bias that the layer lacks, a weight is
                 shared with another module, or accelerate offloads weights.
+            TypeError: where `dtype` is no floating one.
         """
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"adapt.merge: expected a floating torch.dtype or None, found {dtype!r}. Use e.g. torch.float32.")
         self._require_whole("merge")
         self._require_in_memory("merge")
         self._require(params, "merge")

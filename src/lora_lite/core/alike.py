@@ -1,8 +1,9 @@
 """What is made once, a start, a constant, a merged weight or a file, is the same whatever is set around the call that makes it."""
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeVar
 
 import torch
@@ -36,22 +37,37 @@ def made_alike(f: F) -> F:
 
 def _contexts() -> list[AbstractContextManager[Any]]:
     """Return the contexts that undo what is set; none of them where nothing is, since each has its price for every call of torch."""
-    found: list[AbstractContextManager[Any]] = []
+    found: list[Any] = []
     if torch.get_default_device().type != "cpu":
         found.append(torch.device("cpu"))
-    if torch.get_default_dtype() is not torch.float32:
-        found.append(_float32())
+    if torch.get_default_dtype() is not torch.float32 or _FLOAT32.inside:
+        found.append(_FLOAT32)
     found += [torch.autocast(device, enabled=False) for device, (_, on) in autocast_state().items() if on]
     if torch.is_inference_mode_enabled():
         found += [torch.inference_mode(False), torch.no_grad()]  # the first alone would switch gradients on
     return found
 
 
-@contextmanager
-def _float32() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+class _Float32:
+    """The default dtype as float32. It is that of all threads: the last of them to leave puts back what the first one found."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._found = torch.float32
+        self.inside = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self.inside:
+                self._found = torch.get_default_dtype()
+                torch.set_default_dtype(torch.float32)
+            self.inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self.inside -= 1
+            if not self.inside:
+                torch.set_default_dtype(self._found)
+
+
+_FLOAT32 = _Float32()
