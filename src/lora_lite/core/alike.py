@@ -1,4 +1,4 @@
-"""What is made once, a start, a constant, a merged weight or a file, is the same whatever is set around the call that makes it."""
+"""Starts, constants, merged weights and files are made the same way, whatever is set around the call that makes them."""
 
 import functools
 import threading
