@@ -277,3 +277,35 @@ def test_statics_keep_their_names_and_defaults(checks, on):
         f(*given)
     with pytest.raises(TypeError, match=r"lora\(\) got an unexpected keyword argument 'scales'"):
         lf.lora(lora_params(), draw(O, I), draw(1, I), scales=1.0)
+
+
+def test_statics_may_have_the_names_that_the_door_uses(checks):
+    """`fn` took the place of the function itself."""
+
+    @ll.checked
+    def scaled(
+        params: GainParams,
+        W: ll.Frozen,
+        x: Float[Tensor, "*b i"],
+        *,
+        fn: float,
+        tested: float = 1.0,
+        torch: float = 1.0,
+        Frozen: float = 1.0,
+    ) -> Float[Tensor, "*b o"]:
+        return W(x) * fn * tested * torch * Frozen
+
+    W, x = draw(O, I), draw(3, I)
+    for on in (True, False):
+        checks(on)
+        assert torch.equal(scaled({"g": draw(O)}, W, x, fn=2.0), 2 * (x @ W.t()))
+
+
+def test_function_without_annotations_is_refused_where_it_is_written():
+    """It failed by a key, and with the checks on alone."""
+
+    def bare(params: GainParams, W, x):
+        return W(x)
+
+    with pytest.raises(TypeError, match=r"bare\(params, W, x, \*, statics\) to annotate .*found nothing for x and return\. Write"):
+        ll.checked(bare)

@@ -246,6 +246,9 @@ def test_class_under_a_shipped_name_is_not_taken_for_the_shipped_one(tmp_path):
 
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     saved_and_loaded(TwiceConfig(r=2), tmp_path, [TwiceConfig])
+    shipped = ll.build(model, ll.LoRAConfig(r=2))
+    with pytest.raises(ValueError, match=r'another config at "0": "TwiceConfig, LoRAConfig there"'):
+        ll.build(model, TwiceConfig(r=2)).params(shipped.module(shipped.init()))
     with pytest.raises(ValueError, match=r'class TwiceConfig, whose .* has the name "lora" of LoRAConfig.*variants=\[TwiceConfig\]'):
         ll.load(model, tmp_path / "a.safetensors")
     both = ll.build(model, [ll.LoRAConfig(r=2, target_names="^0$"), TwiceConfig(r=2, target_names="^1$")])

@@ -44,9 +44,15 @@ def checked(fn: Callable[..., Tensor], *, cast: bool = True) -> Callable[..., Te
         cast: whether the params take part in the dtype of `x`, else in their own: `@functools.partial(checked, cast=False)`.
 
     Raises:
-        TypeError: with checking on; it lists each value that does not fit, what was expected and what was found.
+        TypeError: where `fn` lacks an annotation. With checking on a call raises it too, and lists each value that does not fit, what was
+            expected and what was found.
     """
     hints = get_type_hints(fn, include_extras=True)
+    if missing := [name for name in ("params", "x", "return") if name not in hints]:
+        raise TypeError(
+            f"checked: expected {fn.__qualname__}(params, W, x, *, statics) to annotate params, x and its result, found nothing for "
+            f'{" and ".join(missing)}. Write e.g. params: ItsParams, x: Float[Tensor, "*b i"], -> Float[Tensor, "*b o"].'
+        )
     named = is_typeddict(hints["params"])
     fields = get_type_hints(hints["params"]) if named else None  # without the marks of fields that are not required
     optional = hints["params"].__optional_keys__ if named else frozenset()
@@ -73,18 +79,19 @@ def checked(fn: Callable[..., Tensor], *, cast: bool = True) -> Callable[..., Te
 
 
 _DOOR = """
-def make(fn, tested):
+def make(__fn, __tested, __torch, __Frozen, __as_frozen, __in_dtype):
     def door(params, W, x{declared}):
-        if _enabled and not torch.compiler.is_compiling():
-            return tested(params, W, x, {{{tabled}}})
-        if not isinstance(W, Frozen):
-            W = as_frozen(W)
+        if _enabled and not __torch.compiler.is_compiling():
+            return __tested(params, W, x, {{{tabled}}})
+        if not isinstance(W, __Frozen):
+            W = __as_frozen(W)
         {cast}
-        return fn(params, W, x{passed})
+        return __fn(params, W, x{passed})
     return door
 """
+"""The names of its own are such as no static has."""
 _CAST = """if W.casts:
-            params = in_dtype(params, W, x)
+            params = __in_dtype(params, W, x)
 """
 
 
@@ -104,7 +111,7 @@ def _door(fn: Callable[..., Tensor], tested: Callable[..., Tensor], statics: Seq
     )
     made: dict[str, Any] = {}
     exec(code, globals(), made)
-    door = made["make"](fn, tested)
+    door = made["make"](fn, tested, torch, Frozen, as_frozen, in_dtype)
     door.__kwdefaults__ = {s.name: s.default for s in statics if s.name in named and s.default is not s.empty}
     return door
 

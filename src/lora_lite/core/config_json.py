@@ -71,7 +71,7 @@ def departures(own: AdapterConfig, other: AdapterConfig) -> list[str]:
     """
     if own is other:
         return []
-    if own.name != other.name:
+    if (own.name, type(own).__name__) != (other.name, type(other).__name__):
         return [f"{type(own).__name__}, {type(other).__name__} there"]
     left_out = {"dropout", *(f.name for f in dataclasses.fields(AdapterConfig))}
     here, there = (json.loads(json.dumps({k: v for k, v in to_json(cfg).items() if k not in left_out})) for cfg in (own, other))
