@@ -24,15 +24,27 @@ def made_alike(f: F) -> F:
 
     @functools.wraps(f)
     def run(*args: Any, **kwargs: Any) -> Any:
-        contexts = _contexts()
-        if not contexts:
+        if _HERE.inside:  # each target's start is made in that of all
             return f(*args, **kwargs)
         with ExitStack() as stack:
-            for context in contexts:
+            for context in _contexts():
                 stack.enter_context(context)
-            return f(*args, **kwargs)
+            _HERE.inside = True
+            try:
+                return f(*args, **kwargs)
+            finally:
+                _HERE.inside = False
 
     return run  # type: ignore[return-value]
+
+
+class _Here(threading.local):
+    """Whether this thread runs such a function."""
+
+    inside = False
+
+
+_HERE = _Here()
 
 
 def _contexts() -> list[AbstractContextManager[Any]]:

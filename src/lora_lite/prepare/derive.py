@@ -21,6 +21,7 @@ from lora_lite.core.tree import Tree, flatten
 from lora_lite.prepare.start import generator_for, own_start, placed, require_tensors, start_params
 
 
+@made_alike
 @torch.no_grad()
 def derive(
     base: nn.Module,
