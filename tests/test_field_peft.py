@@ -351,6 +351,59 @@ def test_weights_of_layers_among_target_parameters_go_both_ways(case, tmp_path):
     close(through_peft(model, tmp_path / "b")(**batch).logits, want)
 
 
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
+def test_patterns_hold_at_parameters_by_their_whole_names(tmp_path):
+    model, batch = tiny_models["llama"]()
+    model, batch = model.eval(), {"input_ids": batch["input_ids"]}
+    parameters = ["q_proj.weight", "up_proj.weight", "embed_tokens.weight"]
+    patterns = {
+        "alpha_pattern": {"q_proj": 3, "up_proj.weight": 5, "embed_tokens.weight": 7, "k_proj": 11},  # the first names no parameter
+        "rank_pattern": {"up_proj": 5, "q_proj.weight": 3},
+    }
+    theirs = peft_of(model, tmp_path / "a", target_modules=["k_proj"], target_parameters=parameters, **patterns)
+    adapt, params = ll.from_peft(model, tmp_path / "a")
+    close(adapt(params, batch).logits, theirs(**batch).logits)
+    ll.to_peft(adapt, params, tmp_path / "b")
+    close(through_peft(model, tmp_path / "b")(**batch).logits, theirs(**batch).logits)
+
+
+class Stack(nn.Module):
+    """Matrices in one parameter, `(n, o, i)`, or `(n, i, o)` where the class says so."""
+
+    def __init__(self, shape, is_transposed):
+        super().__init__()
+        self.w, self.is_transposed = nn.Parameter(torch.randn(3, *shape)), is_transposed
+
+    def forward(self, x):
+        return x @ (self.w if self.is_transposed else self.w.mT)
+
+
+LAST = {"0.18.1": (False, False), "0.19.0": (False, True), "0.19.1": (True, False), None: (False, False)}
+"""Whether PEFT takes the last axis for the input, by its version: of a plain stack, and of one that is transposed."""
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("shape", [(6, 6), (6, 4)])
+@pytest.mark.parametrize("version", LAST)
+def test_stacks_are_read_by_the_axes_of_the_version_that_wrote_them(version, shape, is_transposed, tmp_path):
+    model, n, r = nn.Sequential(Stack(shape, is_transposed)), 3, 2
+    last = LAST[version][is_transposed]
+    i, o = shape[::-1] if last else shape
+    a, b = torch.randn(n * r, i), torch.randn(o, r * n)
+    delta = torch.einsum("ore,eri->eoi", b.reshape(o, r, n), a.reshape(n, r, i))  # as in PEFT
+    fields = {"peft_type": "LORA", "r": r, "lora_alpha": 3, "target_parameters": ["0.w"], "peft_version": version}
+    tmp_path.joinpath("adapter_config.json").write_text(json.dumps(fields))
+    names = ("lora_A", "lora_B")
+    tensors = {f"base_model.model.0.{name}.weight": t for name, t in zip(names, (a, b))}
+    safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    adapt, params = ll.from_peft(model, tmp_path)
+    close(adapt.merge(params)["0.w"], (model[0].w + 1.5 * (delta if last else delta.mT)).detach())
+    ll.to_peft(adapt, params, tmp_path / "again")
+    close(ll.from_peft(model, tmp_path / "again")[0].merge(params)["0.w"], adapt.merge(params)["0.w"])
+    x = torch.randn(3, 5, 4 if shape == (6, 4) and not is_transposed else 6)
+    close(through_peft(model, tmp_path / "again")(x), adapt(params, x))
+
+
 class Root(nn.Module):
     def __init__(self):
         super().__init__()
@@ -381,6 +434,9 @@ CONFIGS = {
     "bert": tf.BertConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4),
     "t5": tf.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0),
     "gpt2": tf.GPT2Config(n_layer=1, n_embd=32, n_head=4, vocab_size=64, n_positions=16),
+    "clip": tf.CLIPTextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, eos_token_id=2
+    ),
     "vit": tf.ViTConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, image_size=8, patch_size=4),
 }
 TASKS = {
@@ -393,6 +449,7 @@ TASKS = {
     "BertForQuestionAnswering": ("bert", "QUESTION_ANS", peft.AutoPeftModelForQuestionAnswering),
     "BertModel": ("bert", "FEATURE_EXTRACTION", peft.AutoPeftModelForFeatureExtraction),
     "BertForMaskedLM": ("bert", None, None),
+    "CLIPTextModel": ("clip", None, None),  # takes no embeddings in the place of tokens, which PEFT's class passes
     "ViTForImageClassification": ("vit", None, None),
     "ViTModel": ("vit", None, None),
 }

@@ -11,7 +11,7 @@ from lora_lite.core.errors import listed, several
 from lora_lite.core.plan import Target
 from lora_lite.files.peft import tokens, whole
 from lora_lite.files.peft.fields import BY_PATH, PATTERNS
-from lora_lite.files.peft.layers import is_conv1d, is_parameter
+from lora_lite.files.peft.layers import EXPERTS_SINCE, axes_of, is_conv1d, is_parameter
 from lora_lite.files.peft.row import Leaves, Row
 from lora_lite.files.peft.targeted import expression, listed_or_expressed
 from lora_lite.files.peft.tasks import task_of
@@ -21,7 +21,7 @@ from lora_lite.variants.tokens import TokensConfig
 Pairs = list[tuple[Target, AdapterConfig]]
 
 VERSION = "0.18.0"
-"""The oldest PEFT that reads these files as they are meant: OFT's series was another before."""
+"""The oldest PEFT that reads these files as they are meant: OFT's series was another before. Of stacks of matrices it is a later one."""
 
 OF_TYPE: dict[str, dict[str, Any]] = {
     "LORA": {"bias": "none"},
@@ -104,6 +104,8 @@ def fields_of(
         cfg = next(cfg for target, cfg in zip(adapt.targets, adapt.configs) if target.path == chosen[0])
         fields |= layers[0].row.named(cfg, chosen, besides)
     fields |= {"target_parameters": parameters} if parameters else {}
+    if any(axes_of(adapt._plan.base, path) for path in parameters):
+        fields["peft_version"] = ".".join(map(str, EXPERTS_SINCE))
     fields |= tokens.fields_of(adapt._plan.base, of_tokens, alone=not layers) if of_tokens else {}
     if not layers:
         return fields

@@ -1,5 +1,6 @@
 """The fields of `adapter_config.json`: which are read, which say nothing about the mathematics, and which must be off."""
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -165,6 +166,7 @@ def check_fields(fields: Mapping[str, Any], where: object) -> None:
             f'from_peft: expected "{where}" to ask only for what lora_lite computes too, found:\n{several(faults)}\n'
             "Merge the adapter with PEFT's merge_and_unload and adapt the merged model, or train it with these off."
         )
+    _check_values(fields, where)
     _check_scale(fields, where)
     if method == "LORA":
         _check_start(fields, where)
@@ -181,6 +183,48 @@ def check_fields(fields: Mapping[str, Any], where: object) -> None:
             f"from_peft: expected wavelet_family in \"{where}\" to be 'db1', whose inverse transform is known in closed form, found "
             f"{wavelet!r}, whose filters are not here. Merge the adapter with PEFT's merge_and_unload and adapt the merged model."
         )
+
+
+_NAMES_TOO = ("init_lora_weights", "init_weights")
+"""The fields that are True or False, or the name of a start."""
+
+
+def _check_values(fields: Mapping[str, Any], where: object) -> None:
+    """Refuse values of another type than PEFT's, and patterns that are no expressions. Errors far off, or defaults, would follow."""
+    method, faults = fields["peft_type"], list[str]()
+    given = {name: default for name, default in DEFAULTS[method].items() if name in fields and name not in _NAMES_TOO}
+    for name, default in given.items():
+        value = fields[name]
+        if isinstance(default, bool):
+            fits, wanted = isinstance(value, bool) or (value is None and not default), "true or false"
+        else:
+            fits, wanted = not isinstance(default, int | float) or _is_number(value), "a number"
+        faults += [] if fits else [f"{name}: expected {wanted}, found {value!r}"]
+    for name in PATTERNS.get(method, {}).values():
+        patterns = fields.get(name) or {}
+        if not isinstance(patterns, Mapping):
+            faults.append(f"{name}: expected numbers by expression, found {patterns!r}")
+            continue
+        faults += [f"{name}: expected a number at {key!r}, found {value!r}" for key, value in patterns.items() if not _is_number(value)]
+        faults += [f"{name}: expected regular expressions, found {key!r}: {why}" for key in patterns if (why := _unread(key))]
+    if faults:
+        raise ValueError(
+            f'from_peft: expected "{where}" to hold values as PEFT writes them, found:\n{several(faults)}\n'
+            "Correct them in the file, or save the adapter again."
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _unread(pattern: str) -> str | None:
+    """Return why a text is no regular expression, or None."""
+    try:
+        re.compile(pattern)
+    except re.error as e:
+        return str(e)
+    return None
 
 
 def _check_scale(fields: Mapping[str, Any], where: object) -> None:
@@ -233,13 +277,26 @@ def _check_alone(fields: Mapping[str, Any], start: Any, where: object) -> None:
 
 
 def _check_series(fields: Mapping[str, Any], where: object) -> None:
-    version = str(fields.get("peft_version") or "")
-    numbers = [int(part) for part in re.findall(r"\d+", version)[:2]]
-    if numbers < [0, 18]:
+    if version_of(fields) < (0, 18):
         raise ValueError(
             f'from_peft: expected peft_version in "{where}" to be 0.18 or newer with use_cayley_neumann, whose series was another before, '
-            f"found {version or 'none'}. Merge the adapter with the PEFT that trained it and adapt the merged model."
+            f"found {fields.get('peft_version') or 'none'}. Merge the adapter with the PEFT that trained it and adapt the merged model."
         )
+
+
+def version_of(fields: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the numbers of the PEFT that wrote a file; none where it was older than 0.18, which does not say."""
+    return tuple(int(part) for part in re.findall(r"\d+", str(fields.get("peft_version") or ""))[:3])
+
+
+def carried(fields: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
+    """Return the fields with patterns that give the layer at `new` the values of `old`."""
+    found = dict(fields)
+    for name, patterns in PATTERNS.get(fields["peft_type"], {}).items():
+        value = resolve(found, name, old)
+        if value != resolve(found, name, new):
+            found[patterns] = {f"^{re.escape(new)}": value, **(found.get(patterns) or {})}
+    return found
 
 
 def resolve(fields: Mapping[str, Any], name: str, path: str) -> Any:

@@ -15,6 +15,7 @@ from lora_lite.core.config import AdapterConfig
 from lora_lite.core.plan import Target
 from lora_lite.core.tree import join
 from lora_lite.files.peft.calls import uncalled
+from lora_lite.files.peft.fields import carried, version_of
 from lora_lite.layers.convolution import ConvKind
 from lora_lite.layers.embedding import EmbeddingKind
 from lora_lite.layers.kind import Kind
@@ -27,6 +28,8 @@ Tensors = dict[str, Tensor]
 A, B, BIAS, MAGNITUDE, GATE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector", "ia3_l"
 EMBEDDING = {"lora_embedding_A": A, "lora_embedding_B": B}
 _WRAPPER = "base_layer."
+EXPERTS_SINCE = (0, 19, 1)
+"""The first PEFT that takes the axis of a stack of matrices for the input by which the module multiplies."""
 LOAD = "Load it into the model first"
 """The way out where a file holds a tensor of the model's own that the model has otherwise."""
 
@@ -45,7 +48,7 @@ def as_linear(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str,
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             _convolution(found, at)
         else:
-            _parameters(found, at, model, path, fields.get("target_parameters") or [])
+            _parameters(found, at, model, path, fields)
     return found, faults
 
 
@@ -92,8 +95,18 @@ def _weight(found: Tensors, at: str, module: nn.Module) -> None:
         found[at + A], found[at + B] = found[at + B].mT.contiguous(), found[at + A].mT.contiguous()
 
 
-def _parameters(found: Tensors, at: str, model: nn.Module, path: str, asked: Sequence[str]) -> None:
-    names = [name for name in model.get_submodule(path)._parameters if any(f".{join(path, name)}".endswith(f".{a}") for a in asked)]
+def with_weights(model: nn.Module, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Give layers whose weight is among `target_parameters` the values that PEFT finds for them: it looks for the parameter's name."""
+    asked = fields.get("target_parameters") or []
+    for path, module in model.named_modules() if asked else ():
+        if _weight_asked(module, path, asked):
+            fields = carried(fields, join(path, "weight"), path)
+    return fields
+
+
+def _parameters(found: Tensors, at: str, model: nn.Module, path: str, fields: Mapping[str, Any]) -> None:
+    asked, module = fields.get("target_parameters") or [], model.get_submodule(path)
+    names = [name for name in module._parameters if any(f".{join(path, name)}".endswith(f".{a}") for a in asked)]
     taken = [found.pop(at + _WRAPPER * k + key, None) for k in reversed(range(len(names))) for key in (A, B)]
     for name, a, b in zip(names, taken[::2], taken[1::2]):
         if a is None or b is None:
@@ -101,7 +114,19 @@ def _parameters(found: Tensors, at: str, model: nn.Module, path: str, asked: Seq
         weight = model.get_parameter(join(path, name))
         if weight.dim() == 3:
             a, b = a.reshape(len(weight), -1, a.shape[-1]), b.reshape(len(b), -1, len(weight)).permute(2, 0, 1)
+            a, b = (b.mT, a.mT) if _turned(fields, module, weight, a) else (a, b)
         found[f"{at}{name}.{A}"], found[f"{at}{name}.{B}"] = a.contiguous(), b.contiguous()
+
+
+def _turned(fields: Mapping[str, Any], module: nn.Module, weight: Tensor, a: Tensor) -> bool:
+    """Whether a file has the factors of the transposed matrices: of a stack PEFT took another axis for the input before 0.19.1.
+
+    The shape tells, and of square matrices the version."""
+    rows, columns = weight.shape[1:]
+    now, version = not getattr(module, "is_transposed", False), version_of(fields)
+    then = now if version >= EXPERTS_SINCE else not now if version >= (0, 19) else False
+    last = then if rows == columns else a.shape[-1] == columns
+    return last != now and a.shape[-1] in (rows, columns)
 
 
 def axes_of(model: nn.Module, path: str) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_lite.core.errors import listed, several
 from lora_lite.core.tree import join
-from lora_lite.files.peft.fields import PATTERNS, resolve
+from lora_lite.files.peft.fields import carried, resolve
 from lora_lite.files.peft.layers import A, B
 from lora_lite.layers.experts import has_experts
 from lora_lite.layers.find import find
@@ -95,10 +95,7 @@ def _found(model: Any, renamed: str, old: str, known: set[str]) -> str | None:
 
 def _carry(model: nn.Module, fields: Fields, old: str, new: str) -> None:
     """Let the fields that name the module `old` name `new` too, in place."""
-    for name, patterns in PATTERNS.get(fields["peft_type"], {}).items():
-        value = resolve(fields, name, old)
-        if value != resolve(fields, name, new):
-            fields[patterns] = {re.escape(new): value, **(fields.get(patterns) or {})}
+    fields |= carried(fields, old, new)
     whole, tokens, parameters = (fields.get(name) for name in ("modules_to_save", "trainable_token_indices", "target_parameters"))
     if whole and any(old.endswith(name) for name in whole):
         fields["modules_to_save"] = [*whole, new]
