@@ -1,5 +1,6 @@
 """PEFT's `task_type`: which of its classes wraps a model, and so which `AutoPeftModelFor...` loads an adapter."""
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,8 +24,8 @@ _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score
 def task_of(model: nn.Module, targets: Iterable[str], whole: Iterable[str] = ()) -> str | None:
     """Infer the task of a model of transformers from its class; None where PEFT's classes of tasks would not run it.
 
-    They call the model with `input_ids`; that of a classifier takes the head as trained whole, which shuts other targets in it out; that
-    of a sequence-to-sequence model asks for an encoder and a decoder.
+    They call the model with `input_ids` and `inputs_embeds`; that of a classifier takes the head as trained whole, which shuts other
+    targets in it out; that of a sequence-to-sequence model asks for an encoder and a decoder.
 
     Args:
         model: the model.
@@ -33,7 +34,7 @@ def task_of(model: nn.Module, targets: Iterable[str], whole: Iterable[str] = ())
     """
     name = type(model).__name__
     config: Any = getattr(model, "config", None)
-    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+    if getattr(model, "main_input_name", "input_ids") != "input_ids" or "inputs_embeds" not in inspect.signature(model.forward).parameters:
         return None
     task = next((task for ending, task in _ENDINGS.items() if name.endswith(ending)), None)
     if task is None and name.endswith("Model") and getattr(model, "base_model", None) is model:
