@@ -5,6 +5,7 @@ import json
 import pytest
 import safetensors.torch
 import torch
+import transformers as tf
 from torch import nn
 
 import lora_lite as ll
@@ -170,6 +171,33 @@ def test_alpha_in_the_metadata_of_diffusers(unet, tmp_path):
     metadata = {"lora_adapter_metadata": json.dumps({"unet.r": 2, "unet.lora_alpha": 6, "unet.alpha_pattern": {"to_q": 1}})}
     adapt, params = ll.from_diffusers(unet, write(tmp_path / "a.safetensors", tensors, metadata))
     assert_updates(unet, adapt, params, {path: (0.5 if path == Q else 3.0) * update for path, update in updates.items()})
+
+
+TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "eos_token_id": 2}
+OLDER = {
+    "kohya": (ll.from_kohya, "lora_te1", "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_{}.weight", ("down", "up")),
+    "diffusers": (ll.from_diffusers, "text_encoder", "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_{}.weight", "AB"),
+}
+
+
+@pytest.mark.parametrize("tool", OLDER)
+@pytest.mark.parametrize("of", [tf.CLIPTextModel, tf.CLIPTextModelWithProjection])
+def test_text_encoder_under_the_names_of_older_transformers(tool, of, tmp_path):
+    read, prefix, key, ends = OLDER[tool]
+    torch.manual_seed(0)
+    model = of(tf.CLIPTextConfig(**TEXT))
+    pair = {key.format(end): draw(*shape) for end, shape in zip(ends, ((2, 32), (32, 2)))}
+    alphas = {f"{prefix}.lora_alpha": 2, f"{prefix}.alpha_pattern": {"^text_model.encoder.layers.0.self_attn.q_proj": 6}}
+    metadata = {"lora_adapter_metadata": json.dumps(alphas)} if tool == "diffusers" else None
+    adapt, params = read(model, write(tmp_path / "a.safetensors", pair, metadata), prefix=prefix)
+    path = next(path for path, _ in model.named_modules() if path.endswith("encoder.layers.0.self_attn.q_proj"))
+    down, up = pair.values()
+    assert_updates(model, adapt, params, {path: (3.0 if metadata else 1.0) * (up @ down)})
+    ll.to_kohya(adapt, params, tmp_path / "b.safetensors", prefix="lora_te1" + "_text_model" * path.startswith("encoder"))
+    with safetensors.safe_open(tmp_path / "b.safetensors", "pt") as file:
+        assert OLDER["kohya"][2].format("up") in file.keys()  # noqa: SIM118
+    again, same = ll.from_kohya(model, tmp_path / "b.safetensors")
+    assert torch.equal(again.merge(same)[f"{path}.weight"], adapt.merge(params)[f"{path}.weight"])
 
 
 WRITTEN = {

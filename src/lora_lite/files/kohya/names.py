@@ -1,7 +1,7 @@
 """The names of modules in these files: kohya's with underscores for dots, and diffusers' several ways to write a key."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import safetensors
@@ -56,10 +56,11 @@ class Names:
 
     Args:
         paths: the paths of the layers that can be adapted.
+        renamed: from a path of an older version of the model's class to that of the model.
     """
 
-    def __init__(self, paths: Iterable[str]) -> None:
-        self.paths = list(paths)
+    def __init__(self, paths: Iterable[str], renamed: Callable[[str], str]) -> None:
+        self.paths, self.renamed = list(paths), renamed
         self.flat: dict[str, list[str]] = {}
         for path in self.paths:
             self.flat.setdefault(path.replace(".", "_"), []).append(path)
@@ -72,9 +73,15 @@ class Names:
         """
         if name in self.paths:
             return name
-        found = self.flat.get(name.replace(".", "_"), [])
+        found = self.flat.get(name.replace(".", "_"), []) or self._older(name)
         if len(found) == 1:
             return found[0]
         if found:
             raise ValueError(f"ambiguous, it may mean {listed(found)}")
         raise ValueError(f"the model has no such layer; closest: {nearest(name.replace('.', '_'), self.flat, 1)}")
+
+    def _older(self, name: str) -> list[str]:
+        """List the paths of layers that an older version had under a name; its beginning may be one that is no more, as `text_model`."""
+        beginnings = [(name[: -len(flat) - 1], paths) for flat, paths in self.flat.items() if name.endswith(f"_{flat}")]
+        ways = [name, *(f"{beginning}.{path}" for beginning, paths in beginnings for path in paths)]
+        return list(dict.fromkeys(path for way in ways if (path := self.renamed(way)) in self.paths))

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
@@ -20,7 +20,8 @@ from lora_lite.core.errors import require_type, several, tree_faults
 from lora_lite.core.tree import Tree
 from lora_lite.files.kohya.methods import ALPHA, METHODS, UP
 from lora_lite.files.kohya.names import Names, prefix_of, split
-from lora_lite.files.peft.fields import resolve
+from lora_lite.files.peft.fields import carried, resolve
+from lora_lite.files.peft.names import Table
 from lora_lite.layers.find import Found, find
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import as_kinds
@@ -34,8 +35,8 @@ def from_kohya(
 ) -> tuple[Adapt, Tree]:
     """Read LoRA, LoHa or LoKr from a file of kohya's or LyCORIS' and bind it to a model.
 
-    Names there have underscores in the place of dots. They are resolved by the names of the model's own layers. The scale is `alpha / r`,
-    of each layer by itself.
+    Names there have underscores in the place of dots. They are resolved by the names of the model's own layers, or those that transformers
+    gave them in older versions. The scale is `alpha / r`, of each layer by itself.
 
     Args:
         model: one part of a pipeline, such as its U-Net or a text encoder.
@@ -95,8 +96,10 @@ def _read(call: str, model: Any, path: Any, prefix: Any, remat: str | None, kind
     foreign = [key for key in foreign if prefix is None or prefix_of(key) in ("", prefix)]
     prefix = _prefix(call, place, named, prefix)
     found = find(model, "linear", kinds)
-    layers, more = _by_path(named, prefix, Names(found))
+    layers, written, more = _by_path(named, prefix, Names(found, Table.of(model).renamed))
     alphas = _alphas(metadata, prefix)
+    for at, name in written.items() if alphas else ():
+        alphas = carried(alphas, name, at)
     entries: dict[str, tuple[AdapterConfig, dict[str, Tensor]]] = {}
     faults = [f'unexpected "{key}"' for key in foreign] + repeated + more
     for at, own in layers.items():
@@ -173,9 +176,16 @@ def _without(name: str, prefix: str) -> str | None:
     return next((name[len(prefix) + 1 :] for mark in "_." if name.startswith(prefix + mark)), None)
 
 
-def _by_path(named: Mapping[str, dict[str, Tensor]], prefix: str, names: Names) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    layers: dict[str, dict[str, Tensor]] = {}
-    faults = []
+class Placed(NamedTuple):
+    """The tensors of a part by the path of their layer, its name in the file where that is another, and what has no place."""
+
+    layers: dict[str, dict[str, Tensor]]
+    written: dict[str, str]
+    faults: list[str]
+
+
+def _by_path(named: Mapping[str, dict[str, Tensor]], prefix: str, names: Names) -> Placed:
+    layers, written, faults = dict[str, dict[str, Tensor]](), dict[str, str](), list[str]()
     for name, own in named.items():
         rest = _without(name, prefix)
         if rest is None or (prefix and prefix_of(name) not in ("", prefix)):
@@ -188,7 +198,8 @@ def _by_path(named: Mapping[str, dict[str, Tensor]], prefix: str, names: Names) 
         if path in layers:
             faults.append(f'"{name}": a second name of "{path}"')
         layers[path] = own
-    return layers, faults
+        written |= {path: rest} if path not in (name, rest) else {}
+    return Placed(layers, written, faults)
 
 
 def _alphas(metadata: Mapping[str, str], prefix: str) -> dict[str, Any] | None:

@@ -31,7 +31,8 @@ def to_kohya(adapt: Adapt, params: AnyParams, path: str | os.PathLike[str], *, p
         adapt: the adapted model of the params, one part of a pipeline.
         params: a tree that fits it.
         path: the file to write; its directory must exist.
-        prefix: the part's name in the file, such as `"lora_unet"` or `"lora_te1"`.
+        prefix: the part's name in the file, such as `"lora_unet"` or `"lora_te1"`. Image tools know the layers of a `CLIPTextModel` under
+            `text_model`, which transformers has dropped: `"lora_te1_text_model"` there.
 
     Raises:
         TypeError: where an argument is of another type, as in another order.

@@ -96,7 +96,7 @@ def _weight(found: Tensors, at: str, module: nn.Module) -> None:
 
 
 def with_weights(model: nn.Module, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Give layers whose weight is among `target_parameters` the values that PEFT finds for them: it looks for the parameter's name."""
+    """Return the fields with the values that layers have whose weight is among `target_parameters`: PEFT looks for the parameter's name."""
     asked = fields.get("target_parameters") or []
     for path, module in model.named_modules() if asked else ():
         if _weight_asked(module, path, asked):

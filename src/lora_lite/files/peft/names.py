@@ -62,7 +62,7 @@ def in_names_of(
     places: Places = {(found[1] or "", found[2]): tensors[name] for name, found in cut.items() if found}
     known = {path for path, _ in model.named_modules(remove_duplicate=False)}
     lost = dict.fromkeys(path for path, _ in places if path not in known)
-    table = _Table.of(model) if lost else _Table([], {})
+    table = Table.of(model) if lost else Table([], {})
     moved = {old: new for old in lost if (new := _found(model, table.renamed(old), old, known)) is not None}
     times = Counter([*moved.values(), *{path for path, _ in places}])
     moved = {old: new for old, new in moved.items() if times[new] == 1}  # else two modules of the file would be one of the model
@@ -107,7 +107,7 @@ def _carry(model: nn.Module, fields: Fields, old: str, new: str) -> None:
     fields |= {"target_parameters": [*parameters, *asked]} if asked and parameters else {}
 
 
-class _Table(NamedTuple):
+class Table(NamedTuple):
     """transformers' renamings for a model, and the experts that it fuses."""
 
     transforms: list[Any]
@@ -115,7 +115,7 @@ class _Table(NamedTuple):
     """The older form of the renamings: regular expressions and what takes their place, of which the first that matches holds."""
 
     @classmethod
-    def of(cls, model: Any) -> "_Table":
+    def of(cls, model: Any) -> "Table":
         """Read the tables of a model's classes. A model of another library has none."""
         attribute = getattr(model, "_checkpoint_conversion_mapping", None) or {}
         if not hasattr(model, "base_model_prefix"):
