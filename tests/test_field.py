@@ -16,7 +16,7 @@ import transformers as tf
 from torch import nn
 
 import lora_lite as ll
-from cases import move
+from cases import move, tiny_models
 from lora_lite.integrations.trainer import AdapterTrainer
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -777,3 +777,44 @@ def test_files_reach_the_disk_before_and_after_they_get_their_names(tmp_path, mo
     done.clear()
     ll.to_peft(adapt, adapt.init(), tmp_path / "a")
     assert done == ["file", "file", "folder", "rename", "rename", "folder"]
+
+
+# What a forward leaves behind
+
+
+class Hooking(nn.Module):
+    """A model whose forward hooks a layer of torch's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.seen = nn.Linear(4, 4), []
+
+    def forward(self, x):
+        self.lin.register_forward_hook(lambda module, args, output: 2 * output)
+        return self.lin(x)
+
+
+@pytest.mark.parametrize("remat", [None, r"layers\.\d+$"])
+def test_hooks_that_a_forward_installs_are_gone_after_it(remat):
+    model, batch = tiny_models["llama"]()  # never called: transformers hooks its blocks when hidden states are first asked for
+    model, batch = model.eval(), {"input_ids": batch["input_ids"], "output_hidden_states": True}
+    adapt = ll.build(model, ll.LoRAConfig(r=2), remat=remat)
+    params = move(adapt.init())
+    merged = copy.deepcopy(model)
+    merged.load_state_dict(adapt.merge(params), strict=False)
+    want = merged(**batch).hidden_states
+    for _ in range(3):
+        found = adapt(params, batch).hidden_states
+        assert len(found) == len(want)
+        for one, other in zip(found, want):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert len(adapt.base(batch).hidden_states) == len(want)
+
+
+def test_hooks_of_each_call_are_its_own():
+    x = torch.randn(3, 4)
+    adapt = ll.build(Hooking(), ll.LoRAConfig(r=2))
+    params = move(adapt.init())
+    first = adapt(params, x)
+    assert torch.equal(adapt(params, x), first)
+    assert torch.equal(adapt.mixed(ll.stack([params]), x, [0, 0, 0]), first)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lora_lite.clone.references import containers_in
 from lora_lite.core.tree import join
@@ -17,6 +18,8 @@ _SMALL = 2**16
 _OURS = "lora_lite."
 _TORCHS = "torch.nn.modules."
 _TABLES = ("_buffers", "_modules", "_non_persistent_buffers_set")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""The tables of hooks. A forward may install some once and note beside that it did, as those of transformers do for hidden states."""
 
 
 def volatile_buffers(clone: nn.Module) -> dict[str, Tensor]:
@@ -64,13 +67,16 @@ class State:
             if foreign:  # else all code that runs is torch's, which keeps its state in buffers
                 self._live += _places(module) if has_code(module) or module._buffers else [vars(module)]
         self._tensors = list(tensors.values())
+        self._hooks = [vars(module)[name] for module in modules for name in _HOOKS] if foreign else []
+        self._installed = RemovableHandle.next_id  # of any module's last hook: it tells that none came, at the price of a look
         self.kept = self.now()
+        self._hooks_kept = self.kept[len(self._live) :]
         self._empty, self._filled = [p for p in self._live if not p], [p for p in self._live if p]
-        self._filled_kept = [was for was in self.kept if was]
+        self._filled_kept = [was for was in self.kept[: len(self._live)] if was]
 
     def now(self) -> list[Any]:
         """Return the present state, for `put`."""
-        return [_copy(place) for place in self._live]
+        return [_copy(place) for place in (*self._live, *self._hooks)]
 
     def enter(self) -> None:
         """Put copies in the place of the tensors that a forward may write into; one that is held twice stays one."""
@@ -87,15 +93,20 @@ class State:
                     place[key] = tensor
         try:
             # In C, and by identity first: this is the price of a call that changed nothing.
-            same = not any(self._empty) and self._filled == self._filled_kept
+            same = not any(self._empty) and self._filled == self._filled_kept and self._unhooked()
         except Exception:
             same = False  # the comparison of two tensors has no truth value
         if not same:
             self.put(self.kept)
 
+    def _unhooked(self) -> bool:
+        """Whether no hook was installed since the last look, in the modules of the copy."""
+        was, self._installed = self._installed, RemovableHandle.next_id
+        return was == self._installed or self._hooks == self._hooks_kept
+
     def put(self, kept: list[Any]) -> None:
         """Make the modules hold what they held."""
-        for place, was in zip(self._live, kept):
+        for place, was in zip((*self._live, *self._hooks), kept):
             if not same(place, was):
                 place.clear()
                 place.extend(was) if hasattr(place, "extend") else place.update(was)

@@ -1,6 +1,7 @@
 """`from_kohya` and `from_diffusers`: one file of an image tool as an `adapt` and its params."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -98,8 +99,8 @@ def _read(call: str, model: Any, path: Any, prefix: Any, remat: str | None, kind
     found = find(model, "linear", kinds)
     layers, written, more = _by_path(named, prefix, Names(found, Table.of(model).renamed))
     alphas = _alphas(metadata, prefix)
-    for at, name in written.items() if alphas else ():
-        alphas = carried(alphas, name, at)
+    if alphas is not None:
+        alphas = functools.reduce(lambda fields, place: carried(fields, place[1], place[0]), written.items(), alphas)
     entries: dict[str, tuple[AdapterConfig, dict[str, Tensor]]] = {}
     faults = [f'unexpected "{key}"' for key in foreign] + repeated + more
     for at, own in layers.items():
