@@ -160,3 +160,10 @@ def test_rows_of_a_table_move_in_whatever_has_its_memory():
     model.load_state_dict(adapt.merge(params), strict=False)
     assert model[2].weight.data_ptr() == model[0].weight.data_ptr()
     torch.testing.assert_close(model(ids), want)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_params_that_are_not_finite_are_named(value):
+    adapt = ll.build(nn.Sequential(nn.Linear(4, 4, bias=False)), ll.LoRAConfig(r=2))
+    with pytest.raises(ValueError, match=r'"0": its params, or tensors beside them, are not finite'):
+        adapt.merge(ll.tree_map(lambda p: p + value, adapt.init()))

@@ -127,6 +127,8 @@ class Tensors(Frozen):
     def _with_bias(self, bias: Tensor) -> dict[str, Tensor]:
         if self.bias is not None:
             return {self.state["bias"]: self.to_bias(bias)}
+        if bias.isnan().any():
+            raise ValueError("its params, or tensors beside them, are not finite, so that nothing can be merged")
         if bias.any():
             raise ValueError("the adapter moves the bias, and the layer has none to hold it")
         return {}
