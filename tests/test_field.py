@@ -818,3 +818,19 @@ def test_hooks_of_each_call_are_its_own():
     first = adapt(params, x)
     assert torch.equal(adapt(params, x), first)
     assert torch.equal(adapt.mixed(ll.stack([params]), x, [0, 0, 0]), first)
+
+
+OPAQUE = {
+    "scripted": (lambda: nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Sequential(nn.Linear(4, 4)))), r'TorchScript at "1", "1\.0"'),
+    "lazy": (lambda: nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4)), r'lazy ones at "1\.weight", "1\.bias"'),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*Lazy modules")
+@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=2, target_names="^0$"), ll.FullConfig(target_names="^0$")], ids=["lora", "full"])
+@pytest.mark.parametrize("case", OPAQUE)
+def test_modules_that_cannot_be_looked_at_are_named_first_of_all(case, cfg):
+    make, message = OPAQUE[case]
+    for call in (ll.build, ll.find_targets):
+        with pytest.raises(ValueError, match=message):
+            call(make(), cfg)

@@ -37,7 +37,9 @@ def clone_module(model: nn.Module, kinds: Sequence[type[Kind]] = ()) -> nn.Modul
         ValueError: for modules whose forward cannot be led to the copy (scripted, compiled or patched by a hook library), and
             quantised layers that hold no quantised weight.
     """
-    _refuse_unfaithful(modules_by_path(model))
+    named = modules_by_path(model)
+    refuse_opaque(named)
+    _refuse_patched(named)
     unreadable = faults(model, kinds)
     if unreadable:
         raise ValueError(f"build: expected quantised layers that hold their weight quantised, found:\n{several(unreadable)}")
@@ -52,7 +54,12 @@ def clone_again(clone: nn.Module, kinds: Sequence[type[Kind]] = ()) -> nn.Module
     return copies[id(clone)]
 
 
-def _refuse_unfaithful(named: Mapping[str, nn.Module]) -> None:
+def refuse_opaque(named: Mapping[str, nn.Module]) -> None:
+    """Refuse modules by path whose parts cannot be looked at: scripted ones, and parameters that have no shape yet.
+
+    Raises:
+        ValueError: with the way out.
+    """
     scripted = [path or "the model" for path, m in named.items() if isinstance(m, torch.jit.ScriptModule)]
     if scripted:
         raise ValueError(
@@ -61,6 +68,9 @@ def _refuse_unfaithful(named: Mapping[str, nn.Module]) -> None:
     lazy = [join(path, name) for path, m in named.items() for name, p in m._parameters.items() if isinstance(p, UninitializedParameter)]
     if lazy:
         raise ValueError(f"build: expected parameters with shapes, found lazy ones at {listed(lazy)}. Run the model on one batch first.")
+
+
+def _refuse_patched(named: Mapping[str, nn.Module]) -> None:
     patched = [path or "the model" for path, m in named.items() if _patched(m)]
     if patched:
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from lora_lite.clone.structure import refuse_opaque
 from lora_lite.core.config import AdapterConfig, as_config, patterns_of, with_fields
 from lora_lite.core.errors import listed, require_type
 from lora_lite.core.memory import Place, place_in_memory
@@ -54,6 +55,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[K
     """
     require_type(isinstance(model, nn.Module), "find_targets(model, cfg)", "model", "a torch.nn.Module", model)
     cfg, kinds = as_config(cfg), as_kinds(kinds)
+    refuse_opaque(modules_by_path(model))
     refuse_bound(model)
     heads = {} if cfg.adapts != "linear" or cfg.target_names or not cfg.exclude_names else heads_left_out(model)
     cfg = cfg if cfg.target_names else with_fields(cfg, target_names=tuple(cfg.default_names(model)))
