@@ -367,6 +367,15 @@ def test_patterns_hold_at_parameters_by_their_whole_names(tmp_path):
     close(through_peft(model, tmp_path / "b")(**batch).logits, theirs(**batch).logits)
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+def test_layer_that_a_variant_cannot_adapt_here_is_refused_with_the_files_way_out(tmp_path):
+    model = tiny_models["llama"]()[0].eval()
+    peft_of(model, tmp_path, target_modules=["q_proj", "embed_tokens"], use_dora=True)
+    message = r'from_peft: (?s:.*)"model\.embed_tokens": DoRAConfig: not at such a layer here .*: merge it in PEFT'
+    with pytest.raises(ValueError, match=message):
+        ll.from_peft(model, tmp_path)
+
+
 class Stack(nn.Module):
     """Matrices in one parameter, `(n, o, i)`, or `(n, i, o)` where the class says so."""
 
