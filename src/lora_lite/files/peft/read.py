@@ -134,13 +134,13 @@ def _undefined(model: nn.Module, adapt: Adapt, chosen: Chosen, asked: Sequence[s
 
 def _misread(model: nn.Module, chosen: Chosen, kinds: Sequence[type[Kind]]) -> list[str]:
     linear = find(model, "linear", kinds)
-    reasons = {path: row.misread(linear[path]) or _unable(linear[path], row.config) for path, (row, _) in chosen.items()}
+    reasons = {path: row.misread(linear[path]) or _unable(linear[path], cfg) for path, (row, cfg) in chosen.items()}
     return [f'"{path}": {type(chosen[path][1]).__name__}: {reason}' for path, reason in reasons.items() if reason]
 
 
-def _unable(kind: type[Kind], config: type[AdapterConfig]) -> str | None:
+def _unable(kind: type[Kind], cfg: AdapterConfig) -> str | None:
     """Return the reason why a variant that PEFT has at such a layer cannot be had here, or None."""
-    if set(config.uses) <= set(kind.gives):
+    if set(cfg.uses) <= set(kind.gives):
         return None
     return f"not at such a layer here ({kind.why or 'it gives less'}): merge it in PEFT, merge_and_unload(), and adapt the merged model"
 
