@@ -400,7 +400,7 @@ def test_stacks_are_read_by_the_axes_of_the_version_that_wrote_them(version, sha
     i, o = shape[::-1] if last else shape
     a, b = torch.randn(n * r, i), torch.randn(o, r * n)
     delta = torch.einsum("ore,eri->eoi", b.reshape(o, r, n), a.reshape(n, r, i))  # as in PEFT
-    fields = {"peft_type": "LORA", "r": r, "lora_alpha": 3, "target_parameters": ["0.w"], "peft_version": version}
+    fields = {"peft_type": "LORA", "r": r, "lora_alpha": 3, "target_parameters": ["0.w"], "peft_version": version, "revision": None}
     tmp_path.joinpath("adapter_config.json").write_text(json.dumps(fields))
     names = ("lora_A", "lora_B")
     tensors = {f"base_model.model.0.{name}.weight": t for name, t in zip(names, (a, b))}
@@ -411,6 +411,21 @@ def test_stacks_are_read_by_the_axes_of_the_version_that_wrote_them(version, sha
     close(ll.from_peft(model, tmp_path / "again")[0].merge(params)["0.w"], adapt.merge(params)["0.w"])
     x = torch.randn(3, 5, 4 if shape == (6, 4) and not is_transposed else 6)
     close(through_peft(model, tmp_path / "again")(x), adapt(params, x))
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_older_folders_of_square_stacks_from_here_are_read_as_they_were_written(is_transposed, tmp_path):
+    model = nn.Sequential(Stack((6, 6), is_transposed))
+    adapt = ll.build(model, ll.LoRAConfig(r=2, target_names=("w$",)))
+    params = ll.tree_map(lambda t: t + torch.randn_like(t), adapt.init())
+    ll.to_peft(adapt, params, tmp_path)
+    place = tmp_path / "adapter_config.json"
+    fields = json.loads(place.read_text())
+    assert fields["peft_version"] == "0.19.1"
+    assert "revision" not in fields
+    place.write_text(json.dumps({**fields, "peft_version": "0.18.0"}))  # as they were
+    again, read = ll.from_peft(model, tmp_path)
+    close(again.merge(read)["0.w"], adapt.merge(params)["0.w"])
 
 
 class Root(nn.Module):

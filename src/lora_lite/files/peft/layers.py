@@ -121,10 +121,11 @@ def _parameters(found: Tensors, at: str, model: nn.Module, path: str, fields: Ma
 def _turned(fields: Mapping[str, Any], module: nn.Module, weight: Tensor, a: Tensor) -> bool:
     """Whether a file has the factors of the transposed matrices: of a stack PEFT took another axis for the input before 0.19.1.
 
-    The shape tells, and of square matrices the version."""
+    The shape tells, and of square matrices the version. Older files of `to_peft` have an older version and today's axes; PEFT's own
+    name a revision."""
     rows, columns = weight.shape[1:]
     now, version = not getattr(module, "is_transposed", False), version_of(fields)
-    then = now if version >= EXPERTS_SINCE else not now if version >= (0, 19) else False
+    then = now if version >= EXPERTS_SINCE or "revision" not in fields else not now if version >= (0, 19) else False
     last = then if rows == columns else a.shape[-1] == columns
     return last != now and a.shape[-1] in (rows, columns)
 
