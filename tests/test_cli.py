@@ -386,6 +386,31 @@ def test_a_merge_that_stops_half_way_leaves_nothing(made, tmp_path, capsys, monk
     assert list(tmp_path.iterdir()) == []
 
 
+FULL = {
+    "merge": ("merge", "base", "lora.safetensors", "OUT"),
+    "to PEFT": ("convert", "lora.safetensors", "OUT"),
+    "to kohya": ("convert", "lora.safetensors", "OUT.safetensors", "--to", "kohya", "--base", "base"),
+    "combine": ("combine", "lora.safetensors", "lokr.safetensors", "OUT.safetensors", "--r", "8"),
+}
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_a_disk_that_takes_no_more_gets_one_line_and_leaves_nothing(made, tmp_path, capsys, monkeypatch, case):
+    resource = pytest.importorskip("resource")
+    _, folder, _ = made
+    monkeypatch.chdir(folder)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # as a full disk: the write fails half way
+    try:
+        status, out, err = run(capsys, *(part.replace("OUT", str(tmp_path / "out")) for part in FULL[case]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (status, out, len(err)) == (2, [], 1), err
+    assert "File too large" in err[0]
+    assert "free space" in err[0]
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("command", ["info", "merge", "convert", "combine", "plot"])
 def test_help_of_each_command(capsys, command):
     status, out, _ = run(capsys, command, "--help")

@@ -2,18 +2,26 @@
 
 import contextlib
 import copy
+import gc
+import io
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
 import threading
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers as tf
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import lora_lite as ll
 from cases import move, tiny_models
@@ -834,3 +842,58 @@ def test_modules_that_cannot_be_looked_at_are_named_first_of_all(case, cfg):
     for call in (ll.build, ll.find_targets):
         with pytest.raises(ValueError, match=message):
             call(make(), cfg)
+
+
+class Kept(pickle.Pickler):
+    """Notes the tensors that a pickle sends, and sends a word for each."""
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.sent = []
+
+    def reducer_override(self, obj):
+        if type(obj) not in (torch.Tensor, nn.Parameter):
+            return NotImplemented
+        self.sent.append(weakref.ref(obj))
+        return str, ()
+
+
+@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=2), ll.PiSSAConfig(r=2), ll.VeRAConfig(r=2)], ids=lambda cfg: cfg.name)
+def test_module_that_goes_to_another_process_sends_tensors_that_stay(cfg):
+    """torch hands memory over by file descriptors. That of a tensor that nothing keeps is closed, and its number given to the next."""
+    adapt = ll.build(Headed(), cfg)
+    module, pickler = adapt.module(adapt.init()), Kept(io.BytesIO())
+    pickler.dump(module)
+    sent = pickler.sent
+    pickler.clear_memo()
+    gc.collect()
+    assert len(sent) > 4
+    assert not [ref for ref in sent if ref() is None]
+
+
+@pytest.fixture
+def alone():
+    """Return the mesh of a group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+SPLIT = {
+    "FSDP2": lambda model, mesh: fully_shard(model, mesh=mesh),
+    "tensor parallelism": lambda model, mesh: parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()}),
+}
+
+
+@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=2), ll.PiSSAConfig(r=2), ll.FullConfig(target_names="^0$")], ids=lambda cfg: cfg.name)
+@pytest.mark.parametrize("way", SPLIT)
+def test_model_that_is_split_already_is_refused_and_the_way_out_works(alone, way, cfg):
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    whole, x = ll.build(model, cfg), torch.randn(3, 8)
+    params = move(whole.init())
+    want = whole(params, x)
+    split = whole.shard(alone, blocks="^0$")
+    torch.testing.assert_close(split(params, x), want)
+    SPLIT[way](model, alone)
+    with pytest.raises(ValueError, match=r'split over processes \(DTensor\) at "0".*before it is split'):
+        ll.build(model, cfg)

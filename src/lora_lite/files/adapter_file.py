@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 from torch import Tensor, nn
 
 from lora_lite.adapt import Adapt
@@ -18,7 +16,7 @@ from lora_lite.core.errors import listed, nearest, require_type, several, tree_f
 from lora_lite.core.plan import Entries, Plan, Target
 from lora_lite.core.tree import Tree, flatten, join
 from lora_lite.files.base_weights import fingerprint, rebase, report, values_at
-from lora_lite.files.durable import written
+from lora_lite.files.durable import store, written
 from lora_lite.files.header import BASE, CONSTANT, Header, Stored, describe, tensor_faults, write_header
 from lora_lite.files.inferred import follows
 from lora_lite.files.stored import read as read
@@ -99,7 +97,7 @@ def write(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], place: Path,
     stored, classes = [to_file(cfg) for cfg in configs], _classes(configs)
     header = Header(stored, targets, shared, shared_params, described, marks, dict(adapt.starts), _layers(adapt), classes)
     with written(place) as beside:
-        safetensors.torch.save_file(tensors, beside, write_header(header))
+        store(tensors, beside, place, write_header(header))
 
 
 @made_alike

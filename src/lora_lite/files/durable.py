@@ -4,9 +4,12 @@ import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
 
 
 def replace(pairs: Iterable[tuple[Path, Path]]) -> None:
@@ -48,6 +51,18 @@ def written(place: Path) -> Iterator[Path]:
         replace([(beside, place)])
     finally:
         beside.unlink(missing_ok=True)
+
+
+def store(tensors: Mapping[str, Tensor], beside: Path, place: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file at `beside`, which is to take the name `place`.
+
+    Raises:
+        OSError: where the disk does not take it, which safetensors reports by an error of its own.
+    """
+    try:
+        safetensors.torch.save_file(dict(tensors), beside, dict(metadata))
+    except safetensors.SafetensorError as e:
+        raise OSError(f'expected "{place}" to be written, found that it could not be ({e}). Check its rights and the free space.') from e
 
 
 @contextmanager

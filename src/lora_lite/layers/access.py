@@ -81,6 +81,7 @@ class ReadTensor(Tensor):
 
     binding: Any
     of_parameter: str
+    like: Tensor | None = None
 
     @classmethod
     def of(cls, binding: Any, name: str) -> "ReadTensor":
@@ -107,8 +108,9 @@ class ReadTensor(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            like = torch.empty((), dtype=self.dtype, device=self.device)
-            return _stand_in, (like, self.binding, self.of_parameter, tuple(self.shape))
+            if self.like is None:  # kept: what sends memory to another process needs it alive until it is there
+                self.like = torch.empty((), dtype=self.dtype, device=self.device)
+            return _stand_in, (self.like, self.binding, self.of_parameter, tuple(self.shape))
 
 
 FACTS = frozenset(

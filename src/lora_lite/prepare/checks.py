@@ -20,12 +20,13 @@ def check_entries(model: nn.Module, entries: Entries) -> None:
     """Refuse targets that their variants cannot adapt.
 
     Raises:
-        ValueError: for a model that wears adapters, and for layers that are offloaded, have a forward of their own, stand inside one
-            another, or are of a kind that does not give what the variant uses; it names them.
+        ValueError: for a model that wears adapters, and for layers that are offloaded or split over processes, have a forward of their own,
+            stand inside one another, or are of a kind that does not give what the variant uses; it names them.
     """
     refuse_bound(model)
     refuse_worn(model, [target.path for target, _ in entries])
     refuse_offloaded(model, entries)
+    _refuse_split(model, entries)
     refuse_nested({target.path: target.kind for target, _ in entries})
     strange = [target.path for target, _ in entries if _strange(model, target)]
     if strange:
@@ -58,6 +59,17 @@ def _refuse_sharers(model: nn.Module, entries: Entries) -> None:
                     f'build: {name} cannot adapt "{target.path}": its weight is shared with "{path}" ({type(module).__name__}), which '
                     "could not follow. Give that module a weight of its own first."
                 )
+
+
+def _refuse_split(model: nn.Module, entries: Entries) -> None:
+    """Refuse layers whose weights are DTensors, as FSDP2 and tensor parallelism make them: operations take no plain params beside these."""
+    parts = {t.path: module_at(model, t.kind.host(t.path)).parameters(recurse=cfg.adapts == "module") for t, cfg in entries}
+    split = [path or "the model" for path, own in parts.items() if any(hasattr(p, "_local_tensor") for p in own)]
+    if split:
+        raise ValueError(
+            f"build: expected whole weights, found weights that are split over processes (DTensor) at {listed(split)}. Build on the model "
+            "before it is split, and split what build returns: adapt.shard(mesh), or fully_shard on adapt.module(params)."
+        )
 
 
 def _strange(model: nn.Module, target: Target) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor
 
 from lora_lite.adapt import Adapt
@@ -14,7 +13,7 @@ from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import require_type, several
 from lora_lite.core.plan import Target
-from lora_lite.files.durable import written
+from lora_lite.files.durable import store, written
 from lora_lite.files.kohya.methods import ALPHA, DOWN, METHODS, UP
 from lora_lite.files.peft.layers import kernel_of
 from lora_lite.layers.find import find
@@ -117,4 +116,4 @@ def _refuse(call: str, faults: list[str]) -> None:
 
 def _save(tensors: Mapping[str, Tensor], place: Path) -> None:
     with written(place) as beside:
-        safetensors.torch.save_file(dict(tensors), beside, {"format": "pt"})
+        store(tensors, beside, place, {"format": "pt"})

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.plan import Target
 from lora_lite.files.card import write_card
-from lora_lite.files.durable import replace
+from lora_lite.files.durable import replace, store
 from lora_lite.files.peft import biases, tokens, twice, whole
 from lora_lite.files.peft.calls import barred
 from lora_lite.files.peft.categories import gathered
@@ -221,7 +220,7 @@ def _shared(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], configs: M
 def _write(folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
     try:
-        safetensors.torch.save_file(dict(tensors), beside / WEIGHTS, {"format": "pt"})
+        store(tensors, beside / WEIGHTS, folder / WEIGHTS, {"format": "pt"})
         (beside / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
         folder.mkdir(exist_ok=True)
         replace([(beside / name, folder / name) for name in (WEIGHTS, CONFIG)])
