@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+import tracemalloc
 import weakref
 
 import pytest
@@ -168,6 +169,22 @@ def test_rows_are_tried_once_and_leave_no_trace():
     assert torch.equal(first, adapt.mixed(stacked, torch.ones(4, 6))), "the trial drew nothing from the global generator"
     adapt.mixed(stacked, torch.ones(8, 6))
     assert calls == [*tried, *tried, 4, 4, 8]
+
+
+def test_equal_answers_for_many_lengths_are_kept_once():
+    adapt = ll.build(nn.Sequential(*(nn.Linear(4, 4) for _ in range(50))), ll.LoRAConfig(r=1))
+    stacked = ll.stack(members(adapt))
+    adapt.mixed(stacked, torch.ones(2, 2, 4))
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for length in range(3, 23):
+            adapt.mixed(stacked, torch.ones(2, length, 4))
+        gc.collect()
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert grown < 20 * 4000, "a key for each length, and not what was found of 50 layers"
 
 
 def patches(rows):

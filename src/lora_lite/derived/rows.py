@@ -84,9 +84,13 @@ class Followed:
         for question in asked(own, self._group):
             if question.key not in self._known:
                 with outside_transforms():
-                    self._known[question.key] = trial(self._replicas.here(), question.runs) if question.runs else {}
+                    self._known[question.key] = self._once(trial(self._replicas.here(), question.runs) if question.runs else {})
             require_following(self._known[question.key], question.mapped, "adapt.mixed")
         return {} if own is None else self._known[own.key]
+
+    def _once(self, found: dict[str, Seen]) -> dict[str, Seen]:
+        """Return an equal answer that is kept already, else this one. Texts of each length have their own key, and mostly one answer."""
+        return next((known for known in reversed(list(self._known.values())) if known == found), found)
 
     def _question(self, plain: Batch, rows: int, mapped: Collection[str]) -> Question:
         leaves = pytree.tree_leaves_with_path(plain)
