@@ -224,13 +224,25 @@ def test_index_may_be_of_any_integer_dtype(dtype):
     assert torch.equal(adapt.mixed(stacked, x, torch.tensor(index, dtype=dtype)), adapt.mixed(stacked, x, index))
 
 
+def test_index_may_be_an_iterator(tiny):
+    model, batch = padded(tiny, "llama")
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    stacked, index = ll.stack(_members(adapt, 2)), [1, 0, 0, 1]
+    want = adapt.mixed(stacked, batch, index).logits
+    assert torch.equal(adapt.mixed(stacked, batch, iter(index)).logits, want)
+    assert torch.equal(adapt.module(stacked, iter(index))(**batch).logits, want)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
+        (lambda a, p, b: a.mixed(p, b, iter([0, 5, 0, 1])), ValueError, r"expected index in 0..1, found 5"),
         (lambda a, p, b: a.mixed(p, b, [0, 5, 0, 1]), ValueError, r"expected index in 0..1, found 5"),
         (lambda a, p, b: a.mixed(p, b, torch.tensor([0, 2, 0, 1])), ValueError, r"expected index in 0..1, found 2"),
         (lambda a, p, b: a.mixed(p, b, torch.tensor([0, -1, 0, 1])), ValueError, r"expected index in 0..1, found -1"),
-        (lambda a, p, b: a.mixed(p, b, []), ValueError, r"at .* expected an input with a multiple of 0 rows"),
+        (lambda a, p, b: a.mixed(p, b, []), ValueError, r"a number for each row of the batch, found none for 4 rows"),
+        (lambda a, p, b: a.mixed(p, b, 1), TypeError, r"expected index as integers, a row each, found 1\. .* in a list"),
+        (lambda a, p, b: a.module(p, 1), TypeError, r"adapt.module: expected index as integers, a row each, found 1"),
         (lambda a, p, b: a.mixed(p, b, [0.5, 1, 0, 1]), TypeError, r"expected index as integers, a row each, found 0.5"),
         (lambda a, p, b: a.mixed(p, b, torch.zeros(4)), TypeError, r"expected index as a vector of integers, found torch.float32"),
         (lambda a, p, b: a.mixed(p, b, [0, 1, 0]), ValueError, r"at .* expected an input with a multiple of 3 rows"),

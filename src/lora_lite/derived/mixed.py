@@ -4,8 +4,9 @@ Only a variant's pure function is vmapped, at each target, over the adapters; ev
 the model does, with padding masks and fused attention that a whole-model `vmap` cannot run.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,13 +144,16 @@ def index_of(index: Tensor | Sequence[int] | None, members: int, device: torch.d
     if index is None:
         return None
     if not isinstance(index, Tensor):
-        wrong = [k for k in index if isinstance(k, bool) or not isinstance(k, Integral)]
+        many = isinstance(index, Iterable)
+        given: list[Any] = list(index) if many else [index]  # an iterator is gone when it has been looked at
+        wrong = [k for k in given if isinstance(k, bool) or not isinstance(k, Integral) or not many]
         if wrong:
             raise TypeError(
-                f"adapt.{caller}: expected index as integers, a row each, found {wrong[0]!r}. Give each row the number of its adapter."
+                f"adapt.{caller}: expected index as integers, a row each, found {wrong[0]!r}. Give each row the number of its adapter, in "
+                "a list."
             )
-        _require_members(index, members, caller)
-        return torch.tensor(list(index), dtype=torch.long, device=device)
+        _require_members(given, members, caller)
+        return torch.tensor(given, dtype=torch.long, device=device)
     if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
         found = f"{index.dtype} of shape {tuple(index.shape)}"
         raise TypeError(f"adapt.{caller}: expected index as a vector of integers, found {found}. Give each row the number of its adapter.")

@@ -67,6 +67,11 @@ class Followed:
         plain = (dict(batch) if isinstance(batch, Mapping) else batch, dict(kwargs))
         lengths = _lengths(plain)
         rows = equal_groups(lengths, members) if index is None else len(index)
+        if not rows and lengths and min(lengths):
+            raise ValueError(
+                f"adapt.mixed: expected index to have a number for each row of the batch, found none for {lengths[0]} rows. Give each row "
+                "the number of its adapter."
+            )
         mapped = _mapped(row_map or {}, [path for path, _ in replica.bindings], rows, members, index)
         if torch.compiler.is_compiling():
             return Rows(mapped=mapped) if rows < 2 else self._traced(plain, rows, mapped)
