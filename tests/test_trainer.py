@@ -9,6 +9,7 @@ from pathlib import Path
 import accelerate
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 import transformers as tf
 
@@ -49,6 +50,9 @@ def distance(a, b):
     return max(float((x - y).abs().max()) for x, y in zip(ll.tree_leaves(a), ll.tree_leaves(b)))
 
 
+plainly = pytest.mark.filterwarnings("ignore:save_pretrained")  # by Trainer itself, whose checkpoints hold the base model too
+
+
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -56,6 +60,7 @@ def _quiet(monkeypatch, capsys):
     capsys.readouterr()  # the logs that Trainer prints
 
 
+@plainly
 @pytest.mark.parametrize("kind", ["plain", "adapter"])
 @pytest.mark.parametrize(
     "cfg", [FIVE[0], FIVE[2], ll.LoRAConfig(r=4, dropout=0.2)], ids=lambda cfg: f"{cfg.name}{getattr(cfg, 'dropout', '')}"
@@ -97,6 +102,7 @@ def test_evaluation_is_of_the_adapted_model(tmp_path):
     assert want != pytest.approx(float(adapt.base(batch).loss), rel=1e-3)
 
 
+@plainly
 @pytest.mark.parametrize("kind", ["plain", "adapter"])
 def test_best_checkpoint_comes_back(tmp_path, kind):
     _, adapt, params = started()
@@ -306,10 +312,73 @@ def test_state_dict_carries_over_to_another_module():
     assert_trees_equal(adapt.params(other), params)
 
 
-def test_save_pretrained_writes_the_base_beside_the_adapter(tmp_path):
+@pytest.mark.parametrize("copied", [False, True])
+def test_save_pretrained_writes_the_base_beside_the_adapter_and_says_so(tmp_path, copied):
     model, adapt, params = started()
-    adapt.module(params).save_pretrained(tmp_path)
+    module = adapt.module(params)
+    module = copy.deepcopy(module) if copied else module
+    with torch.no_grad():
+        next(p for p in module.parameters() if p.requires_grad).add_(1.0)  # the copy saves itself
+    with pytest.warns(UserWarning, match="save_pretrained: the folder gets the base model.*which from_pretrained leaves out"):
+        module.save_pretrained(tmp_path)
     saved = safetensors.torch.load_file(tmp_path / "model.safetensors")
     assert json.loads((Path(tmp_path) / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     assert set(model.state_dict()) <= set(saved)
     assert sum(".adapter." in name for name in saved) == len(ll.tree_leaves(params))
+    assert all(torch.equal(tensor, module.state_dict()[name]) for name, tensor in saved.items())
+
+
+@pytest.mark.filterwarnings("error:save_pretrained")
+def test_each_way_out_of_save_pretrained_works(tmp_path):
+    model, adapt, params = started()
+    batch = {"input_ids": torch.arange(4)[None]}
+    merged = copy.deepcopy(model)
+    merged.load_state_dict(adapt.merge(params), strict=False)
+    merged.save_pretrained(tmp_path / "merged")
+    ll.save(adapt, params, tmp_path / "adapter")
+    again, loaded = ll.load(model, tmp_path / "adapter")
+    read = tf.LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    for logits in (read(**batch).logits, again(loaded, batch).logits):
+        torch.testing.assert_close(logits, adapt(params, batch).logits, rtol=1e-4, atol=1e-5)
+
+
+def tokenizer():
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[PAD]": 5, "[EOS]": 6}, unk_token="a"))
+    return tf.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", eos_token="[EOS]")
+
+
+def test_training_leaves_the_settings_of_the_users_model(tmp_path):
+    model, adapt, params = started()
+    before = model.config.to_dict(), model.generation_config.to_dict()
+    args = arguments(tmp_path, gradient_checkpointing=True)
+    trainer = trainer_of("adapter", adapt, params, args, processing_class=tokenizer(), data_collator=tf.default_data_collator)
+    trainer.train()
+    assert (trainer.model.config.pad_token_id, trainer.model.generation_config.pad_token_id) == (5, 5)
+    assert (model.config.to_dict(), model.generation_config.to_dict()) == before
+
+
+@pytest.mark.parametrize("cfg", [FIVE[0], ll.FullConfig(target_names=r"self_attn$")], ids=by_name)
+def test_settings_of_a_module_are_its_own_and_reach_all_of_it(cfg):
+    model, adapt, params = started(cfg, attn_implementation="sdpa")
+    module, other = adapt.module(params), adapt.module(params)
+    module.set_attn_implementation("eager")
+    module.resize_token_embeddings(80)
+    assert (model.config.vocab_size, model.config._attn_implementation) == (64, "sdpa")
+    assert (other.config.vocab_size, other.config._attn_implementation) == (64, "sdpa")
+    attentions = module(torch.arange(4)[None], output_attentions=True).attentions  # which the fused one does not give
+    assert len(attentions) == model.config.num_hidden_layers
+    assert all(weights is not None for weights in attentions)
+
+
+@pytest.mark.parametrize("name", ["model", "model_init"])
+def test_trainer_takes_no_model_beside_the_adapter(tmp_path, name):
+    model, adapt, params = started()
+    with pytest.raises(TypeError, match=f'expected adapt and params in the place of a model, found "{name}"'):
+        AdapterTrainer(adapt, params, args=arguments(tmp_path), **{name: model})
+
+
+def test_trainer_names_what_it_was_given_in_the_place_of_an_adapt(tmp_path):
+    model, adapt, params = started()
+    for given in (model, params):
+        with pytest.raises(TypeError, match=f"expected adapt as what build or load returned, found {type(given).__name__}"):
+            AdapterTrainer(given, adapt, args=arguments(tmp_path))

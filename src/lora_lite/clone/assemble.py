@@ -9,7 +9,8 @@ from lora_lite.clone.attach import bind_followers, bind_target
 from lora_lite.clone.bind import Binding, show_reads
 from lora_lite.clone.checkpointing import install
 from lora_lite.clone.data_parallel import replicable
-from lora_lite.clone.state import own_state
+from lora_lite.clone.saved import warn_when_saved
+from lora_lite.clone.state import own_settings, own_state
 from lora_lite.clone.structure import clone_again
 from lora_lite.core.alike import made_alike
 from lora_lite.core.invocation import ACTIVE
@@ -17,9 +18,16 @@ from lora_lite.core.plan import Plan
 from lora_lite.layers.notes import note
 
 
-def bound_copy(plan: Plan) -> tuple[nn.Module, list[Binding]]:
-    """Copy a plan's base and bind the targets to their variants. Return the copy and the bindings."""
+def bound_copy(plan: Plan, is_handed_out: bool = False) -> tuple[nn.Module, list[Binding]]:
+    """Copy a plan's base and bind the targets to their variants. Return the copy and the bindings.
+
+    Args:
+        plan: what to bind.
+        is_handed_out: whether the copy is for the user's tools, and has settings of its own.
+    """
     clone = clone_again(plan.base, plan.kinds)
+    if is_handed_out:
+        own_settings(clone)
     shared = {name: _shared(clone, name, plan) for name in plan.shared_params()}
     bound: list[Binding] = []
     for target, cfg in plan.entries:
@@ -44,10 +52,13 @@ def _shared(clone: nn.Module, name: str, plan: Plan) -> Adapter:
 
 @made_alike
 def trainable_copy(plan: Plan, params: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
-    """Copy a plan's base as a module to be trained. Its trainable parameters are copies of `params`, and its small buffers its own."""
-    module, _ = bound_copy(plan)
+    """Copy a plan's base as a module to be trained. Its trainable parameters are copies of `params`.
+
+    Its small buffers and its settings are its own."""
+    module, _ = bound_copy(plan, is_handed_out=True)
     own_state(module)
     for adapter in adapters(module):
         adapter.fill(params[adapter.path])
     replicable(module)
+    warn_when_saved(module)
     return module

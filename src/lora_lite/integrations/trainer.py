@@ -17,7 +17,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from lora_lite.adapt import Adapt
 from lora_lite.clone.params import write_params
 from lora_lite.core.config_json import departures
-from lora_lite.core.errors import listed
+from lora_lite.core.errors import listed, require_type
 from lora_lite.core.tree import Tree
 from lora_lite.files.adapter_file import load, save
 from lora_lite.prepare.heads import output_heads
@@ -37,6 +37,7 @@ class AdapterSaving:
     Raises:
         ValueError: where `params` does not fit, the arguments ask for FSDP or DeepSpeed, which save in their own way, or the output head is
             adapted and the trainer reads its weight.
+        TypeError: where `adapt` is no `Adapt`, or a model is given beside it.
     """
 
     model: Any
@@ -45,6 +46,11 @@ class AdapterSaving:
     processing_class: Any
 
     def __init__(self, adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], **options: Any) -> None:
+        call = "AdapterTrainer(adapt, params, args=args)"
+        require_type(isinstance(adapt, Adapt), call, "adapt", "what build or load returned", adapt)
+        given = [name for name in ("model", "model_init") if options.get(name) is not None]
+        if given:
+            raise TypeError(f'AdapterTrainer: expected adapt and params in the place of a model, found "{given[0]}". Leave it out.')
         self.adapt = adapt
         args = options.get("args")
         if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
