@@ -59,9 +59,40 @@ def test_unused_leaves_and_constant_values_give_zeros(x):
     params = tree()
     _, grads = ll.value_and_grad(f)(params, x)
     assert torch.equal(grads["a"]["unused"], torch.zeros(2))
-    value, grads = ll.value_and_grad(lambda p: torch.tensor(3.0))(params)
+    with pytest.warns(UserWarning, match="depends on none of the params"):
+        value, grads = ll.value_and_grad(lambda p: torch.tensor(3.0))(params)
     assert float(value) == 3.0
     assert all(torch.equal(g, torch.zeros_like(p)) for g, p in zip(pytree.tree_leaves(grads), pytree.tree_leaves(params)))
+
+
+def test_a_value_that_forgets_the_params_is_reported(x):
+    params = tree()
+
+    @torch.no_grad()
+    def unwatched(p):
+        return f(p, x)
+
+    other = torch.ones(2, requires_grad=True)
+    for forgets in (unwatched, lambda p: f(p, x).detach(), lambda p: f(params, x), lambda p: f(params, x) + other.sum()):
+        with pytest.warns(UserWarning, match="the value depends on none of the params"):
+            _, grads = ll.value_and_grad(forgets)(params)
+        assert not any(g.any() for g in pytree.tree_leaves(grads))
+
+
+def test_params_made_in_inference_mode_have_gradients(x):
+    params = tree()
+    with torch.inference_mode():
+        same = pytree.tree_map(torch.clone, params)
+    expect(ll.value_and_grad(f)(same, x)[1], ll.value_and_grad(f)(params, x)[1])
+    assert not any(leaf.requires_grad for leaf in pytree.tree_leaves(same))
+
+
+def test_errors_of_a_mapped_function_stay_its_own():
+    def wrong(leaf):
+        raise KeyError("own")
+
+    with pytest.raises(KeyError, match="own"):
+        ll.tree_map(wrong, {"0": {"A": torch.ones(2)}})
 
 
 def test_tree_structure_is_kept(x):

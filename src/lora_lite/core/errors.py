@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -47,6 +48,50 @@ def tree_faults(tree: object, shapes: Mapping[str, Mapping[str, tuple[int, ...]]
             fault = _leaf_fault(where, leaves[name], shape) if name in leaves else f'missing "{where}"'
             faults += [fault] if fault else []
     return faults
+
+
+def require_grads(call: str, params: Any, grads: Any) -> None:
+    """Raise unless `grads` has the paths, names and shapes of `params`.
+
+    Raises:
+        TypeError: where either is no params tree.
+        ValueError: it lists each departure.
+    """
+    for name, tree in (("params", params), ("grads", grads)):
+        require_tree(call, name, tree)
+    shapes = {path: {name: tuple(leaf.shape) for name, leaf in leaves.items()} for path, leaves in params.items()}
+    require_fitting(call, tree_faults(grads, shapes))
+
+
+def require_fitting(call: str, faults: list[str]) -> None:
+    """Raise a ValueError that lists in what gradients depart from params."""
+    if faults:
+        raise ValueError(
+            f"{call.partition('(')[0]}: expected gradients that fit the params, found:\n{several(faults)}\n"
+            "Pass what ll.value_and_grad(f)(params) returned for the same params."
+        )
+
+
+def require_tree(call: str, name: str, tree: object) -> None:
+    """Raise a TypeError unless an argument is a params tree. The arguments are those of `require_type`."""
+    require_type(is_tree(tree), call, name, "a tree {target path: {name: tensor}}", tree)
+
+
+def is_tree(tree: object) -> bool:
+    """Whether an object is laid out as a params tree, `{target path: {name: tensor}}`."""
+    rows: Iterable[Any] = tree.values() if isinstance(tree, Mapping) else [None]
+    return all(is_mapping(leaves) and all(isinstance(leaf, torch.Tensor) for leaf in leaves.values()) for leaves in rows)
+
+
+def is_mapping(value: Any) -> bool:
+    """Whether a value is a mapping, or used as one, as `nn.ParameterDict` is."""
+    return isinstance(value, Mapping) or (hasattr(value, "items") and hasattr(value, "values"))
+
+
+def require_targets(call: str, found: object, variant: str) -> None:
+    """Raise a ValueError where a tree has no target of a variant."""
+    if not found:
+        raise ValueError(f"{call}: expected params of {variant} in the tree, found none. Pass the tree of an adapt that has such targets.")
 
 
 def require_type(ok: bool, call: str, name: str, expected: str, value: object) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lite.core.errors import is_mapping
+
 Tree = dict[str, dict[str, Tensor]]
 AnyTree = Mapping[str, Mapping[str, Any]]
 
@@ -70,13 +72,20 @@ def flatten(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 def tree_leaves(tree: Mapping[str, Mapping[str, Any]]) -> list[Any]:
     """List the leaves of a params tree, always in the same order.
 
+    Raises:
+        TypeError: where `tree` is no tree.
+
     Example:
         >>> import torch, lora_lite as ll
         >>> adapt = ll.build(torch.nn.Sequential(torch.nn.Linear(8, 4)), ll.LoRAConfig(r=2))
         >>> [tuple(leaf.shape) for leaf in ll.tree_leaves(adapt.init(seed=0))]
         [(2, 8), (4, 2)]
     """
-    return [leaf for leaves in tree.values() for leaf in leaves.values()]
+    try:
+        return [leaf for leaves in tree.values() for leaf in leaves.values()]
+    except (AttributeError, RuntimeError):
+        _require_trees("tree_leaves", tree)
+        raise
 
 
 def tree_map(
@@ -87,6 +96,10 @@ def tree_map(
     Gradients and the steps of an optimiser are mapped so. An adapter's strength is not: most leaves are factors of the update. Minus a LoRA
     tree is the same update, half of it is a quarter, and the mean of two is not the mean of their updates. `adapt.steer` scales an update,
     and `combine` sums several.
+
+    Raises:
+        TypeError: where an argument is no tree.
+        ValueError: where one of the others lacks a leaf of the first.
 
     Example:
         >>> import torch, lora_lite as ll
@@ -99,6 +112,31 @@ def tree_map(
         >>> (half["B"] @ half["A"] / (B @ A)).unique()
         tensor([0.2500])
     """
-    return {
-        path: {name: f(leaf, *(other[path][name] for other in others)) for name, leaf in leaves.items()} for path, leaves in tree.items()
-    }
+    try:
+        return {
+            path: {name: f(leaf, *(other[path][name] for other in others)) for name, leaf in leaves.items()}
+            for path, leaves in tree.items()
+        }
+    except (AttributeError, KeyError, TypeError, IndexError):
+        _require_trees("tree_map", tree, *others)  # else it is an error of `f`
+        raise
+
+
+def _require_trees(call: str, first: Any, *others: Any) -> None:
+    """Raise where an argument is no tree, or lacks a leaf of the first. Asked only after a failure: it costs a good call nothing."""
+    for tree in (first, *others):
+        odd = next((leaves for leaves in tree.values() if not is_mapping(leaves)), None) if is_mapping(tree) else tree
+        if odd is not None or tree is None:
+            what = type(tree).__name__ if odd is tree else f"a {type(tree).__name__} of {type(odd).__name__}"
+            raise TypeError(
+                f"{call}: expected a tree {{target path: {{name: tensor}}}}, found {what}. Pass params as adapt.init returns them, or "
+                "adapt.params(module)."
+            )
+    for other in others:
+        for path, leaves in first.items():
+            missing = next((name for name in leaves if path not in other or name not in other[path]), None)
+            if missing is not None:
+                where = join(path, missing)
+                raise ValueError(
+                    f'{call}: expected trees with the leaves of the first, found one without "{where}". Map trees of one adapt.'
+                )

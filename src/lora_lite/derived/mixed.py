@@ -46,7 +46,11 @@ def stacked_size(stacked: AnyTree) -> int:
 
     Raises:
         ValueError: where the leaves have none in common.
+        TypeError: where it is no tree.
     """
+    if not isinstance(stacked, Mapping):
+        found = type(stacked).__name__
+        raise TypeError(f"stack: expected a stack of params trees, found {found}. Make it with ll.stack([params, ...]).")
     if all(isinstance(leaf, Tensor) for leaves in stacked.values() for leaf in leaves.values()):
         lengths = {leaf.shape[0] if leaf.dim() else 0 for leaves in stacked.values() for leaf in leaves.values()}
         if len(lengths) == 1 and 0 not in lengths:

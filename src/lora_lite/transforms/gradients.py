@@ -1,14 +1,15 @@
 """Gradients of functions of a params tree, and their way to torch's optimisers."""
 
 import functools
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lora_lite.core.errors import require_type, several, tree_faults
+from lora_lite.core.errors import require_fitting, require_grads, require_tree
 from lora_lite.core.tracing import in_transform
 from lora_lite.core.tree import AnyTree, flatten, tree_leaves
 
@@ -25,7 +26,7 @@ def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[...
 
     Returns:
         A function that returns `(value, grads)`, or `((value, aux), grads)`. `grads` is a tree like `params`, with zeros for leaves that
-        the value does not depend on. On the plain path neither carries a graph.
+        the value does not depend on. On the plain path neither carries a graph, and a value that depends on no leaf is warned of.
 
     Raises:
         ValueError: where the value is not a scalar tensor, or with `has_aux` the result is no pair.
@@ -74,7 +75,7 @@ def _plain(f: Callable[..., Any], has_aux: bool, params: Any, args: tuple[Any, .
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
             raise TypeError(f"value_and_grad: expected floating tensors in params, found {found}. Pass other values after params.")
-    variables = [leaf.detach().requires_grad_() for leaf in leaves]
+    variables = [(leaf.clone() if leaf.is_inference() else leaf.detach()).requires_grad_() for leaf in leaves]
     with torch.enable_grad():
         out = f(pytree.tree_unflatten(variables, spec), *args)
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
@@ -84,15 +85,24 @@ def _plain(f: Callable[..., Any], has_aux: bool, params: Any, args: tuple[Any, .
     value, aux = out if has_aux else (out, None)
     if not isinstance(value, Tensor) or value.dim() != 0:
         found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"value_and_grad: expected f to return a scalar tensor, found {found}. Reduce it, e.g. with .mean().")
+        raise ValueError(
+            f"value_and_grad: expected f to return a scalar tensor, found {found}. Reduce it, e.g. with .mean(); a transformers model's "
+            "output has a .loss where the batch has labels."
+        )
+    some: Sequence[Tensor | None] = [None] * len(variables)
     if value.requires_grad:
-        grads = torch.autograd.grad(value, variables, allow_unused=True, materialize_grads=True)
-    else:
-        grads = tuple(torch.zeros_like(v) for v in variables)
+        some = torch.autograd.grad(value, variables, allow_unused=True)
+    if all(grad is None for grad in some):
+        warnings.warn(
+            "value_and_grad: the value depends on none of the params, and all gradients are zero. Compute it from the params that f is "
+            "given, without detach() and outside of torch.no_grad().",
+            stacklevel=3,
+        )
+    grads = [torch.zeros_like(v) if grad is None else grad for v, grad in zip(variables, some)]
     value = value.detach()
     if has_aux:
         value = (value, pytree.tree_map_only(Tensor, Tensor.detach, aux))
-    return value, pytree.tree_unflatten(list(grads), spec)
+    return value, pytree.tree_unflatten(grads, spec)
 
 
 def set_grads(params: AnyTree, grads: AnyTree | None) -> None:
@@ -117,29 +127,19 @@ def set_grads(params: AnyTree, grads: AnyTree | None) -> None:
         >>> params
         {'0': {'g': tensor([0., 0.])}}
     """
-    trees = {"params": params} if grads is None else {"params": params, "grads": grads}
-    for name, tree in trees.items():
-        require_type(_is_tree(tree), "set_grads(params, grads)", name, "a tree {target path: {name: tensor}}", tree)
+    call = "set_grads(params, grads)"
     if grads is None:
+        require_tree(call, "params", params)
         for leaf in tree_leaves(params):
             leaf.grad = None
         return
-    faults = tree_faults(grads, {path: {name: tuple(leaf.shape) for name, leaf in leaves.items()} for path, leaves in params.items()})
-    if not faults:
-        own, given = flatten(params), flatten(grads)
-        for attribute in ("dtype", "device"):
-            pairs = ((where, getattr(leaf, attribute), getattr(given[where], attribute)) for where, leaf in own.items())
-            faults += [f'"{where}": expected {attribute} {wanted}, found {found}' for where, wanted, found in pairs if wanted != found]
-    if faults:
-        raise ValueError(
-            f"set_grads: expected gradients that fit the params, found:\n{several(faults)}\n"
-            "Pass what ll.value_and_grad(f)(params) returned for the same params."
-        )
+    require_grads(call, params, grads)
+    own, given = flatten(params), flatten(grads)
+    faults: list[str] = []
+    for attribute in ("dtype", "device"):
+        pairs = ((where, getattr(leaf, attribute), getattr(given[where], attribute)) for where, leaf in own.items())
+        faults += [f'"{where}": expected {attribute} {wanted}, found {found}' for where, wanted, found in pairs if wanted != found]
+    require_fitting(call, faults)
     for path, leaves in params.items():
         for name, leaf in leaves.items():
             leaf.grad = grads[path][name]
-
-
-def _is_tree(tree: Any) -> bool:
-    rows = tree.values() if isinstance(tree, Mapping) else [None]
-    return all(isinstance(leaves, Mapping) and all(isinstance(leaf, Tensor) for leaf in leaves.values()) for leaves in rows)

@@ -6,6 +6,7 @@ Both are functions of a tree of gradients, between the gradient and any optimize
 import torch
 from torch import Tensor
 
+from lora_lite.core.errors import require_grads
 from lora_lite.core.tree import AnyTree
 
 Tree = dict[str, dict[str, Tensor]]
@@ -28,7 +29,8 @@ def riemannian(params: AnyTree, grads: AnyTree, reg: float = 1e-2) -> Tree:
         A new tree of gradients. Leaves other than `A` and `B` are those of `grads`.
 
     Raises:
-        ValueError: where no target has both factors, or `reg` is out of range.
+        ValueError: where no target has both factors, `grads` does not fit, or `reg` is out of range.
+        TypeError: where either is no tree of tensors.
 
     Example:
         >>> import torch, lora_lite as ll
@@ -69,7 +71,8 @@ def lora_fa(params: AnyTree, grads: AnyTree, scale: float, reg: float = 1e-8) ->
         A new tree of gradients, with zeros for `A`. Leaves other than `A` and `B` are those of `grads`.
 
     Raises:
-        ValueError: where no target has both factors, or a number is out of range.
+        ValueError: where no target has both factors, `grads` does not fit, or a number is out of range.
+        TypeError: where either is no tree of tensors.
 
     Example:
         >>> import torch, lora_lite as ll
@@ -96,6 +99,7 @@ def lora_fa(params: AnyTree, grads: AnyTree, scale: float, reg: float = 1e-8) ->
 
 def _copied(name: str, params: AnyTree, grads: AnyTree) -> Tree:
     """Return the gradients as new dicts; the leaves are not copied."""
+    require_grads(f"{name}(params, grads)", params, grads)
     if not _pairs(params):
         found = sorted({leaf for leaves in params.values() for leaf in leaves})
         raise ValueError(f'{name}: expected targets with the leaves "A" and "B", found {found}. Use it with LoRAConfig and its like.')

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, overload
 
 from lora_lite.adapt import Adapt
-from lora_lite.core.errors import listed, require_type
+from lora_lite.core.errors import is_tree, listed, require_type
 from lora_lite.core.tracing import in_transform
 from lora_lite.core.tree import AnyTree, Tree
 from lora_lite.derived.mixed import place_of_leaf, stack_trees, unstack_tree
@@ -55,6 +55,7 @@ def stack(trees: Iterable[Any], pad: Pad = False, adapt: Adapt | None = None) ->
         >>> host is adapt, stacked["0"]["A"].shape
         (True, torch.Size([2, 2, 8]))
     """
+    require_type(isinstance(trees, Iterable), "stack([params, params, ...])", "trees", "a list of params trees", trees)
     if isinstance(trees, Mapping) or not (trees := list(trees)):
         found = "one tree" if isinstance(trees, Mapping) else "none"
         raise ValueError(f"stack: expected at least one params tree, in a list, found {found}. Pass a list of trees.")
@@ -62,7 +63,7 @@ def stack(trees: Iterable[Any], pad: Pad = False, adapt: Adapt | None = None) ->
         host = host_of(trees, adapt)
         return host, stack_trees([tree_in(host, own, tree, k, pad) for k, (own, tree) in enumerate(trees)])
     for k, tree in enumerate(trees):
-        require_type(isinstance(tree, Mapping), "stack([params, params, ...])", f"tree {k}", "a params tree", tree)
+        require_type(is_tree(tree), "stack([params, params, ...])", f"tree {k}", "a params tree", tree)
     if adapt is not None:
         raise ValueError("stack: expected pairs (adapt, params) beside an adapt, found trees, which do not say their own. Pass pairs.")
     return stack_trees(_padded(trees, pad is True) if pad else trees)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_lite.core.errors import require_grads, require_targets
 from lora_lite.core.tree import AnyTree, tree_map
 
 Leaves = Mapping[str, Tensor]
@@ -16,7 +17,9 @@ Leaves = Mapping[str, Tensor]
 
 def allocate(cfg: Any, params: AnyTree, grads: AnyTree, state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return params with pruned `E`, and the next state: step, smoothed sensitivity and uncertainty, mask."""
+    require_grads("AdaLoRAConfig.update(params, grads, state)", params, grads)
     ours = [path for path, leaves in params.items() if set(leaves) == {"A", "B", "E"}]
+    require_targets("AdaLoRAConfig.update", ours, "AdaLoRA")
     zeros = tree_map(torch.zeros_like, {path: params[path] for path in ours})
     state = state or {"step": 0, "sensitivity": zeros, "uncertainty": zeros, "mask": None}
     step = state["step"] + 1

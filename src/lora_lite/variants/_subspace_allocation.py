@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_lite.core.errors import require_grads, require_targets
 from lora_lite.core.tree import AnyTree, tree_map
 
 
@@ -35,7 +36,9 @@ class Allocation:
 
 def allocate(cfg: Any, params: AnyTree, grads: AnyTree, state: Allocation) -> tuple[dict[str, Any], Allocation]:
     """Return the params with frozen subspaces restored, and the next state."""
+    require_grads("AdaMSSConfig.update(params, grads, state)", params, grads)
     ours = [path for path, leaves in params.items() if set(leaves) == {"A", "B"} and "cells" in state.constants.get(path, {})]
+    require_targets("AdaMSSConfig.update", ours, "AdaMSS")
     if not state.active:
         zeros = tree_map(torch.zeros_like, {path: params[path] for path in ours})
         active = {path: torch.ones_like(state.constants[path]["shapes"][:, 0], dtype=torch.bool) for path in ours}

@@ -48,6 +48,7 @@ from lora_lite.core import (
     expect,
     smallest_components,
 )
+from lora_lite.core.errors import require_targets
 from lora_lite.core.tree import AnyTree
 
 
@@ -145,6 +146,7 @@ def regularisation(params: AnyTree, constants: AnyTree, cfg: KaSAConfig) -> Tens
             start = {name: t.to(leaves["dd"]) for name, t in constants[path].items()}
             A, B, d = start["A0"] + leaves["dA"], start["B0"] + leaves["dB"], start["S0"] / cfg.scale + leaves["dd"]
             terms.append(cfg.beta * d.square().sum() + cfg.gamma * (_from_orthonormal(A @ A.t()) + _from_orthonormal(B.t() @ B)))
+    require_targets("regularisation", terms, "KaSA")
     return torch.stack(terms).sum()
 
 
