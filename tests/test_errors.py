@@ -1,5 +1,6 @@
 """Every bad input is an error that says what was expected, what was found and how to fix it; and nothing changes."""
 
+import copy
 import json
 import random
 import re
@@ -206,6 +207,38 @@ BAD = {
         FileNotFoundError, "save: expected the directory", "none", "Create it"),
     "saving onto a directory": (lambda w: ll.save(w.adapt, w.params, w.folder / "folder"),
         IsADirectoryError, "save: expected the path of a file", "the directory .*folder", "Name a file"),
+    "leaves of a module": (lambda w: ll.tree_leaves(w.adapt.module(w.params)),
+        TypeError, "tree_leaves: expected a tree", "Tiny", r"adapt.params\(module\)"),
+    "leaves of a state dict": (lambda w: ll.tree_leaves(w.adapt.module(w.params).state_dict()),
+        TypeError, "tree_leaves: expected a tree", "OrderedDict of Tensor", "as adapt.init returns them"),
+    "a map of what load returned": (lambda w: ll.tree_map(torch.clone, ll.load(w.model, w.good)),
+        TypeError, "tree_map: expected a tree", "tuple", "as adapt.init returns them"),
+    "a map beside None": (lambda w: ll.tree_map(torch.add, w.params, None),
+        TypeError, "tree_map: expected a tree", "NoneType", "as adapt.init returns them"),
+    "a map beside a smaller tree": (lambda w: ll.tree_map(torch.add, w.params, without(w.params, Q)),
+        ValueError, "tree_map: expected trees with the leaves of the first", f'without "{Q}.A"', "Map trees of one adapt"),
+    "a mixed batch of a list of trees": (lambda w: w.adapt.mixed([w.params, w.params], w.x, [0, 1]),
+        TypeError, "stack: expected a stack of params trees", "list", r"Make it with ll.stack\(\[params"),
+    "members of a module": (lambda w: ll.unstack(w.adapt.module(w.params)),
+        TypeError, "stack: expected a stack of params trees", "Tiny", "Make it with ll.stack"),
+    "a stack of nothing": (lambda w: ll.stack(None),
+        TypeError, "stack: expected trees as a list of params trees", "NoneType", "Call stack"),
+    "a stack of state dicts": (lambda w: ll.stack([w.adapt.module(w.params).state_dict()] * 2),
+        TypeError, "stack: expected tree 0 as a params tree", "OrderedDict", "Call stack"),
+    "groups of a module": (lambda w: ll.lora_plus(w.adapt.module(w.params), lr=1e-3),
+        TypeError, "lora_plus: expected params as a tree", "Tiny", r"Call lora_plus\(params"),
+    "preconditioned gradients of another tree": (lambda w: ll.riemannian(w.params, changed(w.params, Q, A=torch.ones(2, 16))),
+        ValueError, "riemannian: expected gradients that fit", r"\(2, 16\)", "Pass what ll.value_and_grad"),
+    "projected gradients that are none": (lambda w: ll.lora_fa(w.params, None, scale=1.0),
+        TypeError, "lora_fa: expected grads as a tree", "NoneType", r"Call lora_fa\(params, grads\)"),
+    "a budget of LoRA": (lambda w: ll.AdaLoRAConfig(total_step=9).update(w.params, w.params),
+        ValueError, "AdaLoRAConfig.update: expected params of AdaLoRA", "none", "Pass the tree"),
+    "a budget without gradients": (lambda w: ll.AdaLoRAConfig(total_step=9).update(w.params, {}),
+        ValueError, "AdaLoRAConfig.update: expected gradients that fit", "nothing", "Pass what ll.value_and_grad"),
+    "the orthogonality of LoRA": (lambda w: ll.variants.adalora.orthogonality(w.params),
+        ValueError, "orthogonality: expected params of AdaLoRA", "none", "Pass the tree"),
+    "the regularisation of LoRA": (lambda w: ll.variants.kasa.regularisation(w.params, {}, ll.KaSAConfig()),
+        ValueError, "regularisation: expected params of KaSA", "none", "Pass the tree"),
     "a variant that is no list": (lambda w: ll.load(w.model, w.good, variants=LoRA),
         TypeError, "load: expected variants as a sequence", "LoRAConfig", r"Write \[ItsConfig\]"),
     "variants that are no classes": (lambda w: ll.load(w.model, w.good, variants=[LoRA()]),
@@ -391,7 +424,7 @@ def test_the_file_of_another_model_is_refused_with_each_fault(world, case):
 def test_an_absent_file_is_named(world):
     absent = world.folder / "absent.safetensors"
     refuse(world, lambda w: ll.load(w.model, absent), FileNotFoundError, r'a file at ".*absent\.safetensors"', "none", "Pass the path")
-    refuse(world, lambda w: ll.load(w.model, w.folder), FileNotFoundError, "a file at", "none", "Pass the path")
+    refuse(world, lambda w: ll.load(w.model, w.folder), FileNotFoundError, "a file at", "a directory", "read by ll.from_peft")
 
 
 def test_loading_onto_something_else_than_a_module_is_refused(world):
@@ -408,3 +441,14 @@ def test_loading_onto_something_else_than_a_module_is_refused(world):
 def test_rows_that_depend_on_each_other_have_no_orthonormal_ones():
     with pytest.raises(torch.linalg.LinAlgError):
         orthonormal(torch.eye(2, 8)[[0, 1, 0]])
+
+
+@pytest.mark.parametrize("name", ["parameters", "to", "state_dict", "lm_head"])
+def test_what_a_module_has_is_named_where_an_adapt_is_taken_for_one(world, name):
+    with pytest.raises(AttributeError, match=rf"no attribute '{name}'\. It is a function .*use adapt\.module\(params\)\.{name}\."):
+        getattr(world.adapt, name)
+    assert getattr(world.adapt.module(world.params), name) is not None
+    assert not hasattr(world.adapt, name)
+    with pytest.raises(AttributeError, match=r"no attribute 'nowhere'\.$"):
+        _ = world.adapt.nowhere
+    assert torch.equal(copy.deepcopy(world.adapt)(world.params, world.x), world.adapt(world.params, world.x))

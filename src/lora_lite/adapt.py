@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ class Adapt(Required):
         Raises:
             ValueError: where `stacked` does not fit, `index` names no member, `row_map` no target or no row, or a target's input is not
                 made of the batch's rows.
-            TypeError: where `index` or `row_map` holds no integers.
+            TypeError: where `index` or `row_map` holds no integers, or `stacked` is no tree.
         """
         members = stacked_size(stacked)
         self._require(stacked, "mixed", member_shapes(self.shapes, members))
@@ -290,6 +290,14 @@ class Adapt(Required):
         """
         used = {path for path, binding in self._replicas.main.bindings if binding.used}
         return [target.path for target in self.targets if target.path not in used]
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            """Raise, and name the module that has it, such as `parameters` or `generate`."""
+            base = getattr(vars(self).get("_plan"), "base", None)
+            way = f" It is a function of params, no module: use adapt.module(params).{name}." if hasattr(base, name) else ""
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}.{way}", name=name, obj=self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Adapt, (self._plan,)  # only the plan is copied and pickled: the clones follow from it, and belong to this process's threads

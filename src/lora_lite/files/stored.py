@@ -26,7 +26,8 @@ def read(path: Path) -> tuple[Header, dict[str, Tensor]]:
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     if not path.is_file():
-        raise FileNotFoundError(f'load: expected a file at "{path}", found none. Pass the path that was given to save.')
+        found = "a directory" if path.is_dir() else "none"
+        raise FileNotFoundError(f'load: expected a file at "{path}", found {found}. Pass the path that was given to save. {_PEFTS}')
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
@@ -39,8 +40,13 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     version = metadata.get("lora_lite_format")
     if version != str(FORMAT):
         what = "a safetensors file that ll.save did not write" if version is None else f"format version {version}"
-        raise ValueError(f'load: expected "{path}" to hold lora_lite format {FORMAT}, found {what}. Load a file written by ll.save.')
+        raise ValueError(
+            f'load: expected "{path}" to hold lora_lite format {FORMAT}, found {what}. Load a file written by ll.save. {_PEFTS}'
+        )
     return metadata, tensors
+
+
+_PEFTS = "A folder of PEFT's is read by ll.from_peft."
 
 
 def _what_is(path: Path) -> str:
