@@ -4,6 +4,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers as tf
 from torch import nn
 
@@ -293,3 +294,53 @@ def test_a_forward_that_writes_to_weights_is_refused():
     adapt = ll.build(model, cfg)
     for _ in range(2):
         assert torch.equal(adapt(adapt.init(), batch, use_cache=False).logits, want)
+
+
+def classifier():
+    config = tf.BertConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, num_labels=3)
+    return tf.BertForSequenceClassification(config).eval()
+
+
+def of_labels(labels):
+    return {"input_ids": torch.arange(6).view(2, 3), "labels": labels}
+
+
+@pytest.mark.filterwarnings("ignore:build")
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_what_a_forward_writes_into_the_config_is_gone_after_it(calibrated):
+    """Classifiers of transformers note the kind of the labels that they saw first, and take all others to be of it."""
+    classes, numbers = of_labels(torch.tensor([0, 2])), of_labels(torch.rand(2, 3))
+    wanted = [classifier_loss(batch) for batch in (classes, numbers)]
+    torch.manual_seed(0)
+    model = classifier()
+    cfg, data = (ll.LoRAGAConfig(r=2), {"calibration": [classes]}) if calibrated else (ll.LoRAConfig(r=2), {})
+    adapt = ll.build(model, cfg, **data)
+    params = adapt.init()
+    for batch, loss in zip((classes, numbers, classes), (*wanted, wanted[0])):
+        torch.testing.assert_close(adapt(params, batch).loss, loss, rtol=1e-4, atol=1e-5)
+        assert model.config.problem_type is None
+    adapt.module(params)(**classes)
+    assert model.config.problem_type is None
+
+
+def classifier_loss(batch):
+    torch.manual_seed(0)
+    return classifier()(**batch).loss
+
+
+@pytest.mark.filterwarnings("ignore:build")
+def test_what_the_user_writes_into_the_config_is_followed():
+    model = classifier()
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    params, batch = adapt.init(), of_labels(torch.rand(2, 3))
+    adapt(params, batch)
+    for problem, loss in (("regression", F.mse_loss), ("multi_label_classification", F.binary_cross_entropy_with_logits)):
+        model.config.problem_type = problem
+        for _ in range(2):
+            out = adapt(params, batch)
+            torch.testing.assert_close(out.loss, loss(out.logits, batch["labels"]))
+        assert model.config.problem_type == problem
+    model.config.output_hidden_states = True
+    assert len(adapt(params, batch).hidden_states) == 2
+    model.config.output_hidden_states = False
+    assert adapt(params, batch).hidden_states is None

@@ -304,5 +304,5 @@ class Adapt(Required):
 
 
 def _replica(plan: Plan, shared: Mapping[str, Places]) -> Replica:
-    module, bound = bound_copy(plan)
-    return Replica(module, bound, shared)
+    module, bound, settings = bound_copy(plan)
+    return Replica(module, bound, shared, settings)

@@ -10,7 +10,8 @@ from lora_lite.clone.bind import Binding, show_reads
 from lora_lite.clone.checkpointing import install
 from lora_lite.clone.data_parallel import replicable
 from lora_lite.clone.saved import warn_when_saved
-from lora_lite.clone.state import own_settings, own_state
+from lora_lite.clone.settings import Settings
+from lora_lite.clone.state import own_state
 from lora_lite.clone.structure import clone_again
 from lora_lite.core.alike import made_alike
 from lora_lite.core.invocation import ACTIVE
@@ -18,16 +19,10 @@ from lora_lite.core.plan import Plan
 from lora_lite.layers.notes import note
 
 
-def bound_copy(plan: Plan, is_handed_out: bool = False) -> tuple[nn.Module, list[Binding]]:
-    """Copy a plan's base and bind the targets to their variants. Return the copy and the bindings.
-
-    Args:
-        plan: what to bind.
-        is_handed_out: whether the copy is for the user's tools, and has settings of its own.
-    """
+def bound_copy(plan: Plan) -> tuple[nn.Module, list[Binding], Settings]:
+    """Copy a plan's base and bind the targets to their variants. Return the copy, the bindings, and the settings, which are its own."""
     clone = clone_again(plan.base, plan.kinds)
-    if is_handed_out:
-        own_settings(clone)
+    settings = Settings(clone)  # before a kind keeps a module as it is
     shared = {name: _shared(clone, name, plan) for name in plan.shared_params()}
     bound: list[Binding] = []
     for target, cfg in plan.entries:
@@ -41,7 +36,7 @@ def bound_copy(plan: Plan, is_handed_out: bool = False) -> tuple[nn.Module, list
         bound += [binding, *bind_followers(clone, binding, target.shared_with if cfg.tied else ())]
     show_reads(clone)
     install(clone, plan.remat)
-    return clone, bound
+    return clone, bound, settings
 
 
 def _shared(clone: nn.Module, name: str, plan: Plan) -> Adapter:
@@ -55,7 +50,7 @@ def trainable_copy(plan: Plan, params: Mapping[str, Mapping[str, Tensor]]) -> nn
     """Copy a plan's base as a module to be trained. Its trainable parameters are copies of `params`.
 
     Its small buffers and its settings are its own."""
-    module, _ = bound_copy(plan, is_handed_out=True)
+    module, _, _ = bound_copy(plan)
     own_state(module)
     for adapter in adapters(module):
         adapter.fill(params[adapter.path])

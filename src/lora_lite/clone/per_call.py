@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_lite.clone.bind import Binding, Uniform
 from lora_lite.clone.rows import Rows
+from lora_lite.clone.settings import Settings
 from lora_lite.clone.state import State, volatile_buffers
 from lora_lite.clone.written import Weights
 from lora_lite.core.plan import Places, reaching
@@ -24,11 +25,14 @@ class Replica:
         module: the copy.
         bindings: of its targets, and of the modules that follow them.
         shared: where a params tree has the tensors that a target shares with others, by path, for those that do.
+        settings: of the copy; None for one that is a module of its own.
     """
 
-    def __init__(self, module: nn.Module, bindings: Sequence[Binding], shared: Mapping[str, Places]) -> None:
+    def __init__(
+        self, module: nn.Module, bindings: Sequence[Binding], shared: Mapping[str, Places], settings: Settings | None = None
+    ) -> None:
         self.module, self.bindings = module, [(binding.path, binding) for binding in bindings]
-        self._shared, self._inside = shared, False
+        self._shared, self._inside, self._settings = shared, False, settings
         self._uniform = Uniform()
         for binding in bindings:
             binding.uniform = self._uniform
@@ -118,11 +122,13 @@ class Replica:
         """Run the copy from the state that it had at the build, and leave it there."""
         if self._state is None or self._weights is None:
             self._state, self._weights = State(self.module), Weights(self.module)
-        state, versions = self._state, self._weights.versions()
+        state, versions, settings = self._state, self._weights.versions(), self._settings
         around = state.now() if inside else None
         if inside or self._traced:
             state.leave()
             self._traced = False
+        if settings is not None:
+            settings.follow()
         try:
             state.enter()
             result = self.module(*args, **kwargs)
@@ -130,6 +136,8 @@ class Replica:
             return result
         finally:
             state.leave()
+            if settings is not None:
+                settings.restore()
             if around is not None:
                 state.put(around)
 

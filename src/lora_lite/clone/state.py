@@ -5,7 +5,6 @@ length. A call begins with what the model held at the build and leaves nothing b
 that a forward may write in place are copied for the call. Afterwards `__dict__`, tables and containers are compared with what they held.
 """
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_lite.clone.references import containers_in
-from lora_lite.core.tree import join, modules_by_path
+from lora_lite.core.tree import join
 
 _SMALL = 2**16
 _OURS = "lora_lite."
@@ -116,18 +115,6 @@ class State:
 def own_state(module: nn.Module) -> None:
     """Replace tensors of a copy that its forward may write into by clones, so that the user's stay as they are."""
     State(module).enter()
-
-
-def own_settings(root: nn.Module) -> None:
-    """Replace the settings in a copy by copies, such as a transformers model's `config`. Tools that take a module write into them.
-
-    Settings are what a class can write as a dict and read from one. They hold no tensor and no module.
-    """
-    memo: dict[int, Any] = {}
-    for module in modules_by_path(root).values():
-        for name, value in list(vars(module).items()):
-            if all(hasattr(type(value), method) for method in ("to_dict", "from_dict")):
-                vars(module)[name] = copy.deepcopy(value, memo)
 
 
 def modules_of_model(root: nn.Module) -> dict[str, nn.Module]:

@@ -16,6 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lora_lite.clone.checkpointing import install
 from lora_lite.clone.per_call import Replica
+from lora_lite.clone.settings import Settings
 from lora_lite.clone.structure import clone_again
 from lora_lite.core.errors import listed
 from lora_lite.core.plan import Entries
@@ -75,7 +76,7 @@ def gather(
     """
     clone = clone_again(base, kinds)
     install(clone, None)
-    run = Replica(clone.eval(), (), {})
+    run = Replica(clone.eval(), (), {}, Settings(clone))
     calibrated = {target.path: cfg for target, cfg in entries if cfg.calibrated}
     watch = Watch({path: statistic_of(cfg) for path, cfg in calibrated.items()}, Positions(run.module))
     if group is not None:
