@@ -43,7 +43,7 @@ class Settings:
                 self._noted[n] = dict(user), fresh
 
     def restore(self) -> None:
-        """Undo what a call has written."""
+        """Put back what a call has changed."""
         for (_, own), (_, kept) in zip(self._pairs, self._noted):
             if not _same(own, kept):
                 own.clear()
