@@ -132,6 +132,31 @@ def test_padding_gets_no_gradient_as_in_peft():
     assert grads["embed"]["A"][:, [0, 1, 7, 10]].all()
 
 
+@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=2, target_names="embed"), ll.FullConfig(target_names="embed")], ids=by_name)
+def test_padding_gets_no_gradient_in_any_row_of_a_mixed_batch(cfg):
+    model, ids = Tokens(padding_idx=3), torch.tensor([[3, 0, 3], [10, 3, 1], [3, 3, 5]])
+    adapt = ll.build(model, cfg)
+    members = [move(adapt.init(seed=k), seed=k) for k in range(2)]
+    grads = ll.value_and_grad(lambda p: adapt.mixed(p, ids, [1, 0, 1]).square().sum())(ll.stack(members))[1]
+    by_row = ll.per_example_grad(adapt, lambda out, _: out.square().sum((1, 2)))(members[0], ids)
+    for k, rows in enumerate(([1], [0, 2])):
+        want = ll.value_and_grad(lambda p, rows=rows: adapt(p, ids[rows]).square().sum())(members[k])[1]
+        assert_trees_equal(ll.tree_map(lambda g, k=k: g[k], grads), want, 1e-5)
+    for row in range(3):
+        want = ll.value_and_grad(lambda p, row=row: adapt(p, ids[[row]]).square().sum())(members[0])[1]
+        assert_trees_equal(ll.tree_map(lambda g, row=row: g[row], by_row), want, 1e-5)
+
+
+def test_tangents_of_padding_agree_with_its_gradient():
+    model, ids = Tokens(padding_idx=3), torch.tensor([[3, 0, 3], [10, 7, 1]])
+    adapt = ll.build(model, ll.LoRAConfig(r=2, target_names="embed"))
+    params = move(adapt.init(seed=0))
+    along = {"embed": {"A": torch.ones(2, 11), "B": torch.zeros(6, 2)}}
+    _, tangent = torch.func.jvp(lambda p: adapt(p, ids).square().sum(), (params,), (along,))
+    grads = torch.func.grad(lambda p: adapt(p, ids).square().sum())(params)
+    torch.testing.assert_close(tangent, grads["embed"]["A"].sum(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("cfg", VARIANTS, ids=by_name)
 def test_merges_into_the_table(cfg, model_and_batch):
     model, batch = model_and_batch

@@ -18,6 +18,7 @@ from torch import nn
 
 import lora_lite as ll
 from cases import move
+from lora_lite.core.config import with_fields
 from lora_lite.layers import kinds as table
 from lora_lite.layers.block import BlockKind
 from lora_lite.layers.convolution import ConvKind, GroupedConvKind
@@ -373,6 +374,52 @@ def test_kinds_are_known_wherever_an_adapt_goes(tmp_path):  # D5
     ll.to_peft(lora, tree, tmp_path / "peft")
     back, read = ll.from_peft(model, tmp_path / "peft", kinds=(Int8Kind,))
     torch.testing.assert_close(back(read, x), adapt(params, x), rtol=1e-4, atol=1e-5)
+
+
+STRENGTHS = (
+    ll.LoRAConfig(r=2),
+    ll.DeLoRAConfig(r=2),
+    ll.HRAConfig(r=2),
+    ll.ETHERConfig(),
+    ll.ETHERPlusConfig(),
+    ll.AntiPaSTOConfig(r=2, block_size=2, max_rotation_angle=0.2),
+)
+
+
+@pytest.mark.parametrize("cfg", STRENGTHS, ids=lambda cfg: cfg.name)
+def test_each_map_of_a_layer_is_steered_by_itself(cfg):
+    """The maps of a fused layer at half strength are those of layers of their own."""
+    torch.manual_seed(0)
+    fused, x = nn.Sequential(nn.Linear(6, 12)), torch.randn(3, 6)
+    apart = nn.ModuleDict({name: nn.Linear(6, n) for name, n in FusedQKV(fused[0]).widths().items()})
+    weights, biases = (torch.split(t.data, [len(m.bias) for m in apart.values()]) for t in (fused[0].weight, fused[0].bias))
+    for layer, weight, bias in zip(apart.values(), weights, biases):
+        layer.weight.data, layer.bias.data = weight, bias
+    adapt = ll.build(fused, cfg, kinds=(FusedQKV,))
+    params = move(adapt.init())
+    found = adapt(adapt.steer(params, 0.5), x).split([len(m.bias) for m in apart.values()], dim=-1)
+    for (name, layer), y in zip(apart.items(), found):
+        one = ll.build(nn.Sequential(layer), cfg)
+        own = {leaf.removeprefix(f"{name}."): p for leaf, p in params["0"].items() if leaf.startswith(f"{name}.")}
+        torch.testing.assert_close(y, one(one.steer({"0": own}, 0.5), x), rtol=1e-5, atol=1e-6)
+    two = ll.stack([params, move(adapt.init(), seed=1)])
+    both = adapt.steer(two, torch.tensor([0.5, 1.0]))
+    torch.testing.assert_close(adapt(ll.unstack(both)[0], x), adapt(adapt.steer(params, 0.5), x))
+
+
+@pytest.mark.parametrize("cfg", STRENGTHS, ids=lambda cfg: cfg.name)
+def test_each_matrix_of_a_stack_is_steered_by_itself(cfg):
+    torch.manual_seed(0)
+    model = nn.Bilinear(4, 4, 3, bias=False)  # its weight is a stack of three
+    adapt = ll.build(model, with_fields(cfg, target_names=("weight$",)))
+    params = move(adapt.init())
+    found = adapt.merge(adapt.steer(params, 0.5))["weight"]
+    for k in range(3):
+        layer = nn.Linear(4, 4, bias=False)
+        layer.weight.data = model.weight.data[k]
+        one = ll.build(nn.Sequential(layer), cfg)
+        own = {"0": {name: p[k] for name, p in params["weight"].items()}}
+        torch.testing.assert_close(found[k], one.merge(one.steer(own, 0.5))["0.weight"], rtol=1e-5, atol=1e-6)
 
 
 def test_fused_maps_merge_into_the_fused_weight():  # D6

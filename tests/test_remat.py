@@ -474,6 +474,23 @@ def test_recomputed_blocks_in_recomputed_blocks(tiny):
 _ELSEWHERE = {}
 
 
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("pattern", [r"layers\.\d+$", r"mlp$", r"layers\.0\.mlp\.up_proj$"])
+@pytest.mark.parametrize("target", [r"^model$", r"^model\.layers$"])  # the second is read, and never called
+def test_blocks_inside_a_module_that_is_trained_as_a_whole(tiny, target, pattern, how):
+    plain, remat, params, batch = pair(tiny, "llama", ll.FullConfig(target_names=target), pattern)
+    want = HOW[how](plain, params, batch)
+    assert all(leaf.any() for name, leaf in want[target.strip("^$").replace("\\", "")].items() if "layers" in name)
+    assert_trees_equal(HOW[how](remat, params, batch), want, 1e-6)
+
+
+def test_blocks_inside_a_module_that_each_row_trains_for_itself(tiny):
+    plain, remat, params, batch = pair(tiny, "llama", ll.FullConfig(target_names=r"layers\.1\.mlp$"), r"mlp\.up_proj$")
+    stacked, ids = ll.stack([params, move(params, seed=1)]), batch["input_ids"]
+    found = [ll.value_and_grad(lambda p, a=a: a.mixed(p, (ids,), [1, 0]).logits.square().sum())(stacked)[1] for a in (remat, plain)]
+    assert_trees_equal(*found, 1e-5)
+
+
 class _FromGlobal(_Plain):
     """The block reads a tensor of a global."""
 

@@ -246,7 +246,7 @@ class Adapt(Required):
         """
         members = stacked_size(params) if is_stacked(params, self.shapes) else None
         self._require(params, "steer", None if members is None else member_shapes(self.shapes, members))
-        return steered(self._plan.entries, params, c, members)
+        return steered(self._plan, params, c, members)
 
     def train(self, mode: bool = True) -> "Adapt":
         """Return an `adapt` in training mode. This one stays as it is."""

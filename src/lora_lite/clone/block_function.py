@@ -81,7 +81,8 @@ class BlockFunction:
         aliases = {id(t): t.detach() for t in tensors}
         tensors = [aliases[id(t)] for t in tensors]
         smooth = [t for t, given in zip(tensors, self.inputs) if carries(given, self._forward)]
-        checks = NoStrays(self._name, [*tensors, *self._block.parameters()], smooth, self._forward)
+        frozen = [p for p in self._block.parameters() if not carries(p, self._forward)]
+        checks = NoStrays(self._name, [*tensors, *frozen], smooth, self._forward)
         found = self._run(tensors, checks)
         require_no_hidden(self._name, found[0], self._leaves, [*tensors, *self._block.parameters(), *self._block.buffers()])
         made = self._lay_out(*found, tensors)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.plan import Shapes, Target
+from lora_lite.core.frozen import Params
+from lora_lite.core.plan import Plan, Shapes
 from lora_lite.core.tracing import in_transform
 from lora_lite.core.tree import AnyTree, Tree, tree_map
+from lora_lite.layers.kind import Kind
 
 
 def stack_trees(trees: Sequence[AnyTree]) -> Tree:
@@ -107,15 +109,25 @@ def is_stacked(params: object, shapes: Shapes) -> bool:
     return isinstance(leaf, Tensor) and leaf.dim() == len(shape) + 1
 
 
-def steered(entries: Sequence[tuple[Target, AdapterConfig]], params: AnyTree, c: float | Tensor, members: int | None) -> Tree:
+def steered(plan: Plan, params: AnyTree, c: float | Tensor, members: int | None) -> Tree:
     """Return params at strength `c`. A stack of `members` takes one strength for all or, where `c` is a vector, one for each."""
+    several = {target.path: plan.layer(target, cfg) for target, cfg in plan.entries if target.kind.pairs is not Kind.pairs}
+    configs = {cfg.name: cfg for _, cfg in plan.entries} | {target.path: cfg for target, cfg in plan.entries}
 
     def one(params: AnyTree, c: float | Tensor) -> Tree:
-        configs = {cfg.name: cfg for _, cfg in entries} | {target.path: cfg for target, cfg in entries}
-        return {path: dict(configs[path].steer(leaves, c)) for path, leaves in params.items()}
+        return {path: _at_strength(configs[path], several.get(path), leaves, c) for path, leaves in params.items()}
 
     axes = strength_axes(c, members)
     return one(params, c) if axes == (None, None) else torch.vmap(one, in_dims=axes)(tree_map(lambda p: p, params), c)
+
+
+def _at_strength(cfg: AdapterConfig, W: Any, leaves: Params, c: float | Tensor) -> dict[str, Tensor]:
+    """Return the params of one place in a tree at strength `c`. `W` is a layer that may hold several maps: each is steered by itself."""
+    if W is None:
+        return dict(cfg.steer(leaves, c))
+    maps = iter([cfg.steer(own, c) for _, own in W.pairs(leaves)])
+    found: dict[str, Tensor] = W.make(lambda _: next(maps))
+    return found
 
 
 def strength_axes(c: float | Tensor, members: int | None) -> tuple[int | None, int | None]:

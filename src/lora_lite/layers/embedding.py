@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lora_lite.core.frozen import Frozen, Start
 from lora_lite.layers.access import raw
@@ -68,7 +69,7 @@ class EmbeddingKind(Kind):
 
     def _look_up(self, x: Tensor, table: Tensor) -> Tensor:
         layer = self.layer  # sparse gradients are for the weight, which has none
-        return F.embedding(x, table, layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
+        return looked_up(x, table, layer.padding_idx, layer.scale_grad_by_freq)
 
     def _scaled(self, y: Tensor) -> Tensor:
         scale = self._scale(y)
@@ -149,6 +150,35 @@ class EmbeddingKind(Kind):
     def to_weight(self, dense: Tensor) -> Tensor:
         scale = self._scale(dense)
         return dense.t() if scale is None else dense.t() / scale
+
+
+def looked_up(x: Tensor, table: Tensor, padding_idx: int | None, scale_grad_by_freq: bool = False) -> Tensor:
+    """Return rows of a table, without a gradient for the padded one. Under `vmap` torch's own forgets that for all members but one."""
+    y = F.embedding(x, table, scale_grad_by_freq=scale_grad_by_freq)
+    if padding_idx is None:
+        return y
+    return torch.where((x == padding_idx % len(table))[..., None], y.detach(), y)
+
+
+class PaddedLookups(TorchFunctionMode):
+    """While it is active, whoever looks up in a table with a padded row gets what `looked_up` returns."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        return (_embedding if func is F.embedding else func)(*args, **(kwargs or {}))
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    if padding_idx is None or max_norm is not None or sparse:
+        return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    return looked_up(input, weight, padding_idx, scale_grad_by_freq)
 
 
 class _Cast(EmbeddingKind):

@@ -15,6 +15,7 @@ from lora_lite.core.frozen import Frozen
 from lora_lite.core.tree import join, modules_by_path
 from lora_lite.layers.access import ADAPTERS, first_of, place_of
 from lora_lite.layers.by_member import by_rows, joined, taken, tensors_in
+from lora_lite.layers.embedding import PaddedLookups
 from lora_lite.layers.kind import Kind, Params, Run, Variant
 
 Own = Callable[..., Any]
@@ -72,7 +73,7 @@ class ModuleKind(Kind):
         return self.weight.shape[0] if self.weight.dim() else 1
 
     def __call__(self, x: Tensor) -> Any:
-        with self._swapped({}):
+        with self.swapped({}):
             return self._own(x)
 
     def call(self, run: Run, own: Own, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -93,13 +94,13 @@ class ModuleKind(Kind):
         now = {name: (p + deltas[name]).to(p.dtype) for name, p in self.parameters.items() if name in deltas}
 
         def run(x: Any) -> Any:
-            with self._swapped(now):
+            with self.swapped(now):
                 return self._own(x)
 
         return run
 
     @contextmanager
-    def _swapped(self, now: Mapping[str, Tensor]) -> Iterator[None]:
+    def swapped(self, now: Mapping[str, Tensor]) -> Iterator[None]:
         """Swap tensors in for the module's parameters during a call. The module is of a copy, whose calls run one at a time."""
         tables = list(_places(self.layer, now))
         tensors = [table[own] for table, own, _ in tables]
@@ -117,6 +118,11 @@ class ModuleKind(Kind):
     def moving(self) -> bool:
         return self._now is not None
 
+    def moved_in(self, part: nn.Module) -> dict[str, Tensor]:
+        """Return the tensors that stand in the place of parameters of a part of the module in the call that runs, by name."""
+        there = {id(p) for inner in part.modules() for p in inner._parameters.values()}
+        return {name: tensor for name, tensor in (self._now or {}).items() if id(tensor) in there}
+
     def apply_rows(self, f: Variant, params: Params, x: Any, index: Tensor | None) -> Any:
         """Apply a variant to each row with the params of its member. What is called with more than its input runs member by member."""
         others = tensors_in(self._rest[1:])
@@ -130,7 +136,11 @@ class ModuleKind(Kind):
                 "that is called with one tensor, or run the members one by one."
             )
         spread = {name for name in others if (self.follow or {}).get(name)}
-        return self._by_member(f, params, x, index, spread) if spread else super().apply_rows(f, params, x, index)
+        if spread:
+            return self._by_member(f, params, x, index, spread)
+        padded = any(getattr(inner, "padding_idx", None) is not None for inner in self.layer.modules())
+        run: Any = functools.partial(_with_padded_lookups, f) if padded else f
+        return super().apply_rows(run, params, x, index)
 
     def _by_member(self, f: Variant, params: Params, x: Tensor, index: Tensor | None, spread: set[str]) -> Any:
         """Run the module once for each member, on its rows. Members share no parameter of it, so that one call would save nothing."""
@@ -187,6 +197,11 @@ class ModuleKind(Kind):
 
     def probe(self, tokens: int) -> list[Any]:
         return []  # the module itself runs
+
+
+def _with_padded_lookups(f: Variant, params: Params, W: Frozen, x: Any) -> Any:
+    with PaddedLookups():
+        return f(params, W, x)
 
 
 def _places(module: nn.Module, names: Iterable[str]) -> Iterator[tuple[Any, str, str]]:

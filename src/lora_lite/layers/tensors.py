@@ -209,7 +209,7 @@ class Tensors(Frozen):
 
     @property
     def moving(self) -> bool:
-        """Whether a call runs that has adapted tensors in the place of the module's own."""
+        """Whether a call runs that has adapted tensors in the place of the module's own. Such a kind has `moved_in` and `swapped`."""
         return False
 
     def readable(self) -> list[str]:
