@@ -9,7 +9,8 @@ import transformers as tf
 from torch import nn
 
 import lora_lite as ll
-from cases import assert_trees_equal, move, tiny_models
+from cases import FIRST, assert_trees_equal, move, tiny_models
+from lora_lite.core.config import with_fields
 from lora_lite.layers.embedding import EmbeddingKind
 
 LORA = ll.LoRAConfig(r=4, target_names=r"embed_tokens$", exclude_names=())
@@ -167,6 +168,24 @@ def test_merges_into_the_table(cfg, model_and_batch):
     assert list(state) == ["model.embed_tokens.weight"]
     assert not merged.load_state_dict(state, strict=False).unexpected_keys
     torch.testing.assert_close(merged(**batch).logits, adapt(params, batch).logits, rtol=1e-5, atol=1e-5)
+
+
+ADAPTING = [cfg for cfg in (row.cfg for row in FIRST) if cfg.adapts == "linear" and set(cfg.uses) <= EmbeddingKind.gives]
+ADAPTING = [cfg for cfg in ADAPTING if cfg.linear and not cfg.calibrated]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cfg", ADAPTING, ids=by_name)
+def test_every_variant_that_takes_a_table_computes_what_it_merges(cfg, dtype):
+    torch.manual_seed(0)
+    model, ids = nn.Sequential(nn.Embedding(240, 48)).to(dtype), torch.randint(24, (2, 9))
+    adapt = ll.build(model, with_fields(cfg, target_names=(r"^0$",), dtype=torch.float32))
+    params = move(adapt.init(seed=0))
+    merged = nn.functional.embedding(ids, adapt.merge(params, torch.float64)["0.weight"])
+    update = merged - model(ids).double()
+    assert update.abs().max() > 1e-3
+    bound = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    assert (adapt(params, ids).double() - merged).abs().max() <= bound * merged.abs().max()
 
 
 def test_tied_head_is_reported_and_not_merged():

@@ -17,7 +17,7 @@ import transformers as tf
 from torch import nn
 
 import lora_lite as ll
-from cases import move
+from cases import FIRST, move
 from lora_lite.core.config import with_fields
 from lora_lite.layers import kinds as table
 from lora_lite.layers.block import BlockKind
@@ -420,6 +420,17 @@ def test_each_matrix_of_a_stack_is_steered_by_itself(cfg):
         one = ll.build(nn.Sequential(layer), cfg)
         own = {"0": {name: p[k] for name, p in params["weight"].items()}}
         torch.testing.assert_close(found[k], one.merge(one.steer(own, 0.5))["0.weight"], rtol=1e-5, atol=1e-6)
+
+
+SHARING = [row.cfg for row in FIRST if row.cfg.name in ("unilora", "vblora", "randlora", "frod")]
+
+
+@pytest.mark.parametrize("maps", [1, 2])
+@pytest.mark.parametrize("cfg", SHARING, ids=lambda cfg: cfg.name)
+def test_stacks_have_no_part_of_tensors_that_layers_share(cfg, maps):
+    model = nn.Bilinear(48, 64, maps, bias=False)
+    with pytest.raises(ValueError, match=r'cannot adapt "weight": its layers share tensors, and this one holds (a stack of one|2) linear'):
+        ll.build(model, with_fields(cfg, target_names=("weight$",)))
 
 
 def test_fused_maps_merge_into_the_fused_weight():  # D6

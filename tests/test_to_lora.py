@@ -4,9 +4,13 @@ from itertools import pairwise
 
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 
 import lora_lite as ll
+from cases import move
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 
 
 @pytest.fixture
@@ -113,3 +117,20 @@ def test_params_of_a_training_that_went_astray_are_named(model, value):
     for convert in (lambda: ll.to_lora(adapt, params, r=2), lambda: ll.combine(adapt, [adapt.init(), params], [1.0, 1.0])):
         with pytest.raises(ValueError, match=r'expected finite params, found inf or nan at "2\.B"'):
             convert()
+
+
+def test_rows_that_move_a_tied_head_are_refused_and_the_way_out_works():
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES, tie_word_embeddings=True)).eval()
+    adapt = ll.build(model, ll.TokensConfig(token_ids=(3, 4)))
+    params = move(adapt.init())
+    with pytest.raises(ValueError, match=r'"model\.embed_tokens": TokensConfig moves "lm_head" too, which share the weight'):
+        ll.to_lora(adapt, params, r=2)
+    beside = ll.build(model, [ll.TokensConfig(token_ids=(3, 4)), ll.DoRAConfig(r=2)])
+    with pytest.raises(ValueError, match="Leave these targets out when building"):
+        ll.to_lora(beside, move(beside.init()), r=2)
+    untied = tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES, tie_word_embeddings=False)).eval()
+    adapt, ids = ll.build(untied, ll.TokensConfig(token_ids=(3, 4))), torch.tensor([[3, 5, 4]])
+    params = move(adapt.init())
+    lora, tree, errors = ll.to_lora(adapt, params, r=2)
+    assert max(errors.values()) < 1e-6
+    torch.testing.assert_close(lora(tree, (ids,)).logits, adapt(params, (ids,)).logits, rtol=1e-4, atol=1e-5)

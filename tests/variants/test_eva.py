@@ -53,6 +53,32 @@ def test_whitening_divides_by_the_root_of_the_singular_value():
     assert torch.allclose(white * pca(x, 5)[1].sqrt()[:, None], plain, atol=1e-10)
 
 
+class WithConstant(nn.Module):
+    """A layer whose inputs vary beside one whose inputs are all the same, as those of a bias token."""
+
+    def __init__(self):
+        super().__init__()
+        self.varied, self.same = nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.varied(x) + self.same(torch.ones_like(x))
+
+
+def test_layers_whose_inputs_never_vary_get_no_rank():
+    data = [torch.randn(9, 6)]
+    adapt = ll.build(WithConstant(), EVAConfig(r=2, rho=2.0), calibration=data)
+    assert {path: len(leaves["A"]) for path, leaves in adapt.init().items()} == {"varied": 4}
+
+
+def test_directions_without_variance_are_not_whitened():
+    data = [torch.randn(9, 6)]
+    with pytest.raises(ValueError, match=r"EVAConfig\.whiten: expected inputs that vary along r=2 directions.*found 0") as e:
+        ll.build(WithConstant(), EVAConfig(r=2, whiten=True), calibration=data)
+    assert any('at target "same"' in note for note in e.value.__notes__)
+    params = ll.build(WithConstant(), EVAConfig(r=2, whiten=True, exclude_names="same"), calibration=data).init()
+    assert params["varied"]["A"].isfinite().all()
+
+
 @pytest.mark.parametrize("whiten", [False, True])
 def test_start_is_pefts(tiny, whiten):
     model, _ = tiny("llama")

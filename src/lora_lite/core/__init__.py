@@ -18,6 +18,7 @@ from lora_lite.core.fields import require_rank as require_rank
 from lora_lite.core.frozen import Constants as Constants
 from lora_lite.core.frozen import Frozen as Frozen
 from lora_lite.core.frozen import Params as Params
+from lora_lite.core.frozen import dtype_for as dtype_for
 from lora_lite.core.leading import ANGLE as ANGLE
 from lora_lite.core.leading import SVDConfig as SVDConfig
 from lora_lite.core.leading import Way as Way

@@ -240,14 +240,18 @@ def as_frozen(W: Frozen | Tensor) -> Frozen:
     return Frozen(W) if isinstance(W, Tensor) else W
 
 
+def dtype_for(W: Frozen, x: Tensor) -> torch.dtype:
+    """Return the dtype that a variant computes in: that of `x`, or of the weight where `x` holds token ids."""
+    dtype = x.dtype
+    return dtype if dtype.is_floating_point else W.dtype
+
+
 def in_dtype(params: Mapping[str, Tensor], W: Frozen, x: Tensor) -> Mapping[str, Tensor]:
-    """Return the params in the dtype that the variant computes in: that of `x`, or of the weight where `x` holds token ids.
+    """Return the params in the dtype that the variant computes in, `dtype_for(W, x)`.
 
     The same object where nothing changes: every call of every layer passes here.
     """
-    dtype = x.dtype
-    if not dtype.is_floating_point:
-        dtype = W.dtype
+    dtype = dtype_for(W, x)
     for p in params.values():
         if p.dtype is not dtype:
             return {name: p.to(dtype) for name, p in params.items()}

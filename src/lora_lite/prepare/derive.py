@@ -127,16 +127,17 @@ def layers_of(base: nn.Module, entries: Entries, cfg: AdapterConfig) -> list[Any
     """Read the layers of a config whose targets share tensors.
 
     Raises:
-        ValueError: where one holds several linear maps, each of which would take a part of the shared tensors for its own; it is named.
+        ValueError: where one holds a stack of linear maps, each of which would take a part of the shared tensors for its own; it is named.
     """
     layers = {target.path: target.kind.at(base, target.path) for target, other in entries if other is cfg}
     for path, W in layers.items():
         maps: list[Frozen] = []
-        W.make(functools.partial(_noted_map, maps))
-        if len(maps) > 1:
+        made = W.make(functools.partial(_noted_map, maps))
+        if {name: t.dim() for name, t in made.items()} != {"": 1}:
+            held = f"{len(maps)} linear maps" if len(maps) > 1 else "a stack of one linear map"
             raise ValueError(
-                f'build: {type(cfg).__name__} cannot adapt "{path}": its layers share tensors, and this one holds {len(maps)} linear maps, '
-                "such as experts. Leave it out with exclude_names, or adapt it by a config whose layers share none, e.g. LoRAConfig."
+                f'build: {type(cfg).__name__} cannot adapt "{path}": its layers share tensors, and this one holds {held}, such as experts. '
+                "Leave it out with exclude_names, or adapt it by a config whose layers share none, e.g. LoRAConfig."
             )
     return list(layers.values())
 

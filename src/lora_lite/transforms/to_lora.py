@@ -11,7 +11,7 @@ from lora_lite.adapt import Adapt
 from lora_lite.build import build
 from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.errors import require_type, several
+from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.leading import leading_svd
 from lora_lite.core.plan import Target
 from lora_lite.core.tree import Tree
@@ -88,6 +88,9 @@ def _changes(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]]) -> list[t
         at = f'"{target.path}": {type(cfg).__name__}'
         if not cfg.linear:
             faults.append(f"{at} is not linear in its input")
+            continue
+        if cfg.tied and target.shared_with:
+            faults.append(f"{at} moves {listed(target.shared_with)} too, which share the weight, where LoRA acts at one place")
             continue
         W = adapt._plan.layer(target, cfg)
         try:

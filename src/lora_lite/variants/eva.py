@@ -86,7 +86,8 @@ class EVAConfig(SVDConfig, LowRankConfig):
         """Compute the shares of the variance that a layer's first directions explain, as many as it may get, descending."""
         moment = stats.covariance if self.center else stats.second_moment
         most = min(round(self.r * self.rho), len(moment), stats.count - self.center)
-        return stats.directions(most, self.center, self.svd)[0] / moment.trace()
+        variances, whole = stats.directions(most, self.center, self.svd)[0], moment.trace()
+        return variances / whole if whole > 0 else torch.zeros_like(variances)  # constant inputs: no direction explains anything
 
     def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
         moment = require_stats(self, W, stats, "covariance" if self.center else "second_moment")
@@ -100,6 +101,13 @@ class EVAConfig(SVDConfig, LowRankConfig):
         A = vectors.t()
         A = A * A.gather(1, A.abs().argmax(1, keepdim=True)).sign()
         if self.whiten:
+            least = variances[0].clamp_min(0) * torch.finfo(moment.dtype).eps * len(moment)
+            if (found := int((variances > least).sum())) < self.r:
+                raise ValueError(
+                    f"EVAConfig.whiten: expected inputs that vary along r={self.r} directions, since each row is divided by its singular "
+                    f"value, found {found} in a layer of input width {W.in_features}. Lower r, calibrate on more varied data, or leave "
+                    "whiten out."
+                )
             A = A / (variances[:, None] * stats.count) ** 0.25  # the singular value is sqrt(n variance)
         return {"A0": A.to(moment.dtype).contiguous()}
 

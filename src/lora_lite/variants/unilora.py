@@ -91,7 +91,7 @@ def unilora(
     theta = params["theta_d"]
     fixed = W.constants or assigned([W], r, len(theta), seed, start)[0]
     A, B = (
-        theta.index_select(0, index.flatten()).view(index.shape) * scale.to(x.dtype)
+        theta.index_select(0, index.flatten()).view(index.shape) * scale.to(theta.dtype)
         for index, scale in ((fixed["index_A"], fixed["scale_A"]), (fixed["index_B"], fixed["scale_B"]))
     )
     return add_low_rank(W(x), W.project(x, A, dropout), B)

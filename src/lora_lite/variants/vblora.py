@@ -43,6 +43,7 @@ from lora_lite.core import (
     Size,
     add_low_rank,
     checked,
+    dtype_for,
     expect,
     require_divisor,
 )
@@ -84,7 +85,7 @@ def vblora(params: VBLoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, topk: i
     """Return `W x + b + B A drop(x)`. The module's docstring has the formula and the shapes."""
     u, v = params["logits_A"], params["logits_B"]
     r, cut = len(u), u.shape[0] * u.shape[1]
-    parts = mixtures(torch.cat([u.flatten(0, 1), v.flatten(0, 1)]), params["bank"], topk).to(x.dtype)  # both factors in one
+    parts = mixtures(torch.cat([u.flatten(0, 1), v.flatten(0, 1)]), params["bank"], topk).to(dtype_for(W, x))  # both at once
     A, B = parts[:cut].view(r, -1), parts[cut:].view(len(v), r, -1).mT.reshape(-1, r)
     return add_low_rank(W(x), W.project(x, A, dropout), B)
 
