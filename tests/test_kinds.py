@@ -17,7 +17,7 @@ import transformers as tf
 from torch import nn
 
 import lora_lite as ll
-from cases import FIRST, move
+from cases import FIRST, assert_trees_equal, move
 from lora_lite.core.config import with_fields
 from lora_lite.layers import kinds as table
 from lora_lite.layers.block import BlockKind
@@ -30,6 +30,7 @@ from lora_lite.layers.own_forward import OwnForwardKind
 from lora_lite.layers.parameter import ParameterKind
 from lora_lite.layers.transposed import TransposedConvKind
 from lora_lite.testing import KIND_CHECKS, check_kind, make_kind_case
+from lora_lite.variants import adalora, kasa, osf, qgoft
 from test_packed_kinds import KINDS as PACKED
 
 
@@ -420,6 +421,60 @@ def test_each_matrix_of_a_stack_is_steered_by_itself(cfg):
         one = ll.build(nn.Sequential(layer), cfg)
         own = {"0": {name: p[k] for name, p in params["weight"].items()}}
         torch.testing.assert_close(found[k], one.merge(one.steer(own, 0.5))["0.weight"], rtol=1e-5, atol=1e-6)
+
+
+def renamed(tree):
+    """Return the tree of a fused layer with a target for each map, and the tree of a stack with one for each matrix."""
+    found = {}
+    for name, leaf in tree["0"].items():
+        of, _, own = name.rpartition(".")
+        found.setdefault(of, {})[own] = leaf
+    return found
+
+
+OF_TREES = {
+    "riemannian": (ll.LoRAConfig(r=2), lambda tree, _: ll.riemannian(tree, ll.tree_map(torch.sin, tree))),
+    "lora_fa": (ll.LoRAConfig(r=2), lambda tree, _: ll.lora_fa(tree, ll.tree_map(torch.sin, tree), scale=2.0)),
+    "osf": (ll.OSFConfig(effective_rank=1), osf.project),
+    "antipasto": (ll.AntiPaSTOConfig(r=2, core="ablate"), lambda tree, _: ll.AntiPaSTOConfig(r=2, core="ablate").update(tree, None)[0]),
+    "adalora": (ll.AdaLoRAConfig(init_r=2, target_r=1), lambda tree, _: {"": {"": adalora.orthogonality(tree)}}),
+    "kasa": (ll.KaSAConfig(r=1), lambda tree, constants: {"": {"": kasa.regularisation(tree, constants, ll.KaSAConfig(r=1))}}),
+    "qgoft": (ll.QGOFTConfig(), lambda tree, _: {"": {"": qgoft.orthogonality(tree)}}),
+}
+
+
+@pytest.mark.parametrize("case", OF_TREES)
+def test_functions_of_trees_see_each_map_of_a_fused_layer(case):
+    cfg, function = OF_TREES[case]
+    torch.manual_seed(0)
+    adapt = ll.build(nn.Sequential(nn.Linear(6, 12)), cfg, kinds=(FusedQKV,))
+    params = move(adapt.init(), scale=1.0)
+    found = function(params, adapt.constants)
+    want = function(renamed(params), renamed(adapt.constants))
+    assert_trees_equal(renamed({"0": found["0"]}) if "0" in found else found, want, 1e-6)
+    assert case in ("adalora", "kasa", "qgoft") or any(not torch.equal(params["0"][name], leaf) for name, leaf in found["0"].items())
+
+
+def test_rates_of_fused_maps_are_those_of_the_paper():
+    adapt = ll.build(nn.Sequential(nn.Linear(6, 12)), ll.LoRAConfig(r=2), kinds=(FusedQKV,))
+    slow, fast = ll.lora_plus(adapt.init(), lr=1.0, ratio=4.0)
+    assert [tuple(p.shape) for p in fast["params"]] == [(8, 2), (2, 2), (2, 2)]
+    assert [tuple(p.shape) for p in slow["params"]] == [(2, 6)] * 3
+
+
+@pytest.mark.parametrize("case", ["osf", "adalora", "kasa"])
+def test_functions_of_trees_see_each_matrix_of_a_stack(case):
+    cfg, function = OF_TREES[case]
+    torch.manual_seed(0)
+    adapt = ll.build(nn.Bilinear(4, 4, 3, bias=False), with_fields(cfg, target_names=("weight$",)))
+    params, each = move(adapt.init(), scale=1.0), ({}, {})
+    for k in range(3):
+        for own, tree in zip(each, (params, adapt.constants)):
+            own[str(k)] = {name: leaf[k] for name, leaf in tree["weight"].items()}
+    found, want = function(params, adapt.constants), function(*each)
+    if case == "osf":
+        want = {"weight": {name: torch.stack([want[str(k)][name] for k in range(3)]) for name in want["0"]}}
+    assert_trees_equal(found, want, 1e-6)
 
 
 SHARING = [row.cfg for row in FIRST if row.cfg.name in ("unilora", "vblora", "randlora", "frod")]

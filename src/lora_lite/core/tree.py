@@ -52,6 +52,28 @@ def modules_by_path(root: nn.Module, prefix: str = "") -> Mapping[str, nn.Module
     return found
 
 
+Apart = dict[tuple[str, str], dict[str, Any]]
+"""A tree of linear maps: the leaves of each by the target's path and the map's name in it, empty where the target is one map."""
+
+
+def apart(tree: AnyTree) -> Apart:
+    """Take a tree apart by linear maps. A fused layer has several, with their names before those of their leaves, such as `q.B`."""
+    found: Apart = {(path, ""): {} for path, leaves in tree.items() if not leaves}
+    for path, leaves in tree.items():
+        for name, leaf in leaves.items():
+            of, _, own = name.rpartition(".")
+            found.setdefault((path, of), {})[own] = leaf
+    return found
+
+
+def together(maps: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Put the linear maps of a tree together again."""
+    found: dict[str, dict[str, Any]] = {}
+    for (path, of), leaves in maps.items():
+        found.setdefault(path, {}).update({join(of, name): leaf for name, leaf in leaves.items()})
+    return found
+
+
 def flatten(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Name every leaf `<target path>.<name>`.
 

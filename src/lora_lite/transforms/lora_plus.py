@@ -38,6 +38,6 @@ def lora_plus(params: AnyTree, lr: float, ratio: float = 16.0) -> list[dict[str,
     if not lr > 0 or not ratio >= 1:
         raise ValueError(f"lora_plus: expected lr > 0 and ratio >= 1, found lr={lr}, ratio={ratio}. Use e.g. lr=1e-4, ratio=16.")
     require_tree("lora_plus(params, lr=1e-4)", "params", params)
-    slow = [leaf for leaves in params.values() for name, leaf in leaves.items() if name not in FAST]
-    fast = [leaf for leaves in params.values() for name, leaf in leaves.items() if name in FAST]
+    slow = [leaf for leaves in params.values() for name, leaf in leaves.items() if name.rpartition(".")[2] not in FAST]
+    fast = [leaf for leaves in params.values() for name, leaf in leaves.items() if name.rpartition(".")[2] in FAST]
     return [{"params": leaves, "lr": rate} for leaves, rate in ((slow, lr), (fast, lr * ratio)) if leaves]

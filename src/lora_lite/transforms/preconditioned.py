@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_lite.core.errors import require_grads
-from lora_lite.core.tree import AnyTree
+from lora_lite.core.tree import AnyTree, Apart, apart, together
 
 Tree = dict[str, dict[str, Tensor]]
 
@@ -45,12 +45,12 @@ def riemannian(params: AnyTree, grads: AnyTree, reg: float = 1e-2) -> Tree:
     """
     if not reg > 0:
         raise ValueError(f"riemannian: expected reg > 0, found {reg}. Use e.g. reg=1e-2.")
-    out = _copied("riemannian", params, grads)
-    for path in _pairs(params):
-        A, B = params[path]["A"], params[path]["B"]
+    maps, out = apart(params), _copied("riemannian", params, grads)
+    for path in _pairs(maps):
+        A, B = maps[path]["A"], maps[path]["B"]
         out[path]["A"] = _damped_solve(B.mT @ B, out[path]["A"], reg)
         out[path]["B"] = _damped_solve(A @ A.mT, out[path]["B"].mT, reg).mT
-    return out
+    return together(out)
 
 
 def lora_fa(params: AnyTree, grads: AnyTree, scale: float, reg: float = 1e-8) -> Tree:
@@ -89,25 +89,25 @@ def lora_fa(params: AnyTree, grads: AnyTree, scale: float, reg: float = 1e-8) ->
     """
     if not scale > 0 or not reg >= 0:
         raise ValueError(f"lora_fa: expected scale > 0 and reg >= 0, found scale={scale}, reg={reg}. Use scale=alpha / r.")
-    out = _copied("lora_fa", params, grads)
-    for path in _pairs(params):
-        A = params[path]["A"]
+    maps, out = apart(params), _copied("lora_fa", params, grads)
+    for path in _pairs(maps):
+        A = maps[path]["A"]
         out[path]["A"] = torch.zeros_like(A)
         out[path]["B"] = _damped_solve(A @ A.mT, out[path]["B"].mT, reg).mT / scale**2
-    return out
+    return together(out)
 
 
-def _copied(name: str, params: AnyTree, grads: AnyTree) -> Tree:
-    """Return the gradients as new dicts; the leaves are not copied."""
+def _copied(name: str, params: AnyTree, grads: AnyTree) -> Apart:
+    """Return the gradients as new dicts by linear maps; the leaves are not copied."""
     require_grads(f"{name}(params, grads)", params, grads)
-    if not _pairs(params):
+    if not _pairs(apart(params)):
         found = sorted({leaf for leaves in params.values() for leaf in leaves})
         raise ValueError(f'{name}: expected targets with the leaves "A" and "B", found {found}. Use it with LoRAConfig and its like.')
-    return {path: dict(leaves) for path, leaves in grads.items()}
+    return apart(grads)
 
 
-def _pairs(params: AnyTree) -> list[str]:
-    return [path for path, leaves in params.items() if {"A", "B"} <= set(leaves)]
+def _pairs(maps: Apart) -> list[tuple[str, str]]:
+    return [place for place, leaves in maps.items() if {"A", "B"} <= set(leaves)]
 
 
 def _damped_solve(gram: Tensor, rhs: Tensor, reg: float) -> Tensor:

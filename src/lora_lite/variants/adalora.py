@@ -33,7 +33,7 @@ from torch import Tensor
 
 from lora_lite.core import AdapterConfig, Count, Frozen, NonNegative, Params, Probability, Rank, Size, add_low_rank, checked, expect
 from lora_lite.core.errors import require_targets, require_tree
-from lora_lite.core.tree import AnyTree
+from lora_lite.core.tree import AnyTree, apart
 from lora_lite.variants._allocation import allocate
 
 NAMES = {"A", "B", "E"}
@@ -57,12 +57,13 @@ def orthogonality(params: AnyTree) -> Tensor:
     """Compute the mean over all `A` and `B` of `||P P^T - I||_F`, eq. (4) as in PEFT. The loss adds `orth_reg_weight` of it."""
     require_tree("orthogonality(params)", "params", params)
     norms = []
-    for leaves in params.values():
+    for leaves in apart(params).values():
         if set(leaves) == NAMES:
-            for P in (leaves["A"], leaves["B"].t()):
-                norms.append(torch.linalg.matrix_norm(P @ P.t() - torch.eye(P.shape[0], dtype=P.dtype, device=P.device)))
+            for P in (leaves["A"], leaves["B"].mT):
+                eye = torch.eye(P.shape[-2], dtype=P.dtype, device=P.device)
+                norms.append(torch.linalg.matrix_norm(P @ P.mT - eye).flatten())
     require_targets("orthogonality", norms, "AdaLoRA")
-    return torch.stack(norms).mean()
+    return torch.cat(norms).mean()
 
 
 @dataclass(frozen=True, kw_only=True)

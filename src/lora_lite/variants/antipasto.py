@@ -54,6 +54,7 @@ import torch
 from torch import Tensor
 
 from lora_lite.core import Constants, Frozen, Params, Rank, Size, SVDConfig, Within, expect, kaiming
+from lora_lite.core.tree import apart, together
 from lora_lite.variants import _antipasto_cores as cores
 from lora_lite.variants._antipasto_bases import derive_basis
 
@@ -177,5 +178,5 @@ class AntiPaSTOConfig(SVDConfig):
     def update(self, params: Any, grads: Any, state: Any = None) -> tuple[Any, Any]:
         """Project a tree after an optimiser's step: `alpha` of the ablate core into [0, 1], where the core contracts. The rest stays."""
         project = {"alpha": lambda alpha: alpha.clamp(0, 1)}
-        new = {path: {name: project.get(name, lambda p: p)(p) for name, p in leaves.items()} for path, leaves in params.items()}
-        return new, state
+        maps = apart(params).items()
+        return together({at: {name: project.get(name, lambda p: p)(p) for name, p in leaves.items()} for at, leaves in maps}), state

@@ -49,7 +49,7 @@ from lora_lite.core import (
     smallest_components,
 )
 from lora_lite.core.errors import require_targets
-from lora_lite.core.tree import AnyTree
+from lora_lite.core.tree import AnyTree, apart
 
 
 class KaSAParams(TypedDict):
@@ -140,19 +140,19 @@ def regularisation(params: AnyTree, constants: AnyTree, cfg: KaSAConfig) -> Tens
     Returns:
         A scalar. The training loop adds it to its loss.
     """
-    terms = []
-    for path, leaves in params.items():
+    terms, fixed = [], apart(constants)
+    for place, leaves in apart(params).items():
         if set(leaves) == {"dA", "dB", "dd"}:
-            start = {name: t.to(leaves["dd"]) for name, t in constants[path].items()}
+            start = {name: t.to(leaves["dd"]) for name, t in fixed[place].items()}
             A, B, d = start["A0"] + leaves["dA"], start["B0"] + leaves["dB"], start["S0"] / cfg.scale + leaves["dd"]
-            terms.append(cfg.beta * d.square().sum() + cfg.gamma * (_from_orthonormal(A @ A.t()) + _from_orthonormal(B.t() @ B)))
+            terms.append(cfg.beta * d.square().sum() + cfg.gamma * (_from_orthonormal(A @ A.mT) + _from_orthonormal(B.mT @ B)))
     require_targets("regularisation", terms, "KaSA")
     return torch.stack(terms).sum()
 
 
 def _from_orthonormal(gram: Tensor) -> Tensor:
-    """Return `||G - I||_F`, whose gradient at orthonormal factors is zero within rounding, where the norm itself has none."""
-    far = gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    square = far.square().sum()
-    small = square <= (torch.finfo(gram.dtype).eps * len(gram)) ** 2 * 100
-    return torch.where(small, 0, torch.where(small, 1, square).sqrt())
+    """Sum `||G - I||_F` over a stack, or of one. Its gradient at orthonormal factors is zero within rounding; the norm itself has none."""
+    n = gram.shape[-1]
+    square = (gram - torch.eye(n, dtype=gram.dtype, device=gram.device)).square().sum((-2, -1))
+    small = square <= (torch.finfo(gram.dtype).eps * n) ** 2 * 100
+    return torch.where(small, 0, torch.where(small, 1, square).sqrt()).sum()

@@ -38,7 +38,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.core import AdapterConfig, Constants, Frozen, Params, Size, Within, add_low_rank, checked, expect, truncated_svd
-from lora_lite.core.tree import AnyTree
+from lora_lite.core.tree import AnyTree, apart, together
 
 
 class OSFParams(TypedDict):
@@ -49,18 +49,18 @@ class OSFParams(TypedDict):
 
 def project(tree: AnyTree, constants: AnyTree) -> dict[str, dict[str, Tensor]]:
     """Return a tree of params or gradients without what lies along the major singular vectors. Other variants' leaves stay as they are."""
-    projected = {path: dict(leaves) for path, leaves in tree.items()}
-    for path, leaves in projected.items():
+    projected, fixed = apart(tree), apart(constants)
+    for place, leaves in projected.items():
         if set(leaves) == {"dU", "dS", "dV"}:
-            c = {name: t.to(leaves["dU"].dtype) for name, t in constants[path].items()}
+            c = {name: t.to(leaves["dU"].dtype) for name, t in fixed[place].items()}
             leaves["dU"] = _across(leaves["dU"], c["U0"], c.get("U_h"))
-            leaves["dV"] = _across(leaves["dV"].t(), c["V0"].t(), c["V_h"].t() if "V_h" in c else None).t()
-    return projected
+            leaves["dV"] = _across(leaves["dV"].mT, c["V0"].mT, c["V_h"].mT if "V_h" in c else None).mT
+    return together(projected)
 
 
 def _across(d: Tensor, minor: Tensor, major: Tensor | None) -> Tensor:
     """Remove from columns what lies along the major vectors. Where all of them are a whole basis, the minor ones span the rest."""
-    return minor @ (minor.t() @ d) if major is None else d - major @ (major.t() @ d)
+    return minor @ (minor.mT @ d) if major is None else d - major @ (major.mT @ d)
 
 
 @checked

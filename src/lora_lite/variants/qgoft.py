@@ -31,7 +31,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.core import AdapterConfig, Frozen, Params, checked, gate
-from lora_lite.core.tree import AnyTree
+from lora_lite.core.tree import AnyTree, apart
 from lora_lite.variants._tree import sizes, through_tree
 
 
@@ -43,7 +43,7 @@ class QGOFTParams(TypedDict):
 def orthogonality(params: AnyTree) -> Tensor:
     """Sum over the pairs of all layers the squared product of the two columns of `G`, eq. (5)'s term: a scalar >= 0 for the loss."""
     terms = []
-    for leaves in params.values():
+    for leaves in apart(params).values():
         if "dG" in leaves:
             G = leaves["dG"] + torch.eye(2, dtype=leaves["dG"].dtype, device=leaves["dG"].device)
             terms.append((G[..., 0] * G[..., 1]).sum(-1).square().sum())
