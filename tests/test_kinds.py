@@ -17,7 +17,7 @@ import transformers as tf
 from torch import nn
 
 import lora_lite as ll
-from cases import FIRST, assert_trees_equal, move
+from cases import CASES, FIRST, assert_trees_equal, move
 from lora_lite.core.config import with_fields
 from lora_lite.layers import kinds as table
 from lora_lite.layers.block import BlockKind
@@ -230,6 +230,24 @@ def test_rows_under_autocast_have_the_dtype_of_a_plain_call(name):
         assert got.dtype == want.dtype, cfg.name
         torch.testing.assert_close(got, want, rtol=0.03, atol=0.03)
     assert refused in (0, len(case.variants))
+
+
+PLAIN = [row for row in CASES if row.cfg.adapts == "linear" and not row.cfg.calibrated and not row.cfg.original]
+PLAIN = [row for row in PLAIN if not {"rows", "positions"} & set(row.cfg.uses)]
+
+
+@pytest.mark.parametrize("tokens", [3, 2100])
+@pytest.mark.parametrize("row", PLAIN, ids=lambda row: row.id)
+def test_every_variant_has_the_dtype_of_a_plain_call_under_autocast(row, tokens):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(48, 64)).eval(), torch.randn(tokens, 48)
+    adapt = ll.build(model, row.cfg)
+    params = move(adapt.init(), scale=0.02)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, own = adapt(params, x), model(x)
+    assert found.dtype == own.dtype
+    want = adapt(params, x)
+    assert (found - want).abs().max() <= 3e-2 * want.abs().max()
 
 
 def test_every_kind_that_ships_is_in_the_grid():

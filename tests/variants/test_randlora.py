@@ -46,3 +46,12 @@ def test_sparse_bases_have_the_share_of_the_paper(options, share):
     assert len(B.unique()) == 3
     assert (B != 0).float().mean() == pytest.approx(share, rel=0.05)
     assert B.std() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_bases_of_one_entry_are_refused_and_the_way_out_works():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 1))
+    with pytest.raises(ValueError, match=r"RandLoRAConfig\.r: expected bases whose entries differ.*r=1 .* 1 outputs"):
+        ll.build(model, ll.RandLoRAConfig(r=1))
+    adapt = ll.build(model, ll.RandLoRAConfig(r=2))
+    params = ll.tree_map(lambda p: p + 0.1, adapt.init())
+    assert adapt(params, torch.randn(3, 8)).isfinite().all()

@@ -60,7 +60,7 @@ def add_block_product(x: Tensor, M: Tensor) -> Tensor:
 
 def gate(y: Tensor, g: Tensor, fixed: Tensor | None = None) -> Tensor:
     """Return `(1 + g) (y - fixed) + fixed`, with `y (*b, k)` and `g`, `fixed` `(k,)`. The result is exactly `y` where `g = 0`."""
-    g = g.to(y.dtype)  # under autocast the layer's output has another dtype than its input
+    g, fixed = g.to(y.dtype), None if fixed is None else fixed.to(y.dtype)  # under autocast it has another dtype than the layer's tensors
     if torch.finfo(y.dtype).bits < 32:  # 1 + g would round small gates away
         return torch.addcmul(y, y if fixed is None else y - fixed, g)
     return y * (1 + g) if fixed is None else torch.addcmul(-g * fixed, y, 1 + g)  # one pass each way

@@ -92,9 +92,9 @@ def fourierft(
         return W(x)
     dtype = torch.promote_types(x.dtype, torch.float32)  # there are no transforms of bfloat16
     c, at, tokens = scaling * c.to(dtype), places_of(W, len(c), seed), x.numel() // i
+    if is_dense(len(at), W) and tokens > max(FEW, o * i // (o + i)):
+        return W.updated_by(x, lambda c: dense_update(c, at, o, i).to(x.dtype), c)
     with full_precision(x):
-        if is_dense(len(at), W) and tokens > max(FEW, o * i // (o + i)):
-            return W.updated_by(x, lambda c: dense_update(c, at, o, i).to(x.dtype), c)
         update = transformed(c / i, at, x.to(dtype), W)
     y = W(x)
     return y + update.to(y.dtype)
