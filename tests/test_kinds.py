@@ -250,6 +250,15 @@ def test_every_variant_has_the_dtype_of_a_plain_call_under_autocast(row, tokens)
     assert (found - want).abs().max() <= 3e-2 * want.abs().max()
 
 
+@pytest.mark.parametrize("shape", [(0, 6), (0, 3, 6), (2, 0, 6)], ids=str)
+@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 4), lambda: tf.pytorch_utils.Conv1D(4, 6)], ids=["linear", "conv1d"])
+@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=2), ll.IA3Config()], ids=lambda cfg: cfg.name)
+def test_a_batch_of_no_rows_passes(cfg, make, shape):
+    model = nn.Sequential(make())
+    adapt, x = ll.build(model, cfg), torch.zeros(shape)
+    assert adapt(adapt.init(), x).shape == model(x).shape == (*shape[:-1], 4)
+
+
 def test_every_kind_that_ships_is_in_the_grid():
     tried = {kind for kind, _, _ in GRID.values()}
     packed = set(PACKED.values()) | {"Linear4bitKind", "Linear8bitKind"}  # tests/test_packed_kinds.py and test_quantised*.py: no float64

@@ -80,7 +80,7 @@ class Conv1DKind(_OfTransformers):
     def __call__(self, x: Tensor) -> Tensor:
         stored = self.layer._parameters
         flat = torch.addmm(stored["bias"], x.reshape(-1, x.shape[-1]), stored["weight"])  # as the layer itself computes it
-        return flat.view(*x.shape[:-1], -1)
+        return flat.view(*x.shape[:-1], flat.shape[-1])  # -1 tells nothing of an empty batch
 
     def to_weight(self, dense: Tensor) -> Tensor:
         return dense.t()
