@@ -1,5 +1,6 @@
 """Shared by every test: checks on, one thread, no network, a seed per test, and the device to run on."""
 
+import gc
 import os
 
 import pytest
@@ -19,6 +20,12 @@ def pytest_addoption(parser):
 def pytest_ignore_collect(collection_path, config):
     """Leave out what compares a GPU with a CPU, unless asked for by `--device cuda`."""
     return True if collection_path.name == "test_gpu.py" and config.getoption("--device") == "cpu" else None
+
+
+def pytest_collection_finish():
+    """Leave what stays for the whole run, some million objects of modules and tests, out of the collections to come."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

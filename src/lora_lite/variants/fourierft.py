@@ -88,8 +88,9 @@ def fourierft(
 ) -> Float[Tensor, "*b o"]:
     """Return `W x + b + Delta x`. A plain weight takes places drawn from `seed`. The module's docstring has the formula and the shapes."""
     c, o, i = params["c"], W.out_features, W.in_features
-    if not x.numel():  # MKL transforms no empty batch
-        return W(x)
+    if not x.numel():  # MKL transforms no empty batch; the gradient is zero, and not missing
+        y = W(x)
+        return y + 0 * c.sum().to(y.dtype)
     dtype = torch.promote_types(x.dtype, torch.float32)  # there are no transforms of bfloat16
     c, at, tokens = scaling * c.to(dtype), places_of(W, len(c), seed), x.numel() // i
     if is_dense(len(at), W) and tokens > max(FEW, o * i // (o + i)):
