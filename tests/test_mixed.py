@@ -194,7 +194,7 @@ def test_mixed_batches_under_remat_and_in_training_mode_with_dropout():
 
 @pytest.mark.parametrize("given", [None, torch.tensor([1, 0, 1, 0])], ids=["groups", "index"])
 def test_mixed_and_its_gradient_compile_in_one_graph(tiny, given):
-    model, batch = padded(tiny, "llama")
+    model, batch = padded(tiny, "llama", num_hidden_layers=1)
     batch.pop("attention_mask")
     adapt = ll.build(model, ll.LoRAConfig(r=2))
     one, two = (ll.stack(_members(adapt, 2)) for _ in range(2))

@@ -133,7 +133,7 @@ class TestWholeModel:
 
 @pytest.mark.parametrize("backend", ["nf4"])  # a layer of 8 bits compiles above, and takes as long again
 def test_compiled_whole_model(tiny, backend):
-    model, batch = tiny("llama", hidden_size=64, intermediate_size=128)
+    model, batch = tiny("llama", hidden_size=64, intermediate_size=128, num_hidden_layers=1)
     packed, dense = adapts(model, backend, ll.LoRAConfig(r=4))
     params = move(dense.init())
     close(compiled(lambda p: packed(p, batch).logits)(params), dense(params, batch).logits)
