@@ -798,7 +798,7 @@ class Hooking(nn.Module):
         self.lin, self.seen = nn.Linear(4, 4), []
 
     def forward(self, x):
-        self.lin.register_forward_hook(lambda module, args, output: 2 * output)
+        self.lin.register_forward_hook(lambda module, args, kwargs, output: 2 * output, with_kwargs=True, always_call=True)
         return self.lin(x)
 
 
@@ -826,6 +826,8 @@ def test_hooks_of_each_call_are_its_own():
     first = adapt(params, x)
     assert torch.equal(adapt(params, x), first)
     assert torch.equal(adapt.mixed(ll.stack([params]), x, [0, 0, 0]), first)
+    held = vars(adapt._replicas.main.module.lin)
+    assert not any(table for name, table in held.items() if name.startswith("_forward_hooks"))
 
 
 OPAQUE = {

@@ -111,6 +111,38 @@ def test_whole_square_is_decomposed_where_the_iteration_finds_no_end():
     assert float((U.double() * S.double() @ Vh.double() - best).norm() / best.norm()) <= start.error <= leading.TOLERANCE
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, f64])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_bound_of_the_rest_of_a_whole_decomposition_is_above_it(spectrum, dtype):
+    """Where the rest is next to nothing, rounding gives the square of its norm any value, zero too."""
+    for seed, r in ((0, 5), (1, 8), (2, 40)):
+        W = matrix_of(spectrum, 200, 260, seed)
+        W = (W / W.norm()).to(dtype)
+        square = krylov.Matrix(W, dtype).squared()
+        assert leading._rest(square, square.whole(), W, r) >= torch.linalg.svdvals(W.double())[r]
+
+
+@pytest.mark.parametrize("spectrum", sorted(SPECTRA.keys() - {"flat", "nearly flat"}))  # of these the iteration finds no end
+def test_bound_of_the_rest_has_room_for_the_rounding_of_the_square(spectrum):
+    W, r = matrix_of(spectrum, 200, 3000), 8
+    W = (W / W.norm()).float()
+    square = krylov.Matrix(W, torch.float32).squared()
+    rounding = torch.linalg.matrix_norm(square.square(torch.eye(200)).double() - W.double() @ W.double().t(), 2)
+    ritz = krylov.krylov(square, r, W.device, 1.0, 1.0, lambda ritz: True)
+    rows = ritz.vectors(ritz.apart(r))
+    rest, without = (leading._rest(square, found, rows, r) for found in (ritz, ritz._replace(noise=0.0)))
+    assert rest**2 >= without**2 + 2 * float(rounding)
+
+
+def test_new_vectors_are_orthonormal_where_next_to_nothing_of_the_products_is_new():
+    g = torch.Generator().manual_seed(0)
+    rows = torch.linalg.qr(torch.randn(60, 20, generator=g)).Q.t()
+    Y = torch.randn(4, 20, generator=g) @ rows + 1e-7 * torch.randn(4, 60, generator=g)
+    Q, coefficients = krylov._across(rows, Y, Y @ rows.t())
+    torch.testing.assert_close(torch.cat([rows, Q]) @ torch.cat([rows, Q]).t(), torch.eye(24), rtol=0, atol=1e-5)
+    assert coefficients.norm() < 1e-5
+
+
 def test_triplets_have_the_signs_and_the_layout_of_the_exact_ones():
     W = matrix_of("power", 300, 256).float()
     for got, want in zip(leading_svd(W, 5), truncated_svd(W, 5), strict=True):

@@ -62,6 +62,7 @@ def test_unused_leaves_and_constant_values_give_zeros(x):
     with pytest.warns(UserWarning, match="depends on none of the params"):
         value, grads = ll.value_and_grad(lambda p: torch.tensor(3.0))(params)
     assert float(value) == 3.0
+    assert ll.value_and_grad(lambda p: torch.tensor(3.0))({})[1] == {}  # there is nothing that the value could have forgotten
     assert all(torch.equal(g, torch.zeros_like(p)) for g, p in zip(pytree.tree_leaves(grads), pytree.tree_leaves(params)))
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -188,8 +188,6 @@ class Adapt(Required):
                 shared with another module, or accelerate offloads weights.
             TypeError: where `dtype` is no floating one.
         """
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise TypeError(f"adapt.merge: expected a floating torch.dtype or None, found {dtype!r}. Use e.g. torch.float32.")
         self._require_whole("merge")
         self._require_in_memory("merge")
         self._require(params, "merge")
@@ -290,14 +288,6 @@ class Adapt(Required):
         """
         used = {path for path, binding in self._replicas.main.bindings if binding.used}
         return [target.path for target in self.targets if target.path not in used]
-
-    if not TYPE_CHECKING:
-
-        def __getattr__(self, name: str) -> NoReturn:
-            """Raise, and name the module that has it, such as `parameters` or `generate`."""
-            base = getattr(vars(self).get("_plan"), "base", None)
-            way = f" It is a function of params, no module: use adapt.module(params).{name}." if hasattr(base, name) else ""
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}.{way}", name=name, obj=self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Adapt, (self._plan,)  # only the plan is copied and pickled: the clones follow from it, and belong to this process's threads

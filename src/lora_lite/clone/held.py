@@ -21,7 +21,7 @@ def _bindings_around(block: nn.Module, inside: Sequence[Any]) -> list[Any]:
     """List the bindings of modules around a block that adapt parameters in it, as one that trains the whole encoder does."""
     stand_ins = (vars(m).get(name) for m in block.modules() for name in m._parameters)
     found = {id(s.binding): s.binding for s in stand_ins if isinstance(s, ReadTensor)}
-    return [b for key, b in found.items() if key not in set(map(id, inside))]
+    return [binding for binding in found.values() if binding not in inside]
 
 
 class Held:

@@ -18,7 +18,7 @@ _SMALL = 2**16
 _OURS = "lora_lite."
 _TORCHS = "torch.nn.modules."
 _TABLES = ("_buffers", "_modules", "_non_persistent_buffers_set")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = tuple(name for name in vars(nn.Module()) if name.startswith(("_forward", "_backward")))
 """The tables of hooks. A forward may install some once and note beside that it did, as those of transformers do for hidden states."""
 
 
@@ -67,7 +67,7 @@ class State:
             if foreign:  # else all code that runs is torch's, which keeps its state in buffers
                 self._live += _places(module) if has_code(module) or module._buffers else [vars(module)]
         self._tensors = list(tensors.values())
-        self._hooks = [vars(module)[name] for module in modules for name in _HOOKS] if foreign else []
+        self._hooks = [vars(module)[name] for module in modules for name in _HOOKS if name in vars(module)] if foreign else []
         self._installed = RemovableHandle.next_id  # of any module's last hook: it tells that none came, at the price of a look
         self.kept = self.now()
         self._hooks_kept = self.kept[len(self._live) :]

@@ -235,6 +235,26 @@ def plus(y: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
+class Stored(Frozen):
+    """A layer of which reading the weight is more than a look: its shape, device and dtype are those of the tensor that it holds."""
+
+    @property
+    def in_features(self) -> int:
+        return self._weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self._weight.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self._weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._weight.dtype
+
+
 def as_frozen(W: Frozen | Tensor) -> Frozen:
     """Wrap a plain `(o, i)` weight. A `Frozen` is returned as it is."""
     return Frozen(W) if isinstance(W, Tensor) else W

@@ -36,7 +36,10 @@ def merge(plan: Plan, params: AnyTree, dtype: torch.dtype | None = None) -> dict
 
     Raises:
         ValueError: for what `load_state_dict(..., strict=False)` would drop or spread in silence; it lists each case.
+        TypeError: where `dtype` is no floating one.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"adapt.merge: expected a floating torch.dtype or None, found {dtype!r}. Use e.g. torch.float32.")
     faults: list[str] = []
     merged: dict[str, Tensor] = {}
     alone: dict[str, Target] = {}

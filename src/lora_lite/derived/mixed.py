@@ -160,10 +160,9 @@ def index_of(index: Tensor | Sequence[int] | None, members: int, device: torch.d
     if index is None:
         return None
     if not isinstance(index, Tensor):
-        many = isinstance(index, Iterable)
-        given: list[Any] = list(index) if many else [index]  # an iterator is gone when it has been looked at
-        wrong = [k for k in given if isinstance(k, bool) or not isinstance(k, Integral) or not many]
-        if wrong:
+        given = list(index) if isinstance(index, Iterable) else None  # an iterator is gone when it has been looked at
+        wrong = [index] if given is None else [k for k in given if isinstance(k, bool) or not isinstance(k, Integral)]
+        if given is None or wrong:
             raise TypeError(
                 f"adapt.{caller}: expected index as integers, a row each, found {wrong[0]!r}. Give each row the number of its adapter, in "
                 "a list."

@@ -1,6 +1,6 @@
 """The demands of an adapted model's calls, with the way out where one is not met."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -16,6 +16,14 @@ class Required(Described):
     """The demands on params and on the frozen weights, read off a plan."""
 
     _on_meta: bool
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            """Raise, and name the module that has it, such as `parameters` or `generate`."""
+            base = getattr(vars(self).get("_plan"), "base", None)
+            way = f" It is a function of params, no module: use adapt.module(params).{name}." if hasattr(base, name) else ""
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}.{way}", name=name, obj=self)
 
     def _require(self, params: Any, caller: str, shapes: Shapes | None = None) -> torch.dtype | None:
         return require_fit(params, shapes or self.shapes, caller, self._on_meta)

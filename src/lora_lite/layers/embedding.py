@@ -160,9 +160,17 @@ def looked_up(x: Tensor, table: Tensor, padding_idx: int | None, scale_grad_by_f
     return torch.where((x == padding_idx % len(table))[..., None], y.detach(), y)
 
 
-class PaddedLookups(TorchFunctionMode):
-    """While it is active, whoever looks up in a table with a padded row gets what `looked_up` returns."""
+def with_padded_lookups(f: Variant) -> Any:
+    """Return a variant in whose calls whoever looks up in a table with a padded row gets what `looked_up` returns."""
 
+    def run(params: Params, W: Frozen, x: Any) -> Any:
+        with _PaddedLookups():
+            return f(params, W, x)
+
+    return run
+
+
+class _PaddedLookups(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         return (_embedding if func is F.embedding else func)(*args, **(kwargs or {}))
 

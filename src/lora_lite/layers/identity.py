@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lora_lite.core.frozen import Frozen, Params, plus
+from lora_lite.core.frozen import Frozen, Params, Stored, plus
 from lora_lite.core.tracing import in_transform
 
 Variant = Callable[[Params, Frozen, Any], Any]
@@ -60,7 +60,7 @@ class AtIdentity(Frozen):
         return A.t()[self._rows] if x is self._points else super().project(x, A, dropout)
 
 
-class InBlocks(AtIdentity):
+class InBlocks(Stored, AtIdentity):
     """The same of a weight that is cast a block of rows at a time where it is read. A whole copy is made only if a variant asks for one.
 
     Each block is a copy, even where there is nothing to cast: products over tensors of a mapped file, which are not aligned, round
@@ -73,18 +73,6 @@ class InBlocks(AtIdentity):
         self._dtype, self._release = dtype, release
         self._size = block_rows(weight.shape[1], dtype)
         self._whole = self._cast(weight) if self._size >= len(weight) else None
-
-    @property
-    def in_features(self) -> int:
-        return self._weight.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self._weight.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self._weight.device
 
     @property
     def dtype(self) -> torch.dtype:

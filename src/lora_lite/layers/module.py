@@ -15,7 +15,7 @@ from lora_lite.core.frozen import Frozen
 from lora_lite.core.tree import join, modules_by_path
 from lora_lite.layers.access import ADAPTERS, first_of, place_of
 from lora_lite.layers.by_member import by_rows, joined, taken, tensors_in
-from lora_lite.layers.embedding import PaddedLookups
+from lora_lite.layers.embedding import with_padded_lookups
 from lora_lite.layers.kind import Kind, Params, Run, Variant
 
 Own = Callable[..., Any]
@@ -138,9 +138,12 @@ class ModuleKind(Kind):
         spread = {name for name in others if (self.follow or {}).get(name)}
         if spread:
             return self._by_member(f, params, x, index, spread)
-        padded = any(getattr(inner, "padding_idx", None) is not None for inner in self.layer.modules())
-        run: Any = functools.partial(_with_padded_lookups, f) if padded else f
-        return super().apply_rows(run, params, x, index)
+        return super().apply_rows(with_padded_lookups(f) if self._padded else f, params, x, index)
+
+    @functools.cached_property
+    def _padded(self) -> bool:
+        """Whether the module holds a table with a padded row."""
+        return any(getattr(inner, "padding_idx", None) is not None for inner in self.layer.modules())
 
     def _by_member(self, f: Variant, params: Params, x: Tensor, index: Tensor | None, spread: set[str]) -> Any:
         """Run the module once for each member, on its rows. Members share no parameter of it, so that one call would save nothing."""
@@ -197,11 +200,6 @@ class ModuleKind(Kind):
 
     def probe(self, tokens: int) -> list[Any]:
         return []  # the module itself runs
-
-
-def _with_padded_lookups(f: Variant, params: Params, W: Frozen, x: Any) -> Any:
-    with PaddedLookups():
-        return f(params, W, x)
 
 
 def _places(module: nn.Module, names: Iterable[str]) -> Iterator[tuple[Any, str, str]]:

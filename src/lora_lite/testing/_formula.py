@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_lite.core.checked import set_typecheck
 from lora_lite.core.config import AdapterConfig, with_fields
-from lora_lite.core.frozen import USES, Frozen
+from lora_lite.core.frozen import USES, Frozen, Stored
 from lora_lite.derived.cost import declared, macs_per_token
 from lora_lite.derived.merge import merged_layer
 from lora_lite.layers.kind import Variant
@@ -66,7 +66,7 @@ def parts(cfg: AdapterConfig) -> None:
             fail(f"uses to name {sorted(used)}", f"{sorted(case.cfg.uses)}")
 
 
-class _Watched(Frozen):
+class _Watched(Stored):
     """A layer that notes which of its parts are used. It knows its input: the one that a variant is given is of nan."""
 
     def __init__(self, W: Frozen, x: Tensor) -> None:
@@ -78,22 +78,6 @@ class _Watched(Frozen):
     def weight(self) -> Tensor:
         self.used.add("dense")
         return self._weight
-
-    @property
-    def in_features(self) -> int:
-        return self._weight.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self._weight.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self._weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._weight.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
         self.used.add("output")

@@ -92,7 +92,7 @@ def _plain(f: Callable[..., Any], has_aux: bool, params: Any, args: tuple[Any, .
     some: Sequence[Tensor | None] = [None] * len(variables)
     if value.requires_grad:
         some = torch.autograd.grad(value, variables, allow_unused=True)
-    if all(grad is None for grad in some):
+    if variables and all(grad is None for grad in some):
         warnings.warn(
             "value_and_grad: the value depends on none of the params, and all gradients are zero. Compute it from the params that f is "
             "given, without detach() and outside of torch.no_grad().",

@@ -21,7 +21,8 @@ from lora_lite.core.frozen import Constants
 from lora_lite.core.leading import SVDConfig
 from lora_lite.core.tree import Tree, join
 from lora_lite.files.peft import grouped, tokens, whole
-from lora_lite.files.peft.fields import DEFAULTS, OFF, check_fields, resolve
+from lora_lite.files.peft.demands import check_fields
+from lora_lite.files.peft.fields import DEFAULTS, OFF, resolve
 from lora_lite.files.peft.hub import CONFIG, WEIGHTS, folder_of
 from lora_lite.files.peft.layers import unsaved
 from lora_lite.files.peft.parts import Layers, Parts, parts_of
