@@ -6,13 +6,9 @@ import gc
 import io
 import os
 import pickle
-import subprocess
-import sys
-import textwrap
 import threading
 import warnings
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import lora_lite as ll
+import processes
 from cases import move, tiny_models
 from lora_lite.integrations.trainer import AdapterTrainer
 
@@ -72,22 +69,19 @@ def test_new_head_comes_back_where_the_model_drew_another(tmp_path, dtype):
     assert all(torch.equal(a, b) for a, b in zip(ll.tree_leaves(same), ll.tree_leaves(params)))
 
 
+def head_comes_back(folder):
+    adapt, params = ll.load(bert(head=3), folder / "a.safetensors")
+    torch.testing.assert_close(adapt(params, {"input_ids": ids()}).logits, torch.load(folder / "want.pt"), rtol=1e-5, atol=1e-5)
+    return os.getpid()
+
+
 def test_new_head_comes_back_in_another_process(tmp_path):
     adapt = ll.build(bert(head=1), WITH_HEAD)
     params = move(adapt.init())
     ll.save(adapt, params, tmp_path / "a.safetensors")
     torch.save(adapt(params, {"input_ids": ids()}).logits, tmp_path / "want.pt")
-    code = """
-        import sys, torch, lora_lite as ll
-        from test_field import bert, ids
-        adapt, params = ll.load(bert(head=3), sys.argv[1] + "/a.safetensors")
-        torch.testing.assert_close(adapt(params, {"input_ids": ids()}).logits, torch.load(sys.argv[1] + "/want.pt"), rtol=1e-5, atol=1e-5)
-    """
-    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], env=here, capture_output=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, done.stderr.decode()
+    with processes.context().Pool(1) as pool:
+        assert pool.apply(head_comes_back, (tmp_path,)) != os.getpid()
 
 
 def test_norms_come_back_on_a_model_with_others(tmp_path):

@@ -726,11 +726,12 @@ def test_gradient_checkpointing_of_the_model_is_honoured(tiny, device, name, ree
     torch.manual_seed(0)
     kept = saved_bytes(model, loss_of(honoured, params, batch))
     assert kept < 0.5 * full, f"{kept} bytes kept of {full}"
+    row = {key: value[:1] for key, value in batch.items()}
     for how in HOW.values():
         results = []
         for adapt in (plain, honoured):
             torch.manual_seed(7)
-            results.append(how(adapt, params, batch))
+            results.append(how(adapt, params, row))
         assert_trees_equal(results[1], results[0], 1e-6)
     assert model.is_gradient_checkpointing
 
