@@ -68,7 +68,7 @@ def gate(y: Tensor, g: Tensor, fixed: Tensor | None = None) -> Tensor:
 
 def kaiming(rows: int, cols: int, generator: torch.Generator) -> Tensor:
     """Draw `(rows, cols)` uniformly within 1/sqrt(cols), as `kaiming_uniform_(a=sqrt(5))` does."""
-    bound = 1 / math.sqrt(cols)
+    bound = 1 / math.sqrt(max(cols, 1))  # a layer may have no inputs
     return torch.empty(rows, cols, dtype=torch.float32, device=generator.device).uniform_(-bound, bound, generator=generator)
 
 

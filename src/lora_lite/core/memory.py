@@ -3,6 +3,7 @@
 from collections.abc import Hashable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -35,8 +36,13 @@ class Place(NamedTuple):
 
 
 def place_in_memory(tensor: Tensor) -> Place:
-    """Return the memory of a tensor. One that has none of its own, on meta or made of other tensors, has a place that no other has."""
-    if not tensor.numel() or tensor.is_meta or is_traceable_wrapper_subclass(tensor) or not (start := tensor.untyped_storage().data_ptr()):
+    """Return the memory of a tensor. One that has none of its own, on meta or made of other tensors, has a place that no other has.
+
+    Sparse and nested tensors are made of others, and those of oneDNN do not show their memory.
+    """
+    if tensor.layout is not torch.strided or tensor.is_nested or not tensor.numel() or tensor.is_meta:
+        return Place(id(tensor))
+    if is_traceable_wrapper_subclass(tensor) or not (start := tensor.untyped_storage().data_ptr()):
         return Place(id(tensor))
     shape, stride, size = tuple(tensor.shape), tensor.stride(), tensor.element_size()
     begin = int(tensor.storage_offset()) * size

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lora_lite.clone.accelerate import moves_inputs, refuse_offloaded, runs_class_forward
 from lora_lite.core.config import AdapterConfig
@@ -62,13 +63,24 @@ def _refuse_sharers(model: nn.Module, entries: Entries) -> None:
 
 
 def _refuse_split(model: nn.Module, entries: Entries) -> None:
-    """Refuse layers whose weights are DTensors, as FSDP2 and tensor parallelism make them: operations take no plain params beside these."""
-    parts = {t.path: module_at(model, t.kind.host(t.path)).parameters(recurse=cfg.adapts == "module") for t, cfg in entries}
+    """Refuse layers whose weights are not plain ones.
+
+    DTensors, as FSDP2 and tensor parallelism make them, take no plain params beside them in an operation. Sparse tensors and those of
+    oneDNN have no strides, by which a weight is read.
+    """
+    parts = {t.path: list(module_at(model, t.kind.host(t.path)).parameters(recurse=cfg.adapts == "module")) for t, cfg in entries}
     split = [path or "the model" for path, own in parts.items() if any(hasattr(p, "_local_tensor") for p in own)]
     if split:
         raise ValueError(
             f"build: expected whole weights, found weights that are split over processes (DTensor) at {listed(split)}. Build on the model "
             "before it is split, and split what build returns: adapt.shard(mesh), or fully_shard on adapt.module(params)."
+        )
+    parts = {path: [p for p in own if type(p.data) is Tensor and p.layout is not torch.strided] for path, own in parts.items()}
+    sparse = [f"{path or 'the model'} ({own[0].layout})" for path, own in parts.items() if own]
+    if sparse:
+        raise ValueError(
+            f"build: expected dense weights, found others at {listed(sparse)}. Make them dense, layer.weight = "
+            "torch.nn.Parameter(layer.weight.to_dense()), or leave such layers out with exclude_names."
         )
 
 

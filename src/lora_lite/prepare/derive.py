@@ -1,12 +1,12 @@
 """From targets to a plan: each variant's constants and the shapes of its params, derived from the frozen layers once."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from lora_lite.core.plan import Entries, Groups, Plan, Shapes
 from lora_lite.core.progress import shown
 from lora_lite.core.tree import Tree, flatten
 from lora_lite.prepare.start import generator_for, own_start, placed, require_tensors, start_params
+
+T = TypeVar("T")
 
 
 @made_alike
@@ -72,7 +74,7 @@ def share(base: nn.Module, entries: Entries) -> tuple[dict[str, Constants], Shap
         if not by_group and own.share is AdapterConfig.share and own.share_init is AdapterConfig.share_init:
             continue
         layers = layers_of(base, entries, cfg)
-        constants = made_alike(cfg.share)(layers)
+        constants = _of_finite(cfg, layers, functools.partial(made_alike(cfg.share), layers))
         require_tensors(constants, f"{own.__name__}.share")
         params = shared_start(cfg, layers, 0)
         if constants or params or by_group:
@@ -106,7 +108,8 @@ def allot(base: nn.Module, entries: Entries) -> dict[str, Constants]:
     for cfg in {id(cfg): cfg for _, cfg in entries}.values():
         if type(cfg).allot is not AdapterConfig.allot:
             paths = [target.path for target, other in entries if other is cfg]
-            found = cfg.allot(dict(zip(paths, layers_of(base, entries, cfg))))
+            layers = layers_of(base, entries, cfg)
+            found = _of_finite(cfg, layers, functools.partial(cfg.allot, dict(zip(paths, layers))))
             for path in paths:
                 require_tensors(found.get(path, {}), f'{type(cfg).__name__}.allot at "{path}"')
             allotted |= found
@@ -177,9 +180,36 @@ def own_constants(
     They are laid out as those of a file will be: products of a decomposition's own layout round otherwise on some processors.
     """
     W = W.with_constants({**W.constants, **given}) if given else W
-    found = cfg.constants(W, generator) if stats is None else cfg.constants(W, generator, stats)
+    found = _of_finite(cfg, [W], lambda: cfg.constants(W, generator) if stats is None else cfg.constants(W, generator, stats))
     require_tensors(found, f"{type(cfg).__name__}.constants")
     return {**given, **{name: c.contiguous() for name, c in found.items()}}
+
+
+def _of_finite(cfg: AdapterConfig, layers: Sequence[Frozen], make: Callable[[], T]) -> T:
+    """Return the constants that `make` derives from layers.
+
+    A decomposition of a weight with inf or nan fails, or returns a basis of no meaning without a word.
+
+    Raises:
+        ValueError: for such a weight, where the config reads weights.
+    """
+    try:
+        found = make()
+    except torch.linalg.LinAlgError as e:
+        _require_finite(cfg, layers, e)
+        raise
+    if found and "dense" in cfg.uses:
+        _require_finite(cfg, layers)
+    return found
+
+
+def _require_finite(cfg: AdapterConfig, layers: Sequence[Frozen], cause: Exception | None = None) -> None:
+    weights = (W.dense() for W in layers)
+    if not all(weight.is_meta or bool(weight.isfinite().all()) for weight in weights):
+        raise ValueError(
+            f"{type(cfg).__name__}: expected a finite weight to start from, found inf or nan. Load the model's weights anew, in a dtype "
+            "that holds them, or leave such layers out with exclude_names."
+        ) from cause
 
 
 @contextmanager

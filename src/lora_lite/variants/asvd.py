@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from lora_lite.core import Constants, Frozen, Means, NonNegative, another_start, exact, require_rank, require_stats
-from lora_lite.variants.corda import oriented_factors
+from lora_lite.variants.corda import oriented_factors, require_input
 from lora_lite.variants.pissa import PiSSAConfig, pissa
 
 asvd = another_start(pissa, "asvd", constants=("A0", "B0"))
@@ -57,5 +57,7 @@ class ASVDConfig(PiSSAConfig):
 
     def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
         require_rank(self, W)
-        d = exact(require_stats(self, W, stats, "mean_abs")) ** self.power
+        moment = exact(require_stats(self, W, stats, "mean_abs"))
+        require_input(self, moment)
+        d = moment**self.power
         return oriented_factors(W, exact(W.dense()) * (d / d.mean()), slice(self.r), self.scale, self.svd)

@@ -63,6 +63,22 @@ class ScaledStatistics(Statistics):
         return super().second_moment * (self.count / self.batches)
 
 
+def require_input(cfg: object, moment: Tensor) -> None:
+    """Refuse inputs that are zero throughout, such as those behind a dead ReLU: both factors would be zero, and stay so.
+
+    Args:
+        cfg: the config, which the error names.
+        moment: a statistic that is zero for such inputs.
+
+    Raises:
+        ValueError: for them.
+    """
+    if not bool(moment.any()):
+        raise ValueError(
+            f"{type(cfg).__name__}: expected inputs that are not all zero, found zeros. Leave the layer out, or use other batches."
+        )
+
+
 def oriented_factors(W: Frozen, oriented: Tensor, keep: slice, scale: float, svd: Way) -> Constants:
     """Compute `A0 (r, i)`, `B0 (o, r)` with `scale B0 A0 = U U^T W`, where `U S V^T` is `keep` of the SVD of `oriented = W M`, in float64.
 
@@ -102,6 +118,7 @@ class CorDAConfig(PiSSAConfig):
     def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
         require_rank(self, W)
         C = exact(require_stats(self, W, stats, "second_moment"))
+        require_input(self, C)
         C = C + DAMPING * C.diagonal().mean() * torch.eye(len(C), dtype=C.dtype, device=C.device)
         keep = slice(self.r) if self.method == "ipm" else slice(-self.r, None)
         return oriented_factors(W, exact(W.dense()) @ C, keep, self.scale, self.svd)
