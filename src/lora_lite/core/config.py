@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_lite.core.documented import with_inherited
 from lora_lite.core.errors import listed, nearest
-from lora_lite.core.fields import at, check_fields, refuse_unknown
+from lora_lite.core.fields import are_integers, at, check_fields, refuse_unknown
 from lora_lite.core.frozen import USES, Constants, Frozen, Params
 from lora_lite.core.legacy import completed
 
@@ -105,6 +105,8 @@ class AdapterConfig:
         dtype = getattr(torch, self.dtype, self.dtype) if isinstance(self.dtype, str) else self.dtype
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"{at(self, 'dtype')} a floating torch.dtype, found {self.dtype!r}. Use torch.float32.")
+        if torch.finfo(dtype).bits < 16:  # torch stores and casts these, and adds none
+            raise TypeError(f"{at(self, 'dtype')} a dtype that can be trained in, of 16 bits or more, found {dtype}. Use torch.float32.")
         object.__setattr__(self, "dtype", dtype)
         for field in ("target_roles", "target_names", "exclude_names"):
             object.__setattr__(self, field, _strings(self, field))
@@ -244,8 +246,7 @@ def _indices(cfg: AdapterConfig) -> tuple[int, ...] | None:
     if value is None:
         return None
     values: Any = (value,) if isinstance(value, int) and not isinstance(value, bool) else value
-    ok = isinstance(values, Sequence | range) and all(isinstance(v, int) and not isinstance(v, bool) for v in values)
-    if not ok:
+    if not are_integers(values):
         raise TypeError(f"{at(cfg, 'layers')} block indices or None, found {value!r}. Write e.g. layers=(0, 1).")
     indices = tuple(values)
     if not indices or min(indices) < 0:

@@ -10,11 +10,15 @@ import inspect
 import math
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
+from numbers import Real
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from lora_lite.core.errors import listed, nearest
+import torch
+from torch import Tensor
+
+from lora_lite.core.errors import listed, nearest, require_type
 from lora_lite.core.frozen import Frozen
 
 
@@ -57,6 +61,7 @@ Positive = Annotated[float, Within(0, above=True)]
 NonNegative = Annotated[float, Within(0)]
 Probability = Annotated[float, Within(0.0, 1.0)]
 
+_LARGEST = sys.float_info.max
 _PLAIN = {bool: "True or False", str: "a string"}
 _Problem = tuple[type[Exception], str]
 
@@ -222,7 +227,38 @@ def _number(kind: type, bounds: Within, value: object) -> _Problem | None:
     expected = bounds.words(noun)
     if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
         return TypeError, expected
-    return None if math.isfinite(value) and bounds.admits(value) else (ValueError, expected)
+    # An integer that no float can hold is as good as infinite where a number is asked for, and has no place in a tensor elsewhere.
+    return None if -_LARGEST <= value <= _LARGEST and bounds.admits(value) else (ValueError, expected)
+
+
+def are_integers(values: object) -> bool:
+    """Whether a value is a sequence of integers. A string is none, nor are bytes, and True is no integer."""
+    given = values if isinstance(values, Sequence) and not isinstance(values, str | bytes) else [None]
+    return all(isinstance(value, int) and not isinstance(value, bool) for value in given)
+
+
+def require_number(call: str, name: str, value: object, bounds: Within, way: str) -> None:
+    """Raise unless an argument of a call is a finite number within bounds. A tensor without axes is a number too.
+
+    Args:
+        call: the call as it should be written, e.g. "lora_plus(params, lr=1e-4)".
+        name: the argument's name.
+        value: what it is.
+        bounds: what it must lie in.
+        way: the way out, a sentence.
+
+    Raises:
+        TypeError: for no number.
+        ValueError: for one out of bounds.
+    """
+    plain = value
+    if isinstance(value, Tensor) and not value.dim() and not value.is_complex() and value.dtype is not torch.bool and not value.is_meta:
+        plain = value.item()
+    real = isinstance(plain, Real) and not isinstance(plain, bool)
+    require_type(real, call, name, "a number", value)
+    if _number(float, bounds, float(plain)) is not None:  # type: ignore[arg-type]
+        expected = bounds.words("a finite number")
+        raise ValueError(f"{call.partition('(')[0]}: expected {name} as {expected}, found {value}. {way}")
 
 
 def _either(problems: list[_Problem]) -> _Problem:

@@ -35,7 +35,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.core import Frozen, Params, add_low_rank, checked
-from lora_lite.core.fields import at
+from lora_lite.core.fields import are_integers, at
 from lora_lite.core.invocation import Invocation, aligned
 from lora_lite.variants.lora import LowRankConfig
 
@@ -73,7 +73,7 @@ class ALoRAConfig(LowRankConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         ids: Any = self.invocation_tokens
-        if isinstance(ids, str) or not isinstance(ids, Sequence) or any(isinstance(t, bool) or not isinstance(t, int) for t in ids):
+        if not are_integers(ids):
             where = at(self, "invocation_tokens")
             raise TypeError(
                 f"{where} a sequence of integers, found {ids!r}. Tokenise it: tokenizer.encode(text, add_special_tokens=False)."

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from lora_lite.core import AdapterConfig, Constants, Frozen, Params, checked
 from lora_lite.core.errors import listed
-from lora_lite.core.fields import at, expect
+from lora_lite.core.fields import are_integers, at, expect
 from lora_lite.core.tree import modules_by_path
 
 
@@ -70,7 +70,7 @@ class TokensConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         ids: Any = self.token_ids
-        if isinstance(ids, str) or not isinstance(ids, Sequence) or any(isinstance(t, bool) or not isinstance(t, int) for t in ids):
+        if not are_integers(ids):
             raise TypeError(f"{at(self, 'token_ids')} a sequence of integers, found {ids!r}. Write e.g. token_ids=(32000, 32001).")
         object.__setattr__(self, "token_ids", tuple(ids))
         twice = [t for t, times in Counter(ids).items() if times > 1]
