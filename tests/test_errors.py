@@ -230,7 +230,7 @@ BAD = {
     "preconditioned gradients of another tree": (lambda w: ll.riemannian(w.params, changed(w.params, Q, A=torch.ones(2, 16))),
         ValueError, "riemannian: expected gradients that fit", r"\(2, 16\)", "Pass what ll.value_and_grad"),
     "projected gradients that are none": (lambda w: ll.lora_fa(w.params, None, scale=1.0),
-        TypeError, "lora_fa: expected grads as a tree", "NoneType", r"Call lora_fa\(params, grads\)"),
+        TypeError, "lora_fa: expected grads as a tree", "NoneType", r"Call lora_fa\(params, grads, scale"),
     "a budget of LoRA": (lambda w: ll.AdaLoRAConfig(total_step=9).update(w.params, w.params),
         ValueError, "AdaLoRAConfig.update: expected params of AdaLoRA", "none", "Pass the tree"),
     "a budget without gradients": (lambda w: ll.AdaLoRAConfig(total_step=9).update(w.params, {}),

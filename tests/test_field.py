@@ -22,6 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import lora_lite as ll
 import processes
 from cases import move, tiny_models
+from lora_lite.integrations.linear_layers import LinearLayers
 from lora_lite.integrations.trainer import AdapterTrainer
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -893,3 +894,208 @@ def test_model_that_is_split_already_is_refused_and_the_way_out_works(alone, way
     SPLIT[way](model, alone)
     with pytest.raises(ValueError, match=r'split over processes \(DTensor\) at "0".*before it is split'):
         ll.build(model, cfg)
+
+
+# Arguments and models that are none of those expected
+
+
+def pair():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
+
+
+def losses(output, batch):
+    return output.square().sum(-1)
+
+
+def wrong_arguments():
+    """Return calls with an argument of another type, each with the part of the error that names it."""
+    adapt, x = ll.build(pair(), ll.LoRAConfig(r=2)), torch.randn(4, 8)
+    params = move(adapt.init())
+    stacked, given = ll.stack([params, params]), {path: list(leaves.values()) for path, leaves in params.items()}
+
+    def loss(p):
+        return adapt(p, x).square().sum()
+
+    return {
+        "no function": (lambda: ll.value_and_grad(loss(params)), "value_and_grad: expected f as a function"),
+        "no function of hvp": (lambda: ll.hvp(loss(params)), "hvp: expected f as a function"),
+        "no model": (lambda: ll.ggn_vp(x, losses), "ggn_vp: expected model_fn as a function"),
+        "no loss": (lambda: ll.ggn_vp(loss, x), "ggn_vp: expected loss_fn as a function"),
+        "another order": (lambda: ll.per_example_grad(losses, adapt), "per_example_grad: expected adapt"),
+        "another order of norms": (lambda: ll.per_example_norm(losses, adapt), "per_example_norm: expected adapt"),
+        "another order of Fisher": (lambda: ll.fisher_diag(losses, adapt), "fisher_diag: expected adapt"),
+        "no loss of rows": (lambda: ll.fisher_diag(adapt, None), "fisher_diag: expected loss_rows as a function"),
+        "map of rows": (lambda: ll.per_example_grad(adapt, losses, row_map={"0": 1}), "expected row_map as a function"),
+        "LinearLayers": (lambda: LinearLayers(params, adapt), "LinearLayers: expected adapt"),
+        "function of leaves": (lambda: ll.tree_map(params, params), "tree_map: expected f as a function"),
+        "loss of a build": (
+            lambda: ll.build(pair(), ll.LoRAGAConfig(r=2), calibration=[x], loss=1.0),
+            "build: expected loss as a function",
+        ),
+        "group of a build": (lambda: ll.build(pair(), ll.EVAConfig(r=2), calibration=[x], group=2), "build: expected group"),
+        "row map": (lambda: adapt.mixed(stacked, x, [0, 1, 0, 1], row_map=1), "expected row_map as a mapping"),
+        "axis": (lambda: adapt.mixed(stacked, x, [0, 1, 0, 1], row_map={"0": None}), "expected row_map to give '0' an axis"),
+        "axis True": (lambda: adapt.mixed(stacked, x, [0, 1, 0, 1], row_map={"0": True}), "expected row_map to give '0' an axis"),
+        "stack of lists": (lambda: adapt.mixed(given, x), "expected a stack of params trees, found a dict of list"),
+        "unstack of lists": (lambda: ll.unstack(given), "expected a stack of params trees, found a dict of list"),
+        "tensor as trees": (lambda: ll.stack(torch.tensor(1.0)), "stack: expected trees as a list"),
+        "host of a stack": (lambda: ll.stack([(adapt, params)], adapt=params), "stack: expected adapt"),
+        "like": (lambda: ll.unstack(stacked, like=2), "unstack: expected like as a list"),
+        "member of like": (lambda: ll.unstack(stacked, like=[params, None]), "unstack: expected tree 1 of like as a params tree"),
+        "merged": (lambda: adapt.merge_error(params, None), "merge_error: expected merged as a state dict"),
+        "merged arrays": (lambda: adapt.merge_error(params, {"0.weight": [1.0]}), "merge_error: expected merged as a state dict"),
+        "rank": (lambda: ll.to_lora(adapt, params, None), "to_lora: expected r as an integer"),
+        "strength True": (lambda: adapt.steer(params, True), "adapt.steer: expected c as a number"),
+        "complex strength": (lambda: adapt.steer(params, torch.tensor(1j)), "adapt.steer: expected c as a real number"),
+        "complex weight": (lambda: ll.combine(adapt, [params], [torch.tensor(1j)]), "combine: expected weights as a list of numbers"),
+        "weight on meta": (lambda: ll.combine(adapt, [params], [torch.ones((), device="meta")]), "combine: expected weights as a list"),
+        "bytes as layers": (lambda: ll.LoRAConfig(layers=b"01"), "LoRAConfig.layers: expected block indices"),
+        "bytes as tokens": (lambda: ll.TokensConfig(token_ids=b"ab"), "TokensConfig.token_ids: expected a sequence of integers"),
+        "bytes as a call": (lambda: ll.ALoRAConfig(invocation_tokens=b"ab"), "invocation_tokens: expected a sequence of integers"),
+        "8 bits to train": (lambda: ll.LoRAConfig(dtype=torch.float8_e4m3fn), "LoRAConfig.dtype: expected a dtype that can be trained in"),
+    }
+
+
+@pytest.mark.parametrize("case", wrong_arguments())
+def test_argument_of_another_type_is_named(case):
+    call, named = wrong_arguments()[case]
+    with pytest.raises(TypeError, match=named):
+        call()
+
+
+def wrong_values():
+    """Return calls with a value that no call can use, each with the part of the error that names it."""
+    adapt, x = ll.build(pair(), ll.LoRAConfig(r=2)), torch.randn(4, 8)
+    params = move(adapt.init())
+    stacked = ll.stack([params, params])
+    away = ll.tree_map(lambda p: p.to("meta"), params)
+
+    def product(v):
+        return ll.hvp(lambda p: adapt(p, x).square().sum())(params, v)
+
+    return {
+        "array for a tree": (lambda: adapt(torch.ones(2).numpy(), x), "expected params that fit.*found ndarray"),
+        "pad by another name": (lambda: ll.stack([params, params], pad="froze"), "expected pad as True, False or"),
+        "other devices": (lambda: ll.stack([params, away]), r'"0" "A": found device meta, and cpu in tree 0'),
+        "more in like": (lambda: ll.unstack(stacked, like=[params, {**params, "1.x": params["0"]}]), r'found none for "1\.x" "A"'),
+        "direction without a leaf": (lambda: product({"0": params["0"]}), "hvp: expected v as a tree like params, found:.*2 leaves for 4"),
+        "direction in another dtype": (lambda: product(ll.tree_map(lambda p: p.double(), params)), "leaf 0: expected .*float32.*float64"),
+        "direction on meta": (lambda: product(away), r"leaf 0: expected .*cpu, found .*meta"),
+        "direction of numbers": (lambda: product(ll.tree_map(lambda p: 1.0, params)), "leaf 0: expected .*, found float"),
+        "rows of a list": (lambda: ll.per_example_grad(adapt, losses)(ll.tree_map(lambda p: p.tolist(), params), x), "expected a tensor"),
+        "rows of integers": (lambda: ll.per_example_norm(adapt, losses)(ll.tree_map(lambda p: p.long(), params), x), "a floating dtype"),
+        "no batch": (lambda: ll.per_example_norm(adapt, losses)(params, None), "expected a batch with a tensor"),
+        "losses that are none": (lambda: ll.per_example_grad(adapt, lambda o, b: None)(params, x), "return shape .*found NoneType"),
+        "expression": (lambda: adapt.mixed(stacked, x, [0, 1, 0, 1], row_map={"(": 0}), r"keys of row_map as regular expressions"),
+        "infinite strength": (lambda: adapt.steer(params, float("nan")), "expected c as a finite number, found nan"),
+        "method": (lambda: ll.combine(adapt, [params], [1.0], method=["cat"]), "expected method to be any of"),
+        "huge integer": (lambda: ll.LoRAConfig(alpha=10**400), "LoRAConfig.alpha: expected a finite number"),
+        "remat in bytes": (lambda: ll.build(pair(), ll.LoRAConfig(r=2), remat=b"0"), "expected remat as a regular expression"),
+    }
+
+
+@pytest.mark.parametrize("case", wrong_values())
+def test_value_that_no_call_can_use_is_named(case):
+    call, named = wrong_values()[case]
+    with pytest.raises(ValueError, match=f"(?s){named}"):
+        call()
+
+
+WRITERS = {"save": ll.save, "to_kohya": ll.to_kohya, "to_diffusers": ll.to_diffusers, "to_peft": ll.to_peft}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_writers_refuse_a_place_and_params_that_no_file_holds(name, tmp_path):
+    model = pair()
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    params, place = move(adapt.init()), tmp_path / "a.safetensors"
+    away = ll.build(pair().to("meta"), ll.LoRAConfig(r=2))
+    for own, tree in ((away, away.init()), (adapt, ll.tree_map(lambda p: p.to_sparse(), params))):
+        with pytest.raises(ValueError, match=rf'{name}: expected dense params with data.*"0\.A"'):
+            WRITERS[name](own, tree, place)
+    if name != "to_peft":
+        for folder in (tmp_path, ""):
+            with pytest.raises(IsADirectoryError, match=f"{name}: expected the path of a file, found the directory"):
+                WRITERS[name](adapt, params, folder)
+    assert not list(tmp_path.iterdir())
+
+
+class Graph(nn.Module):
+    """A layer and a neighbourhood, as graph networks hold it: a buffer without strides."""
+
+    def __init__(self, layout):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        matrix = torch.eye(4).roll(1, 0)
+        self.register_buffer("near", matrix.to_mkldnn() if layout == "oneDNN" else matrix.to_sparse(layout=layout))
+
+    def forward(self, x):
+        near = self.near.to_dense() if self.near.layout is torch._mkldnn else self.near
+        return near @ self.layer(x)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse (CSR|invariant):UserWarning")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, "oneDNN"], ids=str)
+def test_buffers_without_strides_are_no_hindrance(layout, tmp_path):
+    model, x = Graph(layout), torch.randn(4, 8)
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    params = move(adapt.init())
+    merged = adapt.merge(params)
+    y = adapt(params, x)
+    torch.testing.assert_close(y - adapt.base(x), model.near.to_dense() @ (x @ (merged["layer.weight"] - model.layer.weight).t()))
+    torch.testing.assert_close(adapt.train()(params, x), y)
+    torch.testing.assert_close(adapt.module(params)(x), y)
+    ll.save(adapt, params, tmp_path / "a.safetensors")
+    again, loaded = ll.load(model, tmp_path / "a.safetensors")
+    assert torch.equal(again(loaded, x), y)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse (CSR|invariant):UserWarning")
+@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=2), ll.FullConfig(target_names="^0$")], ids=lambda cfg: cfg.name)
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+def test_weights_without_strides_are_refused_and_each_way_out_works(layout, cfg):
+    model, x = pair(), torch.randn(3, 8)
+    dense = model[0].weight
+    model[0].weight = nn.Parameter(dense.detach().to_sparse(layout=layout))
+    with pytest.raises(ValueError, match=r'build: expected dense weights, found others at "0 \(torch.sparse_c'):
+        ll.build(model, cfg)
+    assert [t.path for t in ll.build(model, ll.LoRAConfig(r=2, exclude_names="^0$")).targets] == ["1"]
+    model[0].weight = nn.Parameter(model[0].weight.to_dense())
+    adapt = ll.build(model, cfg)
+    assert torch.equal(adapt(adapt.init(), x), model(x))
+
+
+DECOMPOSED = ("pissa", "mica", "lora_xs", "svft", "ssvd", "psoft", "osf", "frod", "adamss", "kasa", "tinylora")
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")], ids=str)
+@pytest.mark.parametrize("name", DECOMPOSED)
+def test_weight_that_is_not_finite_is_named_where_a_start_is_derived_from_it(name, value):
+    cls = ll.VARIANTS[name]
+    cfg = cls(**({"r": 2} if "r" in cls.__dataclass_fields__ else {}))
+    model = pair()
+    with torch.no_grad():
+        model[1].weight[0, 0] = value
+    with pytest.raises(ValueError, match=f"{cls.__name__}: expected a finite weight.*exclude_names"):
+        ll.build(model, cfg)
+    kept = type(cfg)(**{**{f: getattr(cfg, f) for f in ("r",) if hasattr(cfg, f)}, "exclude_names": "^1$"})
+    assert len(ll.build(model, kept).targets) == 1
+
+
+@pytest.mark.parametrize("cfg", [ll.ASVDConfig(r=2), ll.CorDAConfig(r=2)], ids=lambda cfg: cfg.name)
+def test_layer_whose_inputs_are_all_zero_has_no_start_from_them(cfg):
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    nn.init.constant_(model[0].bias, -1e3)  # a dead layer
+    with pytest.raises(ValueError, match=f"{type(cfg).__name__}: expected inputs that are not all zero") as e:
+        ll.build(model, cfg, calibration=[torch.randn(4, 8)])
+    assert '"2"' in str(e.value.__notes__)
+
+
+@pytest.mark.parametrize("sizes", [(0, 8), (8, 0), (0, 0)], ids=str)
+def test_layers_without_inputs_or_outputs_are_adapted(sizes):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of a start that does nothing
+        model, x = nn.Sequential(nn.Linear(*sizes)), torch.randn(3, sizes[0])
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    assert torch.equal(adapt(move(adapt.init()), x), model(x))

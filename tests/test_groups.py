@@ -38,8 +38,19 @@ def test_the_output_factor_learns_faster(cfg, slow, fast):
 
 
 def test_rates_out_of_range_are_refused():
-    with pytest.raises(ValueError, match=r"expected lr > 0 and ratio >= 1, found lr=0.0"):
-        ll.lora_plus({}, lr=0.0)
+    for rates, named in (
+        ({"lr": 0.0}, r"lr as a finite number > 0, found 0\.0"),
+        ({"lr": float("inf")}, "lr as a finite number"),
+        ({"lr": 1.0, "ratio": 0.5}, r"ratio as a finite number >= 1, found 0\.5"),
+        ({"lr": 1.0, "ratio": float("nan")}, "ratio as a finite number"),
+    ):
+        with pytest.raises(ValueError, match=f"lora_plus: expected {named}"):
+            ll.lora_plus({}, **rates)
+    for wrong in (None, "1e-4", True, [1e-4], torch.ones(2), torch.tensor(1j), torch.ones((), device="meta")):
+        with pytest.raises(TypeError, match="lora_plus: expected lr as a number"):
+            ll.lora_plus({}, lr=wrong)
+    params = {"0": {"A": torch.ones(2), "B": torch.ones(2)}}
+    assert [group["lr"] for group in ll.lora_plus(params, torch.tensor(1.0), 4)] == [1.0, 4.0]
 
 
 def tiny_peft(**options):
@@ -134,7 +145,30 @@ def test_rules_refuse_trees_without_factors_and_numbers_out_of_range():
         ValueError, match=r'riemannian: expected targets with the leaves "A" and "B", found \[.*\]\. Use it with LoRAConfig'
     ):
         ll.riemannian(params, params)
-    with pytest.raises(ValueError, match=r"riemannian: expected reg > 0, found 0"):
+    with pytest.raises(ValueError, match=r"riemannian: expected reg as a finite number > 0, found 0"):
         ll.riemannian(params, params, reg=0)
-    with pytest.raises(ValueError, match=r"lora_fa: expected scale > 0 and reg >= 0, found scale=0"):
+    with pytest.raises(ValueError, match=r"lora_fa: expected scale as a finite number > 0, found 0"):
         ll.lora_fa(params, params, scale=0)
+    with pytest.raises(ValueError, match=r"lora_fa: expected reg as a finite number >= 0, found -1"):
+        ll.lora_fa(params, params, scale=1, reg=-1)
+
+
+@pytest.mark.parametrize("rule", [ll.riemannian, lambda p, g: ll.lora_fa(p, g, scale=1.0)], ids=["riemannian", "lora_fa"])
+def test_rules_refuse_trees_that_no_gradient_belongs_to(rule):
+    params = {"0": {"A": torch.randn(2, 6), "B": torch.randn(4, 2)}}
+    for other, error, named in (
+        (None, TypeError, "expected params as a tree"),
+        (ll.tree_map(lambda p: p.long(), params), ValueError, r'in params "0\.A": expected a floating dtype'),
+        (ll.tree_map(lambda p: p.to("meta"), params), ValueError, r'"0\.A": expected device meta, found cpu'),
+    ):
+        with pytest.raises(error, match=named):
+            rule(other, params)
+    with pytest.raises(ValueError, match=r'"0\.A": expected device cpu, found meta'):
+        rule(params, ll.tree_map(lambda p: p.to("meta"), params))
+
+
+def test_factor_that_has_no_inverse_is_named_and_the_way_out_works():
+    params = {"0": {"A": torch.ones(2, 6), "B": torch.ones(4, 2)}}
+    with pytest.raises(ValueError, match=r'lora_fa: at "0" expected a factor of full rank for reg=1e-08.*Raise reg'):
+        ll.lora_fa(params, params, scale=1.0)
+    assert ll.lora_fa(params, params, scale=1.0, reg=1e-4)["0"]["B"].isfinite().all()

@@ -206,6 +206,7 @@ class Adapt(Required):
 
         Raises:
             ValueError: where `params` does not fit, a target cannot be merged, or `merged` lacks its weight.
+            TypeError: where `merged` holds no tensors.
         """
         self._require(params, "merge_error")
         return merge_error(self._plan, params, merged)
@@ -225,8 +226,8 @@ class Adapt(Required):
             A tree like `params`, stacked where either was.
 
         Raises:
-            ValueError: where `params` does not fit, or `c` is neither a scalar nor a strength for each member.
-            TypeError: where `c` is neither a number nor a tensor.
+            ValueError: where `params` does not fit, or `c` is neither a finite scalar nor a strength for each member.
+            TypeError: where `c` is neither a real number nor a tensor of them.
 
         Example:
             >>> import torch, lora_lite as ll

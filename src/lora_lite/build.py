@@ -11,6 +11,7 @@ from lora_lite.clone.checkpointing import check_pattern
 from lora_lite.clone.structure import clone_module
 from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig, as_config
+from lora_lite.core.errors import require_type
 from lora_lite.core.plan import Entries, Target
 from lora_lite.core.tree import still
 from lora_lite.layers.kind import Kind
@@ -20,6 +21,7 @@ from lora_lite.prepare.derive import derive
 from lora_lite.prepare.heads import warn_of_new_heads
 from lora_lite.prepare.originals import Originals, read_originals
 from lora_lite.prepare.partners import read_partners
+from lora_lite.prepare.ranks import require_group
 from lora_lite.prepare.targets import find_targets
 
 
@@ -56,7 +58,7 @@ def build(
     Raises:
         ValueError: where a config matches nothing, claims a layer that another claims, or asks of a layer what its kind
             cannot give; each names the layers. Where calibration data is missing, empty, not finite or of no use.
-        TypeError: where `model` or `cfg` is of another type.
+        TypeError: where `model`, `cfg`, `loss` or `group` is of another type.
 
     Example:
         >>> import torch, lora_lite as ll
@@ -67,6 +69,9 @@ def build(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"build: expected model as a torch.nn.Module, found {type(model).__name__}. Pass the model itself.")
+    usage = "build(model, cfg, calibration=batches, loss=f, group=torch.distributed.group.WORLD)"
+    require_type(loss is None or callable(loss), usage, "loss", "a function of the output and the batch", loss)
+    require_group(usage, group)
     with still(model):
         entries = choose(model, cfg, kinds)
         warn_of_new_heads(model, entries)

@@ -58,7 +58,7 @@ def check_pattern(model: nn.Module, pattern: str | None) -> list[nn.Module]:
 
 def _compile(pattern: str) -> re.Pattern[str]:
     try:
-        return re.compile(pattern)
+        return re.compile(pattern + "")  # a string, not bytes
     except (re.error, TypeError) as e:
         raise ValueError(f"build: expected remat as a regular expression, found {pattern!r} ({e}). Write e.g. r'layers\\.\\d+$'.") from e
 

@@ -29,7 +29,7 @@ def require_fit(params: Any, shapes: Shapes, caller: str, on_meta: bool = False)
         found = dtypes(params, shapes)
         if found is not None:
             return found.pop() if len(found) == 1 else None
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, IndexError, TypeError, AttributeError):
         pass  # whatever is wrong is found again below, and named
     faults = tree_faults(params, shapes)
     if not faults:

@@ -51,7 +51,7 @@ def tree_faults(tree: object, shapes: Mapping[str, Mapping[str, tuple[int, ...]]
 
 
 def require_grads(call: str, params: Any, grads: Any) -> None:
-    """Raise unless `grads` has the paths, names and shapes of `params`.
+    """Raise unless `grads` has the paths, names, shapes and devices of `params`, and both are floating.
 
     Raises:
         TypeError: where either is no params tree.
@@ -60,7 +60,12 @@ def require_grads(call: str, params: Any, grads: Any) -> None:
     for name, tree in (("params", params), ("grads", grads)):
         require_tree(call, name, tree)
     shapes = {path: {name: tuple(leaf.shape) for name, leaf in leaves.items()} for path, leaves in params.items()}
-    require_fitting(call, tree_faults(grads, shapes))
+    faults = [f"in params {fault}" for fault in tree_faults(params, shapes)] + tree_faults(grads, shapes)
+    for path, leaves in params.items() if not faults else ():
+        for name, leaf in leaves.items():
+            if (found := grads[path][name].device) != leaf.device:
+                faults.append(f'"{path}.{name}": expected device {leaf.device}, found {found}')
+    require_fitting(call, faults)
 
 
 def require_fitting(call: str, faults: list[str]) -> None:

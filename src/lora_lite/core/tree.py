@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.core.errors import is_mapping
+from lora_lite.core.errors import is_mapping, require_type
 
 Tree = dict[str, dict[str, Tensor]]
 AnyTree = Mapping[str, Mapping[str, Any]]
@@ -120,7 +120,7 @@ def tree_map(
     and `combine` sums several.
 
     Raises:
-        TypeError: where an argument is no tree.
+        TypeError: where an argument is no tree, or `f` no function.
         ValueError: where one of the others lacks a leaf of the first.
 
     Example:
@@ -140,6 +140,7 @@ def tree_map(
             for path, leaves in tree.items()
         }
     except (AttributeError, KeyError, TypeError, IndexError):
+        require_type(callable(f), "tree_map(f, tree)", "f", "a function of leaves", f)
         _require_trees("tree_map", tree, *others)  # else it is an error of `f`
         raise
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.errors import listed, several
+from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.frozen import Frozen
 from lora_lite.core.memory import place_in_memory
 from lora_lite.core.plan import Plan, Target
@@ -150,7 +150,10 @@ def merge_error(plan: Plan, params: AnyTree, merged: Mapping[str, Tensor]) -> di
 
     Raises:
         ValueError: for targets that cannot be merged, and where `merged` lacks one of their tensors or holds it in another shape.
+        TypeError: where `merged` holds no tensors.
     """
+    held = isinstance(merged, Mapping) and all(isinstance(tensor, Tensor) for tensor in merged.values())
+    require_type(held, "adapt.merge_error(params, merged)", "merged", "a state dict of tensors, as merge returns it", merged)
     exact = merge(plan, params, torch.float64)
     faults = [name for name, tensor in exact.items() if name not in merged or merged[name].shape != tensor.shape]
     if faults:

@@ -4,6 +4,7 @@ Only a variant's pure function is vmapped, at each target, over the adapters; ev
 the model does, with padding masks and fused attention that a whole-model `vmap` cannot run.
 """
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -30,9 +31,9 @@ def stack_trees(trees: Sequence[AnyTree]) -> Tree:
         if fault:
             where, found, first = fault
             raise ValueError(
-                f"stack: expected trees with the same keys and shapes, found tree {k} to differ from tree 0 at {where}: found {found}, "
-                f"and {first} in tree 0. Stack trees of one adapt, or build each adapter with the same targets and ranks; pad=True pads "
-                "ranks."
+                f"stack: expected trees with the same keys, shapes and devices, found tree {k} to differ from tree 0 at {where}: found "
+                f"{found}, and {first} in tree 0. Stack trees of one adapt, or build each adapter with the same targets and ranks; "
+                "pad=True pads ranks."
             )
     return tree_map(lambda *leaves: torch.stack(leaves), *trees)
 
@@ -53,6 +54,12 @@ def stacked_size(stacked: AnyTree) -> int:
     if not isinstance(stacked, Mapping):
         found = type(stacked).__name__
         raise TypeError(f"stack: expected a stack of params trees, found {found}. Make it with ll.stack([params, ...]).")
+    odd = next((leaves for leaves in stacked.values() if not hasattr(leaves, "values")), None)
+    if odd is not None:
+        raise TypeError(
+            f"stack: expected a stack of params trees, found a {type(stacked).__name__} of {type(odd).__name__}. Make it with "
+            "ll.stack([params, ...])."
+        )
     if all(isinstance(leaf, Tensor) for leaves in stacked.values() for leaf in leaves.values()):
         lengths = {leaf.shape[0] if leaf.dim() else 0 for leaves in stacked.values() for leaf in leaves.values()}
         if len(lengths) == 1 and 0 not in lengths:
@@ -93,6 +100,9 @@ def _difference(first: AnyTree, tree: AnyTree) -> tuple[str, str, str] | None:
             a, b = (_shape(t[path][name]) if name in t[path] else "nothing" for t in (first, tree))
             if a != b:
                 return place_of_leaf(path, name), b, a
+            there, here = (t[path][name].device if isinstance(t[path][name], Tensor) else None for t in (first, tree))
+            if there != here:
+                return place_of_leaf(path, name), f"device {here}", str(there)
     return None
 
 
@@ -134,11 +144,15 @@ def strength_axes(c: float | Tensor, members: int | None) -> tuple[int | None, i
     """Return the axes that `steer` maps over, of a params tree and of its strength.
 
     Raises:
-        ValueError: where `c` is neither a scalar nor a strength for each of `members`.
+        ValueError: where `c` is neither a finite scalar nor a strength for each of `members`.
         TypeError: where `c` is neither a number nor a tensor.
     """
-    if not isinstance(c, Tensor | int | float):
+    if not isinstance(c, Tensor | int | float) or isinstance(c, bool):
         raise TypeError(f"adapt.steer: expected c as a number or a tensor, found {type(c).__name__}. Wrap a list in torch.tensor(...).")
+    if isinstance(c, Tensor) and (c.is_complex() or c.dtype is torch.bool):
+        raise TypeError(f"adapt.steer: expected c as a real number, found {c.dtype}. Use e.g. c.float().")
+    if isinstance(c, int | float) and not -sys.float_info.max <= c <= sys.float_info.max:
+        raise ValueError(f"adapt.steer: expected c as a finite number, found {c}. Use 0 for the base model and 1 for the adapter.")
     shape = tuple(c.shape) if isinstance(c, Tensor) else ()
     if len(shape) > 1 or (members is not None and shape not in ((), (members,))):
         wanted = "a vector," if members is None else f"of shape ({members},), a strength for each member,"

@@ -35,6 +35,14 @@ class Required(Described):
                 f"{caller}: expected finite params, found inf or nan at {listed(strange)}. Take those from before the training went astray."
             )
 
+    def _require_stored(self, params: Any, caller: str) -> None:
+        odd = [where for where, leaf in flatten(params).items() if leaf.is_meta or leaf.layout is not torch.strided]
+        if odd:
+            raise ValueError(
+                f"{caller}: expected dense params with data, found them on meta or sparse at {listed(odd)}. Pass params of a model with "
+                "weights, or dense ones: leaf.to_dense()."
+            )
+
     def _require_in_memory(self, caller: str) -> None:
         names = list(offloaded_in(self._plan.base))
         if names:

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from lora_lite.clone.per_call import Replica, Replicas
 from lora_lite.clone.rows import Rows, unknown
-from lora_lite.core.errors import listed
+from lora_lite.core.errors import listed, require_type
 from lora_lite.core.tracing import in_transform, outside_transforms, unwrapped, while_traced
 from lora_lite.derived.compiled_rows import Graph, Layout, see_rows, taken_apart
 from lora_lite.derived.questions import Question, asked
@@ -72,7 +72,7 @@ class Followed:
                 f"adapt.mixed: expected index to have a number for each row of the batch, found none for {lengths[0]} rows. Give each row "
                 "the number of its adapter."
             )
-        mapped = _mapped(row_map or {}, [path for path, _ in replica.bindings], rows, members, index)
+        mapped = _mapped({} if row_map is None else row_map, [path for path, _ in replica.bindings], rows, members, index)
         if torch.compiler.is_compiling():
             return Rows(mapped=mapped) if rows < 2 else self._traced(plain, rows, mapped)
         known = self._follow(plain, rows, mapped)
@@ -151,17 +151,31 @@ def own_rows(batch: Any, kwargs: Mapping[str, Any], members: int) -> Tensor:
 
 def _mapped(row_map: RowMap, paths: Sequence[str], rows: int, members: int, index: Tensor | None) -> dict[str, Tensor | int]:
     """Return for each target that `row_map` names the axis of the rows, or the member of each entry of its input's first axis."""
+    require_type(isinstance(row_map, Mapping), "adapt.mixed(stacked, batch, row_map={pattern: axis})", "row_map", "a mapping", row_map)
     found: dict[str, Tensor | int] = {}
     for pattern, places in row_map.items():
-        named = [path for path in paths if re.search(pattern, path)]
+        try:
+            named = [path for path in paths if re.search(pattern, path)]
+        except (re.error, TypeError) as e:
+            raise ValueError(
+                f"adapt.mixed: expected the keys of row_map as regular expressions, found {pattern!r} ({e}). Write e.g. re.escape(path)."
+            ) from e
         if not named:
             raise ValueError(f"adapt.mixed: expected row_map to name targets, found none for {pattern!r}. Targets are {listed(paths)}.")
-        found |= dict.fromkeys(named, places if isinstance(places, int) else _members_of(pattern, places, rows, members, index))
+        if isinstance(places, bool) or not isinstance(places, int):
+            places = _members_of(pattern, places, rows, members, index)
+        found |= dict.fromkeys(named, places)
     return found
 
 
-def _members_of(pattern: str, places: Tensor | Sequence[int], rows: int, members: int, index: Tensor | None) -> Tensor:
-    own = torch.as_tensor(places)
+def _members_of(pattern: str, places: Tensor | Sequence[int] | bool, rows: int, members: int, index: Tensor | None) -> Tensor:
+    try:
+        own = torch.as_tensor(places)
+    except (RuntimeError, TypeError, ValueError) as e:
+        raise TypeError(
+            f"adapt.mixed: expected row_map to give {pattern!r} an axis, or the row of each entry as a vector of integers, found "
+            f"{places!r} ({e})."
+        ) from e
     if own.dim() != 1 or own.is_floating_point() or own.is_complex() or own.dtype == torch.bool:
         raise TypeError(
             f"adapt.mixed: expected row_map to give {pattern!r} an axis, or the row of each entry as a vector of integers, found "

@@ -16,7 +16,7 @@ from lora_lite.core.errors import listed, nearest, require_type, several, tree_f
 from lora_lite.core.plan import Entries, Plan, Target
 from lora_lite.core.tree import Tree, flatten, join
 from lora_lite.files.base_weights import fingerprint, rebase, report, values_at
-from lora_lite.files.durable import store, written
+from lora_lite.files.durable import require_file, store, written
 from lora_lite.files.header import BASE, CONSTANT, Header, Stored, describe, tensor_faults, write_header
 from lora_lite.files.inferred import follows
 from lora_lite.files.stored import read as read
@@ -76,10 +76,8 @@ def write(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], place: Path,
         weights: whether the model has the weights that the adapter stands on, of which the file then has fingerprints.
     """
     adapt._require(params, "save")
-    if not place.parent.is_dir():
-        raise FileNotFoundError(f'save: expected the directory of "{place}" to exist, found none. Create it first.')
-    if place.is_dir():
-        raise IsADirectoryError(f'save: expected the path of a file, found the directory "{place}". Name a file in it.')
+    adapt._require_stored(params, "save")
+    require_file("save", place)
     entries = adapt._plan.entries
     values = {t.path: found for t, cfg in entries if (found := values_at(adapt._plan, t, cfg))}
     marks = {t.path: mark for t, cfg in entries if weights and (mark := fingerprint(adapt._plan, t, cfg)) is not None}

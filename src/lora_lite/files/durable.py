@@ -42,6 +42,19 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def require_file(call: str, place: Path) -> None:
+    """Refuse a path that no file can be written to.
+
+    Raises:
+        FileNotFoundError: where its directory does not exist.
+        IsADirectoryError: where it is a directory.
+    """
+    if not place.parent.is_dir():
+        raise FileNotFoundError(f'{call}: expected the directory of "{place}" to exist, found none. Create it first.')
+    if place.is_dir():
+        raise IsADirectoryError(f'{call}: expected the path of a file, found the directory "{place}". Name a file in it.')
+
+
 @contextmanager
 def written(place: Path) -> Iterator[Path]:
     """Yield a path beside `place`. What the block writes there takes that name when it ends well, and is gone when it does not."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.adapt import Adapt
+from lora_lite.core.errors import require_type
 from lora_lite.core.tree import Tree
 from lora_lite.transforms.per_example import rows_of
 
@@ -34,6 +35,7 @@ class LinearLayers(nn.Module):
 
     Raises:
         ValueError: where `params` does not fit, or a call holds no tensor whose first axis is its rows.
+        TypeError: where `adapt` is no `Adapt`.
 
     Example:
         >>> import torch, lora_lite as ll
@@ -48,6 +50,7 @@ class LinearLayers(nn.Module):
 
     def __init__(self, adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]]) -> None:
         super().__init__()
+        require_type(isinstance(adapt, Adapt), "LinearLayers(adapt, params)", "adapt", "what build or load returned", adapt)
         adapt._require(params, "LinearLayers")
         self.adapt = adapt
         self.layers, self.paths = nn.ModuleDict(), list(params)  # a target may have none but shared params

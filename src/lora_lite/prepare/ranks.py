@@ -5,6 +5,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lora_lite.core.errors import require_type
+
 
 def merged_over_ranks(states: Mapping[str, Any], seen: int, group: Any) -> tuple[dict[str, Any], int]:
     """Merge each path's statistics over the processes of a group, in order of rank, so that every process gets the same to the bit.
@@ -27,6 +29,12 @@ def merged_over_ranks(states: Mapping[str, Any], seen: int, group: Any) -> tuple
         if share not in merged:
             merged[share] = _merged(state.to("cpu"), group)
     return {path: merged[share] for path, share in zip(states, shares)}, sum(seen for seen, _ in notes)
+
+
+def require_group(usage: str, group: object) -> None:
+    """Raise a TypeError unless an argument is a process group, or None."""
+    ok = group is None or (dist.is_available() and isinstance(group, dist.ProcessGroup))
+    require_type(ok, usage, "group", "a torch.distributed process group", group)
 
 
 def _merged(state: Any, group: Any) -> Any:

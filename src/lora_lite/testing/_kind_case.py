@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lora_lite.adapt import Adapt
 from lora_lite.build import build
 from lora_lite.core.config import AdapterConfig, with_fields
+from lora_lite.core.errors import require_type
 from lora_lite.core.tree import Tree, tree_map
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import as_kinds
@@ -86,6 +87,7 @@ def make_kind_case(
         kind, make_layer, make_input, names: as in `check_kind`.
     """
     as_kinds((kind,))  # facts that no check could read fail here, once
+    require_type(callable(make_layer), "check_kind(MyKind, make_layer)", "make_layer", "a function that returns a layer", make_layer)
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
         model = _Around(make_layer()).double().eval().requires_grad_(False)

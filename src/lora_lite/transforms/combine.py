@@ -137,8 +137,9 @@ def _strengths(weights: Any, count: int) -> tuple[list[Tensor], bool]:
     """Return the weights in float64, one tensor each, and whether a gradient is asked of them."""
     in_list = isinstance(weights, Sequence) and not isinstance(weights, str)
     numbers = in_list and all(isinstance(w, Tensor | int | float) and not isinstance(w, bool) for w in weights)
-    tensor = isinstance(weights, Tensor) and weights.dtype is not torch.bool and not weights.is_complex()
-    require_type(numbers or tensor, CALL, "weights", "a list of numbers, or a tensor of them", weights)
+    tensors = [w for w in ([weights] if isinstance(weights, Tensor) else weights if numbers else ()) if isinstance(w, Tensor)]
+    real = not any(w.dtype is torch.bool or w.is_complex() or w.is_meta for w in tensors)
+    require_type((numbers or isinstance(weights, Tensor)) and real, CALL, "weights", "a list of numbers, or a tensor of them", weights)
     shape = tuple(weights.shape) if isinstance(weights, Tensor) else (len(weights),)
     if shape != (count,):
         raise ValueError(f"combine: expected weights of shape ({count},), one for each tree, found {shape}. Give each tree its weight.")
@@ -151,7 +152,7 @@ def _strengths(weights: Any, count: int) -> tuple[list[Tensor], bool]:
 
 
 def _method(method: Any, density: Any) -> Method:
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         wanted, ends = (str(method), "_svd")
         if wanted.endswith(ends) and wanted.removesuffix(ends) in METHODS:
             way = f'Here every method works on updates, as that one of PEFT does: method="{wanted.removesuffix(ends)}", with r for svd_rank'

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
 from lora_lite.adapt import Adapt
+from lora_lite.core.errors import require_type, several
 from lora_lite.core.tree import AnyTree, Tree, tree_map
 from lora_lite.derived.rows import RowMap
-from lora_lite.transforms.per_example import LossRows, chunks, per_example_grad, require_size
+from lora_lite.transforms.per_example import LossRows, chunks, per_example_grad, require_rowwise
 
 
 @contextmanager
@@ -28,6 +30,29 @@ def _plain_attention() -> Iterator[None]:
         yield
 
 
+def _require_alike(call: str, params: Any, v: Any) -> None:
+    """Raise unless a tree `v` can be a direction of a tree of params.
+
+    Raises:
+        ValueError: it lists each departure.
+    """
+    own, given = pytree.tree_leaves(params), pytree.tree_leaves(v)
+    if pytree.tree_structure(params) != pytree.tree_structure(v):
+        faults = [f"another layout: {len(given)} leaves for {len(own)}, or other keys, or the same in another order"]
+    else:
+        facts = ((_facts(p), _facts(t)) for p, t in zip(own, given))
+        faults = [f"leaf {k}: expected {wanted}, found {found}" for k, (wanted, found) in enumerate(facts) if wanted != found]
+    if faults:
+        raise ValueError(
+            f"{call}: expected v as a tree like params, found:\n{several(faults)}\n"
+            "Make it from them, e.g. by ll.tree_map(torch.randn_like, params)."
+        )
+
+
+def _facts(leaf: Any) -> str:
+    return f"{leaf.dtype} of shape {tuple(leaf.shape)} on {leaf.device}" if isinstance(leaf, Tensor) else type(leaf).__name__
+
+
 def hvp(f: Callable[[Any], Tensor]) -> Callable[[Any, Any], Any]:
     """Make `(params, v) -> H v` of a scalar function of params.
 
@@ -35,7 +60,11 @@ def hvp(f: Callable[[Any], Tensor]) -> Callable[[Any, Any], Any]:
         f: gives a scalar tensor.
 
     Returns:
-        A function of params and a tree `v` like them, that gives the Hessian's product with `v`, by forward over reverse mode.
+        A function of params and a tree `v` like them, that gives the Hessian's product with `v`, by forward over reverse mode. It raises
+        a ValueError for a `v` of another layout, or with leaves of another shape, dtype or device.
+
+    Raises:
+        TypeError: where `f` is no function.
 
     Example:
         >>> import torch, lora_lite as ll
@@ -44,7 +73,10 @@ def hvp(f: Callable[[Any], Tensor]) -> Callable[[Any, Any], Any]:
         [6.0, 0.0]
     """
 
+    require_type(callable(f), "hvp(f)(params, v)", "f", "a function of params", f)
+
     def product(params: Any, v: Any) -> Any:
+        _require_alike("hvp", params, v)
         with _plain_attention():
             return torch.func.jvp(torch.func.grad(f), (params,), (v,))[1]
 
@@ -61,10 +93,18 @@ def ggn_vp(model_fn: Callable[[Any], Any], loss_fn: Callable[[Any], Tensor]) -> 
         loss_fn: gives a scalar of what `model_fn` gives.
 
     Returns:
-        A function of params and a tree `v` like them.
+        A function of params and a tree `v` like them, as `hvp` returns.
+
+    Raises:
+        TypeError: where an argument is no function.
     """
 
+    call = "ggn_vp(model_fn, loss_fn)(params, v)"
+    require_type(callable(model_fn), call, "model_fn", "a function of params", model_fn)
+    require_type(callable(loss_fn), call, "loss_fn", "a function of the model's output", loss_fn)
+
     def product(params: Any, v: Any) -> Any:
+        _require_alike("ggn_vp", params, v)
         with _plain_attention():
             output, along = torch.func.jvp(model_fn, (params,), (v,))[:2]
             bent = torch.func.jvp(torch.func.grad(loss_fn), (output,), (along,))[1]
@@ -94,7 +134,7 @@ def fisher_diag(
         >>> fisher(adapt.init(seed=0), torch.randn(5, 8))["0"]["B"].shape
         torch.Size([4, 2])
     """
-    require_size(chunk_size, "fisher_diag")
+    require_rowwise("fisher_diag", adapt, loss_rows, chunk_size, row_map)
     grads = per_example_grad(adapt, loss_rows, row_map=row_map)
 
     def mean_of_squares(params: AnyTree, batch: Any) -> Tree:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lora_lite.core.errors import require_fitting, require_grads, require_tree
+from lora_lite.core.errors import require_fitting, require_grads, require_tree, require_type
 from lora_lite.core.tracing import in_transform
 from lora_lite.core.tree import AnyTree, flatten, tree_leaves
 
@@ -30,7 +30,7 @@ def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[...
 
     Raises:
         ValueError: where the value is not a scalar tensor, or with `has_aux` the result is no pair.
-        TypeError: where a leaf of `params` is not a floating tensor.
+        TypeError: where `f` is no function, or a leaf of `params` is not a floating tensor.
         RuntimeError: in inference mode, with a version of torch that gives zeros there.
 
     Example:
@@ -39,6 +39,8 @@ def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[...
         >>> float(value), grads["w"].tolist()
         (5.0, [2.0, 4.0])
     """
+
+    require_type(callable(f), "value_and_grad(f)(params)", "f", "a function of params", f)
 
     def value_and_grads(params: Any, *args: Any) -> tuple[Any, Any]:
         if in_transform():
@@ -135,11 +137,8 @@ def set_grads(params: AnyTree, grads: AnyTree | None) -> None:
         return
     require_grads(call, params, grads)
     own, given = flatten(params), flatten(grads)
-    faults: list[str] = []
-    for attribute in ("dtype", "device"):
-        pairs = ((where, getattr(leaf, attribute), getattr(given[where], attribute)) for where, leaf in own.items())
-        faults += [f'"{where}": expected {attribute} {wanted}, found {found}' for where, wanted, found in pairs if wanted != found]
-    require_fitting(call, faults)
+    pairs = ((where, leaf.dtype, given[where].dtype) for where, leaf in own.items())
+    require_fitting(call, [f'"{where}": expected dtype {wanted}, found {found}' for where, wanted, found in pairs if wanted != found])
     for path, leaves in params.items():
         for name, leaf in leaves.items():
             leaf.grad = grads[path][name]

@@ -6,6 +6,7 @@ Paper: Hayou, Ghosh, Yu, *LoRA+: Efficient Low Rank Adaptation of Large Models*,
 from typing import Any
 
 from lora_lite.core.errors import require_tree
+from lora_lite.core.fields import Within, require_number
 from lora_lite.core.tree import AnyTree
 
 FAST = ("B", "dB")  # the factor on the output's side, by its name in the variants that have one
@@ -26,7 +27,7 @@ def lora_plus(params: AnyTree, lr: float, ratio: float = 16.0) -> list[dict[str,
 
     Raises:
         ValueError: where `lr` or `ratio` is out of range.
-        TypeError: where `params` is no tree of tensors.
+        TypeError: where `params` is no tree of tensors, or the others are no numbers.
 
     Example:
         >>> import torch, lora_lite as ll
@@ -35,9 +36,10 @@ def lora_plus(params: AnyTree, lr: float, ratio: float = 16.0) -> list[dict[str,
         >>> [group["lr"] for group in optimizer.param_groups]
         [0.0001, 0.0016]
     """
-    if not lr > 0 or not ratio >= 1:
-        raise ValueError(f"lora_plus: expected lr > 0 and ratio >= 1, found lr={lr}, ratio={ratio}. Use e.g. lr=1e-4, ratio=16.")
-    require_tree("lora_plus(params, lr=1e-4)", "params", params)
+    call = "lora_plus(params, lr=1e-4)"
+    require_tree(call, "params", params)
+    require_number(call, "lr", lr, Within(0, above=True), "Use e.g. lr=1e-4.")
+    require_number(call, "ratio", ratio, Within(1), "Use e.g. ratio=16.")
     slow = [leaf for leaves in params.values() for name, leaf in leaves.items() if name.rpartition(".")[2] not in FAST]
     fast = [leaf for leaves in params.values() for name, leaf in leaves.items() if name.rpartition(".")[2] in FAST]
     return [{"params": leaves, "lr": rate} for leaves, rate in ((slow, lr), (fast, lr * ratio)) if leaves]

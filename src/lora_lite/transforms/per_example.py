@@ -1,7 +1,7 @@
 """Per-example gradients and their norms: a mixed batch in which every row is a member of its own."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lora_lite.adapt import Adapt
+from lora_lite.core.errors import require_type
 from lora_lite.core.tracing import in_transform
 from lora_lite.core.tree import AnyTree, Tree, tree_leaves, tree_map
 from lora_lite.derived.rows import RowMap
@@ -43,9 +44,10 @@ def per_example_grad(
         >>> grads(adapt.init(seed=0), torch.randn(5, 8))["0"]["B"].shape
         torch.Size([5, 4, 2])
     """
-    require_size(chunk_size, "per_example_grad")
+    require_rowwise("per_example_grad", adapt, loss_rows, chunk_size, row_map)
 
     def grads_by_row(params: AnyTree, batch: Any) -> Tree:
+        adapt._require(params, "per_example_grad")
         parts = []
         for part, rows in chunks(batch, chunk_size):
             members = tree_map(lambda p, rows=rows: _each_row(p, rows), params)
@@ -83,10 +85,11 @@ def per_example_norm(
         >>> norms(adapt.init(seed=0), torch.randn(5, 8)).shape
         torch.Size([5])
     """
-    require_size(chunk_size, "per_example_norm")
+    require_rowwise("per_example_norm", adapt, loss_rows, chunk_size, row_map)
     grads = per_example_grad(adapt, loss_rows, row_map=row_map)
 
     def norms(params: AnyTree, batch: Any) -> Tensor:
+        adapt._require(params, "per_example_norm")
         found = []
         for part, rows in chunks(batch, chunk_size):
             if in_transform() or not rows:
@@ -138,9 +141,10 @@ def _each_row(p: Tensor, rows: int) -> Tensor:
 def _total(adapt: Adapt, loss_rows: LossRows, batch: Any, rows: int, row_map: Callable[[Any], RowMap] | None) -> Callable[[Tree], Tensor]:
     def total(members: Tree) -> Tensor:
         losses = loss_rows(adapt.mixed(members, batch, row_map=row_map and row_map(batch)), batch)
-        if losses.shape != (rows,):
+        if not isinstance(losses, Tensor) or losses.shape != (rows,):
+            found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
-                f"per_example_grad: expected loss_rows to return shape ({rows},), found {tuple(losses.shape)}. Give each row its "
+                f"per_example_grad: expected loss_rows to return shape ({rows},), found {found}. Give each row its "
                 "loss, with labels from the batch that it is given."
             )
         return losses.sum()
@@ -170,18 +174,23 @@ def rows_of(batch: object) -> int:
     Raises:
         ValueError: where it holds no tensor.
     """
-    parts = list(batch.values()) if isinstance(batch, Mapping) else [batch] if isinstance(batch, Tensor) else list(batch)  # type: ignore[call-overload]
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else [batch]
     tensors = [part for part in parts if isinstance(part, Tensor) and part.dim()]
     if not tensors:
         raise ValueError("per_example_grad: expected a batch with a tensor whose first axis is its rows, found none.")
     return int(tensors[0].shape[0])
 
 
-def require_size(chunk_size: int | None, caller: str) -> None:
-    """Refuse a number of rows that is not positive.
+def require_rowwise(caller: str, adapt: Any, loss_rows: Any, chunk_size: Any, row_map: Any) -> None:
+    """Refuse arguments of another type, as in another order, and a number of rows that is not positive.
 
     Raises:
-        ValueError: where it is neither None nor an integer of at least 1.
+        TypeError: for an `adapt` that is none, or functions that are none.
+        ValueError: for a `chunk_size` that is neither None nor an integer of at least 1.
     """
+    call = f"{caller}(adapt, loss_rows)(params, batch)"
+    require_type(isinstance(adapt, Adapt), call, "adapt", "what build or load returned", adapt)
+    require_type(callable(loss_rows), call, "loss_rows", "a function of the output and the batch", loss_rows)
+    require_type(row_map is None or callable(row_map), call, "row_map", "a function of the batch", row_map)
     if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"{caller}: expected chunk_size as an integer >= 1 or None, found {chunk_size!r}. Give the rows to run at once.")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_lite.core.errors import require_grads
+from lora_lite.core.fields import Within, require_number
 from lora_lite.core.tree import AnyTree, Apart, apart, together
 
 Tree = dict[str, dict[str, Tensor]]
@@ -43,13 +44,14 @@ def riemannian(params: AnyTree, grads: AnyTree, reg: float = 1e-2) -> Tree:
     Source:
         Zhang, Pilanci, *Riemannian Preconditioned LoRA for Fine-Tuning Foundation Models*, 2024, arXiv:2402.02347, eq. (4).
     """
-    if not reg > 0:
-        raise ValueError(f"riemannian: expected reg > 0, found {reg}. Use e.g. reg=1e-2.")
-    maps, out = apart(params), _copied("riemannian", params, grads)
+    call = "riemannian(params, grads)"
+    require_number(call, "reg", reg, Within(0, above=True), "Use e.g. reg=1e-2.")
+    out, maps = _copied(call, params, grads), apart(params)
     for path in _pairs(maps):
         A, B = maps[path]["A"], maps[path]["B"]
-        out[path]["A"] = _damped_solve(B.mT @ B, out[path]["A"], reg)
-        out[path]["B"] = _damped_solve(A @ A.mT, out[path]["B"].mT, reg).mT
+        where = f'riemannian: at "{".".join(filter(None, path))}"'
+        out[path]["A"] = _damped_solve(B.mT @ B, out[path]["A"], reg, where)
+        out[path]["B"] = _damped_solve(A @ A.mT, out[path]["B"].mT, reg, where).mT
     return together(out)
 
 
@@ -87,21 +89,24 @@ def lora_fa(params: AnyTree, grads: AnyTree, scale: float, reg: float = 1e-8) ->
         Zhang, Zhang, Shi, Chu, Li, *LoRA-FA: Memory-Efficient Low-Rank Adaptation for Large Language Models Fine-Tuning*, 2023,
         arXiv:2308.03303. The projection is that of Wang, Liang, He, Wang, Tan, *LoRA-Pro*, 2024, arXiv:2407.18242.
     """
-    if not scale > 0 or not reg >= 0:
-        raise ValueError(f"lora_fa: expected scale > 0 and reg >= 0, found scale={scale}, reg={reg}. Use scale=alpha / r.")
-    maps, out = apart(params), _copied("lora_fa", params, grads)
+    call = "lora_fa(params, grads, scale=alpha / r)"
+    require_number(call, "scale", scale, Within(0, above=True), "Use scale=alpha / r.")
+    require_number(call, "reg", reg, Within(0), "Use e.g. reg=1e-8.")
+    out, maps = _copied(call, params, grads), apart(params)
     for path in _pairs(maps):
         A = maps[path]["A"]
         out[path]["A"] = torch.zeros_like(A)
-        out[path]["B"] = _damped_solve(A @ A.mT, out[path]["B"].mT, reg).mT / scale**2
+        where = f'lora_fa: at "{".".join(filter(None, path))}"'
+        out[path]["B"] = _damped_solve(A @ A.mT, out[path]["B"].mT, reg, where).mT / scale**2
     return together(out)
 
 
-def _copied(name: str, params: AnyTree, grads: AnyTree) -> Apart:
+def _copied(call: str, params: AnyTree, grads: AnyTree) -> Apart:
     """Return the gradients as new dicts by linear maps; the leaves are not copied."""
-    require_grads(f"{name}(params, grads)", params, grads)
+    require_grads(call, params, grads)
     if not _pairs(apart(params)):
         found = sorted({leaf for leaves in params.values() for leaf in leaves})
+        name = call.partition("(")[0]
         raise ValueError(f'{name}: expected targets with the leaves "A" and "B", found {found}. Use it with LoRAConfig and its like.')
     return apart(grads)
 
@@ -110,8 +115,18 @@ def _pairs(maps: Apart) -> list[tuple[str, str]]:
     return [place for place, leaves in maps.items() if {"A", "B"} <= set(leaves)]
 
 
-def _damped_solve(gram: Tensor, rhs: Tensor, reg: float) -> Tensor:
-    """Compute `(gram + reg I)^-1 rhs` in at least float32, in the dtype of `rhs`."""
+def _damped_solve(gram: Tensor, rhs: Tensor, reg: float, where: str) -> Tensor:
+    """Compute `(gram + reg I)^-1 rhs` in at least float32, in the dtype of `rhs`.
+
+    Raises:
+        ValueError: where that has no inverse; it begins with `where`.
+    """
     exact = torch.promote_types(gram.dtype, torch.float32)
     eye = torch.eye(gram.shape[-1], dtype=exact, device=gram.device)
-    return torch.linalg.solve(gram.to(exact) + reg * eye, rhs.to(exact)).to(rhs.dtype)
+    try:
+        return torch.linalg.solve(gram.to(exact) + reg * eye, rhs.to(exact)).to(rhs.dtype)
+    except torch.linalg.LinAlgError as e:
+        raise ValueError(
+            f"{where} expected a factor of full rank for reg={reg}, found one whose rows or columns depend on one another ({e}). Raise "
+            "reg, e.g. to 1e-4."
+        ) from e

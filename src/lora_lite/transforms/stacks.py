@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, overload
 
+from torch import Tensor, nn
+
 from lora_lite.adapt import Adapt
 from lora_lite.core.errors import is_tree, listed, require_type
 from lora_lite.core.tracing import in_transform
@@ -55,7 +57,11 @@ def stack(trees: Iterable[Any], pad: Pad = False, adapt: Adapt | None = None) ->
         >>> host is adapt, stacked["0"]["A"].shape
         (True, torch.Size([2, 2, 8]))
     """
-    require_type(isinstance(trees, Iterable), "stack([params, params, ...])", "trees", "a list of params trees", trees)
+    several = isinstance(trees, Iterable) and not isinstance(trees, Tensor | nn.Module | str)
+    require_type(several, "stack([params, params, ...])", "trees", "a list of params trees", trees)
+    if not (isinstance(pad, bool) or pad == "frozen"):
+        raise ValueError(f'stack: expected pad as True, False or "frozen", found {pad!r}. Use True for a stack that is trained.')
+    _require_host("stack([(adapt, params), ...], adapt=host)", adapt)
     if isinstance(trees, Mapping) or not (trees := list(trees)):
         found = "one tree" if isinstance(trees, Mapping) else "none"
         raise ValueError(f"stack: expected at least one params tree, in a list, found {found}. Pass a list of trees.")
@@ -101,13 +107,23 @@ def unstack(stacked: AnyTree, like: Sequence[Any] | None = None, adapt: Adapt | 
     members = unstack_tree(stacked)
     if like is None:
         return members
+    call = "unstack(stacked, like=trees)"
+    in_list = isinstance(like, Sequence) and not isinstance(like, str)
+    require_type(in_list, call, "like", "a list of the trees or pairs that were stacked", like)
+    _require_host(call, adapt)
     if len(like) != len(members):
         raise ValueError(f"unstack: expected {len(members)} trees in like, one for each member, found {len(like)}.")
     if not all(_is_pair(tree) for tree in like):
+        for k, tree in enumerate(like):
+            require_type(is_tree(tree), call, f"tree {k} of like", "a params tree", tree)
         return [_cut(member, tree, {}, k) for k, (member, tree) in enumerate(zip(members, like))]
     host = host_of(like, adapt)
     scales = [{} if own is host else factors_in(host, own, k, "frozen") for k, (own, _) in enumerate(like)]
     return [_cut(member, tree, scale, k) for k, (member, (_, tree), scale) in enumerate(zip(members, like, scales))]
+
+
+def _require_host(call: str, adapt: object) -> None:
+    require_type(adapt is None or isinstance(adapt, Adapt), call, "adapt", "what build or load returned", adapt)
 
 
 def _is_pair(tree: Any) -> bool:
@@ -148,6 +164,12 @@ def _require_neutral(path: str, shapes: Sequence[LeafShapes], trained: bool) -> 
 
 def _cut(member: Tree, like: AnyTree, scale: Mapping[str, Mapping[str, float]], k: int) -> Tree:
     """Return the part of a member that a tree had before it was padded, without its factors."""
+    lost = next(((path, name) for path, leaves in like.items() for name in leaves if name not in member.get(path, {})), None)
+    if lost is not None:
+        raise ValueError(
+            f"unstack: expected the leaves of tree {k} of like to be in the stack, found none for {place_of_leaf(*lost)}. Pass the trees "
+            "that were stacked."
+        )
     found: Tree = {path: {} for path in like}
     for path, leaves in member.items():
         kept = like.get(path, {})

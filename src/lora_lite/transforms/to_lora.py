@@ -51,6 +51,7 @@ def to_lora(
     call = "to_lora(adapt, params, r)"
     require_type(isinstance(adapt, Adapt), call, "adapt", "what build or load returned", adapt)
     require_type(isinstance(params, Mapping), call, "params", "a params tree, e.g. adapt.init()", params)
+    require_type(isinstance(r, int) and not isinstance(r, bool), call, "r", "an integer >= 1", r)
     adapt._require_whole("to_lora")
     adapt._require(params, "to_lora")
     adapt._require_finite(params, "to_lora")

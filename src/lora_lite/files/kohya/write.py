@@ -13,7 +13,7 @@ from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import require_type, several
 from lora_lite.core.plan import Target
-from lora_lite.files.durable import store, written
+from lora_lite.files.durable import require_file, store, written
 from lora_lite.files.kohya.methods import ALPHA, DOWN, METHODS, UP
 from lora_lite.files.peft.layers import kernel_of
 from lora_lite.layers.find import find
@@ -83,8 +83,8 @@ def _layers(call: str, adapt: Any, params: Any, path: Any, prefix: Any, names: t
     if not isinstance(prefix, str) or not re.fullmatch(r"\w+", prefix):
         raise ValueError(f'{call}: expected prefix as the name of a part of a pipeline, e.g. "lora_unet" or "unet", found {prefix!r}.')
     adapt._require(params, call)
-    if not Path(path).parent.is_dir():
-        raise FileNotFoundError(f'{call}: expected the directory of "{path}" to exist, found none. Create it first.')
+    adapt._require_stored(params, call)
+    require_file(call, Path(path))
     layers, faults = Layers(), []
     for target, cfg in adapt._plan.entries:
         try:

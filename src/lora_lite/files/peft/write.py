@@ -63,6 +63,7 @@ def to_peft(
     require_type(isinstance(directory, str | os.PathLike), call, "directory", "the path of a folder", directory)
     require_type(card is None or isinstance(card, str), call, "card", "text, e.g. model_card(adapt, params)", card)
     adapt._require(params, "to_peft")
+    adapt._require_stored(params, "to_peft")
     folder = Path(directory)
     if not folder.parent.is_dir():
         raise FileNotFoundError(f'to_peft: expected the parent of "{folder}" to exist, found none. Create it first.')
