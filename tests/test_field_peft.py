@@ -1,6 +1,7 @@
 """PEFT's files of models in which a module or a weight is reached in unusual ways, and the task that a file names."""
 
 import copy
+import dataclasses
 import json
 
 import peft
@@ -574,3 +575,102 @@ def test_classifier_whose_head_is_not_adapted_keeps_it(tmp_path):
     close(through_peft(model, tmp_path / "a")(input_ids=ids()).logits, adapt(params, {"input_ids": ids()}).logits)
     again, read = ll.from_peft(model, tmp_path / "a")
     close(again(read, {"input_ids": ids()}).logits, adapt(params, {"input_ids": ids()}).logits)
+
+
+# Patterns and values of the config
+
+
+class Marked(nn.Module):
+    """Layers whose names have the marks of expressions."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_module("a+b", nn.Linear(8, 8))
+        self.inner = nn.ModuleDict({"up": nn.Linear(8, 8), "down": nn.Linear(8, 8)})
+
+    def forward(self, x):
+        return self.inner["down"](self.inner["up"](self.get_submodule("a+b")(x).tanh()).tanh())
+
+
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.filterwarnings("ignore:The following .* did not match")  # but PEFT takes its value
+def test_pattern_that_is_a_whole_path_holds_there_whatever_marks_it_has(tmp_path):
+    model = Marked().eval()
+    theirs = peft_of(model, tmp_path, target_modules=["a+b", "up"], alpha_pattern={"a+b": 3}, rank_pattern={"a+b": 4})
+    adapt, params = ll.from_peft(model, tmp_path)
+    close(adapt(params, X), theirs(X))
+
+
+def test_order_of_patterns_that_peft_loses_is_reported_and_the_way_out_works(tmp_path):
+    model, order = Marked().eval(), {"up": 30, "inner.up": 4}
+    theirs = peft_of(model, tmp_path, target_modules=["up", "down"], alpha_pattern=order)
+    with pytest.warns(UserWarning, match=r'(?s)alpha_pattern at "inner\.up".*PEFT sorts them.*Put that one first'):
+        adapt, params = ll.from_peft(model, tmp_path)
+    close(adapt(params, X), through_peft(model, tmp_path)(X))
+    assert (adapt(params, X) - theirs(X)).abs().max() > 1e-2
+    edit(tmp_path, alpha_pattern=order)
+    adapt, params = ll.from_peft(model, tmp_path)
+    close(adapt(params, X), theirs(X))
+
+
+RANKS = {
+    "lora": peft.LoraConfig(r=2, init_lora_weights=False, target_modules=["up", "down"], rank_pattern={"up": 4, "inner.up": 3}),
+    "lokr": peft.LoKrConfig(r=1, init_weights=False, target_modules=["up", "down"], rank_pattern={"up": 1, "inner.up": 2}),
+}
+
+
+@pytest.mark.parametrize("case", RANKS)
+def test_ranks_of_tensors_say_which_pattern_held(case, tmp_path):
+    model = Marked().eval()
+    theirs = wrapped(model, RANKS[case])
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    close(adapt(params, X), theirs(X))
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    close(through_peft(model, tmp_path / "ours")(X), theirs(X))
+
+
+@pytest.mark.filterwarnings("ignore:.*invalid shape")
+def test_alpha_of_zero_is_the_rank_in_adalora(tmp_path):
+    model = Marked().eval()
+    theirs = wrapped(model, peft.AdaLoraConfig(init_r=3, target_r=2, total_step=9, lora_alpha=0, target_modules=["up"]))
+    theirs.save_pretrained(tmp_path)
+    adapt, params = ll.from_peft(model, tmp_path)
+    assert [cfg.alpha for cfg in adapt.configs] == [3]
+    close(adapt(params, X), theirs(X))
+    adapt = ll.build(model, ll.AdaLoRAConfig(init_r=3, target_r=2, total_step=9, alpha=0.0))
+    with pytest.raises(ValueError, match="alpha=0: PEFT takes init_r in its place"):
+        ll.to_peft(adapt, adapt.init(), tmp_path / "refused")
+
+
+@pytest.mark.parametrize("cfg", [ll.IA3Config(target_roles=()), ll.ROADConfig(group_size=4)], ids=lambda c: c.name)
+def test_deviations_of_half_precision_are_written_whole(cfg, tmp_path):
+    model = Marked().eval()
+    adapt = ll.build(model, dataclasses.replace(cfg, dtype=torch.bfloat16))
+    params = ll.tree_map(lambda p: p + 0.003 * torch.randn(p.shape).to(p), adapt.init(seed=0))
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    base, want = model(X), adapt(params, X)
+    assert (through_peft(model, tmp_path / "ours")(X) - want).abs().max() < 1e-2 * (want - base).abs().max()
+
+
+def test_share_above_one_is_all_there_is_in_pefts_file_too(tmp_path):
+    model = Marked().eval()
+    adapt = ll.build(model, ll.FRoDConfig(sparse_rate=2.5))
+    params = move(adapt.init(seed=0), scale=0.05)
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    close(through_peft(model, tmp_path / "ours")(X), adapt(params, X))
+
+
+def test_kernels_that_lie_the_other_way_are_refused(tmp_path):
+    tall, wide = (nn.Sequential(nn.Conv2d(4, 4, size), nn.Flatten()) for size in ((3, 1), (1, 3)))
+    peft_of(tall, tmp_path, target_modules=["0"])
+    with pytest.raises(ValueError, match=r'"base_model\.model\.0\.lora_A\.weight": expected 2 axes .*found \(2, 4, 3, 1\)'):
+        ll.from_peft(wide, tmp_path)
+
+
+def test_one_expert_for_a_router_is_refused(tmp_path):
+    adapt = ll.build(Marked(), ll.LilyConfig(r=2, num_B=1))
+    with pytest.raises(ValueError, match="num_B=1: PEFT's router needs two"):
+        ll.to_peft(adapt, adapt.init(), tmp_path / "refused")

@@ -2,6 +2,7 @@
 
 import json
 
+import peft
 import pytest
 import safetensors.torch
 import torch
@@ -173,6 +174,35 @@ def test_alpha_in_the_metadata_of_diffusers(unet, tmp_path):
     assert_updates(unet, adapt, params, {path: (0.5 if path == Q else 3.0) * update for path, update in updates.items()})
 
 
+METADATA = {
+    "pissa": ({"init_lora_weights": "pissa"}, "to ask for a plain LoRA, found pissa"),
+    "dora": ({"use_dora": True}, "to ask for a plain LoRA, found dora"),
+    "bias": ({"lora_bias": True}, "to ask for a plain LoRA, found lora_bias"),
+    "another method": ({"peft_type": "ADALORA", "total_step": 9}, "to ask for a plain LoRA, found adalora"),
+    "a field of the future": ({"from_the_future": True}, "from_the_future: expected it off, found True"),
+    "patterns": ({"alpha_pattern": "x"}, "alpha_pattern: expected numbers by expression, found 'x'"),
+    "no expression": ({"alpha_pattern": {"(": 1}}, r"alpha_pattern: expected regular expressions, found '\('"),
+}
+
+
+@pytest.mark.parametrize("case", METADATA)
+def test_metadata_that_asks_for_more_than_the_factors_is_refused(unet, tmp_path, case):
+    fields, message = METADATA[case]
+    tensors, _ = lora_tensors(unet, alpha=None, names=KEYS_OF_DIFFUSERS["now"], name=lambda path: f"unet.{path}")
+    own = {f"unet.{name}": value for name, value in {"r": 2, "lora_alpha": 6, **fields}.items()}
+    place = write(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": json.dumps(own)})
+    with pytest.raises(ValueError, match=rf"(?s)from_diffusers: expected .*{message}"):
+        ll.from_diffusers(unet, place)
+
+
+def test_whole_config_of_peft_in_the_metadata_is_read(unet, tmp_path):
+    tensors, updates = lora_tensors(unet, alpha=None, names=KEYS_OF_DIFFUSERS["now"], name=lambda path: f"unet.{path}")
+    fields = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["to_q"], use_rslora=True, init_lora_weights="gaussian").to_dict()
+    own = {f"unet.{name}": list(value) if isinstance(value, set) else value for name, value in fields.items()}
+    place = write(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": json.dumps(own)})
+    assert_updates(unet, *ll.from_diffusers(unet, place), {path: 6 / 2**0.5 * update for path, update in updates.items()})
+
+
 TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "eos_token_id": 2}
 OLDER = {
     "kohya": (ll.from_kohya, "lora_te1", "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_{}.weight", ("down", "up")),
@@ -264,6 +294,10 @@ REFUSED = {
     "two methods": ({"lora_unet_conv_in.lora_down.weight": draw(1, 4, 3, 3), "lora_unet_conv_in.hada_w1_a": draw(8, 1)}, "no method alone"),
     "another width": ({"lora_unet_conv_in.lora_down.weight": draw(1, 5, 3, 3), "lora_unet_conv_in.lora_up.weight": draw(8, 1)}, "shape"),
     "a product of other sizes": ({"lora_unet_proj_in.lokr_w1": draw(2, 2), "lora_unet_proj_in.lokr_w2": draw(2, 4)}, "whose product"),
+    "a kernel that lies": (
+        {"lora_unet_conv_in.lora_down.weight": draw(2, 12, 3, 1), "lora_unet_conv_in.lora_up.weight": draw(8, 2)},
+        "kernel",
+    ),
     "nothing": ({}, "no tensors"),
 }
 

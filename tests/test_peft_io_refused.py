@@ -68,7 +68,43 @@ REFUSED = {
     "r": (5, 'r or rank_pattern: expected 4 at "0", as its tensors have, found 5'),
     "rank_pattern": ({"2": 3}, 'r or rank_pattern: expected 4 at "2", as its tensors have, found 3'),
     "init_lora_weights": ("loftq", "init_lora_weights in .*found 'loftq'.*merge_and_unload"),
+    "target_modules": ({"0": 1}, "target_modules: expected names or an expression, found {'0': 1}"),
+    "exclude_modules": ([0], r"exclude_modules: expected names or an expression, found \[0\]"),
+    "target_parameters": (5, "target_parameters: expected a list of names, found 5"),
+    "trainable_token_indices": ({"0": 5}, "trainable_token_indices: expected a list of ids, or one by name, found {'0': 5}"),
+    "alora_invocation_tokens": ("ab", "alora_invocation_tokens: expected a list of ids, found 'ab'"),
+    "kasa_config": (["beta"], r"kasa_config: expected numbers by name, found \['beta'\]"),
+    "task_type": ({"a": 1}, "task_type: expected a text, found {'a': 1}"),
 }
+
+
+@pytest.mark.parametrize("value", [[], {"LORA": 1}, 5, None])
+def test_method_that_is_no_name_is_named(folder, value):
+    _edit(folder, peft_type=value)
+    with pytest.raises(ValueError, match="from_peft: expected peft_type"):
+        ll.from_peft(_model(), folder)
+
+
+@pytest.mark.parametrize("names", [5, "4", [5], [[1]]])
+def test_names_that_are_no_list_are_named(folder, names):
+    _edit(folder, modules_to_save=names)
+    with pytest.raises(ValueError, match=r"modules_to_save: expected a list of names, found"):
+        ll.from_peft(_model(), folder)
+
+
+@pytest.mark.parametrize(
+    ("case", "fields", "message"),
+    [
+        ("lora", {"lora_dropout": 5}, r'values that "0" can have here, found: LoRAConfig\.dropout'),
+        ("psoft", {"ab_svd_init": ["psoft_init"]}, r"ab_svd_init: expected a text, found \['psoft_init'\]"),
+        ("psoft", {"cayley_neumann_eps": "x"}, "cayley_neumann_eps: expected a number, found 'x'"),
+        ("vblora", {"topk": 2.5}, r'values that "0" can have here, found: VBLoRAConfig\.topk'),
+    ],
+)
+def test_values_that_a_config_does_not_take_are_told_with_the_file(case, fields, message, tmp_path):
+    _edit(_save(case, tmp_path), **fields)
+    with pytest.raises(ValueError, match=rf"(?s)from_peft: expected .*adapter_config\.json.*{message}"):
+        ll.from_peft(_model(), tmp_path)
 
 
 @pytest.mark.parametrize("field", REFUSED)
@@ -163,9 +199,12 @@ def test_missing_and_damaged_files_are_named(folder):
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="pickled files are never opened"):
         ll.from_peft(model, folder)
-    (folder / "adapter_config.json").write_text("[1, 2")
-    with pytest.raises(ValueError, match="to be a JSON object"):
-        ll.from_peft(model, folder)
+    for text in ("[1, 2", "[" * 100_000):
+        (folder / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match="to be a JSON object"):
+            ll.from_peft(model, folder)
+    with pytest.raises(FileNotFoundError, match=r'Pass subfolder= one of "lora"'):  # as PEFT saves adapters with names
+        ll.from_peft(model, folder.parent)
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
         ll.from_peft(model, folder / "elsewhere")
     with pytest.raises(TypeError, match=r"expected model as a torch\.nn\.Module"):

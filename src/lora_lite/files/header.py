@@ -100,7 +100,7 @@ def read_header(metadata: Mapping[str, str]) -> Header:
             raise TypeError("a config names no variant")
         if not set(values) <= set(targets):
             raise KeyError("values of a module that is no target")
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError) as e:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError, RecursionError) as e:
         raise ValueError(f"{type(e).__name__}: {e}") from e
     return Header(configs, targets, shared, shared_params, values, weights, starts, layers, classes)
 

@@ -21,13 +21,19 @@ from lora_lite.core.errors import require_type, several, tree_faults
 from lora_lite.core.tree import Tree
 from lora_lite.files.kohya.methods import ALPHA, METHODS, UP
 from lora_lite.files.kohya.names import Names, prefix_of, split
+from lora_lite.files.peft.demands import check_fields
 from lora_lite.files.peft.fields import carried, resolve
+from lora_lite.files.peft.layers import kernel_size, of_kernel
 from lora_lite.files.peft.names import Table
+from lora_lite.files.peft.rows import rows_of
+from lora_lite.layers.convolution import ConvKind
 from lora_lite.layers.find import Found, find
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import as_kinds
 
 FILE = "pytorch_lora_weights.safetensors"
+_PLAIN = ("lora", "mica")
+"""The variants of PEFT's LoRA that are two factors beside the weight as it is."""
 
 
 @made_alike
@@ -98,13 +104,14 @@ def _read(call: str, model: Any, path: Any, prefix: Any, remat: str | None, kind
     prefix = _prefix(call, place, named, prefix)
     found = find(model, "linear", kinds)
     layers, written, more = _by_path(named, prefix, Names(found, Table.of(model).renamed))
-    alphas = _alphas(metadata, prefix)
+    alphas = _alphas(call, place, metadata, prefix)
     if alphas is not None:
         alphas = functools.reduce(lambda fields, place: carried(fields, place[1], place[0]), written.items(), alphas)
     entries: dict[str, tuple[AdapterConfig, dict[str, Tensor]]] = {}
     faults = [f'unexpected "{key}"' for key in foreign] + repeated + more
     for at, own in layers.items():
         try:
+            _require_kernel(model, found, at, own)
             entries[at] = _entry(at, own, _shape(model, found, at), alphas)
         except ValueError as e:
             faults.append(f'"{at}": {e}')
@@ -203,16 +210,43 @@ def _by_path(named: Mapping[str, dict[str, Tensor]], prefix: str, names: Names) 
     return Placed(layers, written, faults)
 
 
-def _alphas(metadata: Mapping[str, str], prefix: str) -> dict[str, Any] | None:
-    """Return the fields of PEFT's config that diffusers puts into the metadata for a part, or None."""
+def _alphas(call: str, place: Path, metadata: Mapping[str, str], prefix: str) -> dict[str, Any] | None:
+    """Return the fields of PEFT's config that diffusers puts into the metadata for a part, or None.
+
+    Raises:
+        ValueError: where they ask for what these files do not hold.
+    """
     try:
         fields = json.loads(metadata.get("lora_adapter_metadata", "{}"))
         own = {
             key[len(prefix) + 1 :] if prefix else key: value for key, value in fields.items() if not prefix or key.startswith(f"{prefix}.")
         }
     except (ValueError, AttributeError) as e:
-        raise ValueError(f"expected lora_adapter_metadata to be a JSON object, found a damaged one ({e}). Save the file again.") from e
-    return {"peft_type": "LORA", **own} if "lora_alpha" in own else None
+        raise ValueError(
+            f'{call}: expected lora_adapter_metadata in "{place}" to be a JSON object, found a damaged one ({e}). Save the file again.'
+        ) from e
+    if "lora_alpha" not in own:
+        return None
+    own = {"peft_type": "LORA", **own}
+    try:
+        check_fields(own, f"{place}: lora_adapter_metadata")
+    except ValueError as e:
+        raise ValueError(f"{call}: {str(e).removeprefix('from_peft: ')}") from e
+    asked = "lora_bias" if own.get("lora_bias") else next(row.config.name for row in rows_of(own["peft_type"]) if row.when(own, {}))
+    if asked not in _PLAIN:
+        raise ValueError(
+            f'{call}: expected lora_adapter_metadata in "{place}" to ask for a plain LoRA, found {asked}. Read the adapter from PEFT\'s '
+            "files, with from_peft, or merge it where it was trained."
+        )
+    return own
+
+
+def _require_kernel(model: nn.Module, found: Found, path: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a tensor of a kernel that is not the layer's: laid out flat, kernels of one size look alike."""
+    kernel = kernel_size(model.get_submodule(path)) if issubclass(found[path], ConvKind) else ()
+    for key, tensor in tensors.items():
+        if not of_kernel(tensor, kernel):
+            raise ValueError(f"{key} of shape {tuple(tensor.shape)}, expected a kernel of {kernel}")
 
 
 def _entry(

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lora_lite.core.errors import listed, several
@@ -29,7 +29,7 @@ def check_fields(fields: Mapping[str, Any], where: object) -> None:
         ValueError: it names each field.
     """
     method = fields.get("peft_type")
-    if method not in DEFAULTS:
+    if not isinstance(method, str) or method not in DEFAULTS:
         raise ValueError(
             f'from_peft: expected peft_type in "{where}" to be one of {listed(DEFAULTS)}, found "{method}". '
             "Merge the adapter with PEFT's merge_and_unload and adapt the merged model."
@@ -65,17 +65,59 @@ _NAMES_TOO = ("init_lora_weights", "init_weights")
 """The fields that are True or False, or the name of a start."""
 
 
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(number, int) and not isinstance(number, bool) for number in value)
+
+
+def _name_modules(value: Any) -> bool:
+    return isinstance(value, str) or _are_names(value)
+
+
+def _are_tokens(value: Any) -> bool:
+    return _are_ids(value) or (isinstance(value, Mapping) and all(map(_are_ids, value.values())))
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(map(_is_number, value.values()))
+
+
+_STRUCTURED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "task_type": (lambda value: isinstance(value, str), "a text"),
+    "target_modules": (_name_modules, "names or an expression"),
+    "exclude_modules": (_name_modules, "names or an expression"),
+    "modules_to_save": (_are_names, "a list of names"),
+    "target_parameters": (_are_names, "a list of names"),
+    "alora_invocation_tokens": (_are_ids, "a list of ids"),
+    "token_indices": (_are_tokens, "a list of ids, or one by name"),
+    "trainable_token_indices": (_are_tokens, "a list of ids, or one by name"),
+    "kasa_config": (_are_numbers, "numbers by name"),
+}
+"""The fields that are no single number, with what they hold unless they are null."""
+
+
+def _misfit(name: str, value: Any, default: Any) -> str | None:
+    """Return the expectation that a value does not meet by the type of its default, or None."""
+    if isinstance(default, bool):
+        fits, wanted = isinstance(value, bool) or (value is None and not default), "true or false"
+    elif isinstance(default, str):
+        fits, wanted = isinstance(value, str), "a text"
+    else:
+        fits, wanted = _is_number(value) or (value is None and default is None), "a number"
+    return None if fits else f"{name}: expected {wanted}, found {value!r}"
+
+
 def _check_values(fields: Mapping[str, Any], where: object) -> None:
     """Refuse values of another type than PEFT's, and patterns that are no expressions. Errors far off, or defaults, would follow."""
     method, faults = fields["peft_type"], list[str]()
-    given = {name: default for name, default in DEFAULTS[method].items() if name in fields and name not in _NAMES_TOO}
-    for name, default in given.items():
-        value = fields[name]
-        if isinstance(default, bool):
-            fits, wanted = isinstance(value, bool) or (value is None and not default), "true or false"
-        else:
-            fits, wanted = not isinstance(default, int | float) or _is_number(value), "a number"
-        faults += [] if fits else [f"{name}: expected {wanted}, found {value!r}"]
+    plain = {name: default for name, default in DEFAULTS[method].items() if name not in (*_NAMES_TOO, *_STRUCTURED)}
+    faults += [fault for name, default in plain.items() if name in fields and (fault := _misfit(name, fields[name], default))]
+    for name, (fits, wanted) in _STRUCTURED.items():
+        value = fields.get(name)
+        faults += [] if value is None or fits(value) else [f"{name}: expected {wanted}, found {value!r}"]
     for name in PATTERNS.get(method, {}).values():
         patterns = fields.get(name) or {}
         if not isinstance(patterns, Mapping):

@@ -1,7 +1,7 @@
 """The fields of `adapter_config.json`: which are read, which say nothing about the mathematics, and what they are for a layer."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -147,9 +147,24 @@ def carried(fields: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
 
 def resolve(fields: Mapping[str, Any], name: str, path: str) -> Any:
     """Return a field's value for one layer, by the first pattern that matches the path as PEFT matches, else the common one."""
-    method = fields["peft_type"]
-    for pattern, value in (fields.get(PATTERNS.get(method, {}).get(name, "")) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
+    for value in of_patterns(fields, name, path):
+        return value
     value = fields.get(name)
-    return DEFAULTS[method].get(name) if value is None else value
+    return DEFAULTS[fields["peft_type"]].get(name) if value is None else value
+
+
+def of_patterns(fields: Mapping[str, Any], name: str, path: str) -> Iterator[Any]:
+    """Yield a field's values of all patterns that match a layer's path. Where none does, PEFT takes that of the path itself."""
+    patterns, found = fields.get(PATTERNS.get(fields["peft_type"], {}).get(name, "")) or {}, False
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            found = True
+            yield value
+    if not found and path in patterns:
+        yield patterns[path]
+
+
+def unordered(fields: Mapping[str, Any], name: str, path: str) -> bool:
+    """Whether patterns of several values match a layer, and their order may be that of the alphabet: PEFT sorts them when it saves."""
+    patterns = list(fields.get(PATTERNS.get(fields["peft_type"], {}).get(name, "")) or {})
+    return patterns == sorted(patterns) and len(set(of_patterns(fields, name, path))) > 1

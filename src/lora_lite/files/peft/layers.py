@@ -46,7 +46,7 @@ def as_linear(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str,
         if isinstance(module, nn.Embedding):
             _embedding(found, at)
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            _convolution(found, at)
+            _convolution(found, at, module)
         else:
             _parameters(found, at, model, path, fields)
     return found, faults
@@ -74,10 +74,22 @@ def _embedding(found: Tensors, at: str) -> None:
             found[at + ours] = found.pop(at + theirs)
 
 
-def _convolution(found: Tensors, at: str) -> None:
+def kernel_size(layer: nn.Module) -> tuple[int, ...]:
+    """Return the axes of a convolution's kernel, less the channels."""
+    weight: Any = layer.weight
+    return tuple(weight.shape[2:])
+
+
+def of_kernel(tensor: Tensor, size: tuple[int, ...]) -> bool:
+    """Whether a tensor has a kernel of this size, or none: a product of the same size would pass for it once it is flat."""
+    own = tuple(tensor.shape[2:])
+    return own == size or set(own) <= {1}
+
+
+def _convolution(found: Tensors, at: str, module: nn.Module) -> None:
     for key in (A, B, GATE, MAGNITUDE):
         tensor = found.get(at + key)
-        if tensor is not None and tensor.dim() > 2:
+        if tensor is not None and tensor.dim() > 2 and of_kernel(tensor, kernel_size(module)):
             flat = {GATE: (-1, 1), MAGNITUDE: (-1,)}.get(key, (len(tensor), -1))
             found[at + key] = tensor.reshape(flat)
 

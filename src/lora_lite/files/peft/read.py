@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ from lora_lite.adapt import Adapt
 from lora_lite.build import build
 from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
-from lora_lite.core.errors import require_type, several, tree_faults
+from lora_lite.core.errors import listed, require_type, several, tree_faults
 from lora_lite.core.frozen import Constants
 from lora_lite.core.leading import SVDConfig
 from lora_lite.core.tree import Tree, join
 from lora_lite.files.peft import grouped, tokens, whole
 from lora_lite.files.peft.demands import check_fields
-from lora_lite.files.peft.fields import DEFAULTS, OFF, resolve
+from lora_lite.files.peft.fields import DEFAULTS, OFF, PATTERNS, of_patterns, resolve, unordered
 from lora_lite.files.peft.hub import CONFIG, WEIGHTS, folder_of
 from lora_lite.files.peft.layers import unsaved
 from lora_lite.files.peft.parts import Layers, Parts, parts_of
@@ -80,7 +81,7 @@ def from_peft(
     check_fields(fields, folder / CONFIG)
     parts = parts_of(model, fields, _read_tensors(folder / WEIGHTS), kinds)
     _require(parts.faults, folder, model)
-    chosen = {path: (row, row.config(**values)) for path, (row, values) in _choose(parts.fields, parts.layers).items()}
+    chosen = {path: (row, _config(row, values, path, folder)) for path, (row, values) in _choose(parts.fields, parts.layers).items()}
     _require(_misread(model, chosen, kinds), folder, model)
     configs = [*_merged_configs(chosen), *whole.configs_of(parts.modules), *tokens.configs_of(parts.rows), *_bitfit(parts.shifts)]
     built = build(model, configs, remat=remat, kinds=kinds)
@@ -89,6 +90,7 @@ def from_peft(
     theirs = _theirs(chosen, parts)
     faults = tree_faults(theirs, grouped.shapes_of(adapt._plan, theirs)) + _field_faults(parts, chosen)
     _require(faults or grouped.differing(adapt._plan, theirs), folder, model)
+    _warn_of_order(parts, chosen)
     others = whole.displacements(model, parts.modules) | tokens.displacements(model, parts.rows) | parts.shifts
     return adapt, adapt._plan.regrouped(_ours(adapt, chosen, theirs)) | others
 
@@ -101,12 +103,39 @@ def _require(faults: list[str], folder: Path, model: nn.Module) -> None:
         )
 
 
+def _config(row: Row, values: Mapping[str, Any], path: str, folder: Path) -> Any:
+    try:
+        return row.config(**values)
+    except (TypeError, ValueError) as e:
+        raise ValueError(f'from_peft: expected "{folder / CONFIG}" to hold values that "{path}" can have here, found: {e}') from e
+
+
+def _warn_of_order(parts: Parts, chosen: Chosen) -> None:
+    """Warn of layers whose values depend on the order of patterns, which the file may not have: PEFT sorts them when it saves."""
+    fields, found = parts.fields, list[str]()
+    for name, patterns in PATTERNS.get(fields["peft_type"], {}).items():
+        unclear = [path for path in chosen if unordered(fields, name, path)]
+        ways = {path: [{**fields, patterns: {re.escape(path): value}} for value in of_patterns(fields, name, path)] for path in unclear}
+        read = {path: [chosen[path][0].read(way, path, parts.layers[path]) for way in ways[path]] for path in unclear}
+        differing = [path for path, values in read.items() if any(value != values[0] for value in values)]
+        found += [f"{patterns} at {listed(differing)}"] if differing else []
+    if found:
+        warnings.warn(
+            f"from_peft: expected one expression of a pattern to match a layer, found several with other values:\n{several(found)}\n"
+            "The first in the file was taken, as PEFT does. But PEFT sorts them when it saves, and in training another may have been the "
+            f"first. Put that one first in {CONFIG}.",
+            stacklevel=4,
+        )
+
+
 def _read_fields(place: Path) -> dict[str, Any]:
     if not place.is_file():
-        raise FileNotFoundError(f'from_peft: expected a file at "{place}", found none. Pass the folder that was given to save_pretrained.')
+        inside = sorted(str(other.parent.relative_to(place.parent)) for other in place.parent.glob(f"*/{CONFIG}"))
+        way = f"Pass subfolder= one of {listed(inside)}." if inside else "Pass the folder that was given to save_pretrained."
+        raise FileNotFoundError(f'from_peft: expected a file at "{place}", found none. {way}')
     try:
         return dict(json.loads(place.read_text("utf-8")))
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, RecursionError) as e:
         raise ValueError(f'from_peft: expected "{place}" to be a JSON object, found a damaged one ({e}). Save the adapter again.') from e
 
 
@@ -231,7 +260,7 @@ def _field_faults(parts: Parts, chosen: Chosen) -> list[str]:
     fields, faults = parts.fields, []
     for path, (row, cfg) in chosen.items():
         rank = (getattr(cfg, "r", None) or row.write(cfg)["r"]) if "r" in DEFAULTS[row.peft_type] else None
-        if rank is not None and resolve(fields, "r", path) != rank:
+        if rank is not None and rank not in (resolve(fields, "r", path), *of_patterns(fields, "r", path)):
             faults.append(f'r or rank_pattern: expected {rank} at "{path}", as its tensors have, found {resolve(fields, "r", path)}')
         if fields.get("coft") and not _within_bound(parts.layers[path]["oft_R.weight"], cfg, resolve(fields, "eps", path)):
             faults.append(f'coft: expected it off, or rotations within its bound, found "{path}" beyond it: PEFT would change its numbers')

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lora_lite.core.config import AdapterConfig
@@ -39,6 +40,13 @@ class Leaf(NamedTuple):
     floating: bool = True
     joined: bool = False
     implied: bool = False
+
+    def theirs(self, cfg: Any, constants: Constants, ours: Tensor) -> Tensor:
+        """Return a param of ours as PEFT's value. The sum with an origin is in at least float32: half precision is coarse around it."""
+        origin = self.origin(cfg, constants)
+        if isinstance(origin, float) and origin == 0.0:
+            return ours
+        return ours.to(torch.promote_types(ours.dtype, torch.float32)) + origin
 
     def misfit(self, tensor: Tensor, further: int) -> str | None:
         """Return the expectation, with so many further axes, that a tensor of the file does not meet, or None."""

@@ -50,7 +50,14 @@ _SCHEDULE = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2"
 
 def _read_adalora(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
     schedule = {name: resolve(fields, name, path) for name in _SCHEDULE}
-    return {**schedule, "alpha": resolve(fields, "lora_alpha", path), "dropout": resolve(fields, "lora_dropout", path)}
+    alpha = resolve(fields, "lora_alpha", path) or schedule["init_r"]  # as PEFT does: 0 is not off
+    return {**schedule, "alpha": alpha, "dropout": resolve(fields, "lora_dropout", path)}
+
+
+def _unlike_adalora(cfg: AdaLoRAConfig) -> str | None:
+    if cfg.total_step is None:
+        return "total_step=None: PEFT requires a number"
+    return "alpha=0: PEFT takes init_r in its place" if cfg.alpha == 0 else None
 
 
 def _write_adalora(cfg: AdaLoRAConfig) -> dict[str, Any]:
@@ -134,7 +141,7 @@ ROWS: dict[str, Row] = {
         _read_adalora,
         _write_adalora,
         completed=_pruned,
-        refused=lambda cfg: "total_step=None: PEFT requires a number" if cfg.total_step is None else None,
+        refused=_unlike_adalora,
         conv1d=True,
     ),
     "oft": Row(OFTConfig, "OFT", {"v": Leaf("oft_R.weight", 2)}, _read_oft, _write_oft),

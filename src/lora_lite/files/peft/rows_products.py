@@ -32,7 +32,8 @@ _LOKR = ("decompose_both", "decompose_factor", "rank_dropout", "module_dropout",
 
 def _read_lokr(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
     start = "lycoris" if fields.get("init_weights") == "lycoris" else "zeros"
-    return {**_fields(fields, path, "r", "alpha", *_LOKR), "start": start}
+    factors = [tensors[key].shape[0] for key in ("lokr_w1_b", "lokr_w2_b") if key in tensors]  # none where both are whole matrices
+    return {**_fields(fields, path, "r", "alpha", *_LOKR), **({"r": factors[0]} if factors else {}), "start": start}
 
 
 def _write_lokr(cfg: LoKrConfig) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def _written(target: Target, cfg: AdapterConfig, leaves: Leaves, adapt: Adapt) -
     tensors = {}
     for name, value in leaves.items():
         leaf = row.leaves[name]
-        value = value.detach() + leaf.origin(cfg, constants)
+        value = leaf.theirs(cfg, constants, value.detach())
         tensors[leaf.key] = value.reshape(leaf.shape) if leaf.shape else value
     tensors |= {row.constants[name].key: t for name, t in row.saved(target.i, constants).items()}
     for key, axes in row.zeros.items():
@@ -214,7 +214,7 @@ def _shared(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], configs: M
     for name, cfg in configs.items():
         constants = adapt.constants.get(name, {})
         for own, leaf in ROWS[name].shared_leaves.items():
-            found[leaf.key] = (params[name][own].detach() + leaf.origin(cfg, constants)).cpu()
+            found[leaf.key] = leaf.theirs(cfg, constants, params[name][own].detach()).cpu()
     return {key: t.contiguous().clone() for key, t in unstacked(found).items()}
 
 
