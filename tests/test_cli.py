@@ -246,10 +246,13 @@ def test_numbers_of_info_are_those_of_the_updates(made, capsys, name):
 def test_info_of_a_folder_of_peft(made, tmp_path, capsys, name):
     _, _, adapters = made
     ll.to_peft(*adapters[name], tmp_path / "peft")
-    for place in (tmp_path / "peft", tmp_path / "peft" / "adapter_config.json"):
+    found = []
+    for place in (tmp_path / "peft", tmp_path / "peft" / "adapter_config.json", tmp_path / "peft" / "adapter_model.safetensors"):
         status, out, _ = run(capsys, "info", place)
         assert status == 0
         assert "layers.1.mlp.down_proj" in "\n".join(out)
+        found.append(out)
+    assert found[0] == found[1] == found[2]  # the scale too, which is in the config alone
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "pissa"])  # which PEFT holds as LoRA

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import random
 import re
 from types import SimpleNamespace
@@ -364,7 +365,7 @@ FILES = {
     "a target without its width": (header("targets", lambda t: t[Q].pop("i") and None), "targets", "a damaged header", "Save it again"),
     "a target without its params": (header("targets", lambda t: t[Q].pop("params") and None),
         "targets", "a damaged header", "Save it again"),
-    "a target of infinite width": (header("targets", lambda t: t[Q].update(i=float("inf"))), "targets", "a damaged header", "Save it again"),
+    "a target of infinite width": (header("targets", lambda t: t[Q].update(i=math.inf)), "targets", "a damaged header", "Save it again"),
     "a target of no config": (header("targets", lambda t: t[Q].update(config=5)), "targets", "a damaged header", "Save it again"),
     "a config of no variant": (header("configs", lambda c: c[0].pop("name") and None), "configs", "a damaged header", "Save it again"),
     "a variant that is a number": (header("configs", lambda c: c[0].update(name=3)), "configs", "a damaged header", "Save it again"),

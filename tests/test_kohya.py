@@ -174,6 +174,14 @@ def test_alpha_in_the_metadata_of_diffusers(unet, tmp_path):
     assert_updates(unet, adapt, params, {path: (0.5 if path == Q else 3.0) * update for path, update in updates.items()})
 
 
+@pytest.mark.parametrize("read", [ll.from_kohya, ll.from_diffusers])
+def test_file_of_peft_is_not_read_without_its_config(unet, tmp_path, read):
+    adapt = ll.build(unet, ll.LoRAConfig(r=2))
+    ll.to_peft(adapt, adapt.init(), tmp_path / "peft")
+    with pytest.raises(ValueError, match=rf'{read.__name__}: .*one of PEFT.s, whose scale is in adapter_config.*ll\.from_peft\(model, "'):
+        read(unet, tmp_path / "peft" / "adapter_model.safetensors")
+
+
 METADATA = {
     "pissa": ({"init_lora_weights": "pissa"}, "to ask for a plain LoRA, found pissa"),
     "dora": ({"use_dora": True}, "to ask for a plain LoRA, found dora"),

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from lora_lite.cli.opened import opened, require_known
+from lora_lite.cli.opened import opened, require_known, require_place
 from lora_lite.cli.written import FORMS, require_form, written
 from lora_lite.files.card import model_card
 from lora_lite.files.durable import require_free
@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError("--alpha: expected it with --r, the rank of the LoRA to convert to, found it alone. Add --r, or leave it out.")
     found = opened([args.file], args.base, args.prefix)
     adapt, params = found.adapts[0], found.trees[0]
-    own = args.file.is_file() and args.file.suffix != ".json" and not of_image_tools(args.file)
+    place = require_place(args.file)
+    own = place.is_file() and not of_image_tools(place)
     form = args.to or ("peft" if own else "lora_lite")
     require_form(form, args.out)
     if args.card is not None and form != "peft":

@@ -20,7 +20,7 @@ from lora_lite.files.kohya.names import of_image_tools
 from lora_lite.files.kohya.read import FILE as DIFFUSERS
 from lora_lite.files.outline import Outline, model_of, outline
 from lora_lite.files.peft import from_peft
-from lora_lite.files.peft.hub import CONFIG
+from lora_lite.files.peft.hub import CONFIG, around
 from lora_lite.layers.kind import Variant
 
 
@@ -70,7 +70,7 @@ def opened(places: Sequence[Path], base: Path | None, prefix: str | None = None)
 
 
 def require_place(place: Path) -> Path:
-    """Return the file or the folder of an adapter, which may be named by PEFT's config in it.
+    """Return the file or the folder of an adapter, which may be named by one of PEFT's files in it.
 
     Raises:
         FileNotFoundError: where there is none.
@@ -79,7 +79,7 @@ def require_place(place: Path) -> Path:
         raise FileNotFoundError(f'expected an adapter at "{place}", found nothing. Pass a file that ll.save wrote, or a folder of PEFT\'s.')
     if place.is_dir() and not (place / CONFIG).exists() and (place / DIFFUSERS).is_file():
         return place / DIFFUSERS
-    return place.parent if place.name == CONFIG else place
+    return around(place) or place
 
 
 def _read(model: nn.Module, place: Path, prefix: str | None, read: Callable[[], None] | None = None) -> tuple[Adapt, Tree]:

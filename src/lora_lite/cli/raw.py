@@ -13,7 +13,7 @@ from lora_lite.core.errors import listed
 from lora_lite.files.adapter_file import read
 from lora_lite.files.header import BASE, CONSTANT
 from lora_lite.files.kohya.names import of_image_tools
-from lora_lite.files.peft.hub import CONFIG, WEIGHTS
+from lora_lite.files.peft.hub import CONFIG, WEIGHTS, around
 from lora_lite.variants import VARIANTS
 
 
@@ -23,7 +23,7 @@ def header_rows(path: Path) -> tuple[list[Row], list[AdapterConfig], int] | None
     Raises:
         ValueError: where the file is damaged or of a variant from outside the package.
     """
-    if path.is_dir() or of_image_tools(path):
+    if path.is_dir() or around(path) is not None or of_image_tools(path):
         return None
     header, tensors = read(path)
     unknown = [str(config["name"]) for config in header.configs if config["name"] not in VARIANTS] + [*header.classes.values()]
@@ -45,7 +45,7 @@ def raw_text(folder: Path, as_json: bool) -> str | None:
     Raises:
         ValueError: where a file is damaged.
     """
-    folder = folder.parent if folder.name == CONFIG else folder
+    folder = around(folder) or folder
     if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
         return None
     try:

@@ -23,6 +23,7 @@ from lora_lite.files.kohya.methods import ALPHA, METHODS, UP
 from lora_lite.files.kohya.names import Names, prefix_of, split
 from lora_lite.files.peft.demands import check_fields
 from lora_lite.files.peft.fields import carried, resolve
+from lora_lite.files.peft.hub import CONFIG, around
 from lora_lite.files.peft.layers import kernel_size, of_kernel
 from lora_lite.files.peft.names import Table
 from lora_lite.files.peft.rows import rows_of
@@ -98,6 +99,11 @@ def _read(call: str, model: Any, path: Any, prefix: Any, remat: str | None, kind
     require_type(prefix is None or isinstance(prefix, str), usage, "prefix", 'a string, e.g. "lora_unet"', prefix)
     kinds = as_kinds(kinds)
     place = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    if place.is_file() and (folder := around(place)) is not None:
+        raise ValueError(
+            f'{call}: expected a file of an image tool at "{place}", found one of PEFT\'s, whose scale is in {CONFIG} beside it. '
+            f'Read the folder: ll.from_peft(model, "{folder}").'
+        )
     metadata, tensors = _tensors(call, place)
     named, foreign, repeated = _by_name(tensors)
     foreign = [key for key in foreign if prefix is None or prefix_of(key) in ("", prefix)]

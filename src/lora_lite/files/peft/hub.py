@@ -8,6 +8,11 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
+def around(place: Path) -> Path | None:
+    """Return the folder of an adapter of PEFT's that a file is one of the two of, or None. Its tensors alone do not tell its scale."""
+    return place.parent if place.name == CONFIG or (place.name == WEIGHTS and (place.parent / CONFIG).is_file()) else None
+
+
 def folder_of(place: str | os.PathLike[str], revision: str | None, subfolder: str) -> Path:
     """Return the folder with an adapter's two files: the one at `place` if there is one, else that of a repository of this name.
 
