@@ -674,3 +674,65 @@ def test_one_expert_for_a_router_is_refused(tmp_path):
     adapt = ll.build(Marked(), ll.LilyConfig(r=2, num_B=1))
     with pytest.raises(ValueError, match="num_B=1: PEFT's router needs two"):
         ll.to_peft(adapt, adapt.init(), tmp_path / "refused")
+
+
+def deepseek():
+    """Return a model with a dense block, a block of experts fused by transformers, and an expert that all tokens share."""
+    torch.manual_seed(0)
+    config = tf.DeepseekV3Config(
+        **{"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 4, "kv_lora_rank": 4, "qk_rope_head_dim": 4},
+        **{"qk_nope_head_dim": 4, "v_head_dim": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+        **{"first_k_dense_replace": 1, "pad_token_id": 0},
+    )
+    return tf.DeepseekV3ForCausalLM(config).eval(), {"input_ids": torch.randint(1, 64, (2, 6))}
+
+
+NAMED = [
+    ll.LoRAConfig(r=2),
+    ll.PiSSAConfig(r=2),
+    [ll.LoRAConfig(r=2, target_names=r"q_a_proj|down_proj"), ll.LoRAConfig(r=3, alpha=5, target_names=r"(gate|up)_proj$")],
+]
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
+@pytest.mark.parametrize("cfg", NAMED, ids=["lora", "pissa", "two ranks"])
+def test_layers_named_as_single_experts_go_both_ways(cfg, tmp_path):
+    """PEFT took their names for those of experts that are one parameter now, and left the layers out without a word."""
+    model, batch = deepseek()
+    adapt = ll.build(model, cfg)
+    params = move(adapt.init())
+    assert any(path.endswith("shared_experts.gate_proj") for path in params)
+    assert any(path.endswith("layers.0.mlp.up_proj") for path in params)
+    ll.to_peft(adapt, params, tmp_path / "a")
+    want, base = adapt(params, batch).logits, model(**batch).logits
+    close(through_peft(model, tmp_path / "a")(**batch).logits - base, want - base)
+    again, read = ll.from_peft(model, tmp_path / "a")
+    close(again(read, batch).logits - base, want - base)
+    assert not any("gate_proj" in name for name in json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"])
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+@pytest.mark.parametrize(
+    ("cfg", "found"),
+    [
+        (ll.LoRAConfig(r=2, dropout=0.1), r"dropout\. The same params fit a config with dropout=0\.0\."),
+        (ll.LoRAConfig(r=2, lora_bias=True), "lora_bias"),
+        (ll.DoRAConfig(r=2), "another method"),
+    ],
+    ids=["dropout", "bias", "dora"],
+)
+def test_what_peft_has_not_at_such_layers_is_refused_and_the_way_out_works(cfg, found, tmp_path):
+    model, batch = deepseek()
+    adapt = ll.build(model, cfg)
+    params = move(adapt.init())
+    with pytest.raises(ValueError, match=rf'gate_proj": {type(cfg).__name__} at a name that PEFT takes for the experts .* found {found}'):
+        ll.to_peft(adapt, params, tmp_path / "a")
+    if getattr(cfg, "dropout", 0.0):
+        plain = ll.build(model, ll.LoRAConfig(r=2))
+        ll.to_peft(plain, params, tmp_path / "a")
+        close(through_peft(model, tmp_path / "a")(**batch).logits, adapt.eval()(params, batch).logits)
+    others = ll.build(model, type(cfg)(**{**vars(cfg), "target_names": r"self_attn\."}))  # elsewhere PEFT has it
+    some = move(others.init())
+    ll.to_peft(others, some, tmp_path / "b")
+    close(through_peft(model, tmp_path / "b")(**batch).logits, others.eval()(some, batch).logits)

@@ -10,6 +10,7 @@ from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import listed, several
 from lora_lite.core.plan import Target
 from lora_lite.files.peft import tokens, whole
+from lora_lite.files.peft.diverted import diverted
 from lora_lite.files.peft.fields import BY_PATH, PATTERNS
 from lora_lite.files.peft.layers import EXPERTS_SINCE, axes_of, is_conv1d, is_parameter
 from lora_lite.files.peft.row import Leaves, Row
@@ -97,13 +98,15 @@ def fields_of(
     fields |= {"modules_to_save": modules} if modules else {}
     chosen = [layer.target.path for layer in layers] or norms or list(of_tokens)
     of_path = {t.path: t for t in adapt.targets}
+    weights = diverted(adapt._plan.base, [layer.target for layer in layers], method)
     parameters = [path for path in chosen if is_parameter(of_path[path])]
+    modules_asked = [path for path in chosen if path not in parameters and path not in weights]
     besides = [path for path, _ in adapt._plan.base.named_modules() if path not in set(chosen)] if complete else None
-    fields["target_modules"] = listed_or_expressed([path for path in chosen if path not in parameters], besides)
+    fields["target_modules"] = listed_or_expressed(modules_asked, besides)
     if layers:
         cfg = next(cfg for target, cfg in zip(adapt.targets, adapt.configs) if target.path == chosen[0])
         fields |= layers[0].row.named(cfg, chosen, besides)
-    fields |= {"target_parameters": parameters} if parameters else {}
+    fields |= {"target_parameters": [*parameters, *weights.values()]} if parameters or weights else {}
     if any(axes_of(adapt._plan.base, path) for path in parameters):
         fields["peft_version"] = ".".join(map(str, EXPERTS_SINCE))
     fields |= tokens.fields_of(adapt._plan.base, of_tokens, alone=not layers) if of_tokens else {}
@@ -119,7 +122,9 @@ def fields_of(
         fields[name] = Counter(values.values()).most_common(1)[0][0]
         others = {path: value for path, value in values.items() if value != fields[name]}
         if name in patterns:
-            fields[patterns[name]] = {path if method in BY_PATH else f"^{re.escape(path)}$": value for path, value in others.items()}
+            fields[patterns[name]] = {
+                path if method in BY_PATH else f"^{re.escape(weights.get(path, path))}$": v for path, v in others.items()
+            }
             faults += _taken(name, values, others) if method in BY_PATH else []
         elif others:
             faults.append(f"{name}: {fields[name]!r} and {next(iter(others.values()))!r} at {listed(others)}")

@@ -18,7 +18,7 @@ from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.plan import Target
 from lora_lite.files.card import write_card
 from lora_lite.files.durable import replace, store
-from lora_lite.files.peft import biases, tokens, twice, whole
+from lora_lite.files.peft import biases, diverted, tokens, twice, whole
 from lora_lite.files.peft.calls import barred
 from lora_lite.files.peft.categories import gathered
 from lora_lite.files.peft.config import Pairs, Written, fields_of
@@ -158,6 +158,7 @@ def require_expressible(found: Sorted, adapt: Adapt) -> None:
         if is_conv1d(target) and not row.conv1d:
             faults.append(f"{at} on a Conv1D: PEFT's {row.peft_type} takes nn.Linear alone")
         unable = barred(adapt._plan.base, target, row.peft_type) or unsaved(adapt._plan.base, target, cfg)
+        unable = unable or diverted.fault(adapt._plan.base, target, cfg, row.peft_type)
         faults += [f"{at} {unable}"] if unable else []
         if not target.path:
             faults.append("the model itself is the layer: PEFT adapts layers inside a model")
