@@ -659,6 +659,22 @@ def test_filled_cache_is_an_error_that_says_what_to_do(tiny):
         assert remat(params, {"input_ids": ids[:, :1], "past_key_values": cache}).logits.shape[:2] == (2, 1)
 
 
+def test_cache_of_states_alone_is_left_out_as_others_are():
+    """Mamba's counts no tokens, and raised where it was asked how many it holds."""
+    torch.manual_seed(0)
+    config = tf.MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2, pad_token_id=0)
+    model, batch = tf.MambaForCausalLM(config).eval(), {"input_ids": torch.randint(1, 64, (2, 6))}
+    cfg = ll.LoRAConfig(r=2, target_names=r"(in|x|out)_proj$")
+    plain, remat = ll.build(model, cfg), ll.build(model, cfg, remat=r"layers\.\d+$")
+    params = move(plain.init())
+    grads = [ll.value_and_grad(lambda p, adapt=adapt: adapt(p, batch).logits.square().sum())(params)[1] for adapt in (plain, remat)]
+    assert_trees_equal(grads[1], grads[0], 1e-5)
+    with torch.no_grad():
+        cache = plain(params, {**batch, "use_cache": True}).cache_params
+    with pytest.raises(ValueError, match=r"remat: expected no filled key-value cache.*use_cache=False"):
+        ll.value_and_grad(lambda p: remat(p, {"input_ids": batch["input_ids"][:, :1], "cache_params": cache}).logits.sum())(params)
+
+
 def test_pattern_that_matches_nothing_is_an_error(tiny):
     model, _ = tiny("llama")
     with pytest.raises(ValueError, match=r'build: expected remat="layrs.* to match a block, found none\. Closest: .*layers'):
@@ -926,3 +942,39 @@ def test_products_of_the_hessian_with_dropout(tiny, name):
         torch.manual_seed(7)
         found.append(ll.hvp(lambda p, adapt=adapt: adapt(p, batch).loss)(params, along))
     assert_trees_equal(found[1], found[0], 1e-5)
+
+
+class _Writing(nn.Module):
+    """A block that writes to its input, and returns it or something of it."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.inner = how, nn.Linear(8, 8)
+
+    def forward(self, x):
+        return {
+            "relu": lambda: x.relu_(),
+            "mul": lambda: self.inner(x.mul_(2)),
+            "part": lambda: self.inner(x[:, :4].zero_().new_ones(8) * x),
+        }[self.how]()
+
+
+@pytest.mark.parametrize("transform", [ll.value_and_grad, torch.func.grad], ids=["plain", "transform"])
+@pytest.mark.parametrize("how", ["relu", "mul", "part"])
+@pytest.mark.parametrize("carries", [True, False], ids=["adapted before", "data"])
+def test_block_that_writes_to_its_input_is_refused_and_the_way_out_works(how, transform, carries):
+    """The gradient passed by a `relu_`, and a recomputation of `x.mul_(2)` began with `2 x`."""
+    torch.manual_seed(0)
+    first = nn.Linear(8, 8) if carries else nn.Identity()
+    model = nn.Sequential(nn.Sequential(first, nn.Sequential(nn.Dropout(0.0).eval()), _Writing(how)), nn.Linear(8, 2))
+    cfg, x = ll.LoRAConfig(r=2), torch.randn(3, 8)
+
+    def gradient(remat):
+        adapt = ll.build(model, cfg, remat=remat)
+        return transform(lambda p: adapt(p, 1.0 * x).square().sum())(move(adapt.init()))
+
+    with pytest.raises(ValueError, match=r'remat: block "0\.2" expected its inputs to stay .* in place.* Name a block around it'):
+        gradient(r"^0\.2$")
+    if carries:
+        want, got = (found if isinstance(found, dict) else found[1] for found in (gradient(None), gradient(r"^0$")))
+        assert_trees_equal(got, want, 1e-6)

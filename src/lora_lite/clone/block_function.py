@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from lora_lite.clone.containers import Containers, Place
 from lora_lite.clone.held import Held
 from lora_lite.clone.state import State, items, same
-from lora_lite.clone.strays import NoStrays, carries, forward_levels, require_no_hidden
+from lora_lite.clone.strays import NoStrays, carries, forward_levels, require_no_hidden, require_unwritten, versions
 from lora_lite.core.recompute import unviewed
 
 _CHECKED: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
@@ -83,7 +83,10 @@ class BlockFunction:
         smooth = [t for t, given in zip(tensors, self.inputs) if carries(given, self._forward)]
         frozen = [p for p in self._block.parameters() if not carries(p, self._forward)]
         checks = NoStrays(self._name, [*tensors, *frozen], smooth, self._forward)
+        inputs = tensors[: len(self._places) + len(self._read)]
+        before = versions(inputs)
         found = self._run(tensors, checks)
+        require_unwritten(self._name, inputs, before)
         require_no_hidden(self._name, found[0], self._leaves, [*tensors, *self._block.parameters(), *self._block.buffers()])
         made = self._lay_out(*found, tensors)
         checks.hand_out([*made, *(leaf for leaf in found[0] if isinstance(leaf, Tensor))])

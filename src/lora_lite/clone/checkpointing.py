@@ -92,7 +92,7 @@ def _without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tupl
     caches = [value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")]
     if not caches or not torch.is_grad_enabled():
         return args, kwargs
-    if any(int(cache.get_seq_length()) > 0 for cache in caches):
+    if any(map(_filled, caches)):
         raise ValueError(
             "remat: expected no filled key-value cache where gradients are taken, found one among a block's inputs. Pass use_cache=False, "
             "or build without remat to differentiate through a cached prefix."
@@ -101,6 +101,14 @@ def _without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tupl
     if "use_cache" in keep:
         keep["use_cache"] = False
     return tuple(None if hasattr(value, "get_seq_length") else value for value in args), keep
+
+
+def _filled(cache: Any) -> bool:
+    """Whether a cache holds anything. One of states alone, as Mamba's, counts no tokens, and raises where it is asked."""
+    try:
+        return int(cache.get_seq_length()) > 0
+    except ValueError:
+        return bool(cache.has_previous_state())
 
 
 def recompute(name: str, fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -142,6 +142,27 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
         yield from _tensors(list(tree.values()))
 
 
+def versions(tensors: Iterable[Tensor]) -> list[int]:
+    """Return for each tensor how often it has been written to, itself or those that transforms have wrapped in it."""
+    return [sum(layer._version for layer in _layers(t) if not layer.is_inference()) for t in tensors]
+
+
+def require_unwritten(name: str, tensors: Sequence[Tensor], before: Sequence[int]) -> None:
+    """Refuse that a block has written to its inputs: recomputed, it would begin with other values, and a gradient would pass by the change.
+
+    Args:
+        name: the block, for messages.
+        tensors: its inputs after a run.
+        before: their `versions` before it.
+    """
+    for tensor, old, new in zip(tensors, before, versions(tensors)):
+        if old != new:
+            raise ValueError(
+                f"remat: {name} expected its inputs to stay as they are, found that it changes one of shape {tuple(tensor.shape)} "
+                "in place, as nn.ReLU(inplace=True) does. Name a block around it that makes this tensor, or build without remat."
+            )
+
+
 def require_no_hidden(name: str, leaves: Iterable[Any], given: Sequence[Any], known: Iterable[Tensor]) -> None:
     """Refuse objects among what leaves a block, other than tensors and containers, that hold tensors computed in it.
 
