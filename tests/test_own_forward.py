@@ -35,7 +35,8 @@ class Halves(nn.Linear):
 
     def forward(self, x):
         first, second = self.weight.chunk(2)
-        return torch.cat([x @ first.T, F.linear(x, second)], -1) + self.bias, x
+        y = torch.cat([x @ first.T, F.linear(x, second)], -1)
+        return y if self.bias is None else y + self.bias, x
 
 
 class Around(nn.Module):
@@ -95,6 +96,14 @@ def test_rows_of_a_weight_that_is_taken_apart_are_refused_by_name():
     adapt = ll.build(Around(Halves), ll.LoRAConfig(r=2))
     with pytest.raises(ValueError, match=r'adapt\.mixed: at "odd" .* reads: all rows see the same one'):
         adapt.mixed(ll.stack([adapt.init(seed=k) for k in range(2)]), torch.randn(2, 6))
+
+
+def test_a_module_of_a_stack_refuses_them_too():
+    """It has the stacked params as parameters, which the variant was given as those of one member."""
+    adapt = ll.build(Around(Halves, bias=False), ll.LoRAConfig(r=2, target_names="odd"))
+    module = adapt.module(ll.stack([adapt.init(seed=k) for k in range(2)]), index=[0, 1])
+    with pytest.raises(ValueError, match=r'adapt\.mixed: at "odd" .* reads: all rows see the same one'):
+        module(torch.randn(2, 6))
 
 
 def test_calibration_is_refused():

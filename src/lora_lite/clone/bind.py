@@ -159,12 +159,12 @@ class Binding:
             return tensor
         params = self.registered() if self.params is None else self.params
         self._note()
-        self._require_place(name)
-        if self.rows is not None and not self.W.moving:
+        if self.rows is not None and not self.W.moving:  # first of all: what follows takes params of one member
             raise ValueError(
                 f'adapt.mixed: at "{self.path}" expected a target that is called with rows of the batch, found a weight that the module '
                 "around it reads: all rows see the same one. Leave it out, or run the members one by one."
             )
+        self._require_place(name)
         if getattr(self.cfg, "dropout", 0.0) and W.training:
             raise ValueError(
                 f'adapt: at "{self.path}" expected a target that is called with an input, found a weight that the module around it reads, '
