@@ -171,6 +171,49 @@ class Around(torch.nn.Module):
         return self.layer(x, 2 * x, table, odd=odd)
 
 
+class PairNorm(nn.LayerNorm):
+    """A norm that returns a scale beside its output, or none, as I-BERT's does."""
+
+    def forward(self, x):
+        return super().forward(x), None
+
+
+class Paired(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.head = PairNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        y, scale = self.norm(x)
+        return self.head(y if scale is None else y * scale)
+
+
+@pytest.mark.parametrize("cfg", [ll.LNTuningConfig(), ll.FullConfig(target_names="norm")], ids=lambda cfg: cfg.name)
+def test_outputs_that_are_no_tensors_have_no_rows(cfg):
+    adapt, x = ll.build(Paired(), cfg), torch.randn(4, 6)
+    members = [move(adapt.init(), seed=k) for k in range(2)]
+    got = adapt.mixed(ll.stack(members), x, [0, 1, 1, 0])
+    want = torch.cat([adapt(members[k], x[n : n + 1]) for n, k in enumerate([0, 1, 1, 0])])
+    torch.testing.assert_close(got, want)
+
+
+def test_norms_whose_weight_is_a_buffer_are_not_taken():
+    """As those of Falcon Mamba's mixer: there is nothing to train."""
+
+    class FixedNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("weight", torch.ones(6))
+
+        def forward(self, x):
+            return x * self.weight
+
+    model = nn.Sequential(FixedNorm(), nn.LayerNorm(6))
+    assert [t.path for t in ll.find_targets(model, ll.LNTuningConfig())] == ["1"]
+    with pytest.raises(ValueError, match="expected a model with norms with a weight"):
+        ll.build(nn.Sequential(FixedNorm()), ll.LNTuningConfig())
+
+
 def test_a_table_as_long_as_the_batch_is_no_rows():
     torch.manual_seed(0)
     model, x = Around(), torch.randn(3, 4)

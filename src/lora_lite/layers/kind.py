@@ -212,7 +212,7 @@ class Kind(Tensors):
             own = (x.unflatten(0, (rows, -1)), aligned(active, x).unflatten(0, (rows, -1)))
             return vmap_rows(lambda p, x, active: self.with_active(active).apply(f, p, x), params, *own).flatten(0, 1)
         found = vmap_rows(lambda p, x: self.apply(f, p, x), params, x.unflatten(0, (rows, -1)))
-        return found.flatten(0, 1) if isinstance(found, Tensor) else pytree.tree_map(lambda y: y.flatten(0, 1), found)
+        return found.flatten(0, 1) if isinstance(found, Tensor) else pytree.tree_map_only(Tensor, lambda y: y.flatten(0, 1), found)
 
 
 def of_rows(params: Params, index: Tensor | None) -> tuple[Params, int]:

@@ -256,8 +256,8 @@ class NormKind(ModuleKind):
 
 
 def is_norm(layer: nn.Module) -> bool:
-    """Whether a module is a norm with a trainable weight."""
-    return "norm" in type(layer).__name__.lower() and getattr(layer, "weight", None) is not None and not list(layer.children())
+    """Whether a module is a norm with a trainable weight. A buffer of that name is none."""
+    return "norm" in type(layer).__name__.lower() and layer._parameters.get("weight") is not None and not list(layer.children())
 
 
 def named_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
