@@ -688,7 +688,7 @@ def deepseek():
     return tf.DeepseekV3ForCausalLM(config).eval(), {"input_ids": torch.randint(1, 64, (2, 6))}
 
 
-NAMED = [
+OF_EXPERTS = [
     ll.LoRAConfig(r=2),
     ll.PiSSAConfig(r=2),
     [ll.LoRAConfig(r=2, target_names=r"q_a_proj|down_proj"), ll.LoRAConfig(r=3, alpha=5, target_names=r"(gate|up)_proj$")],
@@ -696,7 +696,7 @@ NAMED = [
 
 
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match")
-@pytest.mark.parametrize("cfg", NAMED, ids=["lora", "pissa", "two ranks"])
+@pytest.mark.parametrize("cfg", OF_EXPERTS, ids=["lora", "pissa", "two ranks"])
 def test_layers_named_as_single_experts_go_both_ways(cfg, tmp_path):
     """PEFT took their names for those of experts that are one parameter now, and left the layers out without a word."""
     model, batch = deepseek()
