@@ -418,6 +418,16 @@ def test_two_configs_on_one_layer_are_summed_and_the_refusal_says_so(model):
     assert miss(update(both, params), update(a, a_params) + update(b, b_params)) < 1e-5
 
 
+@pytest.mark.parametrize("variant", [ll.LoRAConfig, ll.DoRAConfig], ids=["lora", "dora"])
+@pytest.mark.parametrize("r", [None, 2])
+def test_error_of_updates_that_cancel_is_over_theirs(variant, r):
+    torch.manual_seed(0)
+    adapt = ll.build(nn.Sequential(nn.Linear(8, 6)), variant(r=2))
+    params = ll.tree_map(lambda p: p + 0.1 * torch.randn_like(p), adapt.init())
+    _, _, errors = ll.combine(adapt, [params, params, params], [0.3, 0.7, -1.0], "cat" if r is None else "svd", r=r)
+    assert errors["0"] < 1e-7
+
+
 # Refused
 
 

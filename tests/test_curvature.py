@@ -111,3 +111,32 @@ def test_forward_mode_over_jacrev_without_grad_mode_is_that_over_grad(row):
     with torch.no_grad():
         got = torch.func.jvp(torch.func.jacrev(loss), (case.params,), (along,))[1]
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
+
+
+VECTORS = {
+    "a leaf less": (lambda v: {"0": {"A": v["0"]["A"]}}, r'missing "0.B"'),
+    "another target": (lambda v: {**v, "2": v["0"]}, r'unexpected "2.A"'),
+    "another shape": (lambda v: ll.tree_map(lambda t: t[:1], v), r'"0.A": expected torch.float32 of shape \(2, 4\).*found .*\(1, 4\)'),
+    "another dtype": (lambda v: ll.tree_map(torch.Tensor.double, v), r'"0.B": expected torch.float32 .*found torch.float64'),
+    "integers": (lambda v: ll.tree_map(torch.Tensor.long, v), r"found torch.int64"),
+    "numbers": (lambda v: ll.tree_map(float, ll.tree_map(torch.sum, v)), r"found float"),
+    "nothing": (lambda v: None, r"missing"),
+}
+
+
+@pytest.mark.parametrize("case", VECTORS)
+@pytest.mark.parametrize("name", ["hvp", "ggn_vp"])
+def test_vector_of_another_form_is_refused_by_name(name, case):
+    torch.manual_seed(0)
+    adapt, x = ll.build(torch.nn.Sequential(torch.nn.Linear(4, 3)), ll.LoRAConfig(r=2)), torch.randn(5, 4)
+    params = ll.tree_map(lambda p: p + 0.1 * torch.randn_like(p), adapt.init())
+    product = (
+        ll.hvp(lambda p: adapt(p, x).square().sum()) if name == "hvp" else ll.ggn_vp(lambda p: adapt(p, x), lambda y: y.square().sum())
+    )
+    along = ll.tree_map(torch.randn_like, params)
+    want = product(params, along)
+    another_order = {"0": dict(reversed(along["0"].items()))}
+    assert all(torch.equal(a, b) for a, b in zip(ll.tree_leaves(want), ll.tree_leaves(product(params, another_order))))
+    change, found = VECTORS[case]
+    with pytest.raises(ValueError, match=rf"(?s){name}: expected a vector v that fits the params.*{found}.*ll.tree_map\(torch.randn_like"):
+        product(params, change(along))

@@ -459,6 +459,15 @@ def renamed(tree):
     return found
 
 
+def allocated(cfg, tree, state):
+    """Run a few steps of a variant's allocation."""
+    for _ in range(3):
+        tree, state = cfg.update(ll.tree_map(lambda p: 0.9 * p, tree), ll.tree_map(torch.sin, tree), state)
+    return tree
+
+
+BUDGET = ll.AdaLoRAConfig(init_r=2, target_r=1, total_step=4)
+SUBSPACES = ll.AdaMSSConfig(r=3, num_subspaces=2, use_asa=True, asa_target_subspaces=3, init_warmup=0, final_warmup=2, mask_interval=1)
 OF_TREES = {
     "riemannian": (ll.LoRAConfig(r=2), lambda tree, _: ll.riemannian(tree, ll.tree_map(torch.sin, tree))),
     "lora_fa": (ll.LoRAConfig(r=2), lambda tree, _: ll.lora_fa(tree, ll.tree_map(torch.sin, tree), scale=2.0)),
@@ -466,6 +475,8 @@ OF_TREES = {
     "antipasto": (ll.AntiPaSTOConfig(r=2, core="ablate"), lambda tree, _: ll.AntiPaSTOConfig(r=2, core="ablate").update(tree, None)[0]),
     "adalora": (ll.AdaLoRAConfig(init_r=2, target_r=1), lambda tree, _: {"": {"": adalora.orthogonality(tree)}}),
     "kasa": (ll.KaSAConfig(r=1), lambda tree, constants: {"": {"": kasa.regularisation(tree, constants, ll.KaSAConfig(r=1))}}),
+    "a budget": (BUDGET, lambda tree, _: allocated(BUDGET, tree, None)),
+    "subspaces": (SUBSPACES, lambda tree, constants: allocated(SUBSPACES, tree, constants)),
     "qgoft": (ll.QGOFTConfig(), lambda tree, _: {"": {"": qgoft.orthogonality(tree)}}),
 }
 
@@ -489,7 +500,7 @@ def test_rates_of_fused_maps_are_those_of_the_paper():
     assert [tuple(p.shape) for p in slow["params"]] == [(2, 6)] * 3
 
 
-@pytest.mark.parametrize("case", ["osf", "adalora", "kasa"])
+@pytest.mark.parametrize("case", ["osf", "adalora", "kasa", "a budget", "subspaces"])
 def test_functions_of_trees_see_each_matrix_of_a_stack(case):
     cfg, function = OF_TREES[case]
     torch.manual_seed(0)
@@ -499,7 +510,7 @@ def test_functions_of_trees_see_each_matrix_of_a_stack(case):
         for own, tree in zip(each, (params, adapt.constants)):
             own[str(k)] = {name: leaf[k] for name, leaf in tree["weight"].items()}
     found, want = function(params, adapt.constants), function(*each)
-    if case == "osf":
+    if case not in ("adalora", "kasa"):
         want = {"weight": {name: torch.stack([want[str(k)][name] for k in range(3)]) for name in want["0"]}}
     assert_trees_equal(found, want, 1e-6)
 

@@ -9,6 +9,7 @@ from lora_lite.clone.attach import bind_followers, bind_target
 from lora_lite.clone.bind import Binding, show_reads
 from lora_lite.clone.checkpointing import install
 from lora_lite.clone.data_parallel import replicable
+from lora_lite.clone.loaded import keep_shared
 from lora_lite.clone.saved import warn_when_saved
 from lora_lite.clone.settings import Settings
 from lora_lite.clone.state import own_state
@@ -56,4 +57,5 @@ def trainable_copy(plan: Plan, params: Mapping[str, Mapping[str, Tensor]]) -> nn
         adapter.fill(params[adapter.path])
     replicable(module)
     warn_when_saved(module)
+    keep_shared(module)
     return module

@@ -143,7 +143,7 @@ class Binding:
         mapped = self.rows.mapped.get(self.path)
         try:
             if isinstance(mapped, int):
-                return W.apply_rows(self.variant, params, x.movedim(mapped, 0), self.index).movedim(0, mapped)
+                return W.apply_rows_at(mapped, self.variant, params, x, self.index)
             if mapped is not None and len(mapped) != x.shape[0]:
                 raise ValueError(f"expected an input with {len(mapped)} entries, as row_map has, found shape {tuple(x.shape)}.")
             return W.apply_rows(self.variant, params, x, self.index if mapped is None else mapped)

@@ -74,6 +74,12 @@ def together(maps: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, dic
     return found
 
 
+def named(place: tuple[str, str]) -> str:
+    """Name a linear map: by its target's path, in a fused layer by the map's name too."""
+    path, of = place
+    return join(path, of) if of else path
+
+
 def flatten(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Name every leaf `<target path>.<name>`.
 

@@ -20,7 +20,9 @@ from lora_lite.derived.rows import PLAIN, equal_groups, require_following
 from lora_lite.derived.trial import Seen, runs_of, trial
 
 _STATE = "_lora_lite_rows"
-_OWN = ("generate", "_expand_inputs_for_generation")
+_EXPANSIONS = ("_expand_inputs_for_generation", "_expand_variables_for_generation")
+"""The methods by which a generation expands its inputs. The second is that of speech models, which expand by returned sequences first."""
+_OWN = ("generate", *_EXPANSIONS)
 
 
 class RowState:
@@ -73,7 +75,9 @@ def give_rows(module: nn.Module, members: int, index: Tensor | Sequence[int] | N
     module.register_forward_pre_hook(_before_call, with_kwargs=True)
     if hasattr(module, "generate"):
         table["generate"] = partial(_generate, module)
-        table["_expand_inputs_for_generation"] = partial(_expand, module)
+        for name in _EXPANSIONS:
+            if hasattr(type(module), name):
+                table[name] = partial(_expand, module, name)
 
 
 def _place(module: nn.Module, state: RowState, rows: int | None = None, known: Mapping[str, Seen] | None = None) -> None:
@@ -141,14 +145,17 @@ def _generate(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state.rows = before
 
 
-def _expand(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _expand(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
     """Expand the inputs by the number of beams or returned sequences, which stand beside each other, and so the rows."""
     state: RowState = vars(module)[_STATE]
-    times = kwargs.get("expand_size", args[0] if args else 1)
+    if name == _EXPANSIONS[0]:
+        times = kwargs.get("expand_size", args[0] if args else 1)
+    else:
+        times = getattr(kwargs.get("generation_config", args[-1] if args else None), "num_return_sequences", None) or 1
     if state.rows is not None:
         state.rows *= times
         _place(module, state, state.rows)
-    return _own(module, state, "_expand_inputs_for_generation")(*args, **kwargs)
+    return _own(module, state, name)(*args, **kwargs)
 
 
 def _own(module: nn.Module, state: RowState, name: str) -> Any:

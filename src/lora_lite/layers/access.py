@@ -139,6 +139,12 @@ def _adapted(value: Any) -> Any:
     if isinstance(value, ReadTensor):
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and value.binding.trained:
             _require_followed(value)
+        if value.binding.W.layer._parameters.get(value.of_parameter) is value:
+            raise ValueError(
+                f'adapt: at "{value.binding.path}" expected a layer with its frozen weight, found the adapted one put into it, as by '
+                "torch.func.functional_call in the model's own forward, where it would be adapted again. Let the forward call the layer, "
+                "or torch.nn.functional.linear with the weight."
+            )
         return value.binding.read(value.of_parameter)
     if isinstance(value, list | tuple) and any(isinstance(v, ReadTensor) for v in value):
         return type(value)(_adapted(v) for v in value)

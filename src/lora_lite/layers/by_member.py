@@ -1,10 +1,10 @@
 """The tensors of a call taken apart by the members of a mixed batch, and the members' outputs joined again."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 
@@ -35,3 +35,26 @@ def by_rows(value: Any, count: int) -> Any:
 def joined(parts: Sequence[Any], order: Tensor) -> Any:
     """Join the members' outputs in the order of the batch."""
     return torch.cat(list(parts))[order].flatten(0, 1) if isinstance(parts[0], Tensor) else parts[0]
+
+
+def moved(value: Any, axis: int, to: int) -> Any:
+    """Return an output with an axis of its tensors at another place."""
+    return pytree.tree_map_only(Tensor, lambda t: t.movedim(axis, to) if t.dim() > max(axis, to) else t, value)
+
+
+def moved_rows(own: Callable[..., Any], axis: int) -> Callable[..., Any]:
+    """Return a module's forward for an input with rows first, where the module has them at `axis`. So are the rows of the result."""
+    return lambda x, *args, **kwargs: moved(own(x.movedim(0, axis), *args, **kwargs), axis, 0)
+
+
+def refuse_recurrent(module: nn.Module) -> None:
+    """Refuse a module that holds a recurrent one.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    if any(isinstance(inner, nn.RNNBase) for inner in module.modules()):
+        raise ValueError(
+            "expected modules that torch can map over members, found a recurrent one, whose kernels it cannot. Train other parts, or run "
+            "the members one by one."
+        )

@@ -68,6 +68,8 @@ class ExpertsKind(ParameterKind):
     """A weight of experts. Its input holds the rows of all experts, sorted, and `routes` assigns each row to its expert."""
 
     gives: ClassVar[AbstractSet[str]] = Kind.gives - {"inputs", "positions"}
+    sees_inputs: ClassVar[bool] = True
+    called: ClassVar[bool] = True
     why: ClassVar[str] = "Calibration sees the tokens of all experts at once."
 
     def __init__(self, layer: Any, constants: Params | None = None, name: str = "down_proj", routes: Routes | None = None) -> None:

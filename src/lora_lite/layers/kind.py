@@ -69,6 +69,8 @@ class Kind(Tensors):
     """In a mixed batch, whether a tensor of `beside` has the batch's rows on its first axis or is shared; None where nobody has looked."""
     sees_inputs: ClassVar[bool] = True
     """Whether the variant is called with the layer's inputs. Where it is evaluated at the identity alone, it has to be linear."""
+    called: ClassVar[bool] = True
+    """Whether the model calls the layer. Otherwise it reads the weight, which has no place for a shift of the output."""
     by_product: ClassVar[bool] = False
     """Whether the layer keeps its own forward, whose product with the weight reaches the variant."""
     why: ClassVar[str] = ""
@@ -190,6 +192,10 @@ class Kind(Tensors):
     def beside(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the other tensors of a call that the layer is run with, by their places: none but for whole modules."""
         return {}
+
+    def apply_rows_at(self, axis: int, f: Variant, params: Params, x: Tensor, index: Tensor | None) -> Any:
+        """Apply a variant to each row as `apply_rows` does, where another axis than the first has the rows. So has that of the result."""
+        return self.apply_rows(f, params, x.movedim(axis, 0), index).movedim(0, axis)
 
     def apply_rows(self, f: Variant, params: Params, x: Any, index: Tensor | None) -> Any:
         """Apply a variant to each row of a batch with the params of its own member.

@@ -14,7 +14,7 @@ from lora_lite.core.errors import listed
 from lora_lite.core.frozen import Frozen
 from lora_lite.core.tree import join, modules_by_path
 from lora_lite.layers.access import ADAPTERS, first_of, place_of
-from lora_lite.layers.by_member import by_rows, joined, taken, tensors_in
+from lora_lite.layers.by_member import by_rows, joined, moved, moved_rows, refuse_recurrent, taken, tensors_in
 from lora_lite.layers.embedding import with_padded_lookups
 from lora_lite.layers.kind import Kind, Params, Run, Variant
 
@@ -123,6 +123,16 @@ class ModuleKind(Kind):
         there = {id(p) for inner in part.modules() for p in inner._parameters.values()}
         return {name: tensor for name, tensor in (self._now or {}).items() if id(tensor) in there}
 
+    def apply_rows_at(self, axis: int, f: Variant, params: Params, x: Tensor, index: Tensor | None) -> Any:
+        """Let the module itself see its rows where it expects them: to it another axis is no row, but time."""
+        (own, args, kwargs), before = self._rest, (self._own, self._rest)
+        own = moved_rows(own, axis)
+        self._own, self._rest = lambda x: own(x, *args, **kwargs), (own, args, kwargs)
+        try:
+            return moved(self.apply_rows(f, params, x.movedim(axis, 0), index), 0, axis)
+        finally:
+            self._own, self._rest = before
+
     def apply_rows(self, f: Variant, params: Params, x: Any, index: Tensor | None) -> Any:
         """Apply a variant to each row with the params of its member. What is called with more than its input runs member by member."""
         others = tensors_in(self._rest[1:])
@@ -138,6 +148,7 @@ class ModuleKind(Kind):
         spread = {name for name in others if (self.follow or {}).get(name)}
         if spread:
             return self._by_member(f, params, x, index, spread)
+        refuse_recurrent(self.layer)
         return super().apply_rows(with_padded_lookups(f) if self._padded else f, params, x, index)
 
     @functools.cached_property

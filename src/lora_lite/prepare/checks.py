@@ -10,9 +10,10 @@ from lora_lite.clone.accelerate import moves_inputs, refuse_offloaded, runs_clas
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import listed
 from lora_lite.core.frozen import USES
-from lora_lite.core.plan import Entries, Target
+from lora_lite.core.plan import Entries, Plan, Target
 from lora_lite.layers.access import module_at
 from lora_lite.layers.find import packed
+from lora_lite.layers.kind import Variant
 from lora_lite.layers.module import refuse_nested
 from lora_lite.prepare.worn import refuse_bound, refuse_worn
 
@@ -119,6 +120,24 @@ def check_uses(target: Target, cfg: AdapterConfig) -> None:
             f'build: {name} cannot adapt "{target.path}" ({kind.__name__}): it {"; it ".join(lacking)}. '
             f"{kind.why or 'The kind gives less.'} Leave the layer out with exclude_names, or {_instead(kind, cfg, uses)}."
         )
+
+
+def check_shifts(plan: Plan) -> None:
+    """Refuse a variant that adds to the output of a weight which the model reads.
+
+    Raises:
+        ValueError: it names the target, the reason and the way out.
+    """
+    for target, cfg in plan.entries:
+        if target.kind.called or (W := plan.layer(target, cfg)).device.type == "meta":
+            continue
+        if W.shifts(Variant(cfg), plan.leaves(plan.shapes, target.path, cfg)):
+            options = [f"{name}=False" for name in ("bias", "lora_bias") if getattr(cfg, name, False)]
+            way = f"set {' and '.join(options)}" if options else "adapt it by a config of its own, e.g. LoRAConfig"
+            raise ValueError(
+                f'build: {type(cfg).__name__} cannot adapt "{target.path}" ({target.kind.__name__}): it adds to the output of a layer. '
+                f"{target.kind.why} Leave the layer out with exclude_names, or {way}."
+            )
 
 
 def _instead(kind: Any, cfg: AdapterConfig, uses: set[str]) -> str:

@@ -18,6 +18,7 @@ from lora_lite.core.leading import Start, noted, worst
 from lora_lite.core.plan import Entries, Groups, Plan, Shapes
 from lora_lite.core.progress import shown
 from lora_lite.core.tree import Tree, flatten
+from lora_lite.prepare.checks import check_shifts
 from lora_lite.prepare.start import generator_for, own_start, placed, require_tensors, start_params
 
 T = TypeVar("T")
@@ -56,7 +57,9 @@ def derive(
     for tree in (shapes, constants):
         flatten(tree)  # which refuses names that files could not tell apart
     plan = Plan(base, entries, {}, constants, remat, common, groups, kinds=tuple(kinds), starts=starts)
-    return replace(plan, shapes=plan.regrouped({**shapes, **shared_shapes}))
+    plan = replace(plan, shapes=plan.regrouped({**shapes, **shared_shapes}))
+    check_shifts(plan)
+    return plan
 
 
 def share(base: nn.Module, entries: Entries) -> tuple[dict[str, Constants], Shapes]:

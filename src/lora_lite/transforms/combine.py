@@ -16,7 +16,7 @@ from lora_lite.prepare.start import generator_for
 from lora_lite.transforms.held import Held, assembled, hold
 from lora_lite.transforms.merging import METHODS, Method
 from lora_lite.transforms.places import Part, Place, places_of
-from lora_lite.transforms.updates import Update, lost
+from lora_lite.transforms.updates import Update, lost, norm
 
 CALL = "combine(adapt, trees, weights)"
 
@@ -54,7 +54,8 @@ def combine(
 
     Returns:
         `(adapt, params, errors)`: an `Adapt` over the frozen weights of the first, its params in at least float32, and for each target the
-        Frobenius norm of what is lost over that of the combined update: rounding only where it is exact.
+        Frobenius norm of what is lost over that of the combined update: rounding only where it is exact. Where the updates cancel, it is
+        over theirs.
 
     Raises:
         ValueError: where a tree does not fit its adapt, adapts are of other weights, a variant is not linear, a module is trained as a
@@ -103,7 +104,8 @@ def _combined(
             having = [(update[name], w) for update, w in zip(updates, own) if name in update]
             wanted[name] = how([t for t, _ in having], [w for _, w in having], density, generator)
         held = hold(parts, place, updates, wanted, own, how.keep if r is None else None, r)
-        errors[place.path] = lost(held.update, wanted)
+        terms = math.hypot(*(float(w.detach()) * norm(t.detach() for t in update.values()) for w, update in zip(own, updates)))
+        errors[place.path] = lost(held.update, wanted, terms)
         found.append(held)
     if faults:
         raise ValueError(f"combine: expected targets whose update can be told, found:\n{several(faults)}\nLeave them out when building.")

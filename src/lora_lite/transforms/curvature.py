@@ -30,27 +30,38 @@ def _plain_attention() -> Iterator[None]:
         yield
 
 
-def _require_alike(call: str, params: Any, v: Any) -> None:
-    """Raise unless a tree `v` can be a direction of a tree of params.
+def along(call: str, params: Any, v: Any) -> Any:
+    """Return a direction `v` in the order of the leaves of `params`, for forward mode.
 
     Raises:
-        ValueError: it lists each departure.
+        ValueError: where `v` departs from `params`.
     """
-    own, given = pytree.tree_leaves(params), pytree.tree_leaves(v)
-    if pytree.tree_structure(params) != pytree.tree_structure(v):
-        faults = [f"another layout: {len(given)} leaves for {len(own)}, or other keys, or the same in another order"]
-    else:
-        facts = ((_facts(p), _facts(t)) for p, t in zip(own, given))
-        faults = [f"leaf {k}: expected {wanted}, found {found}" for k, (wanted, found) in enumerate(facts) if wanted != found]
+    if torch.compiler.is_compiling():
+        return v
+    (pairs, spec), (given, _) = pytree.tree_flatten_with_path(params), pytree.tree_flatten_with_path(v)
+    found = dict(given)
+    faults = [f"unexpected {_place(path)}" for path in found if path not in dict(pairs)]
+    for path, leaf in pairs:
+        if path not in found:
+            faults.append(f"missing {_place(path)}")
+        elif (wanted := _form(leaf)) != (form := _form(found[path])):
+            faults.append(f"{_place(path)}: expected {wanted}, found {form}")
     if faults:
         raise ValueError(
-            f"{call}: expected v as a tree like params, found:\n{several(faults)}\n"
-            "Make it from them, e.g. by ll.tree_map(torch.randn_like, params)."
+            f"{call.partition('(')[0]}: expected a vector v that fits the params, found:\n{several(faults)}\nMake it of them, e.g. "
+            f"ll.tree_map(torch.randn_like, params), and call {call}."
         )
+    return pytree.tree_unflatten([found[path] for path, _ in pairs], spec)
 
 
-def _facts(leaf: Any) -> str:
-    return f"{leaf.dtype} of shape {tuple(leaf.shape)} on {leaf.device}" if isinstance(leaf, Tensor) else type(leaf).__name__
+def _place(path: Any) -> str:
+    return f'"{".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path) or "v"}"'
+
+
+def _form(leaf: Any) -> str:
+    if not isinstance(leaf, Tensor):
+        return type(leaf).__name__
+    return f"{leaf.dtype} of shape {tuple(leaf.shape)} on {leaf.device}"
 
 
 def hvp(f: Callable[[Any], Tensor]) -> Callable[[Any, Any], Any]:
@@ -61,7 +72,7 @@ def hvp(f: Callable[[Any], Tensor]) -> Callable[[Any, Any], Any]:
 
     Returns:
         A function of params and a tree `v` like them, that gives the Hessian's product with `v`, by forward over reverse mode. It raises
-        a ValueError for a `v` of another layout, or with leaves of another shape, dtype or device.
+        a ValueError where `v` has other paths, names, shapes, dtypes or devices than `params`, and lists each departure.
 
     Raises:
         TypeError: where `f` is no function.
@@ -76,7 +87,7 @@ def hvp(f: Callable[[Any], Tensor]) -> Callable[[Any, Any], Any]:
     require_type(callable(f), "hvp(f)(params, v)", "f", "a function of params", f)
 
     def product(params: Any, v: Any) -> Any:
-        _require_alike("hvp", params, v)
+        v = along("hvp(f)(params, v)", params, v)
         with _plain_attention():
             return torch.func.jvp(torch.func.grad(f), (params,), (v,))[1]
 
@@ -104,10 +115,10 @@ def ggn_vp(model_fn: Callable[[Any], Any], loss_fn: Callable[[Any], Tensor]) -> 
     require_type(callable(loss_fn), call, "loss_fn", "a function of the model's output", loss_fn)
 
     def product(params: Any, v: Any) -> Any:
-        _require_alike("ggn_vp", params, v)
+        v = along(call, params, v)
         with _plain_attention():
-            output, along = torch.func.jvp(model_fn, (params,), (v,))[:2]
-            bent = torch.func.jvp(torch.func.grad(loss_fn), (output,), (along,))[1]
+            output, shift = torch.func.jvp(model_fn, (params,), (v,))[:2]
+            bent = torch.func.jvp(torch.func.grad(loss_fn), (output,), (shift,))[1]
             return torch.func.vjp(model_fn, params)[1](bent)[0]
 
     return product

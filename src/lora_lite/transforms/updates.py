@@ -53,10 +53,14 @@ def norm(parts: Iterable[Matrix]) -> float:
 
 
 @torch.no_grad()
-def lost(held: Mapping[str, Matrix], wanted: Mapping[str, Matrix]) -> float:
-    """Return the norm of what an update misses of another, over the norm of the other; 0 where both are nothing."""
+def lost(held: Mapping[str, Matrix], wanted: Mapping[str, Matrix], terms: float = 0.0) -> float:
+    """Return the norm of what an update misses of another, over the norm of the other; 0 where both are nothing.
+
+    `terms` is the size of what the other was summed of. Where that cancels, the sum is rounding, and `terms` is the measure.
+    """
     missed = norm(_difference(held[name].detach(), t.detach()) for name, t in wanted.items())
-    return missed / max(norm(t.detach() for t in wanted.values()), torch.finfo(torch.float64).tiny)
+    size = norm(t.detach() for t in wanted.values())
+    return missed / max(size if size > TAIL * terms else terms, torch.finfo(torch.float64).tiny)
 
 
 def _difference(held: Matrix, wanted: Matrix) -> Matrix:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_lite.core.errors import require_grads, require_targets
-from lora_lite.core.tree import AnyTree, tree_map
+from lora_lite.core.tree import AnyTree, apart, named, together, tree_map
 
 Leaves = Mapping[str, Tensor]
 
@@ -18,20 +18,29 @@ Leaves = Mapping[str, Tensor]
 def allocate(cfg: Any, params: AnyTree, grads: AnyTree, state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return params with pruned `E`, and the next state: step, smoothed sensitivity and uncertainty, mask."""
     require_grads("AdaLoRAConfig.update(params, grads, state)", params, grads)
-    ours = [path for path, leaves in params.items() if set(leaves) == {"A", "B", "E"}]
+    places = apart(params)  # a fused layer has several maps, a stack has leading axes
+    maps, slopes = by_map(params), by_map(grads)
+    ours = [where for where, leaves in maps.items() if set(leaves) == {"A", "B", "E"}]
     require_targets("AdaLoRAConfig.update", ours, "AdaLoRA")
-    zeros = tree_map(torch.zeros_like, {path: params[path] for path in ours})
+    zeros = tree_map(torch.zeros_like, {where: maps[where] for where in ours})
+    count = sum(maps[where]["E"].shape[:-1].numel() for where in ours)
     state = state or {"step": 0, "sensitivity": zeros, "uncertainty": zeros, "mask": None}
     step = state["step"] + 1
     sensitivity, uncertainty, mask = state["sensitivity"], state["uncertainty"], state["mask"]
     if step < cfg.total_step - cfg.tfinal:
-        sensitivity, uncertainty = _smoothed(cfg, params, grads, sensitivity, uncertainty, ours)
-        budget = _budget(cfg, step, len(ours))
-        mask = _mask(params, sensitivity, uncertainty, ours, budget) if budget is not None else None
+        sensitivity, uncertainty = _smoothed(cfg, maps, slopes, sensitivity, uncertainty, ours)
+        budget = _budget(cfg, step, count)
+        mask = _mask(maps, sensitivity, uncertainty, ours, budget) if budget is not None else None
     elif step == cfg.total_step - cfg.tfinal:  # one last allocation, which stays
-        mask = _mask(params, sensitivity, uncertainty, ours, cfg.target_r * len(ours))
-    pruned = {path: {**leaves, "E": leaves["E"] * mask[path]} if mask and path in mask else dict(leaves) for path, leaves in params.items()}
-    return pruned, {"step": step, "sensitivity": sensitivity, "uncertainty": uncertainty, "mask": mask}
+        mask = _mask(maps, sensitivity, uncertainty, ours, cfg.target_r * count)
+    kept = mask or {}
+    pruned = {place: {**own, "E": own["E"] * kept[named(place)]} if named(place) in kept else own for place, own in places.items()}
+    return together(pruned), {"step": step, "sensitivity": sensitivity, "uncertainty": uncertainty, "mask": mask}
+
+
+def by_map(tree: AnyTree) -> dict[str, dict[str, Any]]:
+    """Return the leaves of each linear map under one name: the target's path, in a fused layer with the map's name."""
+    return {named(place): leaves for place, leaves in apart(tree).items()}
 
 
 def _smoothed(cfg: Any, params: AnyTree, grads: AnyTree, sensitivity: Any, uncertainty: Any, ours: list[str]) -> tuple[Any, Any]:
@@ -46,9 +55,9 @@ def _smoothed(cfg: Any, params: AnyTree, grads: AnyTree, sensitivity: Any, uncer
     return new
 
 
-def _budget(cfg: Any, step: int, targets: int) -> int | None:
+def _budget(cfg: Any, step: int, maps: int) -> int | None:
     """Return the number of triplets that stay, or None where this step prunes nothing."""
-    start, end = cfg.init_r * targets, cfg.target_r * targets
+    start, end = cfg.init_r * maps, cfg.target_r * maps
     if step <= cfg.tinit or step % cfg.deltaT:
         return None
     left = 1 - (step - cfg.tinit) / (cfg.total_step - cfg.tfinal - cfg.tinit)
@@ -58,7 +67,7 @@ def _budget(cfg: Any, step: int, targets: int) -> int | None:
 def _mask(params: AnyTree, sensitivity: AnyTree, uncertainty: AnyTree, ours: list[str], budget: int) -> dict[str, Tensor] | None:
     """Mark the triplets that stay, 1 or 0, over the whole model."""
     scores = {path: _scores(sensitivity[path], uncertainty[path]) for path in ours}
-    every = torch.cat(list(scores.values()))
+    every = torch.cat([score.flatten() for score in scores.values()])
     pruned = len(every) - budget
     if pruned <= 0:
         return None
@@ -69,4 +78,4 @@ def _mask(params: AnyTree, sensitivity: AnyTree, uncertainty: AnyTree, ours: lis
 def _scores(sensitivity: Leaves, uncertainty: Leaves) -> Tensor:
     """Score each triplet, eq. (7) and (11): its singular value's importance and the means of its vectors'."""
     importance = {name: sensitivity[name] * uncertainty[name] for name in sensitivity}
-    return importance["E"] + importance["A"].mean(1) + importance["B"].mean(0)
+    return importance["E"] + importance["A"].mean(-1) + importance["B"].mean(-2)

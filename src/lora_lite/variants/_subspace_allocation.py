@@ -3,7 +3,7 @@
 A pure function from one state to the next, as PEFT computes it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from lora_lite.core.errors import require_grads, require_targets
-from lora_lite.core.tree import AnyTree, tree_map
+from lora_lite.core.tree import AnyTree, apart, named, together, tree_map
+
+Place = tuple[str, str]
+"""A target's path, and the name of a map in it."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,8 @@ class Allocation:
         constants: `adapt.constants`.
         step: number of the next step, from 0.
         sensitivity, uncertainty: smoothed, trees like the params.
-        active: which subspaces of each target are trained, `(k,)`.
-        kept: the params at which the others stay.
+        active: which subspaces of each map are trained, `(k,)`.
+        kept: the params of these maps at which the others stay.
     """
 
     constants: AnyTree
@@ -37,32 +40,60 @@ class Allocation:
 def allocate(cfg: Any, params: AnyTree, grads: AnyTree, state: Allocation) -> tuple[dict[str, Any], Allocation]:
     """Return the params with frozen subspaces restored, and the next state."""
     require_grads("AdaMSSConfig.update(params, grads, state)", params, grads)
-    ours = [path for path, leaves in params.items() if set(leaves) == {"A", "B"} and "cells" in state.constants.get(path, {})]
-    require_targets("AdaMSSConfig.update", ours, "AdaMSS")
+    sizes = {place: own["shapes"] for place, own in apart(state.constants).items() if "cells" in own}
+    places = apart(params)
+    own = {place: leaves for place, leaves in places.items() if set(leaves) == {"A", "B"} and place in sizes}
+    require_targets("AdaMSSConfig.update", own, "AdaMSS")
+    shapes = {where: leaf["shapes"] for where, leaf in _each(own, {place: {"shapes": t} for place, t in sizes.items()}, sizes).items()}
+    maps, slopes = _each(own, places, sizes), _each(own, apart(grads), sizes)
+    zeros = tree_map(torch.zeros_like, maps)
     if not state.active:
-        zeros = tree_map(torch.zeros_like, {path: params[path] for path in ours})
-        active = {path: torch.ones_like(state.constants[path]["shapes"][:, 0], dtype=torch.bool) for path in ours}
-        state = replace(state, sensitivity=zeros, uncertainty=zeros, active=active, kept=params)
-    owners = {path: owners_of(state.constants[path]) for path in ours}
-    trained = {path: {name: state.active[path][owner] for name, owner in owners[path].items()} for path in ours}
-    restored = {path: dict(leaves) for path, leaves in params.items()}
-    for path, masks in trained.items():
-        for name, mask in masks.items():
-            now = params[path][name]
-            restored[path][name] = torch.where(_like(mask, now), now, state.kept[path][name])
+        active = {where: torch.ones_like(shape[:, 0], dtype=torch.bool) for where, shape in shapes.items()}
+        state = replace(state, sensitivity=zeros, uncertainty=zeros, active=active, kept=maps)
+    owners = {where: owners_of(shape) for where, shape in shapes.items()}
+    trained = {where: {name: state.active[where][owner] for name, owner in owners[where].items()} for where in maps}
+    restored = {
+        where: {
+            name: torch.where(_like(mask, maps[where][name]), maps[where][name], state.kept[where][name]) for name, mask in masks.items()
+        }
+        for where, masks in trained.items()
+    }
     step = state.step
     if cfg.init_warmup <= step <= cfg.final_warmup:
-        state = _smoothed(cfg, restored, grads, trained, state)
+        state = _smoothed(cfg, restored, slopes, trained, state)
         if step % cfg.mask_interval == 0:
-            zeros = tree_map(torch.zeros_like, {path: params[path] for path in ours})
             active = _active(cfg, state, owners)
             state = replace(state, active=active, kept=restored, sensitivity=zeros, uncertainty=zeros)
-    return restored, replace(state, step=step + 1)
+    return together({**places, **_joined(own, restored, sizes)}), replace(state, step=step + 1)
 
 
-def owners_of(constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _each(own: Iterable[Place], places: Mapping[Place, Mapping[str, Any]], sizes: Mapping[Place, Tensor]) -> dict[str, dict[str, Any]]:
+    """Return the leaves of each linear map under a name of its own. A fused layer has several maps, and so has a stack."""
+    found: dict[str, dict[str, Any]] = {}
+    for place in own:
+        for where, n in _names(place, sizes):
+            found[where] = {name: leaf if n is None else leaf[n] for name, leaf in places[place].items()}
+    return found
+
+
+def _joined(own: Iterable[Place], maps: AnyTree, sizes: Mapping[Place, Tensor]) -> dict[Place, dict[str, Any]]:
+    """Return the leaves of each place from those of its maps: the inverse of `_each`."""
+    found: dict[Place, dict[str, Any]] = {}
+    for place in own:
+        each = [maps[where] for where, _ in _names(place, sizes)]
+        found[place] = {name: torch.stack([t[name] for t in each]) for name in each[0]} if sizes[place].dim() > 2 else dict(each[0])
+    return found
+
+
+def _names(place: Place, sizes: Mapping[Place, Tensor]) -> list[tuple[str, int | None]]:
+    """Return the name of each map of a place, and its number in a stack."""
+    where = named(place)
+    return [(f"{where}[{n}]", n) for n in range(len(sizes[place]))] if sizes[place].dim() > 2 else [(where, None)]
+
+
+def owners_of(shapes: Tensor) -> dict[str, Tensor]:
     """Return the subspace of each row of `A` and of each entry of `B`."""
-    sizes, ranks = constants["shapes"].unbind(1)
+    sizes, ranks = shapes.unbind(1)
     every = torch.arange(len(ranks), device=ranks.device)
     return {"A": every.repeat_interleave(ranks), "B": every.repeat_interleave(sizes * ranks)}
 

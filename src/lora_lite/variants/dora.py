@@ -65,7 +65,7 @@ def gains(params: DoRAParams, W: Frozen, scale: float) -> Tensor:
     WA = W.matmul(A).t().to(sqnorm.dtype)  # (o, r)
     A = A.to(sqnorm.dtype)
     cross = (B * torch.addmm(WA, B, A @ A.t(), beta=2 * scale, alpha=scale**2)).sum(1)
-    n = (sqnorm + cross).clamp_min(torch.finfo(sqnorm.dtype).tiny).sqrt()
+    n = (sqnorm + cross).clamp_min(torch.finfo(torch.float32).tiny).sqrt()  # the gain of a row of zeros fits any dtype but float16
     return (sqnorm.sqrt() + params["m"].to(sqnorm.dtype)) / n
 
 
