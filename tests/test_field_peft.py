@@ -736,3 +736,31 @@ def test_what_peft_has_not_at_such_layers_is_refused_and_the_way_out_works(cfg, 
     some = move(others.init())
     ll.to_peft(others, some, tmp_path / "b")
     close(through_peft(model, tmp_path / "b")(**batch).logits, others.eval()(some, batch).logits)
+
+
+@pytest.mark.parametrize("fields", [{"r": 2, "oft_block_size": 0}, {"r": 0, "oft_block_size": 4}], ids=["blocks", "rounded"])
+@pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`")
+def test_rotations_of_several_widths_go_both_ways(fields, tmp_path):
+    """PEFT has one number of blocks, or one width that it rounds, for all layers; the widths were read and not written."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4)), torch.randn(5, 8)
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.OFTConfig(target_modules=["0", "2", "4"], **fields)).eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "oft_R" in name:
+                p.add_(0.1 * torch.randn_like(p))
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    assert len({cfg.block_size for cfg in adapt.configs}) > 1
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval()
+    want = theirs(x) - model(x)
+    for found in (adapt(params, x), again(x)):
+        assert (found - model(x) - want).abs().max() < 1e-5 * want.abs().max()
+
+
+def test_rotations_of_widths_that_peft_has_no_word_for_are_refused(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    adapt = ll.build(model, [ll.OFTConfig(block_size=k, target_names=(f"^{n}$",)) for n, k in enumerate((2, 4))])
+    with pytest.raises(ValueError, match=r"to_peft: expected configs that agree.*\n.*oft_block_size: 2 and 4 at .*\n.*ll.save"):
+        ll.to_peft(adapt, adapt.init(), tmp_path)

@@ -116,9 +116,11 @@ def fields_of(
         fields["fan_in_fan_out"] = any(is_conv1d(layer.target) for layer in layers)
     for lists in {layer.row.lists for layer in layers if layer.row.lists}:
         fields[lists] = expression([layer.target.path for layer in layers if layer.row.lists == lists])
+    agreed = layers[0].row.agreed([(layer.target.i, layer.fields) for layer in layers])
+    of_layers = {layer.target.path: {**layer.fields, **agreed} for layer in layers}
     patterns, faults = PATTERNS.get(method, {}), []
-    for name in dict.fromkeys(name for layer in layers for name in layer.fields):
-        values = {layer.target.path: layer.fields.get(name) for layer in layers}
+    for name in dict.fromkeys(name for own in of_layers.values() for name in own):
+        values = {path: own.get(name) for path, own in of_layers.items()}
         fields[name] = Counter(values.values()).most_common(1)[0][0]
         others = {path: value for path, value in values.items() if value != fields[name]}
         if name in patterns:

@@ -85,6 +85,7 @@ class Row(NamedTuple):
         lists: PEFT's field that names the layers of this variant among those of its type.
         named: `(our config, paths of the layers, paths of all other modules, None where unknown)` to the fields that name the layers
             otherwise than as a list.
+        agreed: the input width and the fields of each layer, to fields that say the same of all layers where theirs differ.
         conv1d: whether PEFT adapts transformers' `Conv1D` by it.
     """
 
@@ -112,6 +113,7 @@ class Row(NamedTuple):
     bare: bool = False
     lists: str | None = None
     named: Callable[[Any, Sequence[str], Sequence[str] | None], dict[str, Any]] = lambda cfg, paths, others: {}
+    agreed: Callable[[Sequence[tuple[int, Fields]]], dict[str, Any]] = lambda layers: {}
     conv1d: bool = False
 
     def held(self, value: Callable[[str], Any]) -> dict[str, Leaf]:

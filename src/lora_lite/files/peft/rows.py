@@ -4,6 +4,7 @@ Of each trained tensor `theirs = origin + ours`, where the origin is PEFT's neut
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,23 @@ def _read_oft(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
 def _write_oft(cfg: OFTConfig) -> dict[str, Any]:
     series = {"use_cayley_neumann": cfg.cayley == "series", "num_cayley_neumann_terms": cfg.terms}
     return {"r": 0, "oft_block_size": cfg.block_size, "block_share": cfg.block_share, **series}
+
+
+def _agreed_oft(layers: Sequence[tuple[int, Fields]]) -> dict[str, Any]:
+    """Return the number of blocks where it is that of all layers, or a width of which PEFT takes the nearest divisor to be theirs."""
+    sizes = [(i, fields["oft_block_size"]) for i, fields in layers]
+    if len({size for _, size in sizes}) == 1:
+        return {}
+    if len(counts := {i // size for i, size in sizes}) == 1:
+        return {"r": counts.pop(), "oft_block_size": 0}
+    least, most = min(size for _, size in sizes), max(size for _, size in sizes)
+    fitting = [wanted for wanted in range(least, most + 1) if all(_nearest_divisor(i, wanted) == size for i, size in sizes)]
+    return {"oft_block_size": fitting[0]} if fitting else {}
+
+
+def _nearest_divisor(i: int, size: int) -> int:
+    """Return the divisor of `i` that is nearest to `size`, the lower of two, as PEFT rounds."""
+    return min((k for k in range(1, i + 1) if i % k == 0), key=lambda k: (abs(k - size), k))
 
 
 _SCHEDULE = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
@@ -144,7 +162,7 @@ ROWS: dict[str, Row] = {
         refused=_unlike_adalora,
         conv1d=True,
     ),
-    "oft": Row(OFTConfig, "OFT", {"v": Leaf("oft_R.weight", 2)}, _read_oft, _write_oft),
+    "oft": Row(OFTConfig, "OFT", {"v": Leaf("oft_R.weight", 2)}, _read_oft, _write_oft, agreed=_agreed_oft),
 }
 
 
