@@ -1300,3 +1300,19 @@ def test_speech_model_returns_several_sequences_for_each_adapter(how):
     alone = [adapt.module(members[1 - n]).generate(input_features=sound[n : n + 1], **how) for n in range(2)]
     assert torch.equal(got, torch.cat(alone))
     assert not torch.equal(*alone)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda p: ll.lora_plus(p, lr=math.inf),
+        lambda p: ll.lora_plus(p, lr=1e-3, ratio=math.inf),
+        lambda p: ll.riemannian(p, p, reg=math.inf),
+        lambda p: ll.lora_fa(p, p, scale=math.inf),
+        lambda p: ll.lora_fa(p, p, scale=1.0, reg=math.inf),
+    ],
+)
+def test_infinite_rates_and_scales_are_refused(call):
+    params = ll.build(nn.Sequential(nn.Linear(4, 4)), ll.LoRAConfig(r=2)).init()
+    with pytest.raises(ValueError, match=r"(lora_plus|riemannian|lora_fa): expected finite .* found .*inf.*Use "):
+        call(params)

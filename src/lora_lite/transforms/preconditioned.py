@@ -3,6 +3,8 @@
 Both are functions of a tree of gradients, between the gradient and any optimizer. They take single trees, and stacks of them.
 """
 
+import math
+
 import torch
 from torch import Tensor
 

@@ -125,7 +125,8 @@ class AdaLoRAConfig(AdapterConfig):
         """Allocate the budget after an optimiser's step.
 
         Args:
-            params: the tree after the step; targets of other variants are passed through.
+            params: the tree of one adapter after the step; targets of other variants are passed through. Map it over a stack by
+                `torch.vmap`, or all its members would share one budget.
             grads: the gradients that the step used.
             state: None at the first call, then what the last call returned.
 

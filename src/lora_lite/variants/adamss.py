@@ -131,7 +131,7 @@ class AdaMSSConfig(AdapterConfig):
         """Freeze subspaces after an optimiser's step. The first call is step 0.
 
         Args:
-            params: the tree after the step; targets of other variants are passed through.
+            params: the tree of one adapter after the step; targets of other variants are passed through.
             grads: the gradients that the step used.
             state: `adapt.constants` at the first call, then what the last call returned.
 
