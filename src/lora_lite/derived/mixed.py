@@ -4,6 +4,7 @@ Only a variant's pure function is vmapped, at each target, over the adapters; ev
 the model does, with padding masks and fused attention that a whole-model `vmap` cannot run.
 """
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -151,10 +152,10 @@ def strength_axes(c: float | Tensor, members: int | None) -> tuple[int | None, i
         raise TypeError(f"adapt.steer: expected c as a number or a tensor, found {type(c).__name__}. Wrap a list in torch.tensor(...).")
     if isinstance(c, Tensor) and (c.is_complex() or c.dtype is torch.bool):
         raise TypeError(f"adapt.steer: expected c as a real number, found {c.dtype}. Use e.g. c.float().")
-    readable = not isinstance(c, Tensor) or (c.device.type == "cpu" and not in_transform())  # elsewhere a read would be waited for
-    if readable and not (finite := torch.as_tensor(c).detach().isfinite()).all():
-        worst = float(torch.as_tensor(c).detach()[~finite][0])
-        raise ValueError(f"adapt.steer: expected c as a finite number, found {worst}. Use 0 for the base model and 1 for the adapter.")
+    read = not isinstance(c, Tensor) or (c.device.type == "cpu" and not in_transform())  # elsewhere a read would be waited for
+    numbers = c.detach().flatten().tolist() if isinstance(c, Tensor) and read else [c]
+    if read and (strange := [number for number in numbers if not abs(number) <= sys.float_info.max]):
+        raise ValueError(f"adapt.steer: expected c as a finite number, found {strange[0]}. Use 0 for the base model and 1 for the adapter.")
     shape = tuple(c.shape) if isinstance(c, Tensor) else ()
     if len(shape) > 1 or (members is not None and shape not in ((), (members,))):
         wanted = "a vector," if members is None else f"of shape ({members},), a strength for each member,"

@@ -3,7 +3,6 @@
 Paper: Hayou, Ghosh, Yu, *LoRA+: Efficient Low Rank Adaptation of Large Models*, 2024, arXiv:2402.12354.
 """
 
-import math
 from typing import Any
 
 from lora_lite.core.errors import require_tree

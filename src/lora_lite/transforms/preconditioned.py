@@ -3,8 +3,6 @@
 Both are functions of a tree of gradients, between the gradient and any optimizer. They take single trees, and stacks of them.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
