@@ -1316,3 +1316,55 @@ def test_infinite_rates_and_scales_are_refused(call):
     params = ll.build(nn.Sequential(nn.Linear(4, 4)), ll.LoRAConfig(r=2)).init()
     with pytest.raises(ValueError, match=r"(lora_plus|riemannian|lora_fa): expected finite .* found .*inf.*Use "):
         call(params)
+
+
+# Weights that a hook makes before a layer's forward.
+
+HOOKED = {
+    "spectral norm": nn.utils.spectral_norm,
+    "weight norm": nn.utils.weight_norm,
+    "pruning": lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+    "pruning of biases": lambda layer: nn.utils.prune.l1_unstructured(layer, "bias", 0.5),
+    "pruning twice": lambda layer: nn.utils.prune.random_unstructured(nn.utils.prune.l1_unstructured(layer, "weight", 0.5), "weight", 0.5),
+}
+
+
+def hooked(hook):
+    return nn.Sequential(hook(nn.Linear(8, 6)), nn.Tanh(), nn.Linear(6, 4)).eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=2), ll.DoRAConfig(r=2), ll.HiRAConfig(r=2)], ids=lambda cfg: cfg.name)
+@pytest.mark.parametrize("hook", HOOKED.values(), ids=HOOKED)
+def test_weights_that_hooks_make_are_those_of_the_parameters_now(hook, cfg):
+    """The adapter read what the hook had left in its last call: nothing of a checkpoint, nothing of what was changed in place."""
+    trained, model, x = hooked(hook), hooked(hook), torch.randn(3, 8)
+    model.load_state_dict(trained.state_dict())
+    adapt = ll.build(model, cfg)
+    params = move(adapt.init())
+    y = adapt(params, x)
+    assert torch.equal(adapt.base(x), trained(x))
+
+    plain = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))
+    plain.load_state_dict({f"{k}.{name}": getattr(trained[k], name).detach() for k in (0, 2) for name in ("weight", "bias")})
+    torch.testing.assert_close(y, ll.build(plain, cfg)(params, x))
+
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.mul_(1.5 if name.startswith("0.") and not name.endswith("_v") else 1.0)
+    assert torch.equal(adapt.base(x), model(x))
+    torch.testing.assert_close(copy.deepcopy(adapt)(params, x), adapt(params, x))
+    sent = io.BytesIO()
+    torch.save(adapt, sent)
+    sent.seek(0)
+    torch.testing.assert_close(torch.load(sent, weights_only=False)(params, x), adapt(params, x))
+
+
+def test_parametrised_layers_of_gpt2_are_adapted():
+    model = tf.GPT2LMHeadModel(tf.GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50, n_positions=8)).eval()
+    nn.utils.prune.l1_unstructured(model.transformer.h[0].attn.c_attn, "weight", 0.5)
+    nn.utils.parametrizations.weight_norm(model.transformer.h[0].mlp.c_fc)
+    ids = torch.randint(0, 50, (2, 6))
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    torch.testing.assert_close(adapt.base((ids,)).logits, model(ids).logits)
+    assert not torch.allclose(adapt(move(adapt.init()), (ids,)).logits, model(ids).logits, atol=1e-3)

@@ -1,16 +1,20 @@
 """Ways into the modules of a copy: the places of its tensors, views without adapters, and stand-ins for weights that the model reads."""
 
 import copy
+import functools
 import inspect
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 ADAPTERS = "_lora_lite_adapters"
 """The attribute of a module with children that lists the adapters whose params are registered on the module."""
@@ -46,6 +50,10 @@ def raw(layer: nn.Module) -> Any:
     twin = _twin(layer)
     vars(twin).pop("forward", None)
     vars(twin)[HOST] = layer  # its mode may change
+    if makers := dict(_makers(layer)):
+        for name in makers:
+            vars(twin).pop(name, None)  # what the last call left
+        twin.__class__ = _made(type(layer), tuple(makers))
     if (parts := layer._modules.get("parametrizations")) is not None:
         vars(twin)["_modules"] = {**layer._modules, "parametrizations": _twin(parts, _Readings)}
     return twin
@@ -56,6 +64,30 @@ def _twin(module: nn.Module, cls: type[nn.Module] | None = None) -> nn.Module:
     twin = of.__new__(of)
     vars(twin).update({name: value for name, value in vars(module).items() if not isinstance(value, ReadTensor)})
     return twin
+
+
+def _makers(layer: nn.Module) -> Iterator[tuple[str, Callable[[nn.Module], Tensor]]]:
+    """Yield the names of the weights that hooks of torch's make before a layer's forward, and how they are made without a trace in it."""
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod):
+            yield hook._tensor_name, hook.apply_mask
+        elif isinstance(hook, SpectralNorm):
+            yield hook.name, functools.partial(hook.compute_weight, do_power_iteration=False)
+        elif isinstance(hook, WeightNorm):
+            yield hook.name, hook.compute_weight
+
+
+@functools.cache
+def _made(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """Return the class of a view whose weights are made where they are read: the layer has those of its last call, if any."""
+    made: dict[str, Any] = {name: property(lambda self, name=name: dict(_makers(self))[name](self)) for name in names}
+    facts = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": lambda self, _: (_view, (cls, names), vars(self))}
+    return type(cls.__name__, (cls,), made | facts)
+
+
+def _view(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    of = _made(cls, names)
+    return of.__new__(of)
 
 
 class _Readings(nn.ModuleDict):

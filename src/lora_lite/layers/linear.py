@@ -78,8 +78,8 @@ class Conv1DKind(_OfTransformers):
         return self.own("weight").t()  # type: ignore[union-attr]
 
     def __call__(self, x: Tensor) -> Tensor:
-        stored = self.layer._parameters
-        flat = torch.addmm(stored["bias"], x.reshape(-1, x.shape[-1]), stored["weight"])  # as the layer itself computes it
+        layer = self.layer  # whose weight may be computed by a parametrization
+        flat = torch.addmm(layer.bias, x.reshape(-1, x.shape[-1]), layer.weight)  # as the layer itself computes it
         return flat.view(*x.shape[:-1], flat.shape[-1])  # -1 tells nothing of an empty batch
 
     def to_weight(self, dense: Tensor) -> Tensor:
