@@ -11,6 +11,7 @@ import threading
 import warnings
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -1368,3 +1369,99 @@ def test_parametrised_layers_of_gpt2_are_adapted():
     adapt = ll.build(model, ll.LoRAConfig(r=2))
     torch.testing.assert_close(adapt.base((ids,)).logits, model(ids).logits)
     assert not torch.allclose(adapt(move(adapt.init()), (ids,)).logits, model(ids).logits, atol=1e-3)
+
+
+# What the page of targets says of variants that are not linear, act at positions or share tensors.
+
+
+class Bare(nn.Module):
+    """A matrix and a stack of them that the module reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.many = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(3, 8, 8))
+
+    def forward(self, x):
+        return torch.einsum("noi,bi->bo", self.many, x @ self.one)
+
+
+BENT = {"alora", "lily"}
+SHARING = {"vera", "pvera", "randlora", "vblora", "unilora", "tinylora", "frod", "lily"}
+REFUSED = {
+    "convolution": (nn.Sequential(nn.Conv2d(4, 8, 2)), "^0$", {"alora"}),
+    "convolution in groups": (nn.Sequential(nn.Conv2d(8, 8, 2, groups=2)), "^0$", BENT),
+    "transposed convolution": (nn.Sequential(nn.ConvTranspose2d(4, 8, 2)), "^0$", BENT),
+    "packed projection": (nn.MultiheadAttention(8, 2), "in_proj_weight$", BENT),
+    "bare matrix": (Bare(), "one$", BENT),
+    "bare matrices": (Bare(), "many$", BENT | SHARING),
+}
+FITTING = {
+    "vblora": {"vector_length": 2, "num_vectors": 8},
+    "alora": {"invocation_tokens": (3,)},
+    "tokens": {"token_ids": (1,)},
+    "supertuning": {"sparsity": 0.5},
+    "clover": {"head_dim": 4},
+    **dict.fromkeys(("fourierft", "waveft"), {"n_frequency": 9}),
+    **dict.fromkeys(("c3a", "oft"), {"block_size": 2}),
+    **{name: {"r": 2} for name in ("miss", "gralora", "pissa", "olora", "mica", "lora_xs", "ssvd", "kasa", "deft", "psoft", "adamss")},
+    **{"antipasto": {"r": 4}, "osf": {"effective_rank": 2}, "shira": {"r": 1}, "abba": {"r1": 2}, "road": {"group_size": 4}},
+    **{"adamss": {"r": 2, "num_subspaces": 2}, "unilora": {"theta_d_length": 9}, "miss": {"r": 2, "mini_r": 2}},
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_variants_that_a_target_refuses_are_those_of_the_page_and_at_build(case):
+    """Lily was refused at a bare parameter by the first call alone, and the page named more variants than there are."""
+    model, name, want = REFUSED[case]
+    refused = set()
+    for variant, cls in ll.VARIANTS.items():
+        if cls.adapts != "linear" or cls.original or (cls.calibrated is True):
+            continue
+        cfg = cls(target_names=name, **FITTING.get(variant, {}))
+        try:
+            ll.build(model, cfg, progress=False)
+        except ValueError as e:
+            assert f"{cls.__name__} cannot adapt" in str(e)
+            refused.add(variant)
+    assert refused == want
+
+
+@pytest.mark.parametrize(
+    ("cfg", "state"),
+    [
+        (ll.AdaLoRAConfig(init_r=4, target_r=2, total_step=9), lambda adapt: None),
+        (ll.AdaMSSConfig(r=4, num_subspaces=2, use_asa=True), lambda adapt: adapt.constants),
+    ],
+    ids=lambda case: getattr(case, "name", ""),
+)
+def test_allocation_of_a_stack_is_refused_and_the_way_out_works(cfg, state):
+    adapt = ll.build(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), cfg)
+    stacked = ll.stack([move(adapt.init(seed=k)) for k in range(2)])
+    with pytest.raises(ValueError, match=r'Config.update: expected params of one linear map at each target, found "0" "A" of shape \(2, '):
+        cfg.update(stacked, stacked, state(adapt))
+    for member in ll.unstack(stacked):
+        cfg.update(member, member, state(adapt))
+
+
+def test_experts_have_no_budget():
+    model, cfg = Bare(), ll.AdaLoRAConfig(init_r=4, target_r=2, total_step=9, target_names="many$")
+    params = move(ll.build(model, cfg).init())
+    with pytest.raises(ValueError, match=r'"many" "A" of shape \(3, 4, 8\).* train them without update'):
+        cfg.update(params, params)
+
+
+def test_numbers_of_numpy_are_numbers():
+    adapt = ll.build(nn.Sequential(nn.Linear(8, 4)), ll.LoRAConfig(r=2))
+    params, x = move(adapt.init()), torch.randn(3, 8)
+    for half in (np.float32(0.5), np.float64(0.5), np.float16(0.5)):
+        torch.testing.assert_close(adapt.steer(params, half), adapt.steer(params, 0.5))
+        both, tree, _ = ll.combine(adapt, [params, params], [half, np.int64(1)], progress=False)
+        torch.testing.assert_close(both(tree, x), adapt(adapt.steer(params, 1.5), x))
+    ll.combine(adapt, [params], [1.0], "magnitude_prune", density=np.float32(0.5), r=2, progress=False)
+
+
+def test_ids_in_any_layout_are_looked_up_without_a_word():
+    model = nn.Sequential(nn.Embedding(10, 4))
+    adapt = ll.build(model, ll.TokensConfig(token_ids=(3,), target_names="^0$"))
+    params, ids = move(adapt.init()), torch.randint(0, 10, (5, 2)).t()
+    assert torch.equal(adapt(params, ids), adapt(params, ids.contiguous()))

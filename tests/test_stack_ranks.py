@@ -126,7 +126,8 @@ def test_every_variant_is_padded_rightly_or_refused_by_name(row, pad):
         host, stacked = ll.stack(zip(adapts, trees), pad=pad)
         assert_as_alone(host, stacked, adapts, trees, x)
     else:
-        with pytest.raises(ValueError, match=r'stack: at ".*" ".*" expected a leaf whose padding|stack: expected an adapt with room'):
+        refused = r'stack: at ".*" (".*" expected a leaf whose padding|expected a config that computes)|stack: expected an adapt with room'
+        with pytest.raises(ValueError, match=refused):
             ll.stack(zip(adapts, trees), pad=pad)
 
 
@@ -175,6 +176,55 @@ def test_targets_that_a_pair_lacks_are_at_the_base_model():
     few = ll.build(model, ll.LoRAConfig(r=4, target_names=r"\.0$"))
     with pytest.raises(ValueError, match=r'stack: at ".*" "A" expected leaves of one shape, found none in tree 0. Pass pad=True'):
         ll.stack([(few, few.init()), (adapts[1], trees[1])])
+
+
+SAME_SHAPES = {
+    "invocations": (
+        ll.ALoRAConfig(invocation_tokens=(3,)),
+        ll.ALoRAConfig(invocation_tokens=(4,)),
+        r'"invocation_tokens=\(4,\) beside \(3,',
+    ),
+    "invocation or none": (ll.LoRAConfig(), ll.ALoRAConfig(invocation_tokens=(4,)), "found ALoRAConfig beside LoRAConfig in tree 1"),
+    "tokens": (ll.TokensConfig(token_ids=(3, 4)), ll.TokensConfig(token_ids=(4, 5)), r'TokensConfig of "token_ids=\(4, 5\) beside \(3, 4'),
+    "rotations": (ll.OFTConfig(block_size=4), ll.OFTConfig(block_size=4, cayley="exact"), "cayley='exact' beside 'series'"),
+    "methods": (ll.LoRAConfig(), ll.HiRAConfig(r=8), "found HiRAConfig beside LoRAConfig in tree 1"),
+}
+
+
+@pytest.mark.parametrize("pad", [False, True, "frozen"])
+@pytest.mark.parametrize("case", SAME_SHAPES)
+def test_trees_of_one_shape_that_mean_another_thing_are_refused_by_what_differs(tiny, case, pad):
+    """Two aLoRAs ran from the invocation of the first, and other tokens were an error of torch's."""
+    first, second, match = SAME_SHAPES[case]
+    model, _ = padded(tiny, "llama", num_hidden_layers=1)
+    pairs = [(adapt, move(adapt.init())) for adapt in (ll.build(model, first), ll.build(model, second))]
+    with pytest.raises(ValueError, match=f'stack: at ".*" expected a config that computes the same .*{match}'):
+        ll.stack(pairs, pad=pad)
+
+
+BESIDE = {
+    "gates": ll.IA3Config(target_names=r"v_proj$"),
+    "norms": ll.LNTuningConfig(),
+    "a module": ll.FullConfig(target_names=r"lm_head$"),
+    "tokens": ll.TokensConfig(token_ids=(3, 4)),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_displacements_that_a_pair_lacks_are_zeros_which_training_would_move(tiny, case):
+    """Gates that a member did not have were trained with it, and the others could not be left out."""
+    model, batch = padded(tiny, "llama", num_hidden_layers=1)
+    ids = batch["input_ids"][:1].clone()
+    ids[0, 1] = 3
+    lora = ll.LoRAConfig(r=2, target_names=r"q_proj$")
+    pairs = [(adapt, move(adapt.init(seed=2))) for adapt in (ll.build(model, lora), ll.build(model, [lora, BESIDE[case]]))]
+    with pytest.raises(ValueError, match=r'padding would be trained. .*pass pad="frozen" for a stack that is not trained'):
+        ll.stack(pairs, pad=True)
+    host, stacked = ll.stack(pairs, pad="frozen")
+    logits = host.mixed(stacked, {"input_ids": ids.repeat(2, 1)}, [0, 1]).logits
+    for n, (adapt, params) in enumerate(pairs):
+        torch.testing.assert_close(logits[n : n + 1], adapt(params, {"input_ids": ids}).logits, rtol=1e-4, atol=1e-5)
+    assert (logits[0] - logits[1]).abs().max() > 1e-3
 
 
 def test_redistributed_ranks_take_a_host_of_the_largest():

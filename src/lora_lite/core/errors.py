@@ -99,6 +99,17 @@ def require_targets(call: str, found: object, variant: str) -> None:
         raise ValueError(f"{call}: expected params of {variant} in the tree, found none. Pass the tree of an adapt that has such targets.")
 
 
+def require_one_map(call: str, maps: Any, names: Iterable[str], axes: Mapping[str, int], more: str = "") -> None:
+    """Raise a ValueError where linear maps have leading axes, as those of a stack: `axes` are the leaves' own, `more` another way out."""
+    for where in names:
+        for name, count in axes.items():
+            if maps[where][name].dim() != count:
+                raise ValueError(
+                    f'{call}: expected params of one linear map at each place, found "{where}" "{name}" of shape '
+                    f"{tuple(maps[where][name].shape)}. Update each of ll.unstack(stacked) with a state of its own. {more}".rstrip()
+                )
+
+
 def require_type(ok: bool, call: str, name: str, expected: str, value: object) -> None:
     """Raise a TypeError unless an argument is what a call takes: of arguments in another order, too.
 

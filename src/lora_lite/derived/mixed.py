@@ -6,7 +6,7 @@ the model does, with padding masks and fused attention that a whole-model `vmap`
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -128,6 +128,7 @@ def steered(plan: Plan, params: AnyTree, c: float | Tensor, members: int | None)
         return {path: _at_strength(configs[path], several.get(path), leaves, c) for path, leaves in params.items()}
 
     axes = strength_axes(c, members)
+    c = c if isinstance(c, Tensor) else float(c)  # a number of numpy's would make an array of a tensor
     return one(params, c) if axes == (None, None) else torch.vmap(one, in_dims=axes)(tree_map(lambda p: p, params), c)
 
 
@@ -148,7 +149,7 @@ def strength_axes(c: float | Tensor, members: int | None) -> tuple[int | None, i
             read on the CPU alone, and not under a transform or while compiling.
         TypeError: where `c` is neither a real number nor a tensor of real ones.
     """
-    if not isinstance(c, Tensor | int | float) or isinstance(c, bool):
+    if not isinstance(c, Tensor | Real) or isinstance(c, bool):  # of numpy, too
         raise TypeError(f"adapt.steer: expected c as a number or a tensor, found {type(c).__name__}. Wrap a list in torch.tensor(...).")
     if isinstance(c, Tensor) and (c.is_complex() or c.dtype is torch.bool):
         raise TypeError(f"adapt.steer: expected c as a real number, found {c.dtype}. Use e.g. c.float().")

@@ -81,7 +81,11 @@ def _makers(layer: nn.Module) -> Iterator[tuple[str, Callable[[nn.Module], Tenso
 def _made(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """Return the class of a view whose weights are made where they are read: the layer has those of its last call, if any."""
     made: dict[str, Any] = {name: property(lambda self, name=name: dict(_makers(self))[name](self)) for name in names}
-    facts = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": lambda self, _: (_view, (cls, names), vars(self))}
+    facts = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__reduce_ex__": lambda self, _: (_view, (cls, names), vars(self)),
+    }
     return type(cls.__name__, (cls,), made | facts)
 
 

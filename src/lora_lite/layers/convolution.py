@@ -45,7 +45,7 @@ class ConvKind(Kind):
 
     @property
     def weight(self) -> Tensor:
-        return self.stored("weight").flatten(1)
+        return self.layer.weight.flatten(1)
 
     def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
         """Convolve by another kernel, with the layer's stride and padding. The result has channels last."""
@@ -62,13 +62,13 @@ class ConvKind(Kind):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Convolve: `(*b, channels, *space)` to `(*b, *space, o)`."""
-        return self._convolve(x, self.stored("weight"), self.layer.bias)
+        return self._convolve(x, self.layer.weight, self.layer.bias)
 
     def matmul(self, x: Tensor) -> Tensor:
-        return self._convolve(x, self.stored("weight"))
+        return self._convolve(x, self.layer.weight)
 
     def project(self, x: Tensor, A: Tensor, dropout: float = 0.0) -> Tensor:
-        return self._convolve(self.dropped(x, dropout), A.view(len(A), *self.stored("weight").shape[1:]))
+        return self._convolve(self.dropped(x, dropout), A.view(len(A), *self.layer.weight.shape[1:]))
 
     def vectors(self, x: Tensor) -> Tensor:
         return torch.empty((1, self.in_features), dtype=x.dtype, device="meta").expand(*self._space(x), -1)
@@ -104,7 +104,7 @@ class ConvKind(Kind):
         return name, None if weight is None else weight.flatten(1)
 
     def to_weight(self, dense: Tensor) -> Tensor:
-        return dense.reshape(self.stored("weight").shape)
+        return dense.reshape(self.layer.weight.shape)
 
 
 class GroupedConvKind(ConvKind):
@@ -128,7 +128,7 @@ class GroupedConvKind(ConvKind):
         dtype = exact_dtype(x.dtype)
         weight, bias = (self.adapted(f, params, role, dtype) for role in ("weight", "bias"))
         if dtype == x.dtype == self.dtype and not autocasts(x):
-            return self._convolve(x, laid_out_as(self.stored("weight"), self.to_weight(weight)), bias)
+            return self._convolve(x, laid_out_as(self.layer.weight, self.to_weight(weight)), bias)
         own = 0.0 if self.bias is None else self.bias.detach().to(dtype)
         update = self._convolve(x, self.to_weight(weight - self.dense(dtype)).to(x.dtype))
         return self(x) + update + (bias - own).to(update.dtype)

@@ -92,7 +92,7 @@ class EmbeddingKind(Kind):
     def add_rows(self, x: Tensor, index: Tensor, D: Tensor) -> Tensor:
         """Look moved tokens up in `D`, of which each token finds its own row by bisection."""
         known, order = index.sort()
-        place = torch.searchsorted(known, x).clamp(max=len(index) - 1)
+        place = torch.searchsorted(known, x.contiguous()).clamp(max=len(index) - 1)
         row = torch.where(known[place] == x, order[place], len(index))  # a row of zeros for the other tokens
         if self.layer.padding_idx is not None:  # whose row gets no gradient by a lookup
             D = torch.where((index == self.layer.padding_idx)[:, None], D.detach(), D)

@@ -69,7 +69,7 @@ class ExpertsKind(ParameterKind):
 
     gives: ClassVar[AbstractSet[str]] = Kind.gives - {"inputs", "positions"}
     sees_inputs: ClassVar[bool] = True
-    called: ClassVar[bool] = True
+    takes_shifts: ClassVar[bool] = True
     why: ClassVar[str] = "Calibration sees the tokens of all experts at once."
 
     def __init__(self, layer: Any, constants: Params | None = None, name: str = "down_proj", routes: Routes | None = None) -> None:

@@ -69,8 +69,8 @@ class Kind(Tensors):
     """In a mixed batch, whether a tensor of `beside` has the batch's rows on its first axis or is shared; None where nobody has looked."""
     sees_inputs: ClassVar[bool] = True
     """Whether the variant is called with the layer's inputs. Where it is evaluated at the identity alone, it has to be linear."""
-    called: ClassVar[bool] = True
-    """Whether the model calls the layer. Otherwise it reads the weight, which has no place for a shift of the output."""
+    takes_shifts: ClassVar[bool] = True
+    """Whether a variant may add to the output: not where the model reads the weight in place of calling the layer."""
     by_product: ClassVar[bool] = False
     """Whether the layer keeps its own forward, whose product with the weight reaches the variant."""
     why: ClassVar[str] = ""

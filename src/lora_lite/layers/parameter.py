@@ -28,7 +28,7 @@ class ParameterKind(Kind):
     by_name: ClassVar[bool] = True
     gives: ClassVar[AbstractSet[str]] = Frozen.gives - {"positions"}
     sees_inputs: ClassVar[bool] = False
-    called: ClassVar[bool] = False
+    takes_shifts: ClassVar[bool] = False
     why: ClassVar[str] = "The module around this weight reads it and never calls it with an input."
 
     def __init__(self, layer: Any, constants: Params | None = None, name: str = "weight") -> None:

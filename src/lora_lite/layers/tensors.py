@@ -57,10 +57,7 @@ class Tensors(Frozen):
         if name is None:
             return None
         table = self.layer._parameters
-        if name in table:
-            return table[name]
-        made = vars(vars(self.layer).get(HOST, self.layer)).get(name)  # a hook, as of a weight norm, makes it anew at each call
-        return made if type(made) is Tensor else getattr(self.layer, name, None)
+        return table[name] if name in table else getattr(self.layer, name, None)
 
     def stored(self, role: str) -> Tensor:
         """Return the same where the kind relies on it.

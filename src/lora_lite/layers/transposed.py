@@ -33,14 +33,14 @@ class TransposedConvKind(GroupedConvKind):
 
     @property
     def weight(self) -> Tensor:
-        return self._rows(self.stored("weight"))
+        return self._rows(self.layer.weight)
 
     def _rows(self, kernel: Tensor) -> Tensor:
         """Return a kernel `(channels, o / groups, *size)` as `(o, i)`."""
         return kernel.unflatten(0, (self.layer.groups, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
 
     def to_weight(self, dense: Tensor) -> Tensor:
-        groups, (channels, _, *size) = self.layer.groups, self.stored("weight").shape
+        groups, (channels, _, *size) = self.layer.groups, self.layer.weight.shape
         return dense.reshape(groups, -1, channels // groups, *size).transpose(1, 2).flatten(0, 1)
 
     def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -62,7 +62,7 @@ class TransposedConvKind(GroupedConvKind):
         return (*x.shape[: -d - 1], *((n - 1) * step - 2 * p + dil * (k - 1) + e + 1 for n, step, p, dil, k, e in sizes))
 
     def project(self, x: Tensor, A: Tensor, dropout: float = 0.0) -> Tensor:
-        return self._convolve(x, A.view(len(A), *self.stored("weight").shape[:1], *self.layer.kernel_size).transpose(0, 1))
+        return self._convolve(x, A.view(len(A), *self.layer.weight.shape[:1], *self.layer.kernel_size).transpose(0, 1))
 
     def apply(self, f: Variant, params: Params, x: Tensor) -> Tensor:
         if self.layer.groups == 1 and not {"vectors", "rows"} & set(f.uses):

@@ -129,7 +129,7 @@ def check_shifts(plan: Plan) -> None:
         ValueError: it names the target, the reason and the way out.
     """
     for target, cfg in plan.entries:
-        if target.kind.called or (W := plan.layer(target, cfg)).device.type == "meta":
+        if target.kind.takes_shifts or (W := plan.layer(target, cfg)).device.type == "meta":
             continue
         if W.shifts(Variant(cfg), plan.leaves(plan.shapes, target.path, cfg)):
             options = [f"{name}=False" for name in ("bias", "lora_bias") if getattr(cfg, name, False)]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -138,7 +139,7 @@ def _parts(adapt: Any, trees: Any) -> list[Part]:
 def _strengths(weights: Any, count: int) -> tuple[list[Tensor], bool]:
     """Return the weights in float64, one tensor each, and whether a gradient is asked of them."""
     in_list = isinstance(weights, Sequence) and not isinstance(weights, str)
-    numbers = in_list and all(isinstance(w, Tensor | int | float) and not isinstance(w, bool) for w in weights)
+    numbers = in_list and all(isinstance(w, Tensor | Real) and not isinstance(w, bool) for w in weights)
     tensors = [w for w in ([weights] if isinstance(weights, Tensor) else weights if numbers else ()) if isinstance(w, Tensor)]
     real = not any(w.dtype is torch.bool or w.is_complex() or w.is_meta for w in tensors)
     require_type((numbers or isinstance(weights, Tensor)) and real, CALL, "weights", "a list of numbers, or a tensor of them", weights)
@@ -161,7 +162,7 @@ def _method(method: Any, density: Any) -> Method:
         else:
             way = f"Did you mean {nearest(wanted, METHODS, 1)}?"
         raise ValueError(f"combine: expected method to be any of {listed(METHODS, 9)}, found {method!r}. {way}.".replace("?.", "?"))
-    number = isinstance(density, int | float) and not isinstance(density, bool)
+    number = isinstance(density, Real) and not isinstance(density, bool)
     if density is None and METHODS[method].prune is None:
         return METHODS[method]
     if not number or not 0 < density <= 1:

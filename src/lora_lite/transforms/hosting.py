@@ -1,6 +1,7 @@
 """Trees of one adapt as trees of another of the same method, with room for their ranks: padded, at the scale that they had."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +13,12 @@ from lora_lite.core.config import AdapterConfig, with_fields
 from lora_lite.core.errors import listed
 from lora_lite.core.frozen import Params
 from lora_lite.core.tree import AnyTree, Tree
+from lora_lite.prepare.start import start_params
 from lora_lite.transforms.padding import Factors, LeafShapes, Side, exact_map, factors, holds, idle, padded_to
 
 Pair = tuple[Adapt, AnyTree]
+PLACES = {"target_names": (), "target_roles": (), "exclude_names": (), "layers": None, "dtype": torch.float32}
+"""The fields that say where a config is, at values that say nothing."""
 
 
 class Entry(NamedTuple):
@@ -24,6 +28,17 @@ class Entry(NamedTuple):
     W: Any
     shapes: LeafShapes
     shares: bool
+
+    @property
+    def on_one_map(self) -> bool:
+        """Whether what the variant does is seen on one linear map of vectors."""
+        return self.cfg.adapts == "linear" and "rows" not in self.cfg.uses and not self.shares
+
+    def starts_at_zeros(self) -> bool:
+        """Whether params of zeros are the variant's start, at which it is the base model."""
+        if self.shares or self.cfg.identity != 0.0:
+            return False
+        return not any(p.any() for p in start_params(self.cfg, self.W, torch.Generator()).values())
 
     def sides(self) -> list[Side]:
         """Return the variant on each linear map of the layer."""
@@ -116,6 +131,11 @@ def _refused(path: str, entry: Entry, other: Entry | None, k: int, padding: bool
     its = {} if other is None else other.shapes
     name = next((n for n in entry.shapes if its.get(n) != entry.shapes[n]), next(iter(entry.shapes), "shared params"))
     found = f"found {its[name]} in tree {k} beside {entry.shapes[name]}" if name in its else f"found none in tree {k}"
+    if other is not None and its == entry.shapes:
+        return (
+            f'stack: at "{path}" expected a config that computes the same as that of the adapt which runs the stack, found '
+            f"{_differing(other.cfg, entry.cfg)} in tree {k}. Build the adapts with one config, or run that tree by itself."
+        )
     if padding is False:
         return f'stack: at "{path}" "{name}" expected leaves of one shape, {found}. Pass pad=True.'
     kinds = dict.fromkeys(type(e.cfg).__name__ for e in (other, entry) if e is not None)
@@ -126,13 +146,24 @@ def _refused(path: str, entry: Entry, other: Entry | None, k: int, padding: bool
     )
 
 
+def _differing(own: AdapterConfig, host: AdapterConfig) -> str:
+    """Describe in what a config departs from another."""
+    if type(own) is not type(host):
+        return f"{type(own).__name__} beside {type(host).__name__}"
+    pairs = ((f.name, getattr(own, f.name), getattr(host, f.name)) for f in fields(own))
+    differ = [f"{name}={mine!r} beside {theirs!r}" for name, mine, theirs in pairs if name not in PLACES and mine != theirs]
+    return f"{type(own).__name__} of {listed(differ) or 'other constants'}"
+
+
 def _shift(entry: Entry, other: Entry | None, path: str, known: dict[Any, Factors | None], trained: bool) -> Factors | None:
     """Return the factors at one target. Targets of equal configs, shapes and constants share them: they are compared once."""
     alike = other is None or _equal(entry.W.constants, other.W.constants)
     if other is not None and alike and entry.shapes == other.shapes and _plain(entry.cfg) == _plain(other.cfg):
         return {}
-    if any(e is not None and (e.cfg.adapts != "linear" or e.shares) for e in (entry, other)):
-        return None  # what is shown on one linear map says nothing of those
+    if any(e is not None and not e.on_one_map for e in (entry, other)):
+        return {} if other is None and not trained and entry.starts_at_zeros() else None
+    if other is not None and other.cfg.acts_at != entry.cfg.acts_at:
+        return None  # at positions of the host's
     key = tuple(repr(_plain(e.cfg)) + str(e.shapes) for e in (entry, other) if e is not None), None if alike else path
     if key not in known:
         known[key] = _compared(entry, other, alike, trained)
@@ -153,7 +184,7 @@ def _compared(entry: Entry, other: Entry | None, alike: bool, trained: bool) -> 
 
 def _plain(cfg: AdapterConfig) -> AdapterConfig:
     """Return a config without the fields that say where it is."""
-    return with_fields(cfg, target_names=(), target_roles=(), exclude_names=(), layers=None, dtype=torch.float32)
+    return with_fields(cfg, **PLACES)
 
 
 def _bare(name: str) -> str:

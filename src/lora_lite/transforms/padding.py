@@ -180,11 +180,11 @@ def _side(cfg: Any) -> Side:
 
 
 def exact_map(W: Any, uses: Any) -> Frozen:
-    """Return a linear map in float64. A variant that asks for no more than its output sees a weight of zeros, which takes no memory."""
+    """Return a linear map in float64. A variant that asks for no more than its output sees a weight of rank one, which takes no memory."""
     constants = {name: _exact(c) for name, c in W.constants.items()}
     if set(uses) <= {"output", "project"}:
-        zero = torch.zeros((), dtype=torch.float64, device=W.device)
-        return Frozen(zero.expand(W.out_features, W.in_features), None, constants)
+        column = torch.linspace(0.5, 1.5, W.out_features, dtype=torch.float64, device=W.device)
+        return Frozen(column[:, None].expand(-1, W.in_features), None, constants)
     return Frozen(W.dense(torch.float64), None if W.bias is None else W.bias.detach().double(), constants)
 
 

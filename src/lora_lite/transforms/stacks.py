@@ -33,11 +33,13 @@ def stack(trees: Iterable[Any], pad: Pad = False, adapt: Adapt | None = None) ->
     gradients of the entries that were there. A tree does not say its scale. Bare trees of several ranks are taken to be of one scale, as
     LoRA's with one `alpha / r`. Pairs `(adapt, params)`, as `load` and `from_peft` return them, may be of several: a factor of one leaf,
     LoRA's `B`, makes up for the difference, so that each member computes what it did. Targets that a pair lacks stay at the base model.
+    Dropout is that of the adapt which runs the stack.
 
     Args:
         trees: at least one; all with the same keys and, unless padded, shapes. Or pairs of adapts of one model, each with its params.
         pad: True to pad smaller ranks, for a stack that is used or trained: no gradient reaches the padding. `"frozen"` for a stack that
-            is used alone: more variants, such as PiSSA, are padded so, but their padding would be trained too.
+            is used alone: more variants, such as PiSSA, are padded so, but their padding would be trained too. So would gates, norms,
+            tokens and whole modules that a pair lacks.
         adapt: for pairs, the adapt that is to run the stack; None for the first pair's that has room for all.
 
     Returns:
@@ -45,6 +47,7 @@ def stack(trees: Iterable[Any], pad: Pad = False, adapt: Adapt | None = None) ->
 
     Raises:
         ValueError: where there is none, they differ, padding would not be neutral, or no adapt has room for all. It names the first leaf.
+            Also where a pair's config means another thing by the same leaves, such as another invocation.
 
     Example:
         >>> import torch, lora_lite as ll

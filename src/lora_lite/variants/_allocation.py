@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lite.core.errors import require_grads, require_targets
+from lora_lite.core.errors import require_grads, require_one_map, require_targets
 from lora_lite.core.tree import AnyTree, apart, named, together, tree_map
 
 Leaves = Mapping[str, Tensor]
@@ -18,21 +18,23 @@ Leaves = Mapping[str, Tensor]
 def allocate(cfg: Any, params: AnyTree, grads: AnyTree, state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return params with pruned `E`, and the next state: step, smoothed sensitivity and uncertainty, mask."""
     require_grads("AdaLoRAConfig.update(params, grads, state)", params, grads)
-    places = apart(params)  # a fused layer has several maps, a stack has leading axes
+    places = apart(params)  # a fused layer has several maps
     maps, slopes = by_map(params), by_map(grads)
     ours = [where for where, leaves in maps.items() if set(leaves) == {"A", "B", "E"}]
     require_targets("AdaLoRAConfig.update", ours, "AdaLoRA")
+    require_one_map(
+        "AdaLoRAConfig.update", maps, ours, {"A": 2, "B": 2, "E": 1}, "Experts of one parameter have no budget: leave them out."
+    )
     zeros = tree_map(torch.zeros_like, {where: maps[where] for where in ours})
-    count = sum(maps[where]["E"].shape[:-1].numel() for where in ours)
     state = state or {"step": 0, "sensitivity": zeros, "uncertainty": zeros, "mask": None}
     step = state["step"] + 1
     sensitivity, uncertainty, mask = state["sensitivity"], state["uncertainty"], state["mask"]
     if step < cfg.total_step - cfg.tfinal:
         sensitivity, uncertainty = _smoothed(cfg, maps, slopes, sensitivity, uncertainty, ours)
-        budget = _budget(cfg, step, count)
+        budget = _budget(cfg, step, len(ours))
         mask = _mask(maps, sensitivity, uncertainty, ours, budget) if budget is not None else None
     elif step == cfg.total_step - cfg.tfinal:  # one last allocation, which stays
-        mask = _mask(maps, sensitivity, uncertainty, ours, cfg.target_r * count)
+        mask = _mask(maps, sensitivity, uncertainty, ours, cfg.target_r * len(ours))
     kept = mask or {}
     pruned = {place: {**own, "E": own["E"] * kept[named(place)]} if named(place) in kept else own for place, own in places.items()}
     return together(pruned), {"step": step, "sensitivity": sensitivity, "uncertainty": uncertainty, "mask": mask}
@@ -67,7 +69,7 @@ def _budget(cfg: Any, step: int, maps: int) -> int | None:
 def _mask(params: AnyTree, sensitivity: AnyTree, uncertainty: AnyTree, ours: list[str], budget: int) -> dict[str, Tensor] | None:
     """Mark the triplets that stay, 1 or 0, over the whole model."""
     scores = {path: _scores(sensitivity[path], uncertainty[path]) for path in ours}
-    every = torch.cat([score.flatten() for score in scores.values()])
+    every = torch.cat(list(scores.values()))
     pruned = len(every) - budget
     if pruned <= 0:
         return None
@@ -78,4 +80,4 @@ def _mask(params: AnyTree, sensitivity: AnyTree, uncertainty: AnyTree, ours: lis
 def _scores(sensitivity: Leaves, uncertainty: Leaves) -> Tensor:
     """Score each triplet, eq. (7) and (11): its singular value's importance and the means of its vectors'."""
     importance = {name: sensitivity[name] * uncertainty[name] for name in sensitivity}
-    return importance["E"] + importance["A"].mean(-1) + importance["B"].mean(-2)
+    return importance["E"] + importance["A"].mean(1) + importance["B"].mean(0)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lite.core.errors import require_grads, require_targets
+from lora_lite.core.errors import require_grads, require_one_map, require_targets
 from lora_lite.core.tree import AnyTree, apart, named, together, tree_map
 
 Place = tuple[str, str]
@@ -46,6 +46,7 @@ def allocate(cfg: Any, params: AnyTree, grads: AnyTree, state: Allocation) -> tu
     require_targets("AdaMSSConfig.update", own, "AdaMSS")
     shapes = {where: leaf["shapes"] for where, leaf in _each(own, {place: {"shapes": t} for place, t in sizes.items()}, sizes).items()}
     maps, slopes = _each(own, places, sizes), _each(own, apart(grads), sizes)
+    require_one_map("AdaMSSConfig.update", maps, maps, {"A": 2, "B": 1})
     zeros = tree_map(torch.zeros_like, maps)
     if not state.active:
         active = {where: torch.ones_like(shape[:, 0], dtype=torch.bool) for where, shape in shapes.items()}

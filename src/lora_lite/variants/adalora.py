@@ -125,8 +125,7 @@ class AdaLoRAConfig(AdapterConfig):
         """Allocate the budget after an optimiser's step.
 
         Args:
-            params: the tree of one adapter after the step; targets of other variants are passed through. Map it over a stack by
-                `torch.vmap`, or all its members would share one budget.
+            params: the tree of one adapter after the step; targets of other variants are passed through.
             grads: the gradients that the step used.
             state: None at the first call, then what the last call returned.
 
@@ -134,7 +133,7 @@ class AdaLoRAConfig(AdapterConfig):
             `(params, state)` with pruned `E` set to zero.
 
         Raises:
-            ValueError: where the config has no `total_step`.
+            ValueError: where the config has no `total_step`, or params are stacked.
         """
         expect(self, "total_step", self.total_step is not None, "the number of optimiser steps", "The schedule ends by it.")
         return allocate(self, params, grads, state)
