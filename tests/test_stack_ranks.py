@@ -179,11 +179,7 @@ def test_targets_that_a_pair_lacks_are_at_the_base_model():
 
 
 SAME_SHAPES = {
-    "invocations": (
-        ll.ALoRAConfig(invocation_tokens=(3,)),
-        ll.ALoRAConfig(invocation_tokens=(4,)),
-        r'"invocation_tokens=\(4,\) beside \(3,',
-    ),
+    "invocations": (ll.ALoRAConfig(invocation_tokens=(3,)), ll.ALoRAConfig(invocation_tokens=(4,)), r"=\(4,\) beside \(3,"),
     "invocation or none": (ll.LoRAConfig(), ll.ALoRAConfig(invocation_tokens=(4,)), "found ALoRAConfig beside LoRAConfig in tree 1"),
     "tokens": (ll.TokensConfig(token_ids=(3, 4)), ll.TokensConfig(token_ids=(4, 5)), r'TokensConfig of "token_ids=\(4, 5\) beside \(3, 4'),
     "rotations": (ll.OFTConfig(block_size=4), ll.OFTConfig(block_size=4, cayley="exact"), "cayley='exact' beside 'series'"),

@@ -53,7 +53,8 @@ def raw(layer: nn.Module) -> Any:
     if makers := dict(_makers(layer)):
         for name in makers:
             vars(twin).pop(name, None)  # what the last call left
-        twin.__class__ = _made(type(layer), tuple(makers))
+        of: Any = type(layer)
+        twin.__class__ = _made(of, tuple(makers))
     if (parts := layer._modules.get("parametrizations")) is not None:
         vars(twin)["_modules"] = {**layer._modules, "parametrizations": _twin(parts, _Readings)}
     return twin
@@ -78,18 +79,21 @@ def _makers(layer: nn.Module) -> Iterator[tuple[str, Callable[[nn.Module], Tenso
 
 
 @functools.cache
-def _made(cls: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+def _made(cls: Any, names: tuple[str, ...]) -> Any:
     """Return the class of a view whose weights are made where they are read: the layer has those of its last call, if any."""
-    made: dict[str, Any] = {name: property(lambda self, name=name: dict(_makers(self))[name](self)) for name in names}
-    facts = {
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__reduce_ex__": lambda self, _: (_view, (cls, names), vars(self)),
-    }
-    return type(cls.__name__, (cls,), made | facts)
+
+    def reduced(self: nn.Module, protocol: Any) -> Any:
+        return _view, (cls, names), vars(self)
+
+    facts = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": reduced}
+    return type(cls.__name__, (cls,), facts | {name: property(functools.partial(_read_anew, name)) for name in names})
 
 
-def _view(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+def _read_anew(name: str, view: nn.Module) -> Tensor:
+    return dict(_makers(view))[name](view)
+
+
+def _view(cls: Any, names: tuple[str, ...]) -> Any:
     of = _made(cls, names)
     return of.__new__(of)
 

@@ -31,11 +31,11 @@ class Entry(NamedTuple):
 
     @property
     def on_one_map(self) -> bool:
-        """Whether what the variant does is seen on one linear map of vectors."""
+        """Whether one linear map of vectors shows what the variant does."""
         return self.cfg.adapts == "linear" and "rows" not in self.cfg.uses and not self.shares
 
     def starts_at_zeros(self) -> bool:
-        """Whether params of zeros are the variant's start, at which it is the base model."""
+        """Whether the variant starts at the base model, by params of zeros."""
         if self.shares or self.cfg.identity != 0.0:
             return False
         return not any(p.any() for p in start_params(self.cfg, self.W, torch.Generator()).values())
