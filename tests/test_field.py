@@ -1460,3 +1460,29 @@ def test_ids_in_any_layout_are_looked_up_without_a_word():
     adapt = ll.build(model, ll.TokensConfig(token_ids=(3,), target_names="^0$"))
     params, ids = move(adapt.init()), torch.randint(0, 10, (5, 2)).t()
     assert torch.equal(adapt(params, ids), adapt(params, ids.contiguous()))
+
+
+ORDER = """
+import torch, lora_lite as ll
+model = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
+adapt = ll.build(model, [
+    ll.VBLoRAConfig(vector_length=4, num_vectors=8, target_names="^0$"),
+    ll.TinyLoRAConfig(target_names="^1$", weight_tying=1.0),
+    ll.LilyConfig(r=2, target_names="^2$"),
+])
+ll.save(adapt, adapt.init(), "adapter.safetensors")
+loaded, params = ll.load(model, "adapter.safetensors")
+trees = adapt.shapes, adapt.init(), adapt.params(adapt.module(adapt.init())), params, loaded.init()
+print(*{str([(path, *leaves) for path, leaves in tree.items()]) for tree in trees}, sep="\\n")
+"""
+
+
+def test_leaves_have_one_order_in_every_process(tmp_path):
+    """An optimiser knows its params by their number: what was resumed in another process took the moments of other params."""
+    runs = [
+        subprocess.run([sys.executable, "-c", ORDER], cwd=tmp_path, env={**os.environ, "PYTHONHASHSEED": str(seed)}, capture_output=True)
+        for seed in (0, 1, 2, 3)
+    ]
+    assert not [run.stderr for run in runs if run.returncode]
+    assert len({run.stdout for run in runs}) == 1
+    assert runs[0].stdout.count(b"\n") == 1

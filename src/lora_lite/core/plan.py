@@ -114,9 +114,10 @@ class Plan:
         """Return a target's layer as its kind reads it in the copy, with its constants."""
         return target.kind.at(self.base, target.path, self.constants_at(target.path, cfg))
 
-    def shared_params(self) -> set[str]:
-        """Name the variants whose targets share trained tensors."""
-        return set(self.shapes) - {target.path for target, _ in self.entries}
+    def shared_params(self) -> list[str]:
+        """Name the variants whose targets share trained tensors, in the order of a params tree."""
+        paths = {target.path for target, _ in self.entries}
+        return [name for name in self.shapes if name not in paths]
 
     def grouped(self, path: str, cfg: AdapterConfig) -> dict[str, tuple[str, str]]:
         """Return where the params of groups stand: by the target's own name of each, the place in a tree and the name there."""
