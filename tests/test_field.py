@@ -1205,7 +1205,7 @@ def test_recurrent_module_that_is_trained_whole_is_refused_in_a_mixed_batch(laye
 @pytest.mark.parametrize("c", [math.nan, math.inf, torch.tensor(-math.inf), torch.tensor([1.0, math.nan])], ids=str)
 def test_strengths_that_are_no_numbers_are_refused(c):
     adapt = ll.build(nn.Sequential(nn.Linear(4, 4)), ll.LoRAConfig(r=2))
-    with pytest.raises(ValueError, match=r"adapt.steer: expected c as finite, found (nan|inf|-inf)\. Use 0 for the base model"):
+    with pytest.raises(ValueError, match=r"adapt.steer: expected c as a finite number, found (nan|inf|-inf)\. Use 0 for the base model"):
         adapt.steer(adapt.init(), c)
 
 
@@ -1315,7 +1315,7 @@ def test_speech_model_returns_several_sequences_for_each_adapter(how):
 )
 def test_infinite_rates_and_scales_are_refused(call):
     params = ll.build(nn.Sequential(nn.Linear(4, 4)), ll.LoRAConfig(r=2)).init()
-    with pytest.raises(ValueError, match=r"(lora_plus|riemannian|lora_fa): expected finite .* found .*inf.*Use "):
+    with pytest.raises(ValueError, match=r": expected (lr|ratio|reg|scale) as a finite number.* found inf.*Use "):
         call(params)
 
 
@@ -1385,15 +1385,15 @@ class Bare(nn.Module):
         return torch.einsum("noi,bi->bo", self.many, x @ self.one)
 
 
-BENT = {"alora", "lily"}
+BENT, SHIFTS = {"alora", "lily"}, {"bitfit"}
 SHARING = {"vera", "pvera", "randlora", "vblora", "unilora", "tinylora", "frod", "lily"}
 REFUSED = {
     "convolution": (nn.Sequential(nn.Conv2d(4, 8, 2)), "^0$", {"alora"}),
     "convolution in groups": (nn.Sequential(nn.Conv2d(8, 8, 2, groups=2)), "^0$", BENT),
     "transposed convolution": (nn.Sequential(nn.ConvTranspose2d(4, 8, 2)), "^0$", BENT),
-    "packed projection": (nn.MultiheadAttention(8, 2), "in_proj_weight$", BENT),
-    "bare matrix": (Bare(), "one$", BENT),
-    "bare matrices": (Bare(), "many$", BENT | SHARING),
+    "packed projection": (nn.MultiheadAttention(8, 2), "in_proj_weight$", BENT | SHIFTS),
+    "bare matrix": (Bare(), "one$", BENT | SHIFTS),
+    "bare matrices": (Bare(), "many$", BENT | SHIFTS | SHARING),
 }
 FITTING = {
     "vblora": {"vector_length": 2, "num_vectors": 8},
@@ -1441,7 +1441,7 @@ def test_allocation_of_a_stack_is_refused_and_the_way_out_works(cfg, state):
 def test_experts_have_no_budget():
     model, cfg = Bare(), ll.AdaLoRAConfig(init_r=4, target_r=2, total_step=9, target_names="many$")
     params = move(ll.build(model, cfg).init())
-    with pytest.raises(ValueError, match=r'"many" "A" of shape \(3, 4, 8\).* train them without update'):
+    with pytest.raises(ValueError, match=r'"many" "A" of shape \(3, 4, 8\).*Experts of one parameter have no budget'):
         cfg.update(params, params)
 
 
@@ -1462,27 +1462,14 @@ def test_ids_in_any_layout_are_looked_up_without_a_word():
     assert torch.equal(adapt(params, ids), adapt(params, ids.contiguous()))
 
 
-ORDER = """
-import torch, lora_lite as ll
-model = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(3)])
-adapt = ll.build(model, [
-    ll.VBLoRAConfig(vector_length=4, num_vectors=8, target_names="^0$"),
-    ll.TinyLoRAConfig(target_names="^1$", weight_tying=1.0),
-    ll.LilyConfig(r=2, target_names="^2$"),
-])
-ll.save(adapt, adapt.init(), "adapter.safetensors")
-loaded, params = ll.load(model, "adapter.safetensors")
-trees = adapt.shapes, adapt.init(), adapt.params(adapt.module(adapt.init())), params, loaded.init()
-print(*{str([(path, *leaves) for path, leaves in tree.items()]) for tree in trees}, sep="\\n")
-"""
-
-
 def test_leaves_have_one_order_in_every_process(tmp_path):
-    """An optimiser knows its params by their number: what was resumed in another process took the moments of other params."""
-    runs = [
-        subprocess.run([sys.executable, "-c", ORDER], cwd=tmp_path, env={**os.environ, "PYTHONHASHSEED": str(seed)}, capture_output=True)
-        for seed in (0, 1, 2, 3)
-    ]
-    assert not [run.stderr for run in runs if run.returncode]
-    assert len({run.stdout for run in runs}) == 1
-    assert runs[0].stdout.count(b"\n") == 1
+    """An optimiser knows its params by their number. Theirs hung on a set of names, whose order differs from process to process."""
+    model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
+    cfgs = [ll.VBLoRAConfig(vector_length=4, num_vectors=8, target_names="^0$"), ll.TinyLoRAConfig(target_names="^1$", weight_tying=1.0)]
+    adapt = ll.build(model, [*cfgs, ll.LilyConfig(r=2, target_names="^2$")])
+    ll.save(adapt, adapt.init(), tmp_path / "adapter.safetensors")
+    loaded, params = ll.load(model, tmp_path / "adapter.safetensors")
+    trees = adapt.shapes, adapt.init(), adapt.params(adapt.module(adapt.init())), params, loaded.init()
+    orders = [[(path, *leaves) for path, leaves in tree.items()] for tree in trees]
+    assert orders[1:] == orders[:-1]
+    assert [name for name, *_ in orders[0]] == ["0", "1", "2", *adapt._plan.shared_params()]

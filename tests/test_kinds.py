@@ -500,7 +500,7 @@ def test_rates_of_fused_maps_are_those_of_the_paper():
     assert [tuple(p.shape) for p in slow["params"]] == [(2, 6)] * 3
 
 
-@pytest.mark.parametrize("case", ["osf", "adalora", "kasa", "a budget", "subspaces"])
+@pytest.mark.parametrize("case", ["osf", "adalora", "kasa", "subspaces"])
 def test_functions_of_trees_see_each_matrix_of_a_stack(case):
     cfg, function = OF_TREES[case]
     torch.manual_seed(0)

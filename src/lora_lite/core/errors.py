@@ -105,7 +105,7 @@ def require_one_map(call: str, maps: Any, names: Iterable[str], axes: Mapping[st
         for name, count in axes.items():
             if maps[where][name].dim() != count:
                 raise ValueError(
-                    f'{call}: expected params of one linear map at each place, found "{where}" "{name}" of shape '
+                    f'{call}: expected params of one linear map at each target, found "{where}" "{name}" of shape '
                     f"{tuple(maps[where][name].shape)}. Update each of ll.unstack(stacked) with a state of its own. {more}".rstrip()
                 )
 

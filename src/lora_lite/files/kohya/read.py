@@ -27,7 +27,6 @@ from lora_lite.files.peft.hub import CONFIG, around
 from lora_lite.files.peft.layers import kernel_size, of_kernel
 from lora_lite.files.peft.names import Table
 from lora_lite.files.peft.rows import rows_of
-from lora_lite.layers.convolution import ConvKind
 from lora_lite.layers.find import Found, find
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import as_kinds
@@ -117,7 +116,7 @@ def _read(call: str, model: Any, path: Any, prefix: Any, remat: str | None, kind
     faults = [f'unexpected "{key}"' for key in foreign] + repeated + more
     for at, own in layers.items():
         try:
-            _require_kernel(model, found, at, own)
+            _require_kernel(model, at, own)
             entries[at] = _entry(at, own, _shape(model, found, at), alphas)
         except ValueError as e:
             faults.append(f'"{at}": {e}')
@@ -247,9 +246,9 @@ def _alphas(call: str, place: Path, metadata: Mapping[str, str], prefix: str) ->
     return own
 
 
-def _require_kernel(model: nn.Module, found: Found, path: str, tensors: Mapping[str, Tensor]) -> None:
+def _require_kernel(model: nn.Module, path: str, tensors: Mapping[str, Tensor]) -> None:
     """Refuse a tensor of a kernel that is not the layer's: laid out flat, kernels of one size look alike."""
-    kernel = kernel_size(model.get_submodule(path)) if issubclass(found[path], ConvKind) else ()
+    kernel = kernel_size(model.get_submodule(path))
     for key, tensor in tensors.items():
         if not of_kernel(tensor, kernel):
             raise ValueError(f"{key} of shape {tuple(tensor.shape)}, expected a kernel of {kernel}")

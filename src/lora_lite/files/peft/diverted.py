@@ -11,7 +11,7 @@ from typing import Any
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.plan import Target
 from lora_lite.core.tree import join
-from lora_lite.layers.linear import LinearKind
+from lora_lite.files.peft.layers import is_linear
 
 _NAMES = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
 """The names of single experts and routers that PEFT looks for, by the way in which transformers fuses the experts."""
@@ -30,9 +30,7 @@ def fault(model: Any, target: Target, cfg: AdapterConfig, method: str) -> str | 
     if not diverted(model, [target], method):
         return None
     more = [name for name in ("dropout", "lora_bias", "bias") if getattr(cfg, name, False)]
-    found = (
-        "another method" if cfg.name not in _PLAIN else "no dense weight" if not issubclass(target.kind, LinearKind) else ", ".join(more)
-    )
+    found = "another method" if cfg.name not in _PLAIN else "no dense weight" if not is_linear(target) else ", ".join(more)
     if not found:
         return None
     out = " The same params fit a config with dropout=0.0." if found == "dropout" else ""

@@ -75,9 +75,9 @@ def _embedding(found: Tensors, at: str) -> None:
 
 
 def kernel_size(layer: nn.Module) -> tuple[int, ...]:
-    """Return the axes of a convolution's kernel, less the channels."""
-    weight: Any = layer.weight
-    return tuple(weight.shape[2:])
+    """Return the axes of a convolution's kernel, less the channels; of another layer none."""
+    weight: Any = getattr(layer, "weight", None)
+    return () if weight is None else tuple(weight.shape[2:])
 
 
 def of_kernel(tensor: Tensor, size: tuple[int, ...]) -> bool:
@@ -230,6 +230,11 @@ def transposed(kind: type[Kind]) -> str | None:
 def is_parameter(target: Target) -> bool:
     """Whether PEFT names the target among `target_parameters`."""
     return issubclass(target.kind, ParameterKind)
+
+
+def is_linear(target: Target) -> bool:
+    """Whether the target is a linear layer whose weight is dense."""
+    return issubclass(target.kind, LinearKind)
 
 
 def is_conv1d(target: Target) -> bool:
