@@ -153,9 +153,13 @@ def strength_axes(c: float | Tensor, members: int | None) -> tuple[int | None, i
         raise TypeError(f"adapt.steer: expected c as a number or a tensor, found {type(c).__name__}. Wrap a list in torch.tensor(...).")
     if isinstance(c, Tensor) and (c.is_complex() or c.dtype is torch.bool):
         raise TypeError(f"adapt.steer: expected c as a real number, found {c.dtype}. Use e.g. c.float().")
-    read = not isinstance(c, Tensor) or (c.device.type == "cpu" and not in_transform())  # elsewhere a read would be waited for
-    numbers = c.detach().flatten().tolist() if isinstance(c, Tensor) and read else [c if isinstance(c, int) else float(c)]
-    if read and (strange := [number for number in numbers if not abs(number) <= sys.float_info.max]):
+    if not isinstance(c, Tensor):
+        numbers = [c if isinstance(c, int) else float(c)]
+    elif c.device.type == "cpu" and not in_transform():  # elsewhere a read would be waited for
+        numbers = c.detach().flatten().tolist()
+    else:
+        numbers = []
+    if strange := [number for number in numbers if not abs(number) <= sys.float_info.max]:
         raise ValueError(f"adapt.steer: expected c as a finite number, found {strange[0]}. Use 0 for the base model and 1 for the adapter.")
     shape = tuple(c.shape) if isinstance(c, Tensor) else ()
     if len(shape) > 1 or (members is not None and shape not in ((), (members,))):
