@@ -33,6 +33,8 @@ class Row:
 
 COMPILE_ALL = os.environ.get("LORA_LITE_COMPILE") == "every"
 """Whether all is compiled, as `tox -e compiled` does: to trace a step takes seconds, so that the tests have a sample of them."""
+COSTLY = () if COMPILE_ALL else ("compiles",)
+"""What options of a variant skip of the kit: each variant's first row in `CASES` is compiled."""
 
 NO_STRENGTH = "A subspace cannot be missing by half."
 

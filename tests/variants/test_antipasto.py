@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lora_lite as ll
-from cases import derived
+from cases import COSTLY, derived
 from lora_lite.variants.antipasto import AntiPaSTOConfig, antipasto
 
 f64 = torch.float64
@@ -95,7 +95,7 @@ def test_equals_the_dense_weight_at_every_strength(cfg, shape, c):
 
 @pytest.mark.parametrize("cfg", CASES, ids=name)
 def test_passes_the_kit(cfg):
-    ll.testing.check_variant(cfg, skip=[] if cfg is CASES[0] else ["compiles"])  # the kit's own rows compile under tox -e compiled
+    ll.testing.check_variant(cfg, skip=COSTLY)
 
 
 @pytest.mark.parametrize("cfg", CASES, ids=name)

@@ -9,7 +9,7 @@ from peft_layer import LAYERS, close, compare, matrix
 from torch import nn
 
 import lora_lite as ll
-from cases import derived
+from cases import COSTLY, derived
 from lora_lite.testing import check_variant
 from lora_lite.variants.delora import DeLoRAConfig, delora
 
@@ -21,7 +21,7 @@ LEAVES = {"A": ("delora_A", 0.0), "B": ("delora_B", 0.0)}
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("w_norm", NORMS)
 def test_passes_the_kit(start, w_norm):
-    check_variant(DeLoRAConfig(r=4, init=start, w_norm=w_norm))
+    check_variant(DeLoRAConfig(r=4, init=start, w_norm=w_norm), skip=COSTLY)
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -6,6 +6,7 @@ import torch
 from peft_layer import LAYERS, compare, matrix
 
 import lora_lite as ll
+from cases import COSTLY
 from lora_lite.testing import check_variant
 from lora_lite.variants.hra import HRAConfig, hra
 
@@ -15,7 +16,7 @@ SIDES = ("in", "out")
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("r", [2, 4, 8])
 def test_passes_the_kit(r, side):
-    check_variant(HRAConfig(r=r, side=side))
+    check_variant(HRAConfig(r=r, side=side), skip=COSTLY)
 
 
 def test_declares_an_identity_to_the_bit():

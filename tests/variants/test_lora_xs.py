@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lora_lite as ll
-from cases import derived
+from cases import COSTLY, derived
 from lora_lite.variants.lora_xs import LoRAXSConfig, lora_xs
 
 SHAPES = [(7, 12), (12, 7)]  # (o, i)
@@ -19,7 +19,7 @@ def layer(shape, dtype=torch.float64):
 
 @pytest.mark.parametrize("cfg", [LoRAXSConfig(r=8), LoRAXSConfig(r=5, alpha=32.0), LoRAXSConfig(r=8, init="zeros")], ids=repr)
 def test_passes_the_kit(cfg):
-    ll.testing.check_variant(cfg)
+    ll.testing.check_variant(cfg, skip=COSTLY)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -7,6 +7,7 @@ from peft_layer import LAYERS, compare, matrix
 from torch import nn
 
 import lora_lite as ll
+from cases import COSTLY
 from lora_lite.testing import check_variant
 from lora_lite.variants.oft import OFTConfig, oft, project
 
@@ -16,7 +17,7 @@ SERIES = (2, 3, 4, 5, 6, 7)
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize(("cayley", "terms"), [("series", 2), ("series", 5), ("series", 8), ("exact", 5)])
 def test_passes_the_kit(cayley, terms, share):
-    check_variant(OFTConfig(block_size=8, cayley=cayley, terms=terms, block_share=share))
+    check_variant(OFTConfig(block_size=8, cayley=cayley, terms=terms, block_share=share), skip=COSTLY)
 
 
 def _theirs(cfg, **fields):

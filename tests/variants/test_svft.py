@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lora_lite as ll
-from cases import derived
+from cases import COSTLY, derived
 from lora_lite.derived.cost import macs_per_token
 from lora_lite.testing import _case, check_variant
 from lora_lite.variants import svft as module
@@ -99,7 +99,7 @@ def test_a_narrow_band_passes_the_kit(monkeypatch):
 @pytest.mark.parametrize("cfg", [ll.SVFTConfig(pattern="top_k"), ll.SVFTConfig(pattern="top_k", off_diag=2, r=7)], ids=["all", "r"])
 def test_square_layers_pass_the_kit_with_the_top_entries(cfg, monkeypatch):
     monkeypatch.setattr(_case, "_SIZES", ((24, 24),))
-    check_variant(cfg)
+    check_variant(cfg, skip=COSTLY)
 
 
 def test_the_arithmetic_of_a_narrow_band_is_counted():
