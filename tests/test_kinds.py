@@ -25,7 +25,8 @@ from lora_lite.layers.convolution import ConvKind, GroupedConvKind
 from lora_lite.layers.embedding import EmbeddingKind
 from lora_lite.layers.experts import ExpertsKind
 from lora_lite.layers.linear import Conv1DKind, FalconKind, LinearKind
-from lora_lite.layers.module import ModuleKind, NormKind
+from lora_lite.layers.module import ModuleKind
+from lora_lite.layers.norm import NormKind
 from lora_lite.layers.own_forward import OwnForwardKind
 from lora_lite.layers.parameter import ParameterKind
 from lora_lite.layers.transposed import TransposedConvKind

@@ -148,6 +148,21 @@ class Reads(nn.Module):
         return torch.nn.functional.linear(x, self.net.weight, self.net.bias)
 
 
+class Listed(nn.Module):
+    """Layers in a list, which are registered beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = [nn.Linear(6, 6), nn.Linear(6, 4)]
+        for k, layer in enumerate(self.steps):
+            self.add_module(f"step{k}", layer)
+
+    def forward(self, x):
+        for layer in self.steps:
+            x = layer(x)
+        return x
+
+
 def _mamba():
     torch.manual_seed(0)
     return tf.MambaForCausalLM(tf.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4)).eval()
@@ -183,6 +198,7 @@ APART = {
         "on a Residual, which has a forward",
     ),
     "read": (Reads, {"target_modules": ["net"]}, "on a layer whose weight Reads reads without calling it"),
+    "listed": (Listed, {"target_modules": ["step1"]}, "on a layer that Listed keeps outside of its modules too"),
     "mamba": (_mamba, {"target_modules": ["dt_proj"]}, "on a layer whose weight MambaMixer reads without calling it"),
 }
 

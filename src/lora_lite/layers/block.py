@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from lora_lite.core.frozen import Frozen
 from lora_lite.core.tracing import vmap_rows
 from lora_lite.layers.kind import Params, Run, Variant, of_rows
-from lora_lite.layers.module import ModuleKind, is_norm
+from lora_lite.layers.module import ModuleKind
+from lora_lite.layers.norm import is_norm
 from lora_lite.layers.prompt import PROMPT, note_prompt
 
 Own = Callable[..., Any]

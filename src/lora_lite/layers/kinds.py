@@ -19,7 +19,8 @@ from lora_lite.layers.gptq import AutoGPTQKind, GPTQModelKind
 from lora_lite.layers.hqq import HQQKind
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.linear import Conv1DKind, FalconKind, LinearKind
-from lora_lite.layers.module import ModuleKind, NormKind
+from lora_lite.layers.module import ModuleKind
+from lora_lite.layers.norm import NormKind
 from lora_lite.layers.own_forward import OwnForwardKind
 from lora_lite.layers.parameter import ParameterKind
 from lora_lite.layers.tensor_class import QuantoKind, TensorClassKind

@@ -1,4 +1,4 @@
-"""Whole modules, whose own parameters are moved, and norms among them."""
+"""Whole modules, whose own parameters are moved."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -249,26 +249,6 @@ class _Recorder(Frozen):
     def moved(self, deltas: Mapping[str, Tensor]) -> Callable[[Any], Any]:
         self.deltas = dict(deltas)
         return lambda x: x
-
-
-class NormKind(ModuleKind):
-    """A norm with a trainable weight, recognised by its class's name, since each model family has classes of its own."""
-
-    site: ClassVar[str] = "norm"
-
-    @classmethod
-    def fits(cls, layer: nn.Module) -> bool:
-        return is_norm(layer)
-
-    @classmethod
-    def places(cls, path: str, module: nn.Module, linear: Callable[[nn.Module], Any]) -> Iterator[str]:
-        if cls.fits(module):
-            yield path
-
-
-def is_norm(layer: nn.Module) -> bool:
-    """Whether a module is a norm with a trainable weight. A buffer of that name is none."""
-    return "norm" in type(layer).__name__.lower() and layer._parameters.get("weight") is not None and not list(layer.children())
 
 
 def named_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

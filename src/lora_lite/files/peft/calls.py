@@ -34,9 +34,24 @@ def uncalled(model: nn.Module, target: Target, cfg: AdapterConfig, inside: bool)
     of: Any = type(holder)
     if _reads_alone(of, name):
         return f"on a layer whose weight {of.__name__} reads without calling it: PEFT's layer acts in a call alone"
+    keeper = None if inside else _keeper(model, target.path, layer)
+    if keeper is not None:
+        return f"on a layer that {keeper} keeps outside of its modules too: PEFT puts its own into the modules alone"
     sums = cfg.name in _SUMS and not getattr(cfg, "lora_bias", False)
     if target.kind.by_product and not inside and _differs(layer, sums):
         return f"on a {type(layer).__name__}, which has a forward of its own: PEFT's update stays outside of it, ours is inside"
+    return None
+
+
+def _keeper(model: nn.Module, path: str, layer: nn.Module) -> str | None:
+    """Return the class of a module around a layer that holds the layer in an attribute of its own, plain or in a list, or None."""
+    names = path.split(".")
+    for depth in range(len(names)):
+        around = model.get_submodule(".".join(names[:depth]))
+        for name, value in vars(around).items():
+            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+            if name != "_modules" and any(part is layer for part in held):
+                return type(around).__name__
     return None
 
 

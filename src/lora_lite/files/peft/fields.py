@@ -162,9 +162,3 @@ def of_patterns(fields: Mapping[str, Any], name: str, path: str) -> Iterator[Any
             yield value
     if not found and path in patterns:
         yield patterns[path]
-
-
-def unordered(fields: Mapping[str, Any], name: str, path: str) -> bool:
-    """Whether patterns of several values match a layer, and their order may be that of the alphabet: PEFT sorts them when it saves."""
-    patterns = list(fields.get(PATTERNS.get(fields["peft_type"], {}).get(name, "")) or {})
-    return patterns == sorted(patterns) and len(set(of_patterns(fields, name, path))) > 1

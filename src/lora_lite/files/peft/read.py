@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,10 @@ from lora_lite.core.leading import SVDConfig
 from lora_lite.core.tree import Tree, join
 from lora_lite.files.peft import grouped, tokens, whole
 from lora_lite.files.peft.demands import check_fields
-from lora_lite.files.peft.fields import DEFAULTS, OFF, PATTERNS, of_patterns, resolve, unordered
+from lora_lite.files.peft.fields import DEFAULTS, OFF, of_patterns, resolve
 from lora_lite.files.peft.hub import CONFIG, WEIGHTS, folder_of
 from lora_lite.files.peft.layers import unsaved
+from lora_lite.files.peft.order import Chosen, warn_of_order
 from lora_lite.files.peft.parts import Layers, Parts, parts_of
 from lora_lite.files.peft.row import Row, own_bias
 from lora_lite.files.peft.rows import rows_of
@@ -34,8 +34,6 @@ from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import as_kinds
 from lora_lite.variants.bitfit import BitFitConfig
 from lora_lite.variants.oft import project
-
-Chosen = dict[str, tuple[Row, Any]]
 
 
 @made_alike
@@ -90,7 +88,7 @@ def from_peft(
     theirs = _theirs(chosen, parts)
     faults = tree_faults(theirs, grouped.shapes_of(adapt._plan, theirs)) + _field_faults(parts, chosen)
     _require(faults or grouped.differing(adapt._plan, theirs), folder, model)
-    _warn_of_order(parts, chosen)
+    warn_of_order(parts, chosen)
     others = whole.displacements(model, parts.modules) | tokens.displacements(model, parts.rows) | parts.shifts
     return adapt, adapt._plan.regrouped(_ours(adapt, chosen, theirs)) | others
 
@@ -108,24 +106,6 @@ def _config(row: Row, values: Mapping[str, Any], path: str, folder: Path) -> Any
         return row.config(**values)
     except (TypeError, ValueError) as e:
         raise ValueError(f'from_peft: expected "{folder / CONFIG}" to hold values that "{path}" can have here, found: {e}') from e
-
-
-def _warn_of_order(parts: Parts, chosen: Chosen) -> None:
-    """Warn of layers whose values depend on the order of patterns, which the file may not have: PEFT sorts them when it saves."""
-    fields, found = parts.fields, list[str]()
-    for name, patterns in PATTERNS.get(fields["peft_type"], {}).items():
-        unclear = [path for path in chosen if unordered(fields, name, path)]
-        ways = {path: [{**fields, patterns: {re.escape(path): value}} for value in of_patterns(fields, name, path)] for path in unclear}
-        read = {path: [chosen[path][0].read(way, path, parts.layers[path]) for way in ways[path]] for path in unclear}
-        differing = [path for path, values in read.items() if any(value != values[0] for value in values)]
-        found += [f"{patterns} at {listed(differing)}"] if differing else []
-    if found:
-        warnings.warn(
-            f"from_peft: expected one expression of a pattern to match a layer, found several with other values:\n{several(found)}\n"
-            "The first in the file was taken, as PEFT does. But PEFT sorts them when it saves, and in training another may have been the "
-            f"first. Put that one first in {CONFIG}.",
-            stacklevel=4,
-        )
 
 
 def _read_fields(place: Path) -> dict[str, Any]:
