@@ -764,3 +764,30 @@ def test_rotations_of_widths_that_peft_has_no_word_for_are_refused(tmp_path):
     adapt = ll.build(model, [ll.OFTConfig(block_size=k, target_names=(f"^{n}$",)) for n, k in enumerate((2, 4))])
     with pytest.raises(ValueError, match=r"to_peft: expected configs that agree.*\n.*oft_block_size: 2 and 4 at .*\n.*ll.save"):
         ll.to_peft(adapt, adapt.init(), tmp_path)
+
+
+PACKED = {
+    "tokens": (ll.TokensConfig(token_ids=(1, 5), target_names=r"^0$"), "PEFT moves rows of a `weight` as it is stored"),
+    "kasa": (ll.KaSAConfig(r=2), "PEFT's start has this meaning in an nn.Linear alone"),
+}
+
+
+@pytest.mark.parametrize("backend", ["nf4", "8-bit"])
+@pytest.mark.parametrize("name", PACKED)
+def test_what_peft_has_not_at_packed_layers_is_refused_both_ways_and_the_way_out_works(name, backend, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
+    from quantised_models import twins
+
+    (cfg, reason), model = PACKED[name], nn.Sequential(nn.Linear(64, 64, bias=False))
+    packed, dense = twins(model, backend)
+    adapt = ll.build(packed, cfg)
+    params, x = move(adapt.init()), torch.randn(3, 64)
+    with pytest.raises(ValueError, match=rf'(?s)to_peft.*"0": \w+: {reason}.*ll\.save'):
+        ll.to_peft(adapt, params, tmp_path / "a")
+    ll.save(adapt, params, tmp_path / "a.safetensors")
+    twin, read = ll.load(dense, tmp_path / "a.safetensors")
+    ll.to_peft(twin, read, tmp_path / "dense")  # the rows and the start of the weight that the codes stand for
+    with pytest.raises(ValueError, match=rf'(?s)from_peft.*"0": \w+: {reason}'):
+        ll.from_peft(packed, tmp_path / "dense")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(dense), tmp_path / "dense")
+    torch.testing.assert_close(theirs(x) - dense(x), adapt(params, x) - adapt.base(x), rtol=1e-3, atol=1e-4)

@@ -56,6 +56,11 @@ class Leaf(NamedTuple):
         return f"{' or '.join(map(str, axes))} axes{' of a floating dtype' if self.floating else ''}"
 
 
+def as_it_is(cfg: Any, leaves: Leaves, constants: Constants) -> tuple[Any, Leaves]:
+    """Return the config and the params of a variant that a file holds as itself."""
+    return cfg, leaves
+
+
 class Row(NamedTuple):
     """A variant as PEFT has it.
 
@@ -107,7 +112,7 @@ class Row(NamedTuple):
     apart: Callable[[Leaves, Constants], Leaves] = lambda tensors, constants: unstacked(tensors)
     completed: Callable[[Any, Leaves], Leaves] = lambda cfg, theirs: theirs
     signs: Callable[[Tensors, Constants], Leaves] = lambda theirs, constants: {}
-    written: Callable[[Any, Leaves, Constants], tuple[Any, Leaves]] = lambda cfg, leaves, constants: (cfg, leaves)
+    written: Callable[[Any, Leaves, Constants], tuple[Any, Leaves]] = as_it_is
     refused: Callable[[Any], str | None] = lambda cfg: None
     misread: Callable[[type[Kind]], str | None] = lambda kind: None
     bare: bool = False

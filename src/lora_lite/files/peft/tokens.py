@@ -17,6 +17,8 @@ from lora_lite.core.tree import Tree, join
 from lora_lite.files.peft import twice
 from lora_lite.files.peft.layers import LOAD
 from lora_lite.files.peft.whole import ambiguous
+from lora_lite.layers.kinds import kind_of
+from lora_lite.layers.quantised import FrozenQuantised
 from lora_lite.prepare.targets import sharing
 from lora_lite.variants.tokens import TokensConfig
 
@@ -53,7 +55,8 @@ def split(
         if values is None or ids is None or weight is None:
             continue
         del rest[prefix + at + _ROWS]
-        faults += _faults(path, ids, values, weight, rest.pop(prefix + at + _BASE, None))
+        base = rest.pop(prefix + at + _BASE, None)
+        faults += _packed(module, path) or _faults(path, ids, values, weight, base)
         if first is None:
             found[path] = Rows(ids, values)
             left = [] if faults else unfollowed(model, path)
@@ -63,6 +66,14 @@ def split(
     if _promised(fields) and not found:
         faults.append(f"{_field(fields)}: expected the rows of tokens {listed(map(str, _all_ids(fields)))}, found none")
     return found, rest, faults
+
+
+def _packed(module: nn.Module, path: str) -> list[str]:
+    """Return the reason why rows of a packed table are not those of PEFT, which reads and moves the weight as it is stored."""
+    kind = kind_of(module)
+    if getattr(module, "weight", None) is not None and not (kind and issubclass(kind, FrozenQuantised)):
+        return []
+    return [f'"{path}": TokensConfig: PEFT moves rows of a `weight` as it is stored, and the {type(module).__name__}\'s is packed']
 
 
 def _faults(path: str, ids: Sequence[int], values: Tensor, weight: Tensor, base: Tensor | None) -> list[str]:
@@ -164,6 +175,7 @@ def unwritable(model: nn.Module, configs: Mapping[str, TokensConfig], types: Seq
     for path, cfg in configs.items():
         if not types and cfg.token_ids != first.token_ids:  # type: ignore[union-attr]
             faults.append(f'"{path}": TokensConfig.token_ids: PEFT has one list for all tables, unless they stand beside LoRA')
+        faults += _packed(model.get_submodule(path), path)
         again = twice.fault(model, path)
         faults += [again] if again else []
         left = unfollowed(model, path)

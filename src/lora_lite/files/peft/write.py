@@ -27,7 +27,7 @@ from lora_lite.files.peft.hub import CONFIG, WEIGHTS
 from lora_lite.files.peft.layers import as_saved, is_conv1d, unsaved
 from lora_lite.files.peft.numbered import unstacked
 from lora_lite.files.peft.parts import PREFIX
-from lora_lite.files.peft.row import Leaves, Row, own_bias
+from lora_lite.files.peft.row import Leaves, Row, as_it_is, own_bias
 from lora_lite.files.peft.rows import ROWS
 from lora_lite.files.peft.tasks import heads_of
 from lora_lite.variants.full import FullConfig
@@ -159,6 +159,8 @@ def require_expressible(found: Sorted, adapt: Adapt) -> None:
             faults.append(f"{at} on a Conv1D: PEFT's {row.peft_type} takes nn.Linear alone")
         unable = barred(adapt._plan.base, target, row.peft_type) or unsaved(adapt._plan.base, target, cfg)
         unable = unable or diverted.fault(adapt._plan.base, target, cfg, row.peft_type)
+        if misread := row.misread(target.kind) if row.written is as_it_is else None:  # else the file holds another variant
+            faults.append(f"{at}: {misread}")
         faults += [f"{at} {unable}"] if unable else []
         if not target.path:
             faults.append("the model itself is the layer: PEFT adapts layers inside a model")
