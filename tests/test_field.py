@@ -1473,3 +1473,77 @@ def test_leaves_have_one_order_in_every_process(tmp_path):
     orders = [[(path, *leaves) for path, leaves in tree.items()] for tree in trees]
     assert orders[1:] == orders[:-1]
     assert [name for name, *_ in orders[0]] == ["0", "1", "2", *adapt._plan.shared_params()]
+
+
+class Sorts(nn.Module):
+    """Its rows are sorted on the way, as packed texts are by their length."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x):
+        order = x.sum(1).argsort()
+        return self.lin(x[order])[order.argsort()]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_trial_that_ends_for_want_of_memory_is_no_answer(error):
+    """The rows then passed for those of the batch, in that call and in each after it, and met the adapters of others."""
+    model, full = Sorts(), [True]
+
+    def allocate(*_):
+        if full[0]:
+            raise error("out of memory")
+
+    model.lin.register_forward_pre_hook(allocate)
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    stacked, x = ll.stack([move(adapt.init(seed)) for seed in (0, 1)]), torch.tensor([[3.0], [1.0], [2.0], [0.0]]).expand(4, 4)
+    with pytest.raises(error, match="out of memory"):
+        adapt.mixed(stacked, x, [0, 1, 0, 1])
+    full[0] = False
+    with pytest.raises(ValueError, match="made of the batch's rows"):
+        adapt.mixed(stacked, x, [0, 1, 0, 1])
+
+
+@pytest.mark.parametrize("remat", [None, "^1$", "checkpointing"])
+def test_weights_that_change_before_the_gradient_are_refused_with_remat_too(remat):
+    """The block ran again with other weights, and its gradient was that of neither."""
+    if remat == "checkpointing":
+        torch.manual_seed(0)
+        model = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=64, **SMALL)).train()
+        model.gradient_checkpointing_enable()
+        layer, x, remat = model.model.layers[0].mlp.up_proj, ids(), None
+    else:
+        model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)))
+        layer, x = model[1][2], torch.randn(3, 4)
+    adapt = ll.build(model, ll.LoRAConfig(r=2), remat=remat)
+    params = ll.tree_map(lambda p: p.requires_grad_(), move(adapt.init()))
+
+    def loss():
+        out = adapt(params, (x,))
+        return getattr(out, "logits", out).square().sum()
+
+    late = loss()
+    with torch.no_grad():
+        layer.weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match=r"weight\" changed in place since|modified by an inplace operation"):
+        late.backward()
+    for p in (p for leaves in params.values() for p in leaves.values()):
+        p.grad = None  # of the layers after the block
+    loss().backward()
+    found = {path: {name: p.grad for name, p in leaves.items()} for path, leaves in params.items()}
+    plain = ll.build(model.eval(), ll.LoRAConfig(r=2))
+    wanted = torch.func.grad(lambda p: (getattr(out := plain(p, (x,)), "logits", out)).square().sum())(params)
+    for path, leaves in wanted.items():
+        for name, leaf in leaves.items():
+            torch.testing.assert_close(found[path][name], leaf, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_sorted_rows_are_told_apart_whatever_they_hold(seed):
+    """Rows were known again by one number: one pair in twelve passed for each other, and each met the adapter of the other."""
+    adapt, generator = ll.build(Sorts().eval(), ll.LoRAConfig(r=2)), torch.Generator().manual_seed(seed)
+    stacked = ll.stack([move(adapt.init(seed)) for seed in (0, 1)])
+    with pytest.raises(ValueError, match="made of the batch's rows"):
+        adapt.mixed(stacked, torch.randn(2, 4, generator=generator), [0, 1])

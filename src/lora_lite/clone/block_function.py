@@ -18,6 +18,8 @@ from lora_lite.clone.containers import Containers, Place
 from lora_lite.clone.held import Held
 from lora_lite.clone.state import State, items, same
 from lora_lite.clone.strays import NoStrays, carries, forward_levels, require_no_hidden, require_unwritten, versions
+from lora_lite.clone.written import Weights
+from lora_lite.core.errors import listed
 from lora_lite.core.recompute import unviewed
 
 _CHECKED: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
@@ -68,12 +70,15 @@ class BlockFunction:
         self.kept: set[int] = set()
         self._forward = forward_levels()
         self._writes: list[Any] = []  # places of attributes
+        self._weights = Weights(block)
+        self._versions = self._weights.versions()
         self._layout: _Layout | None = None
         self._checks: NoStrays | None = None
 
     def __call__(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Run the block on tensors in the place of its inputs, and return those that it makes."""
         if self._layout is not None:
+            self._require_weights()
             return self._as_laid_out(self._run(tensors, nullcontext())[0], self._layout)
         if self._sort() in _CHECKED.get(self._block, ()):
             return self._lay_out(*self._run(tensors, nullcontext()), tensors)
@@ -92,6 +97,15 @@ class BlockFunction:
         checks.hand_out([*made, *(leaf for leaf in found[0] if isinstance(leaf, Tensor))])
         self._checks = checks
         return made
+
+    def _require_weights(self) -> None:
+        """Refuse to run the block again with weights that have changed since its first run."""
+        written = self._weights.written_since(self._versions)
+        if written:
+            raise RuntimeError(
+                f"remat: {self._name} expected the weights of its forward until the gradient is taken, found that {listed(written)} "
+                "changed in place since. Take the gradient first, or call adapt again after the change."
+            )
 
     def require_no_escape(self) -> None:
         """Refuse, after a first run, that anything holds what is computed inside and not handed out."""

@@ -30,13 +30,17 @@ class Weights:
         """Return the number of changes of each."""
         return [weight._version for weight in self._weights.values()]
 
+    def written_since(self, versions: list[int]) -> list[str]:
+        """Name the weights that have changed since they had these `versions`."""
+        return [name for name, now, was in zip(self._weights, self.versions(), versions) if now != was]
+
     def require(self, versions: list[int]) -> None:
         """Raise unless the weights are those that had these `versions`.
 
         Raises:
             RuntimeError: naming those that have changed.
         """
-        written = [name for name, now, was in zip(self._weights, self.versions(), versions) if now != was]
+        written = self.written_since(versions)
         if written:
             raise RuntimeError(
                 f"adapt: expected a model that only reads its weights in a call, found that its forward wrote to {listed(written)}, which "
