@@ -791,3 +791,14 @@ def test_what_peft_has_not_at_packed_layers_is_refused_both_ways_and_the_way_out
         ll.from_peft(packed, tmp_path / "dense")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(dense), tmp_path / "dense")
     torch.testing.assert_close(theirs(x) - dense(x), adapt(params, x) - adapt.base(x), rtol=1e-3, atol=1e-4)
+
+
+def test_tokens_of_a_layer_with_a_bias_which_peft_leaves_out_are_refused_both_ways(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 6))
+    wrapped(model, peft.TrainableTokensConfig(target_modules=["0"], token_indices=[1, 4])).save_pretrained(tmp_path / "theirs")
+    reason = r'"0": TokensConfig: PEFT multiplies by the weight alone there, without the bias of the Linear'
+    with pytest.raises(ValueError, match=rf"(?s)from_peft.*{reason}"):
+        ll.from_peft(model, tmp_path / "theirs")
+    adapt = ll.build(model, ll.TokensConfig(token_ids=(1, 4), target_names="^0$"))
+    with pytest.raises(ValueError, match=rf"(?s)to_peft.*{reason}"):
+        ll.to_peft(adapt, move(adapt.init()), tmp_path / "ours")

@@ -22,6 +22,7 @@ from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import kind_of
 from lora_lite.layers.linear import Conv1DKind, FalconKind, LinearKind
 from lora_lite.layers.parameter import ParameterKind
+from lora_lite.layers.quantised import FrozenQuantised
 from lora_lite.layers.transposed import TransposedConvKind
 
 Tensors = dict[str, Tensor]
@@ -235,6 +236,12 @@ def is_parameter(target: Target) -> bool:
 def is_linear(target: Target) -> bool:
     """Whether the target is a linear layer whose weight is dense."""
     return issubclass(target.kind, LinearKind)
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether a layer's weight is stored in another form than the layer computes with."""
+    kind = kind_of(module)
+    return getattr(module, "weight", None) is None or (kind is not None and issubclass(kind, FrozenQuantised))
 
 
 def is_conv1d(target: Target) -> bool:

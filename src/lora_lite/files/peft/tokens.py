@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from lora_lite.core.errors import listed
 from lora_lite.core.tree import Tree, join
 from lora_lite.files.peft import twice
-from lora_lite.files.peft.layers import LOAD
+from lora_lite.files.peft.layers import LOAD, is_packed
 from lora_lite.files.peft.whole import ambiguous
-from lora_lite.layers.kinds import kind_of
-from lora_lite.layers.quantised import FrozenQuantised
 from lora_lite.prepare.targets import sharing
 from lora_lite.variants.tokens import TokensConfig
 
@@ -56,7 +54,7 @@ def split(
             continue
         del rest[prefix + at + _ROWS]
         base = rest.pop(prefix + at + _BASE, None)
-        faults += _packed(module, path) or _faults(path, ids, values, weight, base)
+        faults += _unlike(module, path) or _faults(path, ids, values, weight, base)
         if first is None:
             found[path] = Rows(ids, values)
             left = [] if faults else unfollowed(model, path)
@@ -68,12 +66,14 @@ def split(
     return found, rest, faults
 
 
-def _packed(module: nn.Module, path: str) -> list[str]:
-    """Return the reason why rows of a packed table are not those of PEFT, which reads and moves the weight as it is stored."""
-    kind = kind_of(module)
-    if getattr(module, "weight", None) is not None and not (kind and issubclass(kind, FrozenQuantised)):
-        return []
-    return [f'"{path}": TokensConfig: PEFT moves rows of a `weight` as it is stored, and the {type(module).__name__}\'s is packed']
+def _unlike(module: nn.Module, path: str) -> list[str]:
+    """Return the reason why PEFT's rows at a layer are none of it: they are of the stored weight, and its product leaves a bias out."""
+    name = type(module).__name__
+    if is_unlike(module):
+        return [f'"{path}": TokensConfig: PEFT moves rows of a `weight` as it is stored, and the {name}\'s is packed']
+    if getattr(module, "bias", None) is not None:
+        return [f'"{path}": TokensConfig: PEFT multiplies by the weight alone there, without the bias of the {name}']
+    return []
 
 
 def _faults(path: str, ids: Sequence[int], values: Tensor, weight: Tensor, base: Tensor | None) -> list[str]:
@@ -175,7 +175,7 @@ def unwritable(model: nn.Module, configs: Mapping[str, TokensConfig], types: Seq
     for path, cfg in configs.items():
         if not types and cfg.token_ids != first.token_ids:  # type: ignore[union-attr]
             faults.append(f'"{path}": TokensConfig.token_ids: PEFT has one list for all tables, unless they stand beside LoRA')
-        faults += _packed(model.get_submodule(path), path)
+        faults += _unlike(model.get_submodule(path), path)
         again = twice.fault(model, path)
         faults += [again] if again else []
         left = unfollowed(model, path)
