@@ -69,7 +69,7 @@ def split(
 def _unlike(module: nn.Module, path: str) -> list[str]:
     """Return the reason why PEFT's rows at a layer are none of it: they are of the stored weight, and its product leaves a bias out."""
     name = type(module).__name__
-    if is_unlike(module):
+    if is_packed(module):
         return [f'"{path}": TokensConfig: PEFT moves rows of a `weight` as it is stored, and the {name}\'s is packed']
     if getattr(module, "bias", None) is not None:
         return [f'"{path}": TokensConfig: PEFT multiplies by the weight alone there, without the bias of the {name}']
