@@ -194,3 +194,42 @@ def test_compiled_call_leaves_eager_calls_exact(tiny):
     before = adapt(params, batch).logits
     torch.compile(lambda p, b: adapt(p, b).loss, fullgraph=True, backend="aot_eager")(move(params, seed=3), batch)
     assert torch.equal(adapt(params, batch).logits, before)
+
+
+class Counts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin, self.calls, self.seen = nn.Linear(8, 8), 0, []
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen.append(self.calls)
+        return self.lin(x) * self.calls + len(self.seen)
+
+
+def test_each_compiled_call_begins_with_what_the_model_held():
+    model, x = Counts(), torch.randn(4, 8)
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    params = move(adapt.init())
+    compiled = torch.compile(lambda p, x: adapt(p, x), fullgraph=True, backend="eager")
+    found = [compiled(params, x) for _ in range(3)] + [adapt(params, x)]  # no eager call is the first
+    want = ll.build(model, ll.LoRAConfig(r=2))(params, x)
+    assert all(torch.equal(y, want) for y in found)
+    assert (model.calls, model.seen) == (0, [])
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
+def test_rows_of_a_compiled_mixed_batch_are_narrow_under_autocast(inside):
+    adapt = ll.build(nn.Sequential(nn.Linear(8, 16)), ll.LoRAConfig(r=2))
+    stacked, x = ll.stack([move(adapt.init(), seed=k) for k in (0, 1)]), torch.randn(4, 8)
+
+    def narrow(s):
+        with torch.autocast("cpu", torch.bfloat16):
+            return adapt.mixed(s, x)
+
+    if inside:
+        y = torch.compile(narrow, fullgraph=True, backend="aot_eager")(stacked)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = torch.compile(lambda s: adapt.mixed(s, x), fullgraph=True, backend="aot_eager")(stacked)
+    torch.testing.assert_close(y, narrow(stacked), rtol=1e-2, atol=1e-2)  # of the same dtype, too

@@ -167,3 +167,36 @@ def test_params_that_are_not_finite_are_named(value):
     adapt = ll.build(nn.Sequential(nn.Linear(4, 4, bias=False)), ll.LoRAConfig(r=2))
     with pytest.raises(ValueError, match=r'"0": its params, or tensors beside them, are not finite'):
         adapt.merge(ll.tree_map(lambda p: p + value, adapt.init()))
+
+
+@pytest.mark.parametrize("cfg", FIVE, ids=by_name)
+def test_members_of_a_stack_are_merged_under_vmap(cfg):
+    adapt = ll.build(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4)), cfg)
+    members = [move(adapt.init(), seed=k) for k in (0, 1)]
+    found = torch.vmap(adapt.merge)(ll.stack(members))
+    for k, params in enumerate(members):
+        want = adapt.merge(params)
+        assert set(found) == set(want)
+        for name, tensor in want.items():
+            torch.testing.assert_close(found[name][k], tensor)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.hessian], ids=lambda t: t.__name__)
+def test_merged_weights_are_not_differentiated_in_reverse_mode(transform):
+    adapt = ll.build(nn.Sequential(nn.Linear(8, 4)), ll.LoRAConfig(r=2))
+    params, x = move(adapt.init()), torch.randn(3, 8)
+
+    def loss(p, q):
+        return (x @ adapt.merge(p)["0.weight"].t() + adapt(q, x)).square().sum()
+
+    with pytest.raises(ValueError, match=r"^adapt.merge: .* Differentiate adapt\(params, batch\)"):
+        transform(lambda p: loss(p, p))(params)
+    transform(lambda q: loss(params, q))(params)  # constants may be merged
+
+
+def test_merged_weights_are_differentiated_in_forward_mode():
+    adapt = ll.build(nn.Sequential(nn.Linear(8, 4, bias=False)).double(), ll.LoRAConfig(r=2, dtype=torch.float64))
+    params, along = move(adapt.init()), move(adapt.init(), seed=1)
+    x = torch.eye(8, dtype=torch.float64)
+    found = torch.func.jvp(lambda p: adapt.merge(p)["0.weight"].t(), (params,), (along,))[1]
+    torch.testing.assert_close(found, torch.func.jvp(lambda p: adapt(p, x), (params,), (along,))[1])

@@ -179,6 +179,24 @@ def test_a_transform_inside_it(x):
     expect(ll.value_and_grad(penalty)(params), reference(penalty)(params))
 
 
+def test_one_inside_another_gives_second_derivatives(x):
+    params = tree()
+
+    def after_a_step(p, transform):
+        grads = transform(f)(p, x)[1]
+        return f(pytree.tree_map(lambda t, g: t - 0.1 * g, p, grads), x)
+
+    expect(ll.value_and_grad(after_a_step)(params, ll.value_and_grad), reference(after_a_step)(params, reference))
+
+    def fails(p):
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        ll.value_and_grad(fails)(params)
+    params["a"]["w"].requires_grad_()
+    assert not ll.value_and_grad(f)(params, x)[0].requires_grad  # the plain path again
+
+
 @pytest.mark.parametrize("cfg", FIVE, ids=by_name)
 def test_whole_model(tiny, cfg):
     model, batch = tiny("llama")

@@ -185,7 +185,7 @@ class Adapt(Required):
 
         Raises:
             ValueError: where `params` does not fit, a variant is not linear, the adapter moves a bias that the layer lacks, a weight is
-                shared with another module, or accelerate offloads weights.
+                shared with another module, accelerate offloads weights, or `torch.func.grad` differentiates by `params`.
             TypeError: where `dtype` is no floating one.
         """
         self._require_whole("merge")

@@ -141,8 +141,19 @@ class Replica:
             if around is not None:
                 state.put(around)
 
+    def settle(self) -> None:
+        """Put the copy in the state that it had at the build, before a trace as before an eager call: a compiled one may have left it."""
+        if self._inside:
+            return
+        if self._state is None or self._weights is None:
+            self._state, self._weights = State(self.module), Weights(self.module)
+        self._state.leave()
+        if self._settings is not None:
+            self._settings.restore()
+            self._settings.follow()
+
     def _traced_run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run the copy where the compiler traces: copies of buffers, and what the trace changes else is put back by the next eager call."""
+        """Run the copy where the compiler traces: copies of buffers, and what the trace changes else is put back by the next call."""
         self._traced = True
         if not self._volatile:
             return self.module(*args, **kwargs)
@@ -159,7 +170,7 @@ class Replicas:
         self._lock = threading.Lock()
         self._local = threading.local()
         self._local.builds = True
-        self._prepare = while_traced(lambda: self._settle())
+        self._prepare = while_traced(lambda: self.main.settle())
 
     @property
     def main(self) -> Replica:

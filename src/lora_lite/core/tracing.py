@@ -42,6 +42,16 @@ def forward_mode() -> bool:
     return any(interpreter.key() == TransformType.Jvp for interpreter in retrieve_all_functorch_interpreters())
 
 
+def differentiated(tensor: Tensor) -> bool:
+    """Whether `torch.func.grad`, or another transform in reverse mode, differentiates by a tensor or by what it is computed from."""
+    modes = {interpreter.level(): interpreter.key() for interpreter in retrieve_all_functorch_interpreters()}
+    while is_functorch_wrapped_tensor(tensor):
+        if modes.get(maybe_get_level(tensor)) == TransformType.Grad:
+            return True
+        tensor = get_unwrapped(tensor)
+    return False
+
+
 def in_transform() -> bool:
     """Whether a transform, a compilation or inference mode is active. In inference mode plain autograd records nothing."""
     return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or transformed()
@@ -81,7 +91,8 @@ def vmap_rows(f: Callable[..., Any], params: Mapping[str, Tensor], *xs: Tensor) 
     compiling it is `torch.vmap` itself.
     """
     if torch.compiler.is_compiling():
-        return torch.vmap(f, randomness="different")(params, *xs)
+        with narrowed(xs[0]):
+            return torch.vmap(f, randomness="different")(params, *xs)
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         raise RuntimeError(
             "adapt: expected rows with params of their own outside of hooks on saved tensors, found such hooks, as of a checkpoint that "

@@ -13,7 +13,8 @@ from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.frozen import Frozen
 from lora_lite.core.memory import place_in_memory
 from lora_lite.core.plan import Plan, Target
-from lora_lite.core.tree import AnyTree, join
+from lora_lite.core.tracing import differentiated, transformed
+from lora_lite.core.tree import AnyTree, join, tree_leaves
 from lora_lite.layers.identity import Release, at_identity, exact_dtype
 from lora_lite.layers.kind import Variant
 
@@ -35,11 +36,17 @@ def merge(plan: Plan, params: AnyTree, dtype: torch.dtype | None = None) -> dict
         dtype: of the merged tensors; None for that of each layer's own, which for a quantised weight is float32.
 
     Raises:
-        ValueError: for what `load_state_dict(..., strict=False)` would drop or spread in silence; it lists each case.
+        ValueError: for what `load_state_dict(..., strict=False)` would drop or spread in silence; it lists each case. For params by
+            which `torch.func.grad` differentiates.
         TypeError: where `dtype` is no floating one.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"adapt.merge: expected a floating torch.dtype or None, found {dtype!r}. Use e.g. torch.float32.")
+    if transformed() and not torch.compiler.is_compiling() and any(map(differentiated, tree_leaves(params))):
+        raise ValueError(
+            "adapt.merge: expected params that no transform differentiates by, found those of torch.func.grad or its kin: merged weights "
+            "are constants, with gradients of zero. Differentiate adapt(params, batch), whose numbers are those of the merged model."
+        )
     faults: list[str] = []
     merged: dict[str, Tensor] = {}
     alone: dict[str, Target] = {}
@@ -52,7 +59,7 @@ def merge(plan: Plan, params: AnyTree, dtype: torch.dtype | None = None) -> dict
                     merged[name] = part.to(dtype or kept.dtype, memory_format=torch.contiguous_format)
                     continue
                 if name not in merged:
-                    merged[name] = torch.empty(kept.shape, dtype=dtype or kept.dtype, device=part.device)
+                    merged[name] = part.new_empty(kept.shape, dtype=dtype or kept.dtype)  # mapped by vmap where it is
                 merged[name][where] = part
         except Unmergeable as e:
             faults.append(e.fault)

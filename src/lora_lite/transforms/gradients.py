@@ -1,6 +1,7 @@
 """Gradients of functions of a params tree, and their way to torch's optimisers."""
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[...
     """Make `(params, *args) -> (value, grads)` of a scalar function `f(params, *args)`.
 
     `torch.func.grad` always builds the graph of the gradient and holds its memory. Where no transform and no compilation is
-    active this takes torch's plain autograd instead; inside them it is torch.func's.
+    active this takes torch's plain autograd instead; inside them, and inside the function of another, it is torch.func's.
 
     Args:
         f: returns a scalar tensor, or with `has_aux` a pair of it and anything else.
@@ -43,13 +44,28 @@ def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[...
     require_type(callable(f), "value_and_grad(f)(params)", "f", "a function of params", f)
 
     def value_and_grads(params: Any, *args: Any) -> tuple[Any, Any]:
-        if in_transform():
+        if in_transform() or _AROUND.nested:
             _require_gradients()
             grads, value = torch.func.grad_and_value(f, has_aux=has_aux)(params, *args)
             return value, grads
         return _plain(f, has_aux, params, args)
 
     return value_and_grads
+
+
+class _Around(threading.local):
+    """Whether the function of a plain `value_and_grad` runs: one inside it is a part of what that one differentiates."""
+
+    nested = False
+
+    def __enter__(self) -> None:
+        self.nested = True
+
+    def __exit__(self, *_: object) -> None:
+        self.nested = False  # a plain one is never inside another
+
+
+_AROUND = _Around()
 
 
 def _require_gradients() -> None:
@@ -78,7 +94,7 @@ def _plain(f: Callable[..., Any], has_aux: bool, params: Any, args: tuple[Any, .
             found = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
             raise TypeError(f"value_and_grad: expected floating tensors in params, found {found}. Pass other values after params.")
     variables = [(leaf.clone() if leaf.is_inference() else leaf.detach()).requires_grad_() for leaf in leaves]
-    with torch.enable_grad():
+    with torch.enable_grad(), _AROUND:
         out = f(pytree.tree_unflatten(variables, spec), *args)
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
         raise ValueError(
