@@ -169,3 +169,11 @@ def test_labels_from_outside_of_the_batch_are_refused_in_chunks(gpt2, make):
         ValueError, match=r"loss_rows to return shape \(4,\), found \(\)\. Give each row its loss, with labels from the batch"
     ):
         make(adapt, lambda output, _: output.logits.mean())(params, batch)
+
+
+def test_norms_inside_of_value_and_grad_have_gradients():
+    adapt = ll.build(torch.nn.Sequential(torch.nn.Linear(8, 4)), ll.LoRAConfig(r=2))
+    params, x = move(adapt.init()), torch.randn(3, 8)
+    norms = ll.per_example_norm(adapt, lambda output, _: output.square().sum(-1))
+    want = torch.func.grad(lambda p: norms(p, x).sum())(params)
+    assert_trees_equal(ll.value_and_grad(lambda p: norms(p, x).sum())(params)[1], want, 1e-6)

@@ -44,7 +44,7 @@ def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[...
     require_type(callable(f), "value_and_grad(f)(params)", "f", "a function of params", f)
 
     def value_and_grads(params: Any, *args: Any) -> tuple[Any, Any]:
-        if in_transform() or _AROUND.nested:
+        if differentiated_around():
             _require_gradients()
             grads, value = torch.func.grad_and_value(f, has_aux=has_aux)(params, *args)
             return value, grads
@@ -66,6 +66,11 @@ class _Around(threading.local):
 
 
 _AROUND = _Around()
+
+
+def differentiated_around() -> bool:
+    """Whether what is computed here may be differentiated by something around: a transform, a compilation, or a `value_and_grad`."""
+    return in_transform() or _AROUND.nested
 
 
 def _require_gradients() -> None:

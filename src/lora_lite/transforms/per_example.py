@@ -10,10 +10,9 @@ from torch.utils import _pytree as pytree
 
 from lora_lite.adapt import Adapt
 from lora_lite.core.errors import require_type
-from lora_lite.core.tracing import in_transform
 from lora_lite.core.tree import AnyTree, Tree, tree_leaves, tree_map
 from lora_lite.derived.rows import RowMap
-from lora_lite.transforms.gradients import value_and_grad
+from lora_lite.transforms.gradients import differentiated_around, value_and_grad
 
 LossRows = Callable[[Any, Any], Tensor]
 
@@ -92,7 +91,7 @@ def per_example_norm(
         adapt._require(params, "per_example_norm")
         found = []
         for part, rows in chunks(batch, chunk_size):
-            if in_transform() or not rows:
+            if differentiated_around() or not rows:
                 squares = [_squares(grad) for grad in tree_leaves(grads(params, part))]
             else:
                 squares = _squares_as_made(params, _total(adapt, loss_rows, part, rows, row_map), rows)
