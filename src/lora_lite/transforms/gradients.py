@@ -69,7 +69,7 @@ _AROUND = _Around()
 
 
 def differentiated_around() -> bool:
-    """Whether what is computed here may be differentiated by something around: a transform, a compilation, or a `value_and_grad`."""
+    """Whether something around may differentiate: a transform, a compilation, or a `value_and_grad`."""
     return in_transform() or _AROUND.nested
 
 
