@@ -1,11 +1,25 @@
 """Weights that the code of a model writes to in its forward: they are the user's, and a call keeps no copy of them."""
 
+from weakref import WeakKeyDictionary
+
 from torch import Tensor, nn
 
 from lora_lite.clone.offloaded import Offloaded
 from lora_lite.clone.state import has_code, modules_of_model
 from lora_lite.core.errors import listed
 from lora_lite.core.tree import join
+
+Places = list[tuple[str, dict[str, nn.Parameter | None], str]]
+_PLACES: WeakKeyDictionary[nn.Module, Places] = WeakKeyDictionary()
+"""Where the weights of a copy, or of a block of it, stand: a block asks in each of its calls."""
+
+
+def _places(root: nn.Module) -> Places:
+    modules = modules_of_model(root)
+    if not any(map(has_code, modules.values())):
+        return []
+    watched = {path: m for path, m in modules.items() if not isinstance(m, nn.RNNBase) and getattr(m, "max_norm", None) is None}
+    return [(join(path, name), module._parameters, name) for path, module in watched.items() for name in module._parameters]
 
 
 class Weights:
@@ -19,12 +33,10 @@ class Weights:
     """
 
     def __init__(self, root: nn.Module) -> None:
-        self._weights: dict[str, Tensor] = {}
-        modules = modules_of_model(root)
-        for path, module in modules.items() if any(map(has_code, modules.values())) else ():
-            if not isinstance(module, nn.RNNBase) and getattr(module, "max_norm", None) is None:
-                own = {join(path, name): p for name, p in module._parameters.items() if p is not None}
-                self._weights |= {name: p for name, p in own.items() if not (p.is_inference() or isinstance(p, Offloaded))}
+        if (places := _PLACES.get(root)) is None:
+            places = _PLACES[root] = _places(root)
+        own = {name: table.get(key) for name, table, key in places}
+        self._weights = {name: p for name, p in own.items() if not (p is None or p.is_inference() or isinstance(p, Offloaded))}
 
     def versions(self) -> list[int]:
         """Return the number of changes of each."""

@@ -101,24 +101,29 @@ class Frozen:
         return self._training
 
     @property
+    def _held(self) -> Tensor:
+        """The tensor that has the weight's shape, device and dtype."""
+        return self.weight
+
+    @property
     def in_features(self) -> int:
         """Width of the input, `i`."""
-        return self.weight.shape[1]
+        return self._held.shape[1]
 
     @property
     def out_features(self) -> int:
         """Width of the output, `o`."""
-        return self.weight.shape[0]
+        return self._held.shape[0]
 
     @property
     def device(self) -> torch.device:
         """The device of the weight."""
-        return self.weight.device
+        return self._held.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The floating dtype of the weight."""
-        return self.weight.dtype
+        return self._held.dtype
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the layer's own output, bias included: `(*b, i) -> (*b, o)`."""
@@ -239,20 +244,8 @@ class Stored(Frozen):
     """A layer of which reading the weight is more than a look: its shape, device and dtype are those of the tensor that it holds."""
 
     @property
-    def in_features(self) -> int:
-        return self._weight.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self._weight.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self._weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._weight.dtype
+    def _held(self) -> Tensor:
+        return self._weight
 
 
 def as_frozen(W: Frozen | Tensor) -> Frozen:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 
@@ -45,16 +45,3 @@ def moved(value: Any, axis: int, to: int) -> Any:
 def moved_rows(own: Callable[..., Any], axis: int) -> Callable[..., Any]:
     """Return a module's forward for an input with rows first, where the module has them at `axis`. So are the rows of the result."""
     return lambda x, *args, **kwargs: moved(own(x.movedim(0, axis), *args, **kwargs), axis, 0)
-
-
-def refuse_recurrent(module: nn.Module) -> None:
-    """Refuse a module that holds a recurrent one.
-
-    Raises:
-        ValueError: with the reason.
-    """
-    if any(isinstance(inner, nn.RNNBase) for inner in module.modules()):
-        raise ValueError(
-            "expected modules that torch can map over members, found a recurrent one, whose kernels it cannot. Train other parts, or run "
-            "the members one by one."
-        )

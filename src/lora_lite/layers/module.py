@@ -14,7 +14,7 @@ from lora_lite.core.errors import listed
 from lora_lite.core.frozen import Frozen
 from lora_lite.core.tree import join, modules_by_path
 from lora_lite.layers.access import ADAPTERS, first_of, place_of
-from lora_lite.layers.by_member import by_rows, joined, moved, moved_rows, refuse_recurrent, taken, tensors_in
+from lora_lite.layers.by_member import by_rows, joined, moved, moved_rows, taken, tensors_in
 from lora_lite.layers.embedding import with_padded_lookups
 from lora_lite.layers.kind import Kind, Params, Run, Variant
 
@@ -148,8 +148,17 @@ class ModuleKind(Kind):
         spread = {name for name in others if (self.follow or {}).get(name)}
         if spread:
             return self._by_member(f, params, x, index, spread)
-        refuse_recurrent(self.layer)
+        if self._recurrent:
+            raise ValueError(
+                "expected modules that torch can map over members, found a recurrent one, whose kernels it cannot. Train other parts, or "
+                "run the members one by one."
+            )
         return super().apply_rows(with_padded_lookups(f) if self._padded else f, params, x, index)
+
+    @functools.cached_property
+    def _recurrent(self) -> bool:
+        """Whether the module is or holds a recurrent one."""
+        return any(isinstance(inner, nn.RNNBase) for inner in self.layer.modules())
 
     @functools.cached_property
     def _padded(self) -> bool:

@@ -44,7 +44,7 @@ def allocate(cfg: Any, params: AnyTree, grads: AnyTree, state: Allocation) -> tu
     places = apart(params)
     own = {place: leaves for place, leaves in places.items() if set(leaves) == {"A", "B"} and place in sizes}
     require_targets("AdaMSSConfig.update", own, "AdaMSS")
-    shapes = {where: leaf["shapes"] for where, leaf in _each(own, {place: {"shapes": t} for place, t in sizes.items()}, sizes).items()}
+    shapes = {where: sizes[place] if n is None else sizes[place][n] for place in own for where, n in _names(place, sizes)}
     maps, slopes = _each(own, places, sizes), _each(own, apart(grads), sizes)
     require_one_map("AdaMSSConfig.update", maps, maps, {"A": 2, "B": 1})
     zeros = tree_map(torch.zeros_like, maps)

@@ -112,6 +112,16 @@ def fields_of(
     fields |= tokens.fields_of(adapt._plan.base, of_tokens, alone=not layers) if of_tokens else {}
     if not layers:
         return fields
+    return {**fields, **_of_layers(layers, method, weights)}
+
+
+def _of_layers(layers: list[Written], method: str, weights: Mapping[str, str]) -> dict[str, Any]:
+    """Return the fields of the variant: what most layers have, and patterns for the others. `weights` are named as `diverted` has it.
+
+    Raises:
+        ValueError: where layers differ in a field that PEFT has once.
+    """
+    fields: dict[str, Any] = {}
     if any(layer.row.conv1d for layer in layers):
         fields["fan_in_fan_out"] = any(is_conv1d(layer.target) for layer in layers)
     for lists in {layer.row.lists for layer in layers if layer.row.lists}:
@@ -124,9 +134,8 @@ def fields_of(
         fields[name] = Counter(values.values()).most_common(1)[0][0]
         others = {path: value for path, value in values.items() if value != fields[name]}
         if name in patterns:
-            fields[patterns[name]] = {
-                path if method in BY_PATH else f"^{re.escape(weights.get(path, path))}$": v for path, v in others.items()
-            }
+            exactly = {path if method in BY_PATH else f"^{re.escape(weights.get(path, path))}$": value for path, value in others.items()}
+            fields[patterns[name]] = exactly
             faults += _taken(name, values, others) if method in BY_PATH else []
         elif others:
             faults.append(f"{name}: {fields[name]!r} and {next(iter(others.values()))!r} at {listed(others)}")

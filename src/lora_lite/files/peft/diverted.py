@@ -43,5 +43,5 @@ def _fusion(model: Any) -> str:
         from transformers import conversion_mapping
     except ImportError:  # transformers before version 5, which fuses none
         return ""
-    table = {"mixtral": "mixtral", **getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})}
-    return str(table.get(getattr(getattr(model, "config", None), "model_type", None), ""))
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return "mixtral" if kind == "mixtral" else str(getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {}).get(kind, ""))
