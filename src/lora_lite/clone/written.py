@@ -2,7 +2,7 @@
 
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_lite.clone.offloaded import Offloaded
 from lora_lite.clone.state import has_code, modules_of_model
@@ -11,7 +11,7 @@ from lora_lite.core.tree import join
 
 Places = list[tuple[str, dict[str, nn.Parameter | None], str]]
 _PLACES: WeakKeyDictionary[nn.Module, Places] = WeakKeyDictionary()
-"""Where the weights of a copy, or of a block of it, stand: a block asks in each of its calls."""
+"""The places of the weights of a copy, or of a block of it, which asks in each of its calls."""
 
 
 def _places(root: nn.Module) -> Places:
