@@ -1465,7 +1465,7 @@ def test_ids_in_any_layout_are_looked_up_without_a_word():
 def test_leaves_have_one_order_in_every_process(tmp_path):
     """An optimiser knows its params by their number. Theirs hung on a set of names, whose order differs from process to process."""
     model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(3)])
-    cfgs = [ll.VBLoRAConfig(vector_length=4, num_vectors=8, target_names="^0$"), ll.TinyLoRAConfig(target_names="^1$", weight_tying=1.0)]
+    cfgs = [ll.TinyLoRAConfig(target_names="^0$", weight_tying=1.0), ll.VBLoRAConfig(vector_length=4, num_vectors=8, target_names="^1$")]
     adapt = ll.build(model, [*cfgs, ll.LilyConfig(r=2, target_names="^2$")])
     ll.save(adapt, adapt.init(), tmp_path / "adapter.safetensors")
     loaded, params = ll.load(model, tmp_path / "adapter.safetensors")
