@@ -1,6 +1,6 @@
 """Weights that the code of a model writes to in its forward: they are the user's, and a call keeps no copy of them."""
 
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import nn
 
@@ -9,9 +9,9 @@ from lora_lite.clone.state import has_code, modules_of_model
 from lora_lite.core.errors import listed
 from lora_lite.core.tree import join
 
-Places = list[tuple[str, dict[str, nn.Parameter | None], str]]
+Places = list[tuple[str, ReferenceType[nn.Module], str]]
 _PLACES: WeakKeyDictionary[nn.Module, Places] = WeakKeyDictionary()
-"""The places of the weights of a copy, or of a block of it, which asks in each of its calls."""
+"""The places of the weights of a copy, or of a block of it, which asks in each of its calls. They keep nothing: a weight may lead to its copy."""
 
 
 def _places(root: nn.Module) -> Places:
@@ -19,7 +19,7 @@ def _places(root: nn.Module) -> Places:
     if not any(map(has_code, modules.values())):
         return []
     watched = {path: m for path, m in modules.items() if not isinstance(m, nn.RNNBase) and getattr(m, "max_norm", None) is None}
-    return [(join(path, name), module._parameters, name) for path, module in watched.items() for name in module._parameters]
+    return [(join(path, name), ref(module), name) for path, module in watched.items() for name in module._parameters]
 
 
 class Weights:
@@ -35,7 +35,7 @@ class Weights:
     def __init__(self, root: nn.Module) -> None:
         if (places := _PLACES.get(root)) is None:
             places = _PLACES[root] = _places(root)
-        own = {name: table.get(key) for name, table, key in places}
+        own = {name: None if (module := of()) is None else module._parameters.get(key) for name, of, key in places}
         self._weights = {name: p for name, p in own.items() if not (p is None or p.is_inference() or isinstance(p, Offloaded))}
 
     def versions(self) -> list[int]:
