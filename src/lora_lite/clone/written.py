@@ -11,7 +11,10 @@ from lora_lite.core.tree import join
 
 Places = list[tuple[str, ReferenceType[nn.Module], str]]
 _PLACES: WeakKeyDictionary[nn.Module, Places] = WeakKeyDictionary()
-"""The places of the weights of a copy, or of a block of it, which asks in each of its calls. They keep nothing: a weight may lead to its copy."""
+"""The places of the weights of a copy, or of a block of it, which asks in each of its calls.
+
+They keep nothing: a weight may lead to its copy.
+"""
 
 
 def _places(root: nn.Module) -> Places:
