@@ -46,7 +46,7 @@ def test_zero_start_leaves_the_model_and_moves_it_at_the_first_step():
     assert {path: list(leaves) for path, leaves in params.items()}["vblora"] == ["bank"]
     assert not params["vblora"]["bank"][5:].any()
     for path in "02":
-        factor = {name: mixtures(params[path][f"logits_{name}"].flatten(0, 1), params["vblora"]["bank"], 2) for name in "AB"}
+        factor = {name: torch.cat(mixtures(params[path][f"logits_{name}"].flatten(0, 1), params["vblora"]["bank"], 2, 1)) for name in "AB"}
         assert factor["A"].abs().amin() > 0
         assert not factor["B"].any()
     grads = ll.value_and_grad(lambda p: adapt(p, x).square().sum())(params)[1]

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lora_lite.core.autocast import autocasts
-from lora_lite.core.linalg import kaiming
+from lora_lite.core.linalg import add_low_rank, kaiming
+from lora_lite.core.low_rank import Factors, added, low_rank_plus
 from lora_lite.core.recompute import Vjp, linear_plus
 
 Constants = dict[str, Tensor]
@@ -176,6 +177,28 @@ class Frozen:
         if weight is None:
             return self(x) + linear_plus(self.dropped(x, dropout), shape, update, tensors, vjp=vjp)
         return linear_plus(x, shape, update, tensors, weight, self.bias, vjp)
+
+    def updated_low_rank(
+        self, x: Tensor, factors: tuple[Tensor, ...], scale: float = 1.0, dropout: float = 0.0, start: tuple[Tensor, ...] | None = None
+    ) -> Tensor:
+        """Return `W x + b + scale B A drop(x)`, on a CPU in fewer passes over the output and over the gradient of `x` than one by one.
+
+        Args:
+            x: the input.
+            factors: `A (r, i)` and `B (o, r)`, in the dtype of `x`; with a third, `S (r,)`, the update is `B diag(S) A`.
+            scale: factor of the update.
+            dropout: of the input of the update.
+            start: fixed `A0`, `B0`, and `S0` beside `S`, that the factors are displacements from: the update is the change of the product,
+                `(B0 + B) (A0 + A) - B0 A0`, computed so that nothing cancels.
+        """
+        given, begun = Factors(*factors), None if start is None else Factors(*start)
+        plain = type(self).project is Frozen.project and not autocasts(x)
+        weight = self._summand(x, dropout) if plain and not x.is_cuda else None
+        if weight is not None and given.A.dtype == weight.dtype:
+            return low_rank_plus(x, weight, self.bias, given, scale, begun)
+        if begun is not None:
+            return added(self(x), self.dropped(x, dropout), given, scale, begun)
+        return add_low_rank(self(x), self.project(x, given.A, dropout), given.B, scale)
 
     def _summand(self, x: Tensor, dropout: float) -> Tensor | None:
         """Return the weight where the sum with an update keeps the digits of both, else None."""

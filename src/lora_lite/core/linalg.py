@@ -128,7 +128,7 @@ def cayley_excess(X: Tensor) -> Tensor:
     eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
     # I - X is regular for every skew X, and its condition is that of an angle, so that the inverse loses no digits. torch's solve would do,
     # but forward mode over jacrev inside no_grad takes its factors for constants: wrong numbers without a word.
-    return 2 * torch.linalg.inv_ex(eye - X)[0] @ X
+    return torch.linalg.inv_ex((eye - X) / 2)[0] @ X  # the inverse is kept for its gradient; its double would be kept beside it
 
 
 def cayley(X: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ SMALL = 1 << 14
 """Number of entries up to which an intermediate tensor is kept: the price of a Function in Python is then the larger one."""
 
 
-def _recomputes(entries: int, tensors: Sequence[Tensor], fixed: Sequence[Tensor | None] = ()) -> bool:
+def recomputes(entries: int, tensors: Sequence[Tensor], fixed: Sequence[Tensor | None] = ()) -> bool:
     """Whether intermediate tensors of so many entries are to be computed again: `tensors` may have gradients, `fixed` must not."""
     if entries <= SMALL or not torch.is_grad_enabled() or in_transform() or forward_ad._current_level >= 0:
         return False
@@ -50,7 +50,7 @@ def unviewed(tensor: Tensor, given: Sequence[Tensor]) -> Tensor:
 
 def recomputed(f: Compute, *tensors: Tensor) -> Tensor:
     """Return `f(*tensors)`, of which the backward pass keeps `tensors` alone. `f` draws no random numbers."""
-    if not _recomputes(max(t.numel() for t in tensors), tensors):
+    if not recomputes(max(t.numel() for t in tensors), tensors):
         return f(*tensors)
     shape: list[int] = []
     return _Recomputed.apply(f, shape, *tensors).view(shape)
@@ -77,7 +77,7 @@ def linear_plus(
         vjp: a cheaper way to the sum, and to gradients that have none themselves. `vjp(weight, *tensors)` returns `weight + D`, and a
             function from its gradient, which that may overwrite, to those of the tensors. The function is called once at most.
     """
-    if _recomputes(shape[0] * shape[1], tensors, (weight, bias)):
+    if recomputes(shape[0] * shape[1], tensors, (weight, bias)):
         return _LinearPlus.apply(update, vjp, weight, bias, x, *tensors).view(*x.shape[:-1], shape[0])
     whole = _sum(weight, update(*tensors)) if vjp is None or torch.is_grad_enabled() else vjp(weight, *tensors)[0]
     return F.linear(x, whole, bias)

@@ -129,7 +129,7 @@ def antipasto_ablate(params: AblateParams, W: Frozen, x: Float[Tensor, "*b i"]) 
     Chat = C / torch.linalg.vector_norm(C).clamp_min(floor) if C.shape[1] == 1 else torch.linalg.qr(C)[0]
     right = (Chat * basis["S"][:, None]).to(x.dtype).t() @ basis["Vh"].to(x.dtype)  # (k, i)
     left = basis["U"].to(x.dtype) @ Chat.to(x.dtype) * params["alpha"]  # (o, k)
-    return add_low_rank(W(x), F.linear(x, right), left, scale=-1.0)
+    return W.updated_low_rank(x, (right, left), scale=-1.0)
 
 
 class ArrowParams(TypedDict):

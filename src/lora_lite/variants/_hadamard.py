@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lite.core import Frozen, add_low_rank
+from lora_lite.core import Frozen
 
 MADE = 16
 """Cost of the matrix form that no token pays for: that of so many tokens for each rank, by measurement."""
@@ -20,7 +20,7 @@ def plus_product(W: Frozen, x: Tensor, first: tuple[Tensor, Tensor], second: tup
         return W.updated_by(x, partial(_product, scale), B1, A1, B2, A2, vjp=partial(_vjp, scale))
     A = (A1[:, None] * A2).flatten(0, 1)  # (r1 r2, i)
     B = (B1[:, :, None] * B2[:, None]).flatten(1)  # (o, r1 r2)
-    return add_low_rank(W(x), W.project(x, A), B, scale)
+    return W.updated_low_rank(x, (A, B), scale)
 
 
 def by_matrix(r: int, W: Frozen, x: Tensor) -> bool:

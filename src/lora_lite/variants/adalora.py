@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import AdapterConfig, Count, Frozen, NonNegative, Params, Probability, Rank, Size, add_low_rank, checked, expect
+from lora_lite.core import AdapterConfig, Count, Frozen, NonNegative, Params, Probability, Rank, Size, checked, expect
 from lora_lite.core.errors import require_targets, require_tree
 from lora_lite.core.tree import AnyTree, apart
 from lora_lite.variants._allocation import allocate
@@ -49,8 +49,7 @@ class AdaLoRAParams(TypedDict):
 def adalora(params: AdaLoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float, dropout: float = 0.0) -> Float[Tensor, "*b o"]:
     """Return `W x + b + scale B (E (A drop(x)))`. The module's docstring has the formula and the shapes."""
     # E scales the rows of A, not the activations: these would be kept twice for the backward pass.
-    h = W.project(x, params["A"] * params["E"].unsqueeze(1), dropout)
-    return add_low_rank(W(x), h, params["B"], scale)
+    return W.updated_low_rank(x, (params["A"] * params["E"].unsqueeze(1), params["B"]), scale, dropout)
 
 
 def orthogonality(params: AnyTree) -> Tensor:

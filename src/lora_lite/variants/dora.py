@@ -74,7 +74,7 @@ def dora(params: DoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: floa
     """Return `(||w|| + m) / n (W x + scale B A x) + b`. The module's docstring has the formula and the shapes."""
     gain = gains(params, W, scale)
     if W.bias is None and not (dropout and W.training):
-        return gate(add_low_rank(W(x), F.linear(x, params["A"]), params["B"], scale), gain - 1)
+        return gate(W.updated_low_rank(x, (params["A"], params["B"]), scale), gain - 1)
     if dropout and W.training:
         y0, x = W(x), F.dropout(x, dropout)
         y = torch.addcmul(y0, W.matmul(x), (gain - 1).to(y0.dtype))

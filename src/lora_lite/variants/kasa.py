@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -43,7 +42,6 @@ from lora_lite.core import (
     Params,
     Positive,
     Rank,
-    add_low_rank,
     checked,
     expect,
     smallest_components,
@@ -68,12 +66,9 @@ def minor_components(W: Frozen, r: int) -> Constants:
 @checked
 def kasa(params: KaSAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float) -> Float[Tensor, "*b o"]:
     """Return `W x + b + scale B diag(d) A x - B0 diag(S0) A0 x`. The module's docstring has the formula and the shapes."""
-    dA, dB, dd = params["dA"], params["dB"], params["dd"]
-    start = W.constants or minor_components(W, len(dd))
-    A0, B0, S0 = (start[name].to(x.dtype) for name in ("A0", "B0", "S0"))
-    h, moved = F.linear(x, torch.cat([A0 + dA, dA])).tensor_split(2, dim=-1)  # (*b, r) each
-    h = torch.cat([(S0 + scale * dd) * h, scale * dd * h + S0 * moved], dim=-1)
-    return add_low_rank(W(x), h, torch.cat([dB, B0], dim=1))
+    start = W.constants or minor_components(W, len(params["dd"]))
+    fixed = tuple(start[name].to(x.dtype) for name in ("A0", "B0", "S0"))
+    return W.updated_low_rank(x, (params["dA"], params["dB"], scale * params["dd"]), start=fixed)
 
 
 @dataclass(frozen=True, kw_only=True)

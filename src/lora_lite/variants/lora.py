@@ -36,7 +36,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import AdapterConfig, Frozen, NonNegative, Params, Probability, Rank, add_low_rank, checked, expect
+from lora_lite.core import AdapterConfig, Frozen, NonNegative, Params, Probability, Rank, checked, expect
 
 
 class LoRAParams(TypedDict):
@@ -49,7 +49,7 @@ class LoRAParams(TypedDict):
 @checked
 def lora(params: LoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float, dropout: float = 0.0) -> Float[Tensor, "*b o"]:
     """Return `W x + b + scale (B A drop(x) + b) + db`, the second `b` of the params. The module's docstring has the shapes."""
-    y = add_low_rank(W(x), W.project(x, params["A"], dropout), params["B"], scale)
+    y = W.updated_low_rank(x, (params["A"], params["B"]), scale, dropout)
     if "b" in params:
         y = torch.add(y, params["b"].to(y.dtype), alpha=scale)
     return y + params["db"].to(y.dtype) if "db" in params else y

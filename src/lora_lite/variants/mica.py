@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import Constants, Frozen, Params, add_low_rank, checked, require_rank, smallest_components
+from lora_lite.core import Constants, Frozen, Params, checked, require_rank, smallest_components
 from lora_lite.variants.lora import LowRankConfig
 
 
@@ -44,7 +44,7 @@ def mica(params: MiCAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: floa
     """Return `W x + b + scale B A drop(x)`. The module's docstring has the formula and the shapes."""
     A = params["A"]
     basis = W.constants or minor_directions(W, A.shape[0])
-    return add_low_rank(W(x), W.project(x, A, dropout), basis["B"].to(x.dtype), scale)
+    return W.updated_low_rank(x, (A, basis["B"].to(x.dtype)), scale, dropout)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@ r"""OLoRA: LoRA that starts from the orthonormal basis of the weight's first col
 $$y = W x + b + s\,(B A - B_0 A_0)\, x, \qquad B_0 = Q_r, \quad A_0 = R_r, \quad W = Q R, \quad s = \alpha / r$$
 
 `Q_r` is the first `r` columns of `Q`, `R_r` the first `r` rows of `R`, so that the start `B_0 A_0` is the weight's projection on the span
-of its first `r` columns. Trained are the increments `dA` and `dB`, and the update is evaluated as PiSSA's, `s [(B_0 + dB) dA + dB A_0] x`.
+of its first `r` columns. Trained are the increments `dA` and `dB`, and the update is evaluated as PiSSA's, `s [B_0 dA + dB (A_0 + dA)] x`.
 
 Identity at init: exact, since both increments are zero. The training trajectory is that of the paper's residual form.
 
@@ -44,7 +44,7 @@ def orthonormal_factors(W: Frozen, r: int) -> Constants:
 
 @checked
 def olora(params: PiSSAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float) -> Float[Tensor, "*b o"]:
-    """Return `W x + b + scale [(B0 + dB) dA + dB A0] x`. The module's docstring has the formula and the shapes."""
+    """Return `W x + b + scale [B0 dA + dB (A0 + dA)] x`. The module's docstring has the formula and the shapes."""
     return increments(params, W.constants or orthonormal_factors(W, params["dA"].shape[0]), W, x, scale)
 
 

@@ -33,11 +33,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, TypedDict
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import AdapterConfig, Constants, Frozen, Params, Size, Within, add_low_rank, checked, expect, truncated_svd
+from lora_lite.core import AdapterConfig, Constants, Frozen, Params, Size, Within, checked, expect, truncated_svd
 from lora_lite.core.tree import AnyTree, apart, together
 
 
@@ -74,7 +73,7 @@ def osf(params: OSFParams, W: Frozen, x: Float[Tensor, "*b i"]) -> Float[Tensor,
     tokens = x.numel() // i
     if tokens * (rank * (i + o) - i * o) > rank * i * o:
         return W.updated(x, left @ right)
-    return add_low_rank(W(x), F.linear(x, right), left)
+    return W.updated_low_rank(x, (right, left))
 
 
 @dataclass(frozen=True, kw_only=True)

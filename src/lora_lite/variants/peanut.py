@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import AdapterConfig, Count, Frozen, Params, Rank, add_low_rank, checked, kaiming
+from lora_lite.core import AdapterConfig, Count, Frozen, Params, Rank, checked, kaiming
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -75,7 +75,7 @@ def peanut(
 ) -> Float[Tensor, "*b o"]:
     """Return `W x + b + s B (H x)`. The module's docstring has the formula and the shapes."""
     H = tweaked(params, W.dense(params["A"].dtype), act_fn)
-    return add_low_rank(W(x), F.linear(x, H), params["B"], scaling)
+    return W.updated_low_rank(x, (H, params["B"]), scaling)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@ r"""PiSSA: LoRA that starts from the weight's principal singular values and vect
 
 $$y = W x + b + s\,(B A - B_0 A_0)\, x, \qquad B_0 = U_r \sqrt{S_r / s}, \quad A_0 = \sqrt{S_r / s}\, V_r^T, \quad s = \alpha / r$$
 
-Trained are the increments `dA = A - A_0` and `dB = B - B_0`, and the update is evaluated as `s [(B_0 + dB) dA + dB A_0] x`: no
+Trained are the increments `dA = A - A_0` and `dB = B - B_0`, and the update is evaluated as `s [B_0 dA + dB (A_0 + dA)] x`: no
 difference of large numbers, which low precision would round away, and the weight stays as it is.
 
 Identity at init: exact, since both increments are zero. The training trajectory is that of the paper's residual form.
@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -42,7 +41,6 @@ from lora_lite.core import (
     Rank,
     SVDConfig,
     Way,
-    add_low_rank,
     balanced_factors,
     checked,
     require_rank,
@@ -62,16 +60,13 @@ def principal_factors(W: Frozen, r: int, scale: float, svd: Way = "exact") -> Co
 
 
 def increments(params: PiSSAParams, start: Params, W: Frozen, x: Tensor, scale: float) -> Tensor:
-    """Return `W x + b + scale [(B0 + dB) dA + dB A0] x`, the change of a product that starts at `B0 A0`."""
-    dA, dB, A0, B0 = params["dA"], params["dB"], start["A0"].to(x.dtype), start["B0"].to(x.dtype)
-    # Both products in one pair of matrices, twice the rank: half the calls for the same arithmetic.
-    h = F.linear(x, torch.cat([dA, A0]))  # (*b, 2r)
-    return add_low_rank(W(x), h, torch.cat([B0 + dB, dB], dim=1), scale)
+    """Return `W x + b + scale [B0 dA + dB (A0 + dA)] x`, the change of a product that starts at `B0 A0`."""
+    return W.updated_low_rank(x, (params["dA"], params["dB"]), scale, start=(start["A0"].to(x.dtype), start["B0"].to(x.dtype)))
 
 
 @checked
 def pissa(params: PiSSAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float) -> Float[Tensor, "*b o"]:
-    """Return `W x + b + scale [(B0 + dB) dA + dB A0] x`. The module's docstring has the formula and the shapes."""
+    """Return `W x + b + scale [B0 dA + dB (A0 + dA)] x`. The module's docstring has the formula and the shapes."""
     return increments(params, W.constants or principal_factors(W, params["dA"].shape[0], scale), W, x, scale)
 
 

@@ -31,11 +31,10 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_lite.core import AdapterConfig, Constants, Count, Frozen, NonNegative, Params, Probability, Rank, add_low_rank, checked
+from lora_lite.core import AdapterConfig, Constants, Count, Frozen, NonNegative, Params, Probability, Rank, checked
 
 
 class RandLoRAParams(TypedDict):
@@ -91,7 +90,7 @@ def randlora(
     B = shared["B"][: max(W.in_features, W.out_features), :n].to(x.dtype).flatten(1)  # (m, n r)
     A = (A * (L[..., None] * G)).flatten(0, 1)  # (r n, k); the frozen factor last, so that its product with the others is not kept
     right, left = (A, B) if k == W.in_features else (B.t(), A.t())
-    return add_low_rank(W(x), F.linear(W.dropped(x, dropout), right), left, scale)
+    return W.updated_low_rank(x, (right, left), scale, dropout)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.core import AdapterConfig, Constants, Count, Frozen, Params, Positive, Probability, Rank, add_low_rank, checked
+from lora_lite.core import AdapterConfig, Constants, Count, Frozen, Params, Positive, Probability, Rank, checked
 from lora_lite.core.fields import Within
 
 Start = Literal["zero", "random"]
@@ -94,7 +94,7 @@ def unilora(
         theta.index_select(0, index.flatten()).view(index.shape) * scale.to(theta.dtype)
         for index, scale in ((fixed["index_A"], fixed["scale_A"]), (fixed["index_B"], fixed["scale_B"]))
     )
-    return add_low_rank(W(x), W.project(x, A, dropout), B)
+    return W.updated_low_rank(x, (A, B), dropout=dropout)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,6 @@ from lora_lite.core import (
     Probability,
     Rank,
     Size,
-    add_low_rank,
     checked,
     dtype_for,
     expect,
@@ -70,14 +69,18 @@ def places(logits: Tensor, topk: int) -> Tensor:
     return torch.cat([first, second], -1)
 
 
-def mixtures(logits: Tensor, bank: Tensor, topk: int) -> Tensor:
-    """Return the sub-vectors `(n, l)` of `logits (n, h)`: of each row the `topk` best vectors of the bank, weighed by their softmax."""
-    index = places(logits, topk)
-    rows = torch.arange(len(logits), device=logits.device)[:, None] * logits.shape[1]
+def mixtures(logits: Tensor, bank: Tensor, topk: int, cut: int) -> tuple[Tensor, ...]:
+    """Return the sub-vectors `(cut, l)` and `(n - cut, l)` of `logits (n, h)`: of each row the `topk` best vectors of the bank, weighed.
+
+    The weights are the softmax of the best logits. Each part has memory of its own, so that one without use for the gradient is let go.
+    """
+    numbers = torch.int32 if logits.numel() < 2**31 else torch.int64  # the places are many, and kept for the gradient
+    index = places(logits, topk).to(numbers)
+    rows = torch.arange(len(logits), device=logits.device, dtype=numbers)[:, None] * logits.shape[1]
     # (n, k). `gather` would keep all logits for its gradient.
     best = logits.flatten().index_select(0, (rows + index).flatten()).view_as(index)
     vectors = bank.index_select(0, index.flatten()).view(*index.shape, -1)  # (n, k, l)
-    return (vectors * best.softmax(-1)[..., None]).sum(1)
+    return tuple(part.sum(1) for part in (vectors * best.softmax(-1)[..., None]).tensor_split((cut,)))
 
 
 @functools.partial(checked, cast=False)
@@ -85,9 +88,9 @@ def vblora(params: VBLoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, topk: i
     """Return `W x + b + B A drop(x)`. The module's docstring has the formula and the shapes."""
     u, v = params["logits_A"], params["logits_B"]
     r, cut = len(u), u.shape[0] * u.shape[1]
-    parts = mixtures(torch.cat([u.flatten(0, 1), v.flatten(0, 1)]), params["bank"], topk).to(dtype_for(W, x))  # both at once
-    A, B = parts[:cut].view(r, -1), parts[cut:].view(len(v), r, -1).mT.reshape(-1, r)
-    return add_low_rank(W(x), W.project(x, A, dropout), B)
+    logits = torch.cat([u.flatten(0, 1), v.transpose(0, 1).flatten(0, 1)])  # both at once, by ranks, so that both factors are views
+    A, B = (part.view(r, -1).to(dtype_for(W, x)) for part in mixtures(logits, params["bank"], topk, cut))
+    return W.updated_low_rank(x, (A, B.t()), dropout=dropout)
 
 
 @dataclass(frozen=True, kw_only=True)

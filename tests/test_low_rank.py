@@ -1,0 +1,85 @@
+"""Low-rank updates as a Function: the numbers of the dense formula in value and in both orders of gradient, and as little kept as LoRA's."""
+
+import pytest
+import torch
+from torch import nn
+
+import lora_lite as ll
+from lora_lite.core import recompute
+from lora_lite.core.low_rank import Factors, added, low_rank_plus
+
+N, I, O, R = 7, 5, 6, 3
+STARTS = ("none", "factors", "diagonal")
+
+
+def drawn(start):
+    """Draw a weight, a bias, outputs, inputs, factors and where they start, all in float64, and the dense update."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((O, I), (O,), (N, O), (N, I), (R, I), (O, R), (R,), (R, I), (O, R), (R,))
+    W, b, y0, x, A, B, S, A0, B0, S0 = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    if start == "none":
+        return W, b, y0, x, (A, B), None, B @ A
+    if start == "factors":
+        return W, b, y0, x, (A, B), Factors(A0, B0), (B0 + B) @ (A0 + A) - B0 @ A0
+    return W, b, y0, x, (A, B, S), Factors(A0, B0, S0), (B0 + B) * (S0 + S) @ (A0 + A) - B0 * S0 @ A0
+
+
+@pytest.mark.parametrize(("given", "start"), [(False, "none"), *((given, start) for given in (False, True) for start in STARTS[1:])])
+def test_value_and_gradients_are_those_of_the_dense_update(given, start, monkeypatch):
+    monkeypatch.setattr(recompute, "SMALL", 0)
+    W, b, y0, x, factors, begun, U = drawn(start)
+
+    def f(x, y0, *factors):
+        factors = Factors(*factors)
+        return added(y0, x, factors, 1.7, begun) if given else low_rank_plus(x, W, b, factors, 1.7, begun)
+
+    inputs = [t.requires_grad_() for t in (x, y0, *factors)]
+    torch.testing.assert_close(f(*inputs), (y0 if given else x @ W.T + b) + 1.7 * x @ U.T)
+    assert "LowRank" in type(f(*inputs).grad_fn.next_functions[0][0]).__name__
+    assert torch.autograd.gradcheck(lambda *t: f(*t) + 0 * t[1], inputs, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(lambda *t: f(*t) + 0 * t[1], inputs)
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_only_what_needs_a_gradient_gets_one(start, monkeypatch):
+    monkeypatch.setattr(recompute, "SMALL", 0)
+    W, b, _, x, factors, begun, U = drawn(start)
+    for n in range(len(factors)):
+        some = [t.requires_grad_() if m == n else t.detach() for m, t in enumerate(factors)]
+        (grad,) = torch.autograd.grad(low_rank_plus(x, W, b, Factors(*some), 1.7, begun).square().sum(), some[n])
+        with torch.no_grad():
+            assert not low_rank_plus(x, W, b, Factors(*some), 1.7, begun).requires_grad
+        monkeypatch.setattr(recompute, "SMALL", 1 << 60)
+        (plain,) = torch.autograd.grad(low_rank_plus(x, W, b, Factors(*some), 1.7, begun).square().sum(), some[n])
+        monkeypatch.setattr(recompute, "SMALL", 0)
+        torch.testing.assert_close(grad, plain)
+    W.requires_grad_()
+    (grad,) = torch.autograd.grad(low_rank_plus(x, W, b, Factors(*factors), 1.7, begun).sum(), W)
+    torch.testing.assert_close(grad, torch.ones(O, N, dtype=torch.float64) @ x)
+
+
+def held(cfg, narrow):
+    """Return the bytes that autograd keeps beside weights, constants and params for two layers, the second behind the first."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(136, 144), nn.Tanh(), nn.Linear(144, 128))
+    model = model.to(torch.bfloat16) if narrow else model
+    adapt = ll.build(model, cfg)
+    params = ll.tree_map(lambda p: (p + 0.05 * torch.randn_like(p)).requires_grad_(), adapt.init(seed=0))
+    own = {t.untyped_storage().data_ptr() for t in (*ll.tree_leaves(params), *ll.tree_leaves(adapt.constants), *model.parameters())}
+    seen = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in own:
+            seen[t.untyped_storage().data_ptr()] = t  # kept alive, so that no two have one address
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        adapt(params, torch.randn(400, 136, dtype=model[0].weight.dtype, requires_grad=True))
+    return sum(t.untyped_storage().nbytes() for t in seen.values())
+
+
+@pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("cfg", [ll.PiSSAConfig(r=12), ll.OLoRAConfig(r=12), ll.KaSAConfig(r=12)], ids=lambda cfg: cfg.name)
+def test_a_product_with_a_start_keeps_what_one_from_zero_keeps(cfg, narrow):
+    vectors = 2 * 2 * 12 * 4 if cfg.name == "kasa" else 0  # S, scaled, of each layer
+    assert held(cfg, narrow) <= held(ll.LoRAConfig(r=12), narrow) + vectors
