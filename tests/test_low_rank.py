@@ -1,4 +1,4 @@
-"""Low-rank updates as a Function: the numbers of the dense formula in value and in both orders of gradient, and as little kept as LoRA's."""
+"""Low-rank updates as a Function: the numbers of the dense formula, in the gradient and in its own too, and as little kept as LoRA's."""
 
 import pytest
 import torch
@@ -8,14 +8,14 @@ import lora_lite as ll
 from lora_lite.core import recompute
 from lora_lite.core.low_rank import Factors, added, low_rank_plus
 
-N, I, O, R = 7, 5, 6, 3
+TOKENS, IN, OUT, R = 7, 5, 6, 3
 STARTS = ("none", "factors", "diagonal")
 
 
 def drawn(start):
     """Draw a weight, a bias, outputs, inputs, factors and where they start, all in float64, and the dense update."""
     generator = torch.Generator().manual_seed(0)
-    shapes = ((O, I), (O,), (N, O), (N, I), (R, I), (O, R), (R,), (R, I), (O, R), (R,))
+    shapes = ((OUT, IN), (OUT,), (TOKENS, OUT), (TOKENS, IN), *2 * ((R, IN), (OUT, R), (R,)))
     W, b, y0, x, A, B, S, A0, B0, S0 = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     if start == "none":
         return W, b, y0, x, (A, B), None, B @ A
@@ -43,7 +43,7 @@ def test_value_and_gradients_are_those_of_the_dense_update(given, start, monkeyp
 @pytest.mark.parametrize("start", STARTS)
 def test_only_what_needs_a_gradient_gets_one(start, monkeypatch):
     monkeypatch.setattr(recompute, "SMALL", 0)
-    W, b, _, x, factors, begun, U = drawn(start)
+    W, b, _, x, factors, begun, _ = drawn(start)
     for n in range(len(factors)):
         some = [t.requires_grad_() if m == n else t.detach() for m, t in enumerate(factors)]
         (grad,) = torch.autograd.grad(low_rank_plus(x, W, b, Factors(*some), 1.7, begun).square().sum(), some[n])
@@ -55,7 +55,7 @@ def test_only_what_needs_a_gradient_gets_one(start, monkeypatch):
         torch.testing.assert_close(grad, plain)
     W.requires_grad_()
     (grad,) = torch.autograd.grad(low_rank_plus(x, W, b, Factors(*factors), 1.7, begun).sum(), W)
-    torch.testing.assert_close(grad, torch.ones(O, N, dtype=torch.float64) @ x)
+    torch.testing.assert_close(grad, torch.ones(OUT, TOKENS, dtype=torch.float64) @ x)
 
 
 def held(cfg, narrow):
