@@ -33,9 +33,6 @@ PART_OF: dict[str, tuple[str, ...]] = {
 """The keys that a file must have for a section, where a run may have written some of it or been cut off."""
 SEVERAL = ("symbolic-cuda", "compiled-cuda", "real-costs")
 """The kinds whose rows may lie in several files, of some variants each."""
-MARGIN = {"pissa": 1.15, "kasa": 1.15, "olora": 1.15, "corda": 1.15, "lora_ga": 1.15, "asvd": 1.15}
-"""The allowed excess of the increment form over PEFT's residual form: two products for one, for an exact start and quantised bases."""
-
 COPIED = "each a few milliseconds, most of which go into copies of the module tree; PEFT changes the model that it is given"
 WHY = {
     **{(name, "init"): COPIED for name in ("ia3", "ia3_ff", "hra", "road", "ln_tuning")},
@@ -45,18 +42,17 @@ WHY = {
 
 
 def costlier(speed: Found | None, memory: Found | None) -> list[str]:
-    """Return the variants that are slower or larger than PEFT's beyond the spread and the margin of increment forms, in words, and why."""
+    """Return the variants that are slower or larger than PEFT's beyond the spread, in words, and why."""
     said: dict[str, list[str]] = {"": []}
     for name, row in (speed["results"]["models"]["variants"] if speed else {}).items():
-        limit = MARGIN.get(name, 1.0)
         for what in ("forward", "step", "init"):
             ratio = row.get(what, {}).get("over_peft")
-            if ratio and ratio["low"] > limit:
+            if ratio and ratio["low"] > 1.0:
                 claim = f"{t.title(name)}'s {what} takes {t.spread(ratio)} of PEFT's time"
                 said.setdefault(WHY.get((name, what), ""), []).append(claim)
     for name, row in (memory["results"]["variants"] if memory else {}).items():
         step = row["step"]
-        if "peft" in step and step["ours"] > 1.005 * MARGIN.get(name, 1.0) * step["peft"]:
+        if "peft" in step and step["ours"] > 1.005 * step["peft"]:
             said[""].append(f"{t.title(name)}'s step takes {step['ours'] / step['peft']:.2f} of PEFT's peak memory")
     return said.pop("") + [f"{', '.join(claims)} ({why})" for why, claims in said.items()]
 
@@ -67,10 +63,7 @@ def verdict(speed: Found | None, memory: Found | None, quality: Found | None) ->
     if worse:
         words.append(f"Costlier than PEFT's beyond the spread: {'; '.join(worse)}.")
     elif speed or memory:
-        words.append(
-            "No variant is slower or larger than PEFT's same method beyond the spread, "
-            f"{max(MARGIN.values())} for increment forms, which take two products for PEFT's one."
-        )
+        words.append("No variant is slower or larger than PEFT's same method beyond the spread.")
     if quality:
         apart = [t.title(n) for n, row in quality["results"]["variants"].items() if row.get("agree") is False]
         words.append(
@@ -129,8 +122,7 @@ def headlines(folder: Path = RESULTS, support: Path = SUPPORT) -> str:
         rows = {n: row["step"]["over_peft"] for n, row in speed["results"]["models"]["variants"].items() if "over_peft" in row["step"]}
         slower = {n: f"{t.title(n)} {ratio['median']:.2f}" for n, ratio in rows.items() if ratio["low"] > 1.0}
         told = ", ".join(f"{t.title(n)} {rows[n]['median']:.2f}" for n in TELLING if n in rows)
-        why = ", which take two products for PEFT's one" if slower and set(slower) <= set(MARGIN) else ""
-        end = f"slower beyond the spread: {', '.join(slower.values())}{why}" if slower else "none of them is slower beyond the spread"
+        end = f"slower beyond the spread: {', '.join(slower.values())}" if slower else "none of them is slower beyond the spread"
         lines.append(f"**A training step over PEFT's**, {len(rows)} methods in one run: {told}; {end} ([time](docs/results.md#time)).")
     if memory:
         rows = {n: row["step"]["ours"] / row["step"]["peft"] for n, row in memory["results"]["variants"].items() if "peft" in row["step"]}

@@ -26,7 +26,7 @@ class Factors(NamedTuple):
 
 
 class _Fixed(NamedTuple):
-    """What is not trained: the layer, unless its output is given, where the product starts, and the factor of the update."""
+    """All that is not trained: the layer, unless its output is given, where the product starts, and the factor of the update."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -72,7 +72,7 @@ def _left(B: Tensor, B0: Tensor | None) -> Tensor:
 
 
 def _between(h: Tensor, S: Tensor | None, start: Factors | None) -> tuple[Tensor, Tensor]:
-    """Return what the left factors are applied to, from what the right ones give, and `(A0 + A) x`."""
+    """Return the input of the left factors, from the output of the right ones, and `(A0 + A) x`."""
     if start is None:
         return h, h
     moved, fixed = h.tensor_split(2, -1)
@@ -131,7 +131,7 @@ def _gradients(
     scale: float,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Return what `_again` does, in fewer passes."""
+    """Return the same gradients as `_again`, in fewer passes."""
     (A, B, S), of_S, second = factors, None, both
     of_h = of_right = (grad @ _left(B, start and start.B)).mul_(scale)
     if start is not None:

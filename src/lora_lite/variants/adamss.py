@@ -53,8 +53,11 @@ def adamss(params: AdaMSSParams, W: Frozen, x: Float[Tensor, "*b i"]) -> Float[T
     A, V = params["A"], W.constants["V"].to(x.dtype)
     (n, r), i, o = A.shape, x.shape[-1], W.out_features
     B = params["B"].new_zeros(o * n).index_copy(0, W.constants["cells"], params["B"]).view(o, n)
-    h = project(x, A @ V) if n * i <= r * (i + n) else F.linear(project(x, V), A)  # A V is paid for once a call
-    return add_low_rank(W(x), h, B)
+    if n * i > r * (i + n):
+        return add_low_rank(W(x), F.linear(project(x, V), A), B)
+    AV = A @ V  # paid for once a call
+    y = W.updated_low_rank(x, (AV[:, :i], B))
+    return y + B @ AV[:, i] if AV.shape[1] > i else y
 
 
 def project(x: Tensor, V: Tensor) -> Tensor:
