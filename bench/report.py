@@ -127,7 +127,7 @@ def headlines(folder: Path = RESULTS, support: Path = SUPPORT) -> str:
     if memory:
         rows = {n: row["step"]["ours"] / row["step"]["peft"] for n, row in memory["results"]["variants"].items() if "peft" in row["step"]}
         told = ", ".join(f"{t.title(n)} {rows[n]:.2f}" for n in TELLING if n in rows)
-        larger = [f"{t.title(n)} {ratio:.2f}" for n, ratio in rows.items() if ratio > 1.005 * MARGIN.get(n, 1.0)]
+        larger = [f"{t.title(n)} {ratio:.2f}" for n, ratio in rows.items() if ratio > 1.005]
         end = f"larger: {', '.join(larger)}" if larger else "none is larger"
         lines.append(f"**Its peak memory over PEFT's**: {told}; {end} ([memory](docs/results.md#memory)).")
     if serving:
