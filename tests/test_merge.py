@@ -194,6 +194,19 @@ def test_merged_weights_are_not_differentiated_in_reverse_mode(transform):
     transform(lambda q: loss(params, q))(params)  # constants may be merged
 
 
+def test_factors_of_to_lora_are_not_differentiated():
+    adapt = ll.build(nn.Sequential(nn.Linear(8, 4)), ll.LoHaConfig(r=2))
+    params, x = move(adapt.init()), torch.randn(3, 8)
+
+    def loss(p):
+        lora, found, _ = ll.to_lora(adapt, p, r=4)
+        return lora(found, x).square().sum()
+
+    with pytest.raises(ValueError, match=r"^to_lora: .* Differentiate adapt\(params, batch\)"):
+        torch.func.grad(loss)(params)
+    torch.func.grad(lambda q: loss(params) + adapt(q, x).sum())(params)  # of constants it may be called
+
+
 def test_merged_weights_are_differentiated_in_forward_mode():
     adapt = ll.build(nn.Sequential(nn.Linear(8, 4, bias=False)).double(), ll.LoRAConfig(r=2, dtype=torch.float64))
     params, along = move(adapt.init()), move(adapt.init(), seed=1)

@@ -25,6 +25,29 @@ def rows(count=12, seed=1):
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_base_weights_stay_frozen_where_a_module_is_unfrozen(name):
+    model, batch = tiny_models[name]()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    params = move(adapt.init())
+    module = adapt.module(params)
+    own = {name for name, p in module.named_parameters() if p.requires_grad}
+    module.requires_grad_(False)
+    assert not any(p.requires_grad for p in module.parameters())
+    with pytest.warns(UserWarning, match=r"^requires_grad_: .* They stay frozen"):
+        assert module.requires_grad_(True) is module
+    with pytest.warns(UserWarning, match=r"^requires_grad_: .* They stay frozen"):
+        next(module.children()).requires_grad_()
+    assert {name for name, p in module.named_parameters() if p.requires_grad} == own
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    module.train()(**batch).loss.backward()
+    optimizer.step()
+    assert all(torch.equal(p, before[name]) and p.requires_grad == flags[name] for name, p in model.named_parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(ll.tree_leaves(adapt.params(module)), ll.tree_leaves(params), strict=True))
+
+
 def arguments(folder, **options):
     settings = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "max_steps": STEPS, "learning_rate": 0.05}
     saving = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 2}

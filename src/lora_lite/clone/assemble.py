@@ -14,6 +14,7 @@ from lora_lite.clone.saved import warn_when_saved
 from lora_lite.clone.settings import Settings
 from lora_lite.clone.state import own_state
 from lora_lite.clone.structure import clone_again
+from lora_lite.clone.unfrozen import keep_frozen
 from lora_lite.core.alike import made_alike
 from lora_lite.core.invocation import ACTIVE
 from lora_lite.core.plan import Plan
@@ -58,4 +59,5 @@ def trainable_copy(plan: Plan, params: Mapping[str, Mapping[str, Tensor]]) -> nn
     replicable(module)
     warn_when_saved(module)
     keep_shared(module)
+    keep_frozen(module)
     return module

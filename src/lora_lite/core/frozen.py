@@ -26,7 +26,7 @@ Start = Callable[[int, int, int, torch.Generator], tuple[Tensor, Tensor]]
 
 USES = {
     "output": "calls `W(x)`, the layer's own output",
-    "project": "calls `W.project(x, A)`, a projection of the input",
+    "project": "calls `W.project(x, A)`, a projection of the input, or `W.updated_low_rank`, which does",
     "vectors": "takes the input `x` itself, as vectors `(*b, i)`",
     "matmul": "calls `W.matmul`, the product without the bias, on vectors of its own",
     "rows": "calls `W.add_rows`, the output with some rows of the weight moved, as the layer stores it",

@@ -36,7 +36,9 @@ class _Fixed(NamedTuple):
 
 def low_rank_plus(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, scale: float, start: Factors | None = None) -> Tensor:
     """Return `x (weight + scale U)^T + bias` with the update `U` of `added`, in the dtype that all have; `weight` and `bias` are fixed."""
-    if recomputes(x.numel(), _tensors(x, *factors), (weight, bias, *(start or ()))):
+    # Without these gradients plain autograd keeps less: no input for that of A, no A for that of the input.
+    wanted = start is not None or (x.requires_grad and factors.A.requires_grad)
+    if wanted and recomputes(x.numel(), _tensors(x, *factors), (weight, bias, *(start or ()))):
         y = _LowRank.apply(x.reshape(-1, x.shape[-1]), None, *factors, _Fixed(weight, bias, start, scale))
         return y.view(*x.shape[:-1], weight.shape[0])
     return _added(F.linear(x, weight, bias), x, factors, start, scale)

@@ -1,6 +1,6 @@
 """Whether something traces or transforms the code that runs."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -55,6 +55,15 @@ def differentiated(tensor: Tensor) -> bool:
 def in_transform() -> bool:
     """Whether a transform, a compilation or inference mode is active. In inference mode plain autograd records nothing."""
     return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or transformed()
+
+
+def require_constant(tensors: Iterable[Tensor], call: str, made: str) -> None:
+    """Refuse params that `torch.func.grad` differentiates by, for a call whose results are constants: their gradient would be zero."""
+    if transformed() and not torch.compiler.is_compiling() and any(map(differentiated, tensors)):
+        raise ValueError(
+            f"{call}: expected params that no transform differentiates by, found those of torch.func.grad or its kin: {made} are "
+            "constants, with gradients of zero. Differentiate adapt(params, batch), which has the same numbers, or call this outside."
+        )
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.frozen import Frozen
 from lora_lite.core.memory import place_in_memory
 from lora_lite.core.plan import Plan, Target
-from lora_lite.core.tracing import differentiated, transformed
+from lora_lite.core.tracing import require_constant
 from lora_lite.core.tree import AnyTree, join, tree_leaves
 from lora_lite.layers.identity import Release, at_identity, exact_dtype
 from lora_lite.layers.kind import Variant
@@ -42,11 +42,7 @@ def merge(plan: Plan, params: AnyTree, dtype: torch.dtype | None = None) -> dict
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"adapt.merge: expected a floating torch.dtype or None, found {dtype!r}. Use e.g. torch.float32.")
-    if transformed() and not torch.compiler.is_compiling() and any(map(differentiated, tree_leaves(params))):
-        raise ValueError(
-            "adapt.merge: expected params that no transform differentiates by, found those of torch.func.grad or its kin: merged weights "
-            "are constants, with gradients of zero. Differentiate adapt(params, batch), whose numbers are those of the merged model."
-        )
+    require_constant(tree_leaves(params), "adapt.merge", "merged weights")
     faults: list[str] = []
     merged: dict[str, Tensor] = {}
     alone: dict[str, Target] = {}

@@ -14,7 +14,8 @@ from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.leading import leading_svd
 from lora_lite.core.plan import Target
-from lora_lite.core.tree import Tree
+from lora_lite.core.tracing import require_constant
+from lora_lite.core.tree import Tree, tree_leaves
 from lora_lite.layers.kind import Variant
 from lora_lite.variants.lora import LoRAConfig
 
@@ -37,7 +38,8 @@ def to_lora(
 
     Raises:
         TypeError: where an argument is of another type, as in another order.
-        ValueError: where `params` does not fit `adapt`, a variant is not linear, or it moves the bias; it names each target.
+        ValueError: where `params` does not fit `adapt`, a variant is not linear, or it moves the bias; it names each target. For params by
+            which `torch.func.grad` differentiates.
 
     Example:
         >>> import torch, lora_lite as ll
@@ -54,6 +56,7 @@ def to_lora(
     require_type(isinstance(r, int) and not isinstance(r, bool), call, "r", "an integer >= 1", r)
     adapt._require_whole("to_lora")
     adapt._require(params, "to_lora")
+    require_constant(tree_leaves(params), "to_lora", "its factors")
     adapt._require_finite(params, "to_lora")
     cfg = LoRAConfig(
         r=r,

@@ -34,7 +34,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lora_lite.core import AdapterConfig, Constants, Count, Frozen, NonNegative, Params, Probability, Rank, checked
+from lora_lite.core import AdapterConfig, Constants, Count, Frozen, NonNegative, Params, Probability, Rank, add_low_rank, checked
 
 
 class RandLoRAParams(TypedDict):
@@ -85,12 +85,12 @@ def randlora(
     """Return `W x + b + scale sum_j B_j Lambda_j A Gamma_j x`. A plain weight takes bases of its own widths, drawn from `seed`."""
     L, G = params["Lambda"], params["Gamma"]
     (r, n), k = L.shape, G.shape[1]
-    shared = W.constants or bases([W], r, seed)
+    shared, y = W.constants or bases([W], r, seed), W(x)  # the layer first: the backward pass is then through with the factors before it
     A = shared["A"][..., :k].to(x.dtype)
     B = shared["B"][: max(W.in_features, W.out_features), :n].to(x.dtype).flatten(1)  # (m, n r)
     A = (A * (L[..., None] * G)).flatten(0, 1)  # (r n, k); the frozen factor last, so that its product with the others is not kept
     right, left = (A, B) if k == W.in_features else (B.t(), A.t())
-    return W.updated_low_rank(x, (right, left), scale, dropout)
+    return add_low_rank(y, W.project(x, right, dropout), left, scale)
 
 
 @dataclass(frozen=True, kw_only=True)
