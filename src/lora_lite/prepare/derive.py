@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
@@ -207,12 +207,16 @@ def _of_finite(cfg: AdapterConfig, layers: Sequence[Frozen], make: Callable[[], 
 
 
 def _require_finite(cfg: AdapterConfig, layers: Sequence[Frozen], cause: Exception | None = None) -> None:
-    weights = (W.dense() for W in layers)
-    if not all(weight.is_meta or bool(weight.isfinite().all()) for weight in weights):
+    if not all(map(_finite, (W.dense() for W in layers))):
         raise ValueError(
             f"{type(cfg).__name__}: expected a finite weight to start from, found inf or nan. Load the model's weights anew, in a dtype "
             "that holds them, or leave such layers out with exclude_names."
         ) from cause
+
+
+def _finite(weight: Tensor) -> bool:
+    """Whether a weight has no inf and no nan, which both of its extremes show: in one pass, where `isfinite` makes tensors of its size."""
+    return weight.is_meta or not weight.numel() or all(bool(extreme.isfinite()) for extreme in weight.aminmax())
 
 
 @contextmanager

@@ -58,12 +58,13 @@ def bases(layers: Sequence[Frozen], r: int, seed: int, density: float | None = N
     generator = torch.Generator().manual_seed(seed)
     shapes = (r, 1, small), (large, -(-small // r), r)
     A, B = (ternary(shape, density, generator) if density else uniform(shape, generator) for shape in shapes)
-    if not (A.numel() > 1 and A.std() > 0 and B.numel() > 1 and B.std() > 0):
+    deviations = [t.std() if t.numel() > 1 else t.new_zeros(()) for t in (A, B)]
+    if not all(deviations):
         raise ValueError(
             f"RandLoRAConfig.r: expected bases whose entries differ, since they are divided by their deviation, found them alike with "
             f"r={r} for layers of at most {widest[0]} inputs and {widest[1]} outputs. Raise r, or draw others by seed."
         )
-    return {"A": (A / A.std()).float(), "B": (B / B.std()).float()}
+    return {"A": (A / deviations[0]).float(), "B": (B / deviations[1]).float()}
 
 
 def uniform(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
