@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lora_lite as ll
-from lora_lite.core import recompute
+from lora_lite.core import low_rank, recompute
 from lora_lite.core.low_rank import Factors, added, low_rank_plus
 
 TOKENS, IN, OUT, R = 7, 5, 6, 3
@@ -38,6 +38,15 @@ def test_value_and_gradients_are_those_of_the_dense_update(given, start, monkeyp
     assert "LowRank" in type(f(*inputs).grad_fn.next_functions[0][0]).__name__
     assert torch.autograd.gradcheck(lambda *t: f(*t) + 0 * t[1], inputs, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(lambda *t: f(*t) + 0 * t[1], inputs)
+
+
+@pytest.mark.parametrize("start", STARTS[1:])
+def test_few_tokens_and_many_give_the_same_numbers(start, monkeypatch):
+    W, b, y0, x, factors, begun, U = drawn(start)
+    for few in (0, TOKENS):
+        monkeypatch.setattr(low_rank, "FEW", few)
+        torch.testing.assert_close(low_rank_plus(x, W, b, Factors(*factors), 1.7, begun), x @ (W + 1.7 * U).T + b)
+        torch.testing.assert_close(added(y0, x, Factors(*factors), 1.7, begun), y0 + 1.7 * x @ U.T)
 
 
 @pytest.mark.parametrize("start", STARTS)

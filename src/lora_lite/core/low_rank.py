@@ -25,6 +25,10 @@ class Factors(NamedTuple):
     S: Tensor | None = None
 
 
+FEW = 32
+"""Tokens up to which both pairs of factors are multiplied one by one: to put them side by side takes longer than their products."""
+
+
 class _Fixed(NamedTuple):
     """All that is not trained: the layer, unless its output is given, where the product starts, and the factor of the update."""
 
@@ -61,6 +65,11 @@ def _tensors(*given: Tensor | None) -> list[Tensor]:
 
 
 def _added(y0: Tensor, x: Tensor, factors: Factors, start: Factors | None, scale: float) -> Tensor:
+    if start is not None and not torch.compiler.is_compiling() and x.numel() <= FEW * x.shape[-1]:
+        flat, y = x.reshape(-1, x.shape[-1]), y0.reshape(-1, y0.shape[-1])
+        moved = F.linear(flat, factors.A)
+        first, second = _parts(moved, moved + F.linear(flat, start.A), factors.S, start)
+        return add_low_rank(add_low_rank(y, first, start.B, scale), second, factors.B, scale).view(y0.shape)
     h = F.linear(x, _right(factors.A, start and start.A))
     return add_low_rank(y0, _between(h, factors.S, start)[0], _left(factors.B, start and start.B), scale)
 
@@ -79,8 +88,12 @@ def _between(h: Tensor, S: Tensor | None, start: Factors | None) -> tuple[Tensor
         return h, h
     moved, fixed = h.tensor_split(2, -1)
     both = moved + fixed
-    parts = (moved, both) if S is None or start.S is None else (S * both + start.S * moved, (start.S + S) * both)
-    return torch.cat(parts, -1), both
+    return torch.cat(_parts(moved, both, S, start), -1), both
+
+
+def _parts(moved: Tensor, both: Tensor, S: Tensor | None, start: Factors) -> tuple[Tensor, Tensor]:
+    """Return the inputs of `B0` and of `B`, from `A x` and `(A0 + A) x`."""
+    return (moved, both) if S is None or start.S is None else (S * both + start.S * moved, (start.S + S) * both)
 
 
 class _LowRank(torch.autograd.Function):
