@@ -40,6 +40,28 @@ def test_value_and_gradients_are_those_of_the_dense_update(given, start, monkeyp
     assert torch.autograd.gradgradcheck(lambda *t: f(*t) + 0 * t[1], inputs)
 
 
+@pytest.mark.parametrize("small", [0, 1 << 60], ids=["by hand", "plain"])
+@pytest.mark.parametrize("start", [*STARTS, "diagonal without a start"])
+def test_a_frozen_layer_adds_the_dense_update(start, small, monkeypatch):
+    monkeypatch.setattr(recompute, "SMALL", small)
+    W, b, _, x, factors, begun, U = drawn(start.partition(" ")[0])
+    if " " in start:
+        (A, B, S), begun = factors, None
+        U = B * S @ A
+    want, given = x @ (W + 1.7 * U).T + b, [t.requires_grad_() for t in (x, *factors)]
+    got = ll.Frozen(W, b).updated_low_rank(x, factors, 1.7, start=None if begun is None else [t for t in begun if t is not None])
+    torch.testing.assert_close(got, want)
+    assert all(g.any() for g in torch.autograd.grad(got.square().sum(), given))
+
+
+def test_a_diagonal_has_a_start_where_the_factors_have_one():
+    W, b, _, x, (A, B, S), begun, _ = drawn("diagonal")
+    with pytest.raises(ValueError, match=r"found S in factors alone\. Give start one too"):
+        ll.Frozen(W, b).updated_low_rank(x, (A, B, S), start=begun[:2])
+    with pytest.raises(ValueError, match=r"found S in start alone\. Give factors one too"):
+        ll.Frozen(W, b).updated_low_rank(x, (A, B), start=begun)
+
+
 @pytest.mark.parametrize("start", STARTS[1:])
 def test_few_tokens_and_many_give_the_same_numbers(start, monkeypatch):
     W, b, y0, x, factors, begun, U = drawn(start)

@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from lora_lite.core.autocast import autocasts
 from lora_lite.core.linalg import add_low_rank, kaiming
-from lora_lite.core.low_rank import Factors, added, low_rank_plus
+from lora_lite.core.low_rank import added, both_of, low_rank_plus
 from lora_lite.core.recompute import Vjp, linear_plus
 
 Constants = dict[str, Tensor]
@@ -190,8 +190,11 @@ class Frozen:
             dropout: of the input of the update.
             start: fixed `A0`, `B0`, and `S0` beside `S`, that the factors are displacements from: the update is the change of the product,
                 `(B0 + B) (A0 + A) - B0 A0`, computed so that nothing cancels.
+
+        Raises:
+            ValueError: where only one of factors and start has an `S`.
         """
-        given, begun = Factors(*factors), None if start is None else Factors(*start)
+        given, begun = both_of(factors, start)
         plain = type(self).project is Frozen.project and not autocasts(x)
         weight = self._summand(x, dropout) if plain and not x.is_cuda else None
         if weight is not None and given.A.dtype == weight.dtype:

@@ -25,6 +25,22 @@ class Factors(NamedTuple):
     S: Tensor | None = None
 
 
+def both_of(factors: Sequence[Tensor], start: Sequence[Tensor] | None) -> tuple[Factors, Factors | None]:
+    """Return factors and their start as such; a diagonal without a start is multiplied into the factor before it.
+
+    Raises:
+        ValueError: where only one of the two has a diagonal.
+    """
+    given = Factors(*factors)
+    if start is None:
+        return (given if given.S is None else Factors(given.S.unsqueeze(-1) * given.A, given.B)), None
+    begun = Factors(*start)
+    if (given.S is None) != (begun.S is None):
+        has, lacks = ("factors", "start") if begun.S is None else ("start", "factors")
+        raise ValueError(f"updated_low_rank: expected (A, B, S) in factors and in start, found S in {has} alone. Give {lacks} one too.")
+    return given, begun
+
+
 FEW = 32
 """Tokens up to which both pairs of factors are multiplied one by one: to put them side by side takes longer than their products."""
 

@@ -49,7 +49,7 @@ class AdaLoRAParams(TypedDict):
 def adalora(params: AdaLoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: float, dropout: float = 0.0) -> Float[Tensor, "*b o"]:
     """Return `W x + b + scale B (E (A drop(x)))`. The module's docstring has the formula and the shapes."""
     # E scales the rows of A, not the activations: these would be kept twice for the backward pass.
-    return W.updated_low_rank(x, (params["A"] * params["E"].unsqueeze(1), params["B"]), scale, dropout)
+    return W.updated_low_rank(x, (params["A"], params["B"], params["E"]), scale, dropout)
 
 
 def orthogonality(params: AnyTree) -> Tensor:
