@@ -3,6 +3,7 @@
 A new variant is one row in `CASES`; a new architecture one function in `tiny_models`.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -208,6 +209,21 @@ def by_name(cfg: ll.AdapterConfig) -> str:
 def named(part: Row | torch.dtype) -> str:
     """Name a row and a dtype in a test's id."""
     return part.id if isinstance(part, Row) else str(part).removeprefix("torch.")
+
+
+@contextlib.contextmanager
+def saved_beside(own):
+    """Note the storages that autograd keeps for a backward pass beside those of `own` tensors: `{address: storage}`, filled on the way."""
+    places, seen = {t.untyped_storage().data_ptr() for t in own}, {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in places:
+            seen[storage.data_ptr()] = storage  # held, so that no two have one address
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield seen
 
 
 def move(params, seed: int = 0, scale: float = 0.1):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import lora_lite as ll
+from cases import build_any, saved_beside
 from lora_lite.core import low_rank, recompute
 from lora_lite.core.low_rank import Factors, added, low_rank_plus
 
@@ -75,38 +76,32 @@ def test_few_tokens_and_many_give_the_same_numbers(start, monkeypatch):
 def test_only_what_needs_a_gradient_gets_one(start, monkeypatch):
     monkeypatch.setattr(recompute, "SMALL", 0)
     W, b, _, x, factors, begun, _ = drawn(start)
+    x.requires_grad_()
     for n in range(len(factors)):
         some = [t.requires_grad_() if m == n else t.detach() for m, t in enumerate(factors)]
-        (grad,) = torch.autograd.grad(low_rank_plus(x, W, b, Factors(*some), 1.7, begun).square().sum(), some[n])
+        got = torch.autograd.grad(low_rank_plus(x, W, b, Factors(*some), 1.7, begun).square().sum(), (some[n], x))
         with torch.no_grad():
             assert not low_rank_plus(x, W, b, Factors(*some), 1.7, begun).requires_grad
         monkeypatch.setattr(recompute, "SMALL", 1 << 60)
-        (plain,) = torch.autograd.grad(low_rank_plus(x, W, b, Factors(*some), 1.7, begun).square().sum(), some[n])
+        want = torch.autograd.grad(low_rank_plus(x, W, b, Factors(*some), 1.7, begun).square().sum(), (some[n], x))
         monkeypatch.setattr(recompute, "SMALL", 0)
-        torch.testing.assert_close(grad, plain)
+        torch.testing.assert_close(got, want)
     W.requires_grad_()
     (grad,) = torch.autograd.grad(low_rank_plus(x, W, b, Factors(*factors), 1.7, begun).sum(), W)
-    torch.testing.assert_close(grad, torch.ones(OUT, TOKENS, dtype=torch.float64) @ x)
+    torch.testing.assert_close(grad, torch.ones(OUT, TOKENS, dtype=torch.float64) @ x.detach())
 
 
-def held(cfg, narrow):
+def held(cfg, narrow=False, input_gradient=True):
     """Return the bytes that autograd keeps beside weights, constants and params for two layers, the second behind the first."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(136, 144), nn.Tanh(), nn.Linear(144, 128))
     model = model.to(torch.bfloat16) if narrow else model
-    adapt = ll.build(model, cfg)
+    x = torch.randn(400, 136, dtype=model[0].weight.dtype, requires_grad=input_gradient)
+    adapt = build_any(model, cfg, [{"input": x.detach()}])
     params = ll.tree_map(lambda p: (p + 0.05 * torch.randn_like(p)).requires_grad_(), adapt.init(seed=0))
-    own = {t.untyped_storage().data_ptr() for t in (*ll.tree_leaves(params), *ll.tree_leaves(adapt.constants), *model.parameters())}
-    seen = {}
-
-    def pack(t):
-        if t.untyped_storage().data_ptr() not in own:
-            seen[t.untyped_storage().data_ptr()] = t  # kept alive, so that no two have one address
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        adapt(params, torch.randn(400, 136, dtype=model[0].weight.dtype, requires_grad=True))
-    return sum(t.untyped_storage().nbytes() for t in seen.values())
+    with saved_beside((*ll.tree_leaves(params), *ll.tree_leaves(adapt.constants), *model.parameters())) as seen:
+        adapt(params, x)
+    return sum(storage.nbytes() for storage in seen.values())
 
 
 @pytest.mark.parametrize("narrow", [False, True], ids=["float32", "bfloat16"])
@@ -114,3 +109,23 @@ def held(cfg, narrow):
 def test_a_product_with_a_start_keeps_what_one_from_zero_keeps(cfg, narrow):
     vectors = 2 * 2 * 12 * 4 if cfg.name == "kasa" else 0  # S, scaled, of each layer
     assert held(cfg, narrow) <= held(ll.LoRAConfig(r=12), narrow) + vectors
+
+
+LOW_RANK = [
+    *(ll.LoRAConfig(r=12), ll.MiCAConfig(r=12), ll.AdaLoRAConfig(init_r=12), ll.DoRAConfig(r=12), ll.OSFConfig(), ll.RandLoRAConfig(r=12)),
+    *(
+        ll.UniLoRAConfig(r=12),
+        ll.VBLoRAConfig(r=12, vector_length=8),
+        ll.PEANuTConfig(r=12),
+        ll.ABBAConfig(r1=4, r2=4),
+        ll.AdaMSSConfig(r=12),
+    ),
+]
+
+
+@pytest.mark.parametrize("input_gradient", [True, False], ids=["input too", "params alone"])
+@pytest.mark.parametrize("cfg", LOW_RANK, ids=lambda cfg: cfg.name)
+def test_no_variant_keeps_more_than_by_plain_autograd(cfg, input_gradient, monkeypatch):
+    found = held(cfg, input_gradient=input_gradient)
+    monkeypatch.setattr(recompute, "SMALL", 1 << 60)
+    assert found <= held(cfg, input_gradient=input_gradient)

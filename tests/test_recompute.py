@@ -6,7 +6,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import lora_lite as ll
-from cases import CASES, Blocks, build_any, move, named
+from cases import CASES, Blocks, build_any, move, named, saved_beside
 from lora_lite.core import recompute
 from lora_lite.core.recompute import linear_plus, recomputed
 
@@ -36,18 +36,9 @@ def kept(adapt, weights, x, params):
     """Return the gradients, and the bytes that autograd keeps for the backward pass beside params and weights."""
     leaves = ll.tree_map(lambda p: p.clone().requires_grad_(), params)
     frozen = (*weights, *ll.tree_leaves(adapt.constants))
-    own = {t.untyped_storage().data_ptr() for t in (*ll.tree_leaves(leaves), *frozen)}
-    seen = {}
-
-    def pack(t):
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = t  # kept alive, so that no two have one address
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with saved_beside((*ll.tree_leaves(leaves), *frozen)) as seen:
         value = loss(adapt, x)(leaves)
-    held = sum(t.untyped_storage().nbytes() for t in seen.values())
+    held = sum(storage.nbytes() for storage in seen.values())
     return torch.autograd.grad(value, ll.tree_leaves(leaves)), held
 
 

@@ -10,7 +10,7 @@ import transformers as tf
 from torch import nn
 
 import lora_lite as ll
-from cases import FIVE, assert_trees_equal, by_name, move, tensors_of
+from cases import FIVE, assert_trees_equal, by_name, move, saved_beside, tensors_of
 from common.measure import peak_bytes
 
 BLOCKS = {
@@ -683,19 +683,10 @@ def test_pattern_that_matches_nothing_is_an_error(tiny):
 
 def saved_bytes(model, loss):
     """Count the bytes that the backward pass of `loss()` keeps, without the model's own tensors and storage seen twice."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    sizes = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            sizes[storage.data_ptr()] = (storage.nbytes(), storage)  # held, so that no address comes twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_beside([*model.parameters(), *model.buffers()]) as seen:
         value = loss()
     value.backward()
-    return sum(size for size, _ in sizes.values())
+    return sum(storage.nbytes() for storage in seen.values())
 
 
 DEEP = {"num_hidden_layers": 12}

@@ -141,3 +141,14 @@ def test_a_file_of_other_groups_is_refused(monkeypatch, tmp_path):
     safetensors.torch.save_file(tensors, place)
     with pytest.raises(ValueError, match=r'expected shapes \[\[.*\]\] at "0", as its weight implies, found'):
         ll.from_peft(model, tmp_path)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_output_under_autocast_has_the_dtype_of_the_layer(bias):
+    model = nn.Sequential(nn.Linear(24, 16, bias=bias))
+    adapt = ll.build(model, ll.AdaMSSConfig(r=8, num_subspaces=3))
+    params, x = move(adapt.init()), torch.randn(5, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, base = adapt(params, x), model(x)
+    assert y.dtype == base.dtype == torch.bfloat16
+    torch.testing.assert_close((y - base).float(), adapt(params, x) - model(x), rtol=0.1, atol=0.05)

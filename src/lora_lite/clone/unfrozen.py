@@ -13,10 +13,9 @@ _SET = "requires_grad_"
 
 
 def keep_frozen(root: nn.Module) -> None:
-    """Let each module of a copy that has others in it leave the tensors frozen that it shares with the user's model, in place."""
+    """Let each module of a copy leave the tensors frozen that it shares with the user's model, in place."""
     for module in modules_of_model(root).values():
-        if any(True for _ in module.children()):
-            vars(module)[_SET] = functools.partial(_set, module)
+        vars(module)[_SET] = functools.partial(_set, module)
 
 
 def _set(module: nn.Module, requires_grad: bool = True) -> Any:

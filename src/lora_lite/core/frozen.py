@@ -195,8 +195,8 @@ class Frozen:
             ValueError: where only one of factors and start has an `S`.
         """
         given, begun = both_of(factors, start)
-        plain = type(self).project is Frozen.project and not autocasts(x)
-        weight = self._summand(x, dropout) if plain and not x.is_cuda else None
+        plain = type(self).project is Frozen.project and not x.is_cuda
+        weight = self._summand(x, dropout) if plain else None
         if weight is not None and given.A.dtype == weight.dtype:
             return low_rank_plus(x, weight, self.bias, given, scale, begun)
         if begun is not None:

@@ -16,6 +16,9 @@ from torch._C._functorch import is_legacy_batchedtensor
 from lora_lite.core.linalg import add_low_rank
 from lora_lite.core.recompute import gradients_of, recomputes
 
+FEW = 32
+"""Tokens up to which both pairs of factors are multiplied one by one: to put them side by side takes longer than their products."""
+
 
 class Factors(NamedTuple):
     """`B A` with `A (r, i)`, `B (o, r)`; or `B diag(S) A` with `S (r,)`."""
@@ -39,10 +42,6 @@ def both_of(factors: Sequence[Tensor], start: Sequence[Tensor] | None) -> tuple[
         has, lacks = ("factors", "start") if begun.S is None else ("start", "factors")
         raise ValueError(f"updated_low_rank: expected (A, B, S) in factors and in start, found S in {has} alone. Give {lacks} one too.")
     return given, begun
-
-
-FEW = 32
-"""Tokens up to which both pairs of factors are multiplied one by one: to put them side by side takes longer than their products."""
 
 
 class _Fixed(NamedTuple):
