@@ -802,3 +802,113 @@ def test_tokens_of_a_layer_with_a_bias_which_peft_leaves_out_are_refused_both_wa
     adapt = ll.build(model, ll.TokensConfig(token_ids=(1, 4), target_names="^0$"))
     with pytest.raises(ValueError, match=rf"(?s)to_peft.*{reason}"):
         ll.to_peft(adapt, move(adapt.init()), tmp_path / "ours")
+
+
+# What PEFT's own tests adapt
+
+
+def images(channels, kernel, dims=2):
+    conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
+    return nn.Sequential(conv(channels, 4, kernel)), torch.randn(3, channels, *[5] * dims)
+
+
+def vectors(i, o):
+    return nn.Sequential(nn.Linear(i, o)), torch.randn(3, i)
+
+
+GATES = {
+    "a pixel": (lambda: images(4, 1), ["0"]),
+    "a pixel, another width": (lambda: images(6, 1), "0"),
+    "a voxel": (lambda: images(4, 1, 3), ["0"]),
+    "outputs of a convolution": (lambda: images(4, 3), []),
+    "outputs of a pixel": (lambda: images(4, 1), "other"),
+    "one input": (lambda: vectors(1, 5), ["0"]),
+    "one output": (lambda: vectors(5, 1), []),
+    "one number, input": (lambda: vectors(1, 1), ["0"]),
+    "one number, output": (lambda: vectors(1, 1), []),
+}
+
+
+@pytest.mark.parametrize("case", GATES)
+def test_gates_whose_shape_does_not_say_are_those_of_the_config(case, tmp_path):
+    torch.manual_seed(0)
+    (model, x), inputs = GATES[case][0](), GATES[case][1]
+    theirs = wrapped(model, peft.IA3Config(target_modules=["0"], feedforward_modules=inputs))
+    theirs.save_pretrained(tmp_path / "a")
+    adapt, params = ll.from_peft(model, tmp_path / "a")
+    close(adapt(params, x) - model(x), theirs(x) - model(x))
+    ll.to_peft(adapt, params, tmp_path / "b")
+    close(through_peft(model, tmp_path / "b")(x) - model(x), theirs(x) - model(x))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_gates_of_the_channels_of_patches_are_refused(dims, tmp_path):
+    model, _ = images(4, 3, dims)
+    wrapped(model, peft.IA3Config(target_modules=["0"], feedforward_modules=["0"])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r'"0": IA3FFConfig on a convolution: PEFT gates each channel of its input'):
+        ll.from_peft(model, tmp_path)
+    adapt = ll.build(model, ll.IA3FFConfig(target_names="^0$"))
+    with pytest.raises(ValueError, match=r'"0": IA3FFConfig on a convolution: PEFT gates each channel of its input'):
+        ll.to_peft(adapt, adapt.init(), tmp_path)
+
+
+def test_gates_under_older_names_are_those_of_the_config(tmp_path):
+    class Backbone(nn.Module):
+        base_model_prefix = "net"
+
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(4, 4, 1))
+
+        def forward(self, x):
+            return self.net(x)
+
+    torch.manual_seed(0)
+    model, x = Backbone(), torch.randn(2, 4, 3, 3)
+    for names in ("0", ["0"]):
+        theirs = wrapped(model.net, peft.IA3Config(target_modules=["0"], feedforward_modules=names))
+        theirs.save_pretrained(tmp_path)
+        with pytest.warns(UserWarning, match='"0" as "net.0"'):
+            adapt, params = ll.from_peft(model, tmp_path)
+        close(adapt(params, x) - model(x), theirs(x) - model(x))
+
+
+ELSEWHERE = {
+    "hira": (lambda: images(4, 3), lambda: peft.HiraConfig(r=2, target_modules=["0"])),
+    "lokr": (lambda: images(4, 3), lambda: peft.LoKrConfig(r=2, target_modules=["0"])),
+    "hira of tokens": (lambda: (nn.Sequential(nn.Embedding(9, 4)), ids() % 9), lambda: peft.HiraConfig(r=2, target_modules=["0"])),
+    "oft of tokens": (
+        lambda: (nn.Sequential(nn.Embedding(9, 4)), ids() % 9),
+        lambda: peft.OFTConfig(oft_block_size=2, target_modules=["0"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_methods_of_linear_layers_alone_are_refused_elsewhere_and_the_way_out_works(case, tmp_path):
+    torch.manual_seed(0)
+    (model, x), config = ELSEWHERE[case][0](), ELSEWHERE[case][1]()
+    theirs = wrapped(model, config)
+    theirs.save_pretrained(tmp_path)
+    kind, method = type(model[0]).__name__, config.peft_type.value
+    with pytest.raises(ValueError, match=rf'"0" \({kind}\): PEFT.s {method} is not read at such a layer: merge it in PEFT') as e:
+        ll.from_peft(model, tmp_path)
+    assert str(e.value).count(method) == 1  # not once for each tensor
+    want = theirs(x)
+    merged = theirs.merge_and_unload()
+    adapt = ll.build(merged, ll.LoRAConfig(r=2, target_names="^0$"))
+    close(adapt(adapt.init(), x), want)
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+def test_layers_that_are_no_norms_are_whole_modules_in_ln_tuning(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)), torch.randn(3, 8)
+    for targets in (["0"], ["0", "1"]):
+        theirs = wrapped(model, peft.LNTuningConfig(target_modules=targets))
+        theirs.save_pretrained(tmp_path / "a")
+        adapt, params = ll.from_peft(model, tmp_path / "a")
+        close(adapt(params, x), theirs(x))
+    assert [cfg.name for cfg in adapt.configs] == ["full", "ln_tuning"]
+    ll.to_peft(adapt, params, tmp_path / "b")
+    close(through_peft(model, tmp_path / "b")(x), theirs(x))

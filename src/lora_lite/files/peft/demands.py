@@ -91,6 +91,7 @@ _STRUCTURED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "exclude_modules": (_name_modules, "names or an expression"),
     "modules_to_save": (_are_names, "a list of names"),
     "target_parameters": (_are_names, "a list of names"),
+    "feedforward_modules": (_name_modules, "names or an expression"),
     "alora_invocation_tokens": (_are_ids, "a list of ids"),
     "token_indices": (_are_tokens, "a list of ids, or one by name"),
     "trainable_token_indices": (_are_tokens, "a list of ids, or one by name"),

@@ -16,7 +16,8 @@ from lora_lite.core.plan import Target
 from lora_lite.core.tree import join
 from lora_lite.files.peft.calls import uncalled
 from lora_lite.files.peft.fields import carried, version_of
-from lora_lite.layers.convolution import ConvKind
+from lora_lite.files.peft.gates import GATE, laid_out
+from lora_lite.layers.convolution import CLASSES, ConvKind
 from lora_lite.layers.embedding import EmbeddingKind
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import kind_of
@@ -26,7 +27,7 @@ from lora_lite.layers.quantised import FrozenQuantised
 from lora_lite.layers.transposed import TransposedConvKind
 
 Tensors = dict[str, Tensor]
-A, B, BIAS, MAGNITUDE, GATE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector", "ia3_l"
+A, B, BIAS, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector"
 EMBEDDING = {"lora_embedding_A": A, "lora_embedding_B": B}
 _WRAPPER = "base_layer."
 EXPERTS_SINCE = (0, 19, 1)
@@ -41,12 +42,14 @@ def as_linear(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str,
     for path, module in model.named_modules():
         at = prefix + join(path, "")
         faults += _own(found, at, module)
+        if at + GATE in found and of_kernel(found[at + GATE], kernel_size(module)):
+            found[at + GATE] = laid_out(found[at + GATE], fields, path)
         if _weight_asked(module, path, fields.get("target_parameters") or []):
             _weight(found, at, module)
             continue
         if isinstance(module, nn.Embedding):
             _embedding(found, at)
-        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        elif isinstance(module, CLASSES):
             _convolution(found, at, module)
         else:
             _parameters(found, at, model, path, fields)
@@ -88,10 +91,10 @@ def of_kernel(tensor: Tensor, size: tuple[int, ...]) -> bool:
 
 
 def _convolution(found: Tensors, at: str, module: nn.Module) -> None:
-    for key in (A, B, GATE, MAGNITUDE):
+    for key in (A, B, MAGNITUDE):
         tensor = found.get(at + key)
         if tensor is not None and tensor.dim() > 2 and of_kernel(tensor, kernel_size(module)):
-            flat = {GATE: (-1, 1), MAGNITUDE: (-1,)}.get(key, (len(tensor), -1))
+            flat = {MAGNITUDE: (-1,)}.get(key, (len(tensor), -1))
             found[at + key] = tensor.reshape(flat)
 
 
@@ -141,6 +144,23 @@ def _turned(fields: Mapping[str, Any], module: nn.Module, weight: Tensor, a: Ten
     then = now if version >= EXPERTS_SINCE or "revision" not in fields else not now if version >= (0, 19) else False
     last = then if rows == columns else a.shape[-1] == columns
     return last != now and a.shape[-1] in (rows, columns)
+
+
+READ_AT: dict[tuple[type[nn.Module], ...], set[str]] = {(nn.Embedding,): {"LORA"}, CLASSES: {"LORA", "IA3", "LOHA"}}
+"""The PEFT types that are read at layers which are no linear ones."""
+
+
+def unread(model: nn.Module, method: str, name: str) -> str | None:
+    """Return the fault of a tensor of a method that PEFT has at an embedding or a convolution, and which is not read there, or None."""
+    while name:
+        name = name.rpartition(".")[0]
+        module = dict(model.named_modules()).get(name)
+        if module is not None:
+            break
+    if any(isinstance(module, classes) and method not in methods for classes, methods in READ_AT.items()):
+        way = "merge it in PEFT, merge_and_unload(), and adapt the merged model"
+        return f'"{name}" ({type(module).__name__}): PEFT\'s {method} is not read at such a layer: {way}'
+    return None
 
 
 def axes_of(model: nn.Module, path: str) -> int:
@@ -194,8 +214,12 @@ def unsaved(model: nn.Module, target: Target, cfg: AdapterConfig, asked: Sequenc
         return None
     if issubclass(target.kind, TransposedConvKind):
         return "on a transposed convolution: PEFT adapts none"
-    if cfg.name == "ia3":
-        return "on a Conv1d: PEFT's IA3 takes images and volumes" if layer.weight.dim() == 3 else None
+    if cfg.name in ("ia3", "ia3_ff") and layer.weight.dim() == 3:
+        return "on a Conv1d: PEFT's IA3 takes images and volumes"
+    if cfg.name == "ia3_ff" and (layer.groups > 1 or layer.weight[0, 0].numel() > 1):
+        return "on a convolution: PEFT gates each channel of its input, and a gate here is one for each entry of a patch"
+    if cfg.name in ("ia3", "ia3_ff"):
+        return None
     if cfg.name == "loha" and layer.groups == 1:
         return "on a Conv3d or a padding mode, which PEFT's LoHa leaves out" if _unusual(layer) else None
     if cfg.name not in ("lora", "dora", "pissa", "olora", "mica"):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_lite.core.errors import listed, several
 from lora_lite.core.tree import join
+from lora_lite.files.peft import gates
 from lora_lite.files.peft.fields import carried, resolve
 from lora_lite.files.peft.layers import A, B
 from lora_lite.layers.experts import has_experts
@@ -95,7 +96,7 @@ def _found(model: Any, renamed: str, old: str, known: set[str]) -> str | None:
 
 def _carry(model: nn.Module, fields: Fields, old: str, new: str) -> None:
     """Let the fields that name the module `old` name `new` too, in place."""
-    fields |= carried(fields, old, new)
+    fields |= gates.carried(carried(fields, old, new), old, new)
     whole, tokens, parameters = (fields.get(name) for name in ("modules_to_save", "trainable_token_indices", "target_parameters"))
     if whole and any(old.endswith(name) for name in whole):
         fields["modules_to_save"] = [*whole, new]

@@ -11,7 +11,7 @@ from lora_lite.core.tree import Tree
 from lora_lite.files.peft import biases, numbered, rows_lora, shared, ties, tokens, twice, whole
 from lora_lite.files.peft.adapter_name import without_name
 from lora_lite.files.peft.categories import spread
-from lora_lite.files.peft.layers import as_linear, axes_of, with_weights
+from lora_lite.files.peft.layers import as_linear, axes_of, unread, with_weights
 from lora_lite.files.peft.names import in_names_of
 from lora_lite.files.peft.row import Leaf
 from lora_lite.files.peft.rows import rows_of
@@ -112,7 +112,7 @@ def _by_layer(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> t
     for name, tensor in tensors.items():
         found = ending.fullmatch(name)
         if found is None:
-            faults.append(f'unexpected "{name}"')
+            faults.append(unread(model, method, name.removeprefix(PREFIX)) or f'unexpected "{name}"')
             continue
         path, key = found[1] or "", found[2]
         if key in zeros:
@@ -120,9 +120,10 @@ def _by_layer(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> t
             continue
         expected = keys[key].misfit(tensor, axes_of(model, path))
         if expected is not None:
-            faults.append(f'"{name}": expected {expected}, found {tuple(tensor.shape)} of {tensor.dtype}')
+            other = f'"{name}": expected {expected}, found {tuple(tensor.shape)} of {tensor.dtype}'
+            faults.append(unread(model, method, name.removeprefix(PREFIX)) or other)
         layers.setdefault(path, {})[key] = tensor
-    return layers, faults
+    return layers, list(dict.fromkeys(faults))
 
 
 def _layer_faults(model: nn.Module, layers: Layers, kinds: Sequence[type[Kind]]) -> list[str]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from lora_lite.core.frozen import Constants
 from lora_lite.files.peft import rows_lora, rows_newer, rows_orthogonal, rows_products, rows_shared, rows_sparse, rows_tied
 from lora_lite.files.peft.fields import resolve
+from lora_lite.files.peft.gates import FEEDFORWARD, GATE, is_of_inputs
 from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
 from lora_lite.variants.adalora import AdaLoRAConfig
 from lora_lite.variants.bitfit import BitFitConfig
@@ -106,14 +107,14 @@ ROWS: dict[str, Row] = {
     "ia3_ff": Row(
         IA3FFConfig,
         "IA3",
-        {"g": Leaf("ia3_l", 2, _one, (1, -1))},
+        {"g": Leaf(GATE, (1, 2), _one, (1, -1))},
         lambda *_: {},
         lambda _: {},
-        when=lambda _, tensors: tensors["ia3_l"].shape[0] == 1 < tensors["ia3_l"].shape[1],
-        lists="feedforward_modules",
+        when=lambda _, tensors: is_of_inputs(tensors[GATE]),
+        lists=FEEDFORWARD,
         conv1d=True,
     ),
-    "ia3": Row(IA3Config, "IA3", {"g": Leaf("ia3_l", 2, _one, (-1, 1))}, lambda *_: {}, lambda _: {}, conv1d=True),
+    "ia3": Row(IA3Config, "IA3", {"g": Leaf(GATE, (1, 2), _one, (-1, 1))}, lambda *_: {}, lambda _: {}, conv1d=True),
     "delora": Row(
         DeLoRAConfig,
         "DELORA",

@@ -11,6 +11,7 @@ from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import listed, several
 from lora_lite.core.tree import Tree, join
 from lora_lite.files.peft.layers import LOAD, same
+from lora_lite.layers.find import find
 from lora_lite.layers.module import ModuleKind
 from lora_lite.variants.full import FullConfig
 from lora_lite.variants.ln_tuning import LNTuningConfig
@@ -51,9 +52,12 @@ def _modules(model: nn.Module, fields: Mapping[str, Any]) -> Iterator[tuple[type
     """Yield `(config, path, module, mark in its keys)` of every module that a file with these fields may hold in full."""
     for path in _asked(model, fields.get("modules_to_save") or []):
         yield FullConfig, path, model.get_submodule(path), ""
-    for path, module in model.named_modules() if fields["peft_type"] == LN_TUNING else ():
+    if fields["peft_type"] != LN_TUNING:
+        return
+    norms = find(model, "norm")
+    for path, module in model.named_modules():
         if module._parameters:
-            yield LNTuningConfig, path, module, _NORM
+            yield LNTuningConfig if path in norms else FullConfig, path, module, _NORM
 
 
 def _held(module: nn.Module) -> list[tuple[str, Tensor]]:
