@@ -912,3 +912,18 @@ def test_layers_that_are_no_norms_are_whole_modules_in_ln_tuning(tmp_path):
     assert [cfg.name for cfg in adapt.configs] == ["full", "ln_tuning"]
     ll.to_peft(adapt, params, tmp_path / "b")
     close(through_peft(model, tmp_path / "b")(x), theirs(x))
+
+
+@pytest.mark.parametrize("alpha", [None, 3])
+def test_ranks_that_peft_lowers_to_a_width_are_one_rank(alpha, tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 2)), torch.randn(3, 8)
+    theirs = wrapped(model, peft.DeftConfig(r=4, alpha=alpha, target_modules=["0", "1"]))
+    theirs.save_pretrained(tmp_path / "a")
+    adapt, params = ll.from_peft(model, tmp_path / "a")
+    assert [cfg.r for cfg in adapt.configs] == [4, 2]
+    ll.to_peft(adapt, params, tmp_path / "b")
+    close(through_peft(model, tmp_path / "b")(x) - model(x), theirs(x) - model(x))
+    lower = ll.build(model, [ll.DEFTConfig(r=3, target_names="0"), ll.DEFTConfig(r=1, target_names="1")])
+    with pytest.raises(ValueError, match=r'r: 3 and 1 at "1"'):
+        ll.to_peft(lower, lower.init(), tmp_path / "c")

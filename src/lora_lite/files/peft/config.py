@@ -126,7 +126,7 @@ def _of_layers(layers: list[Written], method: str, weights: Mapping[str, str]) -
         fields["fan_in_fan_out"] = any(is_conv1d(layer.target) for layer in layers)
     for lists in {layer.row.lists for layer in layers if layer.row.lists}:
         fields[lists] = expression([layer.target.path for layer in layers if layer.row.lists == lists])
-    agreed = layers[0].row.agreed([(layer.target.i, layer.fields) for layer in layers])
+    agreed = layers[0].row.agreed([(layer.target, layer.fields) for layer in layers])
     of_layers = {layer.target.path: {**layer.fields, **agreed} for layer in layers}
     patterns, faults = PATTERNS.get(method, {}), []
     for name in dict.fromkeys(name for own in of_layers.values() for name in own):

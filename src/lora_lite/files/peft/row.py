@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.core.plan import Target
 from lora_lite.files.peft.numbered import unstacked
 from lora_lite.layers.kind import Kind
 
@@ -90,7 +91,7 @@ class Row(NamedTuple):
         lists: PEFT's field that names the layers of this variant among those of its type.
         named: `(our config, paths of the layers, paths of all other modules, None where unknown)` to the fields that name the layers
             otherwise than as a list.
-        agreed: the input width and the fields of each layer, to fields that say the same of all layers where theirs differ.
+        agreed: the target and the fields of each layer, to fields that say the same of all layers where theirs differ.
         conv1d: whether PEFT adapts transformers' `Conv1D` by it.
     """
 
@@ -118,7 +119,7 @@ class Row(NamedTuple):
     bare: bool = False
     lists: str | None = None
     named: Callable[[Any, Sequence[str], Sequence[str] | None], dict[str, Any]] = lambda cfg, paths, others: {}
-    agreed: Callable[[Sequence[tuple[int, Fields]]], dict[str, Any]] = lambda layers: {}
+    agreed: Callable[[Sequence[tuple[Target, Fields]]], dict[str, Any]] = lambda layers: {}
     conv1d: bool = False
 
     def held(self, value: Callable[[str], Any]) -> dict[str, Leaf]:

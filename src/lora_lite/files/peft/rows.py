@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_lite.core.frozen import Constants
+from lora_lite.core.plan import Target
 from lora_lite.files.peft import rows_lora, rows_newer, rows_orthogonal, rows_products, rows_shared, rows_sparse, rows_tied
 from lora_lite.files.peft.fields import resolve
 from lora_lite.files.peft.gates import FEEDFORWARD, GATE, is_of_inputs
@@ -47,9 +48,9 @@ def _write_oft(cfg: OFTConfig) -> dict[str, Any]:
     return {"r": 0, "oft_block_size": cfg.block_size, "block_share": cfg.block_share, **series}
 
 
-def _agreed_oft(layers: Sequence[tuple[int, Fields]]) -> dict[str, Any]:
+def _agreed_oft(layers: Sequence[tuple[Target, Fields]]) -> dict[str, Any]:
     """Return the number of blocks where it is that of all layers, or a width of which PEFT takes the nearest divisor to be theirs."""
-    sizes = [(i, fields["oft_block_size"]) for i, fields in layers]
+    sizes = [(target.i, fields["oft_block_size"]) for target, fields in layers]
     if len({size for _, size in sizes}) == 1:
         return {}
     if len(counts := {i // size for i, size in sizes}) == 1:

@@ -1,12 +1,14 @@
 """PEFT's newer methods, in its terms."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_lite.core.frozen import Constants, Frozen
+from lora_lite.core.plan import Target
 from lora_lite.files.peft.fields import DEFAULTS, resolve
 from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
 from lora_lite.variants.adamss import AdaMSSConfig
@@ -27,6 +29,12 @@ def _read_deft(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
 def _write_deft(cfg: DEFTConfig) -> dict[str, Any]:
     alpha = int(cfg.alpha) if cfg.alpha is not None and float(cfg.alpha).is_integer() else cfg.alpha
     return {"r": cfg.r, "alpha": alpha, "decomposition_method": cfg.decomposition_method, "para": cfg.para, "deft_dropout": cfg.dropout}
+
+
+def _agreed_deft(layers: Sequence[tuple[Target, Fields]]) -> dict[str, Any]:
+    """Return the largest rank, where the smaller ones are those to which PEFT lowers it."""
+    r = max(fields["r"] for _, fields in layers)
+    return {"r": r} if all(fields["r"] == min(r, target.o) for target, fields in layers) else {}
 
 
 def _deft_start(cfg: DEFTConfig, W: Frozen, constants: Constants) -> Constants:
@@ -114,6 +122,7 @@ ROWS: dict[str, Row] = {
         derived=_deft_start,
         completed=_from_lapack_signs,
         written=_to_lapack_signs,
+        agreed=_agreed_deft,
         conv1d=True,
     ),
     "peanut": Row(
