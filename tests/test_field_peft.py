@@ -927,3 +927,25 @@ def test_ranks_that_peft_lowers_to_a_width_are_one_rank(alpha, tmp_path):
     lower = ll.build(model, [ll.DEFTConfig(r=3, target_names="0"), ll.DEFTConfig(r=1, target_names="1")])
     with pytest.raises(ValueError, match=r'r: 3 and 1 at "1"'):
         ll.to_peft(lower, lower.init(), tmp_path / "c")
+
+
+GROUPED = {
+    "two groups": lambda: nn.Conv2d(4, 8, 3, groups=2),
+    "depthwise": lambda: nn.Conv2d(4, 8, 3, groups=4),
+    "a series": lambda: nn.Conv1d(4, 4, 3, groups=2),
+    "pixels": lambda: nn.Conv2d(4, 8, 1, groups=2, stride=2),
+}
+
+
+@pytest.mark.parametrize("case", GROUPED)
+def test_loha_of_kernels_in_groups_goes_both_ways(case, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(GROUPED[case]())
+    x = torch.randn(3, 4, *[7] * (model[0].weight.dim() - 2))
+    theirs = wrapped(model, peft.LoHaConfig(r=2, alpha=3, target_modules=["0"]))
+    theirs.save_pretrained(tmp_path / "a")
+    adapt, params = ll.from_peft(model, tmp_path / "a")
+    assert (theirs(x) - model(x)).abs().max() > 1e-3
+    close(adapt(params, x) - model(x), theirs(x) - model(x))
+    ll.to_peft(adapt, params, tmp_path / "b")
+    close(through_peft(model, tmp_path / "b")(x) - model(x), theirs(x) - model(x))

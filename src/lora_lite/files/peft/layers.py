@@ -220,7 +220,7 @@ def unsaved(model: nn.Module, target: Target, cfg: AdapterConfig, asked: Sequenc
         return "on a convolution: PEFT gates each channel of its input, and a gate here is one for each entry of a patch"
     if cfg.name in ("ia3", "ia3_ff"):
         return None
-    if cfg.name == "loha" and layer.groups == 1:
+    if cfg.name == "loha":
         return "on a Conv3d or a padding mode, which PEFT's LoHa leaves out" if _unusual(layer) else None
     if cfg.name not in ("lora", "dora", "pissa", "olora", "mica"):
         return "on a convolution: PEFT has another definition there, or none"
