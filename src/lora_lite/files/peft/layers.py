@@ -146,20 +146,23 @@ def _turned(fields: Mapping[str, Any], module: nn.Module, weight: Tensor, a: Ten
     return last != now and a.shape[-1] in (rows, columns)
 
 
-READ_AT: dict[tuple[type[nn.Module], ...], set[str]] = {(nn.Embedding,): {"LORA"}, CLASSES: {"LORA", "IA3", "LOHA"}}
+READ_AT: dict[tuple[type[nn.Module], ...], set[str]] = {
+    **{(nn.Embedding,): {"LORA"}, CLASSES: {"LORA", "IA3", "LOHA"}},
+    (nn.MultiheadAttention,): set(),
+}
 """The PEFT types that are read at layers which are no linear ones."""
 
 
 def unread(model: nn.Module, method: str, name: str) -> str | None:
-    """Return the fault of a tensor of a method that PEFT has at an embedding or a convolution, and which is not read there, or None."""
-    while name:
-        name = name.rpartition(".")[0]
-        module = dict(model.named_modules()).get(name)
-        if module is not None:
-            break
-    if any(isinstance(module, classes) and method not in methods for classes, methods in READ_AT.items()):
+    """Return the fault of a tensor at a layer where its method is not read, though PEFT has it there, or None."""
+    modules = dict(model.named_modules())
+    path = name.rpartition(".")[0]
+    while path and path not in modules:
+        path = path.rpartition(".")[0]
+    kind = type(modules[path])
+    if any(issubclass(kind, classes) and method not in methods for classes, methods in READ_AT.items()):
         way = "merge it in PEFT, merge_and_unload(), and adapt the merged model"
-        return f'"{name}" ({type(module).__name__}): PEFT\'s {method} is not read at such a layer: {way}'
+        return f'"{path}" ({kind.__name__}): PEFT\'s {method} is not read at such a layer: {way}'
     return None
 
 

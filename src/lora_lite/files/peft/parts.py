@@ -79,7 +79,7 @@ def parts_of(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, 
         or whole.faults_of(model, fields, modules)
         or ([] if layers or modules or rows else ["no tensors"])
         or shared.faults_of(method, common)
-        or _layer_faults(model, layers, kinds)
+        or _layer_faults(model, method, layers, kinds)
         or [
             fault
             for path in (*layers, *whole.paths_of(modules), *rows)
@@ -126,11 +126,11 @@ def _by_layer(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> t
     return layers, list(dict.fromkeys(faults))
 
 
-def _layer_faults(model: nn.Module, layers: Layers, kinds: Sequence[type[Kind]]) -> list[str]:
+def _layer_faults(model: nn.Module, method: str, layers: Layers, kinds: Sequence[type[Kind]]) -> list[str]:
     modules, linear = dict(model.named_modules()), find(model, "linear", kinds)
     faults = []
     for path in layers:
         if path not in linear:
             found = type(modules[path]).__name__ if path in modules else f"nothing; closest: {nearest(path, linear)}"
-            faults.append(f'"{path}": expected a linear layer, found {found}')
-    return faults
+            faults.append(unread(model, method, f"{path}.") or f'"{path}": expected a linear layer, found {found}')
+    return list(dict.fromkeys(faults))
