@@ -310,7 +310,7 @@ def test_compiled_call_is_tried_once_and_not_compiled_again(backend):
         pytest.skip("inductor compiles with g++, found none")
     adapt = ll.build(Toy("flat"), ll.LoRAConfig(r=2))
     params, tried = members(adapt), []
-    adapt._followed._replicas.main.inputs = count(adapt._followed._replicas.main.inputs, tried)
+    adapt._followed._replicas.main.seen = count(adapt._followed._replicas.main.seen, tried)
     step = compiled(mixed_step(adapt), backend)
     for k, index in enumerate(([0, 1], [1, 0], [1, 1])):
         batch = two_rows(4)
