@@ -7,7 +7,9 @@ import io
 import math
 import os
 import pickle
+import signal
 import threading
+import time
 import warnings
 import weakref
 
@@ -20,10 +22,12 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import lora_lite as ll
 import processes
 from cases import move, tiny_models
+from lora_lite.core import alike, tracing
 from lora_lite.integrations.linear_layers import LinearLayers
 from lora_lite.integrations.trainer import AdapterTrainer
 
@@ -1547,3 +1551,287 @@ def test_sorted_rows_are_told_apart_whatever_they_hold(seed):
     stacked = ll.stack([move(adapt.init(seed)) for seed in (0, 1)])
     with pytest.raises(ValueError, match="made of the batch's rows"):
         adapt.mixed(stacked, torch.randn(2, 4, generator=generator), [0, 1])
+
+
+# What a user changes or does around a call
+
+
+class TimeOut(nn.Module):
+    """Returns time first, and what else a result may hold."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.lin, self.how = nn.Linear(8, 8), how
+
+    def forward(self, x):
+        y = self.lin(x)
+        return {"time": lambda: y.transpose(0, 1), "mean": lambda: y.mean(), "shared": lambda: (y, self.lin.bias)}[self.how]()
+
+
+class AroundTimeOut(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.part = TimeOut(how)
+
+    def forward(self, x, **more):
+        return self.part(x)
+
+
+@pytest.mark.parametrize("how", ["time", "mean", "shared"])
+@pytest.mark.parametrize("tried", [True, False])
+def test_whole_module_whose_result_has_not_the_rows_first_is_refused_in_a_mixed_batch(how, tried):
+    """The result had another shape, or rows in the place of time, without a word."""
+    adapt = ll.build(AroundTimeOut(how), ll.FullConfig(target_names=("part$",)))
+    stacked, x = ll.stack([move(adapt.init()) for _ in range(2)]), torch.randn(4, 4, 8)
+    more = {} if tried else {"cache": object()}
+    found = "not. Train" if tried else "(has not let its rows be tried|a number for each row)"
+    with pytest.raises(ValueError, match=rf'adapt.mixed: at "part" expected a module whose outputs.*{found}'):
+        adapt.mixed(stacked, x, [0, 1, 1, 0], **more)
+
+
+def test_whole_module_whose_result_packs_the_rows_runs_in_a_mixed_batch():
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8), nn.Flatten(0, 1)), nn.Unflatten(0, (-1, 5)))
+    adapt = ll.build(model, ll.FullConfig(target_names=("^0$",)))
+    members, x = [move(adapt.init()) for _ in range(2)], torch.randn(4, 5, 8)
+    got = adapt.mixed(ll.stack(members), x, [0, 1, 1, 0])
+    want = torch.cat([adapt(members[k], x[n : n + 1]) for n, k in enumerate([0, 1, 1, 0])])
+    torch.testing.assert_close(got, want)
+
+
+def llama(**more):
+    torch.manual_seed(0)
+    return tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=64, **{**SMALL, "num_hidden_layers": 1}, **more)).eval()
+
+
+def test_compiled_call_sees_what_the_user_changes_in_the_config():
+    """The graph had the settings of its trace."""
+    model = llama()
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    params, compiled = move(adapt.init()), torch.compile(lambda p, t: adapt(p, {"input_ids": t}), backend="eager")
+    try:
+        assert compiled(params, ids()).hidden_states is None
+        for name, value in [("output_hidden_states", True), ("output_hidden_states", False), ("use_cache", False)]:
+            setattr(model.config, name, value)
+            got, want = compiled(params, ids()), adapt(params, {"input_ids": ids()})
+            assert (got.hidden_states is None, got.past_key_values is None) == (want.hidden_states is None, want.past_key_values is None)
+            torch.testing.assert_close(got.logits, want.logits)
+    finally:
+        torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_embeddings_that_are_resized_after_the_build_are_named_and_the_way_out_works(called):
+    """A loss failed with an error of shapes in the model's code."""
+    model = llama()
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    params, batch = move(adapt.init()), {"input_ids": ids(), "labels": ids()}
+    if called:
+        adapt(params, batch)
+    model.resize_token_embeddings(70)
+    for call in (lambda: adapt(params, batch), lambda: adapt.base(batch), lambda: adapt.module(params))[: 2 if called else 3]:
+        with pytest.raises(ValueError, match=r"found vocab_size changed from 64 to 70 after build.*Build again"):
+            call()
+    assert ll.build(model, ll.LoRAConfig(r=2))(params, batch).logits.shape[-1] == 70
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+def test_embeddings_with_an_adapter_are_not_resized_in_a_module(name):
+    """The new layer had none, and the params were left out in silence."""
+    adapt = ll.build(model := llama(), ll.FullConfig(target_names=(f"{name}$",)))
+    module = adapt.module(adapt.init())
+    with pytest.raises(ValueError, match=f"resize_token_embeddings: expected embeddings without an adapter.*{name}.*Resize the model"):
+        module.resize_token_embeddings(70)
+    module.resize_token_embeddings()
+    module = ll.build(model, ll.LoRAConfig(r=2)).module(ll.build(model, ll.LoRAConfig(r=2)).init())
+    module.resize_token_embeddings(70)
+    assert module(ids()).logits.shape[-1] == 70
+    assert model(ids()).logits.shape[-1] == 64
+
+
+class Remade(nn.Module):
+    """Calls a layer with a weight made of its own, or of another's."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, own):
+        weight = self.lin.weight * 1.0 if own else self.other.weight * 1.0
+        return torch.func.functional_call(self.lin, {"weight": weight}, (x,))
+
+
+@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=2, target_names=("lin$",)), ll.FullConfig(target_names=("lin$",))], ids=lambda c: c.name)
+def test_tensor_made_of_an_adapted_weight_is_not_adapted_again(cfg):
+    """The update acted twice."""
+    model, x = Remade(), torch.randn(2, 4)
+    adapt = ll.build(model, cfg)
+    params = move(adapt.init())
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r'adapt: at "lin" expected a layer with its frozen weight.*adapted again.*functional.linear'):
+            adapt(params, (x, True))
+        adapt(params, (x, False))  # the layer's adapter beside a weight of another's
+
+
+def test_base_weight_that_is_set_by_hand_to_be_trained_stays(recwarn):
+    """A step of an optimiser changed the user's model."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    before = copy.deepcopy(model.state_dict())
+    adapt = ll.build(model, ll.LoRAConfig(r=2, target_names=("0$",)))
+    module = adapt.module(params := move(adapt.init()))
+    for p in module.parameters():
+        p.requires_grad = True
+    optimiser = torch.optim.AdamW(module.parameters(), lr=0.1)
+    for _ in range(2):
+        module(torch.randn(3, 4)).square().sum().backward()
+        optimiser.step()
+    assert "requires_grad: the module shares its base weights" in str(recwarn.pop(UserWarning).message)
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert not torch.equal(adapt.params(module)["0"]["A"], params["0"]["A"])
+    assert [name for name, p in module.named_parameters() if p.requires_grad] == ["0.adapter.A", "0.adapter.B"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_child_of_a_process_that_makes_the_copy_in_another_thread_runs():
+    """The lock stayed shut in the child, which waited for ever."""
+    adapt = ll.build(nn.Sequential(nn.Linear(4, 4)), ll.VeRAConfig(r=2))
+    params, x, inside, go = adapt.init(), torch.randn(2, 4), threading.Event(), threading.Event()
+    make = adapt._replicas._make
+
+    def slow():
+        inside.set()
+        go.wait()
+        return make()
+
+    adapt._replicas._make = slow
+    thread = threading.Thread(target=lambda: adapt._replicas.main)
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        adapt._replicas._make = make
+        os._exit(0 if torch.equal(adapt(params, x), adapt.base(x)) else 1)
+    ended, status = 0, 1
+    for _ in range(300):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    go.set()
+    thread.join()
+    assert (ended, status) == (child, 0)
+
+
+def test_child_has_the_default_dtype_that_another_thread_had_set_aside():
+    found = alike._Float32()
+    with default_dtype(torch.bfloat16):
+        found.__enter__()
+        found.forked()
+        assert torch.get_default_dtype() is torch.bfloat16
+        assert not found.inside
+        with found:
+            assert torch.get_default_dtype() is torch.float32
+
+
+@torch.no_grad()
+def test_threads_that_generate_with_one_module_of_a_stack_are_told():
+    """The second failed with an error about its prompts' rows."""
+    adapt = ll.build(llama(), ll.LoRAConfig(r=2))
+    members = [ll.tree_map(lambda p: p + 0.3 * torch.randn_like(p), adapt.init()) for _ in range(2)]
+    module, errors = adapt.module(ll.stack(members), index=[0, 1]), []
+
+    class Meanwhile(tf.LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            def other():
+                for call in (lambda: module.generate(ids(2), max_new_tokens=2), lambda: module(ids(2))):
+                    try:
+                        call()
+                    except RuntimeError as e:
+                        errors.append(str(e))
+
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+            return scores
+
+    how = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    found = module.generate(ids(2), logits_processor=tf.LogitsProcessorList([Meanwhile()]), **how)
+    assert len(errors) == 6
+    assert all("in one thread at a time" in e and "a module of its own" in e for e in errors)
+    assert torch.equal(found, module.generate(ids(2), **how))
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_model_that_was_made_in_inference_mode_can_be_trained(name):
+    """torch refused to keep its tensors for the backward pass."""
+    with torch.inference_mode():
+        model = llama()
+    adapt = ll.build(model, ll.LoRAConfig(r=2) if name == "lora" else ll.FullConfig(target_names=("lm_head$",)))
+    params, batch = move(adapt.init()), {"input_ids": ids(), "labels": ids()}
+    got, want = (by(lambda p: adapt(p, batch).loss)(params) for by in (lambda f: lambda p: ll.value_and_grad(f)(p)[1], torch.func.grad))
+    for a, b in zip(ll.tree_leaves(got), ll.tree_leaves(want)):
+        torch.testing.assert_close(a, b)
+    adapt.module(params)(**batch).loss.backward()
+    with torch.inference_mode():
+        model.model.embed_tokens.weight.mul_(2)  # the memory is one
+        assert torch.equal(adapt.base(ids()).logits, model(ids()).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu], ids=str)
+def test_params_in_8_bits_are_refused(dtype):
+    """Their gradients were cut off at the largest number, or lost their sign, in silence."""
+    adapt = ll.build(nn.Sequential(nn.Linear(4, 4)), ll.LoRAConfig(r=2))
+    params = ll.tree_map(lambda p: p.to(dtype), adapt.init())
+    for call in (lambda: adapt(params, torch.randn(2, 4)), lambda: adapt.mixed(ll.stack([params]), torch.randn(2, 4))):
+        with pytest.raises(ValueError, match=r'"0.A": expected a floating dtype of 16 bits or more, found torch.float8.*leaf.float\(\)'):
+            call()
+
+
+@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=2), ll.IA3Config()], ids=lambda cfg: cfg.name)
+def test_error_of_sparse_params_says_that_they_are(cfg):
+    adapt = ll.build(nn.Sequential(nn.Linear(4, 4)), cfg)
+    with pytest.raises(RuntimeError) as e:
+        adapt(ll.tree_map(lambda p: p.to_sparse(), adapt.init()), torch.randn(2, 4))
+    assert any("its params are sparse: pass dense ones, leaf.to_dense()" in note for note in e.value.__notes__)
+
+
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+@pytest.mark.parametrize("index", [[0, 1, 1, 0], None, torch.tensor([0, 1, 1, 0])], ids=["list", "none", "tensor"])
+def test_mixed_batches_without_values_are_refused_and_the_way_out_works(mode, index):
+    adapt = ll.build(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), ll.LoRAConfig(r=2))
+    stacked, x = ll.stack([move(adapt.init()) for _ in range(2)]), torch.randn(4, 8)
+
+    def f(p, x):
+        return adapt.mixed(p, x, index)
+
+    with pytest.raises(ValueError, match=r'adapt.mixed: expected tensors with values.*tracing_mode="real"'):
+        make_fx(f, tracing_mode=mode)(stacked, x)
+    traced, other = make_fx(f, tracing_mode="real")(stacked, x), torch.randn(4, 8)
+    torch.testing.assert_close(traced(stacked, other), f(stacked, other))
+
+
+@pytest.mark.parametrize("where", ["_vmap_increment_nesting", "_remove_batch_dim", "_leave"])
+def test_interrupt_leaves_no_transform_behind(where, monkeypatch):
+    """What ran later was taken for the inside of a vmap."""
+    adapt = ll.build(nn.Sequential(nn.Linear(8, 8)), ll.LoRAConfig(r=2))
+    stacked, x = ll.stack([move(adapt.init()) for _ in range(2)]), torch.randn(4, 8)
+    want, own, calls = adapt.mixed(stacked, x, [0, 1, 1, 0]), getattr(tracing, where), []
+
+    def interrupted(*args):
+        calls.append(1)
+        if where == "_vmap_increment_nesting":
+            own(*args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return own(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracing, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            adapt.mixed(stacked, x, [0, 1, 1, 0])
+    assert not tracing.transformed()
+    assert torch._C._autograd._saved_tensors_hooks_is_enabled()
+    assert torch.equal(adapt.mixed(stacked, x, [0, 1, 1, 0]), want)

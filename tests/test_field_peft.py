@@ -964,3 +964,28 @@ def test_loha_of_kernels_in_groups_goes_both_ways(case, tmp_path):
     close(adapt(params, x) - model(x), theirs(x) - model(x))
     ll.to_peft(adapt, params, tmp_path / "b")
     close(through_peft(model, tmp_path / "b")(x) - model(x), theirs(x) - model(x))
+
+
+# Configs inside a config
+
+
+def test_empty_config_of_kasa_has_pefts_defaults(tmp_path):
+    """It was read as plain LoRA, without the start that KaSA takes off."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval(), torch.randn(3, 8)
+    peft_of(model, tmp_path, target_modules=["0"], kasa_config=peft.KasaConfig())
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**fields, "kasa_config": {}}))
+    adapt, params = ll.from_peft(model, tmp_path)
+    assert type(adapt.configs[0]) is ll.KaSAConfig
+    close(adapt(params, x) - model(x), through_peft(model, tmp_path)(x) - model(x))
+
+
+@pytest.mark.parametrize("name", ["velora_config", "monteclora_config", "arrow_config", "use_bdlora"])
+def test_empty_config_of_a_method_that_is_not_here_is_refused(name, tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8))
+    peft_of(model, tmp_path, target_modules=["0"])
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**fields, name: {}}))
+    with pytest.raises(ValueError, match=rf"{name}: expected it off, found {{}}"):
+        ll.from_peft(model, tmp_path)

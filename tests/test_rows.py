@@ -310,7 +310,7 @@ def test_compiled_call_is_tried_once_and_not_compiled_again(backend):
         pytest.skip("inductor compiles with g++, found none")
     adapt = ll.build(Toy("flat"), ll.LoRAConfig(r=2))
     params, tried = members(adapt), []
-    adapt._followed._replicas.main.inputs = count(adapt._followed._replicas.main.inputs, tried)
+    adapt._followed._replicas.main.seen = count(adapt._followed._replicas.main.seen, tried)
     step = compiled(mixed_step(adapt), backend)
     for k, index in enumerate(([0, 1], [1, 0], [1, 1])):
         batch = two_rows(4)
@@ -437,3 +437,16 @@ def test_compiled_code_keeps_no_model_alive():
     assert gone() is None
     with pytest.raises(RuntimeError, match="expected compiled code to run in the process that compiled it, while its adapt is alive"):
         torch.ops.lora_lite.see_rows([], [], [], 2, "no graph of this name")
+
+
+@pytest.mark.parametrize("name", [r"block\.0$", r"block\.0\.layer\.0$", r"SelfAttention$"])
+def test_module_trained_whole_may_return_what_all_rows_share(name):
+    """A bias of positions is one entry for all rows; it is repeated for each."""
+    torch.manual_seed(0)
+    config = tf.T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, num_decoder_layers=2)
+    adapt = ll.build(tf.T5EncoderModel(config).eval(), ll.FullConfig(target_names=name))
+    params, ids, index = members(adapt), torch.randint(2, 50, (3, 7)), [0, 1, 0]
+    got = adapt.mixed(ll.stack(params), {"input_ids": ids}, torch.tensor(index)).last_hidden_state
+    rows = [adapt(params[k], {"input_ids": ids[n : n + 1]}).last_hidden_state for n, k in enumerate(index)]
+    torch.testing.assert_close(got, torch.cat(rows))
+    assert not torch.allclose(rows[0], adapt(params[1], {"input_ids": ids[:1]}).last_hidden_state, atol=1e-2)

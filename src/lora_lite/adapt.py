@@ -54,8 +54,8 @@ class Adapt(Required):
         """Run the adapted model.
 
         Args:
-            params: a tree as this `adapt.init` makes it; leaves may be of any floating dtype. It belongs to this `adapt` and those of equal
-                configs: its shapes say the rank, but not `alpha`, so that another's tree runs at another scale.
+            params: a tree as this `adapt.init` makes it; leaves may be of any floating dtype of 16 bits or more. It belongs to this `adapt`
+                and those of equal configs: its shapes say the rank, but not `alpha`, so that another's tree runs at another scale.
             batch: a mapping (`model(**batch)`), a tuple or list (`model(*batch)`) or a tensor (`model(batch)`).
             kwargs: further keywords for the model.
 

@@ -10,6 +10,7 @@ from lora_lite.clone.bind import Binding, show_reads
 from lora_lite.clone.checkpointing import install
 from lora_lite.clone.data_parallel import replicable
 from lora_lite.clone.loaded import keep_shared
+from lora_lite.clone.resized import refuse_resized_targets
 from lora_lite.clone.saved import warn_when_saved
 from lora_lite.clone.settings import Settings
 from lora_lite.clone.state import own_state
@@ -60,4 +61,5 @@ def trainable_copy(plan: Plan, params: Mapping[str, Mapping[str, Tensor]]) -> nn
     warn_when_saved(module)
     keep_shared(module)
     keep_frozen(module)
+    refuse_resized_targets(module)
     return module

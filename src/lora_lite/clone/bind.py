@@ -48,6 +48,8 @@ class Binding:
         fast: whether a call with `params` goes straight to the formula; "first" where none has yet reached the target, and it is noted.
             Not while a compiler traces: it would compile again after the first call.
         followers: the bindings of other modules with the target's weight, where the variant is tied.
+        seen: the frozen parameters that the model has read adapted since the target was last called, by name: what it made of them must
+            not come back as the layer's own.
         watch: sees the inputs of a call of the frozen model and the tensors beside them, where one is tried.
     """
 
@@ -64,9 +66,10 @@ class Binding:
         self.rows: Rows | None = None
         self.index: Tensor | None = None
         self.followers: list[Binding] = []
+        self.seen: dict[str, Tensor | None] = {}
         self.used = self.off = self._placed = False
         self.fast: bool | str = "first" if self.direct else False
-        self.watch: Callable[[Any, Mapping[str, Tensor]], Any] | None = None
+        self.watch: Callable[[Any, Mapping[str, Tensor]], Callable[[Mapping[str, Tensor]], None]] | None = None
 
     def with_adapter(self, adapter: Adapter) -> "Binding":
         """Return the same binding with its params in another adapter."""
@@ -92,6 +95,7 @@ class Binding:
             if params is None or not self.fast:
                 return self._call(args, kwargs)
             x, self.used = first_of(args, kwargs), True
+            self._require_own()
             self.fast = True
         try:
             W = self.W
@@ -99,8 +103,14 @@ class Binding:
                 params = in_dtype(params, W, x)
             return self.cfg.forward(params, W, x)
         except Exception as e:
-            e.add_note(f'in {type(self.cfg).__name__} at target "{self.path}"')
+            self._name(e)
             raise
+
+    def _name(self, e: Exception) -> None:
+        """Note on an error the target, and params in a layout that few operators take."""
+        e.add_note(f'in {type(self.cfg).__name__} at target "{self.path}"')
+        if any(p.layout is not torch.strided for p in (self.params or {}).values()):
+            e.add_note("its params are sparse: pass dense ones, leaf.to_dense()")
 
     @property
     def standing(self) -> tuple[Params | None, Rows | None, Tensor | None, bool]:
@@ -125,16 +135,19 @@ class Binding:
         try:
             W = self.W
             if self.off:
-                if self.watch is not None:
-                    self.watch(W.given(args, kwargs), W.beside(args, kwargs))
-                return W(first_of(args, kwargs)) if self.direct else W.frozen(self.own, args, kwargs)
+                done = None if self.watch is None else self.watch(W.given(args, kwargs), W.beside(args, kwargs))
+                y = W(first_of(args, kwargs)) if self.direct else W.frozen(self.own, args, kwargs)
+                if done is not None:
+                    done(W.results(y))
+                return y
             params = self.registered() if self.params is None else self.params
             self._note()
+            self._require_own()
             if self.rows is not None:
                 self.rows.require(self.path, functools.partial(W.given, args, kwargs))
             return W.call(functools.partial(self._apply, params), self.own, args, kwargs)
         except Exception as e:
-            e.add_note(f'in {type(self.cfg).__name__} at target "{self.path}"')
+            self._name(e)
             raise
 
     def _apply(self, params: Params, W: Any, x: Any) -> Any:
@@ -165,6 +178,7 @@ class Binding:
                 "around it reads: all rows see the same one. Leave it out, or run the members one by one."
             )
         self._require_place(name)
+        self._note_read(name)
         if getattr(self.cfg, "dropout", 0.0) and W.training:
             raise ValueError(
                 f'adapt: at "{self.path}" expected a target that is called with an input, found a weight that the module around it reads, '
@@ -181,6 +195,32 @@ class Binding:
     def _note(self) -> None:
         if not torch.compiler.is_compiling():
             self.used = True
+
+    def _note_read(self, name: str) -> None:
+        if torch.compiler.is_compiling() or self.W.moving:
+            return
+        module, own = place_of(self.W.layer, name)
+        self.seen[own] = module._parameters[own]
+        if self.fast:
+            self.fast = "first"  # the next call looks
+
+    def _require_own(self) -> None:
+        """Refuse a layer into which the model has put a tensor that it may have made of the adapted one.
+
+        Raises:
+            ValueError: with the way out.
+        """
+        if torch.compiler.is_compiling() or not self.seen:
+            return
+        table, seen = self.W.layer._parameters, dict(self.seen)
+        self.seen.clear()
+        for name, p in seen.items():
+            if (now := table.get(name)) is not p and now is not None and not isinstance(now, nn.Parameter):
+                raise ValueError(
+                    f'adapt: at "{self.path}" expected a layer with its frozen {name}, found a tensor in its place after the model has '
+                    "read the adapted one, as by torch.func.functional_call in the model's own forward. It would be adapted again. Let the "
+                    "forward call the layer, or torch.nn.functional.linear with the tensor."
+                )
 
     def _require_place(self, name: str) -> None:
         """Refuse a variant that no weight holds where the weight is read, and one that moves the bias of a layer without one."""

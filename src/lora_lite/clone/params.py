@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lora_lite.clone.adapter import adapters
 from lora_lite.clone.bind import bindings
 from lora_lite.core.config_json import departures
-from lora_lite.core.errors import listed, several, tree_faults
+from lora_lite.core.errors import listed, several, trainable, tree_faults
 from lora_lite.core.plan import Entries, Plan, Shapes
 from lora_lite.core.tree import AnyTree, Tree
 from lora_lite.layers.kind import Params
@@ -46,7 +46,7 @@ def require_fit(params: Any, shapes: Shapes, caller: str, on_meta: bool = False)
     )
 
 
-FLOATING = frozenset(dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+FLOATING = frozenset(dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype) and trainable(dtype))
 
 
 def dtypes(params: AnyTree, shapes: Shapes) -> set[torch.dtype] | None:

@@ -1,9 +1,11 @@
 """A call on a bound copy, with the call's params and the model's own state in place. Each thread has its own copy."""
 
 import functools
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,14 @@ from lora_lite.clone.written import Weights
 from lora_lite.core.plan import Places, reaching
 from lora_lite.core.tracing import outside_transforms, while_traced
 from lora_lite.core.tree import AnyTree
+
+
+class Call(NamedTuple):
+    """The tensors of a target's call, as something reads them: its input, those beside it, and those of its result, by their places."""
+
+    given: Any
+    beside: dict[str, Any]
+    results: dict[str, Any]
 
 
 class Replica:
@@ -68,12 +78,14 @@ class Replica:
         """Run the model without its adapters."""
         return self._call([None] * len(self.bindings), batch, kwargs, None, None, off=True)
 
-    def inputs(self, batch: Any, kwargs: Mapping[str, Any], read: Callable[[Any], Any]) -> dict[str, list[tuple[Any, dict[str, Any]]]]:
-        """Run the model without its adapters; return what `read` makes of each call's input and of the tensors beside it, by target."""
-        seen: dict[str, list[tuple[Any, dict[str, Any]]]] = {}
+    def seen(self, batch: Any, kwargs: Mapping[str, Any], read: Callable[[Any], Any]) -> dict[str, list[Call]]:
+        """Run the model without its adapters; return what `read` makes of the tensors of each call, by target."""
+        seen: dict[str, list[Call]] = {}
 
-        def note(path: str, x: Any, beside: Mapping[str, Tensor]) -> None:
-            seen.setdefault(path, []).append((read(x), {name: read(value) for name, value in beside.items()}))
+        def note(path: str, x: Any, beside: Mapping[str, Tensor]) -> Callable[[Mapping[str, Tensor]], None]:
+            call = Call(read(x), {name: read(value) for name, value in beside.items()}, {})
+            seen.setdefault(path, []).append(call)
+            return lambda results: call.results.update({name: read(value) for name, value in results.items()})
 
         for path, binding in self.bindings:
             binding.watch = functools.partial(note, path)
@@ -155,6 +167,8 @@ class Replica:
     def _traced_run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run the copy where the compiler traces: copies of buffers, and what the trace changes else is put back by the next call."""
         self._traced = True
+        if self._settings is not None:
+            self._settings.read()
         if not self._volatile:
             return self.module(*args, **kwargs)
         state = {name: buffer.clone() for name, buffer in self._volatile.items()}
@@ -171,6 +185,7 @@ class Replicas:
         self._local = threading.local()
         self._local.builds = True
         self._prepare = while_traced(lambda: self.main.settle())
+        _MADE.add(self)
 
     @property
     def main(self) -> Replica:
@@ -195,6 +210,22 @@ class Replicas:
     def _new(self) -> Replica:
         with outside_transforms():
             return self._make()
+
+    def forked(self) -> None:
+        """Open the lock in a child process: the thread that held it is not there."""
+        self._lock = threading.Lock()
+
+
+_MADE: WeakSet[Replicas] = WeakSet()
+
+
+def _forked() -> None:
+    for replicas in list(_MADE):
+        replicas.forked()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forked)
 
 
 def arguments(batch: Any, kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

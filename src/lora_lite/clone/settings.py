@@ -12,6 +12,7 @@ from torch import nn
 from lora_lite.core.tree import modules_by_path
 
 _METHODS = ("to_dict", "from_dict")
+_SIZES = "_lora_lite_sizes"
 
 
 class Settings:
@@ -22,25 +23,49 @@ class Settings:
     """
 
     def __init__(self, root: nn.Module) -> None:
+        self._root = root
         memo: dict[int, Any] = {}
         theirs: dict[int, Any] = {}
         for module in modules_by_path(root).values():
             for name, value in list(vars(module).items()):
-                if hasattr(value, "__dict__") and all(hasattr(type(value), method) for method in _METHODS):
+                if _is_settings(value):
                     theirs[id(value)] = value  # held, so that an `id` stays its own
                     vars(module)[name] = copy.deepcopy(value, memo)
         self._theirs, self._own = theirs, {key: memo[key] for key in theirs}
         self._pairs = [(vars(value), vars(self._own[key])) for key, value in theirs.items()]
         self._noted = [(dict(user), dict(own)) for user, own in self._pairs]
+        for value, sizes in vars(root).get(_SIZES, ()):
+            self._require_sizes(vars(value), sizes)
 
     def follow(self) -> None:
-        """Take over what the user has changed since the last call."""
+        """Take over what the user has changed since the last call.
+
+        Raises:
+            ValueError: where that is the size of weights, which a copy has from the build.
+        """
         for n, ((user, own), (was, _)) in enumerate(zip(self._pairs, self._noted)):
             if not _same(user, was):
+                self._require_sizes(user, was)
                 fresh = {name: copy.deepcopy(value, dict(self._own)) for name, value in user.items()}
                 own.clear()
                 own.update(fresh)
                 self._noted[n] = dict(user), fresh
+
+    def _require_sizes(self, user: dict[str, Any], was: dict[str, Any]) -> None:
+        sizes = {size for p in self._root.parameters() for size in p.shape}
+        for name, now in user.items():
+            before = was.get(name)
+            if name.endswith("_size") and type(now) is int and now != before and type(before) is int and before in sizes:
+                raise ValueError(
+                    f"adapt: expected the model's config to keep the sizes of its weights, found {name} changed from {before} to {now} "
+                    "after build, as by resize_token_embeddings. adapt has the weights of the build. Build again on the model as it is "
+                    "now: the params of layers whose shapes are as before fit both."
+                )
+
+    def read(self) -> None:
+        """Read all that the user may change, where the compiler traces: it compares what it has read with each call, and traces anew."""
+        for user, _ in self._pairs:
+            _read(user)
 
     def restore(self) -> None:
         """Put back what a call has changed."""
@@ -48,6 +73,32 @@ class Settings:
             if not _same(own, kept):
                 own.clear()
                 own.update(kept)
+
+
+def note_sizes(root: nn.Module) -> None:
+    """Note on a copy the sizes in its settings at the build: it shares them with the user's model until a call."""
+    held = {id(value): value for module in modules_by_path(root).values() for value in vars(module).values() if _is_settings(value)}
+    if held:
+        sizes = [(value, {name: size for name, size in vars(value).items() if name.endswith("_size")}) for value in held.values()]
+        vars(root)[_SIZES] = sizes
+
+
+def _is_settings(value: Any) -> bool:
+    return hasattr(value, "__dict__") and all(hasattr(type(value), method) for method in _METHODS)
+
+
+def _read(value: Any) -> None:
+    if isinstance(value, dict):
+        for inner in value.values():
+            _read(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _read(inner)
+    elif isinstance(value, bool | int | float | str):
+        _NOTHING.get(value)  # a look-up takes the value itself, where the compiler would trace a number as a symbol
+
+
+_NOTHING: dict[Any, None] = {}
 
 
 def _same(now: dict[str, Any], was: dict[str, Any]) -> bool:

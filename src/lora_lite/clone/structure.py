@@ -16,6 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 from lora_lite.clone.accelerate import carry, moves_inputs, runs_class_forward
 from lora_lite.clone.offloaded import Offloaded
 from lora_lite.clone.references import PLAIN, References, containers_in
+from lora_lite.clone.settings import note_sizes
 from lora_lite.core.errors import listed, several
 from lora_lite.core.tree import join, modules_by_path
 from lora_lite.layers.access import ADOPTED
@@ -43,7 +44,9 @@ def clone_module(model: nn.Module, kinds: Sequence[type[Kind]] = ()) -> nn.Modul
     unreadable = faults(model, kinds)
     if unreadable:
         raise ValueError(f"build: expected quantised layers that hold their weight quantised, found:\n{several(unreadable)}")
-    return clone_again(model, kinds)
+    clone = clone_again(model, kinds)
+    note_sizes(clone)
+    return clone
 
 
 def clone_again(clone: nn.Module, kinds: Sequence[type[Kind]] = ()) -> nn.Module:
@@ -92,11 +95,22 @@ def _alias(tensor: Tensor, tensors: dict[int, Tensor], refs: References) -> Tens
     if isinstance(tensor, Offloaded):
         return tensor
     if id(tensor) not in tensors:
-        alias = tensor.detach()
+        alias = _outside_inference(tensor) if tensor.is_inference() else tensor.detach()
         tensors[id(tensor)] = parameter = _parameter(tensor, alias) if isinstance(tensor, nn.Parameter) else alias
         if parameter is not alias:
             vars(parameter).update({name: refs.led(value) for name, value in vars(tensor).items()})
     return tensors[id(tensor)]
+
+
+@torch.inference_mode(False)
+def _outside_inference(tensor: Tensor) -> Tensor:
+    """Share the storage of a tensor that was made in inference mode, for whose like autograd keeps nothing."""
+    data = tensor.detach()
+    if type(data.data) is not Tensor or data.layout is not torch.strided or data.is_conj() or data.is_neg() or data.is_quantized:
+        return data
+    return torch.empty(0, dtype=data.dtype, device=data.device).set_(
+        data.untyped_storage(), data.storage_offset(), data.shape, data.stride()
+    )
 
 
 def _parameter(tensor: nn.Parameter, alias: Tensor) -> nn.Parameter:

@@ -1,6 +1,7 @@
 """Starts, constants, merged weights and files are made the same way, whatever is set around the call that makes them."""
 
 import functools
+import os
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -81,5 +82,14 @@ class _Float32:
             if not self.inside:
                 torch.set_default_dtype(self._found)
 
+    def forked(self) -> None:
+        """Begin anew in a child process, where no other thread is left to leave, and a lock that one of them held stays shut."""
+        self._lock = threading.Lock()
+        if self.inside and not _HERE.inside:
+            torch.set_default_dtype(self._found)
+        self.inside = int(_HERE.inside and self.inside > 0)
+
 
 _FLOAT32 = _Float32()
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_FLOAT32.forked)

@@ -28,7 +28,14 @@ def _leaf_fault(where: str, leaf: object, shape: tuple[int, ...]) -> str | None:
         return f'"{where}": expected shape {shape}, found {tuple(leaf.shape)}'
     if not leaf.is_floating_point():
         return f'"{where}": expected a floating dtype, found {leaf.dtype}'
+    if not trainable(leaf.dtype):
+        return f'"{where}": expected a floating dtype of 16 bits or more, found {leaf.dtype}; pass leaf.float()'
     return None
+
+
+def trainable(dtype: torch.dtype) -> bool:
+    """Whether params may have a dtype. In 8 bits their gradients would be cut off at its largest number, or lose their sign."""
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def tree_faults(tree: object, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> list[str]:

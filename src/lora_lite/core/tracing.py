@@ -11,6 +11,8 @@ from torch._C._functorch import (
     _add_batch_dim,
     _remove_batch_dim,
     _unwrap_batched,
+    _vmap_decrement_nesting,
+    _vmap_increment_nesting,
     get_unwrapped,
     is_batchedtensor,
     is_functorch_wrapped_tensor,
@@ -23,7 +25,8 @@ from torch._functorch.pyfunctorch import (
     temporarily_clear_interpreter_stack,
     temporarily_pop_interpreter_stack,
 )
-from torch._functorch.vmap import doesnt_support_saved_tensors_hooks, lazy_load_decompositions, vmap_increment_nesting
+from torch._functorch.vmap import lazy_load_decompositions
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -73,6 +76,19 @@ def outside_transforms() -> Iterator[None]:
         yield
 
 
+def require_values(tensors: Iterable[Any]) -> None:
+    """Refuse tensors without values, such as those by which `make_fx` traces: a trial of a mixed batch runs the model on them.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    if not torch.compiler.is_compiling() and any(isinstance(tensor, FakeTensor) for tensor in tensors):
+        raise ValueError(
+            "adapt.mixed: expected tensors with values, by which the rows are followed to the targets, found fake ones, as of make_fx. "
+            'Trace with make_fx(f, tracing_mode="real"), or compile the function by torch.compile.'
+        )
+
+
 def unwrapped(tensor: Tensor) -> Tensor:
     """Return the plain tensor inside those of active transforms; of the many that `vmap` maps over the first."""
     axes = []
@@ -113,14 +129,33 @@ def vmap_rows(f: Callable[..., Any], params: Mapping[str, Tensor], *xs: Tensor) 
         return _mapped(f, params, xs)
 
 
-@doesnt_support_saved_tensors_hooks  # as torch.vmap, whose rules these are
 def _mapped(f: Callable[..., Any], params: Mapping[str, Tensor], xs: tuple[Tensor, ...]) -> Any:
-    rows = xs[0].shape[0]
-    with vmap_increment_nesting(rows, "different") as level:
+    # Not torch's contexts: a Ctrl-C between two of their steps leaves in place for all that runs later what they set.
+    rows, around, refused = xs[0].shape[0], maybe_current_level(), _AUTOGRAD._saved_tensors_hooks_get_disabled_error_message()
+    try:
+        _AUTOGRAD._saved_tensors_hooks_disable(refused or _NO_HOOKS)  # as torch.vmap, whose rules these are
+        level = _vmap_increment_nesting(rows, "different")
         y = f({name: _add_batch_dim(p, 0, level) for name, p in params.items()}, *(_add_batch_dim(x, 0, level) for x in xs))
         if isinstance(y, Tensor):
-            return _remove_batch_dim(y, level, rows, 0)
-        return pytree.tree_map_only(Tensor, lambda t: _remove_batch_dim(t, level, rows, 0), y)
+            found = _remove_batch_dim(y, level, rows, 0)
+        else:
+            found = pytree.tree_map_only(Tensor, lambda t: _remove_batch_dim(t, level, rows, 0), y)
+        _leave(around, refused)
+    except BaseException:
+        _leave(around, refused)
+        raise
+    return found
+
+
+def _leave(around: int | None, refused: str | None) -> None:
+    while (level := maybe_current_level()) is not None and level > (around or 0):
+        _vmap_decrement_nesting()
+    if refused is None:
+        _AUTOGRAD._saved_tensors_hooks_enable()
+
+
+_AUTOGRAD = torch._C._autograd
+_NO_HOOKS = "adapt.mixed: expected a model that sets no hooks on saved tensors inside a layer with params for each row, found some."
 
 
 def by_vmap(x: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import Params
 from lora_lite.core.plan import Plan, Shapes
-from lora_lite.core.tracing import in_transform
+from lora_lite.core.tracing import in_transform, require_values
 from lora_lite.core.tree import AnyTree, Tree, tree_map
 from lora_lite.layers.kind import Kind
 
@@ -61,7 +61,11 @@ def stacked_size(stacked: AnyTree) -> int:
             "ll.stack([params, ...])."
         )
     if all(isinstance(leaf, Tensor) for leaves in stacked.values() for leaf in leaves.values()):
-        lengths = {leaf.shape[0] if leaf.dim() else 0 for leaves in stacked.values() for leaf in leaves.values()}
+        try:
+            lengths = {leaf.shape[0] if leaf.dim() else 0 for leaves in stacked.values() for leaf in leaves.values()}
+        except TypeError:  # a symbol has no hash
+            require_values(leaf for leaves in stacked.values() for leaf in leaves.values())
+            raise
         if len(lengths) == 1 and 0 not in lengths:
             return lengths.pop()
     raise ValueError(_not_stacked(stacked))
@@ -194,6 +198,7 @@ def index_of(index: Tensor | Sequence[int] | None, members: int, device: torch.d
     if index.dim() != 1 or index.is_floating_point() or index.dtype == torch.bool:
         found = f"{index.dtype} of shape {tuple(index.shape)}"
         raise TypeError(f"adapt.{caller}: expected index as a vector of integers, found {found}. Give each row the number of its adapter.")
+    require_values([index])
     if index.device.type == "cpu" and not in_transform():
         _require_members(index.tolist(), members, caller)
     return index.to(device, torch.long)

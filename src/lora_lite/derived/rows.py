@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from lora_lite.clone.per_call import Replica, Replicas
 from lora_lite.clone.rows import Rows, unknown
 from lora_lite.core.errors import listed, require_type
-from lora_lite.core.tracing import in_transform, outside_transforms, unwrapped, while_traced
+from lora_lite.core.tracing import in_transform, outside_transforms, require_values, unwrapped, while_traced
 from lora_lite.derived.compiled_rows import Graph, Layout, see_rows, taken_apart
 from lora_lite.derived.questions import Question, asked
 from lora_lite.derived.trial import Batch, Seen, runs_of, trial
@@ -99,6 +99,7 @@ class Followed:
 
     def _question(self, plain: Batch, rows: int, mapped: Collection[str]) -> Question:
         leaves = pytree.tree_leaves_with_path(plain)
+        require_values(leaf for _, leaf in leaves)
         key = tuple((pytree.keystr(path), *_facts(leaf, rows)) for path, leaf in leaves)
         if key in self._known or rows not in _lengths(plain) or not all(isinstance(leaf, PLAIN) for _, leaf in leaves):
             return Question(key, tuple(mapped), None)
@@ -134,6 +135,12 @@ def require_following(known: Mapping[str, Seen], mapped: Collection[str], caller
             f'{caller}: at "{lost[0]}" expected an input whose first axis is made of the batch\'s rows, found one that does not '
             f"grow with them{more}. Leave such layers out with exclude_names, or run the members one by one, or tell "
             "with row_map where the rows are."
+        )
+    lost = [path for path, seen in known.items() if not seen.returns and path not in mapped]
+    if lost:
+        raise ValueError(
+            f'{caller}: at "{lost[0]}" expected a module whose outputs have the batch\'s rows on their first axis, found one that has them '
+            "elsewhere, or not. Train a part of it that returns rows, or run the members one by one."
         )
 
 

@@ -4,6 +4,7 @@ A module is called with caches and one token at a time, where the rows of a targ
 the rows are those that the batch has, and what a trial of the first call with arguments of a form has shown.
 """
 
+import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -32,6 +33,7 @@ class RowState:
         members: of the stack.
         index: the member of each row; None for equal contiguous groups.
         rows: of the inputs of targets, while a generation runs; None outside of one.
+        thread: the one whose generation runs.
         known: for each form of arguments, how a target's calls follow the batch's rows.
         trying: whether the call that runs is a trial.
         own: what `generate` and its expansion of inputs were in the module's `__dict__`, where they stood there.
@@ -40,6 +42,7 @@ class RowState:
     def __init__(self, members: int, index: Tensor | None, own: Mapping[str, Any]) -> None:
         self.members, self.index, self.own = members, index, dict(own)
         self.rows: int | None = None
+        self.thread = 0
         self.known: dict[Any, dict[str, Seen]] = {}
         self.trying = False
 
@@ -47,6 +50,18 @@ class RowState:
     def single(self) -> bool:
         """Whether all rows have the same adapter, so that it does not matter where they are."""
         return (self.members if self.index is None else len(self.index)) == 1
+
+    def require_thread(self) -> None:
+        """Raise where a generation of another thread runs: it has its rows in the module.
+
+        Raises:
+            RuntimeError: with the way out.
+        """
+        if self.rows is not None and self.thread != threading.get_ident():
+            raise RuntimeError(
+                "adapt.module: expected the module of a stack to run in one thread at a time, found that it generates in another. Give "
+                "each thread a module of its own, adapt.module(stacked, index=...), which shares the frozen weights."
+            )
 
     def of(self, lengths: Sequence[int]) -> int:
         """Return the rows of a batch whose tensors have these lengths."""
@@ -100,6 +115,7 @@ def _before_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     state: RowState = vars(module)[_STATE]
     if state.trying or torch.compiler.is_compiling():  # a compiled call is not tried, as in `adapt.mixed`
         return
+    state.require_thread()
     lengths = [len(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
     rows = state.of(lengths) if state.rows is None else state.rows
     if state.rows is None and lengths and rows not in lengths:
@@ -130,6 +146,7 @@ def _known(module: nn.Module, state: RowState, args: tuple[Any, ...], kwargs: Ma
 def _generate(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Generate with one adapter a prompt."""
     state: RowState = vars(module)[_STATE]
+    state.require_thread()
     prompts = _prompts(module, args, kwargs)
     rows = state.of([prompts])
     if rows != prompts:
@@ -137,7 +154,7 @@ def _generate(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             f"adapt.module: expected {rows} prompts, an adapter's number each in index, found {prompts}. Give each prompt its adapter: "
             "adapt.module(stacked, index=...). Beams and num_return_sequences take the adapter of their prompt."
         )
-    before, state.rows = state.rows, rows
+    before, state.rows, state.thread = state.rows, rows, threading.get_ident()
     try:
         _place(module, state, rows)
         return _own(module, state, "generate")(*args, **kwargs)

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lora_lite.clone.per_call import Replica
+from lora_lite.clone.per_call import Call, Replica
 
 Batch = tuple[Any, dict[str, Any]]
 """The arguments of a call: a batch, and keywords."""
-
-_Call = tuple[Tensor | None, Mapping[str, Tensor | None]]
 
 
 class Seen(NamedTuple):
@@ -28,11 +26,13 @@ class Seen(NamedTuple):
         follows: whether the first axis of its inputs has the rows, in their order.
         beside: by place, whether a tensor beside an input has them too, or is shared.
         each: the entries of that axis for each row, of all its calls.
+        returns: whether all tensors of its results have the rows there, or one entry for all, of a target that is asked for them.
     """
 
     follows: bool
     beside: Mapping[str, bool]
     each: frozenset[int] = frozenset()
+    returns: bool = True
 
 
 _NEAR = 0.1
@@ -60,11 +60,13 @@ def trial(replica: Replica, runs: Sequence[Batch]) -> dict[str, Seen]:
     devices = {leaf.device for leaf in pytree.tree_leaves(runs) if isinstance(leaf, Tensor) and leaf.is_cuda}
     with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
         try:
-            found = _followed([replica.inputs(*batch, _print) for batch in runs], values=not replica.module.training)
+            found = _followed([replica.seen(*batch, _print) for batch in runs], values=not replica.module.training)
             if replica.module.training:  # dropout draws otherwise: the order shows in evaluation mode
                 still = _followed([_in_evaluation(replica, *batch) for batch in runs], values=True)
                 found = {
-                    path: still.get(path, seen)._replace(follows=seen.follows and still.get(path, seen).follows)
+                    path: (now := still.get(path, seen))._replace(
+                        follows=seen.follows and now.follows, returns=seen.returns and now.returns
+                    )
                     for path, seen in found.items()
                 }
             return found
@@ -74,12 +76,12 @@ def trial(replica: Replica, runs: Sequence[Batch]) -> dict[str, Seen]:
             return {}
 
 
-def _in_evaluation(replica: Replica, batch: Any, kwargs: dict[str, Any]) -> Mapping[str, Sequence[_Call]]:
+def _in_evaluation(replica: Replica, batch: Any, kwargs: dict[str, Any]) -> Mapping[str, Sequence[Call]]:
     modes = [(module, module.training) for module in replica.module.modules()]
     try:
         for module, _ in modes:
             module.training = False
-        return replica.inputs(batch, kwargs, _print)
+        return replica.seen(batch, kwargs, _print)
     finally:
         for module, mode in modes:
             module.training = mode
@@ -139,18 +141,20 @@ def _print(x: Any) -> Tensor | None:
     return torch.cat([seen, torch.linalg.vector_norm(flat, dim=(1, 2))[:, None]], 1)
 
 
-def _followed(runs: Sequence[Mapping[str, Sequence[_Call]]], *, values: bool) -> dict[str, Seen]:
+def _followed(runs: Sequence[Mapping[str, Sequence[Call]]], *, values: bool) -> dict[str, Seen]:
     """Return, for each target, whether its inputs on two rows are those on each of them, and so for what is beside them."""
     found = {}
     for path in dict.fromkeys(path for run in runs for path in run):
         calls = [run.get(path, []) for run in runs]
         steps, even = list(zip(*calls, strict=False)), len({len(run) for run in calls}) == 1  # of each call of the target, all runs
-        follows = even and all(_joined([x for x, _ in step], values) for step in steps)
-        names = dict.fromkeys(name for run in calls for _, beside in run for name in beside)
-        kinds = {name: {_follows([beside.get(name) for _, beside in step], values) for step in steps} for name in names}
+        follows = even and all(_joined([call.given for call in step], values) for step in steps)
+        names = dict.fromkeys(name for run in calls for call in run for name in call.beside)
+        kinds = {name: {_follows([call.beside.get(name) for call in step], values) for step in steps} for name in names}
         known = {name: kind.pop() for name, kind in kinds.items() if even and len(kind) == 1}
-        each = frozenset(len(x) for x, _ in calls[0] if x is not None)
-        found[path] = Seen(follows, {name: kind for name, kind in known.items() if kind is not None}, each)
+        each = frozenset(len(call.given) for call in calls[0] if call.given is not None)
+        out = {name for run in calls for call in run for name in call.results}
+        returns = even and all(_returned([call.results.get(name) for call in step], values) for step in steps for name in out)
+        found[path] = Seen(follows, {name: kind for name, kind in known.items() if kind is not None}, each, returns)
     return found
 
 
@@ -163,6 +167,12 @@ def _follows(runs: Sequence[Tensor | None], values: bool) -> bool | None:
         return True
     same = all(run is not None and run.shape == first.shape and _close(run, first) for run in runs)
     return False if same else None
+
+
+def _returned(runs: Sequence[Tensor | None], values: bool) -> bool:
+    """Whether a result has the rows, or is one entry for all of them, such as a bias of positions: that is repeated for each row."""
+    shared = _follows(runs, values) is False and all(run is not None and len(run) == 1 for run in runs)
+    return shared or _joined(runs, values)
 
 
 def _joined(runs: Sequence[Tensor | None], values: bool) -> bool:

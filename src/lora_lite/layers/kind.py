@@ -193,6 +193,12 @@ class Kind(Tensors):
         """Return the other tensors of a call that the layer is run with, by their places: none but for whole modules."""
         return {}
 
+    def results(self, y: Any) -> dict[str, Tensor]:
+        """Return the tensors of a call's result in which a mixed batch has its rows first, by their places: none but for whole modules.
+
+        A linear layer's result has the rows where its input has them."""
+        return {}
+
     def apply_rows_at(self, axis: int, f: Variant, params: Params, x: Tensor, index: Tensor | None) -> Any:
         """Apply a variant to each row as `apply_rows` does, where another axis than the first has the rows. So has that of the result."""
         return self.apply_rows(f, params, x.movedim(axis, 0), index).movedim(0, axis)
@@ -218,7 +224,17 @@ class Kind(Tensors):
             own = (x.unflatten(0, (rows, -1)), aligned(active, x).unflatten(0, (rows, -1)))
             return vmap_rows(lambda p, x, active: self.with_active(active).apply(f, p, x), params, *own).flatten(0, 1)
         found = vmap_rows(lambda p, x: self.apply(f, p, x), params, x.unflatten(0, (rows, -1)))
-        return found.flatten(0, 1) if isinstance(found, Tensor) else pytree.tree_map_only(Tensor, lambda y: y.flatten(0, 1), found)
+        return _joined(found) if isinstance(found, Tensor) else pytree.tree_map_only(Tensor, _joined, found)
+
+
+def _joined(y: Tensor) -> Tensor:
+    """Join the entries of all rows on one axis."""
+    if y.dim() < 2:
+        raise ValueError(
+            "expected a module whose outputs have the batch's rows on their first axis, found a number for each row. Train a part of it "
+            "that returns rows, or run the members one by one."
+        )
+    return y.flatten(0, 1)
 
 
 def of_rows(params: Params, index: Tensor | None) -> tuple[Params, int]:

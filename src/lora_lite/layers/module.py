@@ -90,6 +90,9 @@ class ModuleKind(Kind):
     def beside(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         return tensors_in((args[1:], dict(kwargs) if args else dict(list(kwargs.items())[1:])))
 
+    def results(self, y: Any) -> dict[str, Tensor]:
+        return tensors_in(y)
+
     def moved(self, deltas: Mapping[str, Tensor]) -> Callable[[Any], Any]:
         now = {name: (p + deltas[name]).to(p.dtype) for name, p in self.parameters.items() if name in deltas}
 
@@ -153,7 +156,19 @@ class ModuleKind(Kind):
                 "expected modules that torch can map over members, found a recurrent one, whose kernels it cannot. Train other parts, or "
                 "run the members one by one."
             )
-        return super().apply_rows(with_padded_lookups(f) if self._padded else f, params, x, index)
+        found = super().apply_rows(with_padded_lookups(f) if self._padded else f, params, x, index)
+        self._require_rows(found, x, len(next(iter(params.values())) if index is None else index))
+        return found
+
+    def _require_rows(self, found: Any, x: Tensor, rows: int) -> None:
+        """Refuse results of another length than the input, where no trial has shown that these are rows."""
+        if rows < 2 or self.follow is not None or torch.compiler.is_compiling():
+            return
+        if odd := [tuple(y.shape) for y in tensors_in(found).values() if y.shape[0] != x.shape[0]]:
+            raise ValueError(
+                f"expected a module whose outputs have the {x.shape[0]} entries of its input on their first axis, found shape {odd[0]}, "
+                "and the model has not let its rows be tried. Train a part of it that returns rows, or run the members one by one."
+            )
 
     @functools.cached_property
     def _recurrent(self) -> bool:

@@ -35,7 +35,7 @@ def check_fields(fields: Mapping[str, Any], where: object) -> None:
             "Merge the adapter with PEFT's merge_and_unload and adapt the merged model."
         )
     known, only = ANY | FREE[method] | set(DEFAULTS[method]), ONLY.get(method, {})
-    others = {name: value for name, value in fields.items() if name not in known and value not in (*OFF, only.get(name))}
+    others = {name: value for name, value in fields.items() if name not in known and _is_on(name, value) and value != only.get(name)}
     faults = [f"{name}: expected {repr(only[name]) if name in only else 'it off'}, found {value!r}" for name, value in others.items()]
     if faults:
         raise ValueError(
@@ -59,6 +59,11 @@ def check_fields(fields: Mapping[str, Any], where: object) -> None:
             f"from_peft: expected wavelet_family in \"{where}\" to be 'db1', whose inverse transform is known in closed form, found "
             f"{wavelet!r}, whose filters are not here. Merge the adapter with PEFT's merge_and_unload and adapt the merged model."
         )
+
+
+def _is_on(name: str, value: Any) -> bool:
+    """Whether a field asks for something. An empty pattern asks for nothing, an empty config for PEFT's defaults, as `kasa_config: {}`."""
+    return value not in OFF or (value == {} and not name.endswith("_pattern"))
 
 
 _NAMES_TOO = ("init_lora_weights", "init_weights")
@@ -149,7 +154,7 @@ def _unread(pattern: str) -> str | None:
 def _check_scale(fields: Mapping[str, Any], where: object) -> None:
     """Refuse a negative scale where its sign cannot be moved to a factor: a start would be taken off with the other sign."""
     start, method = resolve(fields, "init_lora_weights", ""), fields["peft_type"]
-    if method == "LORA" and start not in ("pissa", "olora") and not fields.get("kasa_config"):
+    if method == "LORA" and start not in ("pissa", "olora") and not _is_on("kasa_config", fields.get("kasa_config")):
         return
     for name in ("lora_alpha", "alpha", "randlora_alpha"):
         values = [fields.get(name), *(fields.get("alpha_pattern") or {}).values()]
@@ -188,7 +193,7 @@ def _check_alone(fields: Mapping[str, Any], start: Any, where: object) -> None:
     for name in ("alora_invocation_tokens", "kasa_config"):
         others = [*beside, *(other for other in ("alora_invocation_tokens",) if other != name and fields.get(other))]
         others += ["lora_dropout"] if name == "kasa_config" and fields.get("lora_dropout") else []  # which has none here
-        if fields.get(name) and others:
+        if _is_on(name, fields.get(name)) and others:
             raise ValueError(
                 f'from_peft: expected {name} in "{where}" beside a plain LoRA, found {listed(others)}. Merge the adapter with PEFT\'s '
                 "merge_and_unload and adapt the merged model."

@@ -129,7 +129,7 @@ ROWS: dict[str, Row] = {
         },
         _read_kasa,
         lambda cfg: {**_write_lora(cfg), "kasa_config": Weights(beta=cfg.beta, gamma=cfg.gamma)},
-        when=lambda fields, _: bool(fields.get("kasa_config")),
+        when=lambda fields, _: fields.get("kasa_config") is not None,  # an empty one has PEFT's defaults
         misread=not_linear,
     ),
     "pissa": Row(
