@@ -14,6 +14,7 @@ from torch import nn
 import lora_lite as ll
 from cases import move, tiny_models
 from peft_oracle import edit, saved, wrapped
+from sklearn_stand_in import stand_in
 from test_field import HEAD, bert, ids
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*target_parameters.*"), pytest.mark.filterwarnings("ignore:build")]
@@ -802,3 +803,58 @@ def test_tokens_of_a_layer_with_a_bias_which_peft_leaves_out_are_refused_both_wa
     adapt = ll.build(model, ll.TokensConfig(token_ids=(1, 4), target_names="^0$"))
     with pytest.raises(ValueError, match=rf"(?s)to_peft.*{reason}"):
         ll.to_peft(adapt, move(adapt.init()), tmp_path / "ours")
+
+
+@pytest.mark.parametrize("sizes", [(1, 6), (6, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("names", [[], ["0"], "0|1"], ids=str)
+def test_gates_of_a_single_number_are_of_inputs_where_the_file_names_them(names, sizes, tmp_path):
+    model, x = nn.Sequential(nn.Linear(*sizes)).eval(), torch.randn(4, sizes[0])
+    theirs = wrapped(model, peft.IA3Config(target_modules=["0"], feedforward_modules=names))
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    assert type(adapt.configs[0]) is (ll.IA3FFConfig if names else ll.IA3Config)
+    close(adapt(params, x), theirs(x))
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    close(through_peft(model, tmp_path / "ours")(x), theirs(x))
+
+
+@pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_rank_that_peft_lowers_to_the_layers_width_keeps_the_scale_of_the_one_asked_for(start, rslora, tmp_path):
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3), nn.Linear(3, 1)).eval(), torch.randn(4, 6)
+    fields = {"r": 4, "lora_alpha": 3, "init_lora_weights": start, "use_rslora": rslora}
+    theirs = wrapped(model, peft.LoraConfig(target_modules=["0", "2", "3"], **fields))
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    assert [cfg.r for cfg in adapt.configs] == [4, 3, 1]
+    close(adapt(params, x), theirs(x))
+    edit(tmp_path / "theirs", r=2)
+    with pytest.raises(ValueError, match=r'expected 4 at "0", as its tensors have, found 2'):
+        ll.from_peft(model, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_rank_of_subspaces_goes_to_the_width_with_the_biases(bias, tmp_path, monkeypatch):
+    stand_in(monkeypatch)
+    model, x = nn.Sequential(nn.Linear(5, 16, bias=bias)).eval(), torch.randn(4, 5)
+    theirs = wrapped(model, peft.AdamssConfig(target_modules=["0"], num_subspaces=3))
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    assert adapt.constants["0"]["V"].shape == ((6, 6) if bias else (5, 5))
+    close(adapt(params, x), theirs(x))
+
+
+def test_subspaces_by_rounding_are_refused_both_ways_and_the_way_out_works(tmp_path, monkeypatch):
+    stand_in(monkeypatch)
+    model, x = nn.Sequential(nn.Linear(32, 16)).eval(), torch.randn(4, 32)  # square U: its rows are all of one distance
+    reason = r'(?s){}.*"0": AdaMSSConfig has groups that rounding decides.*train with a lower r'
+    wrapped(model, peft.AdamssConfig(target_modules=["0"], num_subspaces=3)).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match=reason.format("from_peft")):
+        ll.from_peft(model, tmp_path / "theirs")
+    adapt = ll.build(model, ll.AdaMSSConfig(num_subspaces=3))
+    with pytest.raises(ValueError, match=reason.format("to_peft")):
+        ll.to_peft(adapt, move(adapt.init()), tmp_path / "ours")
+    adapt = ll.build(model, ll.AdaMSSConfig(num_subspaces=3, r=8))
+    params = move(adapt.init())
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    close(through_peft(model, tmp_path / "ours")(x), adapt(params, x))

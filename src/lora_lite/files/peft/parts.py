@@ -91,7 +91,7 @@ def parts_of(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, 
 
 def _trains_bias(fields: Mapping[str, Any]) -> bool:
     """Whether the variant of a file of LoRA has a layer's own bias among its params."""
-    row = next((row for row in rows_of(fields["peft_type"]) if row.peft_type == "LORA" and row.when(fields, {})), None)
+    row = next((row for row in rows_of(fields["peft_type"]) if row.peft_type == "LORA" and row.when(fields, "", {})), None)
     return row is not None and any(leaf.key == biases.ADAPTED for leaf in row.leaves.values())
 
 

@@ -138,7 +138,8 @@ def _bitfit(shifts: Tree) -> list[AdapterConfig]:
 def _undefined(model: nn.Module, adapt: Adapt, chosen: Chosen, asked: Sequence[str]) -> list[str]:
     """List the layers at which PEFT computes something else than the variant, or nothing."""
     pairs = [(t, cfg) for t, cfg in zip(adapt.targets, adapt.configs) if t.path in chosen]
-    reasons = [(t.path, cfg, unsaved(model, t, cfg, asked)) for t, cfg in pairs]
+    layers = _layers_of(adapt)
+    reasons = [(t.path, cfg, unsaved(model, t, cfg, asked) or chosen[t.path][0].unsure(cfg, layers[t.path])) for t, cfg in pairs]
     return [f'"{path}": {type(cfg).__name__} {why}' for path, cfg, why in reasons if why]
 
 
@@ -163,7 +164,7 @@ def _choose(fields: Mapping[str, Any], layers: Layers) -> dict[str, tuple[Row, d
     """
     chosen, faults = {}, []
     for path, tensors in layers.items():
-        row = next(row for row in rows_of(fields["peft_type"]) if row.when(fields, tensors))
+        row = next(row for row in rows_of(fields["peft_type"]) if row.when(fields, path, tensors))
         held = [*row.held(lambda field: resolve(fields, field, "") not in OFF).values(), *row.constants.values()]
         wrong = [f'missing "{join(path, key)}"' for key in sorted({leaf.key for leaf in held if not leaf.optional} - set(tensors))]
         wrong += [f'unexpected "{join(path, key)}"' for key in sorted(set(tensors) - {leaf.key for leaf in held})]
@@ -240,7 +241,9 @@ def _field_faults(parts: Parts, chosen: Chosen) -> list[str]:
     fields, faults = parts.fields, []
     for path, (row, cfg) in chosen.items():
         rank = (getattr(cfg, "r", None) or row.write(cfg)["r"]) if "r" in DEFAULTS[row.peft_type] else None
-        if rank is not None and rank not in (resolve(fields, "r", path), *of_patterns(fields, "r", path)):
+        ranks = (resolve(fields, "r", path), *of_patterns(fields, "r", path)) if rank is not None else ()
+        lowered = row.lowers and rank == min(parts.layers[path]["lora_A.weight"].shape[-1], parts.layers[path]["lora_B.weight"].shape[-2])
+        if rank is not None and rank not in ranks and not (lowered and rank < ranks[0]):
             faults.append(f'r or rank_pattern: expected {rank} at "{path}", as its tensors have, found {resolve(fields, "r", path)}')
         if fields.get("coft") and not _within_bound(parts.layers[path]["oft_R.weight"], cfg, resolve(fields, "eps", path)):
             faults.append(f'coft: expected it off, or rotations within its bound, found "{path}" beyond it: PEFT would change its numbers')

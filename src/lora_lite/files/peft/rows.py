@@ -4,6 +4,7 @@ Of each trained tensor `theirs = origin + ours`, where the origin is PEFT's neut
 """
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,6 +96,15 @@ def _one(cfg: Any, constants: Constants) -> float:
     return 1.0
 
 
+def _is_input_gate(fields: Fields, path: str, tensors: Tensors) -> bool:
+    """Whether a gate is one of inputs. Its shape says so, but that of a single number: then the names do, as PEFT reads them."""
+    gate = tensors["ia3_l"]
+    if gate.numel() > 1:
+        return gate.shape[0] == 1
+    names = fields.get("feedforward_modules") or []
+    return re.fullmatch(names, path) is not None if isinstance(names, str) else path.endswith(tuple(names))
+
+
 ROWS: dict[str, Row] = {
     **rows_orthogonal.ROWS,
     **rows_lora.ROWS,
@@ -109,7 +119,7 @@ ROWS: dict[str, Row] = {
         {"g": Leaf("ia3_l", 2, _one, (1, -1))},
         lambda *_: {},
         lambda _: {},
-        when=lambda _, tensors: tensors["ia3_l"].shape[0] == 1 < tensors["ia3_l"].shape[1],
+        when=_is_input_gate,
         lists="feedforward_modules",
         conv1d=True,
     ),

@@ -52,8 +52,12 @@ def _write_plain(cfg: LoRAConfig) -> dict[str, Any]:
 
 
 def _read_pissa(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
-    lora = _read_lora(fields, path, tensors)
-    return {"r": lora["r"], "alpha": lora["alpha"] * (math.sqrt(lora["r"]) if lora["rslora"] else 1)}
+    lora, asked = _read_lora(fields, path, tensors), resolve(fields, "r", path)
+    r = lora["r"]
+    lowered = r < asked and r == min(tensors["lora_A.weight"].shape[-1], tensors["lora_B.weight"].shape[-2])
+    asked = asked if lowered else r  # PEFT takes the scale of the rank that was asked for
+    alpha = lora["alpha"] * (math.sqrt(asked) if lora["rslora"] else 1)
+    return {"r": r, "alpha": alpha * r / asked if lowered else alpha}
 
 
 def _write_lora(cfg: Any) -> dict[str, Any]:
@@ -100,7 +104,7 @@ def _bias_of_start(cfg: LoRAConfig) -> str | None:
     return "lora_bias: PEFT has it with its default start alone" if cfg.lora_bias and cfg.start != "kaiming" else None
 
 
-def _never(fields: Fields, tensors: Tensors) -> bool:
+def _never(fields: Fields, path: str, tensors: Tensors) -> bool:
     return False  # such a file is one of LoRA
 
 
@@ -115,7 +119,7 @@ ROWS: dict[str, Row] = {
         _LORA,
         lambda fields, path, tensors: {**_read_lora(fields, path, tensors), "invocation_tokens": tuple(fields["alora_invocation_tokens"])},
         lambda cfg: {**_write_lora(cfg), "alora_invocation_tokens": cfg.invocation_tokens},
-        when=lambda fields, _: bool(fields.get("alora_invocation_tokens")),
+        when=lambda fields, *_: bool(fields.get("alora_invocation_tokens")),
         refused=lambda cfg: None if cfg.invocation_tokens else "invocation_tokens=(): PEFT needs a token; it has this as LoRAConfig",
         conv1d=True,
     ),
@@ -129,7 +133,7 @@ ROWS: dict[str, Row] = {
         },
         _read_kasa,
         lambda cfg: {**_write_lora(cfg), "kasa_config": Weights(beta=cfg.beta, gamma=cfg.gamma)},
-        when=lambda fields, _: bool(fields.get("kasa_config")),
+        when=lambda fields, *_: bool(fields.get("kasa_config")),
         misread=not_linear,
     ),
     "pissa": Row(
@@ -138,7 +142,8 @@ ROWS: dict[str, Row] = {
         {"dA": Leaf("lora_A.weight", 2, lambda _, c: c["A0"]), "dB": Leaf("lora_B.weight", 2, lambda _, c: c["B0"])},
         _read_pissa,
         _write_lora,
-        when=lambda fields, _: fields.get("init_lora_weights") == "pissa",
+        when=lambda fields, *_: fields.get("init_lora_weights") == "pissa",
+        lowers=True,
         signs=_pissa_signs,
         written=_as_lora,
         conv1d=True,
@@ -149,7 +154,8 @@ ROWS: dict[str, Row] = {
         {"dA": Leaf("lora_A.weight", 2, lambda _, c: c["A0"]), "dB": Leaf("lora_B.weight", 2, lambda _, c: c["B0"])},
         _read_pissa,
         _write_lora,
-        when=lambda fields, _: fields.get("init_lora_weights") == "olora",
+        when=lambda fields, *_: fields.get("init_lora_weights") == "olora",
+        lowers=True,
         signs=_pissa_signs,
         written=_as_lora,
         conv1d=True,
@@ -161,7 +167,7 @@ ROWS: dict[str, Row] = {
         {"A": Leaf("lora_A.weight", 2)},
         _read_lora,
         lambda cfg: {**_write_lora(cfg), "init_lora_weights": "mica"},
-        when=lambda fields, _: fields.get("init_lora_weights") == "mica",
+        when=lambda fields, *_: fields.get("init_lora_weights") == "mica",
         constants={"B": Leaf("lora_B.weight", 2)},
         saved=lambda _, constants: {"B": constants["B"]},
         conv1d=True,
@@ -172,7 +178,7 @@ ROWS: dict[str, Row] = {
         {**_LORA, "m": Leaf("lora_magnitude_vector", 1, lambda _, c: c["sqnorm"].sqrt())},
         _read_lora,
         _write_lora,
-        when=lambda fields, _: bool(fields.get("use_dora")),
+        when=lambda fields, *_: bool(fields.get("use_dora")),
         conv1d=True,
     ),
     "lora": Row(

@@ -54,7 +54,7 @@ ROWS: dict[str, Row] = {
         {"u": Leaf("hra_u", 2, shape=(-1, 1))},
         lambda *_: {},
         lambda _: {"r": 1, "apply_GS": False},
-        when=lambda _, tensors: tensors["hra_u"].shape[1] == 1,
+        when=lambda _, __, tensors: tensors["hra_u"].shape[1] == 1,
         completed=lambda _, theirs: {"u": theirs["u"][None]},
         refused=_beyond_one_reflection,
     ),
