@@ -858,3 +858,19 @@ def test_subspaces_by_rounding_are_refused_both_ways_and_the_way_out_works(tmp_p
     params = move(adapt.init())
     ll.to_peft(adapt, params, tmp_path / "ours")
     close(through_peft(model, tmp_path / "ours")(x), adapt(params, x))
+
+
+@pytest.mark.parametrize("start", [True, "bat"], ids=["bone", "bat"])
+def test_files_of_bone_are_those_of_miss(start, tmp_path):
+    model, x = nn.Sequential(nn.Linear(8, 12)).eval(), torch.randn(4, 8)
+    theirs = wrapped(model, peft.MissConfig(target_modules=["0"], r=4, init_weights=start))
+    theirs.save_pretrained(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    old = {key.replace(".miss_block", ".bone_block"): t for key, t in tensors.items()}  # as PEFT wrote before it removed Bone
+    assert old.keys() != tensors.keys()
+    safetensors.torch.save_file(old, tmp_path / "adapter_model.safetensors")
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    written = {key: value for key, value in fields.items() if key not in ("mini_r", "miss_dropout", "peft_version")}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**written, "peft_type": "BONE"}))
+    adapt, params = ll.from_peft(model, tmp_path)
+    close(adapt(params, x), theirs(x))

@@ -25,6 +25,7 @@ from lora_lite.files.peft.demands import check_fields
 from lora_lite.files.peft.fields import DEFAULTS, OFF, of_patterns, resolve
 from lora_lite.files.peft.hub import CONFIG, WEIGHTS, folder_of
 from lora_lite.files.peft.layers import unsaved
+from lora_lite.files.peft.older import present_fields, present_tensors
 from lora_lite.files.peft.order import Chosen, warn_of_order
 from lora_lite.files.peft.parts import Layers, Parts, parts_of
 from lora_lite.files.peft.row import Row, own_bias
@@ -75,9 +76,9 @@ def from_peft(
     call = "from_peft(model, directory)"
     require_type(isinstance(directory, str | os.PathLike), call, "directory", "the path of a folder", directory)
     folder, kinds = folder_of(directory, revision, subfolder), as_kinds(kinds)
-    fields = _read_fields(folder / CONFIG)
+    fields = present_fields(_read_fields(folder / CONFIG))
     check_fields(fields, folder / CONFIG)
-    parts = parts_of(model, fields, _read_tensors(folder / WEIGHTS), kinds)
+    parts = parts_of(model, fields, present_tensors(_read_tensors(folder / WEIGHTS)), kinds)
     _require(parts.faults, folder, model)
     chosen = {path: (row, _config(row, values, path, folder)) for path, (row, values) in _choose(parts.fields, parts.layers).items()}
     _require(_misread(model, chosen, kinds), folder, model)
