@@ -70,7 +70,7 @@ def directions(P: Tensor, start: Tensor | None, method: str) -> tuple[Tensor, Te
         return (Q := orthonormal(P)), Q
     Q, Q0 = orthonormal(torch.stack([P, start]))
     # Two factorisations of equal matrices may round apart, even in one call: at the start the second is the first.
-    return Q, Q - torch.where((P == start).all(), Q.detach(), Q0)
+    return Q, Q - torch.where(P.eq(start).all(), Q.detach(), Q0)
 
 
 @checked
