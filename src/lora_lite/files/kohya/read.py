@@ -237,7 +237,7 @@ def _alphas(call: str, place: Path, metadata: Mapping[str, str], prefix: str) ->
         check_fields(own, f"{place}: lora_adapter_metadata")
     except ValueError as e:
         raise ValueError(f"{call}: {str(e).removeprefix('from_peft: ')}") from e
-    asked = "lora_bias" if own.get("lora_bias") else next(row.config.name for row in rows_of(own["peft_type"]) if row.when(own, {}))
+    asked = "lora_bias" if own.get("lora_bias") else next(row.config.name for row in rows_of(own["peft_type"]) if row.when(own, "", {}))
     if asked not in _PLAIN:
         raise ValueError(
             f'{call}: expected lora_adapter_metadata in "{place}" to ask for a plain LoRA, found {asked}. Read the adapter from PEFT\'s '
