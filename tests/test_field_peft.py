@@ -14,6 +14,7 @@ from torch import nn
 import lora_lite as ll
 from cases import move, tiny_models
 from peft_oracle import edit, saved, wrapped
+from sklearn_stand_in import stand_in
 from test_field import HEAD, bert, ids
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*target_parameters.*"), pytest.mark.filterwarnings("ignore:build")]
@@ -989,3 +990,74 @@ def test_empty_config_of_a_method_that_is_not_here_is_refused(name, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({**fields, name: {}}))
     with pytest.raises(ValueError, match=rf"{name}: expected it off, found {{}}"):
         ll.from_peft(model, tmp_path)
+
+
+@pytest.mark.parametrize("sizes", [(1, 6), (6, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("names", [[], ["0"], "0|1"], ids=str)
+def test_gates_of_a_single_number_are_of_inputs_where_the_file_names_them(names, sizes, tmp_path):
+    model, x = nn.Sequential(nn.Linear(*sizes)).eval(), torch.randn(4, sizes[0])
+    theirs = wrapped(model, peft.IA3Config(target_modules=["0"], feedforward_modules=names))
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    assert type(adapt.configs[0]) is (ll.IA3FFConfig if names else ll.IA3Config)
+    close(adapt(params, x), theirs(x))
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    close(through_peft(model, tmp_path / "ours")(x), theirs(x))
+
+
+@pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_rank_that_peft_lowers_to_the_layers_width_keeps_the_scale_of_the_one_asked_for(start, rslora, tmp_path):
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3), nn.Linear(3, 1)).eval(), torch.randn(4, 6)
+    fields = {"r": 4, "lora_alpha": 3, "init_lora_weights": start, "use_rslora": rslora}
+    theirs = wrapped(model, peft.LoraConfig(target_modules=["0", "2", "3"], **fields))
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    assert [cfg.r for cfg in adapt.configs] == [4, 3, 1]
+    close(adapt(params, x), theirs(x))
+    edit(tmp_path / "theirs", r=2)
+    with pytest.raises(ValueError, match=r'expected 4 at "0", as its tensors have, found 2'):
+        ll.from_peft(model, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_rank_of_subspaces_goes_to_the_width_with_the_biases(bias, tmp_path, monkeypatch):
+    stand_in(monkeypatch)
+    model, x = nn.Sequential(nn.Linear(5, 16, bias=bias)).eval(), torch.randn(4, 5)
+    theirs = wrapped(model, peft.AdamssConfig(target_modules=["0"], num_subspaces=3))
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    assert adapt.constants["0"]["V"].shape == ((6, 6) if bias else (5, 5))
+    close(adapt(params, x), theirs(x))
+
+
+def test_subspaces_by_rounding_are_refused_both_ways_and_the_way_out_works(tmp_path, monkeypatch):
+    stand_in(monkeypatch)
+    model, x = nn.Sequential(nn.Linear(32, 16)).eval(), torch.randn(4, 32)  # square U: its rows are all of one distance
+    reason = r'(?s){}.*"0": AdaMSSConfig has groups that rounding decides.*train with a lower r'
+    wrapped(model, peft.AdamssConfig(target_modules=["0"], num_subspaces=3)).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match=reason.format("from_peft")):
+        ll.from_peft(model, tmp_path / "theirs")
+    adapt = ll.build(model, ll.AdaMSSConfig(num_subspaces=3))
+    with pytest.raises(ValueError, match=reason.format("to_peft")):
+        ll.to_peft(adapt, move(adapt.init()), tmp_path / "ours")
+    adapt = ll.build(model, ll.AdaMSSConfig(num_subspaces=3, r=8))
+    params = move(adapt.init())
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    close(through_peft(model, tmp_path / "ours")(x), adapt(params, x))
+
+
+@pytest.mark.parametrize("start", [True, "bat"], ids=["bone", "bat"])
+def test_files_of_bone_are_those_of_miss(start, tmp_path):
+    model, x = nn.Sequential(nn.Linear(8, 12)).eval(), torch.randn(4, 8)
+    theirs = wrapped(model, peft.MissConfig(target_modules=["0"], r=4, init_weights=start))
+    theirs.save_pretrained(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+    old = {key.replace(".miss_block", ".bone_block"): t for key, t in tensors.items()}  # as PEFT wrote before it removed Bone
+    assert old.keys() != tensors.keys()
+    safetensors.torch.save_file(old, tmp_path / "adapter_model.safetensors")
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    written = {key: value for key, value in fields.items() if key not in ("mini_r", "miss_dropout", "peft_version")}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**written, "peft_type": "BONE"}))
+    adapt, params = ll.from_peft(model, tmp_path)
+    close(adapt(params, x), theirs(x))

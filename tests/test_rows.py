@@ -439,11 +439,12 @@ def test_compiled_code_keeps_no_model_alive():
         torch.ops.lora_lite.see_rows([], [], [], 2, "no graph of this name")
 
 
-@pytest.mark.parametrize("name", [r"block\.0$", r"block\.0\.layer\.0$", r"SelfAttention$"])
+@pytest.mark.parametrize("name", [r"block\.0$", r"block\.0\.layer\.0$", r"block\.0\..*SelfAttention$"])
 def test_module_trained_whole_may_return_what_all_rows_share(name):
     """A bias of positions is one entry for all rows; it is repeated for each."""
     torch.manual_seed(0)
     config = tf.T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4, num_decoder_layers=2)
+    config._attn_implementation = "eager"
     adapt = ll.build(tf.T5EncoderModel(config).eval(), ll.FullConfig(target_names=name))
     params, ids, index = members(adapt), torch.randint(2, 50, (3, 7)), [0, 1, 0]
     got = adapt.mixed(ll.stack(params), {"input_ids": ids}, torch.tensor(index)).last_hidden_state

@@ -34,6 +34,15 @@ def test_is_the_papers_weight_that_writes_back_what_it_takes_out(method):
     torch.testing.assert_close(got.t(), want, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("i", "o", "r"), [(70, 33, 2), (7, 5, 3), (24, 129, 5), (5, 33, 7)])
+def test_start_is_the_base_model_to_the_bit_whatever_the_sizes(i, o, r, dtype):
+    model, x = nn.Sequential(nn.Linear(i, o)).to(dtype), torch.randn(4, i, dtype=dtype)
+    adapt = ll.build(model, ll.DEFTConfig(r=r, decomposition_method="qr"))
+    for seed in range(5):
+        assert torch.equal(adapt(adapt.init(seed=seed), x), model(x))
+
+
 def test_para_with_an_orthonormal_factor_removes_a_subspace():
     W, params = _layer(ll.DEFTConfig(r=3, decomposition_method="qr", para=True))
     left = (deft(params, W, EYE, method="qr") - W.bias).t()

@@ -42,6 +42,8 @@ def test_is_the_papers_weight_and_bias(paths, bias):
 def test_a_layer_without_a_bias_and_without_a_path_is_refused():
     with pytest.raises(ValueError, match=r"GLoRAConfig\.config_A_B: expected a path that this layer has: it has no bias, found 'none'"):
         ll.build(nn.Sequential(nn.Linear(6, 8, bias=False)), ll.GLoRAConfig(config_A_B="none"))
+    with pytest.raises(ValueError, match=r'config_A_B: expected another than "none" where config_C and config_D_E are "none"'):
+        ll.GLoRAConfig(config_A_B="none", config_C="none", config_D_E="none")
 
 
 def test_stand_ins_of_zeros_that_hold_numbers_are_refused(tmp_path):

@@ -70,3 +70,16 @@ def test_strength_and_merging_and_ranks():
     torch.testing.assert_close(merged(x), adapt(params, x))
     with pytest.raises(ValueError, match=r"KaSAConfig\.r: expected less than min\(i, o\) = 8 for a layer of shape \(8, 20\), found 8"):
         ll.build(model, ll.KaSAConfig(r=8))
+
+
+@pytest.mark.parametrize("r", [1, 3])
+@pytest.mark.parametrize("cfg", [ll.KaSAConfig, ll.MiCAConfig], ids=lambda c: c.name)
+def test_constants_keep_nothing_of_the_other_components(cfg, r, tmp_path):
+    model, x = nn.Sequential(nn.Linear(70, 34)), torch.randn(5, 70)
+    adapt = ll.build(model, cfg(r=r))
+    for name, c in adapt.constants["0"].items():
+        assert c.untyped_storage().nbytes() == c.numel() * c.element_size(), name
+    params = move(adapt.init())
+    ll.save(adapt, params, tmp_path / "a.safetensors")
+    again, read = ll.load(model, tmp_path / "a.safetensors")
+    assert torch.equal(again(read, x), adapt(params, x))

@@ -87,7 +87,8 @@ def truncated_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
 def smallest_components(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the last `r` of the exact SVD, `U (o, r)`, `S (r)`, `Vh (r, i)`, in at least float32, with the signs of `truncated_svd`."""
     U, S, Vh = truncated_svd(weight, min(weight.shape))
-    return U[:, -r:].contiguous(), S[-r:].clone(), Vh[-r:].contiguous()
+    whole = torch.contiguous_format  # copies: a view would keep all components, and a row of one is contiguous as it lies
+    return U[:, -r:].clone(memory_format=whole), S[-r:].clone(), Vh[-r:].clone(memory_format=whole)
 
 
 def skew(vectors: Tensor, size: int) -> Tensor:

@@ -76,23 +76,29 @@ def _means(rows: Tensor, labels: Tensor, centres: Tensor) -> Tensor:
     return sums / counts[:, None]
 
 
-def subspaces(weight: Tensor, r: int, k: int, rank: int, seed: int, threshold: float | None) -> Constants:
-    """Derive the constants of AdaMSS from the weight `(o, i)`, or `(o, i + 1)` with the bias as its last column.
+def are_steady(rows: Tensor, k: int) -> bool:
+    """Whether the clusters are those of any arithmetic: none changes where the rows do by a rounding.
+
+    Rows of one distance to each other, as those of a square orthonormal matrix, have clusters by rounding alone."""
+    rows = rows.detach().to("cpu", torch.float32)
+    labels, generator, size = clusters(rows, k), torch.Generator().manual_seed(0), 1e-6 * rows.abs().max()
+    return all(torch.equal(labels, clusters(rows + size * torch.randn(rows.shape, generator=generator), k)) for _ in range(2))
+
+
+def subspaces(U: Tensor, V: Tensor, k: int, rank: int, threshold: float | None) -> Constants:
+    """Derive the constants of AdaMSS from the decomposition `U (o, r)`, `V (r, i)` of a weight, or `V (r, i + 1)` of one with a bias.
 
     Args:
-        weight: in at least float32.
-        r: rank of the decomposition.
+        U, V: in at least float32.
         k: number of groups.
         rank: largest rank of a group.
-        seed: of the decomposition.
         threshold: the least square of a group's singular value, as a share of the largest one's, that counts for its rank; or None.
     """
-    U, V = seeded_svd(weight, r, seed)
     labels = clusters(U, k).to(U.device)
     groups = [(labels == n).nonzero().flatten() for n in range(k)]
     starts = []
     for group in groups:
-        _, S, directions = truncated_svd(U[group], min(len(group), rank, r))
+        _, S, directions = truncated_svd(U[group], min(len(group), rank, len(V)))
         starts.append(directions if threshold is None else directions[: max(1, int((S.square() > threshold * S[0].square()).sum()))])
     shapes = torch.tensor([(len(group), len(A)) for group, A in zip(groups, starts)])
     n = int(shapes[:, 1].sum())

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from lora_lite.core import AdapterConfig, Constants, Count, Frozen, Params, Positive, Probability, Rank, Size, add_low_rank, checked, expect
 from lora_lite.variants._subspace_allocation import Allocation, allocate
-from lora_lite.variants._subspaces import subspaces
+from lora_lite.variants._subspaces import seeded_svd, subspaces
 
 
 class AdaMSSParams(TypedDict):
@@ -71,7 +71,7 @@ class AdaMSSConfig(AdapterConfig):
     """Config of AdaMSS. The allocation has PEFT's names and defaults.
 
     Args:
-        r: rank of the weight's decomposition, >= 1; at most the widths of the layer.
+        r: rank of the weight's decomposition, >= 1; at most the widths of `[W | b]`.
         num_subspaces: number of groups of outputs, >= 1; at most their number.
         subspace_rank: rank of a group's update, >= 1; at most the group's size.
         use_dynamic_rank: whether a group's rank is lowered to the number of its large singular values.
@@ -89,7 +89,7 @@ class AdaMSSConfig(AdapterConfig):
     name = "adamss"
     uses = frozenset({"output", "vectors", "dense"})
     steered = ("B",)
-    trained = "n * r + o * subspace_rank"
+    trained = "(n_b * r_b if biased else n * r) + o * subspace_rank"
     macs = "min(n * i, r * (i + n)) + n * o"
 
     r: Rank = 100
@@ -113,16 +113,21 @@ class AdaMSSConfig(AdapterConfig):
         expect(self, "final_warmup", later, f"more than init_warmup={self.init_warmup}", "Raise it.")
 
     def sizes(self, i: int, o: int) -> Mapping[str, int]:
-        """Return the rank that the layer's widths allow, and the groups' ranks together."""
-        r = min(self.r, i, o)
-        return {"r": r, "n": min(self.num_subspaces, o) * min(self.subspace_rank, r)}
+        """Return the rank that the layer's widths allow, and the groups' ranks together; with `_b` those of a layer with a bias."""
+        r, r_b, k = min(self.r, i, o), min(self.r, i + 1, o), min(self.num_subspaces, o)
+        return {"r": r, "n": k * min(self.subspace_rank, r), "r_b": r_b, "n_b": k * min(self.subspace_rank, r_b)}
 
     def constants(self, W: Frozen, generator: torch.Generator, stats: object = None) -> Constants:
-        r, o, weight = self.sizes(W.in_features, W.out_features)["r"], W.out_features, W.dense(torch.float32)
+        U, V = self.factors(W)
+        threshold = self.svd_threshold if self.use_dynamic_rank else None
+        return subspaces(U, V, min(self.num_subspaces, len(U)), self.subspace_rank, threshold)
+
+    def factors(self, W: Frozen) -> tuple[Tensor, Tensor]:
+        """Compute `U (o, r)` and `V` of `[W | b]`."""
+        weight = W.dense(torch.float32)
         if W.bias is not None:
             weight = torch.cat([weight, W.bias.detach().to(weight)[:, None]], dim=1)
-        threshold = self.svd_threshold if self.use_dynamic_rank else None
-        return subspaces(weight, r, min(self.num_subspaces, o), self.subspace_rank, self.random_seed, threshold)
+        return seeded_svd(weight, min(self.r, *weight.shape), self.random_seed)
 
     def init(self, W: Frozen, generator: torch.Generator) -> AdaMSSParams:
         return {"A": W.constants["A0"].clone(), "B": torch.zeros(len(W.constants["cells"]))}

@@ -111,8 +111,9 @@ class BOFTConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one = bool(self.block_size) != bool(self.block_num)
-        expect(self, "block_num", one, f"0 with block_size={self.block_size}, or block_size=0", "Set one of the two to 0.")
+        either, both = self.block_size or self.block_num, self.block_size and self.block_num
+        expect(self, "block_num", bool(either), "at least 1 with block_size=0", "Set one of the two, e.g. block_size=4.")
+        expect(self, "block_num", not both, f"0 with block_size={self.block_size}", "Set one of the two to 0.")
 
     def init(self, W: Frozen, generator: torch.Generator) -> BOFTParams:
         i, m = W.in_features, self.n_butterfly_factor

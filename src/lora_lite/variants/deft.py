@@ -68,8 +68,9 @@ def directions(P: Tensor, start: Tensor | None, method: str) -> tuple[Tensor, Te
         return P, P.relu() if start is None else P.relu() - start.relu()
     if start is None:
         return (Q := orthonormal(P)), Q
-    Q, Q0 = orthonormal(torch.stack([P, start]))  # in one factorisation, so that they are equal to the bit at the start, on any device
-    return Q, Q - Q0
+    Q, Q0 = orthonormal(torch.stack([P, start]))
+    # Two factorisations of equal matrices may round apart, even in one call: at the start the second is the first.
+    return Q, Q - torch.where(P.eq(start).all(), Q.detach(), Q0)
 
 
 @checked

@@ -104,6 +104,11 @@ class GLoRAConfig(AdapterConfig):
         of_weight = {"lora": 2 * r * (i + o), "vector": 2 * o, "constant": 2, "none": 0}[self.config_A_B]
         return {"of_weight": of_weight, "of_bias": of_C + of_D_E}
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        some = {self.config_A_B, self.config_C, self.config_D_E} != {"none"}
+        expect(self, "config_A_B", some, 'another than "none" where config_C and config_D_E are "none"', "Train one of the paths at least.")
+
     @property
     def uses(self) -> Set[str]:
         """The parts of a layer that the variant uses: the weight only for low-rank `A` and `B`, products of its own only for `C`."""

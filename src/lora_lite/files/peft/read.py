@@ -25,6 +25,7 @@ from lora_lite.files.peft.demands import check_fields
 from lora_lite.files.peft.fields import DEFAULTS, OFF, of_patterns, resolve
 from lora_lite.files.peft.hub import CONFIG, WEIGHTS, folder_of
 from lora_lite.files.peft.layers import unsaved
+from lora_lite.files.peft.older import present_fields, present_tensors
 from lora_lite.files.peft.order import Chosen, warn_of_order
 from lora_lite.files.peft.parts import Layers, Parts, parts_of
 from lora_lite.files.peft.row import Row, own_bias
@@ -75,9 +76,9 @@ def from_peft(
     call = "from_peft(model, directory)"
     require_type(isinstance(directory, str | os.PathLike), call, "directory", "the path of a folder", directory)
     folder, kinds = folder_of(directory, revision, subfolder), as_kinds(kinds)
-    fields = _read_fields(folder / CONFIG)
+    fields = present_fields(_read_fields(folder / CONFIG))
     check_fields(fields, folder / CONFIG)
-    parts = parts_of(model, fields, _read_tensors(folder / WEIGHTS), kinds)
+    parts = parts_of(model, fields, present_tensors(_read_tensors(folder / WEIGHTS)), kinds)
     _require(parts.faults, folder, model)
     chosen = {path: (row, _config(row, values, path, folder)) for path, (row, values) in _choose(parts.fields, parts.layers).items()}
     _require(_misread(model, chosen, kinds), folder, model)
@@ -138,7 +139,8 @@ def _bitfit(shifts: Tree) -> list[AdapterConfig]:
 def _undefined(model: nn.Module, adapt: Adapt, chosen: Chosen, asked: Sequence[str]) -> list[str]:
     """List the layers at which PEFT computes something else than the variant, or nothing."""
     pairs = [(t, cfg) for t, cfg in zip(adapt.targets, adapt.configs) if t.path in chosen]
-    reasons = [(t.path, cfg, unsaved(model, t, cfg, asked)) for t, cfg in pairs]
+    layers = _layers_of(adapt)
+    reasons = [(t.path, cfg, unsaved(model, t, cfg, asked) or chosen[t.path][0].unsure(cfg, layers[t.path])) for t, cfg in pairs]
     return [f'"{path}": {type(cfg).__name__} {why}' for path, cfg, why in reasons if why]
 
 
@@ -240,7 +242,9 @@ def _field_faults(parts: Parts, chosen: Chosen) -> list[str]:
     fields, faults = parts.fields, []
     for path, (row, cfg) in chosen.items():
         rank = (getattr(cfg, "r", None) or row.write(cfg)["r"]) if "r" in DEFAULTS[row.peft_type] else None
-        if rank is not None and rank not in (resolve(fields, "r", path), *of_patterns(fields, "r", path)):
+        ranks = (resolve(fields, "r", path), *of_patterns(fields, "r", path)) if rank is not None else ()
+        lowered = row.lowers and rank == min(parts.layers[path]["lora_A.weight"].shape[-1], parts.layers[path]["lora_B.weight"].shape[-2])
+        if rank is not None and rank not in ranks and not (lowered and rank < ranks[0]):
             faults.append(f'r or rank_pattern: expected {rank} at "{path}", as its tensors have, found {resolve(fields, "r", path)}')
         if fields.get("coft") and not _within_bound(parts.layers[path]["oft_R.weight"], cfg, resolve(fields, "eps", path)):
             faults.append(f'coft: expected it off, or rotations within its bound, found "{path}" beyond it: PEFT would change its numbers')

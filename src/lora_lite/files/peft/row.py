@@ -87,12 +87,14 @@ class Row(NamedTuple):
         written: config and params as another variant, where PEFT's files hold them so.
         refused: what of a config PEFT cannot express, as the field and the reason.
         misread: kinds of layers at which PEFT's file has another meaning than the variant, as the reason.
+        unsure: `(our config, layer)` to why PEFT derives something else from the weight than we do, or None.
         bare: whether a file may hold nothing of a layer; the config's `target_modules` then says which layers there are.
         lists: PEFT's field that names the layers of this variant among those of its type.
         named: `(our config, paths of the layers, paths of all other modules, None where unknown)` to the fields that name the layers
             otherwise than as a list.
         agreed: the target and the fields of each layer, to fields that say the same of all layers where theirs differ.
         conv1d: whether PEFT adapts transformers' `Conv1D` by it.
+        lowers: whether PEFT lowers a rank above the layer's widths to the smaller one in silence.
     """
 
     config: type[AdapterConfig]
@@ -116,11 +118,13 @@ class Row(NamedTuple):
     written: Callable[[Any, Leaves, Constants], tuple[Any, Leaves]] = as_it_is
     refused: Callable[[Any], str | None] = lambda cfg: None
     misread: Callable[[type[Kind]], str | None] = lambda kind: None
+    unsure: Callable[[Any, Frozen], str | None] = lambda cfg, W: None
     bare: bool = False
     lists: str | None = None
     named: Callable[[Any, Sequence[str], Sequence[str] | None], dict[str, Any]] = lambda cfg, paths, others: {}
     agreed: Callable[[Sequence[tuple[Target, Fields]]], dict[str, Any]] = lambda layers: {}
     conv1d: bool = False
+    lowers: bool = False
 
     def held(self, value: Callable[[str], Any]) -> dict[str, Leaf]:
         """Return the leaves of a layer by our names, where `value(field)` is that of the config."""

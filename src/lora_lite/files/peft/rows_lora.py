@@ -52,8 +52,12 @@ def _write_plain(cfg: LoRAConfig) -> dict[str, Any]:
 
 
 def _read_pissa(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
-    lora = _read_lora(fields, path, tensors)
-    return {"r": lora["r"], "alpha": lora["alpha"] * (math.sqrt(lora["r"]) if lora["rslora"] else 1)}
+    lora, asked = _read_lora(fields, path, tensors), resolve(fields, "r", path)
+    r = lora["r"]
+    lowered = r < asked and r == min(tensors["lora_A.weight"].shape[-1], tensors["lora_B.weight"].shape[-2])
+    asked = asked if lowered else r  # PEFT takes the scale of the rank that was asked for
+    alpha = lora["alpha"] * (math.sqrt(asked) if lora["rslora"] else 1)
+    return {"r": r, "alpha": alpha * r / asked if lowered else alpha}
 
 
 def _write_lora(cfg: Any) -> dict[str, Any]:
@@ -139,6 +143,7 @@ ROWS: dict[str, Row] = {
         _read_pissa,
         _write_lora,
         when=lambda fields, _: fields.get("init_lora_weights") == "pissa",
+        lowers=True,
         signs=_pissa_signs,
         written=_as_lora,
         conv1d=True,
@@ -150,6 +155,7 @@ ROWS: dict[str, Row] = {
         _read_pissa,
         _write_lora,
         when=lambda fields, _: fields.get("init_lora_weights") == "olora",
+        lowers=True,
         signs=_pissa_signs,
         written=_as_lora,
         conv1d=True,

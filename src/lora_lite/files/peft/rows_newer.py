@@ -11,6 +11,7 @@ from lora_lite.core.frozen import Constants, Frozen
 from lora_lite.core.plan import Target
 from lora_lite.files.peft.fields import DEFAULTS, resolve
 from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
+from lora_lite.variants._subspaces import are_steady
 from lora_lite.variants.adamss import AdaMSSConfig
 from lora_lite.variants.deft import DEFTConfig, directions
 from lora_lite.variants.glora import GLoRAConfig
@@ -78,6 +79,14 @@ def _groups_apart(tensors: Leaves, constants: Constants) -> Leaves:
     of_A = {f"adamss_A.{n}": t for n, t in enumerate(A)}
     of_B = {f"adamss_B.{n}": t.view(*shape) for n, (t, shape) in enumerate(zip(B, shapes))}
     return {"adamss_newB": tensors["adamss_newB"], **of_A, **of_B}
+
+
+def _by_rounding(cfg: AdaMSSConfig, W: Frozen) -> str | None:
+    """Return why the groups of a layer are others in PEFT, or None. They are not in its files."""
+    if W.device.type == "meta" or are_steady(cfg.factors(W)[0], min(cfg.num_subspaces, W.out_features)):
+        return None
+    way = "Merge it where it was trained, or train with a lower r"
+    return f"has groups that rounding decides, as where r reaches the number of outputs, so that PEFT's are others. {way}"
 
 
 _GLORA = ("r", "config_A_B", "config_C", "config_D_E")
@@ -159,6 +168,7 @@ ROWS: dict[str, Row] = {
         constants={"V": Leaf("adamss_newB", 2), "shapes": Leaf("adamss_B.#.shapes", 2, floating=False, implied=True)},
         saved=lambda _, constants: {"V": constants["V"]},
         apart=_groups_apart,
+        unsure=_by_rounding,
     ),
     "osf": Row(
         OSFConfig,

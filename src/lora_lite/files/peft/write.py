@@ -159,6 +159,7 @@ def require_expressible(found: Sorted, adapt: Adapt) -> None:
             faults.append(f"{at} on a Conv1D: PEFT's {row.peft_type} takes nn.Linear alone")
         unable = barred(adapt._plan.base, target, row.peft_type) or unsaved(adapt._plan.base, target, cfg)
         unable = unable or diverted.fault(adapt._plan.base, target, cfg, row.peft_type)
+        unable = unable or row.unsure(cfg, target.kind.at(adapt._plan.base, target.path))
         if misread := row.misread(target.kind) if row.written is as_it_is else None:  # else the file holds another variant
             faults.append(f"{at}: {misread}")
         faults += [f"{at} {unable}"] if unable else []
