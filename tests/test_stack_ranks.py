@@ -280,3 +280,13 @@ def test_experts_and_fused_layers_are_padded(tiny):
     for k in range(2):
         want = adapts[k](trees[k], row_of(rows, k)).logits[0]
         torch.testing.assert_close(got[k], want, rtol=1e-9, atol=1e-9)
+
+
+def test_trees_of_several_variants_at_a_layer_are_refused_and_the_way_out_works():
+    model, x = torch.nn.Sequential(torch.nn.Linear(8, 6)), torch.randn(4, 8)
+    pairs = [(adapt, move(adapt.init())) for adapt in (ll.build(model, cfg) for cfg in (ll.LoRAConfig(r=2), ll.LoKrConfig(r=2)))]
+    with pytest.raises(ValueError, match=r'"0" has other leaves in each.*ll\.to_lora'):
+        ll.stack(pairs, pad=True)
+    host, stacked = ll.stack([ll.to_lora(*pair, r=8)[:2] for pair in pairs], pad=True)
+    want = torch.cat([adapt(params, rows) for (adapt, params), rows in zip(pairs, x.split(2))])
+    torch.testing.assert_close(host.mixed(stacked, x, [0, 0, 1, 1]), want)

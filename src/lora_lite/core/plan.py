@@ -138,6 +138,10 @@ class Plan:
                 found.setdefault(place, {}).setdefault(there, leaf)
         return found
 
+    def ordered(self, tree: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Return a tree in the order of `init`, since an optimiser's state knows leaves by their number."""
+        return {path: {name: tree[path][name] for name in leaves} for path, leaves in self.shapes.items()}
+
     def leaves(self, tree: Mapping[str, Mapping[str, Any]], path: str, cfg: AdapterConfig) -> Mapping[str, Any]:
         """Return the leaves of a params tree, or of the shapes of one, that reach a target: its own, and those that it shares."""
         return reaching(tree, path, self.places(path, cfg))

@@ -67,8 +67,17 @@ def host_of(pairs: Sequence[Pair], adapt: Adapt | None) -> Adapt:
     k, lack = next((k, lack) for k, own in enumerate(adapts) if (lack := _lack(hosts[0], own)) is not None)
     raise ValueError(
         f"stack: expected an adapt with room for all trees, found that {'none has' if adapt is None else 'the given one lacks'} it: {lack} "
-        f"in tree {k}. Build one on all targets, at the largest rank, and pass it as adapt=."
+        f"in tree {k}. {_way_out([*adapts, *hosts])}"
     )
+
+
+def _way_out(adapts: Sequence[Adapt]) -> str:
+    """Return the way to one adapt for all. None has room for a layer whose leaves have other names in another tree."""
+    names: dict[str, set[str]] = {}
+    for path, leaves in (place for adapt in adapts for place in adapt.shapes.items()):
+        if names.setdefault(path, set(leaves)) != set(leaves):
+            return f'"{path}" has other leaves in each, for which no adapt has room: ll.to_lora(adapt, params, r=8) makes LoRA of each.'
+    return "Build one on all targets, at the largest rank, and pass it as adapt=."
 
 
 def _lack(host: Adapt, own: Adapt) -> str | None:

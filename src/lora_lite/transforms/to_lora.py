@@ -74,7 +74,8 @@ def to_lora(
         tree[target.path] = adapt._plan.layer(target, own).make(lambda _, given=given: dict(zip("AB", next(given))))
         lost = [delta - cfg.scale * B.to(delta.dtype) @ A.to(delta.dtype) for delta, (A, B) in zip(deltas, pairs)]
         errors[target.path] = _norm([*lost, *biases]) / max(_norm([*deltas, *biases]), torch.finfo(torch.float64).tiny)
-    return build(adapt._plan.base, cfg, remat=adapt._plan.remat, kinds=adapt._plan.kinds), tree, errors
+    built = build(adapt._plan.base, cfg, remat=adapt._plan.remat, kinds=adapt._plan.kinds)
+    return built, built._plan.ordered(tree), errors
 
 
 def _norm(parts: Sequence[Tensor]) -> float:

@@ -30,6 +30,7 @@ from lora_lite.files.peft.rows import rows_of
 from lora_lite.layers.find import Found, find
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import as_kinds
+from lora_lite.layers.transposed import CLASSES as TRANSPOSED
 
 FILE = "pytorch_lora_weights.safetensors"
 _PLAIN = ("lora", "mica")
@@ -128,7 +129,7 @@ def _read(call: str, model: Any, path: Any, prefix: Any, remat: str | None, kind
         t.path: {name: p.to(devices[t.path], cfg.dtype, copy=True).contiguous() for name, p in entries[t.path][1].items()}
         for t, cfg in zip(adapt.targets, adapt.configs)
     }
-    return adapt, params
+    return adapt, adapt._plan.ordered(params)
 
 
 def _require(call: str, place: Path, model: nn.Module, faults: list[str]) -> None:
@@ -248,7 +249,10 @@ def _alphas(call: str, place: Path, metadata: Mapping[str, str], prefix: str) ->
 
 def _require_kernel(model: nn.Module, path: str, tensors: Mapping[str, Tensor]) -> None:
     """Refuse a tensor of a kernel that is not the layer's: laid out flat, kernels of one size look alike."""
-    kernel = kernel_size(model.get_submodule(path))
+    layer = model.get_submodule(path)
+    if isinstance(layer, TRANSPOSED):
+        raise ValueError("a transposed convolution, of which these files have none. Keep the adapter with ll.save")
+    kernel = kernel_size(layer)
     for key, tensor in tensors.items():
         if not of_kernel(tensor, kernel):
             raise ValueError(f"{key} of shape {tuple(tensor.shape)}, expected a kernel of {kernel}")

@@ -101,7 +101,7 @@ def _tensors(adapt: Adapt, target: Target, cfg: AdapterConfig, leaves: Mapping[s
         raise ValueError(f"these files hold {', '.join(names)}")
     kernel = kernel_of(adapt._plan.base, target) if target.path else None
     if kernel is None:
-        raise ValueError("these files hold nn.Linear and convolutions inside a model")
+        raise ValueError("these files hold nn.Linear and convolutions inside a model, transposed ones not")
     own = method.write(cfg, {name: t.detach().cpu() for name, t in leaves.items()}, kernel)
     return {key: t.contiguous().clone() for key, t in own.items()}
 

@@ -277,8 +277,11 @@ def is_conv1d(target: Target) -> bool:
 
 
 def kernel_of(model: nn.Module, target: Target) -> tuple[int, ...] | None:
-    """Return the shape of one output's weights: `(i,)` of an `nn.Linear`, `(i, *kernel)` of a convolution. None of other kinds."""
-    if issubclass(target.kind, ConvKind):
+    """Return the shape of one output's weights: `(i,)` of an `nn.Linear`, `(i, *kernel)` of a convolution. None of other kinds.
+
+    A transposed convolution keeps its channels the other way, and no tool says which way its factors lie.
+    """
+    if issubclass(target.kind, ConvKind) and not issubclass(target.kind, TransposedConvKind):
         layer: Any = model.get_submodule(target.path)
         return tuple(layer.weight.shape[1:])
     return (target.i,) if issubclass(target.kind, LinearKind) else None

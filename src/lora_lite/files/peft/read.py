@@ -91,7 +91,7 @@ def from_peft(
     _require(faults or grouped.differing(adapt._plan, theirs), folder, model)
     warn_of_order(parts, chosen)
     others = whole.displacements(model, parts.modules) | tokens.displacements(model, parts.rows) | parts.shifts
-    return adapt, adapt._plan.regrouped(_ours(adapt, chosen, theirs)) | others
+    return adapt, adapt._plan.ordered(adapt._plan.regrouped(_ours(adapt, chosen, theirs)) | others)
 
 
 def _require(faults: list[str], folder: Path, model: nn.Module) -> None:
