@@ -106,7 +106,8 @@ def sections(folder: Path = RESULTS, up: str = "../") -> Iterator[tuple[str, str
         found = t.together(kind, folder) if kind in SEVERAL else newest(kind, folder)
         found = found if found and t.has(found, *PART_OF.get(marker, ())) else None
         threads = many.population_threads(found) if found and marker == "populations" else None
-        yield marker, f"{make(found)}\n\nFrom {t.source(found, up, threads)}." if found else NONE
+        text = make(found) if found else t.NOTHING
+        yield marker, f"{text}\n\nFrom {t.source(found, up, threads)}." if found and text != t.NOTHING else NONE
     yield "gsm8k", learned.gsm8k_table(folder, up) or NONE
 
 

@@ -303,10 +303,24 @@ def test_combine_is_ll_combine(made, tmp_path, capsys):
     assert {cfg.r for cfg in ll.from_peft(model, tmp_path / "ties")[0].configs} == {3}
 
 
-def test_plot_draws_an_image(made, tmp_path, capsys):
+@pytest.mark.parametrize("weight", ["-5e-1", "-.5", "-5.E-01"])
+def test_weights_below_zero_in_any_notation(made, tmp_path, capsys, weight):
+    """argparse took -5e-1 for an option."""
+    model, folder, adapters = made
+    status, _, err = run(capsys, "combine", *[folder / "lora.safetensors"] * 2, tmp_path / "both.safetensors", "--weights", 1, weight)
+    assert status == 0, err
+    adapt, params = ll.load(model, tmp_path / "both.safetensors")
+    lora, a = adapters["lora"]
+    want, wanted, _ = ll.combine(lora, [a, a], [1, -0.5])
+    found, merged = adapt.merge(params, torch.float64), want.merge(wanted, torch.float64)
+    assert all(torch.allclose(found[key], merged[key], atol=1e-6) for key in merged)
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.PNG"])
+def test_plot_draws_an_image(made, tmp_path, capsys, name):
     _, folder, _ = made
-    assert run(capsys, "plot", folder / "lora.safetensors", tmp_path / "x.png")[0] == 0
-    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+    assert run(capsys, "plot", folder / "lora.safetensors", tmp_path / name)[0] == 0
+    assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
 
 
 def test_plot_without_matplotlib_says_so(made, tmp_path, capsys, monkeypatch):
@@ -433,3 +447,16 @@ def test_module_runs_as_a_program(made, tmp_path):
     wrong = subprocess.run([*command, str(tmp_path / "none")], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
     assert len(wrong.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("buffered", [False, True])
+def test_reader_that_has_seen_enough_is_no_error(made, buffered):
+    """As behind `head`. It was an error, or Python's complaint at its exit."""
+    _, folder, _ = made
+    end, start = os.pipe()
+    os.close(end)
+    command = [sys.executable, *([] if buffered else ["-u"]), "-m", "lora_lite", "info", str(folder / "lora.safetensors")]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, stdout=start, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+    os.close(start)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -197,6 +197,17 @@ def test_licence_of_the_metadata_is_there():
     assert project["license-files"]
 
 
+def test_rows_of_reproduction_that_one_command_is_said_to_do_are_those_that_it_runs():
+    """One stood among them that it does not run, and one that it runs stood behind them."""
+    page, tox = ((ROOT / name).read_text("utf-8") for name in ("docs/reproduce.md", "tox.ini"))
+    commands = [line.split("|")[2] for line in page.splitlines() if line.startswith("| ")][1:]
+    files = [re.findall(r"bench/(\w+\.py)", command) for command in commands]
+    run = set(re.findall(r"bench\{/\}(\w+\.py)", tox.partition("[testenv:bench]")[2].partition("\n[testenv:")[0]))
+    assert "`python -m tox run -e bench` does the first seven rows" in page
+    assert {name for row in files[:7] for name in row} | {"report.py"} == run
+    assert not run & {name for row in files[7:] for name in row}
+
+
 def test_readme_gives_the_two_commands():
     readme = (ROOT / "README.md").read_text("utf-8")
     for env in ("demo", "test"):

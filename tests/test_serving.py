@@ -112,3 +112,13 @@ def test_the_loop_of_the_docs_answers_requests_as_they_come(tiny):
             assert answer(adapt, trees[request.adapter], ids)[0, -1].argmax() == token
             ids = torch.cat([ids, torch.tensor([[token]])], 1)
         assert len(request.made) == request.wanted
+
+
+def test_a_request_for_no_token_leaves_the_loop(tiny):
+    """It ran until its end token, and without one for good."""
+    recipe = runpy.run_path(str(Path(__file__).parent.parent / "docs" / "examples" / "request_loop.py"))
+    _, adapt, trees = served(tiny)
+    loop, request = recipe["Loop"](adapt, ll.stack(trees)), recipe["Request"](0, torch.tensor([3, 4]), 0)
+    loop.waiting.append(request)
+    assert loop.step() == [request]
+    assert not loop.running

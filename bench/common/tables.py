@@ -13,6 +13,9 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 Found = dict[str, Any]
 
+NOTHING = "Nothing was measured."
+"""The text of a table without rows."""
+
 
 def newest(kind: str, folder: Path = RESULTS) -> Found | None:
     """Read the newest results file of a kind. None where there is none."""
@@ -73,7 +76,7 @@ def title(name: str) -> str:
 def table(rows: list[dict[str, str]]) -> str:
     """Lay out rows with the same headings as a Markdown table."""
     if not rows:
-        return "Nothing was measured."
+        return NOTHING
     lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 

@@ -62,7 +62,7 @@ class Loop:
             mask = torch.stack([F.pad(torch.ones_like(r.prompt), (longest - len(r.prompt), 0)) for r in new])
             self._join(mask, self._run(new, ids, mask, []))
             self.running += new
-        done = [r for r in self.running if len(r.made) == r.wanted or r.made[-1] == self.end]
+        done = [r for r in self.running if len(r.made) >= r.wanted or r.made[-1] == self.end]
         if done:
             self._keep([n for n, request in enumerate(self.running) if request not in done])
         return done

@@ -1,11 +1,13 @@
 """`main`: the subcommands, their arguments, and what a user sees of an error: one line, and exit status 2."""
 
 import argparse
+import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lora_lite.cli import combine, convert, info, merge, plot
 from lora_lite.cli.opened import quietly
@@ -15,6 +17,10 @@ COMMANDS = {"info": info, "merge": merge, "convert": convert, "combine": combine
 
 class Parser(argparse.ArgumentParser):
     """A parser that says in one line what is wrong and where help is."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)  # argparse takes -1e-3 for an option
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}. See {self.prog} --help.\n")
@@ -48,18 +54,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; None for those of the process.
 
     Returns:
-        The exit status: 0, 2 for wrong arguments and input, 130 where the user stopped it. Errors are printed on stderr, each on one line.
+        The exit status: 0, 2 for wrong arguments and input, 130 where the user stopped it, 141 where nobody reads on, as behind `head`.
+        Errors are printed on stderr, each on one line.
     """
     try:
         args = parser().parse_args(argv)
     except SystemExit as e:
         return int(e.code or 0)
     name = f"lora-lite {args.command}"
+    lines: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             COMMANDS[args.command].run(args)
-            status, lines = 0, []
+            sys.stdout.flush()
+            status = 0
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python flushes once more, and fails
+            status = 141
         except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as e:
             status, lines = 2, [f"{name}: error: {_line(e)}"]
         except KeyboardInterrupt:

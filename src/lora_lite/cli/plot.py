@@ -28,7 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the image."""
-    if args.out.suffix not in (".png", ".svg", ".pdf"):
+    if args.out.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f'expected an image to write, OUT.png, OUT.svg or OUT.pdf, found "{args.out}". Add the ending.')
     require_free(args.out)
     try:

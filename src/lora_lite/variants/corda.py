@@ -26,7 +26,8 @@ Departures: the paper and PEFT overwrite the weight with `W - s B_0 A_0`; here i
 equals, so that nothing is inverted; PEFT's doubling of the damping, until its float32 inverse is accurate, then has no purpose. As in PEFT
 each batch is divided by the absolute value of its largest entry, sign counted, and batches weigh alike (`scaled=True`); `False` takes the
 plain second moment, in which tokens weigh alike. As there, the larger a batch, the larger `B_0` and the smaller `A_0`, and with them the
-learning rate that fits; PEFT's batches are of one row. PEFT counts padding; here masked positions are left out.
+learning rate that fits; PEFT's batches are of one row. PEFT counts padding; here masked positions are left out. The SVD is exact or within
+a computed bound, in the norm of `W C`: directions that the data barely tells apart may be turned among themselves.
 """
 
 from dataclasses import dataclass, replace
