@@ -385,6 +385,14 @@ def test_what_a_layer_returns_beside_its_output_is_checked():
             KIND_CHECKS["base"](case)
 
 
+def test_file_names_the_kinds_that_it_needs(tmp_path):
+    model = nn.Sequential(MyLinear(4, 6))
+    adapt = ll.build(model, ll.LoRAConfig(r=2), kinds=(MyKind,))
+    ll.save(adapt, adapt.init(), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"made for, with the kinds that build was given, kinds=\(MyKind,\)"):
+        ll.load(model, tmp_path / "a.safetensors")
+
+
 class Gated(nn.Module):
     """A value times a gate, each a linear map with a weight of its own."""
 
