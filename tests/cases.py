@@ -37,7 +37,8 @@ COMPILE_ALL = os.environ.get("LORA_LITE_COMPILE") == "every"
 COSTLY = () if COMPILE_ALL else ("compiles",)
 """What options of a variant skip of the kit: each variant's first row in `CASES` is compiled."""
 
-NO_STRENGTH = "A subspace cannot be missing by half."
+NO_STRENGTH = dict.fromkeys(("steered", "proportional"), "A subspace cannot be missing by half.")
+SQUARED = {"proportional": "The one vector that is scaled makes up both factors of the update, or a reflection, which is even in it."}
 
 CASES = (
     Row("lora", ll.LoRAConfig(r=4)),
@@ -88,9 +89,9 @@ CASES = (
     Row("randlora", ll.RandLoRAConfig(r=8, alpha=16.0)),
     Row("randlora-odd-rank", ll.RandLoRAConfig(r=7, alpha=16.0, sparse=True)),
     Row("randlora-very-sparse", ll.RandLoRAConfig(r=8, alpha=16.0, very_sparse=True, dropout=0.3)),
-    Row("vblora", ll.VBLoRAConfig(num_vectors=12, vector_length=4)),
-    Row("vblora-top-three", ll.VBLoRAConfig(r=3, num_vectors=7, vector_length=2, topk=3, dropout=0.3)),
-    Row("vblora-random", ll.VBLoRAConfig(num_vectors=12, vector_length=4, start="random")),
+    Row("vblora", ll.VBLoRAConfig(num_vectors=12, vector_length=4), SQUARED),
+    Row("vblora-top-three", ll.VBLoRAConfig(r=3, num_vectors=7, vector_length=2, topk=3, dropout=0.3), SQUARED),
+    Row("vblora-random", ll.VBLoRAConfig(num_vectors=12, vector_length=4, start="random"), SQUARED),
     Row("alora", ll.ALoRAConfig(r=4)),
     Row("kasa", ll.KaSAConfig(r=4)),
     Row("kasa-truncated", ll.KaSAConfig(r=3, rslora=True, start="truncated")),
@@ -100,7 +101,7 @@ CASES = (
     Row("tinylora-tied-dropout", ll.TinyLoRAConfig(r=3, u=4, weight_tying=1.0, dropout=0.3)),
     Row("tinylora-uniform", ll.TinyLoRAConfig(r=30, u=3, start="uniform")),
     Row("unilora", ll.UniLoRAConfig(theta_d_length=400)),
-    Row("unilora-random", ll.UniLoRAConfig(r=3, theta_d_length=15, start="random")),
+    Row("unilora-random", ll.UniLoRAConfig(r=3, theta_d_length=15, start="random"), SQUARED),
     Row("unilora-dropout", ll.UniLoRAConfig(r=2, theta_d_length=301, dropout=0.3)),
     Row("abba", ll.ABBAConfig(r1=3, r2=2)),
     Row("abba-dense", ll.ABBAConfig(r1=6, r2=5, alpha1=2.0, alpha2=3.0)),
@@ -120,10 +121,10 @@ CASES = (
     Row("lokr-both", ll.LoKrConfig(r=1, alpha=3.0, decompose_both=True, start="lycoris")),
     Row("lokr-factor", ll.LoKrConfig(r=2, decompose_factor=4)),
     Row("lokr-dropout", ll.LoKrConfig(r=2, rank_dropout=0.3, rank_dropout_scale=True, module_dropout=0.2)),
-    Row("ether", ll.ETHERConfig()),
-    Row("ether-blocks", ll.ETHERConfig(n_blocks=4)),
-    Row("ether-out", ll.ETHERConfig(side="out")),
-    Row("ether-out-blocks", ll.ETHERConfig(n_blocks=4, side="out")),
+    Row("ether", ll.ETHERConfig(), SQUARED),
+    Row("ether-blocks", ll.ETHERConfig(n_blocks=4), SQUARED),
+    Row("ether-out", ll.ETHERConfig(side="out"), SQUARED),
+    Row("ether-out-blocks", ll.ETHERConfig(n_blocks=4, side="out"), SQUARED),
     Row("ether-plus", ll.ETHERPlusConfig()),
     Row("ether-plus-blocks", ll.ETHERPlusConfig(n_blocks=4)),
     Row("ether-plus-in", ll.ETHERPlusConfig(n_blocks=2, sides="in")),
@@ -166,7 +167,7 @@ CASES = (
     Row("clover-free", ll.CLOVERConfig(head_dim=8, core="free")),
     Row("deft", ll.DEFTConfig(r=4)),
     Row("deft-qr-dropout", ll.DEFTConfig(r=4, decomposition_method="qr", alpha=6.0, dropout=0.3)),
-    *(Row(f"deft-para-{m}", ll.DEFTConfig(r=4, decomposition_method=m, para=True), {"steered": NO_STRENGTH}) for m in ("relu", "qr")),
+    *(Row(f"deft-para-{m}", ll.DEFTConfig(r=4, decomposition_method=m, para=True), NO_STRENGTH) for m in ("relu", "qr")),
     Row("peanut", ll.PEANuTConfig(r=4)),
     Row("peanut-deep", ll.PEANuTConfig(r=4, depth=2, act_fn="tanh", scaling=0.7)),
     Row("supertuning-supra", ll.SuperTuningConfig(sparsity=0.9, r=3, dropout=0.3)),

@@ -323,6 +323,132 @@ def test_words_that_no_variant_uses_are_refused(fact, value):
             refused()
 
 
+@pytest.mark.parametrize("value", [[MyLinear], (MyLinear(2, 2),), "MyLinear"], ids=["list", "layer", "string"])
+def test_classes_that_are_none_are_refused(value):
+    kind = type("OddKind", (MyKind,), {"classes": value})
+    with pytest.raises(TypeError, match=r"OddKind\.classes: expected a tuple of classes, found .*Write classes = \(ItsLayer,\)"):
+        ll.build(nn.Sequential(MyLinear(4, 4)), ll.LoRAConfig(r=2), kinds=(kind,))
+
+
+@pytest.mark.parametrize("widths", [[3, 1], {"q.a": 3, "k": 1}, {"": 3, "k": 1}, {"q": 4, "k": 0}, None], ids=str)
+def test_widths_of_another_form_are_refused(widths):
+    kind = type("OddKind", (ll.FusedKind,), {"classes": (nn.Linear,), "widths": lambda self: widths})
+    with pytest.raises(ValueError, match=r"OddKind\.widths: expected names without dots and widths of at least 1, found"):
+        ll.build(nn.Sequential(nn.Linear(4, 4)), ll.LoRAConfig(r=2), kinds=(kind,))
+
+
+class ScaledLinear(MyLinear):
+    """A layer that is called with a scale, and returns its width beside the output."""
+
+    def forward(self, x, scale=1.0):
+        y = scale * super().forward(x)
+        return y, {"width": y.shape[-1]}
+
+
+class ScaledKind(MyKind):
+    def call(self, run, own, args, kwargs):
+        y = kwargs.get("scale", 1.0) * run(self, args[0])
+        return y, {"width": y.shape[-1]}
+
+
+class Doubling(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = ScaledLinear(4, 6)
+
+    def forward(self, x):
+        return self.layer(x, scale=2.0)[0]
+
+
+def test_arguments_that_a_kind_would_drop_are_refused_and_the_way_out_works():
+    """The default `call` handed on the first argument, so that the adapted model, and `adapt.base`, were those of another scale."""
+    torch.manual_seed(0)
+    model, x = Doubling().eval(), torch.randn(3, 4)
+    for cfg in (ll.LoRAConfig(r=2), ll.BitFitConfig()):
+        adapt = ll.build(model, cfg, kinds=(type("PlainKind", (MyKind,), {}),))
+        with pytest.raises(ValueError, match=r"PlainKind: expected the model to call the layer with one argument, found 2.*Define call"):
+            adapt(adapt.init(), x)
+        torch.testing.assert_close(adapt.base(x), model(x))
+        adapt = ll.build(model, cfg, kinds=(ScaledKind,))
+        torch.testing.assert_close(adapt(adapt.init(), x), model(x))
+
+
+def test_what_a_layer_returns_beside_its_output_is_checked():
+    """The kit could not run on a layer that returns more than a tensor."""
+    check_kind(ScaledKind, lambda: ScaledLinear(6, 8))
+    for own in (
+        lambda self, run, own, args, kwargs: run(self, args[0]),
+        lambda self, run, own, args, kwargs: (run(self, args[0]), {"width": 3}),
+    ):
+        case = make_kind_case(type("WrongKind", (ScaledKind,), {"call": own}), lambda: ScaledLinear(6, 8))
+        with pytest.raises(AssertionError, match="expected the layer to return"):
+            KIND_CHECKS["base"](case)
+
+
+def test_file_names_the_kinds_that_it_needs(tmp_path):
+    model = nn.Sequential(MyLinear(4, 6))
+    adapt = ll.build(model, ll.LoRAConfig(r=2), kinds=(MyKind,))
+    ll.save(adapt, adapt.init(), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"made for, with the kinds that build was given, kinds=\(MyKind,\)"):
+        ll.load(model, tmp_path / "a.safetensors")
+
+
+class Gated(nn.Module):
+    """A value times a gate, each a linear map with a weight of its own."""
+
+    def __init__(self, i, o):
+        super().__init__()
+        self.value, self.gate = nn.Parameter(torch.randn(o, i) / i**0.5), nn.Parameter(torch.randn(o, i) / i**0.5)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.value) * nn.functional.linear(x, self.gate).sigmoid()
+
+
+class GatedKind(ll.FusedKind):
+    classes = (Gated,)
+    bias = None
+    weight = property(lambda self: torch.cat([self.layer.value, self.layer.gate]))
+
+    def widths(self):
+        return dict.fromkeys(("value", "gate"), self.layer.value.shape[0])
+
+    def apply(self, f, params, x):
+        value, gate = super().apply(f, params, x).chunk(2, -1)
+        return value * gate.sigmoid()
+
+    def merged(self, f, params):
+        return dict(zip(("value", "gate"), self.adapted(f, params, "weight").chunk(2)))
+
+
+def test_kind_that_merges_into_tensors_of_its_own_needs_no_more(tmp_path):
+    """A kind with `merged` alone was refused for want of a "weight", and its file for PEFT failed on a name."""
+    check_kind(GatedKind, lambda: Gated(6, 8))
+    adapt = ll.build(nn.Sequential(nn.Sequential(Gated(6, 8))), ll.LoRAConfig(r=2), kinds=(GatedKind,))
+    params = move(adapt.init())
+    assert list(adapt.merge(params)) == ["0.0.value", "0.0.gate"]
+    assert max(adapt.merge_error(params, adapt.merge(params)).values()) < 1e-6
+    with pytest.raises(ValueError, match=r'LoRAConfig has tensors "value\.A", .*which PEFT\'s LORA has no names for'):
+        ll.to_peft(adapt, params, tmp_path / "peft")
+
+
+def test_kind_that_merges_into_a_name_of_nothing_is_refused():
+    kind = type("OddKind", (MyKind,), {"merged": lambda self, f, params: {"zzz": self.adapted(f, params, "weight").t()}})
+    adapt = ll.build(nn.Sequential(MyLinear(4, 6)), ll.LoRAConfig(r=2), kinds=(kind,))
+    with pytest.raises(
+        ValueError, match=r"OddKind\.merged returned 'zzz', which is none of \"W\", \"b\"\. Correct the name, or define kept"
+    ):
+        adapt.merge(move(adapt.init()))
+
+
+def test_weight_that_a_function_makes_is_saved_and_not_merged(tmp_path):
+    """A kind whose `state` names nothing could not be saved."""
+    kind = type("MadeKind", (MyKind,), {"state": {}, "weight": property(lambda self: self.layer.W.t().tanh())})
+    adapt = ll.build(nn.Sequential(MyLinear(4, 6)), ll.LoRAConfig(r=2), kinds=(kind,))
+    ll.save(adapt, move(adapt.init()), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"MadeKind\.state names no weight of the module, found {}, so no state dict holds it"):
+        adapt.merge(move(adapt.init()))
+
+
 def test_rows_of_parameters_and_experts_are_trained():
     """They have no module of their own, where tied weights were looked for."""
     model = nn.MultiheadAttention(8, 2, batch_first=True).eval()

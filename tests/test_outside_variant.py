@@ -393,3 +393,135 @@ def test_shared_params_are_among_those_of_a_case():
         assert set(case.start) == set(case.params) == {"mix", "bank"}
     for check in ("gradients", "acts", "counts", "identity"):
         ll.testing.CHECKS[check](BankConfig())
+
+
+# What a person gets wrong, and what build says.
+
+
+def broken(**members):
+    return dataclass(frozen=True, kw_only=True)(type("BrokenConfig", (ll.LoRAConfig,), {"name": "broken", **members}))
+
+
+WRONG = {
+    "name": ({"name": None}, TypeError, r"BrokenConfig\.name: expected a string that is not empty, found None"),
+    "site": ({"adapts": "linears"}, ValueError, r'BrokenConfig\.adapts: expected a word among "linear".*found \'linears\''),
+    "uses": ({"uses": "output"}, TypeError, r"BrokenConfig\.uses: expected a set of words, found 'output'"),
+    "steered": ({"steered": "bank_B"}, TypeError, r"BrokenConfig\.steered: expected a tuple of names or None, found 'bank_B'"),
+    "steers nothing": ({"steered": ("b",)}, ValueError, r'BrokenConfig\.steered: expected names among "A", "B", .*found "b"'),
+    "identity": ({"identity": "exact"}, TypeError, r"BrokenConfig\.identity: expected a tolerance or None"),
+    "mask": ({"acts_at": "input_ids"}, TypeError, r"BrokenConfig\.acts_at: expected a function"),
+    "positions": ({"acts_at": lambda self, model, given: None}, ValueError, r'BrokenConfig\.uses: expected "positions" among'),
+    "shared twice": (
+        {"share_init": lambda self, layers, generator: {"A": torch.ones(8, 6)}},
+        ValueError,
+        r'BrokenConfig\.share_init and BrokenConfig\.init to return tensors of other names, found "A" in both at "0"',
+    ),
+    "shared with a dot": (
+        {"share_init": lambda self, layers, generator: {"a.b": torch.ones(2)}},
+        ValueError,
+        r'BrokenConfig\.share_init: expected names without dots, found "a\.b"',
+    ),
+    "group of no name": (
+        {"share_groups": lambda self, layers: {path: {"Z": "0"} for path in layers}},
+        ValueError,
+        r'BrokenConfig\.share_groups at "0": expected a name among those of init, "A", "B", found \'Z\'',
+    ),
+    "group of shapes": (
+        {"share_groups": lambda self, layers: {path: {"B": "0"} for path in layers}},
+        ValueError,
+        r"share_groups at \"1\": expected 'B' of shape \(4, 8\) at the first target of its group too, \"0\", found shape \(6, 8\)",
+    ),
+    "group of no target": (
+        {"share_groups": lambda self, layers: {"q": {"A": "0"}}},
+        ValueError,
+        r'BrokenConfig\.share_groups: expected paths of the config\'s targets, e\.g\. "0", "1", found "q"',
+    ),
+    "groups": ({"share_groups": lambda self, layers: None}, TypeError, r"share_groups: expected a mapping by the paths .*found nothing"),
+    "allotted": ({"allot": lambda self, layers: [1]}, TypeError, r"allot: expected a mapping by the paths of targets, found list"),
+    "allotted elsewhere": ({"allot": lambda self, layers: {"q": {}}}, ValueError, r'allot: expected paths .*found "q"'),
+    "names": ({"default_names": lambda self, model: None}, TypeError, r"BrokenConfig\.target_names: expected a string or"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_mistake_is_named_by_build(case):
+    """Most were taken without a word: `steered` was searched for letters, and a second "A" was trained without a use."""
+    members, error, message = WRONG[case]
+    with pytest.raises(error, match=message):
+        ll.build(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)), broken(**members)())
+
+
+@pytest.mark.parametrize(
+    ("made", "error", "message"),
+    [
+        (lambda self, stats: None, TypeError, r"allocate: expected a mapping by the paths of targets, found nothing"),
+        (lambda self, stats: dict.fromkeys(stats, 3), TypeError, r"expected a variant's config, found 3"),
+        (lambda self, stats: {"q": self}, ValueError, r'BrokenConfig\.allocate: expected paths .*found "q"'),
+    ],
+)
+def test_wrong_allocation_is_named_by_build(made, error, message):
+    cls = broken(calibrated=True, allocate=made, constants=lambda self, W, generator, stats=None: {})
+    with pytest.raises(error, match=message):
+        ll.build(nn.Sequential(nn.Linear(6, 4)), cls(), calibration=[torch.randn(8, 6)])
+
+
+def test_default_names_in_one_string_are_one_expression():
+    """The string was taken letter by letter, of which "^" is everywhere."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+    assert [t.path for t in ll.find_targets(model, broken(default_names=lambda self, model: "^0$")())] == ["0"]
+
+
+# A variant that acts at some positions.
+
+
+class Text(nn.Module):
+    """A layer on the embeddings of tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.linear = nn.Embedding(9, 6), nn.Linear(6, 5)
+
+    def forward(self, input_ids):
+        return self.linear(self.embed(input_ids))
+
+
+def shift_at(masks):
+    """Return a config that shifts the output where a function of masks says."""
+
+    def forward(self, params, W, x):
+        return W(x) + (1.0 if W.active is None else W.active[..., None].to(x.dtype)) * params["s"]
+
+    members = {
+        "name": "shift_at",
+        "uses": frozenset({"output", "positions"}),
+        "linear": False,
+        "acts_at": masks,
+        "init": lambda self, W, generator: {"s": torch.zeros(W.out_features)},
+        "forward": forward,
+    }
+    return dataclass(frozen=True, kw_only=True)(type("ShiftAtConfig", (ll.AdapterConfig,), members))()
+
+
+IDS = torch.tensor([[1, 7, 2], [8, 8, 0]])
+MASKS = {
+    "method": lambda self, model, given: given["input_ids"] > 4,
+    "function": staticmethod(lambda model, given: given["input_ids"] > 4),
+    "with a function of the output": staticmethod(lambda model, given: (given["input_ids"] > 4, lambda output: None)),
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_variant_acts_where_its_mask_says(case):
+    """A mask alone was taken for a pair: its first row was everyone's, or the call failed."""
+    adapt = ll.build(Text().eval(), shift_at(MASKS[case]))
+    params, batch = move(adapt.init()), {"input_ids": IDS}
+    want = adapt.base(batch) + (IDS > 4)[..., None] * params["linear"]["s"]
+    torch.testing.assert_close(adapt(params, batch), want)
+    torch.testing.assert_close(adapt.mixed(ll.stack([params, params]), batch, [1, 0]), want)
+
+
+@pytest.mark.parametrize("made", [torch.ones(3), [1], (1, 2)])
+def test_mask_of_another_form_is_refused(made):
+    adapt = ll.build(Text().eval(), shift_at(staticmethod(lambda model, given: made)))
+    with pytest.raises(TypeError, match=r"acts_at: expected a mask \(b, t\) of a call's positions, or None for all, found"):
+        adapt(adapt.init(), {"input_ids": IDS})

@@ -128,6 +128,19 @@ def _steer_ignores_strength(self, params, c):
     return dict(params)
 
 
+def _scales_every_factor(self, params, c):
+    return {name: c * p for name, p in params.items()}
+
+
+def _steers_by_size(self, params, c):
+    return {**params, "B": abs(c) * params["B"]}
+
+
+def _keeps_the_weight(self, W, generator, stats=None):
+    params, _ = _Base.init(self, W, generator)
+    return params, {"first": W.weight[:2]}
+
+
 def _mixes_rows(self, params, W, x):
     h = F.linear(x, params["A"])
     return W(x) + F.linear(h - h.mean(0, keepdim=True), params["B"])
@@ -161,12 +174,16 @@ BROKEN = {
     "gradients": (("forward", _wrong_gradient), ("forward", _half_of_the_gradient), ("forward", _leaf_without_gradient)),
     "acts": (("forward", _leaf_without_effect),),
     "pure": (("forward", _writes_its_input), ("forward", _hidden_randomness)),
-    "deterministic": tuple(("init", f) for f in (_unseeded_init, _hidden_state, _unseeded_constant, _seeds_everything, _other_names)),
+    "deterministic": tuple(
+        ("init", f) for f in (_unseeded_init, _hidden_state, _unseeded_constant, _seeds_everything, _other_names, _keeps_the_weight)
+    ),
     "identity": (("init", _random_start),),
     "parts": (("uses", {"output"}), ("uses", {"project", "vectors"})),
     "untouched": (("init", _overwrites_the_weight),),
     "merged": (("forward", _nonlinear),),
     "steered": (("steer", _steers_the_wrong_way), ("steer", _steer_ignores_strength)),
+    "proportional": (("steer", _scales_every_factor), ("steer", _steers_by_size)),
+    "positions": (("uses", {"output", "project", "vectors", "positions"}),),
     "rows": (("forward", _mixes_rows),),
     "vmapped": (("forward", _branches_on_values),),
     "compiles": (("forward", _branches_on_values),),
@@ -245,6 +262,25 @@ def test_constants_that_are_no_tensors_are_refused_by_name(method, made, message
     cls = dataclasses.dataclass(frozen=True, kw_only=True)(type("OddConfig", (ll.LoRAConfig,), {"name": "odd", method: made}))
     with pytest.raises(TypeError, match=rf"OddConfig\.{method}.*{message}"):
         ll.build(torch.nn.Linear(4, 4), cls())
+
+
+@pytest.mark.parametrize("made", [lambda y: (y, None), lambda y: None], ids=["tuple", "nothing"])
+def test_output_that_is_no_tensor_is_named(made):
+    forward = _Base.forward
+    cls = dataclasses.dataclass(frozen=True, kw_only=True)(
+        type("BrokenConfig", (_Base,), {"forward": lambda self, params, W, x: made(forward(self, params, W, x))})
+    )
+    with pytest.raises(
+        AssertionError, match=r"  - identity: expected forward to return a tensor, the output \(\*b, o\), found (tuple|None)"
+    ):
+        ll.testing.check_variant(cls(), skip=("compiles",))
+
+
+@pytest.mark.parametrize("formula", ["q * o", "r *", "r * name.q"])
+def test_formula_that_cannot_be_read_is_quoted(formula):
+    cls = dataclasses.dataclass(frozen=True, kw_only=True)(type("BrokenConfig", (_Base,), {"trained": formula}))
+    with pytest.raises(ValueError, match=r"BrokenConfig\.trained: expected a formula in .*found "):
+        CHECKS["counts"](cls())
 
 
 def test_unbroken_base_passes():

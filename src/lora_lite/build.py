@@ -22,6 +22,7 @@ from lora_lite.prepare.heads import warn_of_new_heads
 from lora_lite.prepare.originals import Originals, read_originals
 from lora_lite.prepare.partners import read_partners
 from lora_lite.prepare.ranks import require_group
+from lora_lite.prepare.start import require_paths
 from lora_lite.prepare.targets import find_targets
 
 
@@ -109,7 +110,10 @@ def allocated(entries: Entries, stats: Mapping[str, Any]) -> Entries:
     """Return each target with its config, as calibrated configs allocate them from the statistics of all targets."""
     own: dict[str, AdapterConfig] = {}
     for cfg in {id(cfg): cfg for _, cfg in entries if cfg.calibrated}.values():
-        own |= made_alike(cfg.allocate)({target.path: stats[target.path] for target, other in entries if other is cfg})
+        given = {target.path: stats[target.path] for target, other in entries if other is cfg}
+        found = made_alike(cfg.allocate)(given)
+        require_paths(found, given, f"{type(cfg).__name__}.allocate")
+        own |= {path: as_config(one) for path, one in found.items()}
     kept = tuple((target, own.get(target.path, cfg)) for target, cfg in entries if not cfg.calibrated or target.path in own)
     if not kept:
         raise ValueError(f"{type(entries[0][1]).__name__}.allocate dropped every target. It must keep at least one.")

@@ -15,7 +15,7 @@ from lora_lite.clone.adapter import Adapter, Shared, adapters
 from lora_lite.clone.rows import Rows
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import in_dtype
-from lora_lite.layers.access import HOST, ReadTensor, first_of, place_of, raw
+from lora_lite.layers.access import HOST, ReadTensor, first_of, place_of, raw, takes_one
 from lora_lite.layers.kind import Kind, Params, Variant
 
 _NOTHING: Any = object()
@@ -60,7 +60,7 @@ class Binding:
         self.root: nn.Module = adapter
         self.variant = Variant(cfg)
         # Nothing stands between the call and the formula, but the dtype of the params.
-        self.direct = cfg.cast and type(W).call is Kind.call and type(W).apply is Kind.apply
+        self.direct = cfg.cast and type(W).call is Kind.call and type(W).apply is Kind.apply and takes_one(W.layer)
         self.params: Params | None = None
         self.uniform = Uniform()
         self.rows: Rows | None = None

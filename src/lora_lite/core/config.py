@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lora_lite.core.documented import with_inherited
 from lora_lite.core.errors import listed, nearest
+from lora_lite.core.facts import require_facts
 from lora_lite.core.fields import are_integers, at, check_fields, refuse_unknown
 from lora_lite.core.frozen import USES, Constants, Frozen, Params
 from lora_lite.core.legacy import completed
@@ -56,13 +57,13 @@ class AdapterConfig:
     - `original`: whether `constants` needs the layer's weight from before it was quantised, given to it as `stats`.
     - `identity`: relative tolerance of the identity at init; 0.0 for exact, None if it does not start at the base model.
     - `linear`: whether the adapted layer is an affine map of `x`, so that it can be merged.
-    - `acts_at`: where it acts at some positions only, a function of a call's arguments to their mask, such as `core.invocation.Invocation`.
+    - `acts_at`: where it acts at some positions only, a function `(model, arguments) -> mask` of a call; see `layers.notes.Masks`.
     - `rowwise`: whether each row of a batch is adapted by itself. If not, `mixed` runs each row as a batch of its own.
     - `cast`: whether the params come in the dtype of the input. A variant that decides by their values says False, and casts its results.
     - `tied`: whether modules that share a target's weight, such as a head tied to an embedding, are adapted with it.
     - `steered`: names of the params that a strength scales; None for all, which is right where the update is linear in them together.
     - `trained`, `macs`: trained numbers per target and multiply-adds per token, as formulas in `i`, `o`, the fields, the numbers of
-      `sizes`, and `bias`, whether the layer has one; documentation that the conformance kit holds against the counted ones.
+      `sizes`, and `biased`, whether the layer has a bias; documentation that the conformance kit holds against the counted ones.
     """
 
     name: ClassVar[str]
@@ -263,7 +264,7 @@ def as_config(cfg: object) -> AdapterConfig:
     """Complete an object that has `name`, `init` and `forward` by the defaults of `AdapterConfig`.
 
     Raises:
-        TypeError: where `cfg` is no such object, or a field of it holds a value of another type.
+        TypeError: where `cfg` is no such object, or a field or a fact of it holds a value of another type.
         ValueError: where a field holds a value out of bounds.
     """
     missing = [fact for fact in ("name", "init", "forward") if not hasattr(cfg, fact)]
@@ -277,6 +278,7 @@ def as_config(cfg: object) -> AdapterConfig:
         full = object.__new__(cls)
         vars(full).update(vars(cfg))
     check_fields(full)
+    require_facts(full)
     return full
 
 

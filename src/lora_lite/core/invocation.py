@@ -88,7 +88,7 @@ def aligned(active: Tensor, x: Tensor) -> Tensor:
     if len(shape) == 2 and shape[0] == active.shape[0] and shape[1] < active.shape[1]:
         return active[:, active.shape[1] - shape[1] :]  # as a head that is called at the end
     raise ValueError(
-        f"aLoRA: expected an input with the {tuple(active.shape)} positions of input_ids, found shape {tuple(x.shape)}. Leave the layer "
+        f"acts_at: expected an input with the {tuple(active.shape)} positions of its mask, found shape {tuple(x.shape)}. Leave the layer "
         "out with exclude_names, e.g. those of images and of routed experts."
     )
 

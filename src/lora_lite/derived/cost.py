@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lite.core.config import AdapterConfig
+from lora_lite.core.errors import listed
 from lora_lite.core.frozen import Frozen
 from lora_lite.layers.identity import on_meta
 from lora_lite.layers.kind import Kind, Variant
@@ -71,7 +72,12 @@ def declared(cfg: AdapterConfig, fact: str, i: int, o: int, biased: bool = False
         return None
     fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
     known = {**fields, **cfg.sizes(i, o), "i": i, "o": o, "biased": biased}
-    count: int = eval(formula, {"__builtins__": {"min": min, "max": max, "len": len}}, known)  # the class's own text
+    try:
+        count: int = eval(formula, {"__builtins__": {"min": min, "max": max, "len": len}}, known)  # the class's own text
+    except (NameError, SyntaxError, TypeError) as e:
+        raise ValueError(
+            f"{type(cfg).__name__}.{fact}: expected a formula in {listed(known, 20)}, found {formula!r} ({e}). Correct the class variable."
+        ) from e
     return count
 
 

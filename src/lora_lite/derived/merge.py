@@ -102,6 +102,10 @@ def merged_parts(
     try:
         kept = W.kept()
         for name, where, part in W.merged_parts(Variant(cfg), plan.leaves(params, target.path, cfg), release):
+            if name not in kept:
+                raise ValueError(
+                    f"{target.kind.__name__}.merged returned {name!r}, which is none of {listed(kept)}. Correct the name, or define kept()"
+                )
             yield join(target.kind.host(target.path), name), where, part, kept[name]
     except ValueError as e:
         raise Unmergeable(target, str(e)) from e
@@ -165,7 +169,8 @@ def merge_error(plan: Plan, params: AnyTree, merged: Mapping[str, Tensor]) -> di
     errors = {}
     for target, cfg in plan.entries:
         host = target.kind.host(target.path)
-        before = {join(host, name): t for name, t in plan.layer(target, cfg).kept().items()}
+        kept = {join(host, name): t for name, t in plan.layer(target, cfg).kept().items()}
+        before = {name: t for name, t in kept.items() if name in exact}
         missed, update, size = (
             _norm(exact[name] - other[name].double() for name in before)
             for other in (merged, before, {n: torch.zeros((), device="cpu") for n in before})

@@ -22,7 +22,7 @@ from lora_lite.files.inferred import follows
 from lora_lite.files.stored import read as read
 from lora_lite.layers.find import find
 from lora_lite.layers.kind import Kind
-from lora_lite.layers.kinds import SITES, as_kinds
+from lora_lite.layers.kinds import KINDS, SITES, as_kinds
 from lora_lite.prepare.checks import check_entries
 from lora_lite.prepare.derive import groups_of
 from lora_lite.prepare.heads import new_heads
@@ -179,9 +179,11 @@ def bound(
         # With its constants at hand each variant says what its params must be: no SVD, no data.
         faults = tree_faults(params, _shapes(adapt.init()))
     if faults:
+        strange = sorted({kind for kind, _ in header.layers.values()} - {kind.__name__ for kind in (*KINDS, *kinds)})
+        given = f", with the kinds that build was given, kinds=({', '.join(strange)},)" if strange else ""
         raise ValueError(
             f'load: expected "{path}" to fit this {type(model).__name__}, found:\n{several(faults)}\n'
-            "Load it onto the model that it was made for."
+            f"Load it onto the model that it was made for{given}."
         )
     return adapt, params, header, tensors
 

@@ -42,6 +42,18 @@ def first_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
+def takes_one(layer: nn.Module) -> bool:
+    """Whether the forward of a layer's class takes one argument, so that no call can have more."""
+    of: Any = type(layer)
+    return _takes_one(of.forward)
+
+
+@functools.lru_cache(1024)
+def _takes_one(forward: Callable[..., Any]) -> bool:
+    _, *given = inspect.signature(forward).parameters.values()
+    return len(given) == 1 and given[0].kind in (given[0].POSITIONAL_ONLY, given[0].POSITIONAL_OR_KEYWORD)
+
+
 def raw(layer: nn.Module) -> Any:
     """Return a view of a module whose attributes are its frozen tensors, even where the model reads adapted ones.
 

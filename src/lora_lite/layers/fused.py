@@ -40,7 +40,18 @@ class FusedKind(Kind):
         return maps
 
     def make(self, tree: Callable[[Frozen], Params]) -> dict[str, Tensor]:
+        self._require_widths()
         return {f"{n}.{leaf}": t for n, W in self.maps.items() for leaf, t in tree(W).items()}
+
+    def _require_widths(self) -> None:
+        """Raise unless `widths` returns names that files can tell apart, each with a width."""
+        found: Any = self.widths()
+        fits = isinstance(found, Mapping) and all(isinstance(n, str) and n and "." not in n for n in found)
+        if not fits or not all(isinstance(w, int) and w > 0 for w in found.values()):
+            raise ValueError(
+                f"{type(self).__name__}.widths: expected names without dots and widths of at least 1, found {found!r}. "
+                'Return e.g. {"q": 8, "k": 2, "v": 2}.'
+            )
 
     def pairs(self, params: Params) -> Sequence[tuple[Frozen, Params]]:
         return [(W, _under(params, n)) for n, W in self.maps.items()]

@@ -169,7 +169,16 @@ class Kind(Tensors):
             run: `(W, x) -> y`, the variant with its params.
             own: the layer's own forward.
             args, kwargs: the arguments of the model's call.
+
+        Raises:
+            ValueError: for a call with more than one argument, which a kind with a `call` of its own can hand on.
         """
+        if len(args) + len(kwargs) > 1:
+            raise ValueError(
+                f"{type(self).__name__}: expected the model to call the layer with one argument, found {len(args) + len(kwargs)}, of "
+                "which the variant would see the first alone. Define call(self, run, own, args, kwargs) in the kind, or leave the layer "
+                "out with exclude_names."
+            )
         return run(self, first_of(args, kwargs))
 
     def frozen(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

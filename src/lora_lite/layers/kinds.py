@@ -55,6 +55,9 @@ def as_kinds(kinds: Any) -> tuple[type[Kind], ...]:
     if given is None or not all(isinstance(kind, type) and issubclass(kind, Kind) for kind in given):
         raise TypeError(f"kinds: expected a sequence of subclasses of ll.Kind, found {kinds!r}. Write kinds=(ItsKind,).")
     for kind in given:
+        of = kind.classes
+        if not isinstance(of, type) and not (isinstance(of, tuple) and all(isinstance(cls, type) for cls in of)):
+            raise TypeError(f"{kind.__name__}.classes: expected a tuple of classes, found {of!r}. Write classes = (ItsLayer,).")
         for fact, words, known in (("site", [kind.site], SITES), ("gives", kind.gives, _PARTS)):
             if unknown := sorted(set(words) - set(known)):
                 raise ValueError(

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 _NOTED = "_lora_lite_noted"
 
-Masks = Callable[[nn.Module, Mapping[str, Any]], tuple[Tensor | None, Callable[[Any], None]]]
+After = Callable[[Any], None]
+Masks = Callable[[nn.Module, Mapping[str, Any]], Tensor | tuple[Tensor | None, After] | None]
 """A function of the root and of its call's arguments, with None for those that are not given. It returns a mask `(b, t)`, or None for all
-positions, and a function that is given the call's output."""
+positions; with a function of the call's output beside it, where there is something to do after the call."""
 
 
 class _Place(NamedTuple):
@@ -35,12 +36,29 @@ def note(clone: nn.Module, path: str, buffer: str, masks: Masks) -> None:
 def _forward(root: nn.Module, own: Any, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
     given = {**dict.fromkeys(names), **dict(zip(names, args)), **kwargs}
     places: Sequence[_Place] = vars(root)[_NOTED]
-    found = {masks: masks(root, given) for masks in dict.fromkeys(place.masks for place in places)}
+    found = {masks: _both(masks(root, given)) for masks in dict.fromkeys(place.masks for place in places)}
     with _laid([(root.get_submodule(place.path)._buffers, place.buffer, found[place.masks][0]) for place in places]):
         output = own(*args, **kwargs)
     for _, after in found.values():
         after(output)
     return output
+
+
+def _both(found: Any) -> tuple[Tensor | None, After]:
+    """Return a mask and what follows the call, from what a function of masks returned.
+
+    Raises:
+        TypeError: where it returned anything else.
+    """
+    mask, after = found if isinstance(found, tuple) and len(found) == 2 else (found, _nothing)
+    if not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)) or not callable(after):
+        shown = f"a tensor of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else repr(found)
+        raise TypeError(f"acts_at: expected a mask (b, t) of a call's positions, or None for all, found {shown}. Return one row a text.")
+    return mask, after
+
+
+def _nothing(output: Any) -> None:
+    pass
 
 
 @contextmanager

@@ -170,10 +170,20 @@ class Tensors(Frozen):
     def kept(self) -> dict[str, Tensor]:
         """Return the layer's tensors that `merged` replaces, under the same names. A packed weight is returned dense.
 
+        A kind whose `merged` has other names than its `state` defines this too. Where the module keeps no weight under the name of
+        `state`, these are all of its own tensors.
+
         Raises:
             ValueError: where no entry of a state dict holds the weight.
         """
-        name = self.state["weight"]
+        name = self.state.get("weight")
+        if type(self).merged is not Tensors.merged and self.own("weight") is None:
+            return {**self.layer._parameters, **self.layer._buffers}
+        if name is None:
+            raise ValueError(
+                f"{type(self).__name__}.state names no weight of the module, found {dict(self.state)}, so no state dict holds it. Set it, "
+                "or define merged(f, params)"
+            )
         if name not in self.layer._parameters:
             raise ValueError(f"its weight is computed by a parametrization or kept in no parameter {name!r}, so no state dict holds it")
         kept = {name: self.layer._parameters[name]}

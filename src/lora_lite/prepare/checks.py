@@ -140,6 +140,23 @@ def check_shifts(plan: Plan) -> None:
             )
 
 
+def check_steered(plan: Plan) -> None:
+    """Refuse a variant of which a strength would scale no tensor, since `steered` names none that it has.
+
+    Raises:
+        ValueError: it names the target, the names and those that there are.
+    """
+    for target, cfg in plan.entries:
+        if cfg.steered is None or type(cfg).steer is not AdapterConfig.steer:
+            continue
+        names = {name.rpartition(".")[2] for name in plan.leaves(plan.shapes, target.path, cfg)}
+        if names and not names & set(cfg.steered):
+            raise ValueError(
+                f'{type(cfg).__name__}.steered: expected names among {listed(sorted(names))}, those of its params at "{target.path}", '
+                f"found {listed(cfg.steered) or 'none'}. Correct the class variable, or set it to None to scale all."
+            )
+
+
 def _instead(kind: Any, cfg: AdapterConfig, uses: set[str]) -> str:
     """Name the ways to adapt such a layer: the config without dropout if that is the only fault, else other variants."""
     from lora_lite.variants import VARIANTS  # here, since the configs are checked by this

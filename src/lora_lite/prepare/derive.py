@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
+from lora_lite.core.errors import listed
 from lora_lite.core.frozen import Constants, Frozen, Params
 from lora_lite.core.leading import Start, noted, worst
 from lora_lite.core.plan import Entries, Groups, Plan, Shapes
 from lora_lite.core.progress import shown
 from lora_lite.core.tree import Tree, flatten
-from lora_lite.prepare.checks import check_shifts
-from lora_lite.prepare.start import generator_for, own_start, placed, require_tensors, start_params
+from lora_lite.prepare.checks import check_shifts, check_steered
+from lora_lite.prepare.start import generator_for, own_start, placed, require_paths, require_tensors, start_params
 
 T = TypeVar("T")
 
@@ -56,9 +57,12 @@ def derive(
         constants[target.path] = {name: c.detach().to(W.device) for name, c in own.items()}
     for tree in (shapes, constants):
         flatten(tree)  # which refuses names that files could not tell apart
+    _require_apart(entries, shapes, shared_shapes)
+    _require_groups(entries, shapes, groups)
     plan = Plan(base, entries, {}, constants, remat, common, groups, kinds=tuple(kinds), starts=starts)
     plan = replace(plan, shapes=plan.regrouped({**shapes, **shared_shapes}))
     check_shifts(plan)
+    check_steered(plan)
     return plan
 
 
@@ -85,6 +89,8 @@ def share(base: nn.Module, entries: Entries) -> tuple[dict[str, Constants], Shap
             named.add(cfg.name)
         if constants:
             common[cfg.name] = {name: c.to(layers[0].device) for name, c in constants.items()}
+        if dotted := [name for name in params if "." in name]:  # as those of groups are named
+            raise ValueError(f"{own.__name__}.share_init: expected names without dots, found {listed(dotted)}. Rename the tensors.")
         if params:
             shapes[cfg.name] = {name: tuple(p.shape) for name, p in params.items()}
     return common, shapes
@@ -104,6 +110,35 @@ def _require_own_name(cfg: AdapterConfig, entries: Entries, named: AbstractSet[s
     )
 
 
+def _require_apart(entries: Entries, shapes: Shapes, shared: Shapes) -> None:
+    """Refuse params of `init` under the name of one of `share_init`: the shared tensor would be trained and never used."""
+    for target, cfg in entries:
+        if both := sorted({*shapes[target.path]} & {*shared.get(cfg.name, {})}):
+            name = type(cfg).__name__
+            raise ValueError(
+                f"build: expected {name}.share_init and {name}.init to return tensors of other names, found {listed(both)} in both at "
+                f'"{target.path}". Rename one.'
+            )
+
+
+def _require_groups(entries: Entries, shapes: Shapes, groups: Groups) -> None:
+    """Refuse groups that share a tensor which a target has not, or has in another shape than the first."""
+    for target, cfg in entries:
+        where = f'{type(cfg).__name__}.share_groups at "{target.path}"'
+        for name, first in groups.get(target.path, {}).items():
+            own, begun = (shapes.get(path, {}).get(name) for path in (target.path, first))
+            if own is None:
+                raise ValueError(
+                    f"{where}: expected a name among those of init, {listed(shapes[target.path])}, found {name!r}. Correct it."
+                )
+            if own != begun:
+                found = f"shape {begun}" if begun is not None else "none"
+                raise ValueError(
+                    f'{where}: expected {name!r} of shape {own} at the first target of its group too, "{first}", found {found}. Put '
+                    "targets into one group only where their tensors are of one shape."
+                )
+
+
 @made_alike
 def allot(base: nn.Module, entries: Entries) -> dict[str, Constants]:
     """Derive the constants of each target that depend on all targets of its config."""
@@ -113,6 +148,7 @@ def allot(base: nn.Module, entries: Entries) -> dict[str, Constants]:
             paths = [target.path for target, other in entries if other is cfg]
             layers = layers_of(base, entries, cfg)
             found = _of_finite(cfg, layers, functools.partial(cfg.allot, dict(zip(paths, layers))))
+            require_paths(found, paths, f"{type(cfg).__name__}.allot")
             for path in paths:
                 require_tensors(found.get(path, {}), f'{type(cfg).__name__}.allot at "{path}"')
             allotted |= found
@@ -125,7 +161,9 @@ def groups_of(base: nn.Module, entries: Entries) -> Groups:
     for cfg in {id(cfg): cfg for _, cfg in entries}.values():
         if type(cfg).share_groups is not AdapterConfig.share_groups:
             paths = [target.path for target, other in entries if other is cfg]
-            groups |= cfg.share_groups(dict(zip(paths, layers_of(base, entries, cfg))))
+            found = cfg.share_groups(dict(zip(paths, layers_of(base, entries, cfg))))
+            require_paths(found, paths, f"{type(cfg).__name__}.share_groups")
+            groups |= found
     return groups
 
 

@@ -1,7 +1,7 @@
 """The start of training: each target's params, from its config and a generator of its own."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from numbers import Integral
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
+from lora_lite.core.errors import listed
 from lora_lite.core.frozen import Frozen, Params
 from lora_lite.layers.kind import Kind
 
@@ -67,6 +68,23 @@ def require_tensors(found: Any, method: str, trained: bool = False) -> None:
         if trained and not tensor.is_floating_point():
             wanted = f'expected "{name}" to be a floating tensor, which can be trained, found {tensor.dtype}'
             raise TypeError(f"{method}: {wanted}. Convert it, or return it from constants.")
+
+
+def require_paths(found: Any, paths: Collection[str], method: str) -> None:
+    """Raise unless a variant's method returned a mapping by the paths of its targets, of some of them at least.
+
+    Raises:
+        TypeError: where it returned anything else.
+        ValueError: where a path is that of no target.
+    """
+    if not isinstance(found, Mapping):
+        kind = "nothing" if found is None else type(found).__name__
+        raise TypeError(f"{method}: expected a mapping by the paths of targets, found {kind}. Return a dict, empty for none of them.")
+    if unknown := [path for path in found if path not in paths]:
+        raise ValueError(
+            f"{method}: expected paths of the config's targets, e.g. {listed(paths, 3)}, found {listed(unknown)}. Take the keys of what it "
+            "was given."
+        )
 
 
 _WAY = "Return frozen tensors from constants(W, generator, stats); init finds them in W.constants."

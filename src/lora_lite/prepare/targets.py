@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lora_lite.clone.structure import refuse_opaque
-from lora_lite.core.config import AdapterConfig, as_config, patterns_of, with_fields
+from lora_lite.core.config import AdapterConfig, as_config, patterns, patterns_of, with_fields
 from lora_lite.core.errors import listed, require_type
 from lora_lite.core.memory import Place, place_in_memory
 from lora_lite.core.plan import UNNAMED, Target, Targets
@@ -57,8 +57,13 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[K
     cfg, kinds = as_config(cfg), as_kinds(kinds)
     refuse_opaque(modules_by_path(model))
     refuse_bound(model)
+    if cfg.adapts not in SITES:
+        raise ValueError(
+            f"{type(cfg).__name__}.adapts: expected a word among {listed(SITES)}, found {cfg.adapts!r}. Correct the class variable."
+        )
     heads = {} if cfg.adapts != "linear" or cfg.target_names or not cfg.exclude_names else heads_left_out(model)
-    cfg = cfg if cfg.target_names else with_fields(cfg, target_names=tuple(cfg.default_names(model)))
+    cfg = cfg if cfg.target_names else with_fields(cfg, target_names=cfg.default_names(model))
+    cfg = with_fields(cfg, target_names=patterns(cfg, "target_names"))  # those by default are of the variant's own making
     everything = find(model, cfg.adapts, kinds)
     known = asked_for(everything, cfg.target_names)
     _require_any(model, cfg, known)

@@ -25,7 +25,9 @@ from lora_lite.testing._formula import (
     identity,
     merged,
     parts,
+    positions,
     precision,
+    proportional,
     pure,
     rows,
     shapes,
@@ -46,7 +48,7 @@ CHECKS: dict[str, Callable[[AdapterConfig], None]] = {
     f.__name__: f
     for f in (
         *(facts, deterministic, parts, identity, acts, pure, gradients, forward_mode, vmapped, rows),
-        *(merged, steered, training, precision, shapes, counts, compiles, mixed_batch, saved, untouched),
+        *(merged, steered, proportional, positions, training, precision, shapes, counts, compiles, mixed_batch, saved, untouched),
         *(quantised_4bit, quantised_8bit),
     )
 }

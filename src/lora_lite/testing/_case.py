@@ -43,7 +43,7 @@ class Case:
 
     def __call__(self, params: Params, x: Tensor | None = None) -> Tensor:
         """Run the variant on the layer."""
-        return Variant(self.cfg)(params, self.W, self.x if x is None else x)
+        return tensor_of(Variant(self.cfg)(params, self.W, self.x if x is None else x))
 
     def delta(self, params: Params, x: Tensor | None = None) -> Tensor:
         """Compute the variant's update of the layer's own output."""
@@ -107,6 +107,14 @@ def inputs(i: int) -> Tensor:
     """Make calibration data `(4 i, i)`: a mean that is not zero and a covariance that is not round."""
     g = torch.Generator().manual_seed(i)
     return torch.randn(i, generator=g) + torch.randn(4 * i, i, generator=g) @ torch.randn(i, i, generator=g) / i**0.5
+
+
+def tensor_of(y: Any) -> Tensor:
+    """Return the output of a variant's forward, which has to be a tensor."""
+    if not isinstance(y, Tensor):
+        fail("forward to return a tensor, the output (*b, o)", type(y).__name__)
+    out: Tensor = y
+    return out
 
 
 def float64(cfg: AdapterConfig) -> list[Case]:

@@ -15,7 +15,7 @@ from lora_lite.core.frozen import USES, Frozen, Stored
 from lora_lite.derived.cost import declared, macs_per_token
 from lora_lite.derived.merge import merged_layer
 from lora_lite.layers.kind import Variant
-from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32, float64, make_cases
+from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32, float64, make_cases, tensor_of
 
 
 def facts(cfg: AdapterConfig) -> None:
@@ -41,6 +41,9 @@ def deterministic(cfg: AdapterConfig) -> None:
             for name in first:
                 if first[name].data_ptr() == second[name].data_ptr() and first[name].numel():
                     fail(f"init to give a new {name} each time", "the same memory")
+            for name, c in case.W.constants.items():
+                if c.untyped_storage().data_ptr() == case.W.weight.untyped_storage().data_ptr() and c.numel():
+                    fail(f"constants to give a new {name}, which stays where the weight is written", "the weight's own memory")
         if not torch.equal(state, torch.get_rng_state()):
             fail("the global random state untouched", "it moved")
 
@@ -59,7 +62,7 @@ def parts(cfg: AdapterConfig) -> None:
         raise unittest.SkipTest("only parts of linear layers differ by kind")
     for case in float32(cfg):
         W = _Watched(case.W, case.x)
-        y = Variant(case.cfg)(case.params, W, torch.full_like(case.x, math.nan))
+        y = tensor_of(Variant(case.cfg)(case.params, W, torch.full_like(case.x, math.nan)))
         used = W.used | ({"vectors"} if y.isnan().any() else set())
         used -= {"project"} if "vectors" in case.cfg.uses else set()  # who sees the vectors can project them
         if not used <= set(case.cfg.uses):
@@ -189,6 +192,28 @@ def steered(cfg: AdapterConfig) -> None:
         slope = torch.func.grad(lambda c, case=case: case(dict(cfg.steer(case.params, c))).square().sum())(strength)
         if not slope.abs() > 0:
             fail("a gradient for the strength", float(slope))
+
+
+def proportional(cfg: AdapterConfig) -> None:
+    """A small strength makes an update in proportion to it. One with its square would have the adapter again at -1."""
+    for case in float64(cfg):
+        zero = torch.zeros((), dtype=torch.float64)
+        begun = torch.func.jvp(lambda c, case=case: case(dict(cfg.steer(case.params, c))), (zero,), (zero + 1,))[1]
+        if not begun.abs().max() > 0:
+            fail("an update in proportion to a small strength", "none in first order. Name in steered one factor of a product")
+
+
+def positions(cfg: AdapterConfig) -> None:
+    """A variant that acts at some positions only leaves the others as the base layer has them, and acts at these as at all."""
+    if "positions" not in cfg.uses:
+        raise unittest.SkipTest("it acts at all positions")
+    for case in float64(cfg):
+        W = case.W.with_constants(case.W.constants)
+        W.active = torch.tensor([[True, False], [False, False], [True, True]])
+        masked, whole, y0 = Variant(case.cfg)(case.params, W, case.x), case(case.params), case.W(case.x)
+        close("the base output where it does not act", masked[~W.active], y0[~W.active], 1e-10)
+        if cfg.rowwise:
+            close("the whole update where it acts", masked[W.active], whole[W.active], 1e-10)
 
 
 def training(cfg: AdapterConfig) -> None:

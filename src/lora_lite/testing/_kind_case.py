@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lora_lite.adapt import Adapt
 from lora_lite.build import build
@@ -15,6 +16,7 @@ from lora_lite.core.tree import Tree, tree_map
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import as_kinds
 from lora_lite.prepare.targets import find_targets
+from lora_lite.testing._case import fail
 from lora_lite.variants.dora import DoRAConfig
 from lora_lite.variants.full import FullConfig
 from lora_lite.variants.hra import HRAConfig
@@ -37,14 +39,28 @@ ROWS = 4
 
 
 class _Around(nn.Module):
-    """A model around the layer, so that it has a path and a dtype of its own."""
+    """A model around the layer, so that it has a path and a dtype of its own. It returns the layer's output without what is beside it.
 
-    def __init__(self, layer: nn.Module) -> None:
+    Args:
+        layer: the layer.
+        whole: whether it returns all that the layer returns.
+    """
+
+    def __init__(self, layer: nn.Module, whole: bool = False) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.whole = layer, whole
 
     def forward(self, x: Any) -> Any:
-        return self.layer(x)
+        y = self.layer(x)
+        return y if self.whole or isinstance(y, Tensor) else _output(y)
+
+
+def _output(y: Any) -> Tensor:
+    """Return the output among all that a layer returns: its first floating tensor."""
+    found = [leaf for leaf in pytree.tree_leaves(y) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if not found:
+        fail("a layer that returns a floating tensor", type(y).__name__)
+    return found[0]
 
 
 @dataclass(frozen=True)
@@ -52,9 +68,14 @@ class KindCase:
     """A model with one layer of the kind, in float64 where it is floating, and a batch of `ROWS` rows."""
 
     kind: type[Kind]
-    model: nn.Module
+    model: _Around
     x: Any
     names: str
+
+    @property
+    def whole(self) -> nn.Module:
+        """The same model, which returns all that the layer returns."""
+        return _Around(self.model.layer, whole=True).eval()
 
     def config(self, cfg: AdapterConfig) -> AdapterConfig:
         """Return a config in float64 that asks for the layer."""

@@ -155,6 +155,9 @@ def require_expressible(found: Sorted, adapt: Adapt) -> None:
             continue
         reason = row.refused(cfg)
         faults += [f"{at}.{reason}"] if reason else []
+        if strange := [name for name in adapt.shapes[target.path] if "." in name]:  # of one map among several
+            faults.append(f"{at} has tensors {listed(strange)}, which PEFT's {row.peft_type} has no names for: it adapts one map a layer")
+            continue
         if is_conv1d(target) and not row.conv1d:
             faults.append(f"{at} on a Conv1D: PEFT's {row.peft_type} takes nn.Linear alone")
         unable = barred(adapt._plan.base, target, row.peft_type) or unsaved(adapt._plan.base, target, cfg)
