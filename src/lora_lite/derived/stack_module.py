@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from lora_lite.clone.bind import Binding, bindings
 from lora_lite.clone.per_call import Replica
 from lora_lite.clone.rows import Rows
+from lora_lite.core.one_thread import OneThread
 from lora_lite.derived.mixed import index_of
 from lora_lite.derived.rows import PLAIN, equal_groups, require_following
 from lora_lite.derived.trial import Seen, runs_of, trial
@@ -34,6 +35,7 @@ class RowState:
         rows: of the inputs of targets, while a generation runs; None outside of one.
         known: for each form of arguments, how a target's calls follow the batch's rows.
         trying: whether the call that runs is a trial.
+        thread: the one whose call runs.
         own: what `generate` and its expansion of inputs were in the module's `__dict__`, where they stood there.
     """
 
@@ -42,6 +44,7 @@ class RowState:
         self.rows: int | None = None
         self.known: dict[Any, dict[str, Seen]] = {}
         self.trying = False
+        self.thread = OneThread("the rows of its batch")
 
     @property
     def single(self) -> bool:
@@ -50,7 +53,7 @@ class RowState:
 
     def of(self, lengths: Sequence[int]) -> int:
         """Return the rows of a batch whose tensors have these lengths."""
-        return len(self.index) if self.index is not None else equal_groups(lengths, self.members)
+        return len(self.index) if self.index is not None else equal_groups(lengths, self.members, "adapt.module(stacked, index=...)")
 
 
 def give_rows(module: nn.Module, members: int, index: Tensor | Sequence[int] | None) -> None:
@@ -73,11 +76,20 @@ def give_rows(module: nn.Module, members: int, index: Tensor | Sequence[int] | N
     state = table[_STATE] = RowState(members, index, {name: table[name] for name in _OWN if name in table})
     _place(module, state)
     module.register_forward_pre_hook(_before_call, with_kwargs=True)
+    module.register_forward_hook(_after_call, always_call=True)
+    table["_replicate_for_data_parallel"] = _refuse_replicas
     if hasattr(module, "generate"):
         table["generate"] = partial(_generate, module)
         for name in _EXPANSIONS:
             if hasattr(type(module), name):
                 table[name] = partial(_expand, module, name)
+
+
+def _refuse_replicas() -> nn.Module:
+    raise ValueError(
+        "adapt.module: expected the module of a stack to see whole batches, found nn.DataParallel, which splits their rows and not the index. "
+        "Make a module for each device, each with the index of its rows."
+    )
 
 
 def _place(module: nn.Module, state: RowState, rows: int | None = None, known: Mapping[str, Seen] | None = None) -> None:
@@ -86,7 +98,7 @@ def _place(module: nn.Module, state: RowState, rows: int | None = None, known: M
         rows = None
     seen = known or {}
     beside = {path: own.beside for path, own in seen.items()}
-    found = Rows(rows, {path: None for path, own in seen.items() if own.follows}, beside=beside)
+    found = Rows(rows, {path: None for path, own in seen.items() if own.follows}, beside=beside, caller="adapt.module")
     for binding in _bound(module):
         binding.rows, binding.index, binding.W.follow = found, state.index, beside.get(binding.path)
 
@@ -98,7 +110,10 @@ def _bound(module: nn.Module) -> list[Binding]:
 def _before_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Find the rows of a call of the whole module, before it runs."""
     state: RowState = vars(module)[_STATE]
-    if state.trying or torch.compiler.is_compiling():  # a compiled call is not tried, as in `adapt.mixed`
+    if torch.compiler.is_compiling():  # a compiled call is not tried, as in `adapt.mixed`
+        return
+    state.thread.begin(module)
+    if state.trying:
         return
     lengths = [len(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
     rows = state.of(lengths) if state.rows is None else state.rows
@@ -110,6 +125,13 @@ def _before_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     known = _known(module, state, args, kwargs, rows)
     require_following(known, (), "adapt.module")
     _place(module, state, rows, known)
+
+
+def _after_call(module: nn.Module, args: Any, output: Any) -> None:
+    """Let other threads call the module, after a call of it that has ended or raised."""
+    state: RowState = vars(module)[_STATE]
+    if not (torch.compiler.is_compiling() or state.trying or state.rows is not None):  # not within a trial or a generation
+        state.thread.end(module)
 
 
 def _known(module: nn.Module, state: RowState, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int) -> Mapping[str, Seen]:
@@ -137,12 +159,15 @@ def _generate(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             f"adapt.module: expected {rows} prompts, an adapter's number each in index, found {prompts}. Give each prompt its adapter: "
             "adapt.module(stacked, index=...). Beams and num_return_sequences take the adapter of their prompt."
         )
+    state.thread.begin(module)
     before, state.rows = state.rows, rows
     try:
         _place(module, state, rows)
         return _own(module, state, "generate")(*args, **kwargs)
     finally:
         state.rows = before
+        if before is None:
+            state.thread.end(module)
 
 
 def _expand(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
