@@ -1571,7 +1571,10 @@ def test_module_whose_calls_keep_something_in_its_layers_runs_in_one_thread_at_a
         return adapt.module(members[0]) if case == "positions" else adapt.module(ll.stack(members), index=[1, 0])
 
     module = made()
-    run = (lambda m: m.generate(tokens, max_new_tokens=2, pad_token_id=0)) if case == "generation" else (lambda m: m(input_ids=tokens).logits)
+
+    def run(m):
+        return m.generate(tokens, max_new_tokens=2, pad_token_id=0) if case == "generation" else m(input_ids=tokens).logits
+
     want = run(made())
 
     def at_once(*_):
@@ -1614,3 +1617,27 @@ def test_module_of_a_stack_names_itself_and_no_argument_that_it_has_not():
     assert adapt.mixed(stacked, x, [0, 1], row_map={r"linear\d$": 1}).shape == x.shape
     with pytest.raises(ValueError, match=r"adapt\.module: at the batch.*Give each row its member: adapt\.module\(stacked, index=\.\.\.\)"):
         adapt.module(stacked)(torch.randn(3, 2, 8))
+
+
+def test_stack_in_the_place_of_a_tree_is_named_and_each_way_out_works(tmp_path):
+    adapt, x = ll.build(pair(), ll.LoRAConfig(r=2)), torch.randn(4, 8)
+    stacked = ll.stack([move(adapt.init(seed)) for seed in (0, 1)])
+    for call in (lambda: adapt(stacked, x), lambda: adapt.merge(stacked), lambda: ll.save(adapt, stacked, tmp_path / "a.safetensors")):
+        with pytest.raises(ValueError, match=r"a stack of 2: run it by adapt\.mixed\(stacked, batch\), or take a member of ll\.unstack"):
+            call()
+    torch.testing.assert_close(adapt.mixed(stacked, x)[:2], adapt(ll.unstack(stacked)[0], x)[:2])
+    with pytest.raises(ValueError, match=r"Use adapt\.init"):
+        adapt({**stacked, "1": {}}, x)
+
+
+def test_names_beside_a_layer_lead_to_it():
+    model, _ = tiny_models["qwen3_moe"]()
+    for pattern, way in ((r"experts$", r"Name what is inside, e\.g\. r\"(.*)\"\."), (r"mlp$", r"Name what is inside, e\.g\. r\"(.*)\"\.")):
+        with pytest.raises(ValueError, match=way) as found:
+            ll.build(model, ll.LoRAConfig(r=2, target_names=pattern))
+        assert ll.build(model, ll.LoRAConfig(r=2, target_names=re.search(way, str(found.value))[1])).targets
+    with pytest.raises(ValueError, match=r'Name r"(.*)"\.') as found:
+        ll.build(model, ll.FullConfig(target_names=r"experts\."))
+    assert ll.build(model, ll.FullConfig(target_names=re.search(r'Name r"(.*)"\.', str(found.value))[1])).targets
+    with pytest.raises(ValueError, match="Leave target_names out, which takes them all"):
+        ll.build(model, ll.LoRAConfig(r=2, target_names="all-linear"))

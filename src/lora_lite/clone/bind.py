@@ -161,8 +161,8 @@ class Binding:
         self._note()
         if self.rows is not None and not self.W.moving:  # first of all: what follows takes params of one member
             raise ValueError(
-                f'{self.rows.caller}: at "{self.path}" expected a target that is called with rows of the batch, found a weight that the module '
-                "around it reads: all rows see the same one. Leave it out, or run the members one by one."
+                f'{self.rows.caller}: at "{self.path}" expected a target that is called with rows of the batch, found a weight that the '
+                "module around it reads: all rows see the same one. Leave it out, or run the members one by one."
             )
         self._require_place(name)
         if getattr(self.cfg, "dropout", 0.0) and W.training:

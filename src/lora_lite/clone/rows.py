@@ -75,4 +75,5 @@ def unknown(path: str, rows: int, found: object, caller: str = "adapt.mixed", le
 
 def way_of_rows(caller: str) -> str:
     """Return the words by which a caller says where a target's input has the rows. A module takes none: `adapt.mixed` does."""
-    return "tell with row_map where they are" if caller == "adapt.mixed" else "tell the row_map of adapt.mixed where they are, and call that"
+    has = caller == "adapt.mixed"
+    return "tell with row_map where they are" if has else "tell the row_map of adapt.mixed where they are, and call that"

@@ -26,8 +26,8 @@ class OneThread:
         if other != own and any(thread.ident == other for thread in threading.enumerate()):
             raise RuntimeError(
                 f"adapt.module: expected this module to run in one thread at a time, since a call keeps {self._kept} in its layers, found "
-                "that another thread runs it. Make a module for each thread: they share the frozen weights. Or call adapt itself, which any "
-                "thread may."
+                "that another thread runs it. Make a module for each thread: they share the frozen weights. Or call adapt itself, which "
+                "any thread may."
             )
         self._runs[id(module)] = own
         return not is_inner

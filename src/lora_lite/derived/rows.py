@@ -197,8 +197,8 @@ def equal_groups(lengths: Sequence[int], members: int, call: str = "adapt.mixed(
     found = next((n for n in lengths if n % members == 0), None if lengths else members)
     if found is None:
         raise ValueError(
-            f"{call.partition('(')[0]}: at the batch expected an input with a multiple of {members} rows, found {lengths[0]}. Give each row "
-            f"its member: {call}."
+            f"{call.partition('(')[0]}: at the batch expected an input with a multiple of {members} rows, found {lengths[0]}. Give each "
+            f"row its member: {call}."
         )
     return found
 

@@ -87,8 +87,8 @@ def give_rows(module: nn.Module, members: int, index: Tensor | Sequence[int] | N
 
 def _refuse_replicas() -> nn.Module:
     raise ValueError(
-        "adapt.module: expected the module of a stack to see whole batches, found nn.DataParallel, which splits their rows and not the index. "
-        "Make a module for each device, each with the index of its rows."
+        "adapt.module: expected the module of a stack to see whole batches, found nn.DataParallel, which splits their rows and not the "
+        "index. Make a module for each device, each with the index of its rows."
     )
 
 
