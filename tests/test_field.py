@@ -7,11 +7,13 @@ import io
 import math
 import os
 import pickle
+import re
 import signal
 import threading
 import time
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -1806,7 +1808,7 @@ def test_threads_that_generate_with_one_module_of_a_stack_are_told():
     how = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     found = module.generate(ids(2), logits_processor=tf.LogitsProcessorList([Meanwhile()]), **how)
     assert len(errors) == 6
-    assert all("in one thread at a time" in e and "a module of its own" in e for e in errors)
+    assert all("in one thread at a time" in e and "Make a module for each thread" in e for e in errors)
     assert torch.equal(found, module.generate(ids(2), **how))
 
 
@@ -1881,3 +1883,95 @@ def test_interrupt_leaves_no_transform_behind(where, monkeypatch):
     assert not tracing.transformed()
     assert torch._C._autograd._saved_tensors_hooks_is_enabled()
     assert torch.equal(adapt.mixed(stacked, x, [0, 1, 1, 0]), want)
+
+
+# Errors, and their ways out
+
+
+def in_another_thread(call):
+    """Return what a call returns or raises in a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        task = pool.submit(call)
+        return task.result() if task.exception() is None else task.exception()
+
+
+@pytest.mark.parametrize("case", ["stack", "generation", "positions"])
+def test_module_whose_calls_keep_something_in_its_layers_runs_in_one_thread_at_a_time(case):
+    model, _ = tiny_models["llama"]()
+    adapt = ll.build(model, ll.ALoRAConfig(r=2, invocation_tokens=(3,)) if case == "positions" else ll.LoRAConfig(r=2))
+    members, tokens, others = [move(adapt.init(seed)) for seed in (0, 1)], torch.tensor([[1, 3, 5], [4, 5, 3]]), []
+
+    def made():
+        return adapt.module(members[0]) if case == "positions" else adapt.module(ll.stack(members), index=[1, 0])
+
+    module = made()
+
+    def run(m):
+        return m.generate(tokens, max_new_tokens=2, pad_token_id=0) if case == "generation" else m(input_ids=tokens).logits
+
+    want = run(made())
+
+    def at_once(*_):
+        if threading.current_thread() is threading.main_thread():
+            others.append(in_another_thread(lambda: run(module)))
+
+    handle = module.model.layers[1].register_forward_pre_hook(at_once)
+    torch.testing.assert_close(run(module), want)  # the other thread's rows, trial and mask are not in it
+    handle.remove()
+    assert others
+    for error in others:
+        assert re.search("adapt.module: expected this module to run in one thread at a time.*Make a module for each thread", str(error))
+    torch.testing.assert_close(in_another_thread(lambda: run(made())), want)
+    with pytest.raises(TypeError):
+        module(input_ids=tokens, logits_to_keep="none", labels=object())
+    torch.testing.assert_close(in_another_thread(lambda: run(module)), want)  # a call that has raised holds no module
+
+
+def test_module_of_a_stack_is_not_replicated():
+    adapt = ll.build(pair(), ll.LoRAConfig(r=2))
+    with pytest.raises(ValueError, match=r"found nn\.DataParallel, which splits their rows"):
+        adapt.module(ll.stack([adapt.init()]))._replicate_for_data_parallel()
+
+
+@pytest.mark.parametrize("index", [[0, 1], [0, 1, 0, 1, 0], [0] * 8])
+def test_index_of_another_length_than_the_rows_is_named(index):
+    adapt = ll.build(pair(), ll.LoRAConfig(r=2))
+    stacked = ll.stack([adapt.init(), adapt.init()])
+    with pytest.raises(ValueError, match=f"expected index to have a number for each row.*found {len(index)} numbers, and tensors with 4"):
+        adapt.mixed(stacked, torch.randn(4, 8), index)
+
+
+def test_module_of_a_stack_names_itself_and_no_argument_that_it_has_not():
+    encoder = nn.TransformerEncoderLayer(8, 2, 8).eval()
+    adapt = ll.build(encoder, ll.LoRAConfig(r=2, target_names=r"linear\d$"))
+    stacked, x = ll.stack([move(adapt.init(seed)) for seed in (0, 1)]), torch.randn(4, 2, 8)  # (time, rows, width)
+    way = "tell the row_map of adapt.mixed where they are, and call that"
+    with pytest.raises(ValueError, match=f'adapt.module: at "linear1" expected an input whose first axis .*{way}'):
+        adapt.module(stacked, index=[0, 1, 0, 1])(x)
+    assert adapt.mixed(stacked, x, [0, 1], row_map={r"linear\d$": 1}).shape == x.shape
+    with pytest.raises(ValueError, match=r"adapt\.module: at the batch.*Give each row its member: adapt\.module\(stacked, index=\.\.\.\)"):
+        adapt.module(stacked)(torch.randn(3, 2, 8))
+
+
+def test_stack_in_the_place_of_a_tree_is_named_and_each_way_out_works(tmp_path):
+    adapt, x = ll.build(pair(), ll.LoRAConfig(r=2)), torch.randn(4, 8)
+    stacked = ll.stack([move(adapt.init(seed)) for seed in (0, 1)])
+    for call in (lambda: adapt(stacked, x), lambda: adapt.merge(stacked), lambda: ll.save(adapt, stacked, tmp_path / "a.safetensors")):
+        with pytest.raises(ValueError, match=r"a stack of 2: run it by adapt\.mixed\(stacked, batch\), or take a member of ll\.unstack"):
+            call()
+    torch.testing.assert_close(adapt.mixed(stacked, x)[:2], adapt(ll.unstack(stacked)[0], x)[:2])
+    with pytest.raises(ValueError, match=r"Use adapt\.init"):
+        adapt({**stacked, "1": {}}, x)
+
+
+def test_names_beside_a_layer_lead_to_it():
+    model, _ = tiny_models["qwen3_moe"]()
+    for pattern, way in ((r"experts$", r"Name what is inside, e\.g\. r\"(.*)\"\."), (r"mlp$", r"Name what is inside, e\.g\. r\"(.*)\"\.")):
+        with pytest.raises(ValueError, match=way) as found:
+            ll.build(model, ll.LoRAConfig(r=2, target_names=pattern))
+        assert ll.build(model, ll.LoRAConfig(r=2, target_names=re.search(way, str(found.value))[1])).targets
+    with pytest.raises(ValueError, match=r'Name r"(.*)"\.') as found:
+        ll.build(model, ll.FullConfig(target_names=r"experts\."))
+    assert ll.build(model, ll.FullConfig(target_names=re.search(r'Name r"(.*)"\.', str(found.value))[1])).targets
+    with pytest.raises(ValueError, match="Leave target_names out, which takes them all"):
+        ll.build(model, ll.LoRAConfig(r=2, target_names="all-linear"))

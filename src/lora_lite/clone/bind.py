@@ -161,7 +161,7 @@ class Binding:
                 raise ValueError(f"expected an input with {len(mapped)} entries, as row_map has, found shape {tuple(x.shape)}.")
             return W.apply_rows(self.variant, params, x, self.index if mapped is None else mapped)
         except ValueError as e:
-            raise ValueError(f'adapt.mixed: at "{self.path}" {e}') from e
+            raise ValueError(f'{self.rows.caller}: at "{self.path}" {e}') from e
 
     def read(self, name: str) -> Tensor:
         """Return a parameter of the layer as its reader in the model should find it."""
@@ -174,8 +174,8 @@ class Binding:
         self._note()
         if self.rows is not None and not self.W.moving:  # first of all: what follows takes params of one member
             raise ValueError(
-                f'adapt.mixed: at "{self.path}" expected a target that is called with rows of the batch, found a weight that the module '
-                "around it reads: all rows see the same one. Leave it out, or run the members one by one."
+                f'{self.rows.caller}: at "{self.path}" expected a target that is called with rows of the batch, found a weight that the '
+                "module around it reads: all rows see the same one. Leave it out, or run the members one by one."
             )
         self._require_place(name)
         self._note_read(name)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lora_lite.clone.adapter import adapters
 from lora_lite.clone.bind import bindings
 from lora_lite.core.config_json import departures
-from lora_lite.core.errors import listed, several, trainable, tree_faults
+from lora_lite.core.errors import is_mapping, listed, several, trainable, tree_faults
 from lora_lite.core.plan import Entries, Plan, Shapes
 from lora_lite.core.tree import AnyTree, Tree
 from lora_lite.layers.kind import Params
@@ -40,10 +40,21 @@ def require_fit(params: Any, shapes: Shapes, caller: str, on_meta: bool = False)
             f'{caller}: expected params with data at "{empty}", found them on meta. Pass params on its device; where the model recomputes '
             "blocks by a checkpoint of its own, leave that to build(..., remat=) instead."
         )
-    raise ValueError(
-        f"{caller}: expected params that fit this model and config, found:\n{several(faults)}\n"
-        "Use adapt.init(...), or load(...) with the file that the params were saved to."
-    )
+    raise ValueError(f"{caller}: expected params that fit this model and config, found:\n{several(faults)}\n{_way(params, shapes)}")
+
+
+def _way(params: Any, shapes: Shapes) -> str:
+    """Return the way out for params that do not fit: what else takes a stack of fitting ones, or where fitting ones come from."""
+    given = [
+        (params[path].get(name), shape)
+        for path, names in shapes.items()
+        if is_mapping(params) and is_mapping(params.get(path))
+        for name, shape in names.items()
+    ]
+    lengths = {leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[1:] == shape else 0 for leaf, shape in given}
+    if len(given) == sum(map(len, shapes.values())) and len(lengths) == 1 and 0 not in lengths:
+        return f"They are a stack of {lengths.pop()}: run it by adapt.mixed(stacked, batch), or take a member of ll.unstack(stacked)."
+    return "Use adapt.init(...), or load(...) with the file that the params were saved to."
 
 
 FLOATING = frozenset(dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype) and trainable(dtype))

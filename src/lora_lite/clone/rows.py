@@ -1,6 +1,6 @@
 """The rows of a mixed batch, as the bindings of a call see them."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,8 @@ class Rows:
         unsure: while a graph is traced, takes the path of a target to be checked when the graph runs: its input has not the rows alone on
             its first axis.
         beside: of targets that are called with more tensors than their input, whether each has the rows, on its first axis, or is shared.
+        caller: the call of the user's that gave the rows, for errors.
+        lengths: of the first axes of the batch's tensors, for errors.
     """
 
     count: int | None = None
@@ -26,6 +28,8 @@ class Rows:
     mapped: Mapping[str, Tensor | int] = field(default_factory=dict)
     unsure: Callable[[str], None] | None = None
     beside: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
+    caller: str = "adapt.mixed"
+    lengths: Sequence[int] = ()
 
     def require(self, path: str, x: Callable[[], Any]) -> None:
         """Raise unless a target's input is known to be made of the rows, or has exactly them on its first axis.
@@ -40,14 +44,36 @@ class Rows:
         if isinstance(given, Tensor) and given.dim() and given.shape[0] in [self.count * n for n in each]:
             return
         if self.unsure is None:
-            raise ValueError(unknown(path, self.count, tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__))
+            found = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            raise ValueError(unknown(path, self.count, found, self.caller, self.lengths))
         self.unsure(path)
 
 
-def unknown(path: str, rows: int, found: object) -> str:
-    """Return the error of a target whose input the model has not let be tried, and which does not have the rows alone on its first axis."""
+def unknown(path: str, rows: int, found: object, caller: str = "adapt.mixed", lengths: Sequence[int] = ()) -> str:
+    """Return the error of a target whose input does not have the rows alone on its first axis, and whose rows no trial has shown.
+
+    Args:
+        path: of the target.
+        rows: of the batch, as the index has them.
+        found: the shape of the input.
+        caller: the call of the user's.
+        lengths: of the first axes of the batch's tensors: where none is that of the index, this is the reason.
+    """
+    way = way_of_rows(caller)
+    if lengths and rows not in lengths:
+        has = " or ".join(map(str, dict.fromkeys(lengths)))
+        return (
+            f"{caller}: expected index to have a number for each row of the batch, found {rows} numbers, and tensors with {has} on their "
+            f'first axis. Give each row the number of its adapter. Where the rows are on another axis, {way}; at "{path}" the input has '
+            f"shape {found}."
+        )
     return (
-        f'adapt.mixed: at "{path}" expected an input with a multiple of {rows} rows whose order is known, found {found}. '
-        "Leave the layer out with exclude_names, or run the members one by one, or tell with row_map which rows its entries belong "
-        "to. An index has a number for each row of the batch."
+        f'{caller}: at "{path}" expected an input with a multiple of {rows} rows whose order is known, found {found}. '
+        f"Leave the layer out with exclude_names, or run the members one by one, or {way}."
     )
+
+
+def way_of_rows(caller: str) -> str:
+    """Return the words by which a caller says where a target's input has the rows. A module takes none: `adapt.mixed` does."""
+    has = caller == "adapt.mixed"
+    return "tell with row_map where they are" if has else "tell the row_map of adapt.mixed where they are, and call that"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lora_lite.clone.per_call import Replica, Replicas
-from lora_lite.clone.rows import Rows, unknown
+from lora_lite.clone.rows import Rows, unknown, way_of_rows
 from lora_lite.core.errors import listed, require_type
 from lora_lite.core.tracing import in_transform, outside_transforms, require_values, unwrapped, while_traced
 from lora_lite.derived.compiled_rows import Graph, Layout, see_rows, taken_apart
@@ -74,10 +74,10 @@ class Followed:
             )
         mapped = _mapped({} if row_map is None else row_map, [path for path, _ in replica.bindings], rows, members, index)
         if torch.compiler.is_compiling():
-            return Rows(mapped=mapped) if rows < 2 else self._traced(plain, rows, mapped)
+            return Rows(mapped=mapped) if rows < 2 else self._traced(plain, rows, mapped, lengths)
         known = self._follow(plain, rows, mapped)
         beside, each = ({path: getattr(seen, name) for path, seen in known.items()} for name in ("beside", "each"))
-        return Rows(mapped=mapped) if rows < 2 else Rows(rows, each, mapped, beside=beside)
+        return Rows(mapped=mapped) if rows < 2 else Rows(rows, each, mapped, beside=beside, lengths=lengths)
 
     def _follow(self, plain: Any, rows: int, mapped: Collection[str]) -> dict[str, Seen]:
         """Return for each target how its calls follow the rows, by a trial or from memory; nothing where none can be made.
@@ -107,19 +107,19 @@ class Followed:
             bare = pytree.tree_map_only(Tensor, unwrapped, plain)
             return Question(key, tuple(mapped), runs_of(bare, rows))
 
-    def _traced(self, plain: Any, rows: int, mapped: dict[str, Tensor | int]) -> Rows:
+    def _traced(self, plain: Any, rows: int, mapped: dict[str, Tensor | int], lengths: Sequence[int]) -> Rows:
         """Let the graph that is traced check the rows of its batches."""
         parts: tuple[list[Tensor], list[int], list[float]] = ([], [], [])
         graph: str = self._begin(taken_apart(plain, *parts), tuple(mapped))
         see_rows(parts, rows, graph)
-        return Rows(rows, {}, mapped, functools.partial(self._note, graph))
+        return Rows(rows, {}, mapped, functools.partial(self._note, graph), lengths=lengths)
 
     def _new_graph(self, layout: Layout, mapped: tuple[str, ...]) -> str:
         def check(plain: Any, rows: int, unsure: Collection[str]) -> None:
             known = self._follow(plain, rows, mapped)
             lost = [path for path in unsure if path not in known]
             if lost:
-                raise ValueError(unknown(lost[0], rows, "another"))
+                raise ValueError(unknown(lost[0], rows, "another", lengths=_lengths(plain)))
 
         graph = Graph(layout, check)
         self._graphs[graph.name] = graph
@@ -133,8 +133,7 @@ def require_following(known: Mapping[str, Seen], mapped: Collection[str], caller
         more = f", as at {len(lost) - 1} more targets" if lost[1:] else ""
         raise ValueError(
             f'{caller}: at "{lost[0]}" expected an input whose first axis is made of the batch\'s rows, found one that does not '
-            f"grow with them{more}. Leave such layers out with exclude_names, or run the members one by one, or tell "
-            "with row_map where the rows are."
+            f"grow with them{more}. Leave such layers out with exclude_names, or run the members one by one, or {way_of_rows(caller)}."
         )
     lost = [path for path, seen in known.items() if not seen.returns and path not in mapped]
     if lost:
@@ -196,13 +195,17 @@ def _members_of(pattern: str, places: Tensor | Sequence[int] | bool, rows: int, 
     return index[own.to(index.device, torch.long)]
 
 
-def equal_groups(lengths: Sequence[int], members: int) -> int:
-    """Return the rows of a batch that come in equal groups, one for each member; of tensors of several lengths the first that can."""
+def equal_groups(lengths: Sequence[int], members: int, call: str = "adapt.mixed(stacked, batch, index)") -> int:
+    """Return the rows of a batch that come in equal groups, one for each member; of tensors of several lengths the first that can.
+
+    Raises:
+        ValueError: where none can, with the `call` that takes an index.
+    """
     found = next((n for n in lengths if n % members == 0), None if lengths else members)
     if found is None:
         raise ValueError(
-            f"adapt.mixed: at the batch expected an input with a multiple of {members} rows, found {lengths[0]}. Give each row its member: "
-            "adapt.mixed(stacked, batch, index)."
+            f"{call.partition('(')[0]}: at the batch expected an input with a multiple of {members} rows, found {lengths[0]}. Give each "
+            f"row its member: {call}."
         )
     return found
 

@@ -4,7 +4,6 @@ A module is called with caches and one token at a time, where the rows of a targ
 the rows are those that the batch has, and what a trial of the first call with arguments of a form has shown.
 """
 
-import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ from torch.utils import _pytree as pytree
 from lora_lite.clone.bind import Binding, bindings
 from lora_lite.clone.per_call import Replica
 from lora_lite.clone.rows import Rows
+from lora_lite.core.one_thread import OneThread
 from lora_lite.derived.mixed import index_of
 from lora_lite.derived.rows import PLAIN, equal_groups, require_following
 from lora_lite.derived.trial import Seen, runs_of, trial
@@ -33,39 +33,27 @@ class RowState:
         members: of the stack.
         index: the member of each row; None for equal contiguous groups.
         rows: of the inputs of targets, while a generation runs; None outside of one.
-        thread: the one whose generation runs.
         known: for each form of arguments, how a target's calls follow the batch's rows.
         trying: whether the call that runs is a trial.
+        thread: the one whose call runs.
         own: what `generate` and its expansion of inputs were in the module's `__dict__`, where they stood there.
     """
 
     def __init__(self, members: int, index: Tensor | None, own: Mapping[str, Any]) -> None:
         self.members, self.index, self.own = members, index, dict(own)
         self.rows: int | None = None
-        self.thread = 0
         self.known: dict[Any, dict[str, Seen]] = {}
         self.trying = False
+        self.thread = OneThread("the rows of its batch")
 
     @property
     def single(self) -> bool:
         """Whether all rows have the same adapter, so that it does not matter where they are."""
         return (self.members if self.index is None else len(self.index)) == 1
 
-    def require_thread(self) -> None:
-        """Raise where a generation of another thread runs: it has its rows in the module.
-
-        Raises:
-            RuntimeError: with the way out.
-        """
-        if self.rows is not None and self.thread != threading.get_ident():
-            raise RuntimeError(
-                "adapt.module: expected the module of a stack to run in one thread at a time, found that it generates in another. Give "
-                "each thread a module of its own, adapt.module(stacked, index=...), which shares the frozen weights."
-            )
-
     def of(self, lengths: Sequence[int]) -> int:
         """Return the rows of a batch whose tensors have these lengths."""
-        return len(self.index) if self.index is not None else equal_groups(lengths, self.members)
+        return len(self.index) if self.index is not None else equal_groups(lengths, self.members, "adapt.module(stacked, index=...)")
 
 
 def give_rows(module: nn.Module, members: int, index: Tensor | Sequence[int] | None) -> None:
@@ -88,11 +76,20 @@ def give_rows(module: nn.Module, members: int, index: Tensor | Sequence[int] | N
     state = table[_STATE] = RowState(members, index, {name: table[name] for name in _OWN if name in table})
     _place(module, state)
     module.register_forward_pre_hook(_before_call, with_kwargs=True)
+    module.register_forward_hook(_after_call, always_call=True)
+    table["_replicate_for_data_parallel"] = _refuse_replicas
     if hasattr(module, "generate"):
         table["generate"] = partial(_generate, module)
         for name in _EXPANSIONS:
             if hasattr(type(module), name):
                 table[name] = partial(_expand, module, name)
+
+
+def _refuse_replicas() -> nn.Module:
+    raise ValueError(
+        "adapt.module: expected the module of a stack to see whole batches, found nn.DataParallel, which splits their rows and not the "
+        "index. Make a module for each device, each with the index of its rows."
+    )
 
 
 def _place(module: nn.Module, state: RowState, rows: int | None = None, known: Mapping[str, Seen] | None = None) -> None:
@@ -101,7 +98,7 @@ def _place(module: nn.Module, state: RowState, rows: int | None = None, known: M
         rows = None
     seen = known or {}
     beside = {path: own.beside for path, own in seen.items()}
-    found = Rows(rows, {path: None for path, own in seen.items() if own.follows}, beside=beside)
+    found = Rows(rows, {path: None for path, own in seen.items() if own.follows}, beside=beside, caller="adapt.module")
     for binding in _bound(module):
         binding.rows, binding.index, binding.W.follow = found, state.index, beside.get(binding.path)
 
@@ -113,9 +110,11 @@ def _bound(module: nn.Module) -> list[Binding]:
 def _before_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Find the rows of a call of the whole module, before it runs."""
     state: RowState = vars(module)[_STATE]
-    if state.trying or torch.compiler.is_compiling():  # a compiled call is not tried, as in `adapt.mixed`
+    if torch.compiler.is_compiling():  # a compiled call is not tried, as in `adapt.mixed`
         return
-    state.require_thread()
+    state.thread.begin(module)
+    if state.trying:
+        return
     lengths = [len(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
     rows = state.of(lengths) if state.rows is None else state.rows
     if state.rows is None and lengths and rows not in lengths:
@@ -126,6 +125,13 @@ def _before_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     known = _known(module, state, args, kwargs, rows)
     require_following(known, (), "adapt.module")
     _place(module, state, rows, known)
+
+
+def _after_call(module: nn.Module, args: Any, output: Any) -> None:
+    """Let other threads call the module, after a call of it that has ended or raised."""
+    state: RowState = vars(module)[_STATE]
+    if not (torch.compiler.is_compiling() or state.trying or state.rows is not None):  # not within a trial or a generation
+        state.thread.end(module)
 
 
 def _known(module: nn.Module, state: RowState, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int) -> Mapping[str, Seen]:
@@ -146,7 +152,6 @@ def _known(module: nn.Module, state: RowState, args: tuple[Any, ...], kwargs: Ma
 def _generate(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Generate with one adapter a prompt."""
     state: RowState = vars(module)[_STATE]
-    state.require_thread()
     prompts = _prompts(module, args, kwargs)
     rows = state.of([prompts])
     if rows != prompts:
@@ -154,12 +159,15 @@ def _generate(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             f"adapt.module: expected {rows} prompts, an adapter's number each in index, found {prompts}. Give each prompt its adapter: "
             "adapt.module(stacked, index=...). Beams and num_return_sequences take the adapter of their prompt."
         )
-    before, state.rows, state.thread = state.rows, rows, threading.get_ident()
+    state.thread.begin(module)
+    before, state.rows = state.rows, rows
     try:
         _place(module, state, rows)
         return _own(module, state, "generate")(*args, **kwargs)
     finally:
         state.rows = before
+        if before is None:
+            state.thread.end(module)
 
 
 def _expand(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:

@@ -38,7 +38,7 @@ KINDS: tuple[type[Kind], ...] = (
 SITES = {
     "linear": ("linear layer", "nn.Linear or Conv1D layers"),
     "norm": ("norm", "norms with a weight"),
-    "module": ("module", "modules with parameters"),
+    "module": ("module", "modules with floating parameters"),
     "block": ("block", "blocks of a module list that hold linear layers"),
 }
 """The values of a variant's fact `adapts`, each with two phrases for messages: the singular, and the layers that a model should have."""

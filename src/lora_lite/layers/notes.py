@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+from lora_lite.core.one_thread import OneThread
 
 _NOTED = "_lora_lite_noted"
 
@@ -27,13 +30,25 @@ def note(clone: nn.Module, path: str, buffer: str, masks: Masks) -> None:
     clone.get_submodule(path).register_buffer(buffer, None, persistent=False)
     if _NOTED not in vars(clone):
         own = vars(clone).pop("forward", None) or functools.partial(type(clone).forward, clone)
-        forward = functools.partial(_forward, clone, own, tuple(inspect.signature(own).parameters))
+        thread = OneThread("the positions at which it acts")
+        forward = functools.partial(_forward, clone, thread, own, tuple(inspect.signature(own).parameters))
         vars(forward)["__signature__"] = inspect.signature(own)  # generate asks for it
         vars(clone)["forward"] = forward
     vars(clone)[_NOTED] = (*vars(clone).get(_NOTED, ()), _Place(path, buffer, masks))
 
 
-def _forward(root: nn.Module, own: Any, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
+def _forward(root: nn.Module, thread: OneThread, own: Any, names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_compiling():
+        return _run(root, own, names, args, kwargs)
+    is_first = thread.begin(root)
+    try:
+        return _run(root, own, names, args, kwargs)
+    finally:
+        if is_first:
+            thread.end(root)
+
+
+def _run(root: nn.Module, own: Any, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given = {**dict.fromkeys(names), **dict(zip(names, args)), **kwargs}
     places: Sequence[_Place] = vars(root)[_NOTED]
     found = {masks: _both(masks(root, given)) for masks in dict.fromkeys(place.masks for place in places)}

@@ -23,7 +23,7 @@ from lora_lite.layers.module import outermost
 from lora_lite.layers.parameter import UNREAD
 from lora_lite.prepare.blocks import block_indices
 from lora_lite.prepare.heads import heads_left_out
-from lora_lite.prepare.worn import refuse_bound, refuse_half, refuse_worn
+from lora_lite.prepare.worn import ending, refuse_bound, refuse_half, refuse_worn
 
 _WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "hidden_dim", "embed_dim", "dim", "model_dim")
 
@@ -79,7 +79,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[K
         return not _excluded(path, cfg, plain) and (blocks is None or index[path] in blocks)
 
     refuse_worn(model, chosen, lambda path: cfg.adapts == "linear" and wanted(path) and _matches(asked, path))
-    _check_names(model, cfg, list(known), in_blocks)
+    _check_names(model, cfg, list(known), in_blocks, list(everything))
     if cfg.adapts == "linear":
         refuse_half(model, cfg, list(everything), chosen, wanted)
     d_model = width_of(model, kinds)
@@ -178,7 +178,7 @@ def _target(
     return Target(path, kind, W.in_features, W.out_features, role, kind.holders(path, shared))
 
 
-def _check_names(model: nn.Module, cfg: AdapterConfig, known: list[str], allowed: list[str]) -> None:
+def _check_names(model: nn.Module, cfg: AdapterConfig, known: list[str], allowed: list[str], everything: list[str]) -> None:
     what = SITES[cfg.adapts][0]
     for pattern in cfg.target_names:
         if any(_matches((pattern,), path) for path in allowed):
@@ -197,8 +197,18 @@ def _check_names(model: nn.Module, cfg: AdapterConfig, known: list[str], allowed
         others = [(p, type(m).__name__) for p, m in model.named_modules() if p and _matches((pattern,), p)]
         if others:
             kinds = listed(f"{path} ({kind})" for path, kind in others[:3])
-            raise ValueError(f"{where}, found only modules of other kinds: {kinds}. Name {SITES[cfg.adapts][1]}.")
-        raise ValueError(f"{where}, found no match among {len(known)} {what}s. Closest: {_closest(pattern, allowed)}.")
+            way = _beside([path for path, _ in others], everything) or f"Name {SITES[cfg.adapts][1]}"
+            raise ValueError(f"{where}, found only modules of other kinds: {kinds}. {way}.")
+        way = f"Closest: {_closest(pattern, allowed)}"
+        way = "Leave target_names out, which takes them all" if pattern == "all-linear" else way
+        raise ValueError(f"{where}, found no match among {len(known)} {what}s. {way}.")
+
+
+def _beside(paths: Sequence[str], everything: Sequence[str]) -> str | None:
+    """Return the way out where modules are named that hold layers which can be adapted, or that lie in one; None for others."""
+    inside = [p for p in everything if any(p.startswith(f"{path}.") for path in paths)]
+    around = [p for p in everything if any(path.startswith(f"{p}.") for path in paths)]
+    return f'Name what is inside, e.g. r"{ending(inside[0])}"' if inside else f'Name r"{ending(around[0])}"' if around else None
 
 
 def _closest(pattern: str, paths: list[str]) -> str:

@@ -92,7 +92,7 @@ def refuse_half(model: nn.Module, cfg: AdapterConfig, found: Sequence[str], chos
         if others:
             path, module = others[0]
             inner = next((p for p in found if p.startswith(f"{path}.")), None)
-            way = f'Name the layer inside too, e.g. r"{_ending(inner)}"' if inner else "Give their kind, kinds=(ItsKind,)"
+            way = f'Name the layer inside too, e.g. r"{ending(inner)}"' if inner else "Give their kind, kinds=(ItsKind,)"
             raise ValueError(
                 f'{type(cfg).__name__}.target_names: expected "{pattern}" to name layers that can be adapted, found '
                 f"{listed(f'{p} ({type(m).__name__})' for p, m in others)} among them. {way}; or leave them out: "
@@ -100,7 +100,8 @@ def refuse_half(model: nn.Module, cfg: AdapterConfig, found: Sequence[str], chos
             )
 
 
-def _ending(path: str) -> str:
+def ending(path: str) -> str:
+    """Return an expression of the last two parts of a path."""
     return re.escape(".".join(path.split(".")[-2:])) + "$"
 
 

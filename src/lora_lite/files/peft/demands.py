@@ -32,7 +32,8 @@ def check_fields(fields: Mapping[str, Any], where: object) -> None:
     if not isinstance(method, str) or method not in DEFAULTS:
         raise ValueError(
             f'from_peft: expected peft_type in "{where}" to be one of {listed(DEFAULTS)}, found "{method}". '
-            "Merge the adapter with PEFT's merge_and_unload and adapt the merged model."
+            "Merge the adapter with PEFT's merge_and_unload and adapt the merged model. Prompts and routers cannot be merged: run them by "
+            "PEFT."
         )
     known, only = ANY | FREE[method] | set(DEFAULTS[method]), ONLY.get(method, {})
     others = {name: value for name, value in fields.items() if name not in known and _is_on(name, value) and value != only.get(name)}
