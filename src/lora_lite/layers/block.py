@@ -67,6 +67,9 @@ class BlockKind(ModuleKind):
         new = run(self.with_prompt(self._prompt(h)), h)
         return new if isinstance(out, Tensor) else (new, *out[1:])
 
+    def results(self, y: Any) -> dict[str, Tensor]:
+        return {}  # what a block returns beside its hidden states is passed on as it is
+
     def _prompt(self, h: Tensor) -> Tensor:
         noted = self.layer._buffers.get(PROMPT)
         everywhere = noted is None or noted.shape != h.shape[:2]

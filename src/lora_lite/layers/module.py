@@ -91,7 +91,7 @@ class ModuleKind(Kind):
         return tensors_in((args[1:], dict(kwargs) if args else dict(list(kwargs.items())[1:])))
 
     def results(self, y: Any) -> dict[str, Tensor]:
-        return tensors_in(y)
+        return {} if self._recurrent else tensors_in(y)  # a recurrent module is refused as such
 
     def moved(self, deltas: Mapping[str, Tensor]) -> Callable[[Any], Any]:
         now = {name: (p + deltas[name]).to(p.dtype) for name, p in self.parameters.items() if name in deltas}
