@@ -85,6 +85,7 @@ def sections(folder: Path = RESULTS, up: str = "../") -> Iterator[tuple[str, str
         ("glosses", "glosses", lambda f: f"{learned.glosses_table(f)}\n\n![Accuracy against trained parameters](plots/glosses.svg)"),
         ("memory", "memory", t.memory_table),
         ("real-costs", "real-costs", t.real_costs_tables),
+        ("svd-starts", "svd-starts", t.svd_starts_table),
         ("scaling", "scaling", lambda f: "![Cost as rank, width, batch and members grow](plots/scaling.svg)"),
         ("functions", "speed", t.functions_table),
         ("compiled", "compiled" if newest("compiled", folder) else "speed", t.compiled_table),

@@ -21,6 +21,7 @@ import quality
 import real_costs
 import report
 import scaling as growth
+import svd_starts
 import timings
 import versions
 from common import contenders, measure, methods, tables
@@ -543,6 +544,20 @@ def test_costs_on_a_real_model_go_on_row_by_row_and_are_shown(tmp_path, monkeypa
     assert set(tokens["ms"]) == {"frozen", "ours", "peft"}
     wrong = real_costs.measure(["tokens"], "small", small, 4, 1, Record(path, "", facts))  # which the batch has none of
     assert wrong["tokens"].startswith("SystemExit: bench: expected finite logits of tokens that differ")
+
+
+def test_starts_are_timed_beside_pefts_and_shown(tmp_path):
+    layers = svd_starts.of_model(svd_starts.as_drawn(1), repeats=1)
+    assert (layers["layers"], layers["exact"]) == (7, 0)  # the iteration reaches its bound at flat spectra too
+    assert 0 < layers["bound"] <= 1e-3
+    whole = {**layers, "exact": 7, "bound": None}
+    facts = {"machine": "2-core x86 CPU", "threads": 1}
+    path = tmp_path / "2030-01-02-abc-svd-starts.json"
+    path.write_text(json.dumps({**facts, "results": {"r": 16, "weights": {"as drawn": layers, "narrow": whole}}}))
+    head, _, first, second, *_ = dict(report.sections(tmp_path))["svd-starts"].splitlines()
+    assert head.startswith("| weights | layers | of them whole | start, s | / whole decomposition | / PEFT's 16 iterations |")
+    assert first.startswith("| as drawn | 7 | 0 | ")
+    assert second.endswith(" | - |")
 
 
 def test_a_generated_token_is_that_of_the_whole_text():

@@ -297,6 +297,17 @@ def compiled_table(found: Found) -> str:
     return table(rows)
 
 
+def svd_starts_table(found: Found) -> str:
+    """Write the time of starts from an SVD over the whole decomposition's and PEFT's, with the largest bound on their error."""
+    rows = []
+    for words, row in found["results"]["weights"].items():
+        cells = {"weights": words, "layers": f"{row['layers']}", "of them whole": f"{row['exact']}"}
+        cells |= {"start, s": f"{row['ms']['ours']['median'] / 1e3:.2f}", "/ whole decomposition": spread(row["over_exact"])}
+        cells |= {f"/ PEFT's {n} iterations": spread(row[f"over_peft {n}"]) for n in (16, 4)}
+        rows.append(cells | {"bound on the error": "-" if row["bound"] is None else f"{row['bound']:.1e}"})
+    return table(rows)
+
+
 def quantised_table(found: Found) -> str:
     """Write LoRA's step on quantised bases over the frozen base's and PEFT's, in time and in peak memory."""
     rows = []
