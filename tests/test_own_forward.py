@@ -102,7 +102,7 @@ def test_a_module_of_a_stack_refuses_them_too():
     """It has the stacked params as parameters, which the variant was given as those of one member."""
     adapt = ll.build(Around(Halves, bias=False), ll.LoRAConfig(r=2, target_names="odd"))
     module = adapt.module(ll.stack([adapt.init(seed=k) for k in range(2)]), index=[0, 1])
-    with pytest.raises(ValueError, match=r'adapt\.mixed: at "odd" .* reads: all rows see the same one'):
+    with pytest.raises(ValueError, match=r'adapt\.module: at "odd" .* reads: all rows see the same one'):
         module(torch.randn(2, 6))
 
 
