@@ -3,7 +3,7 @@
 PiSSA's on all linear layers of SmolLM2-135M, and of blocks of its widths as drawn: flat spectra, the worst case. Then single layers of 4096
 by 4096, whose singular values fall with a power. One thread, rounds interleaved, beside the largest stated bound. Writes a results file.
 
-    python bench/svd_starts.py           # a quarter of an hour
+    python bench/svd_starts.py           # six minutes
     python bench/svd_starts.py --quick   # one block as drawn: shows that all works
 """
 

@@ -13,6 +13,8 @@ from lora_lite.core.tree import modules_by_path
 
 _METHODS = ("to_dict", "from_dict")
 _SIZES = "_lora_lite_sizes"
+_RESIZED = "vocab_size"
+"""The end of the settings' names that `resize_token_embeddings` changes with the weights."""
 
 
 class Settings:
@@ -55,7 +57,7 @@ class Settings:
         sizes = {size for p in self._root.parameters() for size in p.shape}
         for name, now in user.items():
             before = was.get(name)
-            if name.endswith("_size") and type(now) is int and now != before and type(before) is int and before in sizes:
+            if name.endswith(_RESIZED) and type(now) is int and now != before and type(before) is int and before in sizes:
                 raise ValueError(
                     f"adapt: expected the model's config to keep the sizes of its weights, found {name} changed from {before} to {now} "
                     "after build, as by resize_token_embeddings. adapt has the weights of the build. Build again on the model as it is "
@@ -79,7 +81,7 @@ def note_sizes(root: nn.Module) -> None:
     """Note on a copy the sizes in its settings at the build: it shares them with the user's model until a call."""
     held = {id(value): value for module in modules_by_path(root).values() for value in vars(module).values() if _is_settings(value)}
     if held:
-        sizes = [(value, {name: size for name, size in vars(value).items() if name.endswith("_size")}) for value in held.values()]
+        sizes = [(value, {name: size for name, size in vars(value).items() if name.endswith(_RESIZED)}) for value in held.values()]
         vars(root)[_SIZES] = sizes
 
 
