@@ -440,7 +440,7 @@ def test_page_has_every_part_and_no_figure_without_a_file(files, tmp_path):
     assert report.page(page, files) == page
     (tmp_path / "empty").mkdir()
     empty = report.page(text, tmp_path / "empty")
-    assert empty.count(report.NONE) == 23
+    assert empty.count(report.NONE) == 24
     assert "%" not in "".join(line for line in empty.splitlines() if line.startswith("|"))
     with pytest.raises(ValueError, match='expected a line "<!-- other -->"'):
         report.between(text, "other", "new")
