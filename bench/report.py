@@ -31,7 +31,7 @@ PART_OF: dict[str, tuple[str, ...]] = {
     **{"symbolic": ("variants",), "real-costs": ("variants",)},
 }
 """The keys that a file must have for a section, where a run may have written some of it or been cut off."""
-SEVERAL = ("symbolic-cuda", "compiled-cuda", "real-costs")
+SEVERAL = ("symbolic-cuda", "compiled-cuda", "compiled", "real-costs")
 """The kinds whose rows may lie in several files, of some variants each."""
 COPIED = "each a few milliseconds, most of which go into copies of the module tree; PEFT changes the model that it is given"
 WHY = {

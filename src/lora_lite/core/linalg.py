@@ -123,6 +123,13 @@ def fixed(make: Callable[[Any, torch.device], Any], size: Any, device: torch.dev
     return found
 
 
+def once(row: Tensor) -> Tensor:
+    """Return a vector as it is. A compiler for a CPU computes it once so, and not again for every row that it is spread over."""
+    if not torch.compiler.is_compiling() or row.device.type != "cpu":
+        return row
+    return torch.zeros_like(row).index_copy(0, torch.arange(len(row), device="cpu"), row)
+
+
 def cayley_excess(X: Tensor) -> Tensor:
     """Compute `C(X) - I = 2 (I - X)^{-1} X`, in at least float32: without the identity, small angles keep their digits."""
     X = X.to(torch.promote_types(X.dtype, torch.float32))

@@ -33,7 +33,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.core import AdapterConfig, Even, Frozen, Params, checked, gate, require_divisor
-from lora_lite.core.linalg import fixed
+from lora_lite.core.linalg import fixed, once
 
 SIZES = {"road_1": 1, "road_2": 2, "road_4": 4}
 """Each variant of ROAD, with the number of angles it has for a pair of outputs."""
@@ -63,12 +63,12 @@ def road(params: ROADParams, W: Frozen, x: Float[Tensor, "*b i"], *, variant: st
     dtype = torch.promote_types(params["theta"].dtype, torch.float32)
     theta, a = params["theta"].to(dtype), params["a"].to(dtype)
     gain = 1 + a
-    s = (gain * theta.sin()).index_select(0, at_sin) * signs
+    s = once((gain * theta.sin()).index_select(0, at_sin) * signs)
     swapped = y.view(*y.shape[:-1], y.shape[-1] // group_size, 2, group_size // 2).flip(-2).view(y.shape)
     if y.dtype.itemsize >= 4:
-        return torch.addcmul(y * (gain * theta.cos()).index_select(0, at_cos).to(y.dtype), swapped, s.to(y.dtype))
+        return torch.addcmul(y * once((gain * theta.cos()).index_select(0, at_cos)).to(y.dtype), swapped, s.to(y.dtype))
     half = (0.5 * theta).sin()  # c - 1 = a - 2 (1 + a) sin(theta/2)^2: in few digits a small turn's cosine is one
-    less_one = torch.addcmul(a, gain * half, half, value=-2).index_select(0, at_cos)
+    less_one = once(torch.addcmul(a, gain * half, half, value=-2).index_select(0, at_cos))
     return torch.addcmul(gate(y, less_one), swapped, s.to(y.dtype))
 
 
