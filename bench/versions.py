@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from common.measure import batch_of, commit_of, llama, machine, moved, peak_byte
 
 HERE = Path(__file__).resolve()
 SRC = HERE.parents[1] / "src"
-FIELDS: dict[str, dict[str, Any]] = {"full": {"target_names": r"down_proj$"}}
-"""The fields of the configs that have no use without any."""
+FIELDS: dict[str, dict[str, Any]] = {"full": {"target_names": r"down_proj$"}, "c3a": {"block_size": 64}}
+"""The fields of the configs that have no use without any, or none on this model."""
 SKIPPED = {"loftq": "needs the weights from before quantisation", "tokens": "needs the numbers of tokens"}
 CALLS = ("forward", "step")
 
@@ -112,6 +112,20 @@ def compare(new: Version, old: Version, name: str, rounds: int) -> dict[str, Any
     return {**found, "peak": peaks["new"] / peaks["old"]}
 
 
+def compare_all(new: Version, old: Version, names: Sequence[str], rounds: int) -> tuple[dict[str, Any], list[str]]:
+    """Compare each variant and print a line on it; return what was found, and the names of those that a version could not run."""
+    found, failed = dict[str, Any](), []
+    for name in tqdm(names, desc="versions", mininterval=5):
+        try:
+            found[name] = compare(new, old, name, rounds)
+        except RuntimeError as e:  # the others go on
+            failed.append(name)
+            tqdm.write(f"{name:12} failed: {e}")
+        else:
+            tqdm.write(show(name, found[name]))
+    return found, failed
+
+
 def show(name: str, found: Mapping[str, Any]) -> str:
     """Return a line on a variant."""
     ratios = (f"{what} {found[what]['median']:.2f} [{found[what]['low']:.2f}, {found[what]['high']:.2f}]" for what in CALLS)
@@ -137,14 +151,13 @@ def main() -> None:
     unknown = sorted({*(o.variants or ())} - {*shared})
     if unknown:
         parser.error(f"--variants: expected names that both versions have, found {', '.join(unknown)}. They have {', '.join(shared)}.")
-    found = {}
-    for name in tqdm(o.variants or shared, desc="versions", mininterval=5):
-        found[name] = compare(new, old, name, 2 if o.quick else o.rounds)
-        tqdm.write(show(name, found[name]))
+    found, failed = compare_all(new, old, o.variants or shared, 2 if o.quick else o.rounds)
     other = {"version": old.ask("version"), "commit": commit_of(o.other, ".")}
     new.end()
     old.end()
     write("versions", machine(1), {"other": other, "skipped": SKIPPED, "variants": found}, o.quick)
+    if failed:
+        raise SystemExit(f"versions: {len(failed)} of {len(found) + len(failed)} variants failed: {', '.join(failed)}.")
 
 
 if __name__ == "__main__":

@@ -215,13 +215,15 @@ def test_joined_batches_keep_each_members_rows():
 def test_a_version_is_timed_beside_another_one(monkeypatch, capsys, tmp_path):
     version = versions.Version(BENCH.parent / "src")
     try:
-        found = versions.compare(version, version, "lora", 2)
+        rows, failed = versions.compare_all(version, version, ["tokens", "lora"], 2)
         with pytest.raises(RuntimeError, match="KeyError: 'nothing'"):
             version.ask("step", "nothing")
         assert "dora" in version.ask("variants"), "it goes on"
     finally:
         version.end()
     assert measure.commit_of(tmp_path) == "none"
+    assert failed == ["tokens"]  # it needs fields, and the other goes on
+    [found] = rows.values()
     assert found["peak"] == 1.0
     assert all(0 < found[what]["median"] < 10 and found[what]["n"] == 2 for what in versions.CALLS)
     monkeypatch.setattr(sys, "argv", ["versions.py", str(tmp_path)])

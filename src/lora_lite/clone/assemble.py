@@ -6,10 +6,11 @@ from torch import Tensor, nn
 
 from lora_lite.clone.adapter import Adapter, adapters
 from lora_lite.clone.attach import bind_followers, bind_target
-from lora_lite.clone.bind import Binding, show_reads
+from lora_lite.clone.bind import Binding
 from lora_lite.clone.checkpointing import install
 from lora_lite.clone.data_parallel import replicable
 from lora_lite.clone.loaded import keep_shared
+from lora_lite.clone.reads import show_reads
 from lora_lite.clone.resized import refuse_resized_targets
 from lora_lite.clone.saved import warn_when_saved
 from lora_lite.clone.settings import Settings

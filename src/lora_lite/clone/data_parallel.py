@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lite.clone.bind import Binding, bindings
+from lora_lite.clone.bind import Binding
+from lora_lite.clone.reads import bindings
 from lora_lite.clone.references import References
 from lora_lite.layers.access import ReadTensor
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.clone.adapter import placeholders
-from lora_lite.clone.bind import hide_reads
 from lora_lite.clone.per_call import Replica, Replicas
+from lora_lite.clone.reads import hide_reads
 from lora_lite.clone.structure import clone_again
 from lora_lite.core.errors import listed, nearest
 from lora_lite.core.plan import Plan

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.clone.adapter import adapters
-from lora_lite.clone.bind import bindings
+from lora_lite.clone.reads import bindings
 from lora_lite.core.config_json import departures
 from lora_lite.core.errors import is_mapping, listed, several, trainable, tree_faults
 from lora_lite.core.plan import Entries, Plan, Shapes

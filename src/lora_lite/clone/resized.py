@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_lite.clone.bind import bindings
+from lora_lite.clone.reads import bindings
 from lora_lite.core.errors import listed
 from lora_lite.layers.access import HOST
 

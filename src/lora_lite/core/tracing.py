@@ -141,7 +141,7 @@ def _mapped(f: Callable[..., Any], params: Mapping[str, Tensor], xs: tuple[Tenso
         else:
             found = pytree.tree_map_only(Tensor, lambda t: _remove_batch_dim(t, level, rows, 0), y)
         _leave(around, refused)
-    except BaseException:
+    except BaseException:  # of f, or a Ctrl-C while it leaves, which `finally` would not do again
         _leave(around, refused)
         raise
     return found

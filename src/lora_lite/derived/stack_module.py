@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lora_lite.clone.bind import Binding, bindings
+from lora_lite.clone.bind import Binding
 from lora_lite.clone.per_call import Replica
+from lora_lite.clone.reads import bindings
 from lora_lite.clone.rows import Rows
 from lora_lite.core.one_thread import OneThread
 from lora_lite.derived.mixed import index_of

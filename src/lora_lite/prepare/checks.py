@@ -14,7 +14,7 @@ from lora_lite.core.plan import Entries, Plan, Target
 from lora_lite.layers.access import module_at
 from lora_lite.layers.find import packed
 from lora_lite.layers.kind import Variant
-from lora_lite.layers.module import refuse_nested
+from lora_lite.prepare.nested import refuse_nested
 from lora_lite.prepare.worn import refuse_bound, refuse_worn
 
 

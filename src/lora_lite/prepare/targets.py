@@ -19,10 +19,10 @@ from lora_lite.layers.access import raw
 from lora_lite.layers.find import asked_for, find, names, unnamed
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import SITES, as_kinds, kind_of
-from lora_lite.layers.module import outermost
 from lora_lite.layers.parameter import UNREAD
 from lora_lite.prepare.blocks import block_indices
 from lora_lite.prepare.heads import heads_left_out
+from lora_lite.prepare.nested import outermost
 from lora_lite.prepare.worn import ending, refuse_bound, refuse_half, refuse_worn
 
 _WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "hidden_dim", "embed_dim", "dim", "model_dim")
@@ -54,16 +54,11 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[K
         ['2']
     """
     require_type(isinstance(model, nn.Module), "find_targets(model, cfg)", "model", "a torch.nn.Module", model)
-    cfg, kinds = as_config(cfg), as_kinds(kinds)
+    asking, kinds = as_config(cfg), as_kinds(kinds)
     refuse_opaque(modules_by_path(model))
     refuse_bound(model)
-    if cfg.adapts not in SITES:
-        raise ValueError(
-            f"{type(cfg).__name__}.adapts: expected a word among {listed(SITES)}, found {cfg.adapts!r}. Correct the class variable."
-        )
-    heads = {} if cfg.adapts != "linear" or cfg.target_names or not cfg.exclude_names else heads_left_out(model)
-    cfg = cfg if cfg.target_names else with_fields(cfg, target_names=cfg.default_names(model))
-    cfg = with_fields(cfg, target_names=patterns(cfg, "target_names"))  # those by default are of the variant's own making
+    cfg = _named(model, asking)
+    heads = {} if cfg.adapts != "linear" or asking.target_names or not cfg.exclude_names else heads_left_out(model)
     everything = find(model, cfg.adapts, kinds)
     known = asked_for(everything, cfg.target_names)
     _require_any(model, cfg, known)
@@ -92,6 +87,16 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[K
     targets = Targets.of(taken.values(), left_out)
     _check_roles(cfg, targets, found, d_model)
     return targets
+
+
+def _named(model: nn.Module, cfg: AdapterConfig) -> AdapterConfig:
+    """Return a config with its variant's own names where it has none, as a tuple of expressions."""
+    if cfg.adapts not in SITES:
+        raise ValueError(
+            f"{type(cfg).__name__}.adapts: expected a word among {listed(SITES)}, found {cfg.adapts!r}. Correct the class variable."
+        )
+    cfg = cfg if cfg.target_names else with_fields(cfg, target_names=cfg.default_names(model))
+    return with_fields(cfg, target_names=patterns(cfg, "target_names"))
 
 
 def _require_any(model: nn.Module, cfg: AdapterConfig, known: Mapping[str, Any]) -> None:

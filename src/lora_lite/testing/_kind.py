@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lora_lite.adapt import Adapt
 from lora_lite.build import build
@@ -20,7 +19,7 @@ from lora_lite.files.adapter_file import load, save
 from lora_lite.layers.kind import Kind
 from lora_lite.prepare.targets import find_targets
 from lora_lite.testing._case import close, fail
-from lora_lite.testing._kind_case import ROWS, VARIANTS, KindCase, make_kind_case
+from lora_lite.testing._kind_case import ROWS, VARIANTS, KindCase, make_kind_case, same_results
 from lora_lite.transforms.gradients import value_and_grad
 from lora_lite.transforms.per_example import per_example_grad
 from lora_lite.transforms.stacks import stack
@@ -57,28 +56,16 @@ def _refused(case: KindCase, attempt: Callable[[], Any]) -> str:
 def base(case: KindCase) -> None:
     """At its start, and as `adapt.base`, the adapted model is the model, what the layer returns beside its output included."""
     want, whole = case.model(case.x), case.whole
-    beside = whole(case.x)
+    results = whole(case.x)
     for cfg in case.variants:
         adapt = build(case.model, case.config(cfg), kinds=(case.kind,), progress=False)
         close("adapt.base", adapt.base(case.x), want, case.tolerance)
         if cfg.identity is not None:
             close(f"{cfg.name} at its start", adapt(adapt.init(), case.x), want, max(case.tolerance, 2 * cfg.identity))
-        if not isinstance(beside, Tensor):
+        if not isinstance(results, Tensor):
             adapt = build(whole, case.config(cfg), kinds=(case.kind,), progress=False)
             tolerance = max(case.tolerance, 2 * (cfg.identity or 0.0)) if cfg.identity is not None else math.inf
-            _same_beside(adapt(adapt.init(), case.x), beside, tolerance)
-
-
-def _same_beside(got: Any, want: Any, tolerance: float) -> None:
-    """Hold all that an adapted layer returns against all that the layer returns."""
-    (leaves, tree), (wanted, form) = pytree.tree_flatten(got), pytree.tree_flatten(want)
-    if tree != form:
-        fail(f"the layer to return {form}", tree)
-    for leaf, own in zip(leaves, wanted):
-        if isinstance(leaf, Tensor) and isinstance(own, Tensor):
-            close("what the layer returns", leaf, own, tolerance)
-        elif type(leaf) is not type(own) or (not isinstance(own, Tensor) and leaf != own):
-            fail(f"the layer to return {own!r} beside its output", repr(leaf))
+            same_results(adapt(adapt.init(), case.x), results, tolerance)
 
 
 def gradient(case: KindCase) -> None:

@@ -16,7 +16,7 @@ from lora_lite.core.tree import Tree, tree_map
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import as_kinds
 from lora_lite.prepare.targets import find_targets
-from lora_lite.testing._case import fail
+from lora_lite.testing._case import close, fail
 from lora_lite.variants.dora import DoRAConfig
 from lora_lite.variants.full import FullConfig
 from lora_lite.variants.hra import HRAConfig
@@ -120,3 +120,15 @@ def make_kind_case(
 def _input(kind: type[Kind], model: _Around) -> Tensor:
     W = kind.at(model, "layer")
     return torch.randn(ROWS, 3, W.in_features, dtype=torch.float64)
+
+
+def same_results(got: Any, want: Any, tolerance: float) -> None:
+    """Hold all that an adapted layer returns against all that the layer returns."""
+    (leaves, tree), (wanted, form) = pytree.tree_flatten(got), pytree.tree_flatten(want)
+    if tree != form:
+        fail(f"the layer to return {form}", tree)
+    for leaf, own in zip(leaves, wanted):
+        if isinstance(leaf, Tensor) and isinstance(own, Tensor):
+            close("what the layer returns", leaf, own, tolerance)
+        elif type(leaf) is not type(own) or (not isinstance(own, Tensor) and leaf != own):
+            fail(f"the layer to return {own!r} beside its output", repr(leaf))

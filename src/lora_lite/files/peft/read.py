@@ -28,7 +28,7 @@ from lora_lite.files.peft.layers import unsaved
 from lora_lite.files.peft.older import present_fields, present_tensors
 from lora_lite.files.peft.order import Chosen, warn_of_order
 from lora_lite.files.peft.parts import Layers, Parts, parts_of
-from lora_lite.files.peft.row import Row, own_bias
+from lora_lite.files.peft.row import Row, is_lowered, own_bias
 from lora_lite.files.peft.rows import rows_of
 from lora_lite.layers.find import find
 from lora_lite.layers.kind import Kind
@@ -243,8 +243,7 @@ def _field_faults(parts: Parts, chosen: Chosen) -> list[str]:
     for path, (row, cfg) in chosen.items():
         rank = (getattr(cfg, "r", None) or row.write(cfg)["r"]) if "r" in DEFAULTS[row.peft_type] else None
         ranks = (resolve(fields, "r", path), *of_patterns(fields, "r", path)) if rank is not None else ()
-        lowered = row.lowers and rank == min(parts.layers[path]["lora_A.weight"].shape[-1], parts.layers[path]["lora_B.weight"].shape[-2])
-        if rank is not None and rank not in ranks and not (lowered and rank < ranks[0]):
+        if rank is not None and rank not in ranks and not (row.lowers and is_lowered(rank, ranks[0], parts.layers[path])):
             faults.append(f'r or rank_pattern: expected {rank} at "{path}", as its tensors have, found {resolve(fields, "r", path)}')
         if fields.get("coft") and not _within_bound(parts.layers[path]["oft_R.weight"], cfg, resolve(fields, "eps", path)):
             faults.append(f'coft: expected it off, or rotations within its bound, found "{path}" beyond it: PEFT would change its numbers')

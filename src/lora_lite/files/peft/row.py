@@ -62,6 +62,11 @@ def as_it_is(cfg: Any, leaves: Leaves, constants: Constants) -> tuple[Any, Leave
     return cfg, leaves
 
 
+def is_lowered(rank: int, asked: int, tensors: Tensors) -> bool:
+    """Whether the rank of LoRA's factors is the layer's smaller width, to which PEFT has lowered the one that was asked for."""
+    return rank < asked and rank == min(tensors["lora_A.weight"].shape[-1], tensors["lora_B.weight"].shape[-2])
+
+
 class Row(NamedTuple):
     """A variant as PEFT has it.
 

@@ -9,7 +9,7 @@ from lora_lite.core.frozen import Constants
 from lora_lite.files.peft.biases import ADAPTED
 from lora_lite.files.peft.fields import resolve
 from lora_lite.files.peft.layers import not_linear
-from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors
+from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors, is_lowered
 from lora_lite.variants.alora import ALoRAConfig
 from lora_lite.variants.asvd import ASVDConfig
 from lora_lite.variants.corda import CorDAConfig
@@ -54,7 +54,7 @@ def _write_plain(cfg: LoRAConfig) -> dict[str, Any]:
 def _read_pissa(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
     lora, asked = _read_lora(fields, path, tensors), resolve(fields, "r", path)
     r = lora["r"]
-    lowered = r < asked and r == min(tensors["lora_A.weight"].shape[-1], tensors["lora_B.weight"].shape[-2])
+    lowered = is_lowered(r, asked, tensors)
     asked = asked if lowered else r  # PEFT takes the scale of the rank that was asked for
     alpha = lora["alpha"] * (math.sqrt(asked) if lora["rslora"] else 1)
     return {"r": r, "alpha": alpha * r / asked if lowered else alpha}
