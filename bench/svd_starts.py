@@ -21,7 +21,7 @@ import lora_lite as ll
 from common.measure import Times, device, interleaved, machine, milliseconds, ratio, write
 from common.methods import LINEAR
 from common.pretrained import SMOLLM, load_smollm
-from lora_lite.core.leading import certified
+from lora_lite.core.certificate import certified
 from lora_lite.core.linalg import truncated_svd
 
 RANK = 16

@@ -5,6 +5,7 @@ from lora_lite import testing as testing
 from lora_lite.adapt import Adapt as Adapt
 from lora_lite.build import build as build
 from lora_lite.core import linalg as linalg
+from lora_lite.core.certificate import Start as Start
 from lora_lite.core.checked import checked as checked
 from lora_lite.core.checked import set_typecheck as set_typecheck
 from lora_lite.core.config import AdapterConfig as AdapterConfig
@@ -18,7 +19,6 @@ from lora_lite.core.fields import Size as Size
 from lora_lite.core.fields import Within as Within
 from lora_lite.core.frozen import Constants as Constants
 from lora_lite.core.frozen import Frozen as Frozen
-from lora_lite.core.leading import Start as Start
 from lora_lite.core.plan import Target as Target
 from lora_lite.core.plan import Targets as Targets
 from lora_lite.core.statistics import Gradient as Gradient

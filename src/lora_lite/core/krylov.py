@@ -1,6 +1,6 @@
-"""Approximate leading singular vectors, by a block Krylov iteration in float32. How good they are, `leading` computes.
+"""Approximate leading singular vectors, by a block Krylov iteration in float32. `certificate` computes how good they are.
 
-Where the matrix `A` is narrow, `A A^T` is formed once, and the iteration takes its products, or it is decomposed as a whole.
+Of a narrow matrix `A` the product `A A^T` is formed once. `filtered` iterates it, or it is decomposed as a whole.
 """
 
 import math
@@ -12,11 +12,11 @@ from torch import Tensor
 
 BLOCK = 8, 32
 """The least and the most vectors of a block: small blocks need fewer products in all, large ones fewer of them one after another."""
-SQUARE = 40
-"""Up to so many times the rank `A A^T` is formed: that costs what some ten pairs of products for each of the rank do."""
-SMALL = 16
+SQUARE, NARROW = 40, 800
+"""Up to so many times the rank, or such a width, `A A^T` is formed: it costs what some ten pairs of products for each of the rank do."""
+SMALL = 12
 """Up to so many times the rank all eigenvectors of `A A^T` are as quick as the leading ones."""
-STRIPS = 4
+STRIPS = 6
 """The strips in which `A A^T` is formed: what lies above their diagonal blocks is that below."""
 NOISE = {torch.float32: 2**-22, torch.float64: 2**-48}
 """A bound on what rounding changes of `A A^T`, for an `A` of norm 1: some eight times of what is found."""
@@ -71,18 +71,6 @@ class Matrix:
         """Form `A A^T` of an `A` of norm 1."""
         return Square(self.gram())
 
-    def iteration(self, r: int, device: torch.device) -> "Iteration":
-        """Begin an iteration for the first `r` vectors."""
-        block = min(max(r, BLOCK[0]), BLOCK[1])
-        last = min(self.n * 3 // 5, 40 * r + 256) // block * block
-        images = torch.empty(last, self.m, device=device, dtype=torch.float64)
-
-        def step(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-            images[k : len(rows)] = newest = self.forth(rows[k:])
-            return self.back(newest), images[k : len(rows)] @ images[: len(rows)].t()
-
-        return Iteration(block, 3 * r, last, step)
-
     def _scaled(self, Y: Tensor) -> Tensor:
         return Y if self._scale == 1.0 else Y.mul_(self._scale)
 
@@ -94,12 +82,12 @@ class Matrix:
 
     def _times_transposed(self, X: Tensor) -> Tensor:
         if self._height == len(self._weight):
-            return (self._weight @ X.t()).t()
-        return torch.cat([part.to(self._dtype) @ X.t() for part in self._weight.split(self._height)]).t()
+            return X @ self._weight.t()
+        return torch.cat([X @ part.to(self._dtype).t() for part in self._weight.split(self._height)], 1)
 
 
 def _gram(A: Tensor) -> Tensor:
-    """Return `A A^T`, with some five eighths of the work."""
+    """Return `A A^T`, with some seven twelfths of the work."""
     n = len(A)
     C, height = A.new_empty(n, n), -(-n // STRIPS)
     for j in range(0, n, height):
@@ -123,61 +111,37 @@ class Square:
         """Return `X A A^T` for rows `X (k, n)`."""
         return X @ self._product
 
-    def iteration(self, r: int, device: torch.device) -> "Iteration":
-        """Begin an iteration for the first `r` vectors."""
-        block = min(max(r // 2, BLOCK[0]), BLOCK[1])
-
-        def step(rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-            images = rows[k:] @ self._product
-            return images, (images @ rows[max(0, k - block) :].t()).double()  # with those before, the products are zero
-
-        return Iteration(block, 6 * r, self.n * 3 // 5 // block * block, step)
+    def chebyshev(self, rows: Tensor, before: Tensor, step: float) -> Tensor:
+        """Return the next polynomial of the rows, `2 (step A A^T - 1)` times the last less the one before."""
+        return torch.addmm(torch.add(before, rows, alpha=2), rows, self._product, beta=-1, alpha=2 * step)
 
     def whole(self) -> "Ritz":
         """Return all eigenvectors."""
         values, inner = torch.linalg.eigh(self._product)
         values = values.flip(0).clamp_min(0).tolist()
-        return Ritz(None, inner.flip(1), values, [0.0] * self.n, self.noise * (1 + WHOLE_NOISE * values[0]))
-
-
-class Iteration(NamedTuple):
-    """Sizes and step of an iteration.
-
-    Attributes:
-        block: vectors of a block.
-        first: vectors from which on the error is estimated.
-        last: the most vectors of the space.
-        step: from an orthonormal basis so far, `(l, n)`, and where its newest rows begin, their products with `A A^T`, `(b, n)`, and of
-            those with the last rows of the basis, `(b, j)` in float64.
-    """
-
-    block: int
-    first: int
-    last: int
-    step: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+        return Ritz(inner.flip(1).t(), None, values, [0.0] * self.n, self.noise * (1 + WHOLE_NOISE * values[0]))
 
 
 class Ritz(NamedTuple):
-    """Approximate eigenvectors of `A A^T` in a Krylov space, by descending eigenvalue.
+    """Approximate eigenvectors of `A A^T` in a space, by descending eigenvalue.
 
     Attributes:
-        rows: the basis of the space, `(l, n)`, in float32; None for all of it.
-        inner: the vectors in that basis, `(l, l)`, in float64.
+        rows: an orthonormal basis of the space, `(l, n)`.
+        inner: the vectors in that basis, `(l, l)`, in float64; None where it is made of them.
         values: eigenvalues, `l` of them.
-        residuals: the norms `|A A^T u - value u|`, by the recurrence.
+        residuals: the norms `|A A^T u - value u|`.
         noise: bound on what rounding took from an eigenvalue.
     """
 
-    rows: Tensor | None
-    inner: Tensor
+    rows: Tensor
+    inner: Tensor | None
     values: list[float]
     residuals: list[float]
     noise: float = 0.0
 
     def vectors(self, p: int) -> Tensor:
         """Return the first `p` vectors as rows, `(p, n)`, orthonormal up to rounding."""
-        inner = self.inner[:, :p].t()
-        return inner if self.rows is None else inner.to(self.rows) @ self.rows
+        return self.rows[:p] if self.inner is None else self.inner[:, :p].t().to(self.rows) @ self.rows
 
     def error(self, r: int, miss: float | None = None) -> float:
         """Estimate the relative error of the product of the first `r` singular triplets, by their residuals over the gap or by the rest."""
@@ -194,6 +158,11 @@ class Ritz(NamedTuple):
         squares = sum(residual * residual / value for residual, value in zip(self.residuals[:r], self.values) if value > 0)
         return math.sqrt(squares / max(sum(self.values[:r]), 1e-300))
 
+    def angle(self, r: int) -> float:
+        """Estimate the sine of the angle between the spaces of the first `r` vectors and the true ones."""
+        gap = math.sqrt(max(self.values[r - 1], 0.0)) - math.sqrt(self.values[r])
+        return self.miss(r) * math.sqrt(sum(self.values[:r])) / gap if gap > 0 else math.inf
+
     def apart(self, r: int) -> int:
         """Return how many triplets to take out of the rest: as many after the `r`-th as are known well beside the gap."""
         values, squares, gap = self.values, 0.0, self.values[r - 1] - self.values[r]
@@ -204,7 +173,7 @@ class Ritz(NamedTuple):
         return len(values) - 1
 
 
-def krylov(A: Matrix | Square, r: int, device: torch.device, aim: float, most: float, provable: Callable[[Ritz], bool]) -> Ritz | None:
+def krylov(A: Matrix, r: int, device: torch.device, aim: float, most: float, provable: Callable[[Ritz], bool]) -> Ritz | None:
     """Approximate the first `r` left singular vectors of `A`, of norm 1 and in float32, until the error is at most `aim` and can be proved.
 
     The start is drawn on the CPU from a generator of its own, so that it does not depend on the device.
@@ -213,11 +182,13 @@ def krylov(A: Matrix | Square, r: int, device: torch.device, aim: float, most: f
         The approximation; None where rounding, or a space of three fifths of the dimensions, leaves an estimated error above `most`. A
         third of them leaves one above 0.3 where the spectrum is flat and the width small: the whole decomposition is then as fast.
     """
-    block, first, last, step = A.iteration(r, device)
-    check = (first // block + 1) * block
+    block = min(max(r, BLOCK[0]), BLOCK[1])
+    last = min(A.n * 3 // 5, 40 * r + 256) // block * block
+    check = (3 * r // block + 1) * block
     if last < check:
         return None
     rows = torch.empty(last, A.n, device=device)
+    images = torch.empty(last, A.m, device=device, dtype=torch.float64)
     gram = rows.new_zeros(last, last, dtype=torch.float64)
     start = torch.randn(block, A.n, generator=torch.Generator().manual_seed(0)).to(device)
     next_rows = torch.linalg.qr(A.square(start).t()).Q.t()
@@ -225,14 +196,13 @@ def krylov(A: Matrix | Square, r: int, device: torch.device, aim: float, most: f
     for k in range(0, last, block):
         size = k + block
         rows[k:size] = next_rows
-        products, inner = step(rows[:size], k)
-        since = size - inner.shape[1]
-        gram[k:size, since:size] = inner
-        gram[since:k, k:size] = inner[:, : k - since].t()
-        next_rows, coupling = _across(rows[:size], products, inner)
+        images[k:size] = newest = A.forth(next_rows)
+        gram[k:size, :size] = inner = images[k:size] @ images[:size].t()
+        gram[:k, k:size] = inner[:, :k].t()
+        next_rows, coupling = _across(rows[:size], A.back(newest), inner)
         if size < check:
             continue
-        ritz = _ritz(rows[:size], gram[:size, :size], coupling, A.noise)
+        ritz = _ritz(rows[:size], gram[:size, :size], coupling)
         error = ritz.error(r)
         if error <= aim and provable(ritz):
             return ritz
@@ -246,9 +216,9 @@ def krylov(A: Matrix | Square, r: int, device: torch.device, aim: float, most: f
 def _across(rows: Tensor, Y: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
     """Return an orthonormal basis of what of `Y (b, n)` lies across the rows, `(b, n)`, and the coefficients of that part, `(b, b)`.
 
-    `inner` are the products of `Y` with the last of the rows, `(b, j)`.
+    `inner` are the products of `Y` with the rows, `(b, l)`.
     """
-    Q, coefficients = torch.linalg.qr((Y - inner.to(Y) @ rows[len(rows) - inner.shape[1] :]).t())
+    Q, coefficients = torch.linalg.qr((Y - inner.to(Y) @ rows).t())
     along = rows @ Q
     Q = Q - rows.t() @ along
     if float(along.abs().max()) > ALONG:  # where little was left, its rounding is not across
@@ -257,11 +227,11 @@ def _across(rows: Tensor, Y: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
     return Q.t(), coefficients
 
 
-def _ritz(rows: Tensor, gram: Tensor, coupling: Tensor, noise: float) -> Ritz:
+def _ritz(rows: Tensor, gram: Tensor, coupling: Tensor) -> Ritz:
     values, inner = torch.linalg.eigh(gram)
     values, inner = values.flip(0).clamp_min(0), inner.flip(1)
     residuals = torch.linalg.vector_norm(coupling.to(inner) @ inner[-len(coupling) :], dim=0)
-    return Ritz(rows, inner, values.tolist(), residuals.tolist(), noise)
+    return Ritz(rows, inner, values.tolist(), residuals.tolist())
 
 
 def _columns(since: int, size: int, before: float, error: float, aim: float) -> int:

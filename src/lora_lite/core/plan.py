@@ -7,10 +7,10 @@ from typing import Any, Self
 
 from torch import nn
 
+from lora_lite.core.certificate import Start
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import listed
 from lora_lite.core.frozen import Constants
-from lora_lite.core.leading import Start
 from lora_lite.core.tree import join
 
 Shapes = dict[str, dict[str, tuple[int, ...]]]

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from lora_lite.core.autocast import full_precision
+from lora_lite.core.certificate import Start
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import Frozen
-from lora_lite.core.leading import Start, Way, leading_eigenpairs, note
+from lora_lite.core.leading import Way, leading_eigenpairs, note
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,9 +2,9 @@
 
 from functools import cached_property
 
+from lora_lite.core.certificate import Start
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import Constants
-from lora_lite.core.leading import Start
 from lora_lite.core.plan import Plan, Shapes, Targets
 from lora_lite.derived.report import count_all, macs_by_target, table
 

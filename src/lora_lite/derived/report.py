@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 
-from lora_lite.core.leading import Start
+from lora_lite.core.certificate import Start
 from lora_lite.core.plan import Plan, Shapes, Target
 from lora_lite.derived.cost import macs_of
 from lora_lite.layers.find import packed

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lora_lite.core.leading import Start
+from lora_lite.core.certificate import Start
 from lora_lite.core.tree import join
 
 FORMAT = 1

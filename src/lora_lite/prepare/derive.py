@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.core.alike import made_alike
+from lora_lite.core.certificate import Start
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import listed
 from lora_lite.core.frozen import Constants, Frozen, Params
-from lora_lite.core.leading import Start, noted, worst
+from lora_lite.core.leading import noted, worst
 from lora_lite.core.plan import Entries, Groups, Plan, Shapes
 from lora_lite.core.progress import shown
 from lora_lite.core.tree import Tree, flatten

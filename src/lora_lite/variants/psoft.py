@@ -57,7 +57,7 @@ from lora_lite.core import (
     require_rank,
     skew,
 )
-from lora_lite.core.leading import EXACT
+from lora_lite.core.certificate import EXACT
 from lora_lite.variants.oft import excess_rotation, project
 
 
