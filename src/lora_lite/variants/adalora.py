@@ -4,7 +4,7 @@ $$y = W x + b + \frac{\alpha}{r_0 + 10^{-5}}\, B\, (E \odot (A\, \mathrm{drop}(x
 
 `update` is the method's other half, for the training loop to call after each optimiser's step with the params after it and the gradients
 before it: it smooths each entry's sensitivity, scores each triplet `(E_j, A_j, B_j)`, and sets the `E_j` of the lowest to zero, by the
-budget that a cubic schedule leaves. `lora_lite.variants.adalora.orthogonality` is its term of the loss. [Training](../training.md) has a loop.
+budget that a cubic schedule leaves. `lora_lite.variants.adalora.orthogonality` is its term of the loss; see [Training](../training.md).
 
 Identity at init: exact, since `E = 0`.
 

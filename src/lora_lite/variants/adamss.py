@@ -6,7 +6,7 @@ The outputs are grouped by k-means on the rows of `U`. Each group has an update 
 where the layer has one.
 
 `update` is the method's other half, adaptive allocation, for the training loop to call after each optimiser's step: it smooths each entry's
-sensitivity, scores the subspaces of the whole model, and freezes the lowest as they are, by a schedule. [Training](../training.md) has a loop.
+sensitivity, scores the subspaces of the whole model, and freezes the lowest as they are, by a schedule; see [Training](../training.md).
 
 Identity at init: exact, since `B = 0`.
 
