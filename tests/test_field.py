@@ -1975,3 +1975,29 @@ def test_names_beside_a_layer_lead_to_it():
     assert ll.build(model, ll.FullConfig(target_names=re.search(r'Name r"(.*)"\.', str(found.value))[1])).targets
     with pytest.raises(ValueError, match="Leave target_names out, which takes them all"):
         ll.build(model, ll.LoRAConfig(r=2, target_names="all-linear"))
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        ll.AdaLoRAConfig(init_r=4, target_r=2, total_step=8),
+        ll.AdaMSSConfig(r=4, num_subspaces=2, use_asa=True, init_warmup=0, final_warmup=8, mask_interval=1, asa_target_subspaces=2),
+    ],
+    ids=["adalora", "adamss"],
+)
+def test_state_of_an_allocation_holds_no_graph_where_leaves_require_gradients(cfg):
+    """It would have kept the tensors of all steps before."""
+    adapt, x = ll.build(pair(), cfg), torch.randn(8, 8)
+    params = ll.tree_map(lambda p: p.requires_grad_(), move(adapt.init()))
+    optimizer, state = torch.optim.SGD(ll.tree_leaves(params), lr=0.1), adapt.constants if cfg.name == "adamss" else None
+    for _ in range(3):
+        optimizer.zero_grad()
+        adapt(params, x).square().mean().backward()
+        optimizer.step()
+        new, state = cfg.update(params, ll.tree_map(lambda p: p.grad, params), state)
+        with torch.no_grad():
+            ll.tree_map(torch.Tensor.copy_, params, new)
+    parts = torch.utils._pytree.tree_leaves(vars(state) if cfg.name == "adamss" else state)
+    held = [t for t in parts if isinstance(t, torch.Tensor) and not any(t is leaf for leaf in ll.tree_leaves(params))]
+    assert held
+    assert not any(t.requires_grad for t in held)

@@ -6,6 +6,7 @@ import types
 import peft
 import pytest
 import torch
+import transformers
 
 import lora_lite as ll
 from test_docs import DOCS, blocks
@@ -46,6 +47,20 @@ def test_a_prefix_is_that_of_peft(page, cls):
     torch.testing.assert_close(logits, want.logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(loss, want.loss.detach())
     torch.testing.assert_close(grads, torch.autograd.grad(want.loss, weight)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [4, 64])
+def test_a_cartridge_is_the_whole_text_where_layers_have_a_window(page, window, monkeypatch):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.Gemma2Config(vocab_size=64, head_dim=8, sliding_window=window, **sizes)
+    model = transformers.Gemma2ForCausalLM(config).eval()
+    monkeypatch.setattr(page, "model", model)
+    monkeypatch.setattr(page, "adapt", ll.build(model, ll.LoRAConfig(r=2)))
+    text, ids = torch.randint(64, (1, 6)), page.batch["input_ids"]
+    want = model(input_ids=torch.cat([text.expand(len(ids), -1), ids], 1)).logits[:, 6:]
+    got = page.adapt.base(page.with_prefix(page.cache_of(text), page.batch)).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_a_prompt_is_that_of_peft(page):

@@ -35,6 +35,55 @@ def test_steps_equal_those_of_backward(adapt):
     torch.testing.assert_close(ours, ll.tree_map(torch.Tensor.detach, theirs))
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda leaves: torch.optim.AdamW(leaves, lr=0.1, fused=True),  # walks the memories of leaf and gradient side by side
+        lambda leaves: torch.optim.LBFGS(leaves, lr=0.1, max_iter=1),  # views each gradient as a vector
+    ],
+    ids=["fused", "lbfgs"],
+)
+@pytest.mark.parametrize("members", [None, 2], ids=["alone", "stacked"])
+def test_optimisers_that_read_memory_see_gradients_as_backward_leaves_them(optimizer, members):
+    """The gradient of PiSSA's `dB` is a transposed product, and so are those of a mixed batch."""
+    torch.manual_seed(0)
+    adapt, x = ll.build(nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16)), ll.PiSSAConfig(r=4)), torch.randn(64, 16)
+    call = adapt if members is None else adapt.mixed
+    ours = move(adapt.init() if members is None else ll.stack([adapt.init(k) for k in range(members)]))
+    theirs = ll.tree_map(lambda p: p.clone().requires_grad_(), ours)
+    own = [ours] if members is None else ll.unstack(ours)
+    one, other = (optimizer([leaf for tree in trees for leaf in ll.tree_leaves(tree)]) for trees in (own, [theirs]))
+
+    def grads_of_ours():
+        value, grads = ll.value_and_grad(lambda p: call(p, x).square().mean())(ours)
+        assert any(g.stride() != p.stride() for g, p in zip(ll.tree_leaves(grads), ll.tree_leaves(ours)))
+        for tree, grad in zip(own, [grads] if members is None else ll.unstack(grads)):
+            ll.set_grads(tree, grad)
+        return value
+
+    def grads_of_theirs():
+        other.zero_grad()
+        value = call(theirs, x).square().mean()
+        value.backward()
+        return value
+
+    for _ in range(3):
+        one.step(grads_of_ours)
+        other.step(grads_of_theirs)
+    torch.testing.assert_close(ours, ll.tree_map(torch.Tensor.detach, theirs), rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_that_two_leaves_have_in_common_is_clipped_once():
+    params = {"0": {"a": torch.zeros(3), "b": torch.zeros(3)}}
+    grads = ll.value_and_grad(lambda p: ((p["0"]["a"] + p["0"]["b"]) * torch.arange(3.0)).sum())(params)[1]
+    assert grads["0"]["a"] is grads["0"]["b"]
+    ll.set_grads(params, grads)
+    torch.nn.utils.clip_grad_value_(ll.tree_leaves(params), 1.0)
+    torch.nn.utils.clip_grad_norm_(ll.tree_leaves(params), 1.0)
+    assert torch.allclose(params["0"]["a"].grad, torch.tensor([0.0, 0.5, 0.5]))
+    assert torch.allclose(params["0"]["b"].grad, torch.tensor([0.0, 0.5, 0.5]))
+
+
 def test_none_leaves_no_gradient(adapt):
     params = adapt.init()
     ll.set_grads(params, ll.tree_map(torch.ones_like, params))

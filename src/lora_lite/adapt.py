@@ -223,7 +223,8 @@ class Adapt(Required):
                 stack of K.
 
         Returns:
-            A tree like `params`, stacked where either was.
+            A tree like `params`, stacked where either was. Leaves that a strength does not scale, such as LoRA's `A`, are those of
+            `params` themselves: clone the tree before an optimiser writes to it.
 
         Raises:
             ValueError: where `params` does not fit, or `c` is neither a finite scalar nor a strength for each member.

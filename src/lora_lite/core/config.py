@@ -213,7 +213,8 @@ class AdapterConfig:
     def update(self, params: Any, grads: Any, state: Any = None) -> tuple[Any, Any]:
         """Apply the method's own step after an optimiser's, such as pruning: `(params tree, gradients, state) -> (params, state)`.
 
-        A pure function that the training loop calls; `state` is None at the first call. Most methods do nothing.
+        A pure function that the training loop calls; `state` is None at the first call. Most methods do nothing. An optimiser of torch's
+        goes on with the leaves that it was made with: copy the new ones into them, `ll.tree_map(torch.Tensor.copy_, params, new)`.
         """
         return params, state
 

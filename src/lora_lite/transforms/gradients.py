@@ -133,8 +133,9 @@ def set_grads(params: AnyTree, grads: AnyTree | None) -> None:
 
     Args:
         params: a params tree, or a stack or a member of one; its leaves are those that the optimiser was made with.
-        grads: a tree of the same paths, names, shapes, dtypes and devices, as `value_and_grad` returns it. Its tensors are taken as they
-            are, and take the place of former gradients. None leaves no gradient, so that an optimiser passes the leaves by.
+        grads: a tree of the same paths, names, shapes, dtypes and devices, as `value_and_grad` returns it. Its tensors take the place of
+            former gradients, as they are: one that lies otherwise in memory than its leaf, or twice in the tree, is copied first. None
+            leaves no gradient, so that an optimiser passes the leaves by.
 
     Raises:
         ValueError: where `grads` differs from `params`; it lists each departure, and no leaf is changed.
@@ -160,6 +161,13 @@ def set_grads(params: AnyTree, grads: AnyTree | None) -> None:
     own, given = flatten(params), flatten(grads)
     pairs = ((where, leaf.dtype, given[where].dtype) for where, leaf in own.items())
     require_fitting(call, [f'"{where}": expected dtype {wanted}, found {found}' for where, wanted, found in pairs if wanted != found])
-    for path, leaves in params.items():
-        for name, leaf in leaves.items():
-            leaf.grad = grads[path][name]
+    taken: set[int] = set()
+    for where, leaf in own.items():
+        grad = given[where]
+        leaf.grad = grad if _lies_as(leaf, grad) and id(grad) not in taken else torch.empty_like(leaf).copy_(grad)
+        taken.add(id(grad))
+
+
+def _lies_as(leaf: Tensor, grad: Tensor) -> bool:
+    """Whether a gradient has the strides of its leaf, as `backward` leaves it: torch's fused optimisers walk both memories alike."""
+    return grad.layout is not leaf.layout or grad.stride() == leaf.stride()

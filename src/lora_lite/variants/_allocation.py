@@ -50,7 +50,7 @@ def _smoothed(cfg: Any, params: AnyTree, grads: AnyTree, sensitivity: Any, uncer
     for path in ours:
         new[0][path], new[1][path] = {}, {}
         for name, p in params[path].items():
-            s = (p * grads[path][name]).abs()  # eq. (8), with the params after the step
+            s = (p.detach() * grads[path][name].detach()).abs()  # eq. (8), with the params after the step; a graph would grow for ever
             smooth = cfg.beta1 * sensitivity[path][name] + (1 - cfg.beta1) * s  # eq. (9)
             new[0][path][name] = smooth
             new[1][path][name] = cfg.beta2 * uncertainty[path][name] + (1 - cfg.beta2) * (s - smooth).abs()  # eq. (10)

@@ -64,7 +64,8 @@ def allocate(cfg: Any, params: AnyTree, grads: AnyTree, state: Allocation) -> tu
         state = _smoothed(cfg, restored, slopes, trained, state)
         if step % cfg.mask_interval == 0:
             active = _active(cfg, state, owners)
-            state = replace(state, active=active, kept=restored, sensitivity=zeros, uncertainty=zeros)
+            kept = tree_map(torch.Tensor.detach, restored)  # a graph would grow for ever
+            state = replace(state, active=active, kept=kept, sensitivity=zeros, uncertainty=zeros)
     return together({**places, **_joined(own, restored, sizes)}), replace(state, step=step + 1)
 
 
@@ -110,7 +111,7 @@ def _smoothed(cfg: Any, params: AnyTree, grads: AnyTree, trained: AnyTree, state
         new[0][path], new[1][path] = {}, {}
         for name, mask in masks.items():
             old, p = state.sensitivity[path][name], params[path][name]
-            now = (p * grads[path][name]).abs() * _like(mask, p)
+            now = (p.detach() * grads[path][name].detach()).abs() * _like(mask, p)
             new[0][path][name] = b1 * old + (1 - b1) * now
             new[1][path][name] = b2 * state.uncertainty[path][name] + (1 - b2) * (now - old).abs()  # with the sensitivity before
     return replace(state, sensitivity=new[0], uncertainty=new[1])

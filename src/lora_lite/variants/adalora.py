@@ -4,7 +4,7 @@ $$y = W x + b + \frac{\alpha}{r_0 + 10^{-5}}\, B\, (E \odot (A\, \mathrm{drop}(x
 
 `update` is the method's other half, for the training loop to call after each optimiser's step with the params after it and the gradients
 before it: it smooths each entry's sensitivity, scores each triplet `(E_j, A_j, B_j)`, and sets the `E_j` of the lowest to zero, by the
-budget that a cubic schedule leaves. `orthogonality` is its term of the loss.
+budget that a cubic schedule leaves. `lora_lite.variants.adalora.orthogonality` is its term of the loss; see [Training](../training.md).
 
 Identity at init: exact, since `E = 0`.
 
@@ -129,7 +129,8 @@ class AdaLoRAConfig(AdapterConfig):
             state: None at the first call, then what the last call returned.
 
         Returns:
-            `(params, state)` with pruned `E` set to zero.
+            `(params, state)` with pruned `E` set to zero, in new tensors. For an optimiser of torch's copy them into its leaves:
+            `ll.tree_map(torch.Tensor.copy_, params, new)`.
 
         Raises:
             ValueError: where the config has no `total_step`, or params are stacked.

@@ -6,7 +6,7 @@ The outputs are grouped by k-means on the rows of `U`. Each group has an update 
 where the layer has one.
 
 `update` is the method's other half, adaptive allocation, for the training loop to call after each optimiser's step: it smooths each entry's
-sensitivity, scores the subspaces of the whole model, and freezes the lowest as they are, by a schedule.
+sensitivity, scores the subspaces of the whole model, and freezes the lowest as they are, by a schedule; see [Training](../training.md).
 
 Identity at init: exact, since `B = 0`.
 
@@ -144,7 +144,8 @@ class AdaMSSConfig(AdapterConfig):
             state: `adapt.constants` at the first call, then what the last call returned.
 
         Returns:
-            `(params, state)`, with frozen subspaces as they were.
+            `(params, state)`, with frozen subspaces as they were, in new tensors. For an optimiser of torch's copy them into its leaves:
+            `ll.tree_map(torch.Tensor.copy_, params, new)`.
 
         Raises:
             ValueError: where the state is None.

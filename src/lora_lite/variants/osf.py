@@ -7,7 +7,7 @@ difference is evaluated by the displacements, so that no large terms cancel.
 
 `project` is the method's other half: it removes from `dU` what lies along `U_h`, and from `dV` what lies along `V_h`. PEFT does so with the
 gradients, which is `project(grads, adapt.constants)` before the optimiser's step. `update`, called after it, does so with the params: under
-Adam, too, they stay orthogonal then.
+Adam, too, they stay orthogonal then; see [Training](../training.md).
 
 Identity at init: exact, since all three are 0.
 
@@ -123,7 +123,8 @@ class OSFConfig(AdapterConfig):
             state: `adapt.constants`.
 
         Returns:
-            `(params, state)`.
+            `(params, state)`, with new tensors. For an optimiser of torch's copy them into its leaves:
+            `ll.tree_map(torch.Tensor.copy_, params, new)`.
 
         Raises:
             ValueError: where the state is None.
