@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lora_lite.clone.per_call import Call, Replica
+from lora_lite.core.errors import NO_ANSWER
 
 Batch = tuple[Any, dict[str, Any]]
 """The arguments of a call: a batch, and keywords."""
@@ -43,9 +44,6 @@ _EXACT = 1e-10
 _LARGEST = 1e6
 """The largest number that is looked at as it is: masks that are added have the lowest of their dtype, whose sums are infinite."""
 
-_NO_ANSWER = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
-"""The errors that say nothing about a batch: the same may run the next time, and its rows would stay untried."""
-
 
 def trial(replica: Replica, runs: Sequence[Batch]) -> dict[str, Seen]:
     """Return, for each target that a row reaches, how its calls follow rows; nothing where the model refuses such a batch.
@@ -72,7 +70,7 @@ def trial(replica: Replica, runs: Sequence[Batch]) -> dict[str, Seen]:
                     for path, seen in found.items()
                 }
             return found
-        except _NO_ANSWER:
+        except NO_ANSWER:
             raise
         except Exception:  # whatever the model does not like about a part of its batch: then only its own rows are known
             return {}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lora_lite.core.errors import listed
+from lora_lite.core.errors import NO_ANSWER, listed
 from lora_lite.core.frozen import Frozen
 from lora_lite.core.tree import join, modules_by_path
 from lora_lite.layers.access import ADAPTERS, first_of, place_of
@@ -18,6 +18,7 @@ from lora_lite.layers.attention import with_attention
 from lora_lite.layers.by_member import Unwritten, by_rows, joined, moved, moved_rows, require_no_cache, taken, tensors_in
 from lora_lite.layers.embedding import with_padded_lookups
 from lora_lite.layers.kind import Kind, Params, Run, Variant, of_rows
+from lora_lite.layers.recorder import Recorder
 
 Own = Callable[..., Any]
 
@@ -140,9 +141,9 @@ class ModuleKind(Kind):
 
     def apply_rows(self, f: Variant, params: Params, x: Any, index: Tensor | None) -> Any:
         """Apply a variant to each row with the params of its member. What is called with more than its input runs member by member."""
-        own, rows = of_rows(params, index)
+        rows = len(next(iter(params.values())) if index is None else index)
         if rows == 1:  # all that the module is called with is of one member
-            return self.apply(f, {name: p[0] for name, p in own.items()}, x)
+            return self.apply(f, {name: p[0] for name, p in of_rows(params, index)[0].items()}, x)
         others = tensors_in(self._rest[1:])
         require_no_cache(self._rest[1:], "argument")
         if self.follow is None:  # nobody has seen which of them grow with the batch: a first axis of one holds no rows
@@ -174,8 +175,8 @@ class ModuleKind(Kind):
             run: Any = with_padded_lookups(f) if self._padded else f
             try:
                 return super().apply_rows(with_attention(run) if self.layer._modules else run, params, x, index)
-            except RuntimeError:
-                if torch.compiler.is_compiling() or not self.layer._modules:
+            except RuntimeError as e:
+                if torch.compiler.is_compiling() or not self.layer._modules or isinstance(e, NO_ANSWER):
                     raise
         found = self._by_member(f, params, x, index, set())
         self._unmapped = True  # torch's error was of the map: the module itself raises none
@@ -241,7 +242,7 @@ class ModuleKind(Kind):
         return {name: p + deltas[name] if name in deltas else p for name, p in self.parameters.items()}
 
     def displacements(self, f: Variant, params: Params) -> Mapping[str, Tensor]:
-        W = _Recorder(self)
+        W = Recorder(self)
         f.forward(params, W, self.weight.new_zeros(1, self.in_features))
         if W.deltas is None or W.called:
             raise ValueError("the adapter does more than move the module's parameters, which is all that a state dict can hold")
@@ -273,36 +274,6 @@ def _places(module: nn.Module, names: Iterable[str]) -> Iterator[tuple[Any, str,
     named = {host._parameters[own]: name for name, (host, own) in hosts.items()}
     for inner in modules_by_path(module).values() if named else ():
         yield from ((inner._parameters, own, named[p]) for own, p in inner._parameters.items() if p in named)
-
-
-class _Recorder(Frozen):
-    """A stand-in for a module that records a variant's displacements, and whether the variant called the module besides."""
-
-    def __init__(self, W: ModuleKind) -> None:
-        super().__init__(W.weight, None, W.constants, W.training)
-        self._W = W
-        self.deltas: Mapping[str, Tensor] | None = None
-        self.called = False
-
-    @property
-    def parameters(self) -> Mapping[str, Tensor]:
-        return self._W.parameters
-
-    @property
-    def in_features(self) -> int:
-        return self._W.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self._W.out_features
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self.called = True
-        return x
-
-    def moved(self, deltas: Mapping[str, Tensor]) -> Callable[[Any], Any]:
-        self.deltas = dict(deltas)
-        return lambda x: x
 
 
 def named_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
