@@ -99,4 +99,4 @@ def _nothing(output: Any) -> None:
 
 def is_cache(value: object) -> bool:
     """Whether something is a cache of keys and values, or of states, as transformers has them."""
-    return hasattr(value, "get_seq_length") or hasattr(value, "has_previous_state")
+    return hasattr(value, "get_seq_length")

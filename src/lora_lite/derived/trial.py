@@ -172,7 +172,7 @@ def _follows(runs: Sequence[Tensor | None], values: bool) -> int | None:
 
 def _returned(runs: Sequence[Tensor | None], values: bool) -> bool:
     """Whether a result has the rows, or is one entry for all of them, such as a bias of positions: that is repeated for each row."""
-    return _joined(runs, values) or _follows(runs, values) == 1
+    return runs[0] is not None and _follows(runs, values) in (0, 1)
 
 
 def _joined(runs: Sequence[Tensor | None], values: bool) -> bool:
