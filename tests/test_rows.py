@@ -1,5 +1,6 @@
 """Rows of a mixed batch: each target's input is followed to the batch's rows, or the target is refused by name."""
 
+import contextlib
 import gc
 import shutil
 import tracemalloc
@@ -451,3 +452,160 @@ def test_module_trained_whole_may_return_what_all_rows_share(name):
     rows = [adapt(params[k], {"input_ids": ids[n : n + 1]}).last_hidden_state for n, k in enumerate(index)]
     torch.testing.assert_close(got, torch.cat(rows))
     assert not torch.allclose(rows[0], adapt(params[1], {"input_ids": ids[:1]}).last_hidden_state, atol=1e-2)
+
+
+# Whole modules that are called with several tensors
+
+
+def t5(attention):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 3, "num_heads": 4, "decoder_start_token_id": 0}
+    return tf.T5ForConditionalGeneration(tf.T5Config(**sizes, attn_implementation=attention)).eval()
+
+
+def loop(adapt, members, index, batch):
+    """Run each row alone with the params of its member."""
+    return torch.cat([adapt(members[k], {a: t[n : n + 1] for a, t in batch.items()}, use_cache=False).logits for n, k in enumerate(index)])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", [r"Attention$", r"block\.\d$", r"block\.[12]$", "encoder$"])
+@pytest.mark.parametrize("index", [[0, 1, 0], None, [1, 1]])
+def test_bias_that_a_module_makes_for_each_row_reaches_the_next_as_rows(attention, name, index):
+    """One entry stood for all rows in the trial; moved by each member, it is one for each row. Torch's own error came of it."""
+    adapt = ll.build(t5(attention), ll.FullConfig(target_names=name))
+    own = [0, 0, 1, 1] if index is None else index
+    tokens, params = torch.randint(2, 50, (len(own), 7), generator=torch.Generator().manual_seed(1)), members(adapt)
+    for cut in (7, 5):
+        mask = torch.ones_like(tokens)
+        mask[0, cut:] = 0
+        batch = {"input_ids": tokens, "decoder_input_ids": tokens[:, 2:], "attention_mask": mask}
+        want, got = loop(adapt, params, own, batch), adapt.mixed(ll.stack(params), batch, index, use_cache=False).logits
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(adapt.module(ll.stack(params), index=index)(**batch, use_cache=False).logits, want)
+        assert not torch.allclose(want, adapt.base(batch, use_cache=False).logits, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", [r"self_attn$", r"layers\.\d$"])
+def test_masks_that_are_added_are_followed(name):
+    """They hold the lowest number of their dtype, and the trial's sums of it were infinite: such a module was refused."""
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    config._attn_implementation = "eager"
+    adapt, tokens = ll.build(tf.LlamaForCausalLM(config).eval(), ll.FullConfig(target_names=name)), torch.randint(3, 60, (3, 6))
+    params, mask = members(adapt), torch.ones_like(tokens)
+    mask[2, :2] = 0
+    batch = {"input_ids": tokens, "attention_mask": mask}
+    got = adapt.mixed(ll.stack(params), batch, [1, 0, 0], use_cache=False).logits
+    kept = mask.bool()
+    torch.testing.assert_close(got[kept], loop(adapt, params, [1, 0, 0], batch)[kept])
+
+
+def test_attention_has_a_gradient_to_a_bias_that_each_row_has():
+    """Under vmap torch took a kernel that has none."""
+    torch.manual_seed(0)
+    config = tf.SwinConfig(image_size=16, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 4], window_size=4, num_labels=8)
+    adapt = ll.build(tf.SwinForImageClassification(config).eval(), ll.FullConfig(target_names="attention$"))
+    params, images = members(adapt)[0], torch.randn(3, 3, 16, 16)
+    found = ll.per_example_grad(adapt, lambda out, _: out.logits.square().mean(1))(params, {"pixel_values": images})
+    for row in range(3):
+        want = ll.value_and_grad(lambda p, row=row: adapt(p, {"pixel_values": images[row : row + 1]}).logits.square().mean())(params)[1]
+        for path, leaves in want.items():
+            for name, leaf in leaves.items():
+                torch.testing.assert_close(found[path][name][row], leaf, msg=f"{path} {name}")
+        assert all(leaf.any() for leaves in want.values() for name, leaf in leaves.items() if "relative_position" in name)
+
+
+@pytest.mark.parametrize("name", [r"layers\.0$", r"^model$"])
+@pytest.mark.parametrize("index", [[0, 1], [0, 1, 1], None])
+def test_caches_of_whole_modules_are_refused_and_the_way_out_works(name, index):
+    """Members wrote to one cache, one after the other, or vmap left its tensors there."""
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    adapt = ll.build(tf.LlamaForCausalLM(config).eval(), ll.FullConfig(target_names=name))
+    params, own = members(adapt), [0, 1] if index is None else index
+    batch = {"input_ids": torch.randint(3, 60, (len(own), 6))}
+    with pytest.raises(ValueError, match=r"expected a module without a key-value cache.*DynamicCache.*use_cache=False"):
+        adapt.mixed(ll.stack(params), batch, index)
+    got = adapt.mixed(ll.stack(params), batch, index, use_cache=False).logits
+    torch.testing.assert_close(got, loop(adapt, params, own, batch))
+    module = adapt.module(ll.stack(params), index=index)
+    with pytest.raises(ValueError, match=r"expected a module without a key-value cache"):
+        module.generate(batch["input_ids"], max_new_tokens=2)
+    told = module.generate(batch["input_ids"], max_new_tokens=4, do_sample=False, use_cache=False, eos_token_id=63)
+    alone = [adapt.module(params[k]).generate(batch["input_ids"][n : n + 1], max_new_tokens=4, do_sample=False) for n, k in enumerate(own)]
+    assert all(torch.equal(row[: one.shape[1]], one[0]) for row, one in zip(told, alone, strict=True))
+
+
+class Beside(nn.Module):
+    """A part that is called with what all rows share, and with what each has; it may write to the latter."""
+
+    def __init__(self, writes=False):
+        super().__init__()
+        self.part, self.writes = Scored(), writes
+
+    def forward(self, x, bias=None):
+        scores = torch.zeros_like(x) if bias is None else bias.clone()
+        y = self.part(x, torch.arange(x.shape[1] * x.shape[2]).view(x.shape[1:]) / 10, scores, self.writes)
+        return y + scores
+
+
+class Scored(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+
+    def forward(self, x, table, scores, writes):
+        y = self.lin(x) + table + scores
+        if writes:
+            scores += y
+        return y
+
+
+class ByValue(nn.Module):
+    """Looks at values, as the loop over experts of a mixture does."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin, self.more = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.lin(x)
+        hit = y[..., :1] > 0
+        return torch.where(hit, self.more(y), y) if hit.any() else y
+
+
+@pytest.mark.parametrize("index", [[0, 1, 1, 0], None])
+def test_module_that_torch_cannot_map_runs_member_by_member(index):
+    """Torch's own error about control flow came of it."""
+    torch.manual_seed(0)
+    adapt = ll.build(nn.Sequential(ByValue()), ll.FullConfig(target_names="^0$"))
+    params, x = members(adapt), torch.randn(4, 3, 8)
+    own = index or [0, 0, 1, 1]
+    for _ in range(2):
+        got = adapt.mixed(ll.stack(params), x, index)
+        torch.testing.assert_close(got, torch.cat([adapt(params[k], x[n : n + 1]) for n, k in enumerate(own)]))
+    with pytest.raises(RuntimeError, match="shape"):
+        adapt.mixed(ll.stack(params), x[..., :5], index)
+
+
+def test_one_row_needs_no_telling_of_its_tensors():
+    """A table as all rows share it was refused for a batch of one row, which no trial can cut."""
+    adapt = ll.build(Beside().eval(), ll.FullConfig(target_names="part$"))
+    params, x = members(adapt), torch.randn(1, 3, 8)
+    got = adapt.mixed(ll.stack(params), x, [1])
+    torch.testing.assert_close(got, adapt(params[1], x))
+    assert not torch.allclose(got, adapt(params[0], x), atol=1e-2)
+
+
+@pytest.mark.parametrize("index", [[0, 1, 0], [1, 0, 1]])
+def test_module_that_writes_to_what_it_is_called_with_is_refused(index):
+    """Members wrote to copies of their rows, and the module around read what had not been written."""
+    x, bias = torch.randn(3, 3, 8), torch.randn(3, 3, 8)
+    for writes in (False, True):
+        adapt = ll.build(Beside(writes).eval(), ll.FullConfig(target_names="part$"))
+        params = members(adapt)
+        refused = pytest.raises(ValueError, match="leaves its arguments as they are, found that it writes to")
+        with refused if writes else contextlib.nullcontext():
+            got = adapt.mixed(ll.stack(params), (x, bias), index)
+            torch.testing.assert_close(got, torch.cat([adapt(params[k], (x[n : n + 1], bias[n : n + 1])) for n, k in enumerate(index)]))

@@ -122,7 +122,7 @@ class Binding:
         """Put the params of a call in place, or what stood there for the call around it; without arguments nothing stands."""
         self.params, self.rows, self.index, self.off = params, rows, index, off
         if rows is not None:
-            self.W.follow = rows.beside.get(self.path)
+            self.W.follow, self.W.count = rows.beside.get(self.path), rows.count
         traced = torch.compiler.is_compiling()  # it guards what it reads: not `used`, which changes
         self.fast = self.direct and rows is None and ((params is not None if traced else self.used) or "first")
 

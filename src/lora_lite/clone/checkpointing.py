@@ -21,6 +21,7 @@ from lora_lite.clone.held import Held
 from lora_lite.clone.hooked_outputs import require_no_escape, watched
 from lora_lite.clone.recomputed import Recipe, Recompute, random_state
 from lora_lite.core.errors import nearest
+from lora_lite.core.invocation import is_cache
 from lora_lite.core.tracing import transformed
 
 
@@ -89,7 +90,7 @@ def _drop_grad_hooks(module: nn.Module) -> None:
 
 def _without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Take key-value caches away: a recomputed block would fill them twice and so attend to its own past."""
-    caches = [value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")]
+    caches = [value for value in (*args, *kwargs.values()) if is_cache(value)]
     if not caches or not torch.is_grad_enabled():
         return args, kwargs
     if any(map(_filled, caches)):
@@ -97,10 +98,10 @@ def _without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tupl
             "remat: expected no filled key-value cache where gradients are taken, found one among a block's inputs. Pass use_cache=False, "
             "or build without remat to differentiate through a cached prefix."
         )
-    keep = {name: None if hasattr(value, "get_seq_length") else value for name, value in kwargs.items()}
+    keep = {name: None if is_cache(value) else value for name, value in kwargs.items()}
     if "use_cache" in keep:
         keep["use_cache"] = False
-    return tuple(None if hasattr(value, "get_seq_length") else value for value in args), keep
+    return tuple(None if is_cache(value) else value for value in args), keep
 
 
 def _filled(cache: Any) -> bool:

@@ -18,7 +18,8 @@ class Rows:
         mapped: of targets whose input has them elsewhere, the axis that they are on, or the member of each entry of the first axis.
         unsure: while a graph is traced, takes the path of a target to be checked when the graph runs: its input has not the rows alone on
             its first axis.
-        beside: of targets that are called with more tensors than their input, whether each has the rows, on its first axis, or is shared.
+        beside: of targets that are called with more tensors than their input, the entries of each that all rows share, on its first
+            axis, 0 where it has the rows there.
         caller: the call of the user's that gave the rows, for errors.
         lengths: of the first axes of the batch's tensors, for errors.
     """
@@ -27,7 +28,7 @@ class Rows:
     known: Mapping[str, Collection[int] | None] = field(default_factory=dict)
     mapped: Mapping[str, Tensor | int] = field(default_factory=dict)
     unsure: Callable[[str], None] | None = None
-    beside: Mapping[str, Mapping[str, bool]] = field(default_factory=dict)
+    beside: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     caller: str = "adapt.mixed"
     lengths: Sequence[int] = ()
 

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+NO_ANSWER = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+"""The errors that say nothing about what ran: the same may run the next time."""
+
 
 def listed(names: Iterable[object], limit: int = 6) -> str:
     """Quote the first `limit` names and count the rest."""

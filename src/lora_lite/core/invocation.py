@@ -95,3 +95,8 @@ def aligned(active: Tensor, x: Tensor) -> Tensor:
 
 def _nothing(output: Any) -> None:
     pass
+
+
+def is_cache(value: object) -> bool:
+    """Whether something is a cache of keys and values, or of states, as transformers has them."""
+    return hasattr(value, "get_seq_length")

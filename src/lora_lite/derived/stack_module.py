@@ -101,7 +101,8 @@ def _place(module: nn.Module, state: RowState, rows: int | None = None, known: M
     beside = {path: own.beside for path, own in seen.items()}
     found = Rows(rows, {path: None for path, own in seen.items() if own.follows}, beside=beside, caller="adapt.module")
     for binding in _bound(module):
-        binding.rows, binding.index, binding.W.follow = found, state.index, beside.get(binding.path)
+        binding.rows, binding.index = found, state.index
+        binding.W.follow, binding.W.count = beside.get(binding.path), rows
 
 
 def _bound(module: nn.Module) -> list[Binding]:

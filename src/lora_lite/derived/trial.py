@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lora_lite.clone.per_call import Call, Replica
+from lora_lite.core.errors import NO_ANSWER
 
 Batch = tuple[Any, dict[str, Any]]
 """The arguments of a call: a batch, and keywords."""
@@ -24,13 +25,13 @@ class Seen(NamedTuple):
 
     Attributes:
         follows: whether the first axis of its inputs has the rows, in their order.
-        beside: by place, whether a tensor beside an input has them too, or is shared.
+        beside: by place, the entries on the first axis of a tensor beside an input that all rows share, 0 where they are the rows.
         each: the entries of that axis for each row, of all its calls.
         returns: whether all tensors of its results have the rows there, or one entry for all, of a target that is asked for them.
     """
 
     follows: bool
-    beside: Mapping[str, bool]
+    beside: Mapping[str, int]
     each: frozenset[int] = frozenset()
     returns: bool = True
 
@@ -40,9 +41,8 @@ _NEAR = 0.1
 _PROJECTIONS = 16
 _EXACT = 1e-10
 """The distance of ids and masks that count as equal: only their projections, in float64, are rounded."""
-
-_NO_ANSWER = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
-"""The errors that say nothing about a batch: the same may run the next time, and its rows would stay untried."""
+_LARGEST = 1e6
+"""The largest number that is looked at as it is: masks that are added have the lowest of their dtype, whose sums are infinite."""
 
 
 def trial(replica: Replica, runs: Sequence[Batch]) -> dict[str, Seen]:
@@ -70,7 +70,7 @@ def trial(replica: Replica, runs: Sequence[Batch]) -> dict[str, Seen]:
                     for path, seen in found.items()
                 }
             return found
-        except _NO_ANSWER:
+        except NO_ANSWER:
             raise
         except Exception:  # whatever the model does not like about a part of its batch: then only its own rows are known
             return {}
@@ -131,7 +131,8 @@ def _print(x: Any) -> Tensor | None:
     if not isinstance(x, Tensor) or not x.dim():
         return None
     width = x.shape[-1] if x.dim() > 1 else 1
-    flat = x.reshape(len(x), math.prod(x.shape[1:-1]), width).to(torch.float32 if x.is_floating_point() else torch.float64)
+    flat = x.reshape(len(x), math.prod(x.shape[1:-1]), width)
+    flat = flat.to(torch.float32).clamp(-_LARGEST, _LARGEST) if x.is_floating_point() else flat.to(torch.float64)
     generator = torch.Generator("cpu").manual_seed(0)
     across, along = (
         torch.randn(n, _PROJECTIONS, generator=generator, dtype=torch.float64, device="cpu").to(flat.device, flat.dtype)
@@ -158,21 +159,20 @@ def _followed(runs: Sequence[Mapping[str, Sequence[Call]]], *, values: bool) -> 
     return found
 
 
-def _follows(runs: Sequence[Tensor | None], values: bool) -> bool | None:
-    """Whether a tensor beside an input is made of the rows, or the same whatever they are; None where neither is plain."""
+def _follows(runs: Sequence[Tensor | None], values: bool) -> int | None:
+    """Return the entries of a tensor that is the same whatever the rows are, 0 for one made of them; None where neither is plain."""
     first = runs[0]
     if first is None or any(run is None for run in runs):
-        return None if any(run is not None for run in runs) else False  # all are numbers
+        return None if any(run is not None for run in runs) else 1  # all are numbers
     if _joined(runs, values):
-        return True
+        return 0
     same = all(run is not None and run.shape == first.shape and _close(run, first) for run in runs)
-    return False if same else None
+    return len(first) if same else None
 
 
 def _returned(runs: Sequence[Tensor | None], values: bool) -> bool:
     """Whether a result has the rows, or is one entry for all of them, such as a bias of positions: that is repeated for each row."""
-    shared = _follows(runs, values) is False and all(run is not None and len(run) == 1 for run in runs)
-    return shared or _joined(runs, values)
+    return runs[0] is not None and _follows(runs, values) in (0, 1)
 
 
 def _joined(runs: Sequence[Tensor | None], values: bool) -> bool:

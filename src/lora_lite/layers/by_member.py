@@ -1,11 +1,14 @@
 """The tensors of a call taken apart by the members of a mixed batch, and the members' outputs joined again."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from lora_lite.core.errors import listed
+from lora_lite.core.invocation import is_cache
 
 
 def taken(value: Tensor, rows: Tensor, count: int) -> Tensor:
@@ -20,10 +23,47 @@ def tensors_in(tree: Any) -> dict[str, Tensor]:
     return {pytree.keystr(path): leaf for path, leaf in pytree.tree_leaves_with_path(tree) if isinstance(leaf, Tensor)}
 
 
+def require_no_cache(tree: Any, place: str) -> None:
+    """Refuse key-value caches among a call's arguments or in its result: each member's call would write its own rows to one cache.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    if caches := [leaf for leaf in pytree.tree_leaves(tree, is_leaf=is_cache) if is_cache(leaf)]:
+        raise ValueError(
+            f"expected a module without a key-value cache, which would hold the rows of one member alone, found one of "
+            f"class {type(caches[0]).__name__} as {place}. Pass use_cache=False where the model takes it, "
+            "train parts that are called without a cache, or run the members one by one."
+        )
+
+
+class Unwritten:
+    """Tensors that a member's call is given a copy of. What a module writes to them would be lost.
+
+    Args:
+        tensors: the copies, by their places.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = {name: tensor for name, tensor in tensors.items() if not tensor.is_inference()}  # which count no changes
+        self._before = [tensor._version for tensor in self._tensors.values()]
+
+    def require(self) -> None:
+        """Raise where one has been written to."""
+        now = [tensor._version for tensor in self._tensors.values()]
+        if written := [name for name, a, b in zip(self._tensors, self._before, now) if a != b]:
+            raise ValueError(
+                f"expected a module that leaves its arguments as they are, found that it writes to {listed(written)}. Train a part of it "
+                "that does not, or run the members one by one."
+            )
+
+
 def by_rows(value: Any, count: int) -> Any:
-    """Lay an output out by the rows that it is of."""
+    """Lay an output out by the rows that it is of. One entry for all is each row's."""
     if not isinstance(value, Tensor):
         return value
+    if value.dim() and len(value) == 1 < count:
+        return value[None].expand(count, *value.shape)
     if not value.dim() or value.shape[0] % max(count, 1):
         raise ValueError(
             f"expected outputs with the rows of their batch on the first axis, found shape {tuple(value.shape)} of {count} rows. Train "

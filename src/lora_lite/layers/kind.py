@@ -65,8 +65,10 @@ class Kind(Tensors):
     """Whether only `target_names` can ask for such a layer."""
     gives: ClassVar[AbstractSet[str]] = Frozen.gives | {"inputs", "dropout"}
     """The parts that it offers to variants, matched with their `uses`. `"inputs"` allows calibration, `"dropout"` dropped inputs."""
-    follow: Mapping[str, bool] | None = None
-    """In a mixed batch, whether a tensor of `beside` has the batch's rows on its first axis or is shared; None where nobody has looked."""
+    follow: Mapping[str, int] | None = None
+    """In a mixed batch, the entries of a tensor of `beside` that all rows share, 0 where it has the rows; None where nobody has looked."""
+    count: int | None = None
+    """The rows of the mixed batch that runs; None where they are not followed."""
     sees_inputs: ClassVar[bool] = True
     """Whether the variant is called with the layer's inputs. Where it is evaluated at the identity alone, it has to be linear."""
     takes_shifts: ClassVar[bool] = True

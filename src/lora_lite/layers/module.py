@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lora_lite.core.errors import listed
+from lora_lite.core.errors import NO_ANSWER, listed
 from lora_lite.core.frozen import Frozen
 from lora_lite.core.tree import join, modules_by_path
 from lora_lite.layers.access import ADAPTERS, first_of, place_of
-from lora_lite.layers.by_member import by_rows, joined, moved, moved_rows, taken, tensors_in
+from lora_lite.layers.attention import with_attention
+from lora_lite.layers.by_member import Unwritten, by_rows, joined, moved, moved_rows, require_no_cache, taken, tensors_in
 from lora_lite.layers.embedding import with_padded_lookups
-from lora_lite.layers.kind import Kind, Params, Run, Variant
+from lora_lite.layers.kind import Kind, Params, Run, Variant, of_rows
+from lora_lite.layers.recorder import Recorder
 
 Own = Callable[..., Any]
 
@@ -33,6 +35,7 @@ class ModuleKind(Kind):
         super().__init__(layer, constants)
         self._own = own or layer
         self._now: Mapping[str, Tensor] | None = None
+        self._unmapped = False
         self._rest: tuple[Any, ...] = ()  # of the call that runs: the module's own forward, the other arguments by place and by name
 
     @classmethod
@@ -138,7 +141,11 @@ class ModuleKind(Kind):
 
     def apply_rows(self, f: Variant, params: Params, x: Any, index: Tensor | None) -> Any:
         """Apply a variant to each row with the params of its member. What is called with more than its input runs member by member."""
+        rows = len(next(iter(params.values())) if index is None else index)
+        if rows == 1:  # all that the module is called with is of one member
+            return self.apply(f, {name: p[0] for name, p in of_rows(params, index)[0].items()}, x)
         others = tensors_in(self._rest[1:])
+        require_no_cache(self._rest[1:], "argument")
         if self.follow is None:  # nobody has seen which of them grow with the batch: a first axis of one holds no rows
             lost = [name for name, value in others.items() if value.dim() and value.shape[0] != 1]
         else:
@@ -148,7 +155,7 @@ class ModuleKind(Kind):
                 f"expected arguments whose rows can be told from what rows share, found that {listed(lost)} cannot. Train a part of it "
                 "that is called with one tensor, or run the members one by one."
             )
-        spread = {name for name in others if (self.follow or {}).get(name)}
+        spread = {name for name, value in others.items() if self.follow and self._has_rows(value, self.follow[name])}
         if spread:
             return self._by_member(f, params, x, index, spread)
         if self._recurrent:
@@ -156,9 +163,28 @@ class ModuleKind(Kind):
                 "expected modules that torch can map over members, found a recurrent one, whose kernels it cannot. Train other parts, or "
                 "run the members one by one."
             )
-        found = super().apply_rows(with_padded_lookups(f) if self._padded else f, params, x, index)
-        self._require_rows(found, x, len(next(iter(params.values())) if index is None else index))
+        found = self._mapped(f, params, x, index)
+        require_no_cache(found, "result")
+        self._require_rows(found, x, rows)
+        group = (self.count or rows) // rows if self.follow is not None else 1  # rows of a member that have come together
+        return pytree.tree_map_only(Tensor, lambda y: y.repeat_interleave(group, 0) if len(y) == rows else y, found) if group > 1 else found
+
+    def _mapped(self, f: Variant, params: Params, x: Any, index: Tensor | None) -> Any:
+        """Map the module over rows. One that torch cannot map, since it looks at values or sets `.data`, runs member by member."""
+        if not self._unmapped:
+            run: Any = with_padded_lookups(f) if self._padded else f
+            try:
+                return super().apply_rows(with_attention(run) if self.layer._modules else run, params, x, index)
+            except RuntimeError as e:
+                if torch.compiler.is_compiling() or not self.layer._modules or isinstance(e, NO_ANSWER):
+                    raise
+        found = self._by_member(f, params, x, index, set())
+        self._unmapped = True  # torch's error was of the map: the module itself raises none
         return found
+
+    def _has_rows(self, value: Tensor, shared: int) -> bool:
+        """Whether a tensor beside the input has the rows: of its own, or since a module before has made each row's of what all shared."""
+        return not shared or (value.dim() > 0 and bool(self.count) and len(value) == shared * (self.count or 0))
 
     def _require_rows(self, found: Any, x: Tensor, rows: int) -> None:
         """Refuse results of another length than the input, where no trial has shown that these are rows."""
@@ -183,7 +209,8 @@ class ModuleKind(Kind):
     def _by_member(self, f: Variant, params: Params, x: Tensor, index: Tensor | None, spread: set[str]) -> Any:
         """Run the module once for each member, on its rows. Members share no parameter of it, so that one call would save nothing."""
         members = next(iter(params.values())).shape[0]
-        member = torch.arange(members, device=x.device) if index is None else index
+        each = (self.count or members) // members
+        member = torch.arange(members, device=x.device).repeat_interleave(each) if index is None else index
         own, args, kwargs = self._rest
         outputs, order = [], []
         for k in range(members):
@@ -195,11 +222,15 @@ class ModuleKind(Kind):
                 return taken(value, rows, len(member)) if pytree.keystr(path) in spread else value
 
             its, named = pytree.tree_map_with_path(of_member, (args, kwargs))
+            given = taken(x, rows, len(member))
+            copies = Unwritten({"its input": given, **{name: t for name, t in tensors_in((its, named)).items() if name in spread}})
             before, self._own = self._own, (lambda x, its=its, named=named: own(x, *its, **named))
             try:
-                found = self.apply(f, {name: p[k] for name, p in params.items()}, taken(x, rows, len(member)))
+                found = self.apply(f, {name: p[k] for name, p in params.items()}, given)
             finally:
                 self._own = before
+            copies.require()
+            require_no_cache(found, "result")
             outputs.append(pytree.tree_map(functools.partial(by_rows, count=len(rows)), found))
             order.append(rows)
         back = torch.cat(order).argsort()
@@ -211,7 +242,7 @@ class ModuleKind(Kind):
         return {name: p + deltas[name] if name in deltas else p for name, p in self.parameters.items()}
 
     def displacements(self, f: Variant, params: Params) -> Mapping[str, Tensor]:
-        W = _Recorder(self)
+        W = Recorder(self)
         f.forward(params, W, self.weight.new_zeros(1, self.in_features))
         if W.deltas is None or W.called:
             raise ValueError("the adapter does more than move the module's parameters, which is all that a state dict can hold")
@@ -243,36 +274,6 @@ def _places(module: nn.Module, names: Iterable[str]) -> Iterator[tuple[Any, str,
     named = {host._parameters[own]: name for name, (host, own) in hosts.items()}
     for inner in modules_by_path(module).values() if named else ():
         yield from ((inner._parameters, own, named[p]) for own, p in inner._parameters.items() if p in named)
-
-
-class _Recorder(Frozen):
-    """A stand-in for a module that records a variant's displacements, and whether the variant called the module besides."""
-
-    def __init__(self, W: ModuleKind) -> None:
-        super().__init__(W.weight, None, W.constants, W.training)
-        self._W = W
-        self.deltas: Mapping[str, Tensor] | None = None
-        self.called = False
-
-    @property
-    def parameters(self) -> Mapping[str, Tensor]:
-        return self._W.parameters
-
-    @property
-    def in_features(self) -> int:
-        return self._W.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self._W.out_features
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self.called = True
-        return x
-
-    def moved(self, deltas: Mapping[str, Tensor]) -> Callable[[Any], Any]:
-        self.deltas = dict(deltas)
-        return lambda x: x
 
 
 def named_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
