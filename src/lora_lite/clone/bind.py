@@ -270,8 +270,9 @@ class Binding:
         """Return the adapter's parameters as params. Placeholders are refused, since products on a CPU accept them in silence."""
         if self._hollow():
             raise RuntimeError(
-                f'adapt: expected params with data at "{self.path}", found them on meta. Pass params on its device; where the model '
-                "recomputes blocks by a checkpoint of its own, leave that to build(..., remat=) instead."
+                f'adapt: expected params with data at "{self.path}", found them on meta, as outside of a call. Let a forward that yields '
+                "its results return a list; where the model recomputes blocks by a checkpoint of its own, leave that to build(..., remat=) "
+                "instead; else pass params on its device."
             )
         return {**{name: adapter.param(there) for name, (adapter, there) in self.shared.items()}, **self.adapter.params()}
 

@@ -11,7 +11,7 @@ from lora_lite.layers.kind import Kind
 
 
 class First:
-    """What a variant's formula may do to a linear layer: read it and its input, and return outputs of its widths.
+    """The first call of a target, which may read the layer and its input, and returns outputs of the layer's widths.
 
     Args:
         path: the target's path.
@@ -27,7 +27,7 @@ class First:
         self._vectors = cfg.adapts == "linear" and isinstance(x, Tensor) and type(W).vectors is Frozen.vectors
 
     def require(self, y: Any) -> None:
-        """Raise unless the call was such a one.
+        """Raise unless the call did no more than that.
 
         Raises:
             TypeError: where the formula returned no tensor.
@@ -40,7 +40,9 @@ class First:
                 "load them again. Compute with new tensors, e.g. W.weight + D instead of W.weight.add_(D)."
             )
         if not isinstance(y, Tensor):
-            raise TypeError(f"{self._where}: expected a tensor, the layer's output (*b, o), found {type(y).__name__}. Return W(x) + update.")
+            raise TypeError(
+                f"{self._where}: expected a tensor, the layer's output (*b, o), found {type(y).__name__}. Return W(x) + update."
+            )
         if self._vectors and self._x.shape[-1:] == (self._W.in_features,):
             wanted = (*self._x.shape[:-1], self._W.out_features)
             if y.shape != wanted:

@@ -167,7 +167,7 @@ def _run(f: Variant, params: Params, W: Frozen, x: Tensor) -> Tensor:
     if found != (len(x), W.out_features):
         name = type(getattr(getattr(f, "forward", None), "__self__", f)).__name__
         raise ValueError(
-            f"{name}.forward: expected an output of shape {(len(x), W.out_features)} for an input of shape {tuple(x.shape)}, found {found}. "
+            f"{name}.forward: expected an output of shape {(len(x), W.out_features)} for an input {tuple(x.shape)}, found {found}. "
             "Return W(x) + update, an update (*b, o)."
         )
     return y
