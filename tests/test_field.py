@@ -2144,3 +2144,28 @@ def test_trees_that_are_given_one_by_one_are_not_printed():
     params = ll.build(two_layers(), ll.LoRAConfig(r=2)).init()
     with pytest.raises(TypeError, match=r"stack: expected pad as.*found dict. Call stack\(\[params, params, ...\]\)"):
         ll.stack(params, params)
+
+
+def test_bias_that_layers_share_is_not_merged_twice_and_the_way_out_works():
+    """The second overwrote the first, in silence."""
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)), torch.randn(3, 6)
+    model[2].bias = model[0].bias
+    adapt = ll.build(model, ll.BitFitConfig())
+    with pytest.raises(ValueError, match=r'"0": 0.bias lies in the memory of "2.bias", which would change too'):
+        adapt.merge(move(adapt.init()))
+    assert adapt.merge(adapt.init()).keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}  # which moves nothing
+
+    adapt = ll.build(model, ll.LoRAConfig(r=2))  # which leaves biases as they are
+    params, twin = move(adapt.init()), copy.deepcopy(model)
+    twin.load_state_dict(adapt.merge(params), strict=False)
+    torch.testing.assert_close(twin(x), adapt(params, x))
+
+
+def test_layer_at_several_paths_is_merged():
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh()), torch.randn(3, 6)
+    model.append(model[0])
+    adapt = ll.build(model, ll.LoRAConfig(r=2, bias=True))
+    params = move(adapt.init())
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(adapt.merge(params), strict=False)
+    torch.testing.assert_close(twin(x), adapt(params, x))
