@@ -2161,6 +2161,28 @@ def test_bias_that_layers_share_is_not_merged_twice_and_the_way_out_works():
     torch.testing.assert_close(twin(x), adapt(params, x))
 
 
+class Doubled(nn.Module):
+    """Keeps the weight of its layer as a parameter of its own too."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.layer, self.name = nn.Linear(6, 6), name
+        setattr(self, name, self.layer.weight)
+
+    def forward(self, x):
+        return self.layer(x) @ getattr(self, self.name)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("table", 'layer.weight lies in the memory of "table"'), ("weight", "its weight is shared with the model")]
+)
+def test_weight_under_a_second_name_is_not_merged(name, found):
+    """The second name's changed too, in silence."""
+    adapt = ll.build(Doubled(name), ll.LoRAConfig(r=2, target_names="layer"))
+    with pytest.raises(ValueError, match=f'"layer": {found}'):
+        adapt.merge(move(adapt.init()))
+
+
 def test_layer_at_several_paths_is_merged():
     model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh()), torch.randn(3, 6)
     model.append(model[0])
