@@ -154,7 +154,8 @@ def _unmergeable(target: Target, cfg: AdapterConfig) -> str | None:
     if not cfg.linear:
         return f"{type(cfg).__name__} is not linear in its input"
     if target.shared_with and not cfg.tied:
-        return f"its weight is shared with {', '.join(path or 'the model' for path in target.shared_with)}, which the merged one would change too"
+        others = ", ".join(path or "the model" for path in target.shared_with)
+        return f"its weight is shared with {others}, which the merged one would change too"
     return None
 
 
