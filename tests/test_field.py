@@ -2001,3 +2001,219 @@ def test_state_of_an_allocation_holds_no_graph_where_leaves_require_gradients(cf
     held = [t for t in parts if isinstance(t, torch.Tensor) and not any(t is leaf for leaf in ll.tree_leaves(params))]
     assert held
     assert not any(t.requires_grad for t in held)
+
+
+def two_layers():
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
+
+
+class Late(nn.Module):
+    """Makes what it lacks at its first call."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.first, self.make = nn.Linear(6, 6), make
+
+    def forward(self, x):
+        if not hasattr(self, "late"):
+            self.late = self.make(self)
+        x = self.first(x)
+        return self.late(x) if isinstance(self.late, nn.Module) else x * self.late
+
+
+@pytest.mark.parametrize("make", [lambda model: nn.Linear(6, 6), lambda model: nn.Parameter(torch.randn(6))], ids=["layer", "parameter"])
+def test_weights_that_a_forward_makes_are_refused_and_the_way_out_works(make):
+    """Each call drew its own, which were those of nobody."""
+    model, x = Late(make), torch.randn(3, 6)
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    for call in (lambda: adapt(adapt.init(), x), lambda: adapt(adapt.init(), x), lambda: adapt.base(x)):
+        with pytest.raises(ValueError, match=r'its forward made "late.*Run the model on one batch before build'):
+            call()
+    model(x)
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    assert torch.equal(adapt(adapt.init(), x), model(x))
+
+
+@pytest.mark.parametrize("make", [lambda model: model.first, lambda model: torch.ones(6), lambda model: nn.Tanh()])
+def test_what_a_forward_makes_without_weights_of_its_own_is_no_hindrance(make):
+    adapt, x = ll.build(Late(make), ll.LoRAConfig(r=2)), torch.randn(3, 6)
+    assert torch.equal(adapt(adapt.init(), x), adapt.base(x))
+
+
+class Slotted(nn.Module):
+    __slots__ = ("layers", "scale")
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(6, 6)
+        object.__setattr__(self, "layers", [self.first])
+        self.scale = 3.0
+
+    def forward(self, x):
+        return self.scale * self.layers[0](x)
+
+
+def test_slots_of_a_module_lead_to_the_copy():
+    model, x = Slotted(), torch.randn(3, 6)
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    params = ll.tree_map(lambda p: p + 0.1, adapt.init())
+    assert torch.equal(adapt.base(x), model(x))
+    assert not torch.allclose(adapt(params, x), model(x))
+
+
+class Answers(nn.Module):
+    """Has every attribute that it is asked for, as models do that hand on what they lack."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = two_layers()
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return lambda *args, **kwargs: None
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_module_that_answers_any_attribute_runs():
+    """It was asked for the `max_norm` of a table."""
+    model, x = Answers(), torch.randn(3, 6)
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    assert torch.equal(adapt(adapt.init(), x), model(x))
+
+
+class Yields(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x):
+        for _ in range(2):
+            x = self.layer(x)
+            yield x
+
+
+def test_forward_that_yields_is_told_to_return_a_list():
+    adapt = ll.build(Yields(), ll.LoRAConfig(r=2))
+    with pytest.raises(RuntimeError, match=r"outside of a call. Let a forward that yields its results return a list"):
+        list(adapt(adapt.init(), torch.ones(2, 6)))
+
+
+def test_complex_layers_are_refused_and_the_way_out_works():
+    """ETHER did not start at the base model there, and PVeRA's merged weights were others than its function."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6, dtype=torch.complex64))
+    for cfg in (ll.LoRAConfig(r=2), ll.ETHERConfig()):
+        with pytest.raises(ValueError, match=r'expected real weights, found complex ones at "1"'):
+            ll.build(model, cfg)
+    assert [t.path for t in ll.build(model, ll.LoRAConfig(r=2, exclude_names="^1$")).targets] == ["0"]
+
+
+class Filtered(nn.Module):
+    """Reads a real matrix beside a complex vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(6, 6))
+        self.filter = nn.Parameter(torch.randn(6, dtype=torch.complex64))
+
+    def forward(self, x):
+        return x @ self.table.t() * self.filter.abs()
+
+
+def test_real_parameter_beside_a_complex_one_is_adapted():
+    model, x = Filtered(), torch.randn(3, 6)
+    adapt = ll.build(model, ll.LoRAConfig(r=2, target_names="table$"))
+    assert torch.equal(adapt(adapt.init(), x), adapt.base(x))
+
+
+def test_table_with_max_norm_is_refused_by_its_reason():
+    with pytest.raises(ValueError, match=r'found max_norm at "0".*Set max_norm to None'):
+        ll.build(nn.Sequential(nn.Embedding(4, 6, max_norm=1.0)), ll.LoRAConfig(r=2, target_names="0"))
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("get_peft_model", r"Call build\(model, cfg\)"),
+        ("LoraConfig", "It is called LoRAConfig here"),
+        ("VeraConfig", "It is called VeRAConfig here"),
+        ("QLoRAConfig", 'Closest: "LoRAConfig"'),
+        ("AdapterTrainer", r"lora_lite\.integrations\.trainer"),
+    ],
+)
+def test_names_of_other_libraries_lead_to_those_here(name, way):
+    with pytest.raises(AttributeError, match=way):
+        getattr(ll, name)
+    assert not hasattr(ll, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("save", r"ll\.save\(adapt, params, path\)"),
+        ("save_pretrained", r"ll\.to_peft\(adapt, params, folder\)"),
+        ("print_trainable_parameters", r"adapt\.summary\(\)"),
+        ("merge_and_unload", r"adapt\.merge\(params\)"),
+        ("disable_adapter", r"adapt\.base\(batch\)"),
+        ("set_adapter", r"adapt\(other, batch\)"),
+    ],
+)
+def test_methods_of_other_libraries_lead_to_the_call_here(name, way):
+    with pytest.raises(AttributeError, match=way):
+        getattr(ll.build(two_layers(), ll.LoRAConfig(r=2)), name)
+
+
+def test_trees_that_are_given_one_by_one_are_not_printed():
+    params = ll.build(two_layers(), ll.LoRAConfig(r=2)).init()
+    with pytest.raises(TypeError, match=r"stack: expected pad as.*found dict. Call stack\(\[params, params, ...\]\)"):
+        ll.stack(params, params)
+
+
+def test_bias_that_layers_share_is_not_merged_twice_and_the_way_out_works():
+    """The second overwrote the first, in silence."""
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)), torch.randn(3, 6)
+    model[2].bias = model[0].bias
+    adapt = ll.build(model, ll.BitFitConfig())
+    with pytest.raises(ValueError, match=r'"0": 0.bias lies in the memory of "2.bias", which would change too'):
+        adapt.merge(move(adapt.init()))
+    assert adapt.merge(adapt.init()).keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}  # which moves nothing
+
+    adapt = ll.build(model, ll.LoRAConfig(r=2))  # which leaves biases as they are
+    params, twin = move(adapt.init()), copy.deepcopy(model)
+    twin.load_state_dict(adapt.merge(params), strict=False)
+    torch.testing.assert_close(twin(x), adapt(params, x))
+
+
+class Doubled(nn.Module):
+    """Keeps the weight of its layer as a parameter of its own too."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.layer, self.name = nn.Linear(6, 6), name
+        setattr(self, name, self.layer.weight)
+
+    def forward(self, x):
+        return self.layer(x) @ getattr(self, self.name)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("table", 'layer.weight lies in the memory of "table"'), ("weight", "its weight is shared with the model")]
+)
+def test_weight_under_a_second_name_is_not_merged(name, found):
+    """The second name's changed too, in silence."""
+    adapt = ll.build(Doubled(name), ll.LoRAConfig(r=2, target_names="layer"))
+    with pytest.raises(ValueError, match=f'"layer": {found}'):
+        adapt.merge(move(adapt.init()))
+
+
+def test_layer_at_several_paths_is_merged():
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh()), torch.randn(3, 6)
+    model.append(model[0])
+    adapt = ll.build(model, ll.LoRAConfig(r=2, bias=True))
+    params = move(adapt.init())
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(adapt.merge(params), strict=False)
+    torch.testing.assert_close(twin(x), adapt(params, x))

@@ -854,3 +854,28 @@ def test_a_linear_layer_of_a_kind_of_its_own_is_updated_through_its_own_call():
 
 if __name__ == "__main__" and "--write" in sys.argv:
     PAGE.write_text(json.dumps({name: {check: outcome(name, check) for check in KIND_CHECKS} for name in GRID}, indent=1) + "\n", "utf-8")
+
+
+class ST(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class NoClassmethod(ll.Kind):
+    def fits(self, layer):
+        return isinstance(layer, ST)
+
+
+class Takes2Kind(ll.Kind):
+    classes = (nn.Bilinear,)
+
+
+def test_kinds_that_no_build_could_ask_are_named():
+    with pytest.raises(TypeError, match=r"NoClassmethod.fits: expected a classmethod.*Write @classmethod above it"):
+        ll.build(nn.Sequential(ST(6, 8)), ll.LoRAConfig(r=2), kinds=(NoClassmethod,))
+
+
+@pytest.mark.parametrize("given", [lambda: (torch.ones(4, 3), torch.ones(4, 3)), lambda: torch.ones(3, 3)], ids=["two", "three rows"])
+def test_kit_says_which_input_it_takes(given):
+    with pytest.raises(TypeError, match=r"expected make_input to return one tensor with 4 rows.*names="):
+        check_kind(Takes2Kind, lambda: nn.Bilinear(3, 3, 4), given)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import lora_lite as ll
 from cases import assert_trees_equal, move
+from lora_lite.testing import check_variant
 
 # LoHa (Hyeon-Woo, Ye-Bin, Oh, *FedPara*, 2021, arXiv:2108.06098), in full.
 
@@ -525,3 +526,178 @@ def test_mask_of_another_form_is_refused(made):
     adapt = ll.build(Text().eval(), shift_at(staticmethod(lambda model, given: made)))
     with pytest.raises(TypeError, match=r"acts_at: expected a mask \(b, t\) of a call's positions, or None for all, found"):
         adapt(adapt.init(), {"input_ids": IDS})
+
+
+def two_layers():
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
+
+
+class Low(ll.AdapterConfig):
+    """A low-rank update, which the variants below get wrong."""
+
+    name = "low"
+    uses = frozenset({"output", "vectors"})
+    steered = ("B",)
+
+    def init(self, W, generator):
+        return {"A": ll.linalg.kaiming(2, W.in_features, generator), "B": torch.zeros(W.out_features, 2)}
+
+    def forward(self, params, W, x):
+        return W(x) + F.linear(F.linear(x, params["A"]), params["B"])
+
+
+class OneWide(Low):
+    def forward(self, params, W, x):
+        return super().forward(params, W, x).sum(-1, keepdim=True)
+
+
+class Pair(Low):
+    def forward(self, params, W, x):
+        return super().forward(params, W, x), None
+
+
+class Nothing(Low):
+    def forward(self, params, W, x):
+        super().forward(params, W, x)
+
+
+class WritesWeight(Low):
+    uses = Low.uses | {"dense"}
+
+    def forward(self, params, W, x):
+        W.weight.add_(params["B"] @ params["A"])
+        return W(x)
+
+
+class WritesInput(Low):
+    def forward(self, params, W, x):
+        y = W(x)
+        return y + F.linear(F.linear(x.mul_(2.0), params["A"]), params["B"])
+
+
+@pytest.mark.parametrize(
+    ("cfg", "error", "found"),
+    [
+        (OneWide(), ValueError, r'OneWide.forward at "0": expected an output of shape \(3, 8\).*found \(3, 1\)\. Return W\(x\) \+ update'),
+        (Pair(), TypeError, r'Pair.forward at "0": expected a tensor.*found tuple'),
+        (Nothing(), TypeError, r'Nothing.forward at "0": expected a tensor.*found NoneType'),
+        (WritesWeight(), RuntimeError, r'WritesWeight.forward at "0": expected a formula that writes nothing.*wrote to "weight"'),
+        (WritesInput(), RuntimeError, r'WritesInput.forward at "0": expected a formula that writes nothing.*wrote to "x"'),
+    ],
+    ids=lambda part: type(part).__name__ if isinstance(part, Low) else "",
+)
+def test_formula_that_a_layer_cannot_run_is_named_at_each_first_call(cfg, error, found):
+    """The model failed behind it, or went on with other weights and another residual stream."""
+    adapt = ll.build(two_layers(), cfg)
+    params = ll.tree_map(lambda p: p + 0.1, adapt.init())
+    for _ in range(2):
+        with pytest.raises(error, match=found):
+            adapt(params, torch.ones(3, 6))
+
+
+@pytest.mark.parametrize("cfg", [OneWide(), Pair(), Nothing()], ids=lambda cfg: type(cfg).__name__)
+def test_outputs_of_another_width_are_not_merged(cfg):
+    """One number for each row was spread over all outputs."""
+    adapt = ll.build(two_layers(), cfg)
+    with pytest.raises(ValueError, match=rf"{type(cfg).__name__}.forward: expected an output of shape \(1, 8\)"):
+        adapt.merge(ll.tree_map(lambda p: p + 0.1, adapt.init()))
+
+
+class WritesAtConstants(Low):
+    uses = Low.uses | {"dense"}
+
+    def constants(self, W, generator, stats=None):
+        return {"row": W.dense().mul_(2.0)[0].clone()}
+
+
+class WritesAtInit(Low):
+    def init(self, W, generator):
+        W.bias.zero_()
+        return super().init(W, generator)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "method", "name"), [(WritesAtConstants(), "constants", "weight"), (WritesAtInit(), "init", "bias")], ids=["constants", "init"]
+)
+def test_start_that_writes_to_the_users_weights_is_named(cfg, method, name):
+    with pytest.raises(RuntimeError, match=rf'{type(cfg).__name__}.{method} at target "0".*wrote to "{name}"'):
+        ll.build(two_layers(), cfg)
+
+
+class OwnForward(nn.Linear):
+    """Writes to its input, as routers with jitter do."""
+
+    def forward(self, x):
+        x *= 2.0
+        return super().forward(x)
+
+
+def test_layer_that_writes_to_its_input_is_no_fault_of_the_variant():
+    model = nn.Sequential(nn.Linear(6, 8), OwnForward(8, 4))
+    adapt, x = ll.build(model, ll.LoRAConfig(r=2)), torch.randn(3, 6)
+    assert torch.equal(adapt(adapt.init(), x), model(x))
+
+
+class Lacks(Low):
+    steered = None
+
+    def init(self, W, generator):
+        return {"A": super().init(W, generator)["A"]}
+
+
+class Wide(Low):
+    def constants(self, W, generator, stats=None):
+        return {"scale": torch.ones(W.in_features, dtype=torch.float64)}
+
+    def forward(self, params, W, x):
+        return W(x) + F.linear(F.linear(x * W.constants["scale"], params["A"]), params["B"])
+
+
+@pytest.mark.parametrize(
+    ("cfg", "found"),
+    [
+        (Lacks(), r"identity: expected forward to read params among \['A'\] and constants among \[\], found that it reads 'B'"),
+        (Wide(), r"identity: expected constants cast where forward uses them, as by W.constants\['scale'\].to\(x.dtype\)"),
+    ],
+    ids=["params", "constants"],
+)
+def test_kit_says_which_tensor_a_formula_lacks_or_has_in_another_dtype(cfg, found):
+    with pytest.raises(AssertionError, match=found):
+        check_variant(cfg, skip=["compiles"])
+
+
+class Trained(Low):
+    def init(self, W, generator):
+        return {name: nn.Parameter(p) for name, p in super().init(W, generator).items()}
+
+
+def test_starts_that_are_parameters_pass_the_kit():
+    """Its tensors had a graph, of which torch warned."""
+    check_variant(Trained(), skip=["compiles"])
+
+
+class Nested(Low):
+    def init(self, W, generator):
+        return {"in": super().init(W, generator)}
+
+
+def test_nested_params_are_told_the_flat_name():
+    with pytest.raises(TypeError, match=r'Nested.init: expected "in" to be a tensor, found dict. Put its tensors beside it, as "in.A"'):
+        ll.build(two_layers(), Nested())
+
+
+class Untrained(Low):
+    steered = None
+
+    def init(self, W, generator):
+        return {}
+
+    def forward(self, params, W, x):
+        return 2.0 * W(x)
+
+
+def test_variant_that_trains_nothing_is_a_module_and_is_steered():
+    adapt, x = ll.build(two_layers(), Untrained()), torch.randn(3, 6)
+    params = adapt.init()
+    assert torch.equal(adapt.module(params)(x), adapt(params, x))
+    assert adapt.steer(params, 0.5) == params

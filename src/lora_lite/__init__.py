@@ -1,9 +1,12 @@
 """Parameter-efficient fine-tuning as pure functions: adapters on `torch.func`, for any module, without touching it."""
 
+import typing as _typing
+
 from lora_lite import functional as functional
 from lora_lite import testing as testing
 from lora_lite.adapt import Adapt as Adapt
 from lora_lite.build import build as build
+from lora_lite.core import elsewhere as _elsewhere
 from lora_lite.core import linalg as linalg
 from lora_lite.core.certificate import Start as Start
 from lora_lite.core.checked import checked as checked
@@ -56,6 +59,13 @@ from lora_lite.transforms.to_lora import to_lora as to_lora
 from lora_lite.variants import *  # noqa: F403
 
 __version__ = "0.1.0"
+
+
+if not _typing.TYPE_CHECKING:  # else every name would be known
+
+    def __getattr__(name: str) -> _typing.NoReturn:
+        """Raise, and name the way to what other libraries have under this name."""
+        _elsewhere.refuse_name(__name__, name, __dir__())
 
 
 def __dir__() -> list[str]:

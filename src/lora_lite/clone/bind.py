@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.clone.adapter import Adapter, Shared
+from lora_lite.clone.first import First
 from lora_lite.clone.reads import hide_reads
 from lora_lite.clone.rows import Rows
 from lora_lite.core.config import AdapterConfig
@@ -95,7 +96,9 @@ class Binding:
             args = args if x is _NOTHING else (x, *args)
             if params is None or not self.fast:
                 return self._call(args, kwargs)
-            x, self.used = first_of(args, kwargs), True
+            x = first_of(args, kwargs)
+            if not self.used:
+                return self._first(x)
             self._require_own()
             self.fast = True
         try:
@@ -106,6 +109,18 @@ class Binding:
         except Exception as e:
             self._name(e)
             raise
+
+    def _first(self, x: Any) -> Any:
+        """Run a call that is the first to reach the target. A variant of the user's own may be wrong in a way that no later one shows."""
+        first = First(self.path, self.cfg, self.W, x)
+        try:
+            y = self.run((x,), {})
+            first.require(y)
+        except BaseException:
+            self.used = False  # the next one is looked at
+            raise
+        self.fast = True
+        return y
 
     def _name(self, e: Exception) -> None:
         """Note on an error the target, and params in a layout that few operators take."""
@@ -255,8 +270,9 @@ class Binding:
         """Return the adapter's parameters as params. Placeholders are refused, since products on a CPU accept them in silence."""
         if self._hollow():
             raise RuntimeError(
-                f'adapt: expected params with data at "{self.path}", found them on meta. Pass params on its device; where the model '
-                "recomputes blocks by a checkpoint of its own, leave that to build(..., remat=) instead."
+                f'adapt: expected params with data at "{self.path}", found them on meta, as outside of a call. Let a forward that yields '
+                "its results return a list; where the model recomputes blocks by a checkpoint of its own, leave that to build(..., remat=) "
+                "instead; else pass params on its device."
             )
         return {**{name: adapter.param(there) for name, (adapter, there) in self.shared.items()}, **self.adapter.params()}
 

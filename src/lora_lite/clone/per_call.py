@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.clone.bind import Binding, Uniform
+from lora_lite.clone.made import Made
 from lora_lite.clone.rows import Rows
 from lora_lite.clone.settings import Settings
 from lora_lite.clone.state import State, volatile_buffers
@@ -48,7 +49,7 @@ class Replica:
             binding.uniform = self._uniform
         self._state: State | None = None  # made by the first call, which finds the copy as it is to stay
         self._weights: Weights | None = None
-        self._traced = False
+        self._traced = self._tried = False
         self._volatile = volatile_buffers(module)
 
     def adapted(
@@ -135,6 +136,7 @@ class Replica:
         if self._state is None or self._weights is None:
             self._state, self._weights = State(self.module), Weights(self.module)
         state, versions, settings = self._state, self._weights.versions(), self._settings
+        made = None if self._tried else Made(self.module)
         around = state.now() if inside else None
         if inside or self._traced:
             state.leave()
@@ -145,6 +147,9 @@ class Replica:
             state.enter()
             result = self.module(*args, **kwargs)
             self._weights.require(versions)
+            if made is not None:
+                made.require()
+                self._tried = True
             return result
         finally:
             state.leave()

@@ -180,7 +180,7 @@ class References:
         return value.__class__.__new__(value.__class__)
 
     def _object(self, value: Any, key: int) -> Any:
-        cls = type(value)
+        cls: Any = type(value)
         if any(c is not object and not c.__flags__ & _HEAP for c in cls.__mro__) or not (hasattr(value, "__dict__") or _slots(cls)):
             return self._refuse(value)
         try:
@@ -189,9 +189,8 @@ class References:
             return self._refuse(value)
         if hasattr(value, "__dict__"):
             vars(new).update({n: self.led(v) for n, v in vars(value).items()})
-        for name in _slots(cls):
-            if hasattr(value, name):
-                object.__setattr__(new, name, self.led(getattr(value, name)))
+        for name, held in slots_of(value).items():
+            object.__setattr__(new, name, self.led(held))
         return new
 
     def _refuse(self, value: Any) -> Any:
@@ -217,7 +216,7 @@ def containers_in(value: Any) -> Iterator[Any]:
 
 def _parts(value: Any) -> Iterable[Any]:
     """Return the objects that an object holds."""
-    cls = type(value)
+    cls: Any = type(value)
     if cls in _PROXIES:
         return (_referent(value),)
     if isinstance(value, _LEAVES):
@@ -244,11 +243,18 @@ def _parts(value: Any) -> Iterable[Any]:
     if isinstance(value, functools.partial):
         return [*parts, value.func, *value.args, *value.keywords.values()]
     names = _slots(cls)
-    parts += [getattr(value, name) for name in names if hasattr(value, name)]
+    parts += slots_of(value).values()
     return parts if parts or names or not gc.is_tracked(value) else [p for p in gc.get_referents(value) if not isinstance(p, type)]
 
 
-def _slots(cls: type) -> list[str]:
+def slots_of(value: Any) -> dict[str, Any]:
+    """Return the values in the slots of an object's class, which are outside of its `__dict__`."""
+    cls: Any = type(value)
+    return {name: getattr(value, name) for name in _slots(cls) if hasattr(value, name)}
+
+
+@functools.lru_cache(1024)  # every build asks of every module
+def _slots(cls: Any) -> list[str]:
     own = [(c.__name__.lstrip("_"), vars(c).get("__slots__", ())) for c in cls.__mro__]
     names = [(c, name) for c, slots in own for name in ((slots,) if isinstance(slots, str) else slots)]
     private = [f"_{c}{name}" if name.startswith("__") and not name.endswith("__") else name for c, name in names]

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lora_lite.clone.references import containers_in
 from lora_lite.core.tree import join
+from lora_lite.layers.access import renormed
 
 _SMALL = 2**16
 _OURS = "lora_lite."
@@ -61,7 +62,7 @@ class State:
                 for key, value in items(place):
                     if isinstance(value, Tensor) and _may_change(place, module, key, value):
                         tensors.setdefault(id(value), (value, []))[1].append((place, key))
-            if getattr(module, "max_norm", None) is not None:  # a lookup that shortens rows of its table
+            if renormed(module):
                 table = module._parameters
                 tensors.setdefault(id(table["weight"]), (table["weight"], []))[1].append((table, "weight"))  # type: ignore[arg-type]
             if foreign:  # else all code that runs is torch's, which keeps its state in buffers

@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from lora_lite.clone.accelerate import carry, moves_inputs, runs_class_forward
 from lora_lite.clone.offloaded import Offloaded
-from lora_lite.clone.references import PLAIN, References, containers_in
+from lora_lite.clone.references import PLAIN, References, containers_in, slots_of
 from lora_lite.clone.settings import note_sizes
 from lora_lite.core.errors import listed, several
 from lora_lite.core.tree import join, modules_by_path
@@ -154,7 +154,7 @@ def _begun(named: Iterable[tuple[str, nn.Module]], copies: Mapping[int, nn.Modul
     full, rest = _Found(), _Found()
     for path, module in named:
         state, adopted = vars(copies[id(module)]), ADOPTED in vars(module)
-        for name, value in vars(module).items():
+        for name, value in (vars(module) | slots_of(module)).items():
             if type(value) in PLAIN:
                 state[name] = value
             elif name in _TABLES:
@@ -180,6 +180,8 @@ def _of_table(name: str, table: Any) -> Iterator[tuple[str, Any]]:
 
 def _settle(copy: nn.Module, module: nn.Module) -> None:
     state = vars(copy)
+    for name in slots_of(module):
+        object.__setattr__(copy, name, state.pop(name))
     state["_compiled_call_impl"] = None  # model.compile() leaves the user's own compiled call here
     if "forward" not in vars(module):
         return

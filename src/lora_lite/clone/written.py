@@ -8,6 +8,7 @@ from lora_lite.clone.offloaded import Offloaded
 from lora_lite.clone.state import has_code, modules_of_model
 from lora_lite.core.errors import listed
 from lora_lite.core.tree import join
+from lora_lite.layers.access import renormed
 
 Places = list[tuple[str, ReferenceType[nn.Module], str]]
 _PLACES: WeakKeyDictionary[nn.Module, Places] = WeakKeyDictionary()
@@ -21,7 +22,7 @@ def _places(root: nn.Module) -> Places:
     modules = modules_of_model(root)
     if not any(map(has_code, modules.values())):
         return []
-    watched = {path: m for path, m in modules.items() if not isinstance(m, nn.RNNBase) and getattr(m, "max_norm", None) is None}
+    watched = {path: m for path, m in modules.items() if not isinstance(m, nn.RNNBase) and not renormed(m)}
     return [(join(path, name), ref(module), name) for path, module in watched.items() for name in module._parameters]
 
 

@@ -239,7 +239,7 @@ def patterns(cfg: AdapterConfig, field: str) -> tuple[str, ...]:
         try:
             re.compile(pattern)
         except re.error as e:
-            raise ValueError(f'{at(cfg, field)} a regular expression, found "{pattern}" ({e}). Escape what is meant literally.') from e
+            raise ValueError(f'{at(cfg, field)} a regular expression, found "{pattern}" ({e}). Escape literal text; .* is any.') from e
     return found
 
 

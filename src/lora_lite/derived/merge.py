@@ -64,8 +64,11 @@ def merge(plan: Plan, params: AnyTree, dtype: torch.dtype | None = None) -> dict
 
 
 def _moving_others(plan: Plan, targets: Mapping[str, Target], merged: Mapping[str, Tensor]) -> list[str]:
-    """Return the targets with a merged tensor that would be written into another one of the model too, which lies in the same memory."""
+    """Return the targets with a merged tensor that would be written into another one of the model too, which lies in the same memory.
+
+    A module that several paths lead to holds one tensor. A bias that two layers share is one tensor too, and belongs to both."""
     tensors = dict([*plan.base.named_parameters(remove_duplicate=False), *plan.base.named_buffers(remove_duplicate=False)])
+    holders = {path: id(module) for path, module in plan.base.named_modules(remove_duplicate=False)}
     places = {name: place_in_memory(tensor) for name, tensor in tensors.items()}
     beside: dict[Hashable, list[str]] = {}
     for name, place in places.items():
@@ -74,10 +77,17 @@ def _moving_others(plan: Plan, targets: Mapping[str, Target], merged: Mapping[st
     for name, target in targets.items():
         if (own := tensors.get(name)) is None:
             continue
-        others = [n for n in beside[places[name].storage] if tensors[n] is not own and places[n].overlaps(places[name])]
+        near = [n for n in beside[places[name].storage] if places[n].overlaps(places[name])]
+        others = [n for n in near if tensors[n] is not own or _holder(n, holders) != _holder(name, holders)]
         if others and not torch.equal(merged[name], own.to(merged[name].dtype)):
             faults.append(f'"{target.path}": {name} lies in the memory of {listed(others)}, which would change too')
     return faults
+
+
+def _holder(name: str, holders: Mapping[str, int]) -> tuple[int, str]:
+    """Return the module that holds a tensor of a state dict, by its `id`, and the tensor's name there."""
+    path, _, own = name.rpartition(".")
+    return holders[path], own
 
 
 @torch.no_grad()
@@ -144,7 +154,8 @@ def _unmergeable(target: Target, cfg: AdapterConfig) -> str | None:
     if not cfg.linear:
         return f"{type(cfg).__name__} is not linear in its input"
     if target.shared_with and not cfg.tied:
-        return f"its weight is shared with {', '.join(target.shared_with)}, which the merged one would change too"
+        others = ", ".join(path or "the model" for path in target.shared_with)
+        return f"its weight is shared with {others}, which the merged one would change too"
     return None
 
 

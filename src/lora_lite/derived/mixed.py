@@ -117,7 +117,10 @@ def member_shapes(shapes: Shapes, members: int) -> Shapes:
 
 def is_stacked(params: object, shapes: Shapes) -> bool:
     """Whether a tree looks like a stack: its first leaf has one axis more than a params tree's."""
-    path, name, shape = next((path, name, shape) for path, leaves in shapes.items() for name, shape in leaves.items())
+    first = next(((path, name, shape) for path, leaves in shapes.items() for name, shape in leaves.items()), None)
+    if first is None:  # nothing is trained
+        return False
+    path, name, shape = first
     found = params.get(path) if isinstance(params, Mapping) else None
     leaf = found.get(name) if isinstance(found, Mapping) else None
     return isinstance(leaf, Tensor) and leaf.dim() == len(shape) + 1

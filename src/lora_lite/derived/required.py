@@ -6,6 +6,7 @@ import torch
 
 from lora_lite.clone.offloaded import offloaded_in
 from lora_lite.clone.params import require_fit
+from lora_lite.core.elsewhere import CALLS
 from lora_lite.core.errors import listed
 from lora_lite.core.plan import Shapes
 from lora_lite.core.tree import flatten
@@ -23,6 +24,7 @@ class Required(Described):
             """Raise, and name the module that has it, such as `parameters` or `generate`."""
             base = getattr(vars(self).get("_plan"), "base", None)
             way = f" It is a function of params, no module: use adapt.module(params).{name}." if hasattr(base, name) else ""
+            way = f" {CALLS[name]}." if name in CALLS else way
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}.{way}", name=name, obj=self)
 
     def _require(self, params: Any, caller: str, shapes: Shapes | None = None) -> torch.dtype | None:

@@ -54,6 +54,11 @@ def _takes_one(forward: Callable[..., Any]) -> bool:
     return len(given) == 1 and given[0].kind in (given[0].POSITIONAL_ONLY, given[0].POSITIONAL_OR_KEYWORD)
 
 
+def renormed(module: nn.Module) -> bool:
+    """Whether a module shortens rows of its table in each lookup, as `nn.Embedding` with `max_norm` does: it writes to its weight."""
+    return vars(module).get("max_norm") is not None and module._parameters.get("weight") is not None
+
+
 def raw(layer: nn.Module) -> Any:
     """Return a view of a module whose attributes are its frozen tensors, even where the model reads adapted ones.
 

@@ -127,8 +127,8 @@ def at_identity(f: Variant, params: Params, W: Frozen, role: str, dtype: torch.d
         return offset
     i = W.in_features
     if i <= ROWS or torch.is_grad_enabled() or in_transform():
-        return (f(params, at, at.points(slice(None))) - offset).t()
-    parts = (f(params, at, at.points(slice(k, min(k + ROWS, i)))) - offset for k in range(0, i, ROWS))
+        return (_run(f, params, at, at.points(slice(None))) - offset).t()
+    parts = (_run(f, params, at, at.points(slice(k, min(k + ROWS, i)))) - offset for k in range(0, i, ROWS))
     found = weight.new_empty(i, W.out_features)  # once, rather than beside its parts
     for k, part in enumerate(parts):
         found[k * ROWS : (k + 1) * ROWS] = part
@@ -147,7 +147,7 @@ def columns(f: Variant, params: Params, W: Frozen, dtype: torch.dtype, release: 
     n = min(ROWS, block_rows(max(i, o), dtype, PART))
     for k in range(0, i, n):
         where = slice(k, min(k + n, i))
-        yield where, (f(params, at, at.points(where)) - offset).t()
+        yield where, (_run(f, params, at, at.points(where)) - offset).t()
 
 
 @torch.no_grad()
@@ -157,7 +157,20 @@ def offset_of(f: Variant, params: Params, W: Frozen, dtype: torch.dtype, release
 
 
 def _at_zero(f: Variant, params: Params, W: Frozen) -> Tensor:
-    return f(params, W, torch.zeros(1, W.in_features, dtype=W.dtype, device=W.device))[0]
+    return _run(f, params, W, torch.zeros(1, W.in_features, dtype=W.dtype, device=W.device))[0]
+
+
+def _run(f: Variant, params: Params, W: Frozen, x: Tensor) -> Tensor:
+    """Run a variant on vectors. Its outputs would be spread over the weight where they have another width."""
+    y: Any = f(params, W, x)
+    found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+    if found != (len(x), W.out_features):
+        name = type(getattr(getattr(f, "forward", None), "__self__", f)).__name__
+        raise ValueError(
+            f"{name}.forward: expected an output of shape {(len(x), W.out_features)} for an input {tuple(x.shape)}, found {found}. "
+            "Return W(x) + update, an update (*b, o)."
+        )
+    return y
 
 
 def laid_out_as(own: Tensor, t: Tensor) -> Tensor:

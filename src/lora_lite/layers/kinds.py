@@ -1,6 +1,7 @@
 """The table of the kinds that ship. `kinds=` puts a user's own before them."""
 
 import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,6 +59,8 @@ def as_kinds(kinds: Any) -> tuple[type[Kind], ...]:
         of = kind.classes
         if not isinstance(of, type) and not (isinstance(of, tuple) and all(isinstance(cls, type) for cls in of)):
             raise TypeError(f"{kind.__name__}.classes: expected a tuple of classes, found {of!r}. Write classes = (ItsLayer,).")
+        if not isinstance(inspect.getattr_static(kind, "fits"), classmethod | staticmethod):
+            raise TypeError(f"{kind.__name__}.fits: expected a classmethod, found a method of instances. Write @classmethod above it.")
         for fact, words, known in (("site", [kind.site], SITES), ("gives", kind.gives, _PARTS)):
             if unknown := sorted(set(words) - set(known)):
                 raise ValueError(

@@ -11,7 +11,7 @@ from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import listed
 from lora_lite.core.frozen import USES
 from lora_lite.core.plan import Entries, Plan, Target
-from lora_lite.layers.access import module_at
+from lora_lite.layers.access import module_at, renormed
 from lora_lite.layers.find import packed
 from lora_lite.layers.kind import Variant
 from lora_lite.prepare.nested import refuse_nested
@@ -29,10 +29,16 @@ def check_entries(model: nn.Module, entries: Entries) -> None:
     refuse_worn(model, [target.path for target, _ in entries])
     refuse_offloaded(model, entries)
     _refuse_split(model, entries)
+    _refuse_complex(model, entries)
     refuse_nested({target.path: target.kind for target, _ in entries})
     strange = [target.path for target, _ in entries if _strange(model, target)]
     if strange:
         cls = type(model.get_submodule(strange[0])).__name__
+        if written := [path for path in strange if renormed(model.get_submodule(path))]:
+            raise ValueError(
+                f"build: expected layers that compute W x + b and leave W as it is, found max_norm at {listed(written)}, by which a lookup "
+                "shortens rows of its table. Set max_norm to None and shorten them once, or leave such layers out with exclude_names."
+            )
         raise ValueError(
             f"build: expected layers that compute W x + b, found a forward of its own at {listed(p or 'the model' for p in strange)} "
             f"({cls}). Leave them out with exclude_names, pass a kind that computes what the class does, kinds=(ItsKind,), or take a hook "
@@ -82,6 +88,18 @@ def _refuse_split(model: nn.Module, entries: Entries) -> None:
         raise ValueError(
             f"build: expected dense weights, found others at {listed(sparse)}. Make them dense, layer.weight = "
             "torch.nn.Parameter(layer.weight.to_dense()), or leave such layers out with exclude_names."
+        )
+
+
+def _refuse_complex(model: nn.Module, entries: Entries) -> None:
+    """Refuse layers whose weights are complex. Real params reach a part of such a map, and most variants have no meaning there."""
+    hosts = [(t, module_at(model, t.kind.host(t.path))) for t, cfg in entries if cfg.adapts != "module"]
+    able = [t for t, host in hosts if any(p is not None and p.is_complex() for p in host._parameters.values())]
+    found = [t.path or "the model" for t in able if t.kind.at(model, t.path).dtype.is_complex]
+    if found:
+        raise ValueError(
+            f"build: expected real weights, found complex ones at {listed(found)}, of which real params would reach a part. Leave "
+            "such layers out with exclude_names."
         )
 
 

@@ -20,6 +20,8 @@ from lora_lite.core.leading import noted, worst
 from lora_lite.core.plan import Entries, Groups, Plan, Shapes
 from lora_lite.core.progress import shown
 from lora_lite.core.tree import Tree, flatten
+from lora_lite.core.written import written
+from lora_lite.layers.access import module_at
 from lora_lite.prepare.checks import check_shifts, check_steered
 from lora_lite.prepare.start import generator_for, own_start, placed, require_paths, require_tensors, start_params
 
@@ -46,11 +48,12 @@ def derive(
         given = allotted.get(target.path, {})
         W = target.kind.at(base, target.path, common.get(cfg.name, {}))
         generators = (generator_for(0, target.path) for _ in range(2))  # each as if it were the only one
-        with _noted(f'in {type(cfg).__name__}.constants at target "{target.path}"'), noted() as found:
+        layer = module_at(base, target.kind.host(target.path))
+        with _noted(layer, f'{type(cfg).__name__}.constants at target "{target.path}"'), noted() as found:
             of = functools.partial(own_constants, cfg, generator=next(generators), stats=stats.get(target.path), given=given)
             own = W.make(of)
         W = W.with_constants({**common.get(cfg.name, {}), **own})
-        with _noted(f'in {type(cfg).__name__}.init at target "{target.path}"'), noted() as first:
+        with _noted(layer, f'{type(cfg).__name__}.init at target "{target.path}"'), noted() as first:
             params = W.make(functools.partial(own_start, cfg, generator=next(generators)))
         shapes[target.path] = {name: tuple(p.shape) for name, p in params.items()}
         if found or first:
@@ -259,9 +262,16 @@ def _finite(weight: Tensor) -> bool:
 
 
 @contextmanager
-def _noted(where: str) -> Iterator[None]:
+def _noted(layer: nn.Module, where: str) -> Iterator[None]:
+    """Note on an error where it arose. Refuse a method that writes to the layer's weights."""
+    names = written(dict(layer.named_parameters()))
     try:
         yield
     except Exception as e:
-        e.add_note(where)
+        e.add_note(f"in {where}")
         raise
+    if names():
+        raise RuntimeError(
+            f"{where}: expected a method that reads the layer's weights, found that it wrote to {names()}, the user's. Load the weights "
+            "again, and compute with a copy: W.dense().clone()."
+        )

@@ -64,7 +64,9 @@ def require_tensors(found: Any, method: str, trained: bool = False) -> None:
         if not isinstance(name, str) or not name:
             raise TypeError(f"{method}: expected names that are strings and not empty, found {name!r}. They name tensors in files.")
         if not isinstance(tensor, Tensor):
-            raise TypeError(f'{method}: expected "{name}" to be a tensor, found {type(tensor).__name__}. Keep other values in fields.')
+            nested = isinstance(tensor, Mapping) and tensor
+            way = f'Put its tensors beside it, as "{name}.{next(iter(tensor))}"' if nested else "Keep other values in fields"
+            raise TypeError(f'{method}: expected "{name}" to be a tensor, found {type(tensor).__name__}. {way}.')
         if trained and not tensor.is_floating_point():
             wanted = f'expected "{name}" to be a floating tensor, which can be trained, found {tensor.dtype}'
             raise TypeError(f"{method}: {wanted}. Convert it, or return it from constants.")

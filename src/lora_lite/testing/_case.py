@@ -43,7 +43,7 @@ class Case:
 
     def __call__(self, params: Params, x: Tensor | None = None) -> Tensor:
         """Run the variant on the layer."""
-        return tensor_of(Variant(self.cfg)(params, self.W, self.x if x is None else x))
+        return output_of(self.cfg, params, self.W, self.x if x is None else x)
 
     def delta(self, params: Params, x: Tensor | None = None) -> Tensor:
         """Compute the variant's update of the layer's own output."""
@@ -85,7 +85,7 @@ def _make_case(cfg: AdapterConfig, dtype: torch.dtype, i: int, o: int, *, bias: 
     constants = own_constants(cfg, W, torch.Generator().manual_seed(0), stats, allotted)
     shared = cfg.share_init([W], torch.Generator().manual_seed(1))
     W = Frozen(weight, W.bias, {**cfg.share([W]), **constants})
-    start = {name: p.to(cfg.dtype) for name, p in {**shared, **own_start(cfg, W, torch.Generator().manual_seed(0))}.items()}
+    start = {name: p.detach().to(cfg.dtype) for name, p in {**shared, **own_start(cfg, W, torch.Generator().manual_seed(0))}.items()}
     moved = {name: p + 0.1 * torch.randn(p.shape, generator=g).to(p.dtype) for name, p in start.items()}
     return Case(cfg, W, start, moved, torch.randn(3, 2, i, generator=g).to(dtype))
 
@@ -109,8 +109,19 @@ def inputs(i: int) -> Tensor:
     return torch.randn(i, generator=g) + torch.randn(4 * i, i, generator=g) @ torch.randn(i, i, generator=g) / i**0.5
 
 
-def tensor_of(y: Any) -> Tensor:
-    """Return the output of a variant's forward, which has to be a tensor."""
+def output_of(cfg: AdapterConfig, params: Params, W: Frozen, x: Tensor) -> Tensor:
+    """Run a variant on a layer. Its forward has to return a tensor, and errors of its own are explained where their cause is known."""
+    try:
+        y: Any = Variant(cfg)(params, W, x)
+    except KeyError as e:
+        if e.args and isinstance(e.args[0], str) and e.args[0] not in {*params, *W.constants}:
+            fail(f"forward to read params among {sorted(params)} and constants among {sorted(W.constants)}", f"that it reads {e}")
+        raise
+    except RuntimeError as e:
+        others = [name for name, c in W.constants.items() if c.is_floating_point() and c.dtype != x.dtype]
+        if others and any(word in str(e) for word in ("dtype", "scalar type")):
+            fail(f"constants cast where forward uses them, as by W.constants[{others[0]!r}].to(x.dtype)", f"an error: {e}")
+        raise
     if not isinstance(y, Tensor):
         fail("forward to return a tensor, the output (*b, o)", type(y).__name__)
     out: Tensor = y

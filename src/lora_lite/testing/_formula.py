@@ -15,7 +15,7 @@ from lora_lite.core.frozen import USES, Frozen, Stored
 from lora_lite.derived.cost import declared, macs_per_token
 from lora_lite.derived.merge import merged_layer
 from lora_lite.layers.kind import Variant
-from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32, float64, make_cases, tensor_of
+from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32, float64, make_cases, output_of
 
 
 def facts(cfg: AdapterConfig) -> None:
@@ -62,7 +62,7 @@ def parts(cfg: AdapterConfig) -> None:
         raise unittest.SkipTest("only parts of linear layers differ by kind")
     for case in float32(cfg):
         W = _Watched(case.W, case.x)
-        y = tensor_of(Variant(case.cfg)(case.params, W, torch.full_like(case.x, math.nan)))
+        y = output_of(case.cfg, case.params, W, torch.full_like(case.x, math.nan))
         used = W.used | ({"vectors"} if y.isnan().any() else set())
         used -= {"project"} if "vectors" in case.cfg.uses else set()  # who sees the vectors can project them
         if not used <= set(case.cfg.uses):

@@ -113,6 +113,12 @@ def make_kind_case(
         torch.manual_seed(0)
         model = _Around(make_layer()).double().eval().requires_grad_(False)
         x = make_input() if make_input is not None else _input(kind, model)
+    if not isinstance(x, Tensor) or x.shape[:1] != (ROWS,):
+        found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(
+            f"check_kind: expected make_input to return one tensor with {ROWS} rows on its first axis, found {found}. Put a layer that "
+            'takes several into a module that takes one and splits it, and name the layer inside, e.g. names=r"^layer\\.inner$".'
+        )
     x = x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
     return KindCase(kind, model, x, names)
 

@@ -62,6 +62,7 @@ def stack(trees: Iterable[Any], pad: Pad = False, adapt: Adapt | None = None) ->
     """
     several = isinstance(trees, Iterable) and not isinstance(trees, Tensor | nn.Module | str)
     require_type(several, "stack([params, params, ...])", "trees", "a list of params trees", trees)
+    require_type(not isinstance(pad, Mapping), "stack([params, params, ...])", "pad", 'True, False or "frozen"', pad)
     if not (isinstance(pad, bool) or pad == "frozen"):
         raise ValueError(f'stack: expected pad as True, False or "frozen", found {pad!r}. Use True for a stack that is trained.')
     _require_host("stack([(adapt, params), ...], adapt=host)", adapt)
