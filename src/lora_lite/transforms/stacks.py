@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor, nn
 
 from lora_lite.adapt import Adapt
-from lora_lite.core.errors import is_tree, listed, require_type
+from lora_lite.core.errors import is_tree, listed, require_type, trainable
 from lora_lite.core.tracing import in_transform
 from lora_lite.core.tree import AnyTree, Tree
 from lora_lite.derived.mixed import place_of_leaf, stack_trees, unstack_tree
@@ -73,9 +74,22 @@ def stack(trees: Iterable[Any], pad: Pad = False, adapt: Adapt | None = None) ->
         return host, stack_trees([tree_in(host, own, tree, k, pad) for k, (own, tree) in enumerate(trees)])
     for k, tree in enumerate(trees):
         require_type(is_tree(tree), "stack([params, params, ...])", f"tree {k}", "a params tree", tree)
+        _require_dense(tree, k)
     if adapt is not None:
         raise ValueError("stack: expected pairs (adapt, params) beside an adapt, found trees, which do not say their own. Pass pairs.")
     return stack_trees(_padded(trees, pad is True) if pad else trees)
+
+
+def _require_dense(tree: AnyTree, k: int) -> None:
+    """Refuse leaves that no adapt takes, which stacking would convert beside others without a word."""
+    for path, leaves in tree.items():
+        for name, leaf in leaves.items():
+            if leaf.layout is not torch.strided or not trainable(leaf.dtype):
+                found = leaf.dtype if leaf.layout is torch.strided else leaf.layout
+                raise ValueError(
+                    f"stack: expected dense leaves of a floating dtype of 16 bits or more, found {found} at {place_of_leaf(path, name)} in "
+                    f"tree {k}. Convert it first, e.g. leaf.float() or leaf.to_dense()."
+                )
 
 
 @overload
