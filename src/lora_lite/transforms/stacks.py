@@ -13,6 +13,7 @@ from lora_lite.core.tree import AnyTree, Tree
 from lora_lite.derived.mixed import place_of_leaf, stack_trees, unstack_tree
 from lora_lite.transforms.hosting import Pair, factors_in, host_of, tree_in
 from lora_lite.transforms.padding import LeafShapes, alike, grown, holds, known_neutral, padded_to
+from lora_lite.transforms.places import require_same_weights
 
 Pad = bool | Literal["frozen"]
 
@@ -48,6 +49,7 @@ def stack(trees: Iterable[Any], pad: Pad = False, adapt: Adapt | None = None) ->
 
     Raises:
         ValueError: where there is none, they differ, padding would not be neutral, or no adapt has room for all. It names the first leaf.
+            Where pairs stand on other weights than the first; it names the targets.
             Also where a pair's config means another thing by the same leaves, such as another invocation.
 
     Example:
@@ -71,7 +73,9 @@ def stack(trees: Iterable[Any], pad: Pad = False, adapt: Adapt | None = None) ->
         raise ValueError(f"stack: expected at least one params tree, in a list, found {found}. Pass a list of trees.")
     if all(_is_pair(tree) for tree in trees):
         host = host_of(trees, adapt)
-        return host, stack_trees([tree_in(host, own, tree, k, pad) for k, (own, tree) in enumerate(trees)])
+        members = [tree_in(host, own, tree, k, pad) for k, (own, tree) in enumerate(trees)]
+        require_same_weights("stack", [*(own for own, _ in trees), host])
+        return host, stack_trees(members)
     for k, tree in enumerate(trees):
         require_type(is_tree(tree), "stack([params, params, ...])", f"tree {k}", "a params tree", tree)
         _require_dense(tree, k)
