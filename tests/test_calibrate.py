@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import re
 import sys
 
 import pytest
@@ -231,6 +232,12 @@ def test_error_in_a_batch_names_it():
     with pytest.raises(TypeError, match="expected batch as a mapping") as caught:
         ll.build(Routed(), EVA, calibration=[X, "text"])
     assert "in batch 1 of the calibration data" in caught.value.__notes__
+
+
+def test_error_of_the_model_in_a_batch_says_what_both_have():
+    with pytest.raises(TypeError, match="unexpected keyword") as caught:
+        ll.build(Routed(), EVA, calibration=[{"x": X, "text": X}])
+    assert re.search(r'The batch has x: .*, text: .*; Routed takes "x".*lies on cpu\. Pass batches as adapt', caught.value.__notes__[1])
 
 
 @pytest.mark.parametrize("cfg", CALIBRATED, ids=label)

@@ -1,6 +1,7 @@
 """Every bad input is an error that says what was expected, what was found and how to fix it; and nothing changes."""
 
 import copy
+import dataclasses
 import json
 import math
 import random
@@ -94,6 +95,42 @@ def config(cls=LoRA, **fields):
 
 def call(change):
     return lambda w: w.adapt(change(w.params), w.x)
+
+
+def variant(then=lambda adapt: None, **members):
+    """Build with a variant of LoRA that has other methods or facts."""
+    cls = dataclasses.dataclass(frozen=True, kw_only=True)(type("Outside", (LoRA,), {**members, "__module__": __name__}))
+    return lambda w: then(ll.build(w.model, cls(r=4)))
+
+
+class Merges(ll.Kind):
+    """A kind of `nn.Linear` that merges by itself."""
+
+    classes = (nn.Linear,)
+    returned = None
+
+    def merged(self, f, params):
+        return self.returned
+
+
+def merged(returned):
+    """Merge with a kind whose `merged` returns something else."""
+    kind = type("Merges", (Merges,), {"returned": returned})
+
+    def do(w):
+        adapt = ll.build(w.model, LoRA(r=4, target_names=r"0\.q_proj$"), kinds=(kind,))
+        return adapt.merge(adapt.init())
+
+    return do
+
+
+class Yields(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(16, 16)
+
+    def forward(self, x):
+        yield self.proj(x)
 
 
 # id: (what is done, the error, and the parts of its message in order: expected, found, fix)
@@ -246,6 +283,89 @@ BAD = {
         TypeError, "load: expected variants as a sequence", "LoRAConfig", r"Write \[ItsConfig\]"),
     "variants by name that are no classes": (lambda w: ll.load(w.model, w.good, variants={"lora": LoRA()}),
         TypeError, "load: expected variants as a sequence", "LoRAConfig", r"Write \[ItsConfig\]"),
+    # fields, and what a variant returns
+    "a rank by place": (lambda w: LoRA(4), TypeError, "LoRAConfig: expected fields by name", "4", r"LoRAConfig\(r=4\)"),
+    "modules by place": (lambda w: ll.FullConfig("0"), TypeError, "expected fields by name", "0", r"FullConfig\(target_names='0'\)"),
+    "tokens below 0": (config(ll.ALoRAConfig, invocation_tokens=(5, -1)),
+        ValueError, "invocation_tokens: expected ids >= 0", "-1", "as the tokeniser"),
+    "a partner that is no path": (variant(partner=lambda cfg, path: 3),
+        TypeError, r'Outside.partner at "layers\.0\.q_proj": expected the path', "3", r"Return e\.g\."),
+    "a group that is no mapping": (variant(share_groups=lambda cfg, layers: {Q: None}),
+        TypeError, r'Outside.share_groups at "layers\.0\.q_proj": expected a mapping', "None", "Return a dict"),
+    "a strength of nothing": (variant(lambda adapt: adapt.steer(adapt.init(), 0.5), steer=lambda cfg, params, c: {}),
+        TypeError, "Outside.steer: expected params of shapes", "{}", "Return all"),
+    "a fact that is a word": (variant(linear="no"), TypeError, "Outside.linear: expected True or False", "no", r"linear = True"),
+    "a formula that is a number": (variant(trained=3), TypeError, "Outside.trained: expected a formula", "3", "Write"),
+    "a tolerance below 0": (variant(identity=-1.0), ValueError, "Outside.identity: expected a tolerance >= 0", "-1", "Write"),
+    "merged weights of no kind": (merged(None), TypeError, "Merges.merged: expected a mapping", "NoneType", "Return"),
+    "merged weights that are numbers": (merged({"weight": 1.0}), TypeError, "Merges.merged: expected a mapping", "float", "Return"),
+    "merged weights of another shape": (merged({"weight": torch.zeros(3, 3)}),
+        ValueError, "merge: expected targets", r"Merges.merged returned 'weight' of shape \(3, 3\), found \(16, 16\)", "layout"),
+    "a config of find_targets": (lambda w: ll.find_targets(w.model, None), TypeError, "find_targets: expected a variant", "None", "Pass"),
+    # the model
+    "a forward that yields": (build(Yields), ValueError, "build: expected a model whose call returns", r"Yields.forward is a gen", "Build"),
+    "complex weights": (build(lambda: nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64))),
+        ValueError, "build: expected real weights", r'"0 \(torch.complex64\)"', "Leave such"),
+    # calibration and original weights
+    "calibration on meta": (build(cfg=ll.EVAConfig(r=2), calibration=[torch.zeros(2, 16, device="meta")]),
+        ValueError, "build: expected batch 0 of the calibration data with values", "on meta", "Make it on"),
+    "a dataset for batches": (build(cfg=ll.EVAConfig(r=2), calibration=torch.utils.data.TensorDataset(torch.zeros(2, 16))),
+        TypeError, "expected calibration as an iterable", "TensorDataset", "a dataset in a DataLoader"),
+    "original weights that are a module": (lambda w: ll.build(w.model, ll.LoftQConfig(r=2), original=w.model),
+        TypeError, "build: expected original as a state dict", "Tiny", "Call build"),
+    "original weights that are numbers": (lambda w: ll.build(w.model, ll.LoftQConfig(r=2), original=dict.fromkeys(w.model.state_dict(), 3)),
+        ValueError, "expected the original weights", r"layers\.0\.q_proj\.weight.*found int", "Pass"),
+    # calls
+    "an index by name": (lambda w: w.adapt.mixed(ll.stack([w.params]), w.x, {0: 0}),
+        TypeError, "expected index as integers", "0: 0", "Give"),
+    "an index without values": (lambda w: w.adapt.mixed(ll.stack([w.params]), w.x, torch.zeros(2, dtype=torch.long, device="meta")),
+        ValueError, "adapt.mixed: expected index with values", "on meta", "Give"),
+    "a module's index without values": (lambda w: w.adapt.module(ll.stack([w.params]), torch.zeros(2, dtype=torch.long, device="meta")),
+        ValueError, "adapt.module: expected index with values", "on meta", "Give"),
+    "an axis below 0": (lambda w: w.adapt.mixed(ll.stack([w.params] * 2), w.x, [0, 1], row_map={"proj": -1}),
+        ValueError, "expected row_map to give 'proj' an axis >= 0", "-1", "Count"),
+    "an axis that is not there": (lambda w: w.adapt.mixed(ll.stack([w.params] * 2), w.x, [0, 1], row_map={"proj": 5}),
+        ValueError, r"expected row_map to give an axis of an input of shape \(2, 16\)", "5", "Count"),
+    "a strength on meta": (lambda w: w.adapt.steer(w.params, torch.ones((), device="meta")),
+        ValueError, "adapt.steer: expected c with a value", "on meta", "Pass a number"),
+    "merged weights on meta": (lambda w: w.adapt.merge_error(w.params, {n: t.to("meta") for n, t in w.adapt.merge(w.params).items()}),
+        ValueError, "merge_error: expected merged tensors with values", "on meta", "Pass what merge"),
+    "a stack of integers": (lambda w: ll.stack([w.params, ll.tree_map(lambda p: p.long(), w.params)]),
+        ValueError, "stack: expected dense leaves of a floating dtype", "int64 at .* in tree 1", "Convert"),
+    "a Hessian of many values": (lambda w: ll.hvp(lambda p: w.adapt(p, w.x))(w.params, w.params),
+        ValueError, "hvp: expected f to return a scalar tensor", "shape", "Reduce"),
+    "a curvature of many values": (lambda w: ll.ggn_vp(lambda p: w.adapt(p, w.x), lambda y: y)(w.params, w.params),
+        ValueError, "ggn_vp: expected loss_fn to return a scalar tensor", "shape", "Reduce"),
+    "a complex loss": (lambda w: ll.value_and_grad(lambda p: w.adapt(p, w.x).sum() * 1j)(w.params),
+        ValueError, "value_and_grad: expected f to return a real number", "complex64", "Return"),
+    "checks that are a word": (lambda w: ll.set_typecheck("off"), TypeError, "set_typecheck: expected on as True", "str", "Call"),
+    "a checked number": (lambda w: ll.checked(3), TypeError, "checked: expected fn as a function", "int", "Call"),
+    "a negative rank of an SVD": (lambda w: ll.linalg.truncated_svd(torch.eye(3), -1),
+        ValueError, "truncated_svd: expected", "r=-1", "Call"),
+    "no rank of an SVD": (lambda w: ll.linalg.truncated_svd(torch.eye(3), None), TypeError, "expected r as an integer", "NoneType", "Call"),
+    "a kind without a layer": (lambda w: ll.testing.check_kind(Merges, lambda: 3),
+        TypeError, "check_kind: expected what make_layer returns as a layer", "int", "Call"),
+    # files
+    "remat of no block in a file": (lambda w: ll.load(w.model, w.good, remat="nope"),
+        ValueError, 'load: expected remat="nope" to match', "none", "Closest"),
+    "remat that is no regex in a file": (lambda w: ll.load(w.model, w.good, remat="("),
+        ValueError, "load: expected remat as a regular", r"\(", "Write"),
+    "a file for PEFT's folder": (lambda w: ll.from_peft(w.model, w.good),
+        NotADirectoryError, "from_peft: expected a folder with adapter_config.json", "the file .*good", "Pass its folder.*ll.load"),
+    "a folder inside that is none": (lambda w: ll.from_peft(w.model, w.folder, subfolder=None),
+        TypeError, "from_peft: expected subfolder as the name", "NoneType", "Call from_peft"),
+    "an empty path of PEFT's folder": (lambda w: ll.to_peft(w.adapt, w.params, ""),
+        FileNotFoundError, "to_peft: expected the path of a folder", "an empty one", "Name a folder"),
+    "tags in one string": (lambda w: ll.model_card(w.adapt, w.params, tags="math"),
+        TypeError, "model_card: expected tags as a list", "str", "Call"),
+    "a title that is none": (lambda w: ll.model_card(w.adapt, w.params, title=None),
+        TypeError, "model_card: expected title as a string", "NoneType", "Call"),
+    "results in a list": (lambda w: ll.model_card(w.adapt, w.params, metrics=[("a", 1)]),
+        TypeError, "model_card: expected metrics as a mapping", "list", "Call"),
+    "a licence in a list": (lambda w: ll.model_card(w.adapt, w.params, license=["mit"]),
+        TypeError, "model_card: expected license as a string", "list", "Call"),
+    "a base that is no name": (lambda w: ll.model_card(w.adapt, w.params, base=3),
+        TypeError, "model_card: expected base as the name", "int", "Call"),
 }  # fmt: skip
 
 

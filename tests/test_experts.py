@@ -279,3 +279,10 @@ def test_variants_whose_layers_share_tensors_are_refused_by_name(cfg):
     ):
         ll.build(model, dataclasses.replace(cfg, target_names=name))
     assert ll.build(model, [dataclasses.replace(cfg, target_names="q_proj"), ll.LoRAConfig(r=2, target_names=name)]).num_params > 0
+
+
+def test_variant_of_positions_says_what_experts_lack_and_the_way_out_works():
+    model, _ = _make("mixtral")
+    with pytest.raises(ValueError, match=r"acts at some positions.*all experts at once, without their places in the text\..*LoRAConfig"):
+        ll.build(model, ll.ALoRAConfig(r=2, invocation_tokens=(5,), target_names=r"experts\."))
+    assert ll.build(model, ll.LoRAConfig(r=2, target_names=r"experts\.")).targets

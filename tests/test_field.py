@@ -2217,3 +2217,17 @@ def test_layer_at_several_paths_is_merged():
     twin = copy.deepcopy(model)
     twin.load_state_dict(adapt.merge(params), strict=False)
     torch.testing.assert_close(twin(x), adapt(params, x))
+
+
+def test_stack_of_adapters_on_other_weights_is_refused_and_the_way_out_works():
+    """The second one ran on the weights of the first, and gave another model's outputs."""
+    model, other, x = pair(), other_weights(pair(), "weight"), torch.randn(4, 8)
+    adapts = [ll.build(m, ll.LoRAConfig(r=2)) for m in (model, other)]
+    trees = [move(adapt.init(seed)) for seed, adapt in enumerate(adapts)]
+    with pytest.raises(ValueError, match=r'stack: expected adapters over the same frozen weights.*\n.*"0" of adapt 1'):
+        ll.stack(list(zip(adapts, trees)))
+    twin = copy.deepcopy(model)
+    for second in (model, twin):  # the same weights, in the same memory or in another
+        own = ll.build(second, ll.LoRAConfig(r=2))
+        host, stacked = ll.stack([(adapts[0], trees[0]), (own, trees[1])])
+        torch.testing.assert_close(host.mixed(stacked, x, [0, 1, 0, 1])[1::2], own(trees[1], x)[1::2])

@@ -270,3 +270,19 @@ def test_transformers_model_from_disk(checkpoint, tmp_path, loaded, cfg):
     assert same(before, facts(model))
     model(**batch)
     assert torch.equal(adapt(params, batch).logits, again(read, batch).logits)
+
+
+@pytest.mark.parametrize("packed", [bnb.nn.Embedding4bit, bnb.nn.Embedding8bit])
+def test_packed_embedding_is_named_as_one_and_each_way_out_works(packed):
+    model = nn.Sequential(packed(16, 64), nn.Linear(64, 4)).to("cpu")
+    for cfg in (ll.LoRAConfig(r=2, target_names="^0$"), ll.TokensConfig(token_ids=(1,), target_names="^0$")):
+        with pytest.raises(ValueError, match=rf'"0 \({packed.__name__}\)", packed as codes that no kind reads\. Load them unpacked'):
+            ll.build(model, cfg)
+    with pytest.raises(ValueError, match=rf'"0 \({packed.__name__}\)" among them\..*exclude_names=\(r"\^0\$"'):
+        ll.build(model, ll.LoRAConfig(r=2, target_names=r"^[01]$"))
+    adapt, ids = ll.build(model, ll.LoRAConfig(r=2, target_names=r"^[01]$", exclude_names=(r"^0$",))), torch.randint(16, (2, 3))
+    params = move(adapt.init())
+    wanted = model(ids) + 8 * model[0](ids) @ params["1"]["A"].T @ params["1"]["B"].T
+    torch.testing.assert_close(adapt(params, ids), wanted, rtol=1e-4, atol=1e-4)
+    loaded = nn.Sequential(nn.Embedding(16, 64), nn.Linear(64, 4))
+    assert [target.path for target in ll.build(loaded, ll.LoRAConfig(r=2, target_names="^0$")).targets] == ["0"]

@@ -406,3 +406,11 @@ def test_trainer_names_what_it_was_given_in_the_place_of_an_adapt(tmp_path):
     for given in (model, params):
         with pytest.raises(TypeError, match=f"expected adapt as what build or load returned, found {type(given).__name__}"):
             AdapterTrainer(given, adapt, args=arguments(tmp_path))
+
+
+def test_stack_is_refused_before_it_trains(tmp_path):
+    """It trained, and the run ended when its first checkpoint was written."""
+    _, adapt, params = started()
+    for wrong, way in ((ll.stack([params, params]), r"a stack of 2: run it by adapt\.mixed"), ({}, r"Use adapt\.init")):
+        with pytest.raises(ValueError, match=rf"(?s)AdapterTrainer: expected params that fit.*{way}"):
+            AdapterTrainer(adapt, wrong, args=arguments(tmp_path), train_dataset=rows())

@@ -42,26 +42,27 @@ def install(clone: nn.Module, pattern: str | None) -> None:
         _drop_grad_hooks(module)
 
 
-def check_pattern(model: nn.Module, pattern: str | None) -> list[nn.Module]:
-    """List the blocks whose paths match `pattern`, none for None.
+def check_pattern(model: nn.Module, pattern: str | None, call: str = "build") -> list[nn.Module]:
+    """List the blocks whose paths match `pattern`, none for None. `call` is whose argument it is.
 
     Raises:
         ValueError: where `pattern` matches no module.
     """
     if pattern is None:
         return []
-    blocks = [m for path, m in model.named_modules() if path and _compile(pattern).search(path)]
+    expression = _compile(pattern, call)
+    blocks = [m for path, m in model.named_modules() if path and expression.search(path)]
     if not blocks:
         paths = [path for path, _ in model.named_modules() if path]
-        raise ValueError(f'build: expected remat="{pattern}" to match a block, found none. Closest: {nearest(pattern, paths)}.')
+        raise ValueError(f'{call}: expected remat="{pattern}" to match a block, found none. Closest: {nearest(pattern, paths)}.')
     return blocks
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def _compile(pattern: str, call: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern + "")  # a string, not bytes
     except (re.error, TypeError) as e:
-        raise ValueError(f"build: expected remat as a regular expression, found {pattern!r} ({e}). Write e.g. r'layers\\.\\d+$'.") from e
+        raise ValueError(f"{call}: expected remat as a regular expression, found {pattern!r} ({e}). Write e.g. r'layers\\.\\d+$'.") from e
 
 
 def _recomputed(name: str, block: nn.Module, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

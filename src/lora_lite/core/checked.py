@@ -19,6 +19,7 @@ from beartype.door import is_bearable
 from jaxtyping import Float, jaxtyped
 from torch import Tensor
 
+from lora_lite.core.errors import require_type
 from lora_lite.core.frozen import Frozen, as_frozen, in_dtype
 
 _CONF = BeartypeConf(is_pep484_tower=True)  # an integer is a float
@@ -27,7 +28,12 @@ _enabled = os.environ.get("LORA_LITE_TYPECHECK", "").lower() not in ("", "0", "f
 
 
 def set_typecheck(on: bool) -> bool:
-    """Switch shape checking on or off for the whole process and return the setting before."""
+    """Switch shape checking on or off for the whole process and return the setting before.
+
+    Raises:
+        TypeError: where `on` is neither True nor False.
+    """
+    require_type(isinstance(on, bool), "set_typecheck(True)", "on", "True or False", on)
     global _enabled
     before, _enabled = _enabled, on
     return before
@@ -47,6 +53,7 @@ def checked(fn: Callable[..., Tensor], *, cast: bool = True) -> Callable[..., Te
         TypeError: where `fn` lacks an annotation. With checking on a call raises it too, and lists each value that does not fit, what was
             expected and what was found.
     """
+    require_type(callable(fn), "checked(fn)", "fn", "a function", fn)
     hints = get_type_hints(fn, include_extras=True)
     if missing := [name for name in ("params", "x", "return") if name not in hints]:
         raise TypeError(

@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_lite.core.documented import with_inherited
 from lora_lite.core.errors import listed, nearest
 from lora_lite.core.facts import require_facts
-from lora_lite.core.fields import are_integers, at, check_fields, refuse_unknown
+from lora_lite.core.fields import are_integers, at, check_fields, refuse_unknown, refuse_unnamed
 from lora_lite.core.frozen import USES, Constants, Frozen, Params
 from lora_lite.core.legacy import completed
 
@@ -89,6 +89,7 @@ class AdapterConfig:
         cls.__doc__ = with_inherited(cls) or cls.__doc__
 
     def __new__(cls, *args: Any, **fields: Any) -> Self:
+        refuse_unnamed(cls, args, AdapterConfig.__dataclass_fields__)
         refuse_unknown(cls, fields)
         return super().__new__(cls)
 
@@ -261,8 +262,8 @@ def patterns_of(value: str | Sequence[str]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def as_config(cfg: object) -> AdapterConfig:
-    """Complete an object that has `name`, `init` and `forward` by the defaults of `AdapterConfig`.
+def as_config(cfg: object, call: str = "build") -> AdapterConfig:
+    """Complete an object that has `name`, `init` and `forward` by the defaults of `AdapterConfig`. `call` is whose argument it is.
 
     Raises:
         TypeError: where `cfg` is no such object, or a field or a fact of it holds a value of another type.
@@ -271,7 +272,7 @@ def as_config(cfg: object) -> AdapterConfig:
     missing = [fact for fact in ("name", "init", "forward") if not hasattr(cfg, fact)]
     if isinstance(cfg, type) or missing:
         lacks = f", which lacks {listed(missing)}" if missing and not isinstance(cfg, type) else ""
-        raise TypeError(f"build: expected a variant's config, found {cfg!r}{lacks}. Pass an instance, e.g. LoRAConfig(r=8).")
+        raise TypeError(f"{call}: expected a variant's config, found {cfg!r}{lacks}. Pass an instance, e.g. LoRAConfig(r=8).")
     written: Any = type(cfg)
     cls: Any = completed(written, AdapterConfig)
     full: Any = cfg

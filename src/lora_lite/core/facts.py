@@ -13,7 +13,7 @@ def require_facts(cfg: Any) -> None:
 
     Raises:
         TypeError: it names the fact.
-        ValueError: where the variant acts at some positions, and its `uses` do not say so.
+        ValueError: where a tolerance is negative or nan, or the variant acts at some positions, and its `uses` do not say so.
     """
     name = type(cfg).__name__
     if not isinstance(cfg.name, str) or not cfg.name:
@@ -22,6 +22,16 @@ def require_facts(cfg: Any) -> None:
         raise TypeError(f'{name}.uses: expected a set of words, found {cfg.uses!r}. Write e.g. uses = frozenset({{"output"}}).')
     if cfg.steered is not None and not _holds_strings(cfg.steered, Sequence):
         raise TypeError(f'{name}.steered: expected a tuple of names or None, found {cfg.steered!r}. Write e.g. steered = ("B",).')
+    for fact in ("calibrated", "original", "linear", "rowwise", "cast", "tied"):
+        if not isinstance(value := getattr(cfg, fact), bool):
+            raise TypeError(f"{name}.{fact}: expected True or False, found {value!r}. Write e.g. {fact} = True.")
+    for fact in ("trained", "macs"):
+        if not isinstance(value := getattr(cfg, fact), str | None):
+            raise TypeError(f'{name}.{fact}: expected a formula as a string or None, found {value!r}. Write e.g. {fact} = "r * (i + o)".')
+    if isinstance(cfg.identity, Real) and not float(cfg.identity) >= 0:
+        raise ValueError(
+            f"{name}.identity: expected a tolerance >= 0 or None, found {cfg.identity!r}. Write e.g. identity = 0.0 for exact."
+        )
     if cfg.identity is not None and (isinstance(cfg.identity, bool) or not isinstance(cfg.identity, Real)):
         raise TypeError(f"{name}.identity: expected a tolerance or None, found {cfg.identity!r}. Write e.g. identity = 0.0 for exact.")
     if cfg.acts_at is not None and not callable(cfg.acts_at):

@@ -10,7 +10,7 @@ import inspect
 import math
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from numbers import Real
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -86,6 +86,9 @@ def check_fields(cfg: object) -> None:
 
 
 OURS = {
+    "rank": "r",
+    "lora_r": "r",
+    "lora_rank": "r",
     "lora_alpha": "alpha",
     "alora_invocation_tokens": "invocation_tokens",
     "lora_dropout": "dropout",
@@ -153,6 +156,20 @@ def refuse_unknown(cls: Any, given: Mapping[str, object]) -> None:
         ours = OURS.get(name) if OURS.get(name) in names else None
         way = f"It is called {ours} here" if ours else ELSEWHERE.get(name, f"Closest: {nearest(name, names)}")
         raise TypeError(f"{cls.__name__}.__init__() got an unexpected keyword argument '{name}'. {way}.")
+
+
+def refuse_unnamed(cls: Any, given: Sequence[object], shared: Collection[str]) -> None:
+    """Raise where a class of configs is given fields by place that it takes by name alone. `shared` are those of every class.
+
+    Raises:
+        TypeError: with the first own field as the example.
+    """
+    takes = {name: p for name, p in inspect.signature(cls.__init__).parameters.items() if name != "self"}
+    if given and all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in takes.values()):
+        first = next((name for name in takes if name not in shared), "target_names")
+        raise TypeError(
+            f"{cls.__name__}: expected fields by name, found {given[0]!r} without one. Write e.g. {cls.__name__}({first}={given[0]!r})."
+        )
 
 
 def at(cfg: object, field: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor, is_functorch_wrapped_tensor
 
+from lora_lite.core.errors import require_type
 from lora_lite.core.tracing import beneath_vmap, by_vmap
 
 
@@ -76,7 +77,16 @@ def truncated_svd(weight: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the top `r` of the exact SVD, `U (o, r)`, `S (r)`, `Vh (r, i)`, in at least float32.
 
     Signs are fixed by the largest entry of each row of `Vh` being positive, so that a recomputed basis is the same one.
+
+    Raises:
+        TypeError: where `weight` is no tensor, or `r` no integer.
+        ValueError: where `weight` is no matrix, or `r` is negative.
     """
+    call = "truncated_svd(weight, r)"
+    require_type(isinstance(weight, Tensor), call, "weight", "a matrix", weight)
+    require_type(isinstance(r, int) and not isinstance(r, bool), call, "r", "an integer >= 0", r)
+    if weight.dim() != 2 or r < 0:
+        raise ValueError(f"truncated_svd: expected a matrix and r >= 0, found shape {tuple(weight.shape)} and r={r}. Call {call}.")
     U, S, Vh = torch.linalg.svd(weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
     U, S, Vh = U[:, :r], S[:r], Vh[:r]
     signs = Vh.gather(1, Vh.abs().argmax(1, keepdim=True)).sign()  # (r, 1)

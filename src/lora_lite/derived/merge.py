@@ -116,6 +116,11 @@ def merged_parts(
                 raise ValueError(
                     f"{target.kind.__name__}.merged returned {name!r}, which is none of {listed(kept)}. Correct the name, or define kept()"
                 )
+            if where is ... and part.shape != kept[name].shape:
+                raise ValueError(
+                    f"{target.kind.__name__}.merged returned {name!r} of shape {tuple(part.shape)}, found {tuple(kept[name].shape)} in the "
+                    "module. Return it in the module's layout"
+                )
             yield join(target.kind.host(target.path), name), where, part, kept[name]
     except ValueError as e:
         raise Unmergeable(target, str(e)) from e
@@ -173,6 +178,8 @@ def merge_error(plan: Plan, params: AnyTree, merged: Mapping[str, Tensor]) -> di
     held = isinstance(merged, Mapping) and all(isinstance(tensor, Tensor) for tensor in merged.values())
     require_type(held, "adapt.merge_error(params, merged)", "merged", "a state dict of tensors, as merge returns it", merged)
     exact = merge(plan, params, torch.float64)
+    if empty := [name for name, tensor in merged.items() if tensor.is_meta and name in exact and not exact[name].is_meta]:
+        raise ValueError(f"merge_error: expected merged tensors with values, found {listed(empty)} on meta. Pass what merge returned.")
     faults = [name for name, tensor in exact.items() if name not in merged or merged[name].shape != tensor.shape]
     if faults:
         wanted = ", ".join(f'"{name}" of shape {tuple(exact[name].shape)}' for name in faults[:3])

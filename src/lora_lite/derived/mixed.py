@@ -142,10 +142,25 @@ def steered(plan: Plan, params: AnyTree, c: float | Tensor, members: int | None)
 def _at_strength(cfg: AdapterConfig, W: Any, leaves: Params, c: float | Tensor) -> dict[str, Tensor]:
     """Return the params of one place in a tree at strength `c`. `W` is a layer that may hold several maps: each is steered by itself."""
     if W is None:
-        return dict(cfg.steer(leaves, c))
-    maps = iter([cfg.steer(own, c) for _, own in W.pairs(leaves)])
+        return _steered(cfg, leaves, c)
+    maps = iter([_steered(cfg, own, c) for _, own in W.pairs(leaves)])
     found: dict[str, Tensor] = W.make(lambda _: next(maps))
     return found
+
+
+def _steered(cfg: AdapterConfig, leaves: Params, c: float | Tensor) -> dict[str, Tensor]:
+    """Run a variant's `steer`.
+
+    Raises:
+        TypeError: where it returns anything but tensors of the same names and shapes.
+    """
+    found: Any = cfg.steer(leaves, c)
+    tensors = isinstance(found, Mapping) and all(isinstance(p, Tensor) for p in found.values())
+    if not tensors or found.keys() != leaves.keys() or any(found[name].shape != p.shape for name, p in leaves.items()):
+        shapes = {name: _shape(p) for name, p in found.items()} if isinstance(found, Mapping) else type(found).__name__
+        wanted = {name: _shape(p) for name, p in leaves.items()}
+        raise TypeError(f"{type(cfg).__name__}.steer: expected params of shapes {wanted}, found {shapes}. Return all that it is given.")
+    return dict(found)
 
 
 def strength_axes(c: float | Tensor, members: int | None) -> tuple[int | None, int | None]:
@@ -158,6 +173,8 @@ def strength_axes(c: float | Tensor, members: int | None) -> tuple[int | None, i
     """
     if not isinstance(c, Tensor | Real) or isinstance(c, bool):  # of numpy, too
         raise TypeError(f"adapt.steer: expected c as a number or a tensor, found {type(c).__name__}. Wrap a list in torch.tensor(...).")
+    if isinstance(c, Tensor) and c.is_meta:
+        raise ValueError("adapt.steer: expected c with a value, found it on meta. Pass a number, or a tensor on the params' device.")
     if isinstance(c, Tensor) and (c.is_complex() or c.dtype is torch.bool):
         raise TypeError(f"adapt.steer: expected c as a real number, found {c.dtype}. Use e.g. c.float().")
     if not isinstance(c, Tensor):
@@ -189,7 +206,8 @@ def index_of(index: Tensor | Sequence[int] | None, members: int, device: torch.d
     if index is None:
         return None
     if not isinstance(index, Tensor):
-        given = list(index) if isinstance(index, Iterable) else None  # an iterator is gone when it has been looked at
+        # An iterator is gone when it has been looked at, and a mapping has keys of its own.
+        given = list(index) if isinstance(index, Iterable) and not isinstance(index, Mapping) else None
         wrong = [index] if given is None else [k for k in given if isinstance(k, bool) or not isinstance(k, Integral)]
         if given is None or wrong:
             raise TypeError(
@@ -202,6 +220,10 @@ def index_of(index: Tensor | Sequence[int] | None, members: int, device: torch.d
         found = f"{index.dtype} of shape {tuple(index.shape)}"
         raise TypeError(f"adapt.{caller}: expected index as a vector of integers, found {found}. Give each row the number of its adapter.")
     require_values([index])
+    if index.is_meta and device.type != "meta":
+        raise ValueError(
+            f"adapt.{caller}: expected index with values, found it on meta. Give each row the number of its adapter, in a list."
+        )
     if index.device.type == "cpu" and not in_transform():
         _require_members(index.tolist(), members, caller)
     return index.to(device, torch.long)

@@ -168,6 +168,8 @@ def _mapped(row_map: RowMap, paths: Sequence[str], rows: int, members: int, inde
             ) from e
         if not named:
             raise ValueError(f"adapt.mixed: expected row_map to name targets, found none for {pattern!r}. Targets are {listed(paths)}.")
+        if type(places) is int and places < 0:
+            raise ValueError(f"adapt.mixed: expected row_map to give {pattern!r} an axis >= 0, found {places}. Count from the first axis.")
         if isinstance(places, bool) or not isinstance(places, int):
             places = _members_of(pattern, places, rows, members, index)
         found |= dict.fromkeys(named, places)

@@ -70,7 +70,7 @@ def give_rows(module: nn.Module, members: int, index: Tensor | Sequence[int] | N
         TypeError: where it holds no integers.
     """
     if index is not None:
-        index = index_of(index.cpu() if isinstance(index, Tensor) else index, members, torch.device("cpu"), "module")
+        index = index_of(index.cpu() if isinstance(index, Tensor) and not index.is_meta else index, members, torch.device("cpu"), "module")
         if index is None or not len(index):
             raise ValueError("adapt.module: expected index to name the adapter of one row at least, found none.")
     table = vars(module)

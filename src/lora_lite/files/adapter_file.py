@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lite.adapt import Adapt
+from lora_lite.clone.checkpointing import check_pattern
 from lora_lite.clone.structure import clone_module
 from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
@@ -133,6 +134,7 @@ def load(
         raise TypeError(f"load: expected model as a torch.nn.Module, found {type(model).__name__}. Call load(model, path).")
     require_type(isinstance(path, str | os.PathLike), "load(model, path)", "path", "the path of a file", path)
     known, kinds = _known(variants), as_kinds(kinds)
+    check_pattern(model, remat, "load")
     adapt, params, header, tensors = bound(model, Path(path), known, remat, kinds)
     settle(model, Path(path), adapt, params, header, tensors)
     return adapt, params

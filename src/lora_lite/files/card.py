@@ -93,6 +93,12 @@ def model_card(
     call = "model_card(adapt, params)"
     require_type(isinstance(adapt, Adapt), call, "adapt", "what build or load returned", adapt)
     require_type(isinstance(params, Mapping), call, "params", "a params tree, e.g. adapt.init()", params)
+    require_type(base is None or isinstance(base, str), call, "base", "the name of a repository", base)
+    require_type(metrics is None or isinstance(metrics, Mapping), call, "metrics", "a mapping from names to results", metrics)
+    require_type(isinstance(title, str), call, "title", "a string", title)
+    require_type(license is None or isinstance(license, str), call, "license", "a string", license)
+    listed_tags = isinstance(tags, Sequence) and not isinstance(tags, str) and all(isinstance(tag, str) for tag in tags)
+    require_type(listed_tags, call, "tags", "a list of strings", tags)
     adapt._require(params, "model_card")
     if form not in _USES:
         raise ValueError(f"model_card: expected form to be any of {', '.join(map(repr, _USES))}, found {form!r}.")

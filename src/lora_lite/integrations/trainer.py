@@ -58,6 +58,7 @@ class AdapterSaving:
                 "AdapterTrainer: expected one process or several under DDP, found fsdp or deepspeed in the arguments. Train on "
                 "adapt.shard(mesh) in a loop of your own, or give adapt.module(params) to Trainer itself."
             )
+        adapt._require(params, "AdapterTrainer")  # a stack would train, and fail when it is saved
         module = adapt.module(params)
         if getattr(module, "is_quantized", False):
             vars(module)["_hf_peft_config_loaded"] = True  # how Trainer asks whether a quantised model has something to train

@@ -29,7 +29,7 @@ class ConvKind(Kind):
     classes: ClassVar[tuple[type[nn.Module], ...]] = CLASSES
     by_name: ClassVar[bool] = True
     gives: ClassVar[AbstractSet[str]] = Kind.gives - {"inputs", "positions"}
-    why: ClassVar[str] = "Calibration sees a convolution's images, not their patches."
+    why: ClassVar[str] = "Its inputs are images: calibration does not see their patches, and they have no positions of a text."
 
     @classmethod
     def fits(cls, layer: Any) -> bool:
@@ -116,7 +116,10 @@ class GroupedConvKind(ConvKind):
     """
 
     gives: ClassVar[AbstractSet[str]] = ConvKind.gives - {"dropout"}
-    why: ClassVar[str] = "Its kernel is adapted as one matrix: there is no input to drop, and calibration sees images, not patches."
+    why: ClassVar[str] = (
+        "Its kernel is adapted as one matrix: there is no input to drop. Calibration sees images, not patches, which have no positions of "
+        "a text."
+    )
     sees_inputs: ClassVar[bool] = False
 
     @classmethod

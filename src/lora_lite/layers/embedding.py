@@ -18,7 +18,7 @@ from lora_lite.core.frozen import Frozen, Start
 from lora_lite.layers.access import raw
 from lora_lite.layers.identity import Release, block_rows, exact_dtype
 from lora_lite.layers.kind import Kind, Params, Variant
-from lora_lite.layers.linear import LinearKind
+from lora_lite.layers.linear import LinearKind, holds_codes
 from lora_lite.layers.tensors import Part
 
 
@@ -30,6 +30,10 @@ class EmbeddingKind(Kind):
     gives: ClassVar[AbstractSet[str]] = frozenset({"output", "project", "rows", "dropout"})
     state = {"weight": "weight"}  # noqa: RUF012  # read only
     why: ClassVar[str] = "An embedding receives token ids, which are no vectors."
+
+    @classmethod
+    def fits(cls, layer: nn.Module) -> bool:
+        return cls.may_fit(type(layer)) and not holds_codes(layer)
 
     @classmethod
     def faithful(cls, layer: nn.Module) -> bool:

@@ -70,7 +70,7 @@ class ExpertsKind(ParameterKind):
     gives: ClassVar[AbstractSet[str]] = Kind.gives - {"inputs", "positions"}
     sees_inputs: ClassVar[bool] = True
     takes_shifts: ClassVar[bool] = True
-    why: ClassVar[str] = "Calibration sees the tokens of all experts at once."
+    why: ClassVar[str] = "Its inputs are the tokens of all experts at once, without their places in the text."
 
     def __init__(self, layer: Any, constants: Params | None = None, name: str = "down_proj", routes: Routes | None = None) -> None:
         super().__init__(layer, constants, name)

@@ -212,6 +212,8 @@ class Kind(Tensors):
 
     def apply_rows_at(self, axis: int, f: Variant, params: Params, x: Tensor, index: Tensor | None) -> Any:
         """Apply a variant to each row as `apply_rows` does, where another axis than the first has the rows. So has that of the result."""
+        if axis >= x.dim():
+            raise ValueError(f"expected row_map to give an axis of an input of shape {tuple(x.shape)}, found {axis}. Count from 0.")
         return self.apply_rows(f, params, x.movedim(axis, 0), index).movedim(0, axis)
 
     def apply_rows(self, f: Variant, params: Params, x: Any, index: Tensor | None) -> Any:

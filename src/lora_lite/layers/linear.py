@@ -19,7 +19,7 @@ class LinearKind(Kind):
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
-        return cls.may_fit(type(layer)) and not _holds_codes(layer)
+        return cls.may_fit(type(layer)) and not holds_codes(layer)
 
     @classmethod
     def faithful(cls, layer: nn.Module) -> bool:
@@ -39,7 +39,7 @@ class LinearKind(Kind):
         return linear(x, weight, bias)
 
 
-def _holds_codes(layer: nn.Module) -> bool:
+def holds_codes(layer: nn.Module) -> bool:
     """Whether the weight is one of codes, as in a packed layer of a library that no kind reads: its bytes alone are not the map."""
     weight = layer._parameters.get("weight")
     return weight is not None and weight.dtype.itemsize == 1

@@ -254,6 +254,14 @@ class Tensors(Frozen):
 
 
 def _whole(W: Tensors, f: Variant, params: Params, release: Release = lambda: None) -> Iterator[Part]:
-    """Yield the whole tensors of `merged`."""
-    for name, tensor in W.merged(f, params).items():
+    """Yield the whole tensors of `merged`.
+
+    Raises:
+        TypeError: where a kind's `merged` returns no tensors by name.
+    """
+    found: Any = W.merged(f, params)
+    if not isinstance(found, Mapping) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        what = {name: type(t).__name__ for name, t in found.items()} if isinstance(found, Mapping) else type(found).__name__
+        raise TypeError(f"{type(W).__name__}.merged: expected a mapping from names to tensors, found {what}. Return the merged tensors.")
+    for name, tensor in found.items():
         yield name, ..., tensor

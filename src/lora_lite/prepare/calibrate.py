@@ -5,6 +5,7 @@ statistic and are given the same tensors end with the same one, held once: `q`, 
 """
 
 import functools
+import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lora_lite.clone.checkpointing import install
-from lora_lite.clone.per_call import Replica
+from lora_lite.clone.per_call import Replica, arguments
 from lora_lite.clone.settings import Settings
 from lora_lite.clone.structure import clone_again
 from lora_lite.core.errors import listed
@@ -47,7 +49,8 @@ def require_data(entries: Entries, calibration: Any, loss: Loss | None) -> None:
         raise ValueError(f"build: expected no calibration, since none of {listed(others)} uses data, found some. Leave calibration out.")
     if isinstance(calibration, Mapping | Tensor | str) or not isinstance(calibration, Iterable):
         raise TypeError(
-            f"build: expected calibration as an iterable of batches, found {type(calibration).__name__}. Wrap a single batch as [batch]."
+            f"build: expected calibration as an iterable of batches, found {type(calibration).__name__}. Wrap a single batch as [batch], a "
+            "dataset in a DataLoader."
         )
 
 
@@ -94,17 +97,53 @@ def gather(
     for batch in shown(batches, "calibration", progress):
         watch.begin(batch)
         try:
+            _require_values(arguments(batch, {}), seen, clone)
             if with_loss:
                 _backward(run, batch, loss, probe)
             else:
                 run.frozen(batch, {})
         except Exception as e:
             e.add_note(f"in batch {seen} of the calibration data")
+            if isinstance(batch, Mapping | Tensor | Sequence) and not isinstance(batch, str | bytes):
+                e.add_note(_given(batch, clone))
             raise
         seen += 1
     states, seen = (watch.states, seen) if group is None else _of_all(watch.states, seen, clone, group)
     _check(states, seen)
     return states
+
+
+def _require_values(given: Any, seen: int, clone: nn.Module) -> None:
+    """Raise unless a batch has values where the model has them.
+
+    Raises:
+        ValueError: for one on meta, which some models take without an error.
+    """
+    on_meta = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor) and leaf.is_meta]
+    if on_meta and _device(clone).type != "meta":
+        raise ValueError(
+            f"build: expected batch {seen} of the calibration data with values, found tensors on meta. Make it on the model's device, "
+            f"{_device(clone)}."
+        )
+
+
+def _given(batch: Any, clone: nn.Module) -> str:
+    """Describe a batch beside the arguments that the model takes, for the error of a call."""
+    args, kwargs = arguments(batch, {})
+    named = {**{str(k): value for k, value in enumerate(args)}, **kwargs}
+    shown = ", ".join(f"{name}: {_described(value)}" for name, value in list(named.items())[:8])
+    try:
+        takes = [name for name in inspect.signature(clone.forward).parameters if name not in ("args", "kwargs")]
+    except (TypeError, ValueError):  # a callable that Python cannot look into
+        takes = []
+    return (
+        f"The batch has {shown or 'nothing'}; {type(clone).__name__} takes {listed(takes, 8) or 'anything'}, and lies on {_device(clone)}. "
+        "Pass batches as adapt(params, batch) takes them."
+    )
+
+
+def _described(value: Any) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _require_mergeable(states: Mapping[str, Any]) -> None:

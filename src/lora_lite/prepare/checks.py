@@ -1,6 +1,7 @@
 """Checks before anything is copied: targets that cannot be adapted are refused by name, with the way out."""
 
 import dataclasses
+import inspect
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ def check_entries(model: nn.Module, entries: Entries) -> None:
         ValueError: for a model that wears adapters, and for layers that are offloaded or split over processes, have a forward of their own,
             stand inside one another, or are of a kind that does not give what the variant uses; it names them.
     """
+    _refuse_generator(model)
     refuse_bound(model)
     refuse_worn(model, [target.path for target, _ in entries])
     refuse_offloaded(model, entries)
@@ -48,6 +50,16 @@ def check_entries(model: nn.Module, entries: Entries) -> None:
     for target, cfg in entries:
         _refuse_packed(model, target, cfg)
         check_uses(target, cfg)
+
+
+def _refuse_generator(model: nn.Module) -> None:
+    """Refuse a model whose forward runs after its call has returned, when the call's params are no longer in place."""
+    forward = model.forward
+    if inspect.isgeneratorfunction(forward) or inspect.iscoroutinefunction(forward) or inspect.isasyncgenfunction(forward):
+        raise ValueError(
+            f"build: expected a model whose call returns its result, found that {type(model).__name__}.forward is a generator or a "
+            "coroutine, which runs when the call is over. Build on a module inside, or on one whose forward returns list(...) of it."
+        )
 
 
 def _refuse_sharers(model: nn.Module, entries: Entries) -> None:
@@ -81,6 +93,12 @@ def _refuse_split(model: nn.Module, entries: Entries) -> None:
         raise ValueError(
             f"build: expected whole weights, found weights that are split over processes (DTensor) at {listed(split)}. Build on the model "
             "before it is split, and split what build returns: adapt.shard(mesh), or fully_shard on adapt.module(params)."
+        )
+    unreal = [f"{path or 'the model'} ({p.dtype})" for path, own in parts.items() for p in own[:1] if p.is_complex()]
+    if unreal:
+        raise ValueError(
+            f"build: expected real weights, found complex ones at {listed(unreal)}. Leave such layers out with exclude_names, or hold the "
+            "real and the imaginary part in layers of their own."
         )
     parts = {path: [p for p in own if type(p.data) is Tensor and p.layout is not torch.strided] for path, own in parts.items()}
     sparse = [f"{path or 'the model'} ({own[0].layout})" for path, own in parts.items() if own]

@@ -167,6 +167,12 @@ def groups_of(base: nn.Module, entries: Entries) -> Groups:
             paths = [target.path for target, other in entries if other is cfg]
             found = cfg.share_groups(dict(zip(paths, layers_of(base, entries, cfg))))
             require_paths(found, paths, f"{type(cfg).__name__}.share_groups")
+            for path, names in found.items():
+                if not isinstance(names, Mapping):
+                    raise TypeError(
+                        f'{type(cfg).__name__}.share_groups at "{path}": expected a mapping from names of params to the path of the '
+                        f"group's first target, found {names!r}. Return a dict, empty for a target that shares none."
+                    )
             groups |= found
     return groups
 

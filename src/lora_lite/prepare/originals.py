@@ -10,7 +10,7 @@ import safetensors
 from torch import Tensor, nn
 
 from lora_lite.core.alike import made_alike
-from lora_lite.core.errors import listed, several
+from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.plan import Entries
 
 Originals = Mapping[str, Tensor] | str | os.PathLike[str]
@@ -26,6 +26,7 @@ def read_originals(model: nn.Module, entries: Entries, original: Originals | Non
         original: a state dict, or the path of a safetensors file or of a folder of them, read one tensor at a time.
 
     Raises:
+        TypeError: where it is of another type.
         ValueError: where it is missing or not used, or lacks a weight or holds it in another shape; it lists each case.
         FileNotFoundError: where there is no such file.
     """
@@ -40,12 +41,20 @@ def read_originals(model: nn.Module, entries: Entries, original: Originals | Non
         return {}
     if not wanting:
         raise ValueError(f"build: expected no original weights, since none of {listed(names)} uses them, found some. Leave original out.")
+    require_type(
+        isinstance(original, Mapping | str | os.PathLike),
+        "build(model, cfg, original=state_dict)",
+        "original",
+        "a state dict, or the path of safetensors files",
+        original,
+    )
     found, faults = {}, []
     with _opened(original) as weights:
         for target, _ in wanting:
             name, weight = target.kind.at(model, target.path).original(weights, target.path)
-            if weight is None or tuple(weight.shape) != (target.o, target.i) or not weight.is_floating_point():
-                what = "none" if weight is None else f"{weight.dtype} of shape {tuple(weight.shape)}"
+            if not isinstance(weight, Tensor) or tuple(weight.shape) != (target.o, target.i) or not weight.is_floating_point():
+                other = "none" if weight is None else type(weight).__name__
+                what = f"{weight.dtype} of shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else other
                 faults.append(f'"{name}": expected a floating weight of shape {(target.o, target.i)}, found {what}')
             else:
                 found[target.path] = weight

@@ -14,9 +14,19 @@ def read_partners(base: nn.Module, entries: Entries, kinds: Sequence[Any] = ()) 
     """Return the partner of each target whose config names one, as a frozen layer, by the target's path.
 
     Raises:
+        TypeError: where a config returns no path.
         ValueError: where a partner is no linear layer of the model; it lists each.
     """
-    wanted = {target.path: (type(cfg).__name__, path) for target, cfg in entries if (path := cfg.partner(target.path)) is not None}
+    wanted: dict[str, tuple[str, str]] = {}
+    for target, cfg in entries:
+        path: object = cfg.partner(target.path)
+        if not (path is None or isinstance(path, str)):
+            raise TypeError(
+                f'{type(cfg).__name__}.partner at "{target.path}": expected the path of a layer or None, found {path!r}. Return e.g. '
+                f'"{target.path}".'
+            )
+        if path is not None:
+            wanted[target.path] = type(cfg).__name__, path
     if not wanted:
         return {}
     linear = find(base, "linear", kinds)

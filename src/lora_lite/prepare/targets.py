@@ -19,6 +19,7 @@ from lora_lite.layers.access import raw
 from lora_lite.layers.find import asked_for, find, names, unnamed
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import SITES, as_kinds, kind_of
+from lora_lite.layers.linear import holds_codes
 from lora_lite.layers.parameter import UNREAD
 from lora_lite.prepare.blocks import block_indices
 from lora_lite.prepare.heads import heads_left_out
@@ -54,7 +55,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[K
         ['2']
     """
     require_type(isinstance(model, nn.Module), "find_targets(model, cfg)", "model", "a torch.nn.Module", model)
-    asking, kinds = as_config(cfg), as_kinds(kinds)
+    asking, kinds = as_config(cfg, "find_targets"), as_kinds(kinds)
     refuse_opaque(modules_by_path(model))
     refuse_bound(model)
     cfg = _named(model, asking)
@@ -203,6 +204,11 @@ def _check_names(model: nn.Module, cfg: AdapterConfig, known: list[str], allowed
         if others:
             kinds = listed(f"{path} ({kind})" for path, kind in others[:3])
             way = _beside([path for path, _ in others], everything) or f"Name {SITES[cfg.adapts][1]}"
+            if any(holds_codes(model.get_submodule(path)) for path, _ in others):
+                kinds, way = (
+                    f"{kinds}, packed as codes that no kind reads",
+                    "Load them unpacked, give their kind, kinds=(ItsKind,), or leave them out",
+                )
             raise ValueError(f"{where}, found only modules of other kinds: {kinds}. {way}.")
         way = f"Closest: {_closest(pattern, allowed)}"
         way = "Leave target_names out, which takes them all" if pattern == "all-linear" else way

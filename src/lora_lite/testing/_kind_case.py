@@ -111,7 +111,9 @@ def make_kind_case(
     require_type(callable(make_layer), "check_kind(MyKind, make_layer)", "make_layer", "a function that returns a layer", make_layer)
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        model = _Around(make_layer()).double().eval().requires_grad_(False)
+        layer: Any = make_layer()
+        require_type(isinstance(layer, nn.Module), "check_kind(MyKind, make_layer)", "what make_layer returns", "a layer", layer)
+        model = _Around(layer).double().eval().requires_grad_(False)
         x = make_input() if make_input is not None else _input(kind, model)
     if not isinstance(x, Tensor) or x.shape[:1] != (ROWS,):
         found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

@@ -5,6 +5,7 @@ call. A variant that detaches a term (DoRA's norm) has no Hessian of its own: th
 held fixed.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from lora_lite.adapt import Adapt
 from lora_lite.core.errors import require_type, several
 from lora_lite.core.tree import AnyTree, Tree, tree_map
 from lora_lite.derived.rows import RowMap
+from lora_lite.transforms.gradients import scalar_of
 from lora_lite.transforms.per_example import LossRows, chunks, per_example_grad, require_rowwise
 
 
@@ -76,6 +78,7 @@ def hvp(f: Callable[[Any], Tensor]) -> Callable[[Any, Any], Any]:
 
     Raises:
         TypeError: where `f` is no function.
+        ValueError: from the function returned, where `f` gives no real scalar tensor.
 
     Example:
         >>> import torch, lora_lite as ll
@@ -89,7 +92,7 @@ def hvp(f: Callable[[Any], Tensor]) -> Callable[[Any, Any], Any]:
     def product(params: Any, v: Any) -> Any:
         v = along("hvp(f)(params, v)", params, v)
         with _plain_attention():
-            return torch.func.jvp(torch.func.grad(f), (params,), (v,))[1]
+            return torch.func.jvp(torch.func.grad(functools.partial(scalar_of, "hvp", "f", f)), (params,), (v,))[1]
 
     return product
 
@@ -108,6 +111,7 @@ def ggn_vp(model_fn: Callable[[Any], Any], loss_fn: Callable[[Any], Tensor]) -> 
 
     Raises:
         TypeError: where an argument is no function.
+        ValueError: from the function returned, where `loss_fn` gives no real scalar tensor.
     """
 
     call = "ggn_vp(model_fn, loss_fn)(params, v)"
@@ -118,7 +122,7 @@ def ggn_vp(model_fn: Callable[[Any], Any], loss_fn: Callable[[Any], Tensor]) -> 
         v = along(call, params, v)
         with _plain_attention():
             output, shift = torch.func.jvp(model_fn, (params,), (v,))[:2]
-            bent = torch.func.jvp(torch.func.grad(loss_fn), (output,), (shift,))[1]
+            bent = torch.func.jvp(torch.func.grad(functools.partial(scalar_of, "ggn_vp", "loss_fn", loss_fn)), (output,), (shift,))[1]
             return torch.func.vjp(model_fn, params)[1](bent)[0]
 
     return product

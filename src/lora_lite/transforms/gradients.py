@@ -106,12 +106,7 @@ def _plain(f: Callable[..., Any], has_aux: bool, params: Any, args: tuple[Any, .
             f"value_and_grad: expected f to return (value, aux), found {type(out).__name__}. Leave has_aux out, or return both."
         )
     value, aux = out if has_aux else (out, None)
-    if not isinstance(value, Tensor) or value.dim() != 0:
-        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(
-            f"value_and_grad: expected f to return a scalar tensor, found {found}. Reduce it, e.g. with .mean(); a transformers model's "
-            "output has a .loss where the batch has labels."
-        )
+    value = require_scalar("value_and_grad", "f", value)
     some: Sequence[Tensor | None] = [None] * len(variables)
     if value.requires_grad:
         some = torch.autograd.grad(value, variables, allow_unused=True)
@@ -126,6 +121,28 @@ def _plain(f: Callable[..., Any], has_aux: bool, params: Any, args: tuple[Any, .
     if has_aux:
         value = (value, pytree.tree_map_only(Tensor, Tensor.detach, aux))
     return value, pytree.tree_unflatten(grads, spec)
+
+
+def require_scalar(call: str, name: str, value: Any) -> Tensor:
+    """Return the value of a function that is differentiated, unless it is no real number.
+
+    Raises:
+        ValueError: it names the call and the function.
+    """
+    if not isinstance(value, Tensor) or value.dim() != 0:
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"{call}: expected {name} to return a scalar tensor, found {found}. Reduce it, e.g. with .mean(); a transformers model's "
+            "output has a .loss where the batch has labels."
+        )
+    if value.is_complex():
+        raise ValueError(f"{call}: expected {name} to return a real number, found {value.dtype}. Return e.g. its .abs() or .real.")
+    return value
+
+
+def scalar_of(call: str, name: str, f: Callable[[Any], Any], given: Any) -> Tensor:
+    """Return the value of `f`, unless it is no real number."""
+    return require_scalar(call, name, f(given))
 
 
 def set_grads(params: AnyTree, grads: AnyTree | None) -> None:

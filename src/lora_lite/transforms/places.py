@@ -132,7 +132,7 @@ def places_of(parts: Sequence[Part]) -> list[Place]:
     Raises:
         ValueError: where the adapters are of other weights, or no adapter can hold what they make of a layer; it names each.
     """
-    _require_same_weights(parts)
+    require_same_weights("combine", [part.adapt for part in parts])
     found: dict[str, list[tuple[int, AdapterConfig]]] = {}
     targets: dict[str, Target] = {}
     for k, part in enumerate(parts):
@@ -158,17 +158,21 @@ def places_of(parts: Sequence[Part]) -> list[Place]:
     return places
 
 
-def _require_same_weights(parts: Sequence[Part]) -> None:
-    first = parts[0].adapt._plan.base
+def require_same_weights(call: str, adapts: Sequence[Adapt]) -> None:
+    """Raise unless adapters stand on the weights of the first, at their own targets.
+
+    Raises:
+        ValueError: it names each target whose weight is another.
+    """
+    first = adapts[0]._plan.base
     faults = []
-    for k, part in enumerate(parts):
-        base = part.adapt._plan.base
-        for path, (target, _) in part.entries.items() if base is not first else ():
-            if not _same(_tensors(first, target), _tensors(base, target)):
-                faults.append(f'"{path}" of adapt {k}')
+    for k, adapt in enumerate(adapts):
+        for target in adapt.targets if adapt._plan.base is not first else ():
+            if not _same(_tensors(first, target), _tensors(adapt._plan.base, target)):
+                faults.append(f'"{target.path}" of adapt {k}')
     if faults:
         raise ValueError(
-            f"combine: expected adapters over the same frozen weights, found other ones, or none, than in adapt 0:\n{several(faults)}\n"
+            f"{call}: expected adapters over the same frozen weights, found other ones, or none, than in adapt 0:\n{several(faults)}\n"
             "Build or load each adapter on one model."
         )
 

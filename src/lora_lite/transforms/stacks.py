@@ -3,15 +3,17 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor, nn
 
 from lora_lite.adapt import Adapt
-from lora_lite.core.errors import is_tree, listed, require_type
+from lora_lite.core.errors import is_tree, listed, require_type, trainable
 from lora_lite.core.tracing import in_transform
 from lora_lite.core.tree import AnyTree, Tree
 from lora_lite.derived.mixed import place_of_leaf, stack_trees, unstack_tree
 from lora_lite.transforms.hosting import Pair, factors_in, host_of, tree_in
 from lora_lite.transforms.padding import LeafShapes, alike, grown, holds, known_neutral, padded_to
+from lora_lite.transforms.places import require_same_weights
 
 Pad = bool | Literal["frozen"]
 
@@ -47,6 +49,7 @@ def stack(trees: Iterable[Any], pad: Pad = False, adapt: Adapt | None = None) ->
 
     Raises:
         ValueError: where there is none, they differ, padding would not be neutral, or no adapt has room for all. It names the first leaf.
+            Where pairs stand on other weights than the first; it names the targets.
             Also where a pair's config means another thing by the same leaves, such as another invocation.
 
     Example:
@@ -71,12 +74,27 @@ def stack(trees: Iterable[Any], pad: Pad = False, adapt: Adapt | None = None) ->
         raise ValueError(f"stack: expected at least one params tree, in a list, found {found}. Pass a list of trees.")
     if all(_is_pair(tree) for tree in trees):
         host = host_of(trees, adapt)
-        return host, stack_trees([tree_in(host, own, tree, k, pad) for k, (own, tree) in enumerate(trees)])
+        members = [tree_in(host, own, tree, k, pad) for k, (own, tree) in enumerate(trees)]
+        require_same_weights("stack", [*(own for own, _ in trees), host])
+        return host, stack_trees(members)
     for k, tree in enumerate(trees):
         require_type(is_tree(tree), "stack([params, params, ...])", f"tree {k}", "a params tree", tree)
+        _require_dense(tree, k)
     if adapt is not None:
         raise ValueError("stack: expected pairs (adapt, params) beside an adapt, found trees, which do not say their own. Pass pairs.")
     return stack_trees(_padded(trees, pad is True) if pad else trees)
+
+
+def _require_dense(tree: AnyTree, k: int) -> None:
+    """Refuse leaves that no adapt takes, which stacking would convert beside others without a word."""
+    for path, leaves in tree.items():
+        for name, leaf in leaves.items():
+            if leaf.layout is not torch.strided or not trainable(leaf.dtype):
+                found = leaf.dtype if leaf.layout is torch.strided else leaf.layout
+                raise ValueError(
+                    f"stack: expected dense leaves of a floating dtype of 16 bits or more, found {found} at {place_of_leaf(path, name)} in "
+                    f"tree {k}. Convert it first, e.g. leaf.float() or leaf.to_dense()."
+                )
 
 
 @overload

@@ -35,7 +35,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.core import Frozen, Params, add_low_rank, checked
-from lora_lite.core.fields import are_integers, at
+from lora_lite.core.fields import are_integers, at, expect
 from lora_lite.core.invocation import Invocation, aligned
 from lora_lite.variants.lora import LowRankConfig
 
@@ -78,6 +78,8 @@ class ALoRAConfig(LowRankConfig):
             raise TypeError(
                 f"{where} a sequence of integers, found {ids!r}. Tokenise it: tokenizer.encode(text, add_special_tokens=False)."
             )
+        negative = [i for i in ids if i < 0]
+        expect(self, "invocation_tokens", not negative, "ids >= 0", "Take them as the tokeniser returns them.")
         object.__setattr__(self, "invocation_tokens", tuple(ids))
 
     @property

@@ -66,6 +66,7 @@ def from_peft(
         `(adapt, params)`; params on the devices of their layers, in at least float32, as PEFT keeps them.
 
     Raises:
+        NotADirectoryError: where `directory` is a file.
         FileNotFoundError: where a file is missing, or neither a folder nor a repository is found.
         ModuleNotFoundError: where a repository is asked for and `huggingface_hub` is not installed.
         ValueError: where a file is damaged, is of another model, or asks for what is not supported; it names each field and tensor.
@@ -75,6 +76,12 @@ def from_peft(
         raise TypeError(f"from_peft: expected model as a torch.nn.Module, found {type(model).__name__}. Call from_peft(model, directory).")
     call = "from_peft(model, directory)"
     require_type(isinstance(directory, str | os.PathLike), call, "directory", "the path of a folder", directory)
+    require_type(isinstance(subfolder, str), "from_peft(model, directory, subfolder=name)", "subfolder", "the name of a folder", subfolder)
+    if Path(directory).is_file():
+        raise NotADirectoryError(
+            f'from_peft: expected a folder with {CONFIG} and {WEIGHTS}, found the file "{directory}". Pass its folder, '
+            f'"{Path(directory).parent}". A file that ll.save wrote is read by ll.load, one of image tools by ll.from_kohya.'
+        )
     folder, kinds = folder_of(directory, revision, subfolder), as_kinds(kinds)
     fields = present_fields(_read_fields(folder / CONFIG))
     check_fields(fields, folder / CONFIG)
@@ -115,7 +122,10 @@ def _read_fields(place: Path) -> dict[str, Any]:
         way = f"Pass subfolder= one of {listed(inside)}." if inside else "Pass the folder that was given to save_pretrained."
         raise FileNotFoundError(f'from_peft: expected a file at "{place}", found none. {way}')
     try:
-        return dict(json.loads(place.read_text("utf-8")))
+        fields = json.loads(place.read_text("utf-8"))
+        if not isinstance(fields, dict):
+            raise TypeError(f"a {type(fields).__name__}")
+        return fields
     except (ValueError, TypeError, RecursionError) as e:
         raise ValueError(f'from_peft: expected "{place}" to be a JSON object, found a damaged one ({e}). Save the adapter again.') from e
 

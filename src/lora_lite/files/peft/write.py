@@ -64,6 +64,8 @@ def to_peft(
     require_type(card is None or isinstance(card, str), call, "card", "text, e.g. model_card(adapt, params)", card)
     adapt._require(params, "to_peft")
     adapt._require_stored(params, "to_peft")
+    if not os.fspath(directory):
+        raise FileNotFoundError('to_peft: expected the path of a folder, found an empty one. Name a folder, e.g. "." for this one.')
     folder = Path(directory)
     if not folder.parent.is_dir():
         raise FileNotFoundError(f'to_peft: expected the parent of "{folder}" to exist, found none. Create it first.')
