@@ -26,7 +26,7 @@ def check_entries(model: nn.Module, entries: Entries) -> None:
             stand inside one another, or are of a kind that does not give what the variant uses; it names them.
     """
     refuse_bound(model)
-    refuse_worn(model, [target.path for target, _ in entries])
+    refuse_worn(model, [(target.path, cfg) for target, cfg in entries])
     refuse_offloaded(model, entries)
     _refuse_split(model, entries)
     refuse_nested({target.path: target.kind for target, _ in entries})

@@ -63,8 +63,16 @@ def _own(found: Tensors, at: str, module: nn.Module) -> list[str]:
         for key in (at + _WRAPPER + name, at + name):
             saved = found.pop(key, None)
             if saved is not None and not same(saved, own):
-                faults.append(f'unexpected "{key}": it differs from the model\'s own. {LOAD}')
+                faults.append(f'unexpected "{key}": {_unlike(saved, own)}')
     return faults
+
+
+def _unlike(saved: Tensor, own: Tensor | None) -> str:
+    """Return the difference of a file's tensor from the model's own, with the way out."""
+    if own is None or saved.shape == own.shape:
+        return f"it differs from the model's own. {LOAD}"
+    resize = f": where the vocabulary had grown, by model.resize_token_embeddings({len(saved)})" if saved.dim() == 2 else ""
+    return f"its shape is {tuple(saved.shape)}, and the model has {tuple(own.shape)}. Give the model that shape first{resize}"
 
 
 def same(saved: Tensor, own: Tensor | None) -> bool:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from lora_lite.files.peft.config import Pairs, Written, fields_of
 from lora_lite.files.peft.grouped import copies
 from lora_lite.files.peft.hub import CONFIG, WEIGHTS
 from lora_lite.files.peft.layers import as_saved, is_conv1d, unsaved
+from lora_lite.files.peft.names import lost
 from lora_lite.files.peft.numbered import unstacked
 from lora_lite.files.peft.parts import PREFIX
 from lora_lite.files.peft.row import Leaves, Row, as_it_is, own_bias
@@ -111,8 +113,22 @@ def write_files(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], folder
     fields = fields_of(adapt, layers, found.as_whole, found.of_tokens, complete)
     if found.as_bias or any(getattr(cfg, "bias", False) for _, cfg in found.of_method):
         fields["bias"] = "all" if found.as_bias else "lora_only"
+    _warn_of_lost(adapt, layers)
     heads = heads_of(adapt._plan.base, fields["task_type"], [target.path for target, _ in found.as_whole])
     _write(folder, fields, {**{PREFIX + key: t for key, t in heads.items()}, **tensors})
+
+
+def _warn_of_lost(adapt: Adapt, layers: list[Written]) -> None:
+    """Warn of layers of LoRA that PEFT does not find again, in its own files either."""
+    found = lost(adapt._plan.base, {t.kind.host(t.path): t for t, row, *_ in layers if row.peft_type == "LORA"})
+    if found:
+        path, new = next(iter(found.items()))
+        warnings.warn(
+            f"to_peft: PEFT with the transformers installed here loads the layers {listed(found)} without their adapters, as a table of "
+            f'transformers makes "{new}" of "{path}". This is so for files that PEFT wrote too. ll.from_peft reads them. For others, '
+            "merge them into the weights: adapt.merge(params).",
+            stacklevel=4,
+        )
 
 
 def tensors_of(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], found: Sorted) -> tuple[list[Written], Leaves]:
