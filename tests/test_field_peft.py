@@ -1232,3 +1232,46 @@ def test_layers_that_peft_does_not_find_again_are_named(tmp_path):
     close(model(**batch).logits, want)
     few = ll.build(model, ll.LoRAConfig(r=2, target_names="q_proj$"))
     ll.to_peft(few, few.init(), tmp_path / "few")
+
+
+# Starts that PEFT takes off the weight, at weights that are shared or saved
+
+
+STARTS = {"pissa": {"init_lora_weights": "pissa"}, "olora": {"init_lora_weights": "olora"}, "kasa": {"kasa_config": peft.KasaConfig()}}
+
+
+def headed(tied):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, tie_word_embeddings=tied)).eval(), {"input_ids": torch.tensor([[3, 5, 9]])}
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.filterwarnings("ignore:Model (with|has) `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_starts_that_move_a_shared_weight_too_are_refused_both_ways(start, tmp_path):
+    """PEFT's embedding changes with its head, so that the model without training is another one."""
+    model, batch = headed(tied=True)
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["lm_head"], **STARTS[start])).eval()
+    assert (theirs(**batch).logits - model(**batch).logits).abs().max() > 1e-3
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    reason = r'"lm_head": (KaSAConfig: )?PEFT takes its start off the weight, which "model\.embed_tokens" shares'
+    with pytest.raises(ValueError, match=reason):
+        ll.from_peft(model, tmp_path / "theirs")
+    if start == "kasa":
+        adapt = ll.build(model, ll.KaSAConfig(r=2, target_names="lm_head", exclude_names=()))
+        with pytest.raises(ValueError, match=reason):
+            ll.to_peft(adapt, adapt.init(), tmp_path / "ours")
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_weight_that_a_start_has_moved_is_named_and_the_way_out_works(start, tmp_path):
+    model, batch = headed(tied=False)
+    theirs = wrapped(model, peft.LoraConfig(r=2, target_modules=["lm_head"], **STARTS[start]))
+    theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match=r'lm_head\.base_layer\.weight": it is what the start left .* save_embedding_layers=False'):
+        ll.from_peft(model, tmp_path / "theirs")
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    close(adapt(params, batch).logits, theirs(**batch).logits)

@@ -19,7 +19,7 @@ from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.plan import Target
 from lora_lite.files.card import write_card
 from lora_lite.files.durable import replace, store
-from lora_lite.files.peft import biases, diverted, tokens, twice, whole
+from lora_lite.files.peft import biases, diverted, ties, tokens, twice, whole
 from lora_lite.files.peft.calls import barred
 from lora_lite.files.peft.categories import gathered
 from lora_lite.files.peft.config import Pairs, Written, fields_of
@@ -179,8 +179,10 @@ def require_expressible(found: Sorted, adapt: Adapt) -> None:
         unable = barred(adapt._plan.base, target, row.peft_type) or unsaved(adapt._plan.base, target, cfg)
         unable = unable or diverted.fault(adapt._plan.base, target, cfg, row.peft_type)
         unable = unable or row.unsure(cfg, target.kind.at(adapt._plan.base, target.path))
-        if misread := row.misread(target.kind) if row.written is as_it_is else None:  # else the file holds another variant
-            faults.append(f"{at}: {misread}")
+        if row.written is as_it_is:  # else the file holds another variant
+            fields = {"peft_type": row.peft_type, **row.write(cfg)}
+            reasons = row.misread(target.kind), ties.shifted(adapt._plan.base, fields, target.path)
+            faults += [f"{at}: {why}" for why in reasons if why]
         faults += [f"{at} {unable}"] if unable else []
         if not target.path:
             faults.append("the model itself is the layer: PEFT adapts layers inside a model")
