@@ -1275,3 +1275,17 @@ def test_weight_that_a_start_has_moved_is_named_and_the_way_out_works(start, tmp
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     adapt, params = ll.from_peft(model, tmp_path / "theirs")
     close(adapt(params, batch).logits, theirs(**batch).logits)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_second_name_of_a_layers_bias_is_that_bias(name, tmp_path):
+    model, batch = tiny_models[name]()
+    model.eval()
+    theirs = wrapped(model, peft.LoraConfig(r=2, target_modules=["query"], bias="all"))
+    want = theirs(**batch).logits
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert sum("decoder.bias" in key or key.endswith(("predictions.bias", "lm_head.bias")) for key in saved(tmp_path / "theirs")) == 2
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    close(adapt(params, batch).logits, want)
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    close(through_peft(model, tmp_path / "ours")(**batch).logits, want)
