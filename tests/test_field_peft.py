@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+from collections import OrderedDict
 
 import peft
 import pytest
@@ -12,6 +13,7 @@ import transformers as tf
 from torch import nn
 
 import lora_lite as ll
+from architectures import small
 from cases import move, tiny_models
 from peft_oracle import edit, saved, wrapped
 from sklearn_stand_in import stand_in
@@ -1061,3 +1063,229 @@ def test_files_of_bone_are_those_of_miss(start, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({**written, "peft_type": "BONE"}))
     adapt, params = ll.from_peft(model, tmp_path)
     close(adapt(params, x), theirs(x))
+
+
+# What PEFT lowers to nothing
+
+
+NARROW = {
+    "osf": ((8, 8, 3), {"effective_rank": 5}, "2"),
+    "osf share": ((8, 8, 6), {"effective_rank": 2, "rank_pattern": {"2": 1.0}}, "2"),
+    "oft": ((7, 4, 6), {"r": 0, "oft_block_size": 3}, "0"),
+    "oft blocks": ((4, 8, 6), {"r": 4, "oft_block_size": 0}, "0"),
+    "oft shared": ((7, 4, 6), {"r": 0, "oft_block_size": 3, "block_share": True}, "0"),
+}
+
+
+@pytest.mark.parametrize("case", NARROW)
+@pytest.mark.filterwarnings("ignore:Invalid `")
+def test_layers_that_peft_leaves_nothing_to_train_are_those_of_the_model(case, tmp_path):
+    (i, k, o), fields, idle = NARROW[case]
+    config = peft.OSFConfig if case.startswith("osf") else peft.OFTConfig
+    model, x = nn.Sequential(nn.Linear(i, k), nn.Tanh(), nn.Linear(k, o)).eval(), torch.randn(4, i)
+    theirs = wrapped(model, config(target_modules=["0", "2"], **fields))
+    theirs.save_pretrained(tmp_path / "theirs")
+    empty = [key for key, t in saved(tmp_path / "theirs").items() if not t.numel()]
+    assert empty
+    assert all(f".{idle}." in key for key in empty)
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    assert [t.path for t in adapt.targets] == [{"0": "2", "2": "0"}[idle]]
+    close(adapt(params, x) - model(x), theirs(x) - model(x))
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    close(through_peft(model, tmp_path / "ours")(x) - model(x), theirs(x) - model(x))
+    wrapped(model, config(target_modules=[idle], **fields)).save_pretrained(tmp_path / "alone")
+    with pytest.raises(ValueError, match=rf'"{idle}": nothing to train.*the model as it is computes the same'):
+        ll.from_peft(model, tmp_path / "alone")
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside LoRA"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_tokens_that_a_file_names_twice_are_trained_once(beside, tied, tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model, batch = (
+        tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, tie_word_embeddings=tied)).eval(),
+        {"input_ids": torch.tensor([[3, 5, 3, 9]])},
+    )
+    alone = peft.TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[3, 5, 3])
+    cfg = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 5, 3]) if beside else alone
+    theirs = peft.get_peft_model(copy.deepcopy(model), cfg)
+    trained = [p for p in theirs.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        theirs(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+    theirs.eval().save_pretrained(tmp_path / "theirs")
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    assert next(cfg for cfg in adapt.configs if cfg.name == "tokens").token_ids == (3, 5)
+    close(adapt(params, batch).logits, theirs(**batch).logits)
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    close(through_peft(model, tmp_path / "ours")(**batch).logits, theirs(**batch).logits)
+
+
+# Models that look as if PEFT had wrapped them, and models that it has
+
+
+class Around(nn.Module):
+    """A module of a user's own whose layer has the name that PEFT gives to what it wraps."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_layer, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.other(self.base_layer(x).tanh())
+
+
+@pytest.mark.parametrize("fields", [{}, {"bias": "lora_only"}, {"modules_to_save": ["head"]}], ids=str)
+@pytest.mark.parametrize("names", [["base_layer"], ["other"], ["base_layer", "other"], ["inner.base_layer"]], ids=str)
+def test_layers_beside_one_named_base_layer_go_both_ways(names, fields, tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(OrderedDict(inner=Around(), head=nn.Linear(8, 4))).eval(), torch.randn(4, 8)
+    theirs = wrapped(model, peft.LoraConfig(r=2, target_modules=names, **fields))
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    close(adapt(params, x), theirs(x))
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    close(through_peft(model, tmp_path / "ours")(x), theirs(x))
+    ll.save(adapt, params, tmp_path / "a.safetensors")
+    adapt, params = ll.load(model, tmp_path / "a.safetensors")
+    close(adapt(params, x), theirs(x))
+
+
+def test_layers_of_a_model_that_looks_wrapped_are_adapted_by_their_whole_path():
+    model = nn.Sequential(Around())
+    for names in ((), "base_layer$", "other"):
+        with pytest.raises(ValueError, match=r"Where they are the model's own.*target_names=\(r\"\^0\\.(base_layer|other)\$\", \.\.\.\)"):
+            ll.build(model, ll.LoRAConfig(r=2, target_names=names))
+    adapt = ll.build(model, ll.LoRAConfig(r=2, target_names=(r"^0\.base_layer$",)))
+    assert [t.path for t in adapt.targets] == ["0.base_layer"]
+
+
+def test_models_that_wear_pefts_layers_are_named_and_the_way_out_works(tmp_path):
+    model, x = nn.Sequential(nn.Linear(8, 8)).eval(), torch.randn(4, 8)
+    theirs = peft_of(model, tmp_path, target_modules=["0"])
+    want = theirs(x)
+    for worn, found in ((theirs, "nothing"), (theirs.base_model.model, r"an adapter of another library around it \(Linear\)")):
+        message = rf'(?s)"0": expected a linear layer, found {found}.*without layers of PEFT.*peft_model\.unload\(\)'
+        with pytest.raises(ValueError, match=message):
+            ll.from_peft(worn, tmp_path)
+    adapt, params = ll.from_peft(theirs.unload(), tmp_path)
+    close(adapt(params, x), want)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"target_modules": ["q_proj", "embed_tokens"]}], ids=["whole", "adapted"]
+)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_files_of_a_grown_vocabulary_name_the_way_out_and_it_works(fields, tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model, batch = tf.LlamaForCausalLM(tf.LlamaConfig(**sizes)).eval(), {"input_ids": torch.tensor([[3, 5, 66]])}
+    grown = copy.deepcopy(model)
+    grown.resize_token_embeddings(67)
+    theirs = peft_of(grown, tmp_path, **{"target_modules": ["q_proj"], **fields})
+    with pytest.raises(ValueError, match=r"\(67, 16\)(?s:.*)model\.resize_token_embeddings\((67|n)\)"):
+        ll.from_peft(model, tmp_path)
+    model.resize_token_embeddings(67)
+    if "modules_to_save" not in fields:
+        with pytest.raises(ValueError, match=r"differs from the model's own\. Load it into the model first"):
+            ll.from_peft(model, tmp_path)
+        tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
+        model.load_state_dict({"model.embed_tokens.weight": tensors["base_model.model.model.embed_tokens.base_layer.weight"]}, strict=False)
+        model.lm_head.load_state_dict(grown.lm_head.state_dict())  # which such a file has not
+    adapt, params = ll.from_peft(model, tmp_path)
+    close(adapt(params, batch).logits, theirs(**batch).logits)
+
+
+def test_pickled_tensors_are_not_opened_and_the_way_out_works(tmp_path):
+    model, x = nn.Sequential(nn.Linear(8, 8)).eval(), torch.randn(4, 8)
+    theirs = peft_of(model, tmp_path, target_modules=["0"])
+    tensors = tmp_path / "adapter_model.safetensors"
+    torch.save(safetensors.torch.load_file(tensors), tmp_path / "adapter_model.bin")
+    tensors.unlink()
+    with pytest.raises(FileNotFoundError, match=r'save_file\(torch\.load\("adapter_model\.bin", weights_only=True\)'):
+        ll.from_peft(model, tmp_path)
+    safetensors.torch.save_file(torch.load(tmp_path / "adapter_model.bin", weights_only=True), tensors)
+    adapt, params = ll.from_peft(model, tmp_path)
+    close(adapt(params, x), theirs(x))
+
+
+# Models whose layers transformers renames as PEFT loads them
+
+
+@pytest.mark.skipif(not hasattr(tf, "LagunaForCausalLM"), reason="transformers before the class")
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+def test_layers_that_peft_does_not_find_again_are_named(tmp_path):
+    """A table has `mlp.shared_expert.` for older names, where the point stands for the s of the present ones."""
+    model, batch = small("LagunaForCausalLM")
+    names = ["q_proj", "shared_experts.down_proj"]
+    theirs = peft_of(model, tmp_path / "theirs", target_modules=names)
+    want = theirs(**batch).logits
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    close(adapt(params, batch).logits, want)
+    with pytest.warns(UserWarning, match=r'to_peft: PEFT .*loads the layers "model\.layers\.1\.mlp\.shared_experts\.down_proj" without'):
+        ll.to_peft(adapt, params, tmp_path / "ours")
+    for folder in ("theirs", "ours"):
+        assert (through_peft(model, tmp_path / folder)(**batch).logits - want).abs().max() > 1e-3
+    model.load_state_dict(adapt.merge(params), strict=False)
+    close(model(**batch).logits, want)
+    few = ll.build(model, ll.LoRAConfig(r=2, target_names="q_proj$"))
+    ll.to_peft(few, few.init(), tmp_path / "few")
+
+
+# Starts that PEFT takes off the weight, at weights that are shared or saved
+
+
+STARTS = {"pissa": {"init_lora_weights": "pissa"}, "olora": {"init_lora_weights": "olora"}, "kasa": {"kasa_config": peft.KasaConfig()}}
+
+
+def headed(tied):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return tf.LlamaForCausalLM(tf.LlamaConfig(**sizes, tie_word_embeddings=tied)).eval(), {"input_ids": torch.tensor([[3, 5, 9]])}
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.filterwarnings("ignore:Model (with|has) `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_starts_that_move_a_shared_weight_too_are_refused_both_ways(start, tmp_path):
+    """PEFT's embedding changes with its head, so that the model without training is another one."""
+    model, batch = headed(tied=True)
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["lm_head"], **STARTS[start])).eval()
+    assert (theirs(**batch).logits - model(**batch).logits).abs().max() > 1e-3
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    reason = r'"lm_head": (KaSAConfig: )?PEFT takes its start off the weight, which "model\.embed_tokens" shares'
+    with pytest.raises(ValueError, match=reason):
+        ll.from_peft(model, tmp_path / "theirs")
+    if start == "kasa":
+        adapt = ll.build(model, ll.KaSAConfig(r=2, target_names="lm_head", exclude_names=()))
+        with pytest.raises(ValueError, match=reason):
+            ll.to_peft(adapt, adapt.init(), tmp_path / "ours")
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_weight_that_a_start_has_moved_is_named_and_the_way_out_works(start, tmp_path):
+    model, batch = headed(tied=False)
+    theirs = wrapped(model, peft.LoraConfig(r=2, target_modules=["lm_head"], **STARTS[start]))
+    theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(ValueError, match=r'lm_head\.base_layer\.weight": it is what the start left .* save_embedding_layers=False'):
+        ll.from_peft(model, tmp_path / "theirs")
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    close(adapt(params, batch).logits, theirs(**batch).logits)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_second_name_of_a_layers_bias_is_that_bias(name, tmp_path):
+    model, batch = tiny_models[name]()
+    model.eval()
+    theirs = wrapped(model, peft.LoraConfig(r=2, target_modules=["query"], bias="all"))
+    want = theirs(**batch).logits
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert sum("decoder.bias" in key or key.endswith(("predictions.bias", "lm_head.bias")) for key in saved(tmp_path / "theirs")) == 2
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    close(adapt(params, batch).logits, want)
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    close(through_peft(model, tmp_path / "ours")(**batch).logits, want)

@@ -185,6 +185,22 @@ class Payload:
         return Path.write_text, (self.mark, "unpickled")
 
 
+def test_the_same_params_are_the_same_bytes(tmp_path):
+    """safetensors writes metadata in the order of a hash table, another in each call."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model.add_module('a "name"\n of älter', nn.Linear(8, 8))
+    configs = [ll.PiSSAConfig(r=2, target_names="^0$"), ll.FullConfig(target_names="^1$"), ll.VeRAConfig(r=2, target_names="^2$")]
+    adapt = ll.build(model, [*configs, ll.LoRAConfig(r=2, target_names="name")])
+    params, found = adapt.init(seed=0), set()
+    turned = {path: dict(reversed(leaves.items())) for path, leaves in reversed(params.items())}
+    for k, tree in enumerate([params] * 5 + [turned]):
+        ll.save(adapt, tree, tmp_path / f"{k}.safetensors")
+        found.add((tmp_path / f"{k}.safetensors").read_bytes())
+    adapt, params = ll.load(model, tmp_path / "0.safetensors")
+    ll.save(adapt, params, tmp_path / "again.safetensors")
+    assert found == {(tmp_path / "again.safetensors").read_bytes()}
+
+
 def test_nothing_is_ever_unpickled(saved, tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("something was unpickled")

@@ -124,7 +124,10 @@ def test_half_precision_keeps_rows_in_float32(tmp_path):
         ({"trainable_token_indices": {"lm_head": IDS}}, r"trainable_token_indices: expected the rows of tokens .*found none"),
         ({"trainable_token_indices": [20, 3, 64]}, r"TokensConfig\.token_ids: expected ids below 64"),
         ({"trainable_token_indices": [20, 3, -1]}, r"TokensConfig\.token_ids: expected ids >= 0"),
-        ({"trainable_token_indices": [20, 3, 3]}, r"TokensConfig\.token_ids: expected each token once"),
+        (
+            {"trainable_token_indices": [20, 3, 3]},
+            r'expected one row for each token, found others for "3"\. Leave one row of each in the file',
+        ),
     ],
 )
 def test_files_that_contradict_themselves_are_refused(fields, message, tmp_path):

@@ -79,7 +79,7 @@ def write(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], place: Path,
     adapt._require(params, "save")
     adapt._require_stored(params, "save")
     require_file("save", place)
-    entries = adapt._plan.entries
+    params, entries = adapt._plan.ordered(params), adapt._plan.entries
     values = {t.path: found for t, cfg in entries if (found := values_at(adapt._plan, t, cfg))}
     marks = {t.path: mark for t, cfg in entries if weights and (mark := fingerprint(adapt._plan, t, cfg)) is not None}
     tensors = {name: _plain(leaf) for name, leaf in flatten(params).items()}

@@ -1,5 +1,6 @@
 """Put a finished file in its place so that a power cut leaves the old one or the new one, whole."""
 
+import json
 import os
 import shutil
 import stat
@@ -67,7 +68,7 @@ def written(place: Path) -> Iterator[Path]:
 
 
 def store(tensors: Mapping[str, Tensor], beside: Path, place: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file at `beside`, which is to take the name `place`.
+    """Write a safetensors file at `beside`, which is to take the name `place`. The same tensors and metadata are the same bytes.
 
     Raises:
         OSError: where the disk does not take it, which safetensors reports by an error of its own.
@@ -76,6 +77,18 @@ def store(tensors: Mapping[str, Tensor], beside: Path, place: Path, metadata: Ma
         safetensors.torch.save_file(dict(tensors), beside, dict(metadata))
     except safetensors.SafetensorError as e:
         raise OSError(f'expected "{place}" to be written, found that it could not be ({e}). Check its rights and the free space.') from e
+    _order(beside, metadata)
+
+
+def _order(path: Path, metadata: Mapping[str, str]) -> None:
+    """Write the metadata of a safetensors file over itself in its own order: safetensors takes that of a hash table, another each time."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = {**json.loads(file.read(length)), "__metadata__": dict(metadata)}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) == length:
+            file.seek(8)
+            file.write(text)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ def check_entries(model: nn.Module, entries: Entries) -> None:
     """
     _refuse_generator(model)
     refuse_bound(model)
-    refuse_worn(model, [target.path for target, _ in entries])
+    refuse_worn(model, [(target.path, cfg) for target, cfg in entries])
     refuse_offloaded(model, entries)
     _refuse_split(model, entries)
     _refuse_complex(model, entries)

@@ -74,7 +74,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[K
     def wanted(path: str) -> bool:
         return not _excluded(path, cfg, plain) and (blocks is None or index[path] in blocks)
 
-    refuse_worn(model, chosen, lambda path: cfg.adapts == "linear" and wanted(path) and _matches(asked, path))
+    refuse_worn(model, [(path, cfg) for path in chosen], lambda path: cfg.adapts == "linear" and wanted(path) and _matches(asked, path))
     _check_names(model, cfg, list(known), in_blocks, list(everything))
     if cfg.adapts == "linear":
         refuse_half(model, cfg, list(everything), chosen, wanted)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import nn
 
 from lora_lite.clone.adapter import adapters
-from lora_lite.core.config import AdapterConfig
+from lora_lite.core.config import AdapterConfig, patterns_of
 from lora_lite.core.errors import listed
 from lora_lite.core.tree import modules_by_path
 from lora_lite.layers.find import names
@@ -37,27 +37,36 @@ def _wraps(module: nn.Module) -> bool:
     return "base_layer" in children or {"original_module", "modules_to_save"} <= set(children)
 
 
-def refuse_worn(model: nn.Module, paths: Iterable[str], around: Callable[[str], bool] = lambda path: False) -> None:
+def refuse_worn(model: nn.Module, targets: Iterable[tuple[str, AdapterConfig]], around: Callable[[str], bool] = lambda path: False) -> None:
     """Refuse targets inside the adapters of another library, of which only parts would be adapted.
+
+    A module of the model's own may look like one. So a target that its config names by the whole path is taken.
 
     Args:
         model: the model.
-        paths: of the targets.
+        targets: paths of the targets, with their configs.
         around: whether a path is asked for, for the adapters themselves.
 
     Raises:
         ValueError: it names the adapted layers, with the way out.
     """
-    worn, paths = wrappers(model), list(paths)
+    worn, paths = wrappers(model), [path for path, cfg in targets if _whole(path) not in patterns_of(cfg.target_names)]
     touched = [path for path in worn if around(path) or any(p.startswith(f"{path}.") for p in paths)]
     if touched:
+        inner = next((p for p in paths if p.startswith(f"{touched[0]}.")), f"{touched[0]}.base_layer")
         cls = type(worn[touched[0]])
         kinds = f"{cls.__module__.partition('.')[0]}'s {cls.__name__}"
         raise ValueError(
             f"find_targets: expected layers without adapters of another library, found {listed(touched)} ({kinds}). Take that adapter into "
             "the weights or off first, with PEFT: model = model.merge_and_unload() or model.unload(). Or leave these layers out: "
-            f"exclude_names=({_escaped(touched[0])}, ...)."
+            f"exclude_names=({_escaped(touched[0])}, ...). Where they are the model's own, name each layer by its whole path: "
+            f'target_names=(r"{_whole(inner)}", ...).'
         )
+
+
+def _whole(path: str) -> str:
+    """Return an expression of a whole path."""
+    return f"^{re.escape(path)}$"
 
 
 def _escaped(path: str) -> str:
@@ -112,7 +121,7 @@ def _region(path: str, chosen: Sequence[str]) -> str:
         region = ".".join(parts[:k]) + "."
         if not any(other.startswith(region) for other in chosen):
             return "^" + re.escape(region)
-    return f"^{re.escape(path)}$"
+    return _whole(path)
 
 
 def _holds_matrix(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lora_lite.core.config import AdapterConfig
@@ -76,7 +77,11 @@ def of_layers(model: nn.Module, others: Mapping[str, Tensor], kinds: Sequence[ty
     """Split biases without a LoRA: the params of BitFit at linear layers, and the values of other modules, norms for one."""
     linear = find(model, "linear", kinds)
     params, values = Tree(), dict[str, Tensors]()
+    of_linear = {id(model.get_submodule(path)._parameters["bias"]): others[path] for path in others if path in linear}
     for path, saved in others.items():
+        again = of_linear.get(id(model.get_submodule(path)._parameters["bias"]))
+        if path not in linear and again is not None and torch.equal(saved, again):
+            continue  # a second name of a layer's bias, as the head of a BERT has one
         if path in linear:
             own: Any = model.get_submodule(path).bias
             params[path] = {"db": saved.to(own.device).float() - own.detach().float()}

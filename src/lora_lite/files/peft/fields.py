@@ -135,6 +135,13 @@ def version_of(fields: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", str(fields.get("peft_version") or ""))[:3])
 
 
+def shifts_weights(fields: Mapping[str, Any]) -> bool:
+    """Whether PEFT takes a start off the layers' own weights, in place."""
+    if fields["peft_type"] != "LORA":
+        return False
+    return fields.get("init_lora_weights") in ("pissa", "olora") or fields.get("kasa_config") not in (None, False)
+
+
 def carried(fields: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
     """Return the fields with patterns that give the layer at `new` the values of `old`."""
     found = dict(fields)

@@ -15,7 +15,7 @@ from lora_lite.core.config import AdapterConfig
 from lora_lite.core.plan import Target
 from lora_lite.core.tree import join
 from lora_lite.files.peft.calls import uncalled
-from lora_lite.files.peft.fields import carried, version_of
+from lora_lite.files.peft.fields import carried, shifts_weights, version_of
 from lora_lite.files.peft.gates import GATE, laid_out
 from lora_lite.layers.convolution import CLASSES, ConvKind
 from lora_lite.layers.embedding import EmbeddingKind
@@ -41,7 +41,7 @@ def as_linear(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str,
     found, faults = dict(tensors), list[str]()
     for path, module in model.named_modules():
         at = prefix + join(path, "")
-        faults += _own(found, at, module)
+        faults += _own(found, at, module, shifts_weights(fields) and any(at + key in tensors for key in (A, B)))
         if at + GATE in found and of_kernel(found[at + GATE], kernel_size(module)):
             found[at + GATE] = laid_out(found[at + GATE], fields, path)
         if _weight_asked(module, path, fields.get("target_parameters") or []):
@@ -56,15 +56,29 @@ def as_linear(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str,
     return found, faults
 
 
-def _own(found: Tensors, at: str, module: nn.Module) -> list[str]:
+def _own(found: Tensors, at: str, module: nn.Module, shifted: bool) -> list[str]:
     """Take out a module's own tensors, which PEFT saves beside adapted embeddings and heads, in case tokens were added."""
     faults = []
     for name, own in module._parameters.items():
         for key in (at + _WRAPPER + name, at + name):
             saved = found.pop(key, None)
             if saved is not None and not same(saved, own):
-                faults.append(f'unexpected "{key}": it differs from the model\'s own. {LOAD}')
+                faults.append(f'unexpected "{key}": {_LEFT if shifted and name == "weight" else _unlike(saved, own)}')
     return faults
+
+
+_LEFT = (
+    "it is what the start left of the weight, which is computed here from the model's own. Save the adapter in PEFT with "
+    "save_embedding_layers=False"
+)
+
+
+def _unlike(saved: Tensor, own: Tensor | None) -> str:
+    """Return the difference of a file's tensor from the model's own, with the way out."""
+    if own is None or saved.shape == own.shape:
+        return f"it differs from the model's own. {LOAD}"
+    resize = f": where the vocabulary had grown, by model.resize_token_embeddings({len(saved)})" if saved.dim() == 2 else ""
+    return f"its shape is {tuple(saved.shape)}, and the model has {tuple(own.shape)}. Give the model that shape first{resize}"
 
 
 def same(saved: Tensor, own: Tensor | None) -> bool:

@@ -9,7 +9,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -87,6 +87,23 @@ def in_names_of(
     return Named(fields, {**rest, **{prefix + join(path, leaf): t for (path, leaf), t in places.items()}}, faults)
 
 
+def lost(model: Any, paths: Iterable[str]) -> dict[str, str]:
+    """Return the layers that PEFT loses as it loads a file of LoRA, with the names that it looks for.
+
+    It brings each name to the present one by transformers' tables, as if it were of an older model. Where a table changes a name that the
+    model has, PEFT finds no layer of the new one. A prefix alone that is cut off is put back.
+    """
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    except ImportError:  # transformers before version 5, by which PEFT renames nothing
+        return {}
+    if get_checkpoint_conversion_mapping(getattr(getattr(model, "config", None), "model_type", None)) is None:
+        return {}
+    table = Table.of(model)
+    now = {path: table.renamed(path, A) for path in paths}
+    return {path: new for path, new in now.items() if not f".{path}".endswith(f".{new}")}
+
+
 def _found(model: Any, renamed: str, old: str, known: set[str]) -> str | None:
     """Return the path among `known` that a renamed or old one is, with or without the prefix of the model's backbone."""
     start = getattr(model, "base_model_prefix", "") or ""
@@ -127,9 +144,9 @@ class Table(NamedTuple):
             return cls([], attribute)
         return cls(get_model_conversion_mapping(model), attribute)
 
-    def renamed(self, path: str) -> str:
+    def renamed(self, path: str, leaf: str = "weight") -> str:
         """Return the path of a module by the tables, which are of its parameters."""
-        name = f"{path}.weight"
+        name = f"{path}.{leaf}"
         for pattern, new in self.attribute.items():
             name, times = re.subn(pattern, new, name)
             if times:
@@ -137,7 +154,7 @@ class Table(NamedTuple):
         for transform in self.transforms:
             if not hasattr(transform, "operations"):
                 name, _ = transform.rename_source_key(name)
-        return name.removesuffix(".weight")
+        return name.removesuffix(f".{leaf}")
 
     def experts(self, paths: Sequence[str]) -> dict[tuple[str, int], Parts]:
         """Return the layers of single experts by the parameter that they are parts of, and how many it lays side by side of each expert."""

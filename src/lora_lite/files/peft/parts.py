@@ -18,6 +18,7 @@ from lora_lite.files.peft.rows import rows_of
 from lora_lite.files.peft.targeted import named
 from lora_lite.layers.find import find
 from lora_lite.layers.kind import Kind
+from lora_lite.prepare.worn import wrappers
 from lora_lite.variants.full import FullConfig
 
 PREFIX = "base_model.model."
@@ -78,6 +79,7 @@ def parts_of(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, 
         faults
         or whole.faults_of(model, fields, modules)
         or ([] if layers or modules or rows else ["no tensors"])
+        or _idle_faults(_at_work(method, layers), layers, modules, rows)
         or shared.faults_of(method, common)
         or _layer_faults(model, method, layers, kinds)
         or [
@@ -86,7 +88,20 @@ def parts_of(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, 
             if (fault := twice.fault(model, path.rpartition(".")[0] if path not in paths else path))
         ]
     )
-    return Parts(fields, layers, modules, rows, shifts, common, faults)
+    return Parts(fields, _at_work(method, layers), modules, rows, shifts, common, faults)
+
+
+def _at_work(method: str, layers: Layers) -> Layers:
+    """Leave out the layers to which PEFT left nothing to train, by a rank or a width that it lowered."""
+    if not any(row.idles for row in rows_of(method)):
+        return layers
+    return {path: own for path, own in layers.items() if any(t.numel() for t in own.values())}
+
+
+def _idle_faults(working: Layers, layers: Layers, *others: Mapping[Any, Any]) -> list[str]:
+    if working or not layers or any(others):
+        return []
+    return [f'"{path}": nothing to train, as PEFT lowered its rank or its blocks: the model as it is computes the same' for path in layers]
 
 
 def _trains_bias(fields: Mapping[str, Any]) -> bool:
@@ -127,10 +142,11 @@ def _by_layer(model: nn.Module, method: str, tensors: Mapping[str, Tensor]) -> t
 
 
 def _layer_faults(model: nn.Module, method: str, layers: Layers, kinds: Sequence[type[Kind]]) -> list[str]:
-    modules, linear = dict(model.named_modules()), find(model, "linear", kinds)
+    modules, linear, worn = dict(model.named_modules()), find(model, "linear", kinds), wrappers(model)
     faults = []
     for path in layers:
         if path not in linear:
             found = type(modules[path]).__name__ if path in modules else f"nothing; closest: {nearest(path, linear)}"
+            found = f"an adapter of another library around it ({found})" if path in worn else found
             faults.append(unread(model, method, f"{path}.") or f'"{path}": expected a linear layer, found {found}')
     return list(dict.fromkeys(faults))

@@ -88,10 +88,10 @@ def from_peft(
     parts = parts_of(model, fields, present_tensors(_read_tensors(folder / WEIGHTS)), kinds)
     _require(parts.faults, folder, model)
     chosen = {path: (row, _config(row, values, path, folder)) for path, (row, values) in _choose(parts.fields, parts.layers).items()}
-    _require(_misread(model, chosen, kinds), folder, model)
+    _require(_misread(model, chosen, kinds), folder, model, _MERGE)
     configs = [*_merged_configs(chosen), *whole.configs_of(parts.modules), *tokens.configs_of(parts.rows), *_bitfit(parts.shifts)]
     built = build(model, configs, remat=remat, kinds=kinds)
-    _require(_undefined(model, built, chosen, parts.fields.get("target_parameters") or ()), folder, model)
+    _require(_undefined(model, built, chosen, parts.fields.get("target_parameters") or ()), folder, model, _RUN)
     adapt = _with_constants(built, chosen, parts)
     theirs = _theirs(chosen, parts)
     faults = tree_faults(theirs, grouped.shapes_of(adapt._plan, theirs)) + _field_faults(parts, chosen)
@@ -101,12 +101,16 @@ def from_peft(
     return adapt, adapt._plan.ordered(adapt._plan.regrouped(_ours(adapt, chosen, theirs)) | others)
 
 
-def _require(faults: list[str], folder: Path, model: nn.Module) -> None:
+_PASS = "Pass the model that the adapter was trained on, without layers of PEFT's (peft_model.unload() takes them off)"
+_FIT = f"{_PASS}, and files as save_pretrained wrote them. Where a line above names another way, take that."
+_MERGE = "Merge the adapter with PEFT's merge_and_unload and adapt the merged model."
+_RUN = "Run the adapter by PEFT, or train one here with ll.build. Merged in PEFT it may compute something else than in training."
+"""The way out where PEFT's layer computes otherwise than `W x + b` with another `W`."""
+
+
+def _require(faults: list[str], folder: Path, model: nn.Module, way: str = _FIT) -> None:
     if faults:
-        raise ValueError(
-            f'from_peft: expected "{folder}" to fit this {type(model).__name__}, found:\n{several(faults)}\n'
-            "Pass the model that PEFT wrapped, and files as its save_pretrained wrote them."
-        )
+        raise ValueError(f'from_peft: expected "{folder}" to fit this {type(model).__name__}, found:\n{several(faults)}\n{way}')
 
 
 def _config(row: Row, values: Mapping[str, Any], path: str, folder: Path) -> Any:
@@ -133,7 +137,9 @@ def _read_fields(place: Path) -> dict[str, Any]:
 def _read_tensors(place: Path) -> dict[str, Tensor]:
     if not place.is_file():
         raise FileNotFoundError(
-            f'from_peft: expected a file at "{place}", found none. Save with safe_serialization=True; pickled files are never opened.'
+            f'from_peft: expected a file at "{place}", found none. Where there is an adapter_model.bin, bring it into this form first, as '
+            'pickled files are never opened here: safetensors.torch.save_file(torch.load("adapter_model.bin", weights_only=True), '
+            f'"{place.name}").'
         )
     try:
         with safetensors.safe_open(place, framework="pt") as file:
@@ -235,7 +241,7 @@ def _require_implied(path: str, found: Mapping[str, Tensor], derived: Constants)
     for name, tensor in found.items():
         want = derived[name].tolist()
         if tensor.tolist() != want:
-            way = "Pass the model that PEFT wrapped."
+            way = f"{_PASS}, with the weights that it had then."
             raise ValueError(f'from_peft: expected {name} {want} at "{path}", as its weight implies, found {tensor.tolist()}. {way}')
 
 
@@ -243,7 +249,7 @@ def _replaced(derived: Constants, loaded: Mapping[str, tuple[str, Tensor]]) -> C
     for name, (key, tensor) in loaded.items():
         if tensor.shape != derived[name].shape:
             want, found = tuple(derived[name].shape), tuple(tensor.shape)
-            raise ValueError(f'from_peft: expected "{key}" of shape {want}, found {found}. Pass the model that PEFT wrapped.')
+            raise ValueError(f'from_peft: expected "{key}" of shape {want}, found {found}. {_PASS}.')
     return {**derived, **{name: tensor.to(derived[name], copy=True) for name, (_, tensor) in loaded.items()}}
 
 

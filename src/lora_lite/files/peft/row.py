@@ -100,6 +100,7 @@ class Row(NamedTuple):
         agreed: the target and the fields of each layer, to fields that say the same of all layers where theirs differ.
         conv1d: whether PEFT adapts transformers' `Conv1D` by it.
         lowers: whether PEFT lowers a rank above the layer's widths to the smaller one in silence.
+        idles: whether PEFT may so leave a layer nothing to train, with empty tensors, where it computes as the base model.
     """
 
     config: type[AdapterConfig]
@@ -130,6 +131,7 @@ class Row(NamedTuple):
     agreed: Callable[[Sequence[tuple[Target, Fields]]], dict[str, Any]] = lambda layers: {}
     conv1d: bool = False
     lowers: bool = False
+    idles: bool = False
 
     def held(self, value: Callable[[str], Any]) -> dict[str, Leaf]:
         """Return the leaves of a layer by our names, where `value(field)` is that of the config."""

@@ -164,7 +164,7 @@ ROWS: dict[str, Row] = {
         refused=_unlike_adalora,
         conv1d=True,
     ),
-    "oft": Row(OFTConfig, "OFT", {"v": Leaf("oft_R.weight", 2)}, _read_oft, _write_oft, agreed=_agreed_oft),
+    "oft": Row(OFTConfig, "OFT", {"v": Leaf("oft_R.weight", 2)}, _read_oft, _write_oft, agreed=_agreed_oft, idles=True),
 }
 
 

@@ -181,6 +181,7 @@ ROWS: dict[str, Row] = {
         _read_osf,
         lambda cfg: {"effective_rank": cfg.effective_rank},
         signs=_osf_signs,
+        idles=True,
     ),
     "supertuning": Row(
         SuperTuningConfig,

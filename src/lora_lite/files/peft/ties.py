@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from lora_lite.core.errors import listed
+from lora_lite.files.peft.fields import shifts_weights
 from lora_lite.prepare.targets import sharing
 
 
@@ -21,7 +22,19 @@ def faults(model: nn.Module, fields: Mapping[str, Any], adapted: Iterable[str], 
     shared, paths = sharing(model), list(adapted)
     tied = [path for path in paths if path in shared] if fields.get("ensure_weight_tying") else []
     of_rows = {path: [other for other in shared.get(path, ()) if other in paths] for path in tables}
-    return [*_apart(tied[:1], shared), *(_below(path, others) for path, others in of_rows.items() if others)]
+    clashes = [*_apart(tied[:1], shared), *(_below(path, others) for path, others in of_rows.items() if others)]
+    return clashes + [f'"{path}": {why}' for path in paths if (why := shifted(model, fields, path))]
+
+
+def shifted(model: nn.Module, fields: Mapping[str, Any], path: str) -> str | None:
+    """Return the reason why PEFT's start at a layer changes other modules too, or None."""
+    others = sharing(model).get(path, ()) if shifts_weights(fields) else ()
+    if not others:
+        return None
+    return (
+        f"PEFT takes its start off the weight, which {listed(others)} shares: that one computes something else there. Run the adapter by "
+        "PEFT, or train one without this layer"
+    )
 
 
 def _apart(tied: Iterable[str], shared: Mapping[str, Iterable[str]]) -> list[str]:

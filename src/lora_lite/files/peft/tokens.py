@@ -37,6 +37,11 @@ class Rows(NamedTuple):
         """Our config, without the table's name."""
         return TokensConfig(token_ids=self.ids, dtype=torch.float64 if self.values.dtype == torch.float64 else torch.float32)
 
+    def once(self) -> "Rows":
+        """Return a row for each token that a file names several times, whose rows are alike: they have the same gradients in PEFT."""
+        last = {token: k for k, token in enumerate(self.ids)}
+        return self if len(last) == len(self.ids) else Rows(tuple(last), self.values[list(last.values())])
+
 
 def split(
     model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str
@@ -63,7 +68,7 @@ def split(
             faults.append(f'"{prefix + at + _ROWS}": expected the rows of "{first}", whose weight it shares, found others')
     if _promised(fields) and not found:
         faults.append(f"{_field(fields)}: expected the rows of tokens {listed(map(str, _all_ids(fields)))}, found none")
-    return found, rest, faults
+    return found if faults else {path: rows.once() for path, rows in found.items()}, rest, faults
 
 
 def _unlike(module: nn.Module, path: str) -> list[str]:
@@ -80,6 +85,11 @@ def _faults(path: str, ids: Sequence[int], values: Tensor, weight: Tensor, base:
     want = (len(ids), weight.shape[-1])
     if tuple(values.shape) != want or not values.is_floating_point():
         return [f'"{path}": expected rows of shape {want} for its {len(ids)} tokens, found {tuple(values.shape)} of {values.dtype}']
+    first = {token: values[k] for k, token in reversed(list(enumerate(ids)))}
+    unclear = sorted({token for token, row in zip(ids, values) if not torch.equal(row, first[token])})
+    if unclear:
+        way = "Leave one row of each in the file, and its id once"
+        return [f'"{path}": expected one row for each token, found others for {listed(map(str, unclear))}. {way}']
     if base is None or max(ids, default=0) >= len(weight) or min(ids, default=0) < 0:
         return []
     others = torch.ones(len(weight), dtype=torch.bool)

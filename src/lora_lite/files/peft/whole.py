@@ -107,7 +107,8 @@ def displacements(model: nn.Module, whole: Whole) -> Tree:
             params[path] = {name: now[name] - p.detach().float() for name, p in own.items()}
     if faults:
         raise ValueError(
-            f"from_peft: expected whole modules as this model has them, found:\n{several(faults)}\nPass the model that PEFT wrapped."
+            f"from_peft: expected whole modules as this model has them, found:\n{several(faults)}\nGive the model these shapes first: by "
+            "model.resize_token_embeddings(n) where the vocabulary was another, by num_labels=n for a classifier's head."
         )
     return params
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,13 +19,14 @@ from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.plan import Target
 from lora_lite.files.card import write_card
 from lora_lite.files.durable import replace, store
-from lora_lite.files.peft import biases, diverted, tokens, twice, whole
+from lora_lite.files.peft import biases, diverted, ties, tokens, twice, whole
 from lora_lite.files.peft.calls import barred
 from lora_lite.files.peft.categories import gathered
 from lora_lite.files.peft.config import Pairs, Written, fields_of
 from lora_lite.files.peft.grouped import copies
 from lora_lite.files.peft.hub import CONFIG, WEIGHTS
 from lora_lite.files.peft.layers import as_saved, is_conv1d, unsaved
+from lora_lite.files.peft.names import lost
 from lora_lite.files.peft.numbered import unstacked
 from lora_lite.files.peft.parts import PREFIX
 from lora_lite.files.peft.row import Leaves, Row, as_it_is, own_bias
@@ -113,8 +115,22 @@ def write_files(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], folder
     fields = fields_of(adapt, layers, found.as_whole, found.of_tokens, complete)
     if found.as_bias or any(getattr(cfg, "bias", False) for _, cfg in found.of_method):
         fields["bias"] = "all" if found.as_bias else "lora_only"
+    _warn_of_lost(adapt, layers)
     heads = heads_of(adapt._plan.base, fields["task_type"], [target.path for target, _ in found.as_whole])
     _write(folder, fields, {**{PREFIX + key: t for key, t in heads.items()}, **tensors})
+
+
+def _warn_of_lost(adapt: Adapt, layers: list[Written]) -> None:
+    """Warn of layers of LoRA that PEFT does not find again, in its own files either."""
+    found = lost(adapt._plan.base, {t.kind.host(t.path): t for t, row, *_ in layers if row.peft_type == "LORA"})
+    if found:
+        path, new = next(iter(found.items()))
+        warnings.warn(
+            f"to_peft: PEFT with the transformers installed here loads the layers {listed(found)} without their adapters, as a table of "
+            f'transformers makes "{new}" of "{path}". This is so for files that PEFT wrote too. ll.from_peft reads them. For others, '
+            "merge them into the weights: adapt.merge(params).",
+            stacklevel=4,
+        )
 
 
 def tensors_of(adapt: Adapt, params: Mapping[str, Mapping[str, Tensor]], found: Sorted) -> tuple[list[Written], Leaves]:
@@ -165,8 +181,10 @@ def require_expressible(found: Sorted, adapt: Adapt) -> None:
         unable = barred(adapt._plan.base, target, row.peft_type) or unsaved(adapt._plan.base, target, cfg)
         unable = unable or diverted.fault(adapt._plan.base, target, cfg, row.peft_type)
         unable = unable or row.unsure(cfg, target.kind.at(adapt._plan.base, target.path))
-        if misread := row.misread(target.kind) if row.written is as_it_is else None:  # else the file holds another variant
-            faults.append(f"{at}: {misread}")
+        if row.written is as_it_is:  # else the file holds another variant
+            fields = {"peft_type": row.peft_type, **row.write(cfg)}
+            reasons = row.misread(target.kind), ties.shifted(adapt._plan.base, fields, target.path)
+            faults += [f"{at}: {why}" for why in reasons if why]
         faults += [f"{at} {unable}"] if unable else []
         if not target.path:
             faults.append("the model itself is the layer: PEFT adapts layers inside a model")
