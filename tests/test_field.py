@@ -1832,8 +1832,8 @@ def test_model_that_was_made_in_inference_mode_can_be_trained(name):
 def test_params_in_8_bits_are_refused(dtype):
     """Their gradients were cut off at the largest number, or lost their sign, in silence."""
     adapt = ll.build(nn.Sequential(nn.Linear(4, 4)), ll.LoRAConfig(r=2))
-    params = ll.tree_map(lambda p: p.to(dtype), adapt.init())
-    for call in (lambda: adapt(params, torch.randn(2, 4)), lambda: adapt.mixed(ll.stack([params]), torch.randn(2, 4))):
+    params, stacked = (ll.tree_map(lambda p: p.to(dtype), tree) for tree in (adapt.init(), ll.stack([adapt.init()])))
+    for call in (lambda: adapt(params, torch.randn(2, 4)), lambda: adapt.mixed(stacked, torch.randn(2, 4))):
         with pytest.raises(ValueError, match=r'"0.A": expected a floating dtype of 16 bits or more, found torch.float8.*leaf.float\(\)'):
             call()
 
@@ -2091,9 +2091,7 @@ class Yields(nn.Module):
         self.layer = nn.Linear(6, 6)
 
     def forward(self, x):
-        for _ in range(2):
-            x = self.layer(x)
-            yield x
+        return (self.layer(x + k) for k in range(2))
 
 
 def test_forward_that_yields_is_told_to_return_a_list():

@@ -516,25 +516,45 @@ def test_attention_has_a_gradient_to_a_bias_that_each_row_has():
         assert all(leaf.any() for leaves in want.values() for name, leaf in leaves.items() if "relative_position" in name)
 
 
-@pytest.mark.parametrize("name", [r"layers\.0$", r"^model$"])
-@pytest.mark.parametrize("index", [[0, 1], [0, 1, 1], None])
-def test_caches_of_whole_modules_are_refused_and_the_way_out_works(name, index):
+@pytest.mark.parametrize("name", [r"layers\.0$", r"self_attn$", r"layers\.\d$", r"^model$"])
+@pytest.mark.parametrize("index", [[0, 1], [1, 0, 1], None])
+def test_each_member_of_a_whole_module_writes_its_rows_to_the_cache(name, index):
     """Members wrote to one cache, one after the other, or vmap left its tensors there."""
     torch.manual_seed(0)
-    config = tf.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    adapt = ll.build(tf.LlamaForCausalLM(config).eval(), ll.FullConfig(target_names=name))
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2}
+    adapt = ll.build(tf.LlamaForCausalLM(tf.LlamaConfig(**sizes)).eval(), ll.FullConfig(target_names=name))
     params, own = members(adapt), [0, 1] if index is None else index
-    batch = {"input_ids": torch.randint(3, 60, (len(own), 6))}
-    with pytest.raises(ValueError, match=r"expected a module without a key-value cache.*DynamicCache.*use_cache=False"):
-        adapt.mixed(ll.stack(params), batch, index)
-    got = adapt.mixed(ll.stack(params), batch, index, use_cache=False).logits
-    torch.testing.assert_close(got, loop(adapt, params, own, batch))
+    tokens = torch.randint(3, 60, (len(own), 7))
+    batch = {"input_ids": tokens[:, :6]}
+    got = adapt.mixed(ll.stack(params), batch, index)
+    torch.testing.assert_close(got.logits, loop(adapt, params, own, batch))
+    assert got.past_key_values.get_seq_length() == 6
+    for n, k in enumerate(own):
+        alone = adapt(params[k], {"input_ids": batch["input_ids"][n : n + 1]}).past_key_values
+        for layer, one in zip(got.past_key_values.layers, alone.layers, strict=True):
+            torch.testing.assert_close(layer.keys[n : n + 1], one.keys)
+            torch.testing.assert_close(layer.values[n : n + 1], one.values)
+    more = adapt.mixed(ll.stack(params), {"input_ids": tokens[:, 6:], "past_key_values": got.past_key_values}, index)
+    torch.testing.assert_close(more.logits[:, -1], loop(adapt, params, own, {"input_ids": tokens})[:, -1])
     module = adapt.module(ll.stack(params), index=index)
-    with pytest.raises(ValueError, match=r"expected a module without a key-value cache"):
-        module.generate(batch["input_ids"], max_new_tokens=2)
-    told = module.generate(batch["input_ids"], max_new_tokens=4, do_sample=False, use_cache=False, eos_token_id=63)
-    alone = [adapt.module(params[k]).generate(batch["input_ids"][n : n + 1], max_new_tokens=4, do_sample=False) for n, k in enumerate(own)]
-    assert all(torch.equal(row[: one.shape[1]], one[0]) for row, one in zip(told, alone, strict=True))
+    told = module.generate(batch["input_ids"], max_new_tokens=4, do_sample=False, use_cache=False, eos_token_id=63, pad_token_id=0)
+    for n, k in enumerate(own):
+        alone = adapt.module(params[k]).generate(batch["input_ids"][n : n + 1], max_new_tokens=4, do_sample=False, eos_token_id=63)
+        assert torch.equal(told[n, : alone.shape[1]], alone[0])
+
+
+def test_cache_of_an_encoder_and_a_decoder_has_the_rows_of_each_member():
+    adapt = ll.build(t5("sdpa"), ll.FullConfig(target_names="decoder$"))
+    params, tokens = members(adapt), torch.randint(2, 50, (3, 6))
+    mask = torch.ones_like(tokens)
+    mask[1, 4:] = 0
+    for beams in (1, 2):
+        told = adapt.module(ll.stack(params), index=[1, 0, 1]).generate(tokens, attention_mask=mask, max_new_tokens=5, num_beams=beams)
+        for n, k in enumerate([1, 0, 1]):
+            row = slice(n, n + 1)
+            alone = adapt.module(params[k]).generate(tokens[row], attention_mask=mask[row], max_new_tokens=5, num_beams=beams)
+            assert torch.equal(told[n, : alone.shape[1]], alone[0])
 
 
 class Beside(nn.Module):

@@ -77,7 +77,9 @@ def _moving_others(plan: Plan, targets: Mapping[str, Target], merged: Mapping[st
     for name, target in targets.items():
         if (own := tensors.get(name)) is None:
             continue
+        within = join(target.path, "") if target.kind.site == "module" else None  # the parameters of a whole module move together
         near = [n for n in beside[places[name].storage] if places[n].overlaps(places[name])]
+        near = [n for n in near if within is None or not n.startswith(within)]
         others = [n for n in near if tensors[n] is not own or _holder(n, holders) != _holder(name, holders)]
         if others and not torch.equal(merged[name], own.to(merged[name].dtype)):
             faults.append(f'"{target.path}": {name} lies in the memory of {listed(others)}, which would change too')

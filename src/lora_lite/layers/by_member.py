@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lora_lite.core.errors import listed
-from lora_lite.core.invocation import is_cache
 
 
 def taken(value: Tensor, rows: Tensor, count: int) -> Tensor:
@@ -23,17 +22,16 @@ def tensors_in(tree: Any) -> dict[str, Tensor]:
     return {pytree.keystr(path): leaf for path, leaf in pytree.tree_leaves_with_path(tree) if isinstance(leaf, Tensor)}
 
 
-def require_no_cache(tree: Any, place: str) -> None:
-    """Refuse key-value caches among a call's arguments or in its result: each member's call would write its own rows to one cache.
+def require_entries(found: Any, count: int) -> None:
+    """Refuse results of another length than the input's.
 
     Raises:
         ValueError: with the way out.
     """
-    if caches := [leaf for leaf in pytree.tree_leaves(tree, is_leaf=is_cache) if is_cache(leaf)]:
+    if odd := [tuple(y.shape) for y in tensors_in(found).values() if y.shape[0] != count]:
         raise ValueError(
-            f"expected a module without a key-value cache, which would hold the rows of one member alone, found one of "
-            f"class {type(caches[0]).__name__} as {place}. Pass use_cache=False where the model takes it, "
-            "train parts that are called without a cache, or run the members one by one."
+            f"expected a module whose outputs have the {count} entries of its input on their first axis, found shape {odd[0]}, "
+            "and the model has not let its rows be tried. Train a part of it that returns rows, or run the members one by one."
         )
 
 

@@ -12,12 +12,14 @@ from torch.utils import _pytree as pytree
 
 from lora_lite.core.errors import NO_ANSWER, listed
 from lora_lite.core.frozen import Frozen
+from lora_lite.core.invocation import is_cache
 from lora_lite.core.tree import join, modules_by_path
 from lora_lite.layers.access import ADAPTERS, first_of, place_of
 from lora_lite.layers.attention import with_attention
-from lora_lite.layers.by_member import Unwritten, by_rows, joined, moved, moved_rows, require_no_cache, taken, tensors_in
+from lora_lite.layers.by_member import Unwritten, by_rows, joined, moved, moved_rows, require_entries, taken, tensors_in
 from lora_lite.layers.embedding import with_padded_lookups
 from lora_lite.layers.kind import Kind, Params, Run, Variant, of_rows
+from lora_lite.layers.member_cache import MemberCaches, caches_in, require_no_cache
 from lora_lite.layers.recorder import Recorder
 
 Own = Callable[..., Any]
@@ -145,7 +147,6 @@ class ModuleKind(Kind):
         if rows == 1:  # all that the module is called with is of one member
             return self.apply(f, {name: p[0] for name, p in of_rows(params, index)[0].items()}, x)
         others = tensors_in(self._rest[1:])
-        require_no_cache(self._rest[1:], "argument")
         if self.follow is None:  # nobody has seen which of them grow with the batch: a first axis of one holds no rows
             lost = [name for name, value in others.items() if value.dim() and value.shape[0] != 1]
         else:
@@ -164,37 +165,32 @@ class ModuleKind(Kind):
                 "run the members one by one."
             )
         found = self._mapped(f, params, x, index)
-        require_no_cache(found, "result")
-        self._require_rows(found, x, rows)
+        if rows > 1 and self.follow is None and not torch.compiler.is_compiling():  # no trial has shown that these are rows
+            require_entries(found, len(x))
         group = (self.count or rows) // rows if self.follow is not None else 1  # rows of a member that have come together
         return pytree.tree_map_only(Tensor, lambda y: y.repeat_interleave(group, 0) if len(y) == rows else y, found) if group > 1 else found
 
     def _mapped(self, f: Variant, params: Params, x: Any, index: Tensor | None) -> Any:
-        """Map the module over rows. One that torch cannot map, since it looks at values or sets `.data`, runs member by member."""
-        if not self._unmapped:
+        """Map the module over rows. One that torch cannot map, since it looks at values or sets `.data`, runs member by member.
+
+        So does one with a key-value cache: a map would leave its own tensors there.
+        """
+        if not (self._unmapped or caches_in(self._rest[1:])):
             run: Any = with_padded_lookups(f) if self._padded else f
             try:
-                return super().apply_rows(with_attention(run) if self.layer._modules else run, params, x, index)
+                found = super().apply_rows(with_attention(run) if self.layer._modules else run, params, x, index)
+                if not caches_in(found):
+                    return found
             except RuntimeError as e:
                 if torch.compiler.is_compiling() or not self.layer._modules or isinstance(e, NO_ANSWER):
                     raise
         found = self._by_member(f, params, x, index, set())
-        self._unmapped = True  # torch's error was of the map: the module itself raises none
+        self._unmapped = not caches_in(self._rest[1:])  # torch's error was of the map: the module itself raises none
         return found
 
     def _has_rows(self, value: Tensor, shared: int) -> bool:
         """Whether a tensor beside the input has the rows: of its own, or since a module before has made each row's of what all shared."""
         return not shared or (value.dim() > 0 and bool(self.count) and len(value) == shared * (self.count or 0))
-
-    def _require_rows(self, found: Any, x: Tensor, rows: int) -> None:
-        """Refuse results of another length than the input, where no trial has shown that these are rows."""
-        if rows < 2 or self.follow is not None or torch.compiler.is_compiling():
-            return
-        if odd := [tuple(y.shape) for y in tensors_in(found).values() if y.shape[0] != x.shape[0]]:
-            raise ValueError(
-                f"expected a module whose outputs have the {x.shape[0]} entries of its input on their first axis, found shape {odd[0]}, "
-                "and the model has not let its rows be tried. Train a part of it that returns rows, or run the members one by one."
-            )
 
     @functools.cached_property
     def _recurrent(self) -> bool:
@@ -212,16 +208,20 @@ class ModuleKind(Kind):
         each = (self.count or members) // members
         member = torch.arange(members, device=x.device).repeat_interleave(each) if index is None else index
         own, args, kwargs = self._rest
-        outputs, order = [], []
+        outputs, order, caches = [], [], MemberCaches(len(x), member)
+        if torch.compiler.is_compiling():
+            require_no_cache((args, kwargs))
         for k in range(members):
             rows = (member == k).nonzero().flatten()
             if not len(rows) and (k or len(member)):
                 continue
 
             def of_member(path: Any, value: Any, rows: Tensor = rows) -> Any:
+                if is_cache(value):
+                    return caches.of_rows(value, rows)
                 return taken(value, rows, len(member)) if pytree.keystr(path) in spread else value
 
-            its, named = pytree.tree_map_with_path(of_member, (args, kwargs))
+            its, named = pytree.tree_map_with_path(of_member, (args, kwargs), is_leaf=is_cache)
             given = taken(x, rows, len(member))
             copies = Unwritten({"its input": given, **{name: t for name, t in tensors_in((its, named)).items() if name in spread}})
             before, self._own = self._own, (lambda x, its=its, named=named: own(x, *its, **named))
@@ -230,11 +230,15 @@ class ModuleKind(Kind):
             finally:
                 self._own = before
             copies.require()
-            require_no_cache(found, "result")
-            outputs.append(pytree.tree_map(functools.partial(by_rows, count=len(rows)), found))
+            outputs.append(pytree.tree_map(functools.partial(by_rows, count=len(rows)), found, is_leaf=is_cache))
             order.append(rows)
         back = torch.cat(order).argsort()
-        return pytree.tree_map(lambda *parts: joined(parts, back), *outputs)
+        caches.join(order)
+
+        def together(*parts: Any) -> Any:
+            return caches.joined(parts, order) if is_cache(parts[0]) else joined(parts, back)
+
+        return pytree.tree_map(together, *outputs, is_leaf=is_cache)
 
     def merged(self, f: Variant, params: Params) -> dict[str, Tensor]:
         """Run the variant on a recorder of displacements. A variant that does more than displace parameters has no merged weights."""

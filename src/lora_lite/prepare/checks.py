@@ -94,12 +94,6 @@ def _refuse_split(model: nn.Module, entries: Entries) -> None:
             f"build: expected whole weights, found weights that are split over processes (DTensor) at {listed(split)}. Build on the model "
             "before it is split, and split what build returns: adapt.shard(mesh), or fully_shard on adapt.module(params)."
         )
-    unreal = [f"{path or 'the model'} ({p.dtype})" for path, own in parts.items() for p in own[:1] if p.is_complex()]
-    if unreal:
-        raise ValueError(
-            f"build: expected real weights, found complex ones at {listed(unreal)}. Leave such layers out with exclude_names, or hold the "
-            "real and the imaginary part in layers of their own."
-        )
     parts = {path: [p for p in own if type(p.data) is Tensor and p.layout is not torch.strided] for path, own in parts.items()}
     sparse = [f"{path or 'the model'} ({own[0].layout})" for path, own in parts.items() if own]
     if sparse:
@@ -117,7 +111,7 @@ def _refuse_complex(model: nn.Module, entries: Entries) -> None:
     if found:
         raise ValueError(
             f"build: expected real weights, found complex ones at {listed(found)}, of which real params would reach a part. Leave "
-            "such layers out with exclude_names."
+            "such layers out with exclude_names, or hold the real and the imaginary part in layers of their own."
         )
 
 
