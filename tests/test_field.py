@@ -2229,3 +2229,131 @@ def test_stack_of_adapters_on_other_weights_is_refused_and_the_way_out_works():
         own = ll.build(second, ll.LoRAConfig(r=2))
         host, stacked = ll.stack([(adapts[0], trees[0]), (own, trees[1])])
         torch.testing.assert_close(host.mixed(stacked, x, [0, 1, 0, 1])[1::2], own(trees[1], x)[1::2])
+
+
+class Lists(nn.Module):
+    """Multiplies by a weight that it takes from a list of its parameters, or asks for the sizes of some."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x, how):
+        if how == "penalty":
+            return x.sum() + sum(p.square().sum() for p in self.parameters())
+        if how == "sizes":
+            some = next(self.parameters())
+            return self.lin(x) * some.numel() * self.lin.weight.size(0) if some.is_floating_point() else x
+        weight = {
+            "named": lambda: dict(self.named_parameters())["lin.weight"],
+            "first": lambda: next(self.lin.parameters()),
+            "state": lambda: self.state_dict()["lin.weight"],
+            "path": lambda: self.get_parameter("lin.weight"),
+            "attribute": lambda: self.lin.weight,
+        }[how]()
+        return x @ weight.t()
+
+
+LISTS = ["named", "first", "state", "path", "attribute", "penalty", "sizes"]
+
+
+def of_lists(x, weight, how):
+    return x.sum() + weight.square().sum() if how == "penalty" else x @ weight.t() * (64 if how == "sizes" else 1)
+
+
+@pytest.mark.parametrize("how", LISTS)
+@pytest.mark.parametrize("name", ["lora", "hra", "full", "vera"])
+def test_weights_from_a_list_of_parameters_are_the_adapted_ones(name, how):
+    """They were the frozen ones in silence, and a sum over all met the adapter's placeholders."""
+    model, x = Lists(), torch.randn(3, 4)
+    adapt = ll.build(model, ll.VARIANTS[name](target_names=("lin$",), **({} if name == "full" else {"r": 2})))
+    params = move(adapt.init())
+    weight, module = adapt.merge(params)["lin.weight"], adapt.module(params)
+    names = [name for name, _ in module.named_parameters()]
+    for call in (lambda: adapt(params, (x, how)), lambda: module(x, how), lambda: copy.deepcopy(module)(x, how)):
+        torch.testing.assert_close(call(), of_lists(x, weight, how))
+    torch.testing.assert_close(adapt.base((x, how)), of_lists(x, model.lin.weight.detach(), how))
+    assert [name for name, _ in module.named_parameters()] == names
+    assert len(names) == len(module.state_dict()) > 1
+    if how != "state":  # which is detached
+        got = ll.value_and_grad(lambda p: adapt(p, (x, how)).sum())(params)[1]["lin"]
+        module(x, how).sum().backward()
+        for leaf, p in zip(got.values(), (p for p in module.parameters() if p.requires_grad)):
+            torch.testing.assert_close(p.grad, leaf)
+
+
+@pytest.mark.parametrize("how", LISTS)
+def test_weights_from_a_list_of_parameters_are_the_adapted_ones_where_compiled(how):
+    """A module that reads a weight by an attribute did not compile."""
+    model, x = Lists(), torch.randn(3, 4)
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    params = move(adapt.init())
+    want = of_lists(x, adapt.merge(params)["lin.weight"], how)
+    whole = how != "path"  # the compiler asks the class whether that is a parameter
+    try:
+        torch.testing.assert_close(torch.compile(lambda p: adapt(p, (x, how)), backend="eager", fullgraph=whole)(params), want)
+        torch.testing.assert_close(torch.compile(adapt.module(params), backend="eager", fullgraph=whole)(x, how), want)
+    finally:
+        torch._dynamo.reset()
+
+
+def test_weight_that_is_held_twice_is_listed_once():
+    model = llama()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    found = []
+    model.register_forward_hook(lambda module, *_: found.append(len(list(module.parameters()))))
+    adapt = ll.build(model, ll.TokensConfig(token_ids=(1, 2)))
+    adapt(adapt.init(), {"input_ids": ids()})
+    assert found == [len(list(model.parameters()))]
+
+
+@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=2), ll.LoRAConfig(r=2, dropout=0.5)], ids=["rows", "dropout"])
+def test_question_for_the_size_of_a_weight_reads_none(cfg):
+    """It was refused as a read."""
+    model, x = Lists().train(), torch.randn(3, 4)
+    adapt = ll.build(model, cfg)
+    members = [move(adapt.init(seed)) for seed in (0, 1)]
+    torch.manual_seed(0)
+    adapt(members[0], (x, "sizes"))
+    if not cfg.dropout:
+        got = adapt.mixed(ll.stack(members), (x, "sizes"), [0, 1, 0])
+        torch.testing.assert_close(got[1], adapt(members[1], (x[1:2], "sizes"))[0])
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_tensor_made_of_an_adapted_weight_is_not_adapted_again_where_compiled(fullgraph):
+    """The update acted twice."""
+    model, x = Remade(), torch.randn(2, 4)
+    adapt = ll.build(model, ll.LoRAConfig(r=2, target_names=("lin$",)))
+    params = move(adapt.init())
+    try:
+        compiled = torch.compile(lambda p, own: adapt(p, (x, own)), backend="eager", fullgraph=fullgraph)
+        for _ in range(2):
+            with pytest.raises(Exception, match=r'adapt: at "lin" expected a layer with its frozen weight.*adapted again'):
+                compiled(params, True)
+        if fullgraph:  # else the pieces that are compiled by now are taken for reads
+            torch.testing.assert_close(compiled(params, False), adapt(params, (x, False)))
+    finally:
+        torch._dynamo.reset()
+
+
+def test_settings_that_go_back_and_forth_are_compiled_once_each():
+    """Each change was compiled anew, to the limit of the compiler."""
+    model, graphs = llama(), []
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    params = move(adapt.init())
+
+    def noted(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    try:
+        compiled = torch.compile(lambda p, t: adapt(p, {"input_ids": t}), backend=noted)
+        for use_cache in [True, False] * 4:
+            model.config.use_cache = use_cache
+            assert (compiled(params, ids()).past_key_values is None) is not use_cache
+        assert len(graphs) == 3  # the first knew of no change
+        model.config.use_cache = True
+        assert adapt(params, {"input_ids": ids()}).past_key_values is not None
+    finally:
+        torch._dynamo.reset()

@@ -1,5 +1,6 @@
 """The copies that an `Adapt` runs on: bound ones, whose targets run their variants, and modules to be trained."""
 
+import functools
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from lora_lite.clone.attach import bind_followers, bind_target
 from lora_lite.clone.bind import Binding
 from lora_lite.clone.checkpointing import install
 from lora_lite.clone.data_parallel import replicable
+from lora_lite.clone.listing import keep_lists
 from lora_lite.clone.loaded import keep_shared
 from lora_lite.clone.reads import show_reads
 from lora_lite.clone.resized import refuse_resized_targets
@@ -20,12 +22,14 @@ from lora_lite.clone.unfrozen import keep_frozen
 from lora_lite.core.alike import made_alike
 from lora_lite.core.invocation import ACTIVE
 from lora_lite.core.plan import Plan
+from lora_lite.core.tree import modules_by_path
+from lora_lite.layers.access import module_at
 from lora_lite.layers.notes import note
 
 
 def bound_copy(plan: Plan) -> tuple[nn.Module, list[Binding], Settings]:
     """Copy a plan's base and bind the targets to their variants. Return the copy, the bindings, and the settings, which are its own."""
-    clone = clone_again(plan.base, plan.kinds)
+    clone = clone_again(plan.base, plan.kinds, functools.partial(_keep_lists, plan))
     settings = Settings(clone)  # before a kind keeps a module as it is
     shared = {name: _shared(clone, name, plan) for name in plan.shared_params()}
     bound: list[Binding] = []
@@ -41,6 +45,14 @@ def bound_copy(plan: Plan) -> tuple[nn.Module, list[Binding], Settings]:
     show_reads(clone)
     install(clone, plan.remat)
     return clone, bound, settings
+
+
+def _keep_lists(plan: Plan, clone: nn.Module) -> None:
+    """Prepare the lists of all modules that have parameters of a target."""
+    keep_lists([clone] if plan.shared_params() else [])
+    for target, cfg in plan.entries:
+        for host in (module_at(clone, target.kind.host(target.path)), *map(clone.get_submodule, target.shared_with if cfg.tied else ())):
+            keep_lists(modules_by_path(host).values())
 
 
 def _shared(clone: nn.Module, name: str, plan: Plan) -> Adapter:

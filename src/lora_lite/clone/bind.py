@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_lite.clone.adapter import Adapter, Shared
 from lora_lite.clone.first import First
-from lora_lite.clone.reads import hide_reads
+from lora_lite.clone.reads import forget_traced, hide_reads, key_of, note_traced, noted
 from lora_lite.clone.rows import Rows
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import in_dtype
@@ -40,6 +40,7 @@ class Binding:
         W: its layer, with the variant's constants.
         adapter: where the params lie as parameters of a module.
         shared: of params that the target shares with others, by its own names, the adapter in which they lie and the name there.
+        key: a name of the binding that the compiler takes for a constant.
         own: the forward that the layer had.
         params: those of the call that runs; None outside of one, where the adapter's own parameters stand.
         off: whether the call that runs is one of the frozen model.
@@ -57,6 +58,7 @@ class Binding:
 
     def __init__(self, path: str, cfg: AdapterConfig, W: Kind, adapter: Adapter, shared: Shared = ()) -> None:
         self.path, self.cfg, self.adapter, self.shared = path, cfg, adapter, dict(shared)
+        self.key = key_of(path)
         self.W = _cast_for(W)
         self.own: Callable[..., Any] = _missing
         self.root: nn.Module = adapter
@@ -79,6 +81,10 @@ class Binding:
         other.own, other.root, other.followers = self.own, self.root, self.followers
         other.index, other.rows = self.index, self.rows
         return other
+
+    def forget_traced(self) -> None:
+        """Begin a trace, in which the model has read nothing yet."""
+        forget_traced(self.key)
 
     def hide_reads(self) -> None:
         """Hide the stand-ins of the whole copy, as `hide_reads` does."""
@@ -182,7 +188,7 @@ class Binding:
     def read(self, name: str) -> Tensor:
         """Return a parameter of the layer as its reader in the model should find it."""
         W = self.W
-        if self.off or (self.params is None and self._hollow()):
+        if self.off or (self.params is None and self.hollow()):
             module, own = place_of(W.layer, name)
             tensor: Tensor = module._parameters[own]  # type: ignore[assignment]
             return tensor
@@ -213,10 +219,13 @@ class Binding:
             self.used = True
 
     def _note_read(self, name: str) -> None:
-        if torch.compiler.is_compiling() or self.W.moving:
+        if self.W.moving:
             return
         module, own = place_of(self.W.layer, name)
-        self.seen[own] = module._parameters[own]
+        if not torch.compiler.is_compiling():
+            self.seen[own] = module._parameters[own]
+        elif isinstance(module._parameters[own], nn.Parameter):
+            note_traced(self.key, own)
         if self.fast:
             self.fast = "first"  # the next call looks
 
@@ -226,10 +235,13 @@ class Binding:
         Raises:
             ValueError: with the way out.
         """
-        if torch.compiler.is_compiling() or not self.seen:
+        # After a graph break an eager call goes on in compiled pieces: the read may be in one, and the layer outside.
+        seen = {**dict.fromkeys(noted(self.key)), **self.seen}
+        if not seen:
             return
-        table, seen = self.W.layer._parameters, dict(self.seen)
-        self.seen.clear()
+        if not torch.compiler.is_compiling():
+            self.seen.clear()
+        table = self.W.layer._parameters
         for name, p in seen.items():
             if (now := table.get(name)) is not p and now is not None and not isinstance(now, nn.Parameter):
                 raise ValueError(
@@ -260,7 +272,8 @@ class Binding:
         shared = {name: adapter.parameters_by_name[there] for name, (adapter, there) in self.shared.items()}
         return [(name, p) for name, p in {**shared, **self.adapter.parameters_by_name}.items() if p is not None]
 
-    def _hollow(self) -> bool:
+    def hollow(self) -> bool:
+        """Whether the adapter has placeholders alone, as in a copy whose calls bring their params."""
         return any(p is not None and p.is_meta for p in self.adapter.parameters_by_name.values()) and not self._on_meta()
 
     def _on_meta(self) -> bool:
@@ -268,7 +281,7 @@ class Binding:
 
     def registered(self) -> Params:
         """Return the adapter's parameters as params. Placeholders are refused, since products on a CPU accept them in silence."""
-        if self._hollow():
+        if self.hollow():
             raise RuntimeError(
                 f'adapt: expected params with data at "{self.path}", found them on meta, as outside of a call. Let a forward that yields '
                 "its results return a list; where the model recomputes blocks by a checkpoint of its own, leave that to build(..., remat=) "

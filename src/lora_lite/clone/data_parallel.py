@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lite.clone.bind import Binding
+from lora_lite.clone.listing import Table, keep_lists, show_lists
 from lora_lite.clone.reads import bindings
 from lora_lite.clone.references import References
 from lora_lite.layers.access import ReadTensor
@@ -48,6 +49,7 @@ def _settle(root: nn.Module, replica: nn.Module) -> None:
         for name, tensor in vars(other).get("_former_parameters", {}).items():
             other._parameters[name] = tensor
             vars(other).pop(name, None)
+        keep_lists([other] if isinstance(module._parameters, Table) else [])
         refs.copied.update((id(vars(module)[name]), vars(other)[name]) for name in _TABLES)
     for module in outside:  # views of layers, which share their tables
         vars(copies[id(module)]).update({name: refs.led(v) for name, v in vars(module).items() if name != "_parameters"})
@@ -61,6 +63,7 @@ def _settle(root: nn.Module, replica: nn.Module) -> None:
         vars(other).pop(_OWN, None)
     for module, name, stand_in in stand_ins:
         vars(copies[id(module)])[name] = ReadTensor.of(refs.led(stand_in.binding), stand_in.of_parameter)
+    show_lists(replica, [refs.led(binding) for binding in bindings(root).values()])
     for binding in bindings(root).values():
         for each in (binding, *binding.followers):
             _place_constants(each, refs.led(each))

@@ -49,7 +49,7 @@ class Replica:
             binding.uniform = self._uniform
         self._state: State | None = None  # made by the first call, which finds the copy as it is to stay
         self._weights: Weights | None = None
-        self._traced = self._tried = False
+        self._traced = self._compiled = self._tried = False
         self._volatile = volatile_buffers(module)
 
     def adapted(
@@ -142,6 +142,8 @@ class Replica:
             state.leave()
             self._traced = False
         if settings is not None:
+            if self._compiled and not inside:
+                settings.restore()  # compiled code takes settings over too
             settings.follow()
         try:
             state.enter()
@@ -162,6 +164,8 @@ class Replica:
         """Put the copy in the state that it had at the build, before a trace as before an eager call: a compiled one may have left it."""
         if self._inside:
             return
+        for _, binding in self.bindings:
+            binding.forget_traced()
         if self._state is None or self._weights is None:
             self._state, self._weights = State(self.module), Weights(self.module)
         self._state.leave()
@@ -171,7 +175,7 @@ class Replica:
 
     def _traced_run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run the copy where the compiler traces: copies of buffers, and what the trace changes else is put back by the next call."""
-        self._traced = True
+        self._traced = self._compiled = True
         if self._settings is not None:
             self._settings.read()
         if not self._volatile:

@@ -1,11 +1,14 @@
 """The bindings of a copy, and the parameters that the model reads adapted: whoever reads one finds what its binding gives."""
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lora_lite.clone.adapter import adapters
+from lora_lite.clone.listing import show_lists
+from lora_lite.core.tracing import while_traced
 from lora_lite.layers.access import HOST, ReadTensor, place_of
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ def show_reads(root: nn.Module) -> None:
     """Let whoever reads a parameter of a bound copy find the adapted one."""
     for binding, module, own, name in _reads(root):
         vars(module)[own] = ReadTensor.of(binding, name)
+    show_lists(root, bindings(root).values())
 
 
 def hide_reads(root: nn.Module) -> None:
@@ -39,6 +43,32 @@ def _reads(root: nn.Module) -> Iterator[tuple["Binding", nn.Module, str, str]]:
             for name in leader.W.readable():
                 module, own = place_of(vars(binding.W.layer)[HOST], name)
                 yield binding, module, own, name
+
+
+def key_of(path: str) -> str:
+    """Return a name for a binding, which the compiler takes for a constant."""
+    return f"{path} {next(_COUNT)}"
+
+
+@while_traced
+def note_traced(key: str, name: str) -> None:
+    """Note, where the compiler traces, that the model has read a parameter adapted."""
+    _TRACED[key] = tuple({*_TRACED.get(key, ()), name})
+
+
+@while_traced
+def noted(key: str) -> tuple[str, ...]:
+    """Return the names that were noted. They stay for the next trace, which the compiler may begin again."""
+    return _TRACED.get(key, ())
+
+
+def forget_traced(key: str) -> None:
+    """Begin a trace, in which the model has read nothing yet."""
+    _TRACED.pop(key, None)
+
+
+_COUNT = itertools.count()
+_TRACED: dict[str, tuple[str, ...]] = {}
 
 
 def _show_again(root: nn.Module, args: Any) -> None:

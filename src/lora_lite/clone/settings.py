@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_lite.clone.references import PLAIN
 from lora_lite.core.tree import modules_by_path
 
 _METHODS = ("to_dict", "from_dict")
@@ -36,6 +37,7 @@ class Settings:
         self._theirs, self._own = theirs, {key: memo[key] for key in theirs}
         self._pairs = [(vars(value), vars(self._own[key])) for key, value in theirs.items()]
         self._noted = [(dict(user), dict(own)) for user, own in self._pairs]
+        self._changed: list[set[str]] = [set() for _ in self._pairs]
         for value, sizes in vars(root).get(_SIZES, ()):
             self._require_sizes(vars(value), sizes)
 
@@ -45,10 +47,15 @@ class Settings:
         Raises:
             ValueError: where that is the size of weights, which a copy has from the build.
         """
-        for n, ((user, own), (was, _)) in enumerate(zip(self._pairs, self._noted)):
+        for n, ((user, own), (was, kept)) in enumerate(zip(self._pairs, self._noted)):
             if not _same(user, was):
                 self._require_sizes(user, was)
-                fresh = {name: copy.deepcopy(value, dict(self._own)) for name, value in user.items()}
+                changed = {name for name, value in user.items() if name not in was or not _same(was[name], value)}
+                fresh = {
+                    name: copy.deepcopy(value, dict(self._own)) if name in changed or name not in kept else kept[name]
+                    for name, value in user.items()
+                }
+                self._changed[n] |= {name for name in changed if type(user[name]) in PLAIN}
                 own.clear()
                 own.update(fresh)
                 self._noted[n] = dict(user), fresh
@@ -66,8 +73,11 @@ class Settings:
 
     def read(self) -> None:
         """Read all that the user may change, where the compiler traces: it compares what it has read with each call, and traces anew."""
-        for user, _ in self._pairs:
+        for (user, _), settings, changed in zip(self._pairs, self._own.values(), self._changed):
             _read(user)
+            for name in changed:  # not left to the trace: the compiled code would depend on what the last call took over
+                if name in user:
+                    object.__setattr__(settings, name, user[name])
 
     def restore(self) -> None:
         """Put back what a call has changed."""
@@ -103,8 +113,8 @@ def _read(value: Any) -> None:
 _NOTHING: dict[Any, None] = {}
 
 
-def _same(now: dict[str, Any], was: dict[str, Any]) -> bool:
+def _same(now: Any, was: Any) -> bool:
     try:
-        return now == was  # in C, and by identity first
+        return bool(now is was or now == was)  # in C, and by identity first
     except Exception:
         return False  # the comparison of two tensors has no truth value

@@ -6,7 +6,7 @@ shared, hooks among them, since they may hold locks that cannot be copied.
 """
 
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,9 +49,10 @@ def clone_module(model: nn.Module, kinds: Sequence[type[Kind]] = ()) -> nn.Modul
     return clone
 
 
-def clone_again(clone: nn.Module, kinds: Sequence[type[Kind]] = ()) -> nn.Module:
-    """Copy a private copy, for which the checks of `clone_module` hold already."""
+def clone_again(clone: nn.Module, kinds: Sequence[type[Kind]] = (), prepared: Callable[[nn.Module], None] = lambda copy: None) -> nn.Module:
+    """Copy a private copy, for which the checks of `clone_module` hold already. `prepared` sees the copy before any kind does."""
     copies = _copied(clone)
+    prepared(copies[id(clone)])
     adopt(copies.values(), kinds)
     _keep_slow_path(copies.values())
     return copies[id(clone)]

@@ -139,6 +139,7 @@ class ReadTensor(Tensor):
     binding: Any
     of_parameter: str
     like: Tensor | None = None
+    _is_param = True  # of an instance of nn.Parameter, as `get_parameter` asks
 
     @classmethod
     def of(cls, binding: Any, name: str) -> "ReadTensor":
@@ -152,6 +153,9 @@ class ReadTensor(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") == "__get__" and getattr(func.__self__, "__name__", "") in FACTS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if func in _MEASURES:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         if func is linear and (whole := _product(*args, **(kwargs or {}))) is not None:
@@ -172,8 +176,14 @@ class ReadTensor(Tensor):
 
 FACTS = frozenset(
     ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "is_meta", "is_cuda", "is_cpu", "is_mps", "is_quantized")
-)
+) | {"is_sparse", "is_mkldnn", "is_nested", "_base", "grad"}
 """The attributes that a stand-in answers from the frozen parameter."""
+_MEASURES = (
+    {Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, torch.numel, Tensor.element_size, Tensor.get_device}
+    | {Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex, torch.is_complex, Tensor.is_signed, Tensor.__len__}
+    | {Tensor.stride, Tensor.storage_offset, Tensor._is_view, Tensor.is_conj, torch.is_conj, Tensor.is_neg, torch.is_neg}
+)
+"""The functions that it answers so too: a model that asks for a dtype or a size reads no weight, nor does the compiler."""
 
 
 def _stand_in(like: Tensor, binding: Any, name: str, shape: tuple[int, ...], noted: Mapping[str, Any] = MappingProxyType({})) -> ReadTensor:

@@ -128,7 +128,7 @@ class ModuleKind(Kind):
 
     def moved_in(self, part: nn.Module) -> dict[str, Tensor]:
         """Return the tensors that stand in the place of parameters of a part of the module in the call that runs, by name."""
-        there = {id(p) for inner in part.modules() for p in inner._parameters.values()}
+        there = {id(p) for inner in part.modules() for p in dict.values(inner._parameters)}
         return {name: tensor for name, tensor in (self._now or {}).items() if id(tensor) in there}
 
     def apply_rows_at(self, axis: int, f: Variant, params: Params, x: Tensor, index: Tensor | None) -> Any:
@@ -277,7 +277,7 @@ def _places(module: nn.Module, names: Iterable[str]) -> Iterator[tuple[Any, str,
     hosts = {name: place_of(module, name) for name in names}
     named = {host._parameters[own]: name for name, (host, own) in hosts.items()}
     for inner in modules_by_path(module).values() if named else ():
-        yield from ((inner._parameters, own, named[p]) for own, p in inner._parameters.items() if p in named)
+        yield from ((inner._parameters, own, named[p]) for own, p in dict.items(inner._parameters) if p in named)
 
 
 def named_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -285,7 +285,7 @@ def named_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str,
     parts = modules_by_path(module, prefix)
     seen = {p for inner in parts.values() for p in parameters_of_adapters(inner)}
     for path, inner in parts.items():
-        for name, p in inner._parameters.items():
+        for name, p in dict.items(inner._parameters):
             if p is not None and p not in seen:
                 seen.add(p)
                 yield join(path, name), p
