@@ -2357,3 +2357,28 @@ def test_settings_that_go_back_and_forth_are_compiled_once_each():
         assert adapt(params, {"input_ids": ids()}).past_key_values is not None
     finally:
         torch._dynamo.reset()
+
+
+class Keeps(nn.Module):
+    """Keeps a weight that it has read."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+        self.last = None
+
+    def forward(self, x):
+        self.last = self.lin.weight
+        return self.lin(x) + x @ self.last.t()
+
+
+def test_weight_that_a_forward_keeps_is_no_parameter_of_its_own():
+    """The stand-in counts as a parameter where one is asked for, and a module would have registered it."""
+    model, x = Keeps(), torch.randn(3, 4)
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    params = move(adapt.init())
+    module, merged = adapt.module(params), Keeps()
+    merged.load_state_dict({**model.state_dict(), **adapt.merge(params)})
+    torch.testing.assert_close(adapt(params, x), merged(x))
+    torch.testing.assert_close(module(x), merged(x))
+    assert "last" not in dict(module.named_parameters())

@@ -87,13 +87,13 @@ class BlockFunction:
         aliases = {id(t): t.detach() for t in tensors}
         tensors = [aliases[id(t)] for t in tensors]
         smooth = [t for t, given in zip(tensors, self.inputs) if carries(given, self._forward)]
-        frozen = [p for p in parameters_of(self._block) if not carries(p, self._forward)]
+        frozen = [p for p in parameters_of(self._block).values() if not carries(p, self._forward)]
         checks = NoStrays(self._name, [*tensors, *frozen], smooth, self._forward)
         inputs = tensors[: len(self._places) + len(self._read)]
         before = versions(inputs)
         found = self._run(tensors, checks)
         require_unwritten(self._name, inputs, before)
-        require_no_hidden(self._name, found[0], self._leaves, [*tensors, *parameters_of(self._block), *self._block.buffers()])
+        require_no_hidden(self._name, found[0], self._leaves, [*tensors, *parameters_of(self._block).values(), *self._block.buffers()])
         made = self._lay_out(*found, tensors)
         checks.hand_out([*made, *(leaf for leaf in found[0] if isinstance(leaf, Tensor))])
         self._checks = checks

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_lite.clone.listing import parameters_of
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.frozen import Frozen
 from lora_lite.core.written import written
@@ -23,7 +24,7 @@ class First:
     def __init__(self, path: str, cfg: AdapterConfig, W: Kind, x: Any) -> None:
         self._where, self._W, self._x = f'{type(cfg).__name__}.forward at "{path}"', W, x
         given = {"x": x} if isinstance(x, Tensor) and W.sums else {}  # a layer with a forward of its own may write to its input
-        self._written = written({**dict(W.layer.named_parameters()), **given})
+        self._written = written({**parameters_of(W.layer), **given})
         self._vectors = cfg.adapts == "linear" and isinstance(x, Tensor) and type(W).vectors is Frozen.vectors
 
     def require(self, y: Any) -> None:

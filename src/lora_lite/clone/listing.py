@@ -6,12 +6,13 @@ an optimiser. The tables themselves keep the frozen tensors, for the kinds that 
 
 import inspect
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_lite.core.tree import join, modules_by_path
 from lora_lite.layers.access import ADAPTERS, HOST, ReadTensor
 
 
@@ -72,9 +73,10 @@ def show_lists(root: nn.Module, bindings: Iterable[Any]) -> None:
             _show(module, found)
 
 
-def parameters_of(block: nn.Module) -> Iterator[Tensor]:
-    """Yield the tensors in the tables of a block, whoever lists them."""
-    yield from (p for module in block.modules() for p in dict.values(module._parameters) if p is not None)
+def parameters_of(block: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors in the tables of a block by name, whoever lists them."""
+    tables = ((path, module._parameters) for path, module in modules_by_path(block).items())
+    return {join(path, name): p for path, table in tables for name, p in dict.items(table) if p is not None}
 
 
 def _first(stand_in: Any) -> Any:

@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -93,19 +93,13 @@ def model_card(
     call = "model_card(adapt, params)"
     require_type(isinstance(adapt, Adapt), call, "adapt", "what build or load returned", adapt)
     require_type(isinstance(params, Mapping), call, "params", "a params tree, e.g. adapt.init()", params)
-    require_type(base is None or isinstance(base, str), call, "base", "the name of a repository", base)
-    require_type(metrics is None or isinstance(metrics, Mapping), call, "metrics", "a mapping from names to results", metrics)
-    require_type(isinstance(title, str), call, "title", "a string", title)
-    require_type(license is None or isinstance(license, str), call, "license", "a string", license)
-    listed_tags = isinstance(tags, Sequence) and not isinstance(tags, str) and all(isinstance(tag, str) for tag in tags)
-    require_type(listed_tags, call, "tags", "a list of strings", tags)
+    _require_words(call, base, metrics, title, license, tags)
     adapt._require(params, "model_card")
     if form not in _USES:
         raise ValueError(f"model_card: expected form to be any of {', '.join(map(repr, _USES))}, found {form!r}.")
     if base is not None and not _REPOSITORY.fullmatch(base):
         raise ValueError(f'model_card: expected base as the name of a repository, "user/repo", found {base!r}. Name it, or leave it out.')
-    base = base or _loaded_by(adapt._plan.base)
-    variants = sorted({cfg.name for cfg in adapt.configs})
+    base, variants = base or _loaded_by(adapt._plan.base), sorted({cfg.name for cfg in adapt.configs})
     fields = {
         "base_model": base,
         "library_name": form,
@@ -119,6 +113,15 @@ def model_card(
     if metrics:
         lines += ["| metric | value |", "|---|---|", *(f"| {_cell(name)} | {_cell(value)} |" for name, value in metrics.items()), ""]
     return "\n".join([*lines, "## Use", "", _USES[form]])
+
+
+def _require_words(call: str, base: Any, metrics: Any, title: Any, license: Any, tags: Any) -> None:
+    require_type(base is None or isinstance(base, str), call, "base", "the name of a repository", base)
+    require_type(metrics is None or isinstance(metrics, Mapping), call, "metrics", "a mapping from names to results", metrics)
+    require_type(isinstance(title, str), call, "title", "a string", title)
+    require_type(license is None or isinstance(license, str), call, "license", "a string", license)
+    listed_tags = isinstance(tags, Sequence) and not isinstance(tags, str) and all(isinstance(tag, str) for tag in tags)
+    require_type(listed_tags, call, "tags", "a list of strings", tags)
 
 
 def _about(adapt: Adapt, base: str | None, variants: Sequence[str]) -> str:

@@ -130,6 +130,9 @@ def _with_own_buffers(module: nn.Module) -> nn.Module:
     return twin
 
 
+_KEEPS = nn.Module.__setattr__.__code__
+
+
 class ReadTensor(Tensor):
     """A stand-in for an adapted parameter that the model reads. It has the parameter's shape and dtype. Each use sees the adapted tensor.
 
@@ -139,7 +142,14 @@ class ReadTensor(Tensor):
     binding: Any
     of_parameter: str
     like: Tensor | None = None
-    _is_param = True  # of an instance of nn.Parameter, as `get_parameter` asks
+
+    @property
+    def _is_param(self) -> bool:
+        """Whether this counts as an `nn.Parameter`: for all but a module that keeps it, which would register an adapted tensor."""
+        if torch.compiler.is_compiling():
+            return True
+        asks = sys._getframe(1)
+        return asks.f_back is None or asks.f_back.f_code is not _KEEPS
 
     @classmethod
     def of(cls, binding: Any, name: str) -> "ReadTensor":

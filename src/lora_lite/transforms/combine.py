@@ -81,8 +81,7 @@ def combine(
         _require_differentiable(how, method, r)
     generator_for(seed, "")
     places = places_of(parts)
-    if r is not None:
-        _require_rank(r, places)
+    _require_rank(r, places)
     return _combined(parts, shown(places, "combine", progress), strengths, how, r, density, seed)
 
 
@@ -181,6 +180,8 @@ def _require_differentiable(how: Method, method: str, r: int | None) -> None:
 
 
 def _require_rank(r: Any, places: Sequence[Place]) -> None:
+    if r is None:
+        return
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise ValueError(f"combine: expected r as an integer >= 1, found {r!r}. Set r to the rank of the result, or leave it out.")
     most = max((min(place.target.i, place.target.o) for place in places if not place.whole and not place.rows), default=None)

@@ -24,10 +24,16 @@ def folder_of(place: str | os.PathLike[str], revision: str | None, subfolder: st
         subfolder: of the folder or of the repository; empty for the files at its top.
 
     Raises:
+        NotADirectoryError: where `place` is a file.
         FileNotFoundError: where there is no such folder, nor a repository that can be had.
         ModuleNotFoundError: where a repository is asked for and `huggingface_hub` is not installed.
         ValueError: for a revision of a folder.
     """
+    if Path(place).is_file():
+        raise NotADirectoryError(
+            f'from_peft: expected a folder with {CONFIG} and {WEIGHTS}, found the file "{place}". Pass its folder, '
+            f'"{Path(place).parent}". A file that ll.save wrote is read by ll.load, one of image tools by ll.from_kohya.'
+        )
     folder = Path(place) / subfolder
     if not isinstance(place, str) or Path(place).exists() or not _NAME.fullmatch(place):
         if revision is not None:

@@ -67,10 +67,7 @@ def _own(found: Tensors, at: str, module: nn.Module, shifted: bool) -> list[str]
     return faults
 
 
-_LEFT = (
-    "it is what the start left of the weight, which is computed here from the model's own. Save the adapter in PEFT with "
-    "save_embedding_layers=False"
-)
+_LEFT = "it is what the start left of the weight, which is computed here from the model's. Save it in PEFT with save_embedding_layers=False"
 
 
 def _unlike(saved: Tensor, own: Tensor | None) -> str:

@@ -77,11 +77,6 @@ def from_peft(
     call = "from_peft(model, directory)"
     require_type(isinstance(directory, str | os.PathLike), call, "directory", "the path of a folder", directory)
     require_type(isinstance(subfolder, str), "from_peft(model, directory, subfolder=name)", "subfolder", "the name of a folder", subfolder)
-    if Path(directory).is_file():
-        raise NotADirectoryError(
-            f'from_peft: expected a folder with {CONFIG} and {WEIGHTS}, found the file "{directory}". Pass its folder, '
-            f'"{Path(directory).parent}". A file that ll.save wrote is read by ll.load, one of image tools by ll.from_kohya.'
-        )
     folder, kinds = folder_of(directory, revision, subfolder), as_kinds(kinds)
     fields = present_fields(_read_fields(folder / CONFIG))
     check_fields(fields, folder / CONFIG)
