@@ -455,7 +455,7 @@ def test_bad_arguments_are_refused(model):
         (lambda: ll.combine(adapt, trees, weights, "dare_linear", density=1.5), ValueError, "found 1.5"),
         (lambda: ll.combine(adapt, trees, weights, "svd", r=0), ValueError, "r as an integer >= 1, found 0"),
         (lambda: ll.combine(adapt, trees, weights, "svd", r=25), ValueError, "r of at most 24, .*found 25"),
-        (lambda: ll.combine(adapt, trees, weights, seed="a"), TypeError, "expected seed as an integer"),
+        (lambda: ll.combine(adapt, trees, weights, seed="a"), TypeError, "^combine: expected seed as an integer"),
         (lambda: ll.combine(adapt, trees, tracked, "svd"), ValueError, 'weights without a gradient for method=.svd.*Use "cat" or "linear"'),
         (lambda: ll.combine(adapt, trees, tracked, "cat", r=2), ValueError, "weights without a gradient for method='cat' with r=2"),
     ):

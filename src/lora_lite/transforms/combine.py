@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ def combine(
     how = _method(method, density)
     if tracked:
         _require_differentiable(how, method, r)
-    generator_for(seed, "")
+    require_type(isinstance(seed, Integral) and not isinstance(seed, bool), CALL, "seed", "an integer", seed)
     places = places_of(parts)
     _require_rank(r, places)
     return _combined(parts, shown(places, "combine", progress), strengths, how, r, density, seed)

@@ -154,7 +154,7 @@ def fisher_diag(
 
     def mean_of_squares(params: AnyTree, batch: Any) -> Tree:
         total, seen = None, 0
-        for part, rows in chunks(batch, chunk_size):
+        for part, rows in chunks(batch, chunk_size, "fisher_diag"):
             squares = tree_map(lambda g: g.square().sum(0), grads(params, part))
             total = squares if total is None else tree_map(torch.add, total, squares)
             seen += rows

@@ -48,9 +48,9 @@ def per_example_grad(
     def grads_by_row(params: AnyTree, batch: Any) -> Tree:
         adapt._require(params, "per_example_grad")
         parts = []
-        for part, rows in chunks(batch, chunk_size):
+        for part, rows in chunks(batch, chunk_size, "per_example_grad"):
             members = tree_map(lambda p, rows=rows: _each_row(p, rows), params)
-            total = _total(adapt, loss_rows, part, rows, row_map)
+            total = _total("per_example_grad", adapt, loss_rows, part, rows, row_map)
             parts.append(value_and_grad(total)(members)[1] if rows else tree_map(torch.zeros_like, members))
         return parts[0] if len(parts) == 1 else _joined(parts)
 
@@ -90,11 +90,11 @@ def per_example_norm(
     def norms(params: AnyTree, batch: Any) -> Tensor:
         adapt._require(params, "per_example_norm")
         found = []
-        for part, rows in chunks(batch, chunk_size):
+        for part, rows in chunks(batch, chunk_size, "per_example_norm"):
             if differentiated_around() or not rows:
                 squares = [_squares(grad) for grad in tree_leaves(grads(params, part))]
             else:
-                squares = _squares_as_made(params, _total(adapt, loss_rows, part, rows, row_map), rows)
+                squares = _squares_as_made(params, _total("per_example_norm", adapt, loss_rows, part, rows, row_map), rows)
             found.append(torch.stack(squares).sum(0).sqrt())
         return torch.cat(found)
 
@@ -137,13 +137,15 @@ def _each_row(p: Tensor, rows: int) -> Tensor:
     return p.unsqueeze(0).expand(rows, *p.shape)
 
 
-def _total(adapt: Adapt, loss_rows: LossRows, batch: Any, rows: int, row_map: Callable[[Any], RowMap] | None) -> Callable[[Tree], Tensor]:
+def _total(
+    call: str, adapt: Adapt, loss_rows: LossRows, batch: Any, rows: int, row_map: Callable[[Any], RowMap] | None
+) -> Callable[[Tree], Tensor]:
     def total(members: Tree) -> Tensor:
         losses = loss_rows(adapt.mixed(members, batch, row_map=row_map and row_map(batch)), batch)
         if not isinstance(losses, Tensor) or losses.shape != (rows,):
             found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
-                f"per_example_grad: expected loss_rows to return shape ({rows},), found {found}. Give each row its "
+                f"{call}: expected loss_rows to return shape ({rows},), found {found}. Give each row its "
                 "loss, with labels from the batch that it is given."
             )
         return losses.sum()
@@ -151,9 +153,9 @@ def _total(adapt: Adapt, loss_rows: LossRows, batch: Any, rows: int, row_map: Ca
     return total
 
 
-def chunks(batch: Any, size: int | None) -> Iterator[tuple[Any, int]]:
+def chunks(batch: Any, size: int | None, call: str) -> Iterator[tuple[Any, int]]:
     """Cut a batch into parts of at most `size` rows, each with its number of rows. With None the batch stays whole."""
-    rows = rows_of(batch)
+    rows = rows_of(batch, call)
     if size is None or size >= rows:
         yield batch, rows
         return
@@ -167,7 +169,7 @@ def chunks(batch: Any, size: int | None) -> Iterator[tuple[Any, int]]:
         yield pytree.tree_map_only(Tensor, cut, plain), stop - start
 
 
-def rows_of(batch: object) -> int:
+def rows_of(batch: object, call: str = "per_example_grad") -> int:
     """Return the number of rows of a batch: the first axis of its first tensor.
 
     Raises:
@@ -176,7 +178,7 @@ def rows_of(batch: object) -> int:
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else [batch]
     tensors = [part for part in parts if isinstance(part, Tensor) and part.dim()]
     if not tensors:
-        raise ValueError("per_example_grad: expected a batch with a tensor whose first axis is its rows, found none.")
+        raise ValueError(f"{call}: expected a batch with a tensor whose first axis is its rows, found none.")
     return int(tensors[0].shape[0])
 
 
