@@ -334,5 +334,5 @@ def test_transposed_convolutions_take_the_size_of_their_output(cfg, groups):
 
 def test_calibrated_variants_are_refused():
     model, x = _make("2d")
-    with pytest.raises(ValueError, match=r"is calibrated on .*not their patches"):
+    with pytest.raises(ValueError, match=r"is calibrated on .*does not see their patches"):
         ll.build(model, ll.EVAConfig(r=2, target_names="conv"), calibration=[x])

@@ -103,10 +103,10 @@ class Binding:
             if params is None or not self.fast:
                 return self._call(args, kwargs)
             x = first_of(args, kwargs)
-            if not self.used:
+            if not self.used and not torch.compiler.is_compiling():
                 return self._first(x)
             self._require_own()
-            self.fast = True
+            self.used = self.fast = True
         try:
             W = self.W
             if x.dtype is not self.uniform.dtype:

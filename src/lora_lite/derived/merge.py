@@ -45,12 +45,12 @@ def merge(plan: Plan, params: AnyTree, dtype: torch.dtype | None = None) -> dict
     require_constant(tree_leaves(params), "adapt.merge", "merged weights")
     faults: list[str] = []
     merged: dict[str, Tensor] = {}
-    alone: dict[str, Target] = {}
+    alone: dict[str, tuple[Target, bool]] = {}
     for target, cfg in plan.entries:
         try:
             for name, where, part, kept in merged_parts(plan, target, cfg, params):
                 if not cfg.tied:
-                    alone[name] = target
+                    alone[name] = target, cfg.adapts == "module"
                 if where is ...:
                     merged[name] = part.to(dtype or kept.dtype, memory_format=torch.contiguous_format)
                     continue
@@ -63,10 +63,16 @@ def merge(plan: Plan, params: AnyTree, dtype: torch.dtype | None = None) -> dict
     return merged
 
 
-def _moving_others(plan: Plan, targets: Mapping[str, Target], merged: Mapping[str, Tensor]) -> list[str]:
+def _moving_others(plan: Plan, targets: Mapping[str, tuple[Target, bool]], merged: Mapping[str, Tensor]) -> list[str]:
     """Return the targets with a merged tensor that would be written into another one of the model too, which lies in the same memory.
 
-    A module that several paths lead to holds one tensor. A bias that two layers share is one tensor too, and belongs to both."""
+    A module that several paths lead to holds one tensor. A bias that two layers share is one tensor too, and belongs to both.
+
+    Args:
+        plan: of the base model.
+        targets: of each merged tensor, and whether it is trained as a whole.
+        merged: the state dict.
+    """
     tensors = dict([*plan.base.named_parameters(remove_duplicate=False), *plan.base.named_buffers(remove_duplicate=False)])
     holders = {path: id(module) for path, module in plan.base.named_modules(remove_duplicate=False)}
     places = {name: place_in_memory(tensor) for name, tensor in tensors.items()}
@@ -74,10 +80,10 @@ def _moving_others(plan: Plan, targets: Mapping[str, Target], merged: Mapping[st
     for name, place in places.items():
         beside.setdefault(place.storage, []).append(name)
     faults = []
-    for name, target in targets.items():
+    for name, (target, whole) in targets.items():
         if (own := tensors.get(name)) is None:
             continue
-        within = join(target.path, "") if target.kind.site == "module" else None  # the parameters of a whole module move together
+        within = join(target.path, "") if whole else None  # the parameters of a whole module move together
         near = [n for n in beside[places[name].storage] if places[n].overlaps(places[name])]
         near = [n for n in near if within is None or not n.startswith(within)]
         others = [n for n in near if tensors[n] is not own or _holder(n, holders) != _holder(name, holders)]

@@ -56,7 +56,7 @@ class MemberCaches:
         return made
 
     def join(self, order: Sequence[Tensor]) -> None:
-        """Write what the members' calls have left in their copies to the caches of the call. `order` has the rows of each."""
+        """Join the copies as the members' calls have left them, in the caches of the call. `order` has the rows of each."""
         for parts in self._copies.values():
             vars(self._own[id(parts[0])]).update(vars(self._joined(parts, order)))
 

@@ -115,7 +115,8 @@ class FrozenQuantised(Kind):
     @property
     def device(self) -> torch.device:
         """The device of the packed weight."""
-        devices = [t.device for t in (*self.layer.parameters(), *self.layer.buffers())]
+        tables = [table for part in self.layer.modules() for table in (part._parameters, part._buffers)]
+        devices = [t.device for table in tables for t in dict.values(table) if t is not None]  # a list may ask for the device itself
         return next((d for d in devices if d.type != "meta"), torch.device("meta"))  # placeholders of params lie on meta
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -107,7 +107,8 @@ def _refuse_complex(model: nn.Module, entries: Entries) -> None:
     """Refuse layers whose weights are complex. Real params reach a part of such a map, and most variants have no meaning there."""
     hosts = [(t, module_at(model, t.kind.host(t.path))) for t, cfg in entries if cfg.adapts != "module"]
     able = [t for t, host in hosts if any(p is not None and p.is_complex() for p in host._parameters.values())]
-    found = [t.path or "the model" for t in able if t.kind.at(model, t.path).dtype.is_complex]
+    dtypes = [(t.path or "the model", t.kind.at(model, t.path).dtype) for t in able]
+    found = [f"{path} ({dtype})" for path, dtype in dtypes if dtype.is_complex]
     if found:
         raise ValueError(
             f"build: expected real weights, found complex ones at {listed(found)}, of which real params would reach a part. Leave "
