@@ -1651,18 +1651,32 @@ def llama(**more):
     return tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=64, **{**SMALL, "num_hidden_layers": 1}, **more)).eval()
 
 
+class Configured(nn.Module):
+    """Does what its config says."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = tf.PreTrainedConfig(gain=1.0, both=False)
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.lin(x) * self.config.gain
+        return (y, x) if self.config.both else (y,)
+
+
 def test_compiled_call_sees_what_the_user_changes_in_the_config():
     """The graph had the settings of its trace."""
-    model = llama()
+    model, x = Configured(), torch.randn(2, 4)
     adapt = ll.build(model, ll.LoRAConfig(r=2))
-    params, compiled = move(adapt.init()), torch.compile(lambda p, t: adapt(p, {"input_ids": t}), backend="eager")
+    params, compiled = move(adapt.init()), torch.compile(lambda p, x: adapt(p, x), backend="eager")
     try:
-        assert compiled(params, ids()).hidden_states is None
-        for name, value in [("output_hidden_states", True), ("output_hidden_states", False), ("use_cache", False)]:
+        compiled(params, x)
+        for name, value in [("both", True), ("gain", 3.0), ("both", False), ("gain", 1.0), ("both", True)]:
             setattr(model.config, name, value)
-            got, want = compiled(params, ids()), adapt(params, {"input_ids": ids()})
-            assert (got.hidden_states is None, got.past_key_values is None) == (want.hidden_states is None, want.past_key_values is None)
-            torch.testing.assert_close(got.logits, want.logits)
+            got, want = compiled(params, x), adapt(params, x)
+            assert len(got) == len(want) == 1 + model.config.both
+            torch.testing.assert_close(got, want)
+            torch.testing.assert_close(want[0], adapt.module(params)(x)[0])
     finally:
         torch._dynamo.reset()
 

@@ -469,8 +469,10 @@ def loop(adapt, members, index, batch):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", [r"Attention$", r"block\.\d$", r"block\.[12]$", "encoder$"])
-@pytest.mark.parametrize("index", [[0, 1, 0], None, [1, 1]])
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [(r"Attention$", [0, 1, 0]), (r"block\.\d$", None), (r"block\.[12]$", [0, 1, 0]), ("encoder$", None), ("Attention$", [1, 1])],
+)
 def test_bias_that_a_module_makes_for_each_row_reaches_the_next_as_rows(attention, name, index):
     """One entry stood for all rows in the trial; moved by each member, it is one for each row. Torch's own error came of it."""
     adapt = ll.build(t5(attention), ll.FullConfig(target_names=name))
