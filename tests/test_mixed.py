@@ -72,12 +72,10 @@ def test_groups_equal_a_loop_for_every_variant(row):
 
 
 @pytest.mark.parametrize("row", [row for row in FIRST if "steered" not in row.fails], ids=named)
-@pytest.mark.parametrize("strength", STRENGTHS.values(), ids=STRENGTHS)
-def test_members_at_their_own_strength_equal_a_loop(tiny, row, strength):
+def test_members_at_their_own_strength_equal_a_loop(tiny, row):
     model, batch = padded(tiny, "llama", num_hidden_layers=1)
     adapt = build_any(model.double(), row.cfg, [batch])
     members = [in_dtype(member, torch.float64) for member in _members(adapt, 4)]
-    vector = isinstance(strength, torch.Tensor) and strength.dim()
 
     def losses(c):
         output = adapt.mixed(adapt.steer(ll.stack(members), c), batch)
@@ -87,14 +85,16 @@ def test_members_at_their_own_strength_equal_a_loop(tiny, row, strength):
         output = adapt(adapt.steer(members[n], c), row_of(batch, n))
         return output.logits.square().sum(), output.logits
 
-    each = strength if vector else [strength] * 4
-    for n, logits in enumerate(losses(strength)[1]):
-        _close(logits, alone(n, each[n])[1][0], 1e-12)
-    if isinstance(strength, torch.Tensor):
-        slope = torch.func.grad(lambda c: losses(c)[0])(strength)
-        slopes = torch.stack([torch.func.grad(lambda c, n=n: alone(n, c)[0])(each[n]) for n in range(4)])
-        _close(slope, slopes if vector else slopes.sum(), 1e-10)
-        assert slope.abs().max() > 1e-4
+    for strength in STRENGTHS.values():
+        vector = isinstance(strength, torch.Tensor) and strength.dim()
+        each = strength if vector else [strength] * 4
+        for n, logits in enumerate(losses(strength)[1]):
+            _close(logits, alone(n, each[n])[1][0], 1e-12)
+        if isinstance(strength, torch.Tensor):
+            slope = torch.func.grad(lambda c: losses(c)[0])(strength)
+            slopes = torch.stack([torch.func.grad(lambda c, n=n: alone(n, c)[0])(each[n]) for n in range(4)])
+            _close(slope, slopes if vector else slopes.sum(), 1e-10)
+            assert slope.abs().max() > 1e-4
 
 
 def test_strength_by_row_where_rows_share_a_member(tiny):
