@@ -631,3 +631,18 @@ def test_module_that_writes_to_what_it_is_called_with_is_refused(index):
         with refused if writes else contextlib.nullcontext():
             got = adapt.mixed(ll.stack(params), (x, bias), index)
             torch.testing.assert_close(got, torch.cat([adapt(params[k], (x[n : n + 1], bias[n : n + 1])) for n, k in enumerate(index)]))
+
+
+@pytest.mark.parametrize("cfg", [ll.LNTuningConfig(), ll.FullConfig(target_names="mlp$")], ids=lambda cfg: cfg.name)
+def test_mixed_batch_of_modules_trained_whole_compiles_in_one_graph(cfg):
+    """A lock of Python's was in its way."""
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    adapt, batch = ll.build(tf.LlamaForCausalLM(config).eval(), cfg), {"input_ids": torch.randint(3, 60, (4, 5)), "use_cache": False}
+
+    def step(stacked):
+        return ll.value_and_grad(lambda p: adapt.mixed(p, batch, [0, 1, 1, 0]).logits.square().mean())(stacked)
+
+    stacked = ll.stack(members(adapt))
+    want = step(stacked)
+    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(stacked), want)

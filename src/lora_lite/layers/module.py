@@ -192,12 +192,12 @@ class ModuleKind(Kind):
         """Whether a tensor beside the input has the rows: of its own, or since a module before has made each row's of what all shared."""
         return not shared or (value.dim() > 0 and bool(self.count) and len(value) == shared * (self.count or 0))
 
-    @functools.cached_property
+    @property  # a cached one has a lock, which the compiler does not enter
     def _recurrent(self) -> bool:
         """Whether the module is or holds a recurrent one."""
         return any(isinstance(inner, nn.RNNBase) for inner in self.layer.modules())
 
-    @functools.cached_property
+    @property
     def _padded(self) -> bool:
         """Whether the module holds a table with a padded row."""
         return any(getattr(inner, "padding_idx", None) is not None for inner in self.layer.modules())
