@@ -14,7 +14,7 @@ from lora_lite.core.errors import NO_ANSWER, listed
 from lora_lite.core.frozen import Frozen
 from lora_lite.core.invocation import is_cache
 from lora_lite.core.tree import join, modules_by_path
-from lora_lite.layers.access import ADAPTERS, first_of, place_of
+from lora_lite.layers.access import ADAPTERS, HOST, first_of, place_of
 from lora_lite.layers.attention import with_attention
 from lora_lite.layers.by_member import Unwritten, by_rows, joined, moved, moved_rows, require_entries, taken, tensors_in
 from lora_lite.layers.embedding import with_padded_lookups
@@ -293,6 +293,6 @@ def named_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str,
 
 def parameters_of_adapters(module: Any) -> Iterator[Tensor]:
     """Yield the parameters that adapters have registered on a module. For an adapter, yield its own."""
-    for adapter in (module, *vars(module).get(ADAPTERS, ())):
+    for adapter in (module, *vars(vars(module).get(HOST, module)).get(ADAPTERS, ())):  # a view has them at its host
         if hasattr(type(adapter), "parameters_by_name"):
             yield from (p for p in adapter.parameters_by_name.values() if p is not None)
