@@ -1,6 +1,7 @@
 """The order of the packages: each imports only from those before it. `docs/design.md` says what each is for."""
 
 import ast
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,12 @@ def test_each_package_imports_only_from_those_before_it(path):
     own = path.relative_to(SOURCES).with_suffix("").parts[0]
     later = {name for name in imported(path) if ORDER.index(room(name)) > ORDER.index(own)}
     assert later == set(), f"{own} stands before these in the order {ORDER}"
+
+
+def test_nothing_else_stands_at_the_top():
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        pytest.skip("the files that belong to the project are known to git")
+    tracked = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
+    top = {name.partition("/")[0] for name in tracked}
+    assert {name for name in top if not name.startswith(".")} == {"README.md", "bench", "docs", "pyproject.toml", "src", "tests", "tox.ini"}

@@ -90,6 +90,25 @@ def test_flat_spectra_of_wide_layers_are_within_the_bound_of_a_longer_iteration(
     assert float((U16.double() * S16.double() @ Vh16.double() - best).norm() / best.norm()) <= start.error <= certificate.TOLERANCE
 
 
+def test_filters_take_less_than_half_of_the_products_of_plain_powers(monkeypatch):
+    products = []
+    for name in ("square", "chebyshev"):
+        own = getattr(krylov.Square, name)
+        monkeypatch.setattr(krylov.Square, name, lambda self, *given, own=own: products.append(1) or own(self, *given))
+    U, _, Vh = torch.linalg.svd(torch.randn(576, 576, generator=torch.Generator().manual_seed(0)))
+    values = torch.arange(1.0, 577) ** -0.1
+    W = U * (values / values.norm()) @ Vh
+    square, counts = krylov.Matrix(W, torch.float32).squared(), []
+    for _ in range(2):
+        products.clear()
+        ritz = filtered.filtered(square, 16, W.device, 1e-3, 1e-3, lambda ritz: True)
+        exact = torch.linalg.svd(W.double()).U[:, :16]
+        assert sine(ritz.vectors(16).double().t(), exact) <= 2 * ritz.angle(16) < 1e-2
+        counts.append(len(products))
+        monkeypatch.setattr(filtered, "_degree", lambda *given: 1)
+    assert 2 * counts[0] < counts[1]
+
+
 @pytest.mark.parametrize("shape", [(900, 900), (830, 1000)])
 def test_wide_layers_take_an_iteration_of_their_own(shape):
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -164,8 +164,10 @@ def refuse_unnamed(cls: Any, given: Sequence[object], shared: Collection[str]) -
     Raises:
         TypeError: with the first own field as the example.
     """
+    if not given:
+        return
     takes = {name: p for name, p in inspect.signature(cls.__init__).parameters.items() if name != "self"}
-    if given and all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in takes.values()):
+    if all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in takes.values()):
         first = next((name for name in takes if name not in shared), "target_names")
         raise TypeError(
             f"{cls.__name__}: expected fields by name, found {given[0]!r} without one. Write e.g. {cls.__name__}({first}={given[0]!r})."

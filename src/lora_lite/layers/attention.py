@@ -8,25 +8,9 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from lora_lite.core.frozen import Frozen, Params
 from lora_lite.core.tracing import beneath_vmap, by_vmap
-
-
-def with_attention(f: Any) -> Any:
-    """Return a variant in whose calls torch's attention sees the rows of a `vmap` as a batch."""
-
-    def run(params: Params, W: Frozen, x: Any) -> Any:
-        with _Attention():
-            return f(params, W, x)
-
-    return run
-
-
-class _Attention(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        return (_attended if func is F.scaled_dot_product_attention else func)(*args, **(kwargs or {}))
+from lora_lite.layers.replaced import Functions
 
 
 def _attended(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -49,3 +33,7 @@ def _batched(t: Tensor, dim: int, rows: int, b: int) -> Tensor:
     t = t if t.dim() > dim else t[None]
     t = t.reshape(len(t), *(1,) * (4 - dim), *t.shape[1:])
     return t.expand(rows, b if t.shape[1] == 1 else -1, *t.shape[2:]).flatten(0, 1)
+
+
+ATTENTION: Functions = {F.scaled_dot_product_attention: _attended}
+"""Functions for a module that `vmap` maps and that may hold attention."""

@@ -1,13 +1,11 @@
 """The tensors of a call taken apart by the members of a mixed batch, and the members' outputs joined again."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-
-from lora_lite.core.errors import listed
 
 
 def taken(value: Tensor, rows: Tensor, count: int) -> Tensor:
@@ -35,25 +33,17 @@ def require_entries(found: Any, count: int) -> None:
         )
 
 
-class Unwritten:
-    """Tensors that a member's call is given a copy of. What a module writes to them would be lost.
+def require_unwritten(names: str) -> None:
+    """Refuse a module that writes to what it is called with: a member's call is given copies, and what is written there would be lost.
 
-    Args:
-        tensors: the copies, by their places.
+    Raises:
+        ValueError: with the `names`, if there are any, and the way out.
     """
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = {name: tensor for name, tensor in tensors.items() if not tensor.is_inference()}  # which count no changes
-        self._before = [tensor._version for tensor in self._tensors.values()]
-
-    def require(self) -> None:
-        """Raise where one has been written to."""
-        now = [tensor._version for tensor in self._tensors.values()]
-        if written := [name for name, a, b in zip(self._tensors, self._before, now) if a != b]:
-            raise ValueError(
-                f"expected a module that leaves its arguments as they are, found that it writes to {listed(written)}. Train a part of it "
-                "that does not, or run the members one by one."
-            )
+    if names:
+        raise ValueError(
+            f"expected a module that leaves its arguments as they are, found that it writes to {names}. Train a part of it that does not, "
+            "or run the members one by one."
+        )
 
 
 def by_rows(value: Any, count: int) -> Any:

@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from lora_lite.core.frozen import Frozen, Start
 from lora_lite.layers.access import raw
 from lora_lite.layers.identity import Release, block_rows, exact_dtype
 from lora_lite.layers.kind import Kind, Params, Variant
 from lora_lite.layers.linear import LinearKind, holds_codes
+from lora_lite.layers.replaced import Functions
 from lora_lite.layers.tensors import Part
 
 
@@ -164,21 +164,6 @@ def looked_up(x: Tensor, table: Tensor, padding_idx: int | None, scale_grad_by_f
     return torch.where((x == padding_idx % len(table))[..., None], y.detach(), y)
 
 
-def with_padded_lookups(f: Variant) -> Any:
-    """Return a variant in whose calls whoever looks up in a table with a padded row gets what `looked_up` returns."""
-
-    def run(params: Params, W: Frozen, x: Any) -> Any:
-        with _PaddedLookups():
-            return f(params, W, x)
-
-    return run
-
-
-class _PaddedLookups(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        return (_embedding if func is F.embedding else func)(*args, **(kwargs or {}))
-
-
 def _embedding(
     input: Tensor,
     weight: Tensor,
@@ -191,6 +176,10 @@ def _embedding(
     if padding_idx is None or max_norm is not None or sparse:
         return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     return looked_up(input, weight, padding_idx, scale_grad_by_freq)
+
+
+LOOKUPS: Functions = {F.embedding: _embedding}
+"""Functions for a table that may have a padded row: whoever looks up there gets what `looked_up` returns."""
 
 
 class _Cast(EmbeddingKind):

@@ -14,13 +14,15 @@ from lora_lite.core.errors import NO_ANSWER, listed
 from lora_lite.core.frozen import Frozen
 from lora_lite.core.invocation import is_cache
 from lora_lite.core.tree import join, modules_by_path
+from lora_lite.core.written import written
 from lora_lite.layers.access import ADAPTERS, HOST, first_of, place_of
-from lora_lite.layers.attention import with_attention
-from lora_lite.layers.by_member import Unwritten, by_rows, joined, moved, moved_rows, require_entries, taken, tensors_in
-from lora_lite.layers.embedding import with_padded_lookups
+from lora_lite.layers.attention import ATTENTION
+from lora_lite.layers.by_member import by_rows, joined, moved, moved_rows, require_entries, require_unwritten, taken, tensors_in
+from lora_lite.layers.embedding import LOOKUPS
 from lora_lite.layers.kind import Kind, Params, Run, Variant, of_rows
 from lora_lite.layers.member_cache import MemberCaches, caches_in, require_no_cache
 from lora_lite.layers.recorder import Recorder
+from lora_lite.layers.replaced import Functions, replaced
 
 Own = Callable[..., Any]
 
@@ -176,9 +178,9 @@ class ModuleKind(Kind):
         So does one with a key-value cache: a map would leave its own tensors there.
         """
         if not (self._unmapped or caches_in(self._rest[1:])):
-            run: Any = with_padded_lookups(f) if self._padded else f
+            functions: Functions = {**(LOOKUPS if self._padded else {}), **(ATTENTION if self.layer._modules else {})}
             try:
-                found = super().apply_rows(with_attention(run) if self.layer._modules else run, params, x, index)
+                found = super().apply_rows(replaced(f, functions), params, x, index)
                 if not caches_in(found):
                     return found
             except RuntimeError as e:
@@ -223,13 +225,13 @@ class ModuleKind(Kind):
 
             its, named = pytree.tree_map_with_path(of_member, (args, kwargs), is_leaf=is_cache)
             given = taken(x, rows, len(member))
-            copies = Unwritten({"its input": given, **{name: t for name, t in tensors_in((its, named)).items() if name in spread}})
+            wrote = written({"its input": given, **{name: t for name, t in tensors_in((its, named)).items() if name in spread}})
             before, self._own = self._own, (lambda x, its=its, named=named: own(x, *its, **named))
             try:
                 found = self.apply(f, {name: p[k] for name, p in params.items()}, given)
             finally:
                 self._own = before
-            copies.require()
+            require_unwritten(wrote())
             outputs.append(pytree.tree_map(functools.partial(by_rows, count=len(rows)), found, is_leaf=is_cache))
             order.append(rows)
         back = torch.cat(order).argsort()
