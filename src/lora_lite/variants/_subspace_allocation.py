@@ -4,8 +4,7 @@ A pure function from one state to the next, as PEFT computes it.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -17,9 +16,8 @@ Place = tuple[str, str]
 """A target's path, and the name of a map in it."""
 
 
-@dataclass(frozen=True)
-class Allocation:
-    """The state of an allocation.
+class Allocation(TypedDict):
+    """The state of an allocation, a tree of tensors that `torch.save` and `torch.load` take as it is.
 
     Attributes:
         constants: `adapt.constants`.
@@ -30,17 +28,24 @@ class Allocation:
     """
 
     constants: AnyTree
-    step: int = 0
-    sensitivity: AnyTree = field(default_factory=dict)
-    uncertainty: AnyTree = field(default_factory=dict)
-    active: Mapping[str, Tensor] = field(default_factory=dict)
-    kept: AnyTree = field(default_factory=dict)
+    step: int
+    sensitivity: AnyTree
+    uncertainty: AnyTree
+    active: Mapping[str, Tensor]
+    kept: AnyTree
+
+
+def started(state: Any) -> Allocation:
+    """Return the state as it is, or that before the first step where it is `adapt.constants`."""
+    if set(state) == Allocation.__required_keys__:
+        return cast(Allocation, state)
+    return {"constants": state, "step": 0, "sensitivity": {}, "uncertainty": {}, "active": {}, "kept": {}}
 
 
 def allocate(cfg: Any, params: AnyTree, grads: AnyTree, state: Allocation) -> tuple[dict[str, Any], Allocation]:
     """Return the params with frozen subspaces restored, and the next state."""
     require_grads("AdaMSSConfig.update(params, grads, state)", params, grads)
-    sizes = {place: own["shapes"] for place, own in apart(state.constants).items() if "cells" in own}
+    sizes = {place: own["shapes"] for place, own in apart(state["constants"]).items() if "cells" in own}
     places = apart(params)
     own = {place: leaves for place, leaves in places.items() if set(leaves) == {"A", "B"} and place in sizes}
     require_targets("AdaMSSConfig.update", own, "AdaMSS")
@@ -48,25 +53,25 @@ def allocate(cfg: Any, params: AnyTree, grads: AnyTree, state: Allocation) -> tu
     maps, slopes = _each(own, places, sizes), _each(own, apart(grads), sizes)
     require_one_map("AdaMSSConfig.update", maps, maps, {"A": 2, "B": 1})
     zeros = tree_map(torch.zeros_like, maps)
-    if not state.active:
+    if not state["active"]:
         active = {where: torch.ones_like(shape[:, 0], dtype=torch.bool) for where, shape in shapes.items()}
-        state = replace(state, sensitivity=zeros, uncertainty=zeros, active=active, kept=maps)
+        state = {**state, "sensitivity": zeros, "uncertainty": zeros, "active": active, "kept": maps}
     owners = {where: owners_of(shape) for where, shape in shapes.items()}
-    trained = {where: {name: state.active[where][owner] for name, owner in owners[where].items()} for where in maps}
+    trained = {where: {name: state["active"][where][owner] for name, owner in owners[where].items()} for where in maps}
     restored = {
         where: {
-            name: torch.where(_like(mask, maps[where][name]), maps[where][name], state.kept[where][name]) for name, mask in masks.items()
+            name: torch.where(_like(mask, maps[where][name]), maps[where][name], state["kept"][where][name]) for name, mask in masks.items()
         }
         for where, masks in trained.items()
     }
-    step = state.step
+    step = state["step"]
     if cfg.init_warmup <= step <= cfg.final_warmup:
         state = _smoothed(cfg, restored, slopes, trained, state)
         if step % cfg.mask_interval == 0:
             active = _active(cfg, state, owners)
             kept = tree_map(torch.Tensor.detach, restored)  # a graph would grow for ever
-            state = replace(state, active=active, kept=kept, sensitivity=zeros, uncertainty=zeros)
-    return together({**places, **_joined(own, restored, sizes)}), replace(state, step=step + 1)
+            state = {**state, "active": active, "kept": kept, "sensitivity": zeros, "uncertainty": zeros}
+    return together({**places, **_joined(own, restored, sizes)}), {**state, "step": step + 1}
 
 
 def _each(own: Iterable[Place], places: Mapping[Place, Mapping[str, Any]], sizes: Mapping[Place, Tensor]) -> dict[str, dict[str, Any]]:
@@ -110,30 +115,30 @@ def _smoothed(cfg: Any, params: AnyTree, grads: AnyTree, trained: AnyTree, state
     for path, masks in trained.items():
         new[0][path], new[1][path] = {}, {}
         for name, mask in masks.items():
-            old, p = state.sensitivity[path][name], params[path][name]
+            old, p = state["sensitivity"][path][name], params[path][name]
             now = (p.detach() * grads[path][name].detach()).abs() * _like(mask, p)
             new[0][path][name] = b1 * old + (1 - b1) * now
-            new[1][path][name] = b2 * state.uncertainty[path][name] + (1 - b2) * (now - old).abs()  # with the sensitivity before
-    return replace(state, sensitivity=new[0], uncertainty=new[1])
+            new[1][path][name] = b2 * state["uncertainty"][path][name] + (1 - b2) * (now - old).abs()  # with the sensitivity before
+    return {**state, "sensitivity": new[0], "uncertainty": new[1]}
 
 
 def _active(cfg: Any, state: Allocation, owners: AnyTree) -> dict[str, Tensor]:
     """Mark the subspaces that stay, by the budget of the schedule, among those that are trained still."""
-    left = 1 - (state.step - cfg.init_warmup) / (cfg.final_warmup - cfg.init_warmup)
-    total = sum(len(active) for active in state.active.values())
+    left = 1 - (state["step"] - cfg.init_warmup) / (cfg.final_warmup - cfg.init_warmup)
+    total = sum(len(active) for active in state["active"].values())
     budget = int(cfg.asa_target_subspaces + (total - cfg.asa_target_subspaces) * left**cfg.asa_schedule_exponent)
     scores = {path: _scores(state, path, owners[path]) for path in owners}
-    candidates = torch.cat([score[state.active[path]] for path, score in scores.items()])
+    candidates = torch.cat([score[state["active"][path]] for path, score in scores.items()])
     if budget >= len(candidates):
-        return dict(state.active)
+        return dict(state["active"])
     threshold = candidates.topk(budget).values[-1]
-    return {path: state.active[path] & (score > threshold) for path, score in scores.items()}  # as in PEFT, the last itself goes
+    return {path: state["active"][path] & (score > threshold) for path, score in scores.items()}  # as in PEFT, the last itself goes
 
 
 def _scores(state: Allocation, path: str, owners: Mapping[str, Tensor]) -> Tensor:
-    score = torch.zeros(len(state.active[path]), device=state.active[path].device)
+    score = torch.zeros(len(state["active"][path]), device=state["active"][path].device)
     for name, owner in owners.items():
-        each = state.sensitivity[path][name] * state.uncertainty[path][name]
+        each = state["sensitivity"][path][name] * state["uncertainty"][path][name]
         each = each.mean(1) if each.dim() > 1 else each
         score = score + torch.zeros_like(score).index_add(0, owner, each.to(score)) / owner.bincount(minlength=len(score))
     return score

@@ -38,7 +38,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.core import AdapterConfig, Constants, Count, Frozen, Params, Positive, Probability, Rank, Size, add_low_rank, checked, expect
-from lora_lite.variants._subspace_allocation import Allocation, allocate
+from lora_lite.variants._subspace_allocation import allocate, started
 from lora_lite.variants._subspaces import seeded_svd, subspaces
 
 
@@ -155,4 +155,4 @@ class AdaMSSConfig(AdapterConfig):
         if state is None:
             way = "Call update(params, grads, adapt.constants) the first time."
             raise ValueError(f"AdaMSSConfig.update: expected adapt.constants as the first state, found None. {way}")
-        return allocate(self, params, grads, state if isinstance(state, Allocation) else Allocation(state))
+        return allocate(self, params, grads, started(state))
