@@ -186,6 +186,22 @@ def test_ids_that_name_no_row_or_one_twice_are_refused(name):
         ll.build(_model()[0], _config(**fields))
 
 
+def test_a_file_fits_a_table_of_more_rows_and_none_without_its_own(tmp_path):
+    (model, batch), place = _model(), tmp_path / "tokens.safetensors"
+    rows = model.get_input_embeddings().num_embeddings
+    adapt = ll.build(model, _config())
+    params = move(adapt.init())
+    ll.save(adapt, params, place)
+    want = adapt(params, batch).logits
+    model.resize_token_embeddings(rows + 4, mean_resizing=False)
+    torch.testing.assert_close(ll.load(model, place)[0](params, batch).logits[..., :rows], want)
+    model.resize_token_embeddings(max(IDS))
+    with pytest.raises(ValueError, match=rf"token_ids: expected ids below {max(IDS)}, the number of rows"):
+        ll.load(model, place)
+    with pytest.raises(ValueError, match=r"dE"):
+        ll.load(_model(hidden_size=64)[0], place)
+
+
 @pytest.mark.parametrize("ids", [3, "34", (1.0,), (True,)])
 def test_ids_of_other_types_are_refused(ids):
     with pytest.raises(TypeError, match=r"TokensConfig\.token_ids: expected a sequence of integers"):

@@ -91,14 +91,18 @@ class TokensConfig(AdapterConfig):
         return (f"^{re.escape(found[0])}$",)
 
     def constants(self, W: Frozen, generator: torch.Generator, stats: Any = None) -> Constants:
+        self._check(W)
+        return {"ids": torch.tensor(self.token_ids)}
+
+    def init(self, W: Frozen, generator: torch.Generator) -> TokensParams:
+        self._check(W)  # a file's constants may meet a table of another number of rows
+        return {"dE": torch.zeros(len(self.token_ids), W.table_shape[1])}
+
+    def _check(self, W: Frozen) -> None:
         expect(self, "token_ids", bool(self.token_ids), "at least one token", "Name the tokens to train, e.g. token_ids=(32000, 32001).")
         rows, _ = W.table_shape
         bound = f"ids below {rows}, the number of rows"
         expect(self, "token_ids", max(self.token_ids) < rows, bound, "Resize the embedding first: model.resize_token_embeddings(n).")
-        return {"ids": torch.tensor(self.token_ids)}
-
-    def init(self, W: Frozen, generator: torch.Generator) -> TokensParams:
-        return {"dE": torch.zeros(len(self.token_ids), W.table_shape[1])}
 
     def forward(self, params: Params, W: Frozen, x: Tensor) -> Tensor:
         return tokens(params, W, x)
