@@ -236,19 +236,23 @@ def _require_followed(stand_in: ReadTensor) -> None:
     """
     frame: Any = sys._getframe(1)
     while frame is not None:
-        behind = frame.f_back
-        if behind is not None and behind.f_code is _APPLY:
-            code, own = frame.f_code, frame.f_locals
-            given = [own.get(name) for name in code.co_varnames[: code.co_argcount + bool(code.co_flags & inspect.CO_VARARGS)]]
+        code, own = frame.f_code, frame.f_locals
+        given = [own.get(name) for name in code.co_varnames[: code.co_argcount + bool(code.co_flags & inspect.CO_VARARGS)]]
+        whole = any(value is stand_in or (isinstance(value, tuple) and any(v is stand_in for v in value)) for value in given)
+        if whole and (name := _function_of(code)):
             ctx = next((value for value in given if hasattr(value, "needs_input_grad")), None)
-            whole = any(value is stand_in or (isinstance(value, tuple) and any(v is stand_in for v in value)) for value in given)
-            if whole and (stand_in.binding.W.training or any(getattr(ctx, "needs_input_grad", ()))):
+            if stand_in.binding.W.training or any(getattr(ctx, "needs_input_grad", ())):
                 raise RuntimeError(
-                    f'adapt: at "{stand_in.binding.path}" expected a weight that autograd follows, found it given to '
-                    f"{behind.f_locals['cls'].__name__}, an autograd Function, through which the adapter would get no gradient. Leave the "
-                    f'layer out, exclude_names=(r"{re.escape(stand_in.binding.path)}$",), or use a loss that calls the layer.'
+                    f'adapt: at "{stand_in.binding.path}" expected a weight that autograd follows, found it given to {name}, an autograd '
+                    "Function, through which the adapter would get no gradient. Leave the layer out, "
+                    f'exclude_names=(r"{re.escape(stand_in.binding.path)}$",), or use a loss that calls the layer.'
                 )
-        frame = behind
+        frame = frame.f_back
 
 
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]  # of a class method
+def _function_of(code: Any) -> str | None:
+    """Return the name of the autograd Function whose forward has this code, if one has. Its `apply` leaves no frame in torch 2.15."""
+    classes: list[Any] = [torch.autograd.Function]
+    for cls in classes:
+        classes += cls.__subclasses__()
+    return next((cls.__name__ for cls in classes if getattr(cls.forward, "__code__", None) is code), None)
