@@ -196,6 +196,9 @@ def test_missing_and_damaged_files_are_named(folder):
     (folder / "adapter_model.safetensors").write_bytes(b"\x80\x04pickled")
     with pytest.raises(ValueError, match="to be a whole safetensors file"):
         ll.from_peft(model, folder)
+    (folder / "adapter_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ValueError, match=r"found the pointer of git-lfs.* git lfs pull"):  # of a clone without its large files
+        ll.from_peft(model, folder)
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="pickled files are never opened"):
         ll.from_peft(model, folder)

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +26,7 @@ from lora_lite.files.peft.hub import CONFIG, around
 from lora_lite.files.peft.layers import kernel_size, of_kernel
 from lora_lite.files.peft.names import Table
 from lora_lite.files.peft.rows import rows_of
+from lora_lite.files.safetensors_file import tensors_of, widened
 from lora_lite.layers.find import Found, find
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import as_kinds
@@ -143,13 +143,8 @@ def _require(call: str, place: Path, model: nn.Module, faults: list[str]) -> Non
 def _tensors(call: str, place: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     if not place.is_file():
         raise FileNotFoundError(f'{call}: expected a file at "{place}", found none. Pass the path of a safetensors file.')
-    try:
-        with safetensors.safe_open(place, framework="pt") as file:
-            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in list(file.keys())}
-    except Exception as e:
-        raise ValueError(
-            f'{call}: expected "{place}" to be a whole safetensors file, found {e}. Fetch it again; pickled files are never opened.'
-        ) from e
+    metadata, tensors = tensors_of(call, place, "Fetch it again; pickled files are never opened.")
+    return metadata, widened(tensors)
 
 
 def _by_name(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str], list[str]]:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +29,7 @@ from lora_lite.files.peft.order import Chosen, warn_of_order
 from lora_lite.files.peft.parts import Layers, Parts, parts_of
 from lora_lite.files.peft.row import Row, is_lowered, own_bias
 from lora_lite.files.peft.rows import rows_of
+from lora_lite.files.safetensors_file import tensors_of, widened
 from lora_lite.layers.find import find
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import as_kinds
@@ -136,11 +136,7 @@ def _read_tensors(place: Path) -> dict[str, Tensor]:
             'pickled files are never opened here: safetensors.torch.save_file(torch.load("adapter_model.bin", weights_only=True), '
             f'"{place.name}").'
         )
-    try:
-        with safetensors.safe_open(place, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in list(file.keys())}
-    except Exception as e:
-        raise ValueError(f'from_peft: expected "{place}" to be a whole safetensors file, found {e}. Save the adapter again.') from e
+    return widened(tensors_of("from_peft", place, "Save the adapter again.")[1])
 
 
 def _bitfit(shifts: Tree) -> list[AdapterConfig]:
