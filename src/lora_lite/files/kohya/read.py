@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from lora_lite.adapt import Adapt
 from lora_lite.build import build
+from lora_lite.clone.structure import refuse_uncopied
 from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import require_type, several, tree_faults
 from lora_lite.core.tree import Tree
 from lora_lite.files.kohya.methods import ALPHA, METHODS, UP
 from lora_lite.files.kohya.names import Names, prefix_of, split
+from lora_lite.files.peft.adapter_name import unwrapped
 from lora_lite.files.peft.demands import check_fields
 from lora_lite.files.peft.fields import carried, resolve
 from lora_lite.files.peft.hub import CONFIG, around
@@ -98,6 +100,7 @@ def _read(call: str, model: Any, path: Any, prefix: Any, remat: str | None, kind
     require_type(isinstance(path, str | os.PathLike), usage, "path", "the path of a file", path)
     require_type(prefix is None or isinstance(prefix, str), usage, "prefix", 'a string, e.g. "lora_unet"', prefix)
     kinds = as_kinds(kinds)
+    refuse_uncopied(model)
     place = Path(path) / FILE if Path(path).is_dir() else Path(path)
     if place.is_file() and (folder := around(place)) is not None:
         raise ValueError(
@@ -152,7 +155,7 @@ def _by_name(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]
     named: dict[str, dict[str, Tensor]] = {}
     foreign, repeated = [], []
     for key, tensor in tensors.items():
-        cut = split(key)
+        cut = split(unwrapped(key))
         if cut is None:
             foreign.append(key)
         elif cut[1] in named.setdefault(cut[0], {}):

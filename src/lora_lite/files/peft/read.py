@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_lite.adapt import Adapt
 from lora_lite.build import build
+from lora_lite.clone.structure import refuse_uncopied
 from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import listed, require_type, several, tree_faults
@@ -77,6 +78,7 @@ def from_peft(
     call = "from_peft(model, directory)"
     require_type(isinstance(directory, str | os.PathLike), call, "directory", "the path of a folder", directory)
     require_type(isinstance(subfolder, str), "from_peft(model, directory, subfolder=name)", "subfolder", "the name of a folder", subfolder)
+    refuse_uncopied(model)
     folder, kinds = folder_of(directory, revision, subfolder), as_kinds(kinds)
     fields = present_fields(_read_fields(folder / CONFIG))
     check_fields(fields, folder / CONFIG)
