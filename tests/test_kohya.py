@@ -309,7 +309,7 @@ def test_ambiguous_names_are_refused(tmp_path):
 REFUSED = {
     "another model": ({"lora_unet_mid.lora_down.weight": draw(1, 4), "lora_unet_mid.lora_up.weight": draw(4, 1)}, "no such layer"),
     "half a layer": ({"lora_unet_conv_in.lora_down.weight": draw(1, 4, 3, 3)}, "no lora_up.weight"),
-    "DoRA": ({"lora_unet_conv_in.dora_scale": draw(8, 1)}, 'unexpected "lora_unet_conv_in.dora_scale"'),
+    "DoRA": ({"lora_unet_conv_in.dora_scale": draw(8, 1)}, '"lora_unet_conv_in.dora_scale", of another method .* Merge the file by'),
     "two methods": ({"lora_unet_conv_in.lora_down.weight": draw(1, 4, 3, 3), "lora_unet_conv_in.hada_w1_a": draw(8, 1)}, "no method alone"),
     "another width": ({"lora_unet_conv_in.lora_down.weight": draw(1, 5, 3, 3), "lora_unet_conv_in.lora_up.weight": draw(8, 1)}, "shape"),
     "a product of other sizes": ({"lora_unet_proj_in.lokr_w1": draw(2, 2), "lora_unet_proj_in.lokr_w2": draw(2, 4)}, "whose product"),

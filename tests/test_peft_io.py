@@ -507,6 +507,15 @@ def test_fields_that_select_layers_and_half_precision_do_not_matter(folder):
     assert [t.path for t in adapt.targets] == ["0", "2"]
 
 
+def test_layers_that_the_config_names_and_the_tensors_lack_are_told(folder):
+    """PEFT runs the base model there, with a warning too."""
+    model, _ = _make("linear")
+    safetensors.torch.save_file({key: t for key, t in saved(folder).items() if ".2." not in key}, folder / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match='target_modules names "2" too, of which the file has no tensors'):
+        adapt, _ = ll.from_peft(model, folder)
+    assert [t.path for t in adapt.targets] == ["0"]
+
+
 def test_dropout_and_mode_are_taken_over(folder):
     model, batch = _make("linear")
     edit(folder, lora_dropout=0.5)

@@ -117,7 +117,8 @@ def _read(call: str, model: Any, path: Any, prefix: Any, remat: str | None, kind
     if alphas is not None:
         alphas = functools.reduce(lambda fields, place: carried(fields, place[1], place[0]), written.items(), alphas)
     entries: dict[str, tuple[AdapterConfig, dict[str, Tensor]]] = {}
-    faults = [f'unexpected "{key}"' for key in foreign] + repeated + more
+    way = "of another method than LoRA, LoHa and LoKr here. Merge the file by the tool that made it"
+    faults = [f'unexpected "{key}", {way}' for key in foreign] + repeated + more
     for at, own in layers.items():
         try:
             _require_kernel(model, at, own)

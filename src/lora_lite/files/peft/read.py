@@ -30,6 +30,7 @@ from lora_lite.files.peft.order import Chosen, warn_of_order
 from lora_lite.files.peft.parts import Layers, Parts, parts_of
 from lora_lite.files.peft.row import Row, is_lowered, own_bias
 from lora_lite.files.peft.rows import rows_of
+from lora_lite.files.peft.targeted import warn_of_absent
 from lora_lite.files.safetensors_file import tensors_of, widened
 from lora_lite.layers.find import find
 from lora_lite.layers.kind import Kind
@@ -51,8 +52,8 @@ def from_peft(
     """Read an adapter that PEFT saved and bind it to a model. The package `peft` is not needed.
 
     LoRA comes with its patterns and rank-stabilised scale, on embeddings, convolutions and `target_parameters` too; the page on PEFT lists
-    the methods. `modules_to_save` become targets of `FullConfig`. The layers are those that the file of tensors names. Layers with other
-    hyperparameters get a config of their own.
+    the methods. `modules_to_save` become targets of `FullConfig`. The layers are those that the file of tensors names, with a warning
+    where `target_modules` names more. Layers with other hyperparameters get a config of their own.
 
     Args:
         model: the model that the adapter was trained on, as it was before PEFT wrapped it.
@@ -94,6 +95,7 @@ def from_peft(
     faults = tree_faults(theirs, grouped.shapes_of(adapt._plan, theirs)) + _field_faults(parts, chosen)
     _require(faults or grouped.differing(adapt._plan, theirs), folder, model)
     warn_of_order(parts, chosen)
+    warn_of_absent(parts.fields, find(model, "linear", kinds), {t.kind.host(t.path) for t in adapt.targets} | parts.idle)
     others = whole.displacements(model, parts.modules) | tokens.displacements(model, parts.rows) | parts.shifts
     return adapt, adapt._plan.ordered(adapt._plan.regrouped(_ours(adapt, chosen, theirs)) | others)
 
