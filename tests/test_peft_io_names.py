@@ -84,6 +84,21 @@ def test_llavas_older_names_are_the_newer_ones(case, tmp_path):
     assert_close(again(read, batch).logits - base, want - base)
 
 
+def test_checkpoints_under_older_names_are_merged_into_without_loading_them(tmp_path):
+    """The result has the names of the base, as other tools know them."""
+    model, batch = _llava()
+    model.save_pretrained(tmp_path / "base")
+    names = set(safetensors.torch.load_file(tmp_path / "base/model.safetensors"))
+    assert not names & set(model.state_dict())
+    adapt = ll.build(model, ll.LoRAConfig(r=2, target_names=("q_proj$", "linear_1$")))
+    params = ll.tree_map(lambda p: p + 0.1 * torch.randn_like(p), adapt.init())
+    ll.save(adapt, params, tmp_path / "a.safetensors")
+    assert main(["merge", "-q", str(tmp_path / "base"), str(tmp_path / "a.safetensors"), str(tmp_path / "merged")]) == 0
+    assert set(safetensors.torch.load_file(tmp_path / "merged/model.safetensors")) == names
+    merged = tf.LlavaForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
+    assert_close(merged(**batch).logits, adapt(params, batch).logits, TOLERANCE)
+
+
 def test_patterns_by_older_paths_hold_for_the_newer_ones(tmp_path):
     model, _ = _llava()
     path = "model.language_model.layers.1.self_attn.q_proj"
