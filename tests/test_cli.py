@@ -339,6 +339,7 @@ WRONG = {
     "a foreign file": (["info", "shard.safetensors"], "ll.save"),
     "a truncated file": (["info", "short.safetensors"], "short.safetensors"),
     "a text file": (["info", "base/config.json"], "config.json"),
+    "a folder of PEFT's whose large file git has not fetched": (["info", "pointer"], "git lfs pull"),
     "a folder without an adapter": (["info", "base"], "adapter_config.json"),
     "no such base": (["merge", "nowhere", "lora.safetensors", "out"], "nowhere"),
     "a base without weights": (["merge", "empty", "lora.safetensors", "out"], "safetensors"),
@@ -365,6 +366,9 @@ def broken(made, tmp_path_factory):
     for path in folder.iterdir():
         os.symlink(path, place / path.name)
     (place / "empty").mkdir()
+    (place / "pointer").mkdir()
+    (place / "pointer/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (place / "pointer/adapter_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     (place / "short.safetensors").write_bytes((folder / "lora.safetensors").read_bytes()[:-5])
     sizes = {"hidden_size": 16, "head_dim": 4}
     LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), **sizes})).save_pretrained(place / "other")

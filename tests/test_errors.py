@@ -469,6 +469,7 @@ FILES = {
     "a byte more": (lambda w: w.good.read_bytes() + b"\0", BROKEN, "a truncated or foreign", "Save it again"),
     "random bytes": (lambda w: random.Random(0).randbytes(4096), BROKEN, "a truncated or foreign", "Save it again"),
     "text": (lambda w: b"weights: 1, 2, 3\n" * 9, BROKEN, "a truncated or foreign", "Save it again"),
+    "a pointer": (lambda w: b"version https://git-lfs.github.com/spec/v1\noid sha256:0", BROKEN, "the pointer of git-lfs", "git lfs pull"),
     "pickled": (pickled, BROKEN, "a pickled file", "pickled files are never opened"),
     "cut, its length like a pickle's start": (lambda w: (0x280).to_bytes(8, "little") + b'{"a":', BROKEN, "a truncated", "Save"),
     "foreign": (lambda w: safetensors.torch.save({"a": torch.ones(2)}),

@@ -123,6 +123,12 @@ def test_a_model_that_is_itself_the_layer_comes_back(tmp_path):
     assert torch.equal(again(read, x), adapt(params, x))
 
 
+@pytest.mark.parametrize("read", [ll.load, ll.from_peft, ll.from_kohya, ll.from_diffusers])
+def test_a_compiled_model_is_named_as_such_rather_than_its_layers_as_absent(read, saved):
+    with pytest.raises(ValueError, match=r'found one set on the instance at "the model".*compiled\._orig_mod'):
+        read(torch.compile(fresh_model(), backend="eager"), saved[2])
+
+
 def test_loading_leaves_the_model_as_it_was(saved):
     model = fresh_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

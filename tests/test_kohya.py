@@ -110,6 +110,17 @@ def test_core_between_the_factors_of_a_convolution(unet, tmp_path):
     assert_updates(unet, *ll.from_kohya(unet, path), {"conv_in": composed})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("alpha", [3.0, -3.0])
+def test_narrow_dtypes_are_read_as_the_numbers_that_they_are(dtype, alpha, unet, tmp_path):
+    """The core of a convolution is multiplied out in full, and signs can be turned: torch does neither in 8 bits."""
+    down, mid, up = (draw(*shape).to(dtype) for shape in ((2, 4, 1, 1), (2, 2, 3, 3), (8, 2, 1, 1)))
+    keys = {"lora_down.weight": down, "lora_mid.weight": mid, "lora_up.weight": up, "alpha": torch.tensor(alpha)}
+    path = write(tmp_path / "a.safetensors", {f"lora_unet_conv_in.{key}": t for key, t in keys.items()})
+    composed = torch.einsum("or,rskl,sc->ockl", up[..., 0, 0].float(), mid.float(), down[..., 0, 0].float())
+    assert_updates(unet, *ll.from_kohya(unet, path), {"conv_in": alpha / 2 * composed})
+
+
 def test_loha_of_lycoris(unet, tmp_path):
     tensors, updates = {}, {}
     for path in PATHS:
@@ -298,7 +309,7 @@ def test_ambiguous_names_are_refused(tmp_path):
 REFUSED = {
     "another model": ({"lora_unet_mid.lora_down.weight": draw(1, 4), "lora_unet_mid.lora_up.weight": draw(4, 1)}, "no such layer"),
     "half a layer": ({"lora_unet_conv_in.lora_down.weight": draw(1, 4, 3, 3)}, "no lora_up.weight"),
-    "DoRA": ({"lora_unet_conv_in.dora_scale": draw(8, 1)}, 'unexpected "lora_unet_conv_in.dora_scale"'),
+    "DoRA": ({"lora_unet_conv_in.dora_scale": draw(8, 1)}, '"lora_unet_conv_in.dora_scale", of another method .* Merge the file by'),
     "two methods": ({"lora_unet_conv_in.lora_down.weight": draw(1, 4, 3, 3), "lora_unet_conv_in.hada_w1_a": draw(8, 1)}, "no method alone"),
     "another width": ({"lora_unet_conv_in.lora_down.weight": draw(1, 5, 3, 3), "lora_unet_conv_in.lora_up.weight": draw(8, 1)}, "shape"),
     "a product of other sizes": ({"lora_unet_proj_in.lokr_w1": draw(2, 2), "lora_unet_proj_in.lokr_w2": draw(2, 4)}, "whose product"),

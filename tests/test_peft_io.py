@@ -497,13 +497,23 @@ def test_plain_starts_are_plain_lora(folder, start):
 def test_fields_that_select_layers_and_half_precision_do_not_matter(folder):
     model, _ = _make("linear")
     adapt, params = ll.from_peft(model, folder)
-    half = {key: t.to(torch.bfloat16) for key, t in saved(folder).items()}
-    safetensors.torch.save_file(half, folder / "adapter_model.safetensors")
     edit(folder, target_modules="all-linear", exclude_modules=["9"], layers_to_transform=[7], task_type="CAUSAL_LM")
-    _, rounded = ll.from_peft(model, folder)
-    for got, want in zip(ll.tree_leaves(rounded), ll.tree_leaves(params)):
-        assert torch.equal(got, want.to(torch.bfloat16).float())
+    whole = saved(folder)
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        safetensors.torch.save_file({key: t.to(dtype) for key, t in whole.items()}, folder / "adapter_model.safetensors")
+        _, rounded = ll.from_peft(model, folder)
+        for got, want in zip(ll.tree_leaves(rounded), ll.tree_leaves(params)):
+            assert torch.equal(got, want.to(dtype).float())
     assert [t.path for t in adapt.targets] == ["0", "2"]
+
+
+def test_layers_that_the_config_names_and_the_tensors_lack_are_told(folder):
+    """PEFT runs the base model there, with a warning too."""
+    model, _ = _make("linear")
+    safetensors.torch.save_file({key: t for key, t in saved(folder).items() if ".2." not in key}, folder / "adapter_model.safetensors")
+    with pytest.warns(UserWarning, match='target_modules names "2" too, of which the file has no tensors'):
+        adapt, _ = ll.from_peft(model, folder)
+    assert [t.path for t in adapt.targets] == ["0"]
 
 
 def test_dropout_and_mode_are_taken_over(folder):

@@ -12,6 +12,7 @@ from torch import nn
 
 import lora_lite as ll
 from cases import tiny_models
+from lora_lite.cli import main
 from peft_oracle import assert_close, edit, saved, wrapped
 
 TOLERANCE = 1e-5
@@ -81,6 +82,21 @@ def test_llavas_older_names_are_the_newer_ones(case, tmp_path):
     assert [t.path for t in again.targets] == [t.path for t in adapt.targets]
     assert again.configs == adapt.configs
     assert_close(again(read, batch).logits - base, want - base)
+
+
+def test_checkpoints_under_older_names_are_merged_into_without_loading_them(tmp_path):
+    """The result has the names of the base, as other tools know them."""
+    model, batch = _llava()
+    model.save_pretrained(tmp_path / "base")
+    names = set(safetensors.torch.load_file(tmp_path / "base/model.safetensors"))
+    assert not names & set(model.state_dict())
+    adapt = ll.build(model, ll.LoRAConfig(r=2, target_names=("q_proj$", "linear_1$")))
+    params = ll.tree_map(lambda p: p + 0.1 * torch.randn_like(p), adapt.init())
+    ll.save(adapt, params, tmp_path / "a.safetensors")
+    assert main(["merge", "-q", str(tmp_path / "base"), str(tmp_path / "a.safetensors"), str(tmp_path / "merged")]) == 0
+    assert set(safetensors.torch.load_file(tmp_path / "merged/model.safetensors")) == names
+    merged = tf.LlavaForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
+    assert_close(merged(**batch).logits, adapt(params, batch).logits, TOLERANCE)
 
 
 def test_patterns_by_older_paths_hold_for_the_newer_ones(tmp_path):
@@ -204,6 +220,35 @@ def test_experts_that_lack_some_are_refused(lose, message, tmp_path):
     _write(tmp_path, {name: t for name, t in tensors.items() if not re.search(lose, name)})
     with pytest.raises(ValueError, match=f"(?s){message}"), pytest.warns(UserWarning, match=WARNED):
         ll.from_peft(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("at", "wrapper"),
+    [
+        (r"^", "_orig_mod."),
+        (r"(?<=\.)layers\.", "_orig_mod.layers."),
+        (r"self_attn\.", "_fsdp_wrapped_module._checkpoint_wrapped_module.self_attn."),
+    ],
+    ids=["compiled", "compiled inside", "sharded"],
+)
+def test_names_of_torchs_wrappers_are_left_out(at, wrapper, tmp_path):
+    """PEFT finds no layer of such a file, and runs the base model with a warning."""
+    model, batch = tiny_models["llama"]()
+    theirs = wrapped(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    theirs.save_pretrained(tmp_path / "peft")
+    _rename(tmp_path / "peft", (at, wrapper))
+    adapt, params = ll.from_peft(model, tmp_path / "peft")
+    assert_close(adapt(params, batch).logits, theirs(**batch).logits, TOLERANCE)
+    keys = {
+        f"unet.{name.removeprefix('base_model.model.')}".replace("unet._orig_mod.base_model.model", "unet"): t
+        for name, t in saved(tmp_path / "peft").items()
+    }
+    safetensors.torch.save_file(keys, tmp_path / "image.safetensors")
+    assert {target.path for target in ll.from_diffusers(model, tmp_path / "image.safetensors")[0].targets} == {
+        t.path for t in adapt.targets
+    }
+    assert main(["convert", str(tmp_path / "peft"), str(tmp_path / "a.safetensors")]) == 0  # the names alone tell the layers
+    assert ll.load(model, tmp_path / "a.safetensors")[0].shapes == adapt.shapes
 
 
 def test_names_that_fit_nothing_are_refused_by_name_and_nothing_is_guessed(tmp_path):

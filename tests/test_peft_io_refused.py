@@ -81,7 +81,8 @@ REFUSED = {
 @pytest.mark.parametrize("value", [[], {"LORA": 1}, 5, None])
 def test_method_that_is_no_name_is_named(folder, value):
     _edit(folder, peft_type=value)
-    with pytest.raises(ValueError, match="from_peft: expected peft_type"):
+    way = "tools, or merge them into the model there" if value is None else "merge_and_unload"  # None: of another library, such as MLX
+    with pytest.raises(ValueError, match=f"from_peft: expected peft_type.*{way}"):
         ll.from_peft(_model(), folder)
 
 
@@ -168,6 +169,7 @@ def test_unsupported_fields_of_other_methods_are_named(case, fields, message, tm
         ("base_model.model.9.lora_A.weight", torch.ones(4, 8), '"9": expected a linear layer, found nothing; closest: "0"'),
         ("base_model.model.2.lora_A.weight", torch.ones(4, 9), r'"2\.A": expected shape \(4, 20\), found \(4, 9\)'),
         ("base_model.model.2.lora_A.weight", torch.ones(4), r"expected 2 axes of a floating dtype, found \(4,\)"),
+        ("base_model.model.2.lora_A.weight", torch.ones(0), r'no numbers in "base_model\.model\.2\.lora_A\.weight".*zero_to_fp32'),
         ("base_model.model.2.lora_magnitude_vector", torch.ones(8), r'unexpected "2\.lora_magnitude_vector"'),
     ],
 )
@@ -193,8 +195,14 @@ def test_tensors_of_all_layers_that_do_not_fit_are_named(tensor, message, tmp_pa
 
 def test_missing_and_damaged_files_are_named(folder):
     model = _model()
+    safetensors.torch.save_file({}, folder / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="no tensors, as where DeepSpeed's ZeRO 3"):
+        ll.from_peft(model, folder)
     (folder / "adapter_model.safetensors").write_bytes(b"\x80\x04pickled")
     with pytest.raises(ValueError, match="to be a whole safetensors file"):
+        ll.from_peft(model, folder)
+    (folder / "adapter_model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ValueError, match=r"found the pointer of git-lfs.* git lfs pull"):  # of a clone without its large files
         ll.from_peft(model, folder)
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="pickled files are never opened"):

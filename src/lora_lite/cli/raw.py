@@ -4,8 +4,6 @@ import json
 import math
 from pathlib import Path
 
-import safetensors.torch
-
 from lora_lite.cli.table import Row
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.config_json import from_json
@@ -14,6 +12,7 @@ from lora_lite.files.adapter_file import read
 from lora_lite.files.header import BASE, CONSTANT
 from lora_lite.files.kohya.names import of_image_tools
 from lora_lite.files.peft.hub import CONFIG, WEIGHTS, around
+from lora_lite.files.safetensors_file import tensors_of
 from lora_lite.variants import VARIANTS
 
 
@@ -50,9 +49,9 @@ def raw_text(folder: Path, as_json: bool) -> str | None:
         return None
     try:
         fields = dict(json.loads((folder / CONFIG).read_text("utf-8")))
-        tensors = safetensors.torch.load_file(folder / WEIGHTS)
-    except Exception as e:
-        raise ValueError(f'expected an adapter of PEFT\'s in "{folder}", found damaged files ({e}). Save it again.') from e
+    except (ValueError, TypeError) as e:
+        raise ValueError(f'expected an adapter of PEFT\'s in "{folder}", found a damaged {CONFIG} ({e}). Save it again.') from e
+    tensors = tensors_of("info", folder / WEIGHTS, "Save the adapter again.")[1]
     facts = [(name, tuple(t.shape), float(t.double().norm())) for name, t in tensors.items()]
     total = sum(t.numel() for t in tensors.values())
     if as_json:

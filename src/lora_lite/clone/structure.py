@@ -38,9 +38,7 @@ def clone_module(model: nn.Module, kinds: Sequence[type[Kind]] = ()) -> nn.Modul
         ValueError: for modules whose forward cannot be led to the copy (scripted, compiled or patched by a hook library), and
             quantised layers that hold no quantised weight.
     """
-    named = modules_by_path(model)
-    refuse_opaque(named)
-    _refuse_patched(named)
+    refuse_uncopied(model)
     unreadable = faults(model, kinds)
     if unreadable:
         raise ValueError(f"build: expected quantised layers that hold their weight quantised, found:\n{several(unreadable)}")
@@ -56,6 +54,17 @@ def clone_again(clone: nn.Module, kinds: Sequence[type[Kind]] = (), prepared: Ca
     adopt(copies.values(), kinds)
     _keep_slow_path(copies.values())
     return copies[id(clone)]
+
+
+def refuse_uncopied(model: nn.Module) -> None:
+    """Refuse a model of which no copy runs: of modules that cannot be looked into, or whose forward is not that of their class.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    named = modules_by_path(model)
+    refuse_opaque(named)
+    _refuse_patched(named)
 
 
 def refuse_opaque(named: Mapping[str, nn.Module]) -> None:
@@ -79,8 +88,8 @@ def _refuse_patched(named: Mapping[str, nn.Module]) -> None:
     if patched:
         raise ValueError(
             f"build: expected modules that run the forward of their class, found one set on the instance at {listed(patched)}. "
-            "Take it off first: accelerate.hooks.remove_hook_from_module(model, recurse=True), or for torch.compile build on the "
-            "model itself and compile the function that calls adapt."
+            "Take it off first: accelerate.hooks.remove_hook_from_module(model, recurse=True), or for torch.compile pass the module "
+            "inside, compiled._orig_mod, and compile the function that calls adapt."
         )
 
 

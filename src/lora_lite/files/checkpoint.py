@@ -6,7 +6,7 @@ tensors. The model is never called, and no more of it is read than what is asked
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lora_lite.core.errors import listed
 from lora_lite.core.tree import join
 from lora_lite.files.inferred import inferred
 from lora_lite.files.mapped import Mapped
+from lora_lite.files.peft.names import Table
 
 CONFIG = "config.json"
 
@@ -118,7 +119,9 @@ def _of_transformers(folder: Path, fields: Mapping[str, Any]) -> nn.Module:
 
 
 def _assigned(model: nn.Module, mapped: Mapped) -> dict[str, list[str]]:
-    """Make the files' tensors the parameters of the model, and return the names in the files of each parameter, by its path."""
+    """Make the files' tensors the parameters of the model, and return the names in the files of each parameter, by its path.
+
+    A name of the model's own goes before one that transformers has renamed since, and may stand with or without the backbone's prefix."""
     start = getattr(model, "base_model_prefix", "") or ""
     places: dict[int, list[tuple[str, nn.Module, str]]] = {}
     shapes = {}
@@ -128,16 +131,33 @@ def _assigned(model: nn.Module, mapped: Mapped) -> dict[str, list[str]]:
                 places.setdefault(id(p), []).append((join(path, name), module, name))
                 shapes[id(p)] = tuple(p.shape)
     names: dict[str, list[str]] = {}
+    ways = {
+        key: [way for path, _, _ in held for way in (path, *((path.removeprefix(f"{start}."), join(start, path)) if start else ()))]
+        for key, held in places.items()
+    }
+    older = _older(model, set(mapped.places) - {way for own in ways.values() for way in own})
     for key, held in places.items():
-        ways = [way for path, _, _ in held for way in (path, *((path.removeprefix(f"{start}."), join(start, path)) if start else ()))]
-        found = [way for way in dict.fromkeys(ways) if way in mapped.places and mapped.places[way].shape == shapes[key]]
-        if not found:
+        once = dict.fromkeys(ways[key])
+        for candidates in ([*once], [name for way in once for name in older.get(way, [])]):
+            found = [name for name in candidates if name in mapped.places and mapped.places[name].shape == shapes[key]]
+            if found:
+                break
+        else:
             continue
         p = nn.Parameter(mapped.tensor(found[0]), requires_grad=False)
         for path, module, name in held:
             module._parameters[name] = p
             names[path] = found
     return names
+
+
+def _older(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """Sort names of tensors that the model has no more by those that they have now, by transformers' tables."""
+    table, found = Table.of(model), dict[str, list[str]]()
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        found.setdefault(join(table.renamed(path, leaf), leaf), []).append(name)
+    return found
 
 
 def _without_weights_removed(model: nn.Module) -> list[str]:

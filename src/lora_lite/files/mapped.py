@@ -16,6 +16,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from lora_lite.files.safetensors_file import damaged
 from lora_lite.layers.identity import block_rows
 
 DTYPES = {
@@ -103,7 +104,7 @@ def places_in(path: Path) -> dict[str, Place]:
         with safetensors.safe_open(path, framework="pt"):
             pass  # checks the header against the file's length
     except Exception as e:
-        raise ValueError(f'expected "{path}" to be a whole safetensors file, found a damaged or foreign one ({e}). Fetch it again.') from e
+        raise damaged("", path, e, "Fetch it again.") from e
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header: Mapping[str, Any] = json.loads(file.read(length))

@@ -21,6 +21,7 @@ from lora_lite.files.inferred import layer_of, placed
 from lora_lite.files.kohya.methods import DOWN, MID, UP
 from lora_lite.files.kohya.names import of_image_tools, split
 from lora_lite.files.mapped import places_in
+from lora_lite.files.peft.adapter_name import unwrapped
 from lora_lite.files.peft.hub import CONFIG, WEIGHTS
 from lora_lite.files.peft.parts import PREFIX
 from lora_lite.layers.convolution import ConvKind
@@ -125,7 +126,7 @@ def _of_peft(folder: Path) -> Outline:
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     unsure: dict[str, list[str]] = {}
     for key, place in sorted(places_in(folder / WEIGHTS).items(), key=lambda item: _numbered(item[0])):
-        found = re.fullmatch(rf"{re.escape(PREFIX)}(?:(.*)\.)?({_KEYS})", key)
+        found = re.fullmatch(rf"{re.escape(PREFIX)}(?:(.*)\.)?({_KEYS})", unwrapped(key))
         if found is None:
             unsure.setdefault(f"no layer follows from tensors of {fields.get('peft_type')}", []).append(key)
         else:

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import safetensors
 from torch import Tensor
 
 from lora_lite.files.header import FORMAT, Header, read_header
+from lora_lite.files.safetensors_file import tensors_of
 
 
 def read(path: Path) -> tuple[Header, dict[str, Tensor]]:
@@ -28,15 +28,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     if not path.is_file():
         found = "a directory" if path.is_dir() else "none"
         raise FileNotFoundError(f'load: expected a file at "{path}", found {found}. Pass the path that was given to save. {_PEFTS}')
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in list(file.keys())}
-    except Exception as e:
-        raise ValueError(
-            f'load: expected "{path}" to be a whole safetensors file, found {_what_is(path)} ({e}). Save it again with ll.save; pickled '
-            "files are never opened."
-        ) from e
+    metadata, tensors = tensors_of("load", path, "Save it again with ll.save; pickled files are never opened.")
     version = metadata.get("lora_lite_format")
     if version != str(FORMAT):
         what = "a safetensors file that ll.save did not write" if version is None else f"format version {version}"
@@ -47,11 +39,3 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 _PEFTS = "A folder of PEFT's is read by ll.from_peft."
-
-
-def _what_is(path: Path) -> str:
-    with path.open("rb") as file:
-        head = file.read(9)
-    if (head[:2] == b"PK" or head[:1] == b"\x80") and head[8:] != b"{":  # safetensors: eight bytes of length, then JSON
-        return "a pickled file"
-    return "a truncated or foreign one" if head else "an empty file"

@@ -49,7 +49,8 @@ def _read_lora(tensors: Tensors, alpha: float | None, shape: tuple[int, int]) ->
     _require(tensors, DOWN, UP)
     A, B = tensors[DOWN], tensors[UP].flatten(1)
     if MID in tensors:  # LoCon's core between both, (r, r, *size) with a down of size 1: one factor of the same rank
-        A = torch.tensordot(tensors[MID].double(), A.flatten(1).double(), dims=([1], [0])).movedim(-1, 1).to(A.dtype)
+        exact = torch.tensordot(tensors[MID].double(), A.flatten(1).double(), dims=([1], [0])).movedim(-1, 1)
+        A = exact.to(torch.promote_types(A.dtype, torch.float32))  # params of a file in half precision are float32
     r = len(A)
     return Read({"r": r, "alpha": float(r) if alpha is None else alpha}, {"A": A.flatten(1), "B": B})
 

@@ -9,24 +9,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
 from lora_lite.adapt import Adapt
 from lora_lite.build import build
+from lora_lite.clone.structure import refuse_uncopied
 from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import require_type, several, tree_faults
 from lora_lite.core.tree import Tree
 from lora_lite.files.kohya.methods import ALPHA, METHODS, UP
 from lora_lite.files.kohya.names import Names, prefix_of, split
+from lora_lite.files.peft.adapter_name import unwrapped
 from lora_lite.files.peft.demands import check_fields
 from lora_lite.files.peft.fields import carried, resolve
 from lora_lite.files.peft.hub import CONFIG, around
 from lora_lite.files.peft.layers import kernel_size, of_kernel
 from lora_lite.files.peft.names import Table
 from lora_lite.files.peft.rows import rows_of
+from lora_lite.files.safetensors_file import tensors_of, widened
 from lora_lite.layers.find import Found, find
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import as_kinds
@@ -98,6 +100,7 @@ def _read(call: str, model: Any, path: Any, prefix: Any, remat: str | None, kind
     require_type(isinstance(path, str | os.PathLike), usage, "path", "the path of a file", path)
     require_type(prefix is None or isinstance(prefix, str), usage, "prefix", 'a string, e.g. "lora_unet"', prefix)
     kinds = as_kinds(kinds)
+    refuse_uncopied(model)
     place = Path(path) / FILE if Path(path).is_dir() else Path(path)
     if place.is_file() and (folder := around(place)) is not None:
         raise ValueError(
@@ -114,7 +117,8 @@ def _read(call: str, model: Any, path: Any, prefix: Any, remat: str | None, kind
     if alphas is not None:
         alphas = functools.reduce(lambda fields, place: carried(fields, place[1], place[0]), written.items(), alphas)
     entries: dict[str, tuple[AdapterConfig, dict[str, Tensor]]] = {}
-    faults = [f'unexpected "{key}"' for key in foreign] + repeated + more
+    way = "of another method than LoRA, LoHa and LoKr here. Merge the file by the tool that made it"
+    faults = [f'unexpected "{key}", {way}' for key in foreign] + repeated + more
     for at, own in layers.items():
         try:
             _require_kernel(model, at, own)
@@ -143,13 +147,8 @@ def _require(call: str, place: Path, model: nn.Module, faults: list[str]) -> Non
 def _tensors(call: str, place: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     if not place.is_file():
         raise FileNotFoundError(f'{call}: expected a file at "{place}", found none. Pass the path of a safetensors file.')
-    try:
-        with safetensors.safe_open(place, framework="pt") as file:
-            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in list(file.keys())}
-    except Exception as e:
-        raise ValueError(
-            f'{call}: expected "{place}" to be a whole safetensors file, found {e}. Fetch it again; pickled files are never opened.'
-        ) from e
+    metadata, tensors = tensors_of(call, place, "Fetch it again; pickled files are never opened.")
+    return metadata, widened(tensors)
 
 
 def _by_name(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str], list[str]]:
@@ -157,7 +156,7 @@ def _by_name(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]
     named: dict[str, dict[str, Tensor]] = {}
     foreign, repeated = [], []
     for key, tensor in tensors.items():
-        cut = split(key)
+        cut = split(unwrapped(key))
         if cut is None:
             foreign.append(key)
         elif cut[1] in named.setdefault(cut[0], {}):

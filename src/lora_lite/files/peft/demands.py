@@ -29,6 +29,11 @@ def check_fields(fields: Mapping[str, Any], where: object) -> None:
         ValueError: it names each field.
     """
     method = fields.get("peft_type")
+    if method is None:
+        raise ValueError(
+            f'from_peft: expected peft_type, the name of a method of PEFT\'s, in "{where}", found none. Convert the files of another '
+            "library by its own tools, or merge them into the model there, as mlx_lm.fuse does."
+        )
     if not isinstance(method, str) or method not in DEFAULTS:
         raise ValueError(
             f'from_peft: expected peft_type in "{where}" to be one of {listed(DEFAULTS)}, found "{method}". '

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lora_lite.core.errors import nearest
+from lora_lite.core.errors import listed, nearest
 from lora_lite.core.tree import Tree
 from lora_lite.files.peft import biases, numbered, rows_lora, shared, ties, tokens, twice, whole
 from lora_lite.files.peft.adapter_name import without_name
@@ -36,6 +36,7 @@ class Parts(NamedTuple):
         rows: of embeddings, by path.
         shifts: params of BitFit, of layers without another method.
         common: tensors that all layers share, by whole keys.
+        idle: paths of the layers to which PEFT left nothing to train.
         faults: what has no place or does not fit.
     """
 
@@ -45,6 +46,7 @@ class Parts(NamedTuple):
     rows: Mapping[str, tokens.Rows]
     shifts: Tree
     common: Mapping[str, Tensor]
+    idle: set[str]
     faults: list[str]
 
 
@@ -70,7 +72,7 @@ def parts_of(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, 
     layers, unplaced = _by_layer(model, method, {**saved, **adapted})
     layers = {path: dict(rows_lora.positive(fields, path, own)) for path, own in layers.items()}
     clashes = ties.faults(model, fields, [*layers, *whole.paths_of(modules)], rows)
-    faults += clashes or misnamed + unlike + misfits + repeated + fixed + unfit + unplaced
+    faults += _scattered(method, tensors) or clashes or misnamed + unlike + misfits + repeated + fixed + unfit + unplaced
     if not layers and any(row.bare for row in rows_of(method)):
         paths_named, unclear = named(fields, find(model, "linear", kinds))
         layers, faults = {path: {} for path in paths_named}, faults + unclear
@@ -88,7 +90,19 @@ def parts_of(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, 
             if (fault := twice.fault(model, path.rpartition(".")[0] if path not in paths else path))
         ]
     )
-    return Parts(fields, _at_work(method, layers), modules, rows, shifts, common, faults)
+    working = _at_work(method, layers)
+    return Parts(fields, working, modules, rows, shifts, common, set(layers) - set(working), faults)
+
+
+def _scattered(method: str, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the fault of a file without numbers, or with tensors without them where PEFT leaves none so."""
+    names = [] if any(row.idles for row in rows_of(method)) else [name for name, t in tensors.items() if t.shape == (0,)]
+    if tensors and not names:
+        return []
+    return [
+        f"no {f'numbers in {listed(names)}' if names else 'tensors'}, as where DeepSpeed's ZeRO 3 had the params in parts when they were "
+        "saved. Gather them: by stage3_gather_16bit_weights_on_model_save in its config, or those of a checkpoint by its zero_to_fp32.py"
+    ]
 
 
 def _at_work(method: str, layers: Layers) -> Layers:

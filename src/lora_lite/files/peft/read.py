@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from lora_lite.adapt import Adapt
 from lora_lite.build import build
+from lora_lite.clone.structure import refuse_uncopied
 from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import listed, require_type, several, tree_faults
@@ -30,6 +30,8 @@ from lora_lite.files.peft.order import Chosen, warn_of_order
 from lora_lite.files.peft.parts import Layers, Parts, parts_of
 from lora_lite.files.peft.row import Row, is_lowered, own_bias
 from lora_lite.files.peft.rows import rows_of
+from lora_lite.files.peft.targeted import warn_of_absent
+from lora_lite.files.safetensors_file import tensors_of, widened
 from lora_lite.layers.find import find
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import as_kinds
@@ -50,8 +52,8 @@ def from_peft(
     """Read an adapter that PEFT saved and bind it to a model. The package `peft` is not needed.
 
     LoRA comes with its patterns and rank-stabilised scale, on embeddings, convolutions and `target_parameters` too; the page on PEFT lists
-    the methods. `modules_to_save` become targets of `FullConfig`. The layers are those that the file of tensors names. Layers with other
-    hyperparameters get a config of their own.
+    the methods. `modules_to_save` become targets of `FullConfig`. The layers are those that the file of tensors names, with a warning
+    where `target_modules` names more. Layers with other hyperparameters get a config of their own.
 
     Args:
         model: the model that the adapter was trained on, as it was before PEFT wrapped it.
@@ -77,6 +79,7 @@ def from_peft(
     call = "from_peft(model, directory)"
     require_type(isinstance(directory, str | os.PathLike), call, "directory", "the path of a folder", directory)
     require_type(isinstance(subfolder, str), "from_peft(model, directory, subfolder=name)", "subfolder", "the name of a folder", subfolder)
+    refuse_uncopied(model)
     folder, kinds = folder_of(directory, revision, subfolder), as_kinds(kinds)
     fields = present_fields(_read_fields(folder / CONFIG))
     check_fields(fields, folder / CONFIG)
@@ -92,6 +95,7 @@ def from_peft(
     faults = tree_faults(theirs, grouped.shapes_of(adapt._plan, theirs)) + _field_faults(parts, chosen)
     _require(faults or grouped.differing(adapt._plan, theirs), folder, model)
     warn_of_order(parts, chosen)
+    warn_of_absent(parts.fields, find(model, "linear", kinds), {t.kind.host(t.path) for t in adapt.targets} | parts.idle)
     others = whole.displacements(model, parts.modules) | tokens.displacements(model, parts.rows) | parts.shifts
     return adapt, adapt._plan.ordered(adapt._plan.regrouped(_ours(adapt, chosen, theirs)) | others)
 
@@ -136,11 +140,7 @@ def _read_tensors(place: Path) -> dict[str, Tensor]:
             'pickled files are never opened here: safetensors.torch.save_file(torch.load("adapter_model.bin", weights_only=True), '
             f'"{place.name}").'
         )
-    try:
-        with safetensors.safe_open(place, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in list(file.keys())}
-    except Exception as e:
-        raise ValueError(f'from_peft: expected "{place}" to be a whole safetensors file, found {e}. Save the adapter again.') from e
+    return widened(tensors_of("from_peft", place, "Save the adapter again.")[1])
 
 
 def _bitfit(shifts: Tree) -> list[AdapterConfig]:

@@ -1,8 +1,11 @@
 """The layers that a PEFT config names."""
 
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
+
+from lora_lite.core.errors import listed
 
 
 def named(fields: Mapping[str, Any], paths: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -23,6 +26,17 @@ def _fits(names: Any, path: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
     return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def warn_of_absent(fields: Mapping[str, Any], paths: Iterable[str], present: Container[str]) -> None:
+    """Warn of layers that `target_modules` names and of which the file has no tensors: a part of it may be missing."""
+    absent = [path for path in named(fields, paths)[0] if path not in present]
+    if absent:
+        warnings.warn(
+            f"from_peft: target_modules names {listed(absent)} too, of which the file has no tensors. They stay as the model has them. If "
+            "the training adapted them, save the adapter again: a part of it is missing.",
+            stacklevel=4,
+        )
 
 
 def expression(paths: Iterable[str]) -> str:
