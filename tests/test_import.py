@@ -4,9 +4,11 @@ import inspect
 import subprocess
 import sys
 import types
+from importlib import metadata
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 import lora_lite as ll
 import typed_user
@@ -20,6 +22,38 @@ def test_import_pulls_in_nothing_optional():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "lora_lite" in loaded
     assert {"transformers", "peft", "bitsandbytes", "accelerate", "hypothesis", "pytest"} & set(loaded) == set()
+
+
+USE = """
+import torch, lora_lite as ll
+model, x = torch.nn.Sequential(torch.nn.Linear(64, 64)), torch.randn(3, 64)
+for cfg in (ll.LoRAConfig(target_names=".*"), ll.FullConfig(target_names="0"), ll.UniLoRAConfig(theta_d_length=16, target_names=".*")):
+    adapt = ll.build(model, cfg)
+    params = adapt.init()
+    ll.value_and_grad(lambda p: adapt(p, x).square().mean())(params)
+    ll.save(adapt, params, "adapter.safetensors")
+    again, loaded = ll.load(model, "adapter.safetensors")
+    assert torch.equal(again(loaded, x), adapt(params, x))
+    adapt.merge(params)
+"""
+
+
+def _required(name, extra=""):
+    """Return the distributions that an installation of one brings, by their names in lower case."""
+    found = {name.lower().replace("_", "-")}
+    for line in metadata.requires(name) or ():
+        need = Requirement(line)
+        if (need.marker is None or need.marker.evaluate({"extra": extra})) and need.name.lower().replace("_", "-") not in found:
+            found |= _required(need.name)
+    return found
+
+
+def test_the_dependencies_suffice_to_adapt_save_load_and_merge(tmp_path):
+    own = _required("lora-lite")
+    others = [top for top, dists in metadata.packages_distributions().items() if not own & {d.lower().replace("_", "-") for d in dists}]
+    hidden = f"import sys; sys.modules |= dict.fromkeys({sorted(set(others) - {'torch'})!r})"
+    done = subprocess.run([sys.executable, "-c", f"{hidden}\n{USE}"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_import_is_quiet_and_leaves_the_random_state():

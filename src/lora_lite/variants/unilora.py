@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypedDict
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -42,11 +43,7 @@ class UniLoRAParams(TypedDict):
 
 
 def balanced(count: int, d: int, seed: int) -> Tensor:
-    """Draw `count` indices below `d`, all equally often up to one time, as PEFT does from the same seed."""
-    try:
-        import numpy as np  # PEFT's generator
-    except ImportError as e:
-        raise ModuleNotFoundError("UniLoRAConfig: expected numpy, whose generator gives PEFT's indices: pip install numpy.") from e
+    """Draw `count` indices below `d`, all equally often up to one time, as PEFT does from the same seed by the same generator."""
     generator = np.random.default_rng(seed)
     rest = generator.choice(d, size=count % d, replace=False) if count % d else np.empty(0, dtype=np.int64)
     indices = np.concatenate([np.repeat(np.arange(d), count // d), rest])
