@@ -137,6 +137,13 @@ def fbgemm():
     return layer, weight.float() * scale
 
 
+def compressed():
+    layer, dense = fbgemm()
+    own = named("CompressedTensorsFP8Linear", "transformers.integrations.compressed_tensors", nn.Linear)(WIDTH_IN, WIDTH_OUT)
+    own.weight, own.weight_scale = layer.weight, nn.Parameter(layer.weight_scale.t().contiguous(), requires_grad=False)
+    return own, dense
+
+
 class Codes(torch.Tensor):
     """A tensor class as torchao's: float outside, codes and scales inside."""
 
@@ -216,6 +223,7 @@ LAYERS = {
     "fp8-whole": lambda: fp8(None),
     "fp8-ue8m0": lambda: fp8((16, 16), torch.float8_e8m0fnu),
     "fbgemm": fbgemm,
+    "ct-fp8": compressed,
     "tensor-class": tensor_class,
     "tensor-class-nf4": lambda: tensor_class(Looked),
     "quanto": quanto,

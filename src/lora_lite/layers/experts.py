@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lora_lite.core.frozen import Frozen, plus
 from lora_lite.core.tree import join
 from lora_lite.layers.kind import Kind, Params, Run, Variant
+from lora_lite.layers.linear import keeps_codes
 from lora_lite.layers.parameter import ParameterKind
 
 _PROTOCOL = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
@@ -78,7 +79,7 @@ class ExpertsKind(ParameterKind):
 
     @classmethod
     def places(cls, path: str, module: nn.Module, linear: Callable[[nn.Module], Any]) -> Iterator[str]:
-        if has_experts(module):
+        if has_experts(module) and not keeps_codes(module._parameters):
             yield from (join(path, name) for name in module._parameters if name in ("gate_up_proj", "up_proj", "down_proj"))
 
     @classmethod
