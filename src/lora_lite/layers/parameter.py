@@ -130,7 +130,8 @@ class ParameterKind(Kind):
             yield name, ..., tensor
 
     def readable(self) -> list[str]:
-        return [self.state["weight"]]
+        name = self.state["weight"]
+        return [name] if name in self.layer._parameters else []  # experts may compute theirs, and run a forward of the library's
 
     def probe(self, tokens: int) -> list[tuple[str, Frozen, Tensor, int]]:
         return [("", *on_meta(self.parts[0], tokens))]  # a token passes through one of them
