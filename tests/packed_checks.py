@@ -19,7 +19,7 @@ def bytes_of(value):
     """Return the bytes of a tensor, of each inside where it is of a class of its own."""
     if hasattr(value, "__tensor_flatten__"):
         return {name: bytes_of(getattr(value, name)) for name in value.__tensor_flatten__()[0]}
-    return value.detach().clone().contiguous().view(-1).view(torch.uint8).tolist()
+    return torch.empty(value.numel(), dtype=value.dtype).copy_(value.detach().reshape(-1)).view(torch.uint8).tolist()
 
 
 def facts(layer: nn.Module):

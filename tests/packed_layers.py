@@ -137,6 +137,13 @@ def fbgemm():
     return layer, weight.float() * scale
 
 
+def compressed():
+    layer, dense = fbgemm()
+    own = named("CompressedTensorsFP8Linear", "transformers.integrations.compressed_tensors", nn.Linear)(WIDTH_IN, WIDTH_OUT)
+    own.weight, own.weight_scale = layer.weight, nn.Parameter(layer.weight_scale.t().contiguous(), requires_grad=False)
+    return own, dense
+
+
 class Codes(torch.Tensor):
     """A tensor class as torchao's: float outside, codes and scales inside."""
 
@@ -167,14 +174,30 @@ class Codes(torch.Tensor):
         return func(*dense, **(kwargs or {}))
 
 
-def tensor_class():
+class Looked(Codes):
+    """A tensor class as torchao's NF4: its `dequantize` looks codes up in a table, and the weight comes by another method."""
+
+    get_original_weight = Codes.dequantize
+
+    @staticmethod
+    def dequantize(value, table):
+        raise AssertionError("not of a weight")
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        return func(*(a.get_original_weight() if isinstance(a, cls) else a for a in args), **(kwargs or {}))
+
+
+def tensor_class(of=Codes):
     g = torch.Generator().manual_seed(0)
     codes, scale = (
         torch.randint(-127, 128, (WIDTH_OUT, WIDTH_IN), generator=g, dtype=torch.int8),
         torch.rand(WIDTH_OUT, 1, generator=g) / 100,
     )
     layer = nn.Linear(WIDTH_IN, WIDTH_OUT)
-    layer.weight = nn.Parameter(Codes(codes, scale), requires_grad=False)
+    layer.weight = nn.Parameter(of(codes, scale), requires_grad=False)
     return layer, codes * scale
 
 
@@ -200,7 +223,9 @@ LAYERS = {
     "fp8-whole": lambda: fp8(None),
     "fp8-ue8m0": lambda: fp8((16, 16), torch.float8_e8m0fnu),
     "fbgemm": fbgemm,
+    "ct-fp8": compressed,
     "tensor-class": tensor_class,
+    "tensor-class-nf4": lambda: tensor_class(Looked),
     "quanto": quanto,
 }
 """Functions of no argument that return a layer and its dense weight, by name."""

@@ -286,3 +286,26 @@ def test_variant_of_positions_says_what_experts_lack_and_the_way_out_works():
     with pytest.raises(ValueError, match=r"acts at some positions.*all experts at once, without their places in the text\..*LoRAConfig"):
         ll.build(model, ll.ALoRAConfig(r=2, invocation_tokens=(5,), target_names=r"experts\."))
     assert ll.build(model, ll.LoRAConfig(r=2, target_names=r"experts\.")).targets
+
+
+def test_experts_whose_weights_bitsandbytes_computes_are_adapted(tmp_path):
+    parametrize = pytest.importorskip("bitsandbytes.nn.parametrize", reason="bitsandbytes is not installed: pip install bitsandbytes")
+    (model, batch), (dense, _) = _make("qwen3_moe"), _make("qwen3_moe")
+    for path, experts in list(model.named_modules()):
+        for name in ("gate_up_proj", "down_proj") if path.endswith("experts") else ():
+            parametrize.replace_parameter_4bit(experts, name)
+            getattr(dense.get_submodule(path), name).data = getattr(experts, name).detach().clone()
+    cfg = ll.LoRAConfig(r=2, target_names=r"experts")
+    adapt, twin = ll.build(model, cfg), ll.build(dense, cfg)
+    assert [t.path for t in adapt.targets] == [t.path for t in twin.targets]
+    params = move(adapt.init())
+    for a, b in zip(*(ll.tree_leaves(torch.func.grad(lambda p, a=a: a(p, batch).loss)(params)) for a in (adapt, twin))):
+        torch.testing.assert_close(a, b)
+    stacked = ll.stack([params, adapt.init()])
+    torch.testing.assert_close(*(a.mixed(stacked, batch).logits for a in (adapt, twin)))
+    torch.testing.assert_close(adapt.module(params)(**batch).logits, twin(params, batch).logits)
+    with pytest.raises(ValueError, match=r"experts\.down_proj.*computed by a parametrization"):
+        adapt.merge(params)
+    ll.to_peft(adapt, params, tmp_path / "peft")
+    again, read = ll.from_peft(model, tmp_path / "peft")
+    torch.testing.assert_close(again(read, batch).logits, twin(params, batch).logits)

@@ -262,7 +262,7 @@ def test_a_batch_of_no_rows_passes(cfg, make, shape):
 
 def test_every_kind_that_ships_is_in_the_grid():
     tried = {kind for kind, _, _ in GRID.values()}
-    packed = set(PACKED.values()) | {"Linear4bitKind", "Linear8bitKind"}  # tests/test_packed_kinds.py and test_quantised*.py: no float64
+    packed = set(PACKED.values()) | {"Linear4bitKind", "Linear8bitKind", "CompressedTensorsKind"}  # in tests of their own: no float64
     assert {kind.__name__ for kind in set(table.KINDS) - tried} == packed
 
 

@@ -188,6 +188,20 @@ def test_what_needs_weights_in_memory_is_refused_by_name(tiny, tmp_path, place):
     torch.testing.assert_close(ll.build(model, FIVE[0]).merge(params), ll.build(whole, FIVE[0]).merge(params))
 
 
+def test_weights_that_accelerate_left_on_meta_are_refused_by_name(tiny, tmp_path):
+    model, _ = tiny("llama")
+    model.save_pretrained(tmp_path)
+    places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    model = type(model).from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "off")
+    assert len(ll.build(model, FIVE[0]).targets) > 0
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    with pytest.raises(ValueError, match=r"on meta at \"model\.layers\.0\.self_attn\.q_proj\.weight\".*Load the model again"):
+        ll.build(model, FIVE[0])
+    model = ll.build(type(model)(model.config).to("meta"), FIVE[0])
+    with pytest.raises(ValueError, match=r"adapt\.merge: expected weights with data, found a model on meta\. Build on the loaded"):
+        model.merge(model.init())
+
+
 class Packed(torch.nn.Module):
     def __init__(self):
         super().__init__()

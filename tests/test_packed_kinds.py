@@ -1,5 +1,7 @@
 """Packed layers in other libraries' layouts, built by hand: the libraries themselves are in `test_packed_libraries.py`."""
 
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -18,7 +20,8 @@ KINDS = {
     "gptqmodel": "GPTQModelAWQKind",
     "hqq": "HQQKind",
     "fp8": "FP8Kind",
-    "fbgemm": "FbgemmFP8Kind",
+    "fbgemm": "RowFP8Kind",
+    "ct": "RowFP8Kind",
     "tensor": "TensorClassKind",
     "quanto": "QuantoKind",
 }
@@ -67,7 +70,15 @@ def _fp4():
     return layer
 
 
+def _compressed():
+    layer = _of(nn.Linear(32, 32), quantization_scheme=object())
+    layer.forward = types.MethodType(lambda self, x: x, layer)
+    del layer.weight
+    return layer
+
+
 FAULTS = {
+    r"unpacked, quantization_config=transformers\.CompressedTensorsConfig\(dequantize=True\)": _compressed,
     "is not quantised yet: freeze": _unfrozen,
     "quantises its activations": lambda: _of(quanto()[0], activation_qtype="qint8"),
     "quantised scales or zeros": lambda: hqq(4, 1, quant_scale=True)[0],
@@ -92,6 +103,36 @@ def test_a_subclass_with_a_forward_of_its_own_is_another_layer():
     assert kind_of(layer).__name__ == "OwnForwardKind"  # whose weight has to be one of numbers
     with pytest.raises(ValueError, match="FP8GroupedLinear"):
         ll.build(nn.Sequential(layer, nn.Linear(32, 6)), ll.LoRAConfig(r=2, target_names=(r"^[01]$",)))
+
+
+def _codes(name, **tensors):
+    layer = named(name, "anywhere")()
+    for own, tensor in tensors.items():
+        layer.register_parameter(own, nn.Parameter(tensor, requires_grad=False))
+    return layer
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        _codes("HiggsLinear", weight=torch.zeros(8, 32, dtype=torch.int16), scales=torch.ones(32, 4)),
+        _codes("SomeLinear", weight=torch.zeros(32, 32, dtype=torch.uint8), codebooks=torch.ones(2, 16, 8)),
+        _codes("GroupedLinear", weight=torch.zeros(4, 32, 32, dtype=torch.float8_e4m3fn), weight_scale=torch.ones(4, 32)),
+        nn.Linear(32, 32).to(torch.float8_e4m3fn),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_a_layout_that_no_kind_reads_is_named_and_its_scales_are_no_targets(layer):
+    model = nn.ModuleDict({"q": layer, "last": nn.Linear(32, 6)})
+    for name in ("q", "^q$", "q.*s", r"q\.weight$"):
+        with pytest.raises(ValueError, match=r'"q.*packed as codes that no kind reads\. Load them unpacked'):
+            ll.find_targets(model, ll.LoRAConfig(r=2, target_names=name))
+    targets = ll.find_targets(model, ll.LoRAConfig(r=2))
+    assert [t.path for t in targets] == ["last"]
+    assert dict(targets.left_out) == {"q": "packed as codes that no kind reads"}
+    for alone in (nn.Sequential(layer), nn.ModuleDict({"q": layer, "lm_head": nn.Linear(32, 6)})):
+        with pytest.raises(ValueError, match=r"1 are packed as codes that no kind reads, .*\. Load them unpacked"):
+            ll.find_targets(alone, ll.LoRAConfig(r=2))
 
 
 def test_a_class_of_another_library_is_no_packed_layer():

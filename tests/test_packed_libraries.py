@@ -41,6 +41,13 @@ def torchao(name):
     return model[0], model[0].weight.dequantize()
 
 
+def nf4():
+    module = library("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
+    layer = linear()
+    layer.weight = nn.Parameter(module.to_nf4(layer.weight.detach(), 64, 32), requires_grad=False)
+    return layer, layer.weight.get_original_weight()
+
+
 def quanto(name):
     q = library("optimum.quanto")
     model = nn.Sequential(linear(256))
@@ -121,6 +128,7 @@ def fp8(block):
 
 LAYERS = {
     **{f"torchao-{name}": (torchao, (name,), "TensorClassKind") for name in ("int8", "fp8", "int4", "int8-activations", "nvfp4")},
+    "torchao-nf4": (nf4, (), "TensorClassKind"),
     **{f"quanto-{name}": (quanto, (name,), "QuantoKind") for name in ("qint8", "qint4", "qint2", "qfloat8")},
     **{f"hqq-{bits}-{axis}": (hqq, (bits, axis), "HQQKind") for bits in (8, 4, 3, 2, 1) for axis in (0, 1)},
     **{f"gptqmodel-{bits}": (gptqmodel, (bits,), "GPTQModelKind") for bits in (2, 3, 4, 8)},

@@ -8,7 +8,7 @@ name, so that accelerate is not imported.
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
@@ -53,9 +53,11 @@ def refuse_offloaded(model: nn.Module, entries: Entries) -> None:
     """Refuse configs that cannot adapt a model whose weights accelerate offloads to the CPU or to disk.
 
     Raises:
-        ValueError: for packed weights, and for variants that follow a shared weight, which offloading parts; it names the layers.
+        ValueError: for packed weights, and for variants that follow a shared weight, which offloading parts; for weights on meta that
+            nothing fetches, beside others that have data. It names the layers.
     """
     fetched = {path: module for path, module in modules_by_path(model).items() if any(part.offload for part in _hooks_of(module))}
+    _refuse_emptied(model, fetched)
     packed = [path for path, m in fetched.items() if any(p.is_meta and not p.is_floating_point() for p in m.parameters(recurse=False))]
     if packed:
         raise ValueError(
@@ -71,6 +73,17 @@ def refuse_offloaded(model: nn.Module, entries: Entries) -> None:
             "build: expected weights in memory where all modules with the same weight follow a variant, found that accelerate offloads "
             f"those of {listed(tied)} or of its like, which may part them. Load the model on its devices, or take the offloading off with "
             "accelerate.hooks.remove_hook_from_module(model, recurse=True)."
+        )
+
+
+def _refuse_emptied(model: nn.Module, fetched: Collection[str]) -> None:
+    """Refuse a model of which a part has lost its data: accelerate leaves weights on meta when it no longer offloads them to disk."""
+    tensors = list(model.named_parameters())
+    empty = [name for name, p in tensors if p.is_meta and not any(name.startswith(f"{path}." if path else "") for path in fetched)]
+    if empty and len(empty) < len(tensors):
+        raise ValueError(
+            f"build: expected weights with data, found them on meta at {listed(empty)}, beside others that have data. Load the model "
+            "again, whole or with accelerate's hooks left on."
         )
 
 

@@ -49,8 +49,14 @@ class Required(Described):
         names = list(offloaded_in(self._plan.base))
         if names:
             raise ValueError(
-                f"adapt.{caller}: expected weights in memory, found those that accelerate offloads at {listed(names)}. Take the offloading "
-                "off with accelerate.hooks.remove_hook_from_module(model, recurse=True) and build again; the params fit both."
+                f"adapt.{caller}: expected weights in memory, found those that accelerate offloads at {listed(names)}. Load the model "
+                "without offloading, or where its weights were in memory first take that off with "
+                "accelerate.hooks.remove_hook_from_module(model, recurse=True), and build again; the params fit both."
+            )
+        if self._on_meta:
+            raise ValueError(
+                f"adapt.{caller}: expected weights with data, found a model on meta. Build on the loaded model; the params fit both, where "
+                "they have data."
             )
 
     def _require_whole(self, caller: str) -> None:

@@ -16,14 +16,23 @@ from torch import Tensor, nn
 from lora_lite.core.frozen import Frozen, plus
 from lora_lite.core.tree import join
 from lora_lite.layers.kind import Kind, Params, Run, Variant
+from lora_lite.layers.linear import keeps_codes
 from lora_lite.layers.parameter import ParameterKind
 
+_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 _PROTOCOL = ("num_experts", "has_gate", "has_bias", "is_transposed", "_apply_gate")
 
 
 def has_experts(module: nn.Module) -> bool:
     """Whether a module keeps the weights of experts by transformers' protocol."""
-    return "down_proj" in module._parameters and all(hasattr(module, n) for n in _PROTOCOL) and _first(module) in module._parameters
+    names = weights_of(module)
+    return "down_proj" in names and all(hasattr(module, n) for n in _PROTOCOL) and _first(module) in names
+
+
+def weights_of(module: nn.Module) -> list[str]:
+    """List the weights of experts in a module, in the order of transformers. A parametrization may compute them, as bitsandbytes' do."""
+    computed: Any = module._modules.get("parametrizations") or ()
+    return [name for name in _WEIGHTS if name in module._parameters or name in computed]
 
 
 def _first(module: Any) -> str:
@@ -78,8 +87,8 @@ class ExpertsKind(ParameterKind):
 
     @classmethod
     def places(cls, path: str, module: nn.Module, linear: Callable[[nn.Module], Any]) -> Iterator[str]:
-        if has_experts(module):
-            yield from (join(path, name) for name in module._parameters if name in ("gate_up_proj", "up_proj", "down_proj"))
+        if has_experts(module) and not keeps_codes(module._parameters):
+            yield from (join(path, name) for name in weights_of(module))
 
     @classmethod
     def install(cls, clone: nn.Module, path: str) -> None:

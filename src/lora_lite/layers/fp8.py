@@ -37,16 +37,17 @@ class FP8Kind(PackedKind):
         block = self.block()
         if block is None:
             return weight.mul_(scale)
+        scale = scale.view(-(-len(weight) // block[0]), -1)  # one for each row may lie in a row itself
         rows = scale.repeat_interleave(block[0], 0)[: len(weight)]
         for columns, own in zip(weight.split(block[1], 1), rows.unbind(1)):  # in place: no second dense matrix
             columns.mul_(own[:, None])
         return weight
 
 
-class FbgemmFP8Kind(FP8Kind):
-    """`FbgemmFp8Linear`: a scale for each row."""
+class RowFP8Kind(FP8Kind):
+    """`FbgemmFp8Linear` and `CompressedTensorsFP8Linear`: a scale for each row."""
 
-    told_by, scale = frozenset({"FbgemmFp8Linear"}), "weight_scale"
+    told_by, scale = frozenset({"FbgemmFp8Linear", "CompressedTensorsFP8Linear"}), "weight_scale"
 
     def block(self) -> tuple[int, int]:
         return 1, self.in_features

@@ -12,10 +12,11 @@ from lora_lite.core.frozen import USES
 from lora_lite.layers.awq import AWQKind, GPTQModelAWQKind
 from lora_lite.layers.bitsandbytes import Linear4bitKind, Linear8bitKind
 from lora_lite.layers.block import BlockKind
+from lora_lite.layers.compressed_tensors import CompressedTensorsKind
 from lora_lite.layers.convolution import ConvKind, GroupedConvKind
 from lora_lite.layers.embedding import EmbeddingKind
 from lora_lite.layers.experts import ExpertsKind
-from lora_lite.layers.fp8 import FbgemmFP8Kind, FP8Kind
+from lora_lite.layers.fp8 import FP8Kind, RowFP8Kind
 from lora_lite.layers.gptq import AutoGPTQKind, GPTQModelKind
 from lora_lite.layers.hqq import HQQKind
 from lora_lite.layers.kind import Kind
@@ -29,7 +30,13 @@ from lora_lite.layers.transposed import TransposedConvKind
 
 KINDS: tuple[type[Kind], ...] = (
     *(Linear4bitKind, Linear8bitKind, HQQKind, GPTQModelKind, AutoGPTQKind, AWQKind, GPTQModelAWQKind),
-    *(FP8Kind, FbgemmFP8Kind, QuantoKind, TensorClassKind),  # before the linear layers that some of these are subclasses of
+    *(
+        FP8Kind,
+        RowFP8Kind,
+        CompressedTensorsKind,
+        QuantoKind,
+        TensorClassKind,
+    ),  # before the linear layers that some of these are subclasses of
     *(FalconKind, OwnForwardKind, LinearKind, Conv1DKind),
     *(EmbeddingKind, ConvKind, GroupedConvKind, TransposedConvKind, NormKind, ModuleKind, BlockKind),
     *(ExpertsKind, ParameterKind),  # last: parameters of modules that no other kind reads

@@ -45,6 +45,12 @@ def holds_codes(layer: nn.Module) -> bool:
     return weight is not None and weight.dtype.itemsize == 1
 
 
+def keeps_codes(*tables: Mapping[str, Tensor | None]) -> bool:
+    """Whether a module keeps codes in its parameters or buffers: tensors of two axes or more, of integers or of floats of a byte."""
+    kept = [t for table in tables for t in table.values() if t is not None and t.dim() > 1 and t.dtype != torch.bool]
+    return any(t.dtype.itemsize == 1 or (t.dtype.itemsize < 8 and not t.is_floating_point()) for t in kept)  # int64 are indices
+
+
 class _OfTransformers(Kind):
     """A linear layer of transformers', recognised by the name of its class: an import would make transformers a dependency."""
 

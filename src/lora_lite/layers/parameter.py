@@ -16,6 +16,7 @@ from lora_lite.core.tree import join
 from lora_lite.layers.access import module_at, raw
 from lora_lite.layers.identity import Release, at_identity, columns, exact_dtype, offset_of, on_meta
 from lora_lite.layers.kind import Kind, Params, Variant
+from lora_lite.layers.linear import keeps_codes
 from lora_lite.layers.tensors import Part
 
 UNREAD = (nn.RNNBase,)
@@ -42,7 +43,7 @@ class ParameterKind(Kind):
 
     @classmethod
     def places(cls, path: str, module: nn.Module, linear: Callable[[nn.Module], Any]) -> Iterator[str]:
-        if isinstance(module, UNREAD):
+        if isinstance(module, UNREAD) or keeps_codes(module._parameters):  # scales beside codes are no map of their own
             return
         for name, p in module._parameters.items():
             if p is not None and p.dim() in (2, 3) and p.is_floating_point() and not name.endswith("bias"):
@@ -129,7 +130,8 @@ class ParameterKind(Kind):
             yield name, ..., tensor
 
     def readable(self) -> list[str]:
-        return [self.state["weight"]]
+        name = self.state["weight"]
+        return [name] if name in self.layer._parameters else []  # experts may compute theirs, and run a forward of the library's
 
     def probe(self, tokens: int) -> list[tuple[str, Frozen, Tensor, int]]:
         return [("", *on_meta(self.parts[0], tokens))]  # a token passes through one of them

@@ -10,7 +10,7 @@ from lora_lite.layers.quantised import FrozenQuantised
 
 
 class TensorClassKind(FrozenQuantised):
-    """An `nn.Linear` whose weight has a `dequantize()` of its class: torchao's integers, FP8 and NVFP4 alike.
+    """An `nn.Linear` whose weight has a `dequantize()` of its class: torchao's integers, FP8, NF4 and NVFP4 alike.
 
     Where the layer's own forward quantises the inputs too, the adapted model leaves that out: it is no linear map and has no derivative.
     """
@@ -26,7 +26,7 @@ class TensorClassKind(FrozenQuantised):
         return type(layer).forward is nn.Linear.forward
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
-        return self.layer._parameters["weight"].detach().dequantize().to(dtype)
+        return _dequantised(self.layer._parameters["weight"].detach()).to(dtype)
 
 
 class QuantoKind(PackedKind, TensorClassKind):
@@ -48,8 +48,21 @@ class QuantoKind(PackedKind, TensorClassKind):
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         weight = self.layer._parameters["weight"].detach()
-        return (weight.dequantize() if _dequantises(weight) else weight).to(dtype)
+        return (_dequantised(weight) if _dequantises(weight) else weight).to(dtype)
+
+
+_METHODS = ("get_original_weight", "dequantize")  # torchao's NF4Tensor has both, and its `dequantize` looks codes up in a table
 
 
 def _dequantises(weight: Any) -> bool:
-    return isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize
+    return isinstance(weight, Tensor) and bool(_own(weight))
+
+
+def _dequantised(weight: Any) -> Tensor:
+    dense: Tensor = getattr(weight, _own(weight)[0])()
+    return dense
+
+
+def _own(weight: Tensor) -> list[str]:
+    """List the methods by which a weight of a class of its own is dequantised: none where it has torch's own alone."""
+    return [name for name in _METHODS if getattr(type(weight), name, None) not in (None, Tensor.dequantize)]

@@ -118,6 +118,8 @@ def _refuse_complex(model: nn.Module, entries: Entries) -> None:
 
 def _strange(model: nn.Module, target: Target) -> bool:
     layer = module_at(model, target.kind.host(target.path))
+    if target.kind.fault(layer) is not None:
+        return False  # the copy is refused, with a better reason
     return not (runs_class_forward(layer) or moves_inputs(layer)) or not target.kind.faithful(layer)
 
 

@@ -19,13 +19,15 @@ from lora_lite.layers.access import raw
 from lora_lite.layers.find import asked_for, find, names, unnamed
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import SITES, as_kinds, kind_of
-from lora_lite.layers.linear import holds_codes
+from lora_lite.layers.linear import keeps_codes
 from lora_lite.layers.parameter import UNREAD
 from lora_lite.prepare.blocks import block_indices
 from lora_lite.prepare.heads import heads_left_out
 from lora_lite.prepare.nested import outermost
 from lora_lite.prepare.worn import ending, refuse_bound, refuse_half, refuse_worn
 
+_UNREAD = "packed as codes that no kind reads"
+_UNPACK = "Load them unpacked, give their kind, kinds=(ItsKind,)"
 _WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "hidden_dim", "embed_dim", "dim", "model_dim")
 
 
@@ -62,7 +64,8 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[K
     heads = {} if cfg.adapts != "linear" or asking.target_names or not cfg.exclude_names else heads_left_out(model)
     everything = find(model, cfg.adapts, kinds)
     known = asked_for(everything, cfg.target_names)
-    _require_any(model, cfg, known)
+    unread = _unread(model, everything) if cfg.adapts == "linear" else []
+    _require_any(model, cfg, known, unread)
     asked, plain = patterns_of(cfg.target_names), unnamed(known)
     allowed = [path for path in known if path not in heads and not _excluded(path, cfg, plain)]
     blocks: Any = cfg.layers
@@ -85,8 +88,9 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[K
     taken = {t.path: t for t in found if t is not None}
     reasons = _Reasons(heads, set(allowed), set(in_blocks), set(chosen))
     left_out = {path: reasons.of(path) for path in known if path not in taken} if cfg.adapts == "linear" else {}
+    left_out |= dict.fromkeys(unread, _UNREAD)
     targets = Targets.of(taken.values(), left_out)
-    _check_roles(cfg, targets, found, d_model)
+    _check_roles(cfg, targets, found, d_model, unread)
     return targets
 
 
@@ -100,12 +104,21 @@ def _named(model: nn.Module, cfg: AdapterConfig) -> AdapterConfig:
     return with_fields(cfg, target_names=patterns(cfg, "target_names"))
 
 
-def _require_any(model: nn.Module, cfg: AdapterConfig, known: Mapping[str, Any]) -> None:
+def _unread(model: nn.Module, known: Mapping[str, Any]) -> list[str]:
+    """List the linear layers that a library has packed in a layout which no kind reads."""
+    named = ((path, m) for path, m in modules_by_path(model).items() if path not in known and "linear" in type(m).__name__.lower())
+    return [path for path, m in named if keeps_codes(m._parameters, m._buffers)]
+
+
+def _unpacked(unread: Sequence[str]) -> str:
+    """Return the way out for layers that no kind reads."""
+    return f"{len(unread)} are {_UNREAD}, {listed(unread)}. {_UNPACK}"
+
+
+def _require_any(model: nn.Module, cfg: AdapterConfig, known: Mapping[str, Any], unread: Sequence[str]) -> None:
     if not known:
-        raise ValueError(
-            f"find_targets: expected a model with {SITES[cfg.adapts][1]}, found none in {type(model).__name__}. "
-            "Pass the module that holds them, or the kinds of its own layers as kinds=(ItsKind,)."
-        )
+        way = f"{_unpacked(unread)}." if unread else "Pass the module that holds them, or the kinds of its own layers as kinds=(ItsKind,)."
+        raise ValueError(f"find_targets: expected a model with {SITES[cfg.adapts][1]}, found none in {type(model).__name__}. {way}")
     if cfg.adapts == "module" and not cfg.target_names:
         raise ValueError(f'{type(cfg).__name__}.target_names: expected the modules to train, found none. Name them, e.g. r"score$".')
 
@@ -200,19 +213,24 @@ def _check_names(model: nn.Module, cfg: AdapterConfig, known: list[str], allowed
                 f"{where}, found weights of recurrent layers, which reach them by a list of their own: {listed(named[:3])}. Train such a "
                 "layer whole, with FullConfig, or leave it out."
             )
-        others = [(p, type(m).__name__) for p, m in model.named_modules() if p and _matches((pattern,), p)]
+        others = [(path, m) for path, m in _places(model) if path and _matches((pattern,), path)]
         if others:
-            kinds = listed(f"{path} ({kind})" for path, kind in others[:3])
+            kinds = listed(f"{path} ({type(m).__name__})" for path, m in others[:3])
             way = _beside([path for path, _ in others], everything) or f"Name {SITES[cfg.adapts][1]}"
-            if any(holds_codes(model.get_submodule(path)) for path, _ in others):
-                kinds, way = (
-                    f"{kinds}, packed as codes that no kind reads",
-                    "Load them unpacked, give their kind, kinds=(ItsKind,), or leave them out",
-                )
+            if any(keeps_codes(m._parameters, m._buffers) for _, m in others):
+                kinds, way = f"{kinds}, {_UNREAD}", f"{_UNPACK}, or leave them out"
             raise ValueError(f"{where}, found only modules of other kinds: {kinds}. {way}.")
         way = f"Closest: {_closest(pattern, allowed)}"
         way = "Leave target_names out, which takes them all" if pattern == "all-linear" else way
         raise ValueError(f"{where}, found no match among {len(known)} {what}s. {way}.")
+
+
+def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules by path, and beside each that is packed the paths of its parameters."""
+    for path, module in model.named_modules():
+        yield path, module
+        if keeps_codes(module._parameters):
+            yield from ((join(path, name), module) for name in module._parameters)
 
 
 def _beside(paths: Sequence[str], everything: Sequence[str]) -> str | None:
@@ -241,14 +259,14 @@ def _check_layers(cfg: AdapterConfig, known: set[int]) -> None:
         )
 
 
-def _check_roles(cfg: AdapterConfig, targets: Targets, found: list[Target | None], d_model: int) -> None:
+def _check_roles(cfg: AdapterConfig, targets: Targets, found: list[Target | None], d_model: int, unread: Sequence[str]) -> None:
     if targets and len(cfg.target_roles) < 2:
         return
     if not targets:
         asked = f"target_names={cfg.target_names}, target_roles={cfg.target_roles}, layers={cfg.layers}, exclude_names={cfg.exclude_names}"
         raise ValueError(
             f"find_targets: expected at least one {SITES[cfg.adapts][0]} for {type(cfg).__name__}({asked}), found none "
-            f"({len(found)} layers before roles; d_model={d_model}). Widen one of them."
+            f"({len(found)} layers before roles; d_model={d_model}). {_unpacked(unread) if unread else 'Widen one of them'}."
         )
     for role in cfg.target_roles:
         fits = {"reader": lambda t: t.i == d_model, "writer": lambda t: t.o == d_model, "inner": lambda t: t.role == "inner"}[role]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.plan import Target
 from lora_lite.core.tree import join
-from lora_lite.files.peft.calls import uncalled
+from lora_lite.files.peft.calls import in_order, uncalled
 from lora_lite.files.peft.fields import carried, shifts_weights, version_of
 from lora_lite.files.peft.gates import GATE, laid_out
 from lora_lite.layers.convolution import CLASSES, ConvKind
@@ -133,12 +133,12 @@ def with_weights(model: nn.Module, fields: Mapping[str, Any]) -> Mapping[str, An
 
 def _parameters(found: Tensors, at: str, model: nn.Module, path: str, fields: Mapping[str, Any]) -> None:
     asked, module = fields.get("target_parameters") or [], model.get_submodule(path)
-    names = [name for name in module._parameters if any(f".{join(path, name)}".endswith(f".{a}") for a in asked)]
+    names = [name for name in in_order(module) if any(f".{join(path, name)}".endswith(f".{a}") for a in asked)]
     taken = [found.pop(at + _WRAPPER * k + key, None) for k in reversed(range(len(names))) for key in (A, B)]
     for name, a, b in zip(names, taken[::2], taken[1::2]):
         if a is None or b is None:
             continue
-        weight = model.get_parameter(join(path, name))
+        weight = getattr(module, name)
         if weight.dim() == 3:
             a, b = a.reshape(len(weight), -1, a.shape[-1]), b.reshape(len(b), -1, len(weight)).permute(2, 0, 1)
             a, b = (b.mT, a.mT) if _turned(fields, module, weight, a) else (a, b)
@@ -181,10 +181,10 @@ def axes_of(model: nn.Module, path: str) -> int:
     """Count the axes that params at a path have before those of a linear layer's."""
     parent, _, name = path.rpartition(".")
     try:
-        weight = model.get_submodule(parent)._parameters.get(name)
+        weight = getattr(model.get_submodule(parent), name, None)
     except AttributeError:  # a file of another model, which is told elsewhere
         return 0
-    return int(weight is not None and weight.dim() == 3)
+    return int(isinstance(weight, Tensor) and weight.dim() == 3)
 
 
 def as_saved(model: nn.Module, target: Target, tensors: Mapping[str, Tensor], targets: Sequence[Target]) -> Tensors:
@@ -204,7 +204,7 @@ def as_saved(model: nn.Module, target: Target, tensors: Mapping[str, Tensor], ta
 
 def _wrapped(model: nn.Module, target: Target, tensors: Mapping[str, Tensor], paths: set[str]) -> Tensors:
     parent, _, own = target.path.rpartition(".")
-    names = [name for name in model.get_submodule(parent)._parameters if join(parent, name) in paths]
+    names = [name for name in in_order(model.get_submodule(parent)) if join(parent, name) in paths]
     at = join(parent, _WRAPPER * (len(names) - 1 - names.index(own)))
     a, b = tensors[A], tensors[B]
     if a.dim() == 3:
