@@ -21,6 +21,7 @@ from torch._C._functorch import (
     maybe_get_bdim,
     maybe_get_level,
 )
+from torch._functorch import eager_transforms
 from torch._functorch.pyfunctorch import (
     retrieve_all_functorch_interpreters,
     temporarily_clear_interpreter_stack,
@@ -28,6 +29,7 @@ from torch._functorch.pyfunctorch import (
 )
 from torch._functorch.vmap import lazy_load_decompositions
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -44,6 +46,11 @@ def transformed() -> bool:
 def forward_mode() -> bool:
     """Whether `torch.func.jvp` is active."""
     return any(interpreter.key() == TransformType.Jvp for interpreter in retrieve_all_functorch_interpreters())
+
+
+def dual_numbers() -> bool:
+    """Whether a level of `torch.autograd.forward_ad` is open that is not of `torch.func.jvp`: a user's, or of `torch.func.linearize`."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0 and not eager_transforms.JVP_NESTING
 
 
 def differentiated(tensor: Tensor) -> bool:
