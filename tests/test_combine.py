@@ -281,6 +281,15 @@ def test_params_are_differentiable_in_the_weights(model, method, cfg):
     torch.testing.assert_close(torch.func.grad(loss)(at), weights.grad)
 
 
+@pytest.mark.parametrize("method", ["cat", "linear"])
+@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=2), ll.IA3Config()], ids=by_name)
+def test_trees_are_constants(model, method, cfg):
+    adapt = ll.build(model, cfg)
+    tree = ll.tree_map(lambda p: p.requires_grad_(), move(adapt.init(), 1, 0.3))
+    result, params, _ = ll.combine(adapt, [tree, tree], [0.5, -2.0], method)
+    assert not result(params, torch.ones(5, 24)).requires_grad  # a part of a gradient would be a wrong one
+
+
 # PEFT's `add_weighted_adapter`
 
 
@@ -438,6 +447,7 @@ def test_bad_arguments_are_refused(model):
     weights = [1.0, 1.0]
     wide = ll.build(model, ll.LoRAConfig(r=3)).init()
     tracked = torch.ones(2, requires_grad=True)
+    mapped = torch.vmap(lambda weights: ll.combine(adapt, trees, weights)[1])
     for call, error, message in (
         (lambda: ll.combine(adapt, trees, weights, "tie"), ValueError, 'expected method to be any of "cat".*Did you mean "ties"'),
         (lambda: ll.combine(adapt, trees, weights, "ties_svd"), ValueError, 'method="ties", with r for svd_rank'),
@@ -456,6 +466,7 @@ def test_bad_arguments_are_refused(model):
         (lambda: ll.combine(adapt, trees, weights, "svd", r=0), ValueError, "r as an integer >= 1, found 0"),
         (lambda: ll.combine(adapt, trees, weights, "svd", r=25), ValueError, "r of at most 24, .*found 25"),
         (lambda: ll.combine(adapt, trees, weights, seed="a"), TypeError, "^combine: expected seed as an integer"),
+        (lambda: mapped(torch.ones(3, 2)), ValueError, r"combine: expected weights whose values can be read, .*torch\.vmap"),
         (lambda: ll.combine(adapt, trees, tracked, "svd"), ValueError, 'weights without a gradient for method=.svd.*Use "cat" or "linear"'),
         (lambda: ll.combine(adapt, trees, tracked, "cat", r=2), ValueError, "weights without a gradient for method='cat' with r=2"),
     ):

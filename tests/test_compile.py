@@ -233,3 +233,22 @@ def test_rows_of_a_compiled_mixed_batch_are_narrow_under_autocast(inside):
         with torch.autocast("cpu", torch.bfloat16):
             y = torch.compile(lambda s: adapt.mixed(s, x), fullgraph=True, backend="aot_eager")(stacked)
     torch.testing.assert_close(y, narrow(stacked), rtol=1e-2, atol=1e-2)  # of the same dtype, too
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return torch.cond(x.sum() > 0, lambda x: self.a(x).sin(), lambda x: self.b(x).cos(), (x,))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+def test_branches_of_torch_cond_in_an_eager_call():
+    model, x = Branches(), torch.randn(5, 6).abs()
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    params = move(adapt.init())
+    merged = {**dict(model.named_parameters()), **adapt.merge(params)}
+    for given in (x, -x):
+        torch.testing.assert_close(adapt(params, given), torch.func.functional_call(model, merged, (given,)).detach())

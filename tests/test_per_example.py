@@ -177,3 +177,25 @@ def test_norms_inside_of_value_and_grad_have_gradients():
     norms = ll.per_example_norm(adapt, lambda output, _: output.square().sum(-1))
     want = torch.func.grad(lambda p: norms(p, x).sum())(params)
     assert_trees_equal(ll.value_and_grad(lambda p: norms(p, x).sum())(params)[1], want, 1e-6)
+
+
+class _OfDict(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 4)
+
+    def forward(self, given, gain=1.0):
+        return gain * self.linear(given["x"])
+
+
+@pytest.mark.parametrize("wrap", [lambda x: ({"x": x}, 2.0), lambda x: {"gain": 2.0, "given": {"x": x}}], ids=["tuple", "dict"])
+def test_rows_inside_of_what_a_batch_holds(wrap):
+    adapt = ll.build(_OfDict(), ll.LoRAConfig(r=2))
+    params, x = move(adapt.init()), torch.randn(3, 8)
+    by_row = lambda output, _: output.square().sum(-1)  # noqa: E731
+    want = ll.stack([ll.value_and_grad(lambda p, n=n: adapt(p, wrap(x[n])).square().sum())(params)[1] for n in range(3)])
+    for size in (None, 2):
+        found = ll.per_example_grad(adapt, by_row, chunk_size=size)(params, wrap(x))
+        assert_trees_equal(found, want, 1e-5)
+    with pytest.raises(ValueError, match=r"found none\. Pass tensors, by themselves or in dicts"):
+        ll.per_example_grad(adapt, by_row)(params, {"given": {"x": 1.0}})

@@ -8,6 +8,8 @@ import pytest
 import torch
 import transformers as tf
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 import lora_lite as ll
 from cases import FIVE, assert_trees_equal, by_name, move, saved_beside, tensors_of
@@ -441,7 +443,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("how", ["value_and_grad", "grad", "hessian", "jvp", "vmap", "mixed"])
+@pytest.mark.parametrize("how", ["value_and_grad", "grad", "hessian", "jvp", "dual numbers", "vmap", "mixed"])
 @pytest.mark.parametrize("kind", WAYS)
 def test_gradients_that_pass_by_other_ways_than_arguments(kind, how):
     model, x = _Escaping(WAYS[kind]), torch.randn(4, 8)
@@ -597,6 +599,7 @@ def _losses(adapt, params, x, randomness="error"):
     yield "grad", lambda: torch.func.grad(f)(params)
     yield "hessian", lambda: ll.hvp(f)(params, params)
     yield "jvp", lambda: torch.func.jvp(f, (params,), (params,))
+    yield "dual numbers", lambda: _dual(f, params, params)
     yield "vmap", lambda: torch.vmap(torch.func.grad(f), in_dims=(None, 0), randomness=randomness)(params, x[:, None])
     yield "mixed", lambda: ll.value_and_grad(lambda p: adapt.mixed(p, x).square().sum())(ll.stack([params, params]))
 
@@ -850,7 +853,27 @@ def _plain_hvp(f, p, v):
     return torch.autograd.grad(sum((g * t).sum() for g, t in zip(grads, ll.tree_leaves(v))), ll.tree_leaves(leaves))
 
 
+def _dual(f, p, v):  # of torch.autograd.forward_ad, whose dual numbers torch.func.linearize has too
+    with forward_ad.dual_level():
+        return pytree.tree_map(lambda t: forward_ad.unpack_dual(t).tangent, f(ll.tree_map(forward_ad.make_dual, p, v)))
+
+
+def _dual_of_gradient(f, p, v):
+    def gradient(p):
+        return torch.autograd.grad(f(p), ll.tree_leaves(p), create_graph=True)
+
+    return [t.detach() for t in _dual(gradient, ll.tree_map(lambda t: t.clone().requires_grad_(), p), v)]
+
+
+def _gradient_of_dual(f, p, v):
+    p = ll.tree_map(lambda t: t.clone().requires_grad_(), p)
+    return torch.autograd.grad(_dual(f, p, v), ll.tree_leaves(p))
+
+
 HIGHER = {
+    "dual numbers": _dual,
+    "dual numbers of a gradient": _dual_of_gradient,
+    "gradient of dual numbers": _gradient_of_dual,
     "jvp": lambda f, p, v: torch.func.jvp(f, (p,), (v,))[1],
     "forward over forward": lambda f, p, v: torch.func.jvp(lambda p: torch.func.jvp(f, (p,), (v,))[1], (p,), (v,))[1],
     "forward over reverse": lambda f, p, v: ll.hvp(f)(p, v),

@@ -118,3 +118,12 @@ def test_what_value_and_grad_returns_whole_is_refused(adapt):
         ll.set_grads(params, found)
     with pytest.raises(TypeError, match="expected params as a tree"):
         ll.set_grads(ll.tree_leaves(params), found[1])
+
+
+def test_none_for_a_leaf_leaves_it_without_a_gradient(adapt):
+    params = move(adapt.init())
+    ll.set_grads(params, ll.tree_map(torch.ones_like, params))
+    ll.set_grads(params, {path: {**leaves, "B": None} for path, leaves in ll.tree_map(torch.ones_like, params).items()})
+    assert all((leaf.grad is None) == (name == "B") for leaves in params.values() for name, leaf in leaves.items())
+    with pytest.raises(TypeError, match="expected grads as a tree"):
+        ll.set_grads(params, {**params, "2": {"A": None}})

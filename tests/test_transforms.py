@@ -241,3 +241,43 @@ def test_params_must_be_floating_tensors(params, found):
 def test_aux_must_be_a_pair():
     with pytest.raises(ValueError, match="has_aux"):
         ll.value_and_grad(lambda p: p.sum(), has_aux=True)(torch.randn(3))
+
+
+READ = {
+    "module": lambda adapt, params: adapt.module(params),
+    "merge_error": lambda adapt, params: adapt.merge_error(params, {}),
+    "save": lambda adapt, params: ll.save(adapt, params, "never.safetensors"),
+    "to_kohya": lambda adapt, params: ll.to_kohya(adapt, params, "never.safetensors"),
+    "to_lora": lambda adapt, params: ll.to_lora(adapt, params, 2),
+    "combine": lambda adapt, params: ll.combine(adapt, [params], [1.0]),
+}
+
+
+@pytest.mark.parametrize("call", READ)
+def test_values_are_not_read_inside_a_transform(call):
+    adapt = ll.build(torch.nn.Sequential(torch.nn.Linear(3, 4)), ll.LoRAConfig(r=2))
+    params, ones = move(adapt.init()), torch.ones(3)
+
+    def f(p):
+        READ[call](adapt, p)
+        return adapt(p, ones)
+
+    with pytest.raises(ValueError, match=rf"{call}.*: expected params whose values can be read, .*torch\.vmap.*, once for each"):
+        torch.vmap(f)(ll.stack([params, params]))
+    with pytest.raises(ValueError, match=rf"{call}.*: expected params whose values can be read, .*torch\.func\.grad"):
+        torch.func.jvp(f, (params,), (params,))
+
+
+def test_what_is_made_inside_a_transform_is_as_outside():
+    model, x = torch.nn.Sequential(torch.nn.Linear(3, 4)), torch.randn(2, 3)
+    adapt = ll.build(model, ll.VeRAConfig(r=2))
+    params = adapt.init(seed=1)
+
+    def inside(move):
+        again = ll.build(model, ll.VeRAConfig(r=2))
+        fresh, module = again.init(seed=1), again.module(params)
+        return again(ll.tree_map(lambda p: p + move, fresh), x) + module(x)
+
+    moves = torch.tensor([0.0, 0.5])
+    want = torch.stack([adapt(ll.tree_map(lambda p, m=m: p + m, params), x) for m in moves]) + adapt(params, x)
+    torch.testing.assert_close(torch.vmap(inside)(moves), want)

@@ -22,7 +22,8 @@ from lora_lite.clone.unfrozen import keep_frozen
 from lora_lite.core.alike import made_alike
 from lora_lite.core.invocation import ACTIVE
 from lora_lite.core.plan import Plan
-from lora_lite.core.tree import modules_by_path
+from lora_lite.core.tracing import require_read, untransformed
+from lora_lite.core.tree import modules_by_path, tree_leaves
 from lora_lite.layers.access import module_at
 from lora_lite.layers.notes import note
 
@@ -62,10 +63,16 @@ def _shared(clone: nn.Module, name: str, plan: Plan) -> Adapter:
 
 
 @made_alike
+@untransformed
 def trainable_copy(plan: Plan, params: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
     """Copy a plan's base as a module to be trained. Its trainable parameters are copies of `params`.
 
-    Its small buffers and its settings are its own."""
+    Its small buffers and its settings are its own.
+
+    Raises:
+        ValueError: for params of a `torch.func` transform.
+    """
+    require_read(tree_leaves(params), "adapt.module")
     module, _, _ = bound_copy(plan)
     own_state(module)
     for adapter in adapters(module):

@@ -106,7 +106,8 @@ class Binding:
             if not self.used and not torch.compiler.is_compiling():
                 return self._first(x)
             self._require_own()
-            self.used = self.fast = True
+            if self.used:  # else it is traced: a branch of torch.cond may change nothing
+                self.fast = True
         try:
             W = self.W
             if x.dtype is not self.uniform.dtype:
@@ -190,8 +191,7 @@ class Binding:
         W = self.W
         if self.off or (self.params is None and self.hollow()):
             module, own = place_of(W.layer, name)
-            tensor: Tensor = module._parameters[own]  # type: ignore[assignment]
-            return tensor
+            return module._parameters[own]  # type: ignore[return-value]
         params = self.registered() if self.params is None else self.params
         self._note()
         if self.rows is not None and not self.W.moving:  # first of all: what follows takes params of one member

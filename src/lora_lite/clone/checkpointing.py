@@ -22,7 +22,7 @@ from lora_lite.clone.hooked_outputs import require_no_escape, watched
 from lora_lite.clone.recomputed import Recipe, Recompute, random_state
 from lora_lite.core.errors import nearest
 from lora_lite.core.invocation import is_cache
-from lora_lite.core.tracing import transformed
+from lora_lite.core.tracing import dual_numbers, transformed
 
 
 def install(clone: nn.Module, pattern: str | None) -> None:
@@ -114,8 +114,11 @@ def _filled(cache: Any) -> bool:
 
 
 def recompute(name: str, fn: Callable[..., Any], block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run `fn(*args, **kwargs)`, the forward of `block`, keeping only its inputs for the backward pass. Messages call it `name`."""
-    if not torch.is_grad_enabled():
+    """Run `fn(*args, **kwargs)`, the forward of `block`, keeping only its inputs for the backward pass. Messages call it `name`.
+
+    Dual numbers of the user's own pass through it as it is: forward mode keeps nothing, and torch has no second level of it for a rule.
+    """
+    if not torch.is_grad_enabled() or dual_numbers():
         return fn(*args, **kwargs)
     if torch.compiler.is_compiling():
         return _compiled(fn, block, args, kwargs)

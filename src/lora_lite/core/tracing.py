@@ -1,5 +1,6 @@
 """Whether something traces or transforms the code that runs."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from torch._C._functorch import (
     maybe_get_bdim,
     maybe_get_level,
 )
+from torch._functorch import eager_transforms
 from torch._functorch.pyfunctorch import (
     retrieve_all_functorch_interpreters,
     temporarily_clear_interpreter_stack,
@@ -27,6 +29,7 @@ from torch._functorch.pyfunctorch import (
 )
 from torch._functorch.vmap import lazy_load_decompositions
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -43,6 +46,11 @@ def transformed() -> bool:
 def forward_mode() -> bool:
     """Whether `torch.func.jvp` is active."""
     return any(interpreter.key() == TransformType.Jvp for interpreter in retrieve_all_functorch_interpreters())
+
+
+def dual_numbers() -> bool:
+    """Whether a level of `torch.autograd.forward_ad` is open that is not of `torch.func.jvp`: a user's, or of `torch.func.linearize`."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0 and not eager_transforms.JVP_NESTING
 
 
 def differentiated(tensor: Tensor) -> bool:
@@ -65,8 +73,42 @@ def require_constant(tensors: Iterable[Tensor], call: str, made: str) -> None:
     if transformed() and not torch.compiler.is_compiling() and any(map(differentiated, tensors)):
         raise ValueError(
             f"{call}: expected params that no transform differentiates by, found those of torch.func.grad or its kin: {made} are "
-            "constants, with gradients of zero. Differentiate adapt(params, batch), which has the same numbers, or call this outside."
+            "constants, with gradients of zero. Differentiate adapt(params, batch) itself, or call this outside."
         )
+
+
+def require_read(tensors: Iterable[Tensor], call: str, name: str = "params", mapped: bool = False) -> None:
+    """Refuse tensors of transforms, for a call that reads their values. With `mapped` only those of `vmap`, which have many."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in filter(is_functorch_wrapped_tensor, tensors):  # known by themselves: the call may stand outside of the transform
+        if (many := _mapped_over(tensor)) or not mapped:
+            by, way = ("torch.vmap", ", once for each") if many else ("torch.func.grad or its kin", "")
+            raise ValueError(
+                f"{call}: expected {name} whose values can be read, found those of {by}. Call it outside of the transform{way}; inside, "
+                "adapt(params, batch) runs the adapted model."
+            )
+
+
+def _mapped_over(tensor: Tensor) -> bool:
+    while is_functorch_wrapped_tensor(tensor):
+        if is_batchedtensor(tensor):
+            return True
+        tensor = get_unwrapped(tensor)
+    return False
+
+
+def untransformed(f: F) -> F:
+    """Run a function outside of transforms: what it draws is the same for all that `vmap` maps over, whatever randomness that asks for."""
+
+    @functools.wraps(f)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not transformed():
+            return f(*args, **kwargs)
+        with temporarily_clear_interpreter_stack():
+            return f(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.frozen import Frozen
 from lora_lite.core.memory import place_in_memory
 from lora_lite.core.plan import Plan, Target
-from lora_lite.core.tracing import require_constant
+from lora_lite.core.tracing import require_constant, require_read
 from lora_lite.core.tree import AnyTree, join, tree_leaves
 from lora_lite.layers.identity import Release, at_identity, exact_dtype
 from lora_lite.layers.kind import Variant
@@ -185,6 +185,7 @@ def merge_error(plan: Plan, params: AnyTree, merged: Mapping[str, Tensor]) -> di
     """
     held = isinstance(merged, Mapping) and all(isinstance(tensor, Tensor) for tensor in merged.values())
     require_type(held, "adapt.merge_error(params, merged)", "merged", "a state dict of tensors, as merge returns it", merged)
+    require_read(tree_leaves(params), "merge_error")
     exact = merge(plan, params, torch.float64)
     if empty := [name for name, tensor in merged.items() if tensor.is_meta and name in exact and not exact[name].is_meta]:
         raise ValueError(f"merge_error: expected merged tensors with values, found {listed(empty)} on meta. Pass what merge returned.")

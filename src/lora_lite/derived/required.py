@@ -9,7 +9,8 @@ from lora_lite.clone.params import require_fit
 from lora_lite.core.elsewhere import CALLS
 from lora_lite.core.errors import listed
 from lora_lite.core.plan import Shapes
-from lora_lite.core.tree import flatten
+from lora_lite.core.tracing import require_read
+from lora_lite.core.tree import flatten, tree_leaves
 from lora_lite.derived.described import Described
 
 
@@ -31,6 +32,7 @@ class Required(Described):
         return require_fit(params, shapes or self.shapes, caller, self._on_meta)
 
     def _require_finite(self, params: Any, caller: str) -> None:
+        require_read(tree_leaves(params), caller)
         strange = [where for where, leaf in flatten(params).items() if not bool(leaf.isfinite().all())]
         if strange:
             raise ValueError(
@@ -38,6 +40,7 @@ class Required(Described):
             )
 
     def _require_stored(self, params: Any, caller: str) -> None:
+        require_read(tree_leaves(params), caller)
         odd = [where for where, leaf in flatten(params).items() if leaf.is_meta or leaf.layout is not torch.strided]
         if odd:
             raise ValueError(

@@ -19,6 +19,7 @@ from lora_lite.core.frozen import Constants, Frozen, Params
 from lora_lite.core.leading import noted, worst
 from lora_lite.core.plan import Entries, Groups, Plan, Shapes
 from lora_lite.core.progress import shown
+from lora_lite.core.tracing import untransformed
 from lora_lite.core.tree import Tree, flatten
 from lora_lite.core.written import written
 from lora_lite.layers.access import module_at
@@ -28,6 +29,7 @@ from lora_lite.prepare.start import generator_for, own_start, placed, require_pa
 T = TypeVar("T")
 
 
+@untransformed
 @made_alike
 @torch.no_grad()
 def derive(
@@ -201,6 +203,7 @@ def _noted_map(maps: list[Frozen], one: Frozen) -> Params:
     return {"": torch.empty(0)}
 
 
+@untransformed
 @made_alike
 def drawn(plan: Plan, seed: int) -> Tree:
     """Draw fresh params of a plan, each target's from a generator of its own, seeded by `seed` and its path."""

@@ -12,7 +12,8 @@ from lora_lite.adapt import Adapt
 from lora_lite.core.alike import made_alike
 from lora_lite.core.errors import listed, nearest, require_type, several
 from lora_lite.core.progress import shown
-from lora_lite.core.tree import AnyTree, Tree
+from lora_lite.core.tracing import require_read
+from lora_lite.core.tree import AnyTree, Tree, tree_map
 from lora_lite.prepare.start import generator_for
 from lora_lite.transforms.held import Held, assembled, hold
 from lora_lite.transforms.merging import METHODS, Method
@@ -41,7 +42,7 @@ def combine(
 
     Args:
         adapt: the adapted model of all trees, or one for each tree, over the same frozen weights. Their configs may differ.
-        trees: the params trees of K adapters, at least one.
+        trees: the params trees of K adapters, at least one. They are constants: no gradient goes back to them.
         weights: a number for each, `(K,)`, of either sign; dimensionless. With `"cat"` and `"linear"` and no `r` the params are
             differentiable in a tensor of them.
         method: `"cat"` or `"linear"`, the sum, with the factors side by side or on one basis of at most the layer's own rank; `"svd"`, its
@@ -60,7 +61,8 @@ def combine(
 
     Raises:
         ValueError: where a tree does not fit its adapt, adapts are of other weights, a variant is not linear, a module is trained as a
-            whole in one adapter and adapted in another, or an argument is out of range; it names each target.
+            whole in one adapter and adapted in another, or an argument is out of range; it names each target. For trees of a
+            `torch.func` transform, and for weights that `torch.vmap` maps over.
         TypeError: where an argument is of another type, as in another order.
 
     Example:
@@ -132,7 +134,9 @@ def _parts(adapt: Any, trees: Any) -> list[Part]:
         own._require(tree, f"combine (tree {k})")
         own._require_finite(tree, f"combine (tree {k})")
     known = {id(own): own for own in adapts}
-    return [Part(known[id(own)], tree) for own, tree in zip(adapts, trees)]
+    # Plain autograd would take a part of the way for the gradient: the factors of an update are found without one.
+    constant = [tree_map(lambda p: p.detach() if p.requires_grad else p, tree) for tree in trees]
+    return [Part(known[id(own)], tree) for own, tree in zip(adapts, constant)]
 
 
 def _strengths(weights: Any, count: int) -> tuple[list[Tensor], bool]:
@@ -147,6 +151,7 @@ def _strengths(weights: Any, count: int) -> tuple[list[Tensor], bool]:
         raise ValueError(f"combine: expected weights of shape ({count},), one for each tree, found {shape}. Give each tree its weight.")
     given = [w if isinstance(w, Tensor) else torch.tensor(float(w), dtype=torch.float64) for w in weights]
     tracked = torch.is_grad_enabled() and any(w.requires_grad or torch._C._functorch.is_gradtrackingtensor(w) for w in given)
+    require_read(given, "combine", "weights", mapped=True)
     strange = [w for w in given if w.dim() or not math.isfinite(float(w.detach()))]
     if strange:
         raise ValueError(f"combine: expected finite numbers as weights, found {strange[0].detach().tolist()}. Give each tree one.")

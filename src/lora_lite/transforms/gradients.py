@@ -3,16 +3,16 @@
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lora_lite.core.errors import require_fitting, require_grads, require_tree, require_type
+from lora_lite.core.errors import is_mapping, require_fitting, require_grads, require_tree, require_type
 from lora_lite.core.tracing import in_transform
-from lora_lite.core.tree import AnyTree, flatten, tree_leaves
+from lora_lite.core.tree import AnyTree, flatten, join, tree_leaves
 
 
 def value_and_grad(f: Callable[..., Any], has_aux: bool = False) -> Callable[..., tuple[Any, Any]]:
@@ -152,7 +152,8 @@ def set_grads(params: AnyTree, grads: AnyTree | None) -> None:
         params: a params tree, or a stack or a member of one; its leaves are those that the optimiser was made with.
         grads: a tree of the same paths, names, shapes, dtypes and devices, as `value_and_grad` returns it. Its tensors take the place of
             former gradients, as they are: one that lies otherwise in memory than its leaf, or twice in the tree, is copied first. None
-            leaves no gradient, so that an optimiser passes the leaves by.
+            leaves no gradient, so that an optimiser passes the leaves by. So does None for a single leaf, as of
+            `torch.autograd.grad(..., allow_unused=True)`.
 
     Raises:
         ValueError: where `grads` differs from `params`; it lists each departure, and no leaf is changed.
@@ -174,6 +175,7 @@ def set_grads(params: AnyTree, grads: AnyTree | None) -> None:
         for leaf in tree_leaves(params):
             leaf.grad = None
         return
+    grads, none = _filled(params, grads)
     require_grads(call, params, grads)
     own, given = flatten(params), flatten(grads)
     pairs = ((where, leaf.dtype, given[where].dtype) for where, leaf in own.items())
@@ -181,8 +183,23 @@ def set_grads(params: AnyTree, grads: AnyTree | None) -> None:
     taken: set[int] = set()
     for where, leaf in own.items():
         grad = given[where]
+        if where in none:
+            leaf.grad = None
+            continue
         leaf.grad = grad if _lies_as(leaf, grad) and id(grad) not in taken else torch.empty_like(leaf).copy_(grad)
         taken.add(id(grad))
+
+
+def _filled(params: AnyTree, grads: Any) -> tuple[Any, set[str]]:
+    """Return gradients with the leaf itself for each that is None, and the names of these. What is no tree stays as it is."""
+    if not all(isinstance(tree, Mapping) and all(map(is_mapping, tree.values())) for tree in (params, grads)):
+        return grads, set()
+    own = flatten(params)
+    none = {where for where, grad in flatten(grads).items() if grad is None and where in own}
+    if not none:
+        return grads, none
+    filled = {path: {name: own.get(join(path, name)) if g is None else g for name, g in leaves.items()} for path, leaves in grads.items()}
+    return filled, none
 
 
 def _lies_as(leaf: Tensor, grad: Tensor) -> bool:

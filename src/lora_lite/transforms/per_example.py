@@ -170,16 +170,19 @@ def chunks(batch: Any, size: int | None, call: str) -> Iterator[tuple[Any, int]]
 
 
 def rows_of(batch: object, call: str = "per_example_grad") -> int:
-    """Return the number of rows of a batch: the first axis of its first tensor.
+    """Return the number of rows of a batch: the first axis of its first tensor, or of the first one inside of what it holds.
 
     Raises:
         ValueError: where it holds no tensor.
     """
     parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else [batch]
-    tensors = [part for part in parts if isinstance(part, Tensor) and part.dim()]
-    if not tensors:
-        raise ValueError(f"{call}: expected a batch with a tensor whose first axis is its rows, found none.")
-    return int(tensors[0].shape[0])
+    for part in (*parts, *pytree.tree_leaves(list(parts))):
+        if isinstance(part, Tensor) and part.dim():
+            return int(part.shape[0])
+    raise ValueError(
+        f"{call}: expected a batch with a tensor whose first axis is its rows, found none. Pass tensors, by themselves or in dicts, tuples "
+        "and lists."
+    )
 
 
 def require_rowwise(caller: str, adapt: Any, loss_rows: Any, chunk_size: Any, row_map: Any) -> None:

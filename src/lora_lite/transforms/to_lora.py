@@ -38,8 +38,8 @@ def to_lora(
 
     Raises:
         TypeError: where an argument is of another type, as in another order.
-        ValueError: where `params` does not fit `adapt`, a variant is not linear, or it moves the bias; it names each target. For params by
-            which `torch.func.grad` differentiates.
+        ValueError: where `params` does not fit `adapt`, a variant is not linear, or it moves the bias; it names each target. For params of
+            a `torch.func` transform.
 
     Example:
         >>> import torch, lora_lite as ll
