@@ -20,6 +20,8 @@ from lora_lite.layers.identity import exact_dtype, laid_out_as
 from lora_lite.layers.kind import Kind, Params, Run, Variant
 
 CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_STEPS = ("forward", "_conv_forward")
+"""The methods in which a convolution computes. A class, or a user who tiles images, may replace either."""
 _CONVS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
 
 
@@ -37,7 +39,8 @@ class ConvKind(Kind):
 
     @classmethod
     def faithful(cls, layer: nn.Module) -> bool:
-        return any(type(layer).forward is conv.forward for conv in cls.classes)
+        of, set_on = type(layer), vars(layer)
+        return "_conv_forward" not in set_on and any(all(getattr(of, m, None) is getattr(c, m, None) for m in _STEPS) for c in cls.classes)
 
     @property
     def _dims(self) -> int:
