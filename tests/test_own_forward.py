@@ -11,7 +11,7 @@ from torch import nn
 import lora_lite as ll
 from architectures import loss, small
 from cases import assert_trees_equal, move
-from lora_lite.layers.own_forward import OwnForwardConvKind, OwnForwardKind
+from lora_lite.layers.own_forward import OwnForwardKind
 
 ROUTERS = {"Llama4ForCausalLM": r"router$", "PhimoeForCausalLM": r"router$", "DeepseekV4ForCausalLM": r"o_a_proj$"}
 
@@ -151,6 +151,11 @@ def test_routers_of_transformers(name, tmp_path):
     assert peft.PeftConfig.from_pretrained(tmp_path / "peft").r == 2
 
 
+class Longer(nn.ConvTranspose1d):
+    def _output_padding(self, *sizes):
+        return [1]
+
+
 class Halved(nn.Conv1d):
     """A step inside of the forward replaced, as Whisper's own repository does."""
 
@@ -165,12 +170,12 @@ def tiled():
     return conv
 
 
-@pytest.mark.parametrize("make", [lambda: Halved(3, 4, 3), tiled], ids=["class", "instance"])
+@pytest.mark.parametrize("make", [lambda: Halved(3, 4, 3), tiled, lambda: Longer(3, 4, 3, stride=2)], ids=["class", "instance", "size"])
 def test_a_replaced_step_of_a_convolution_stays(make):
     torch.manual_seed(0)
     model, x = nn.Sequential(make(), nn.ReLU(), nn.Conv1d(4, 2, 1)).eval(), torch.randn(2, 3, 6)
     adapt = ll.build(model, ll.LoRAConfig(r=2, target_names=r"\d$"))
-    assert adapt.targets[0].kind is OwnForwardConvKind
+    assert adapt.targets[0].kind.keeps_forward
     torch.testing.assert_close(adapt(adapt.init(), x), model(x))
     params = move(adapt.init(seed=0))
     torch.testing.assert_close(adapt(params, x), merged_copy(model, adapt.merge(params))(x))

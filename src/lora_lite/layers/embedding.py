@@ -31,7 +31,7 @@ class EmbeddingKind(Kind):
     by_name: ClassVar[bool] = True
     gives: ClassVar[AbstractSet[str]] = frozenset({"output", "project", "rows", "dropout"})
     state = {"weight": "weight"}  # noqa: RUF012  # read only
-    facts: ClassVar[tuple[str, ...]] = ("num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq", *_SCALES)
+    facts: ClassVar[tuple[str, ...]] = ("padding_idx", "scale_grad_by_freq", *_SCALES)
     """The attributes of the layer that a lookup depends on."""
     why: ClassVar[str] = "An embedding receives token ids, which are no vectors."
 
@@ -57,11 +57,11 @@ class EmbeddingKind(Kind):
 
     @property
     def in_features(self) -> int:
-        return self.layer.num_embeddings
+        return self.layer.weight.shape[0]  # a table that was put in place may have other rows than `num_embeddings`
 
     @property
     def out_features(self) -> int:
-        return self.layer.embedding_dim
+        return self.layer.weight.shape[1]
 
     @property
     def device(self) -> torch.device:

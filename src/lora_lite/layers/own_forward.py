@@ -99,7 +99,7 @@ class OwnForwardEmbeddingKind(_Read, EmbeddingKind):
     """An embedding whose class has another forward: positions that are counted from an offset."""
 
     gives: ClassVar[AbstractSet[str]] = EmbeddingKind.gives - {"dropout"}
-    facts: ClassVar[tuple[str, ...]] = ("num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq")
+    facts: ClassVar[tuple[str, ...]] = ("padding_idx", "scale_grad_by_freq")
 
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
