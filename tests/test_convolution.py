@@ -336,3 +336,17 @@ def test_calibrated_variants_are_refused():
     model, x = _make("2d")
     with pytest.raises(ValueError, match=r"is calibrated on .*does not see their patches"):
         ll.build(model, ll.EVAConfig(r=2, target_names="conv"), calibration=[x])
+
+
+@pytest.mark.parametrize("cfg", [ll.LoRAConfig(r=2, target_names="0$"), ll.DoRAConfig(r=2, target_names="0$")], ids=["lora", "dora"])
+@pytest.mark.parametrize("cls", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_kernel_that_was_put_in_place_has_its_own_size(cls, cfg):
+    """The layer computes by its weight, whatever `kernel_size` still says."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(cls(3, 3, 3)).eval(), torch.randn(2, 3, 6, 6)
+    model[0].weight = nn.Parameter(torch.randn(3, 3, 5, 5))
+    adapt = ll.build(model, cfg)
+    params = move(adapt.init())
+    merged = copy.deepcopy(model)
+    merged.load_state_dict(adapt.merge(params))
+    torch.testing.assert_close(adapt(params, x), merged(x), rtol=1e-4, atol=1e-4)

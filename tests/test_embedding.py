@@ -275,3 +275,12 @@ def test_positions_are_an_embedding_too():
     merged = copy.deepcopy(model)
     merged.load_state_dict(adapt.merge(params), strict=False)
     torch.testing.assert_close(merged(ids).logits, adapt(params, (ids,)).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_table_that_was_put_in_place_has_its_own_rows():
+    """Vocabularies are grown so by hand; `num_embeddings` still says the old number."""
+    model, ids = nn.Sequential(nn.Embedding(10, 4)), torch.tensor([[1, 11]])
+    model[0].weight = nn.Parameter(torch.randn(12, 4))
+    adapt = ll.build(model, ll.LoRAConfig(r=2, target_names="0$"))
+    params = move(adapt.init())
+    torch.testing.assert_close(adapt(params, ids)[0], adapt.merge(params)["0.weight"][ids[0]])

@@ -1367,6 +1367,13 @@ def test_weights_that_hooks_make_are_those_of_the_parameters_now(hook, cfg):
     torch.testing.assert_close(torch.load(sent, weights_only=False)(params, x), adapt(params, x))
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_parameters_of_a_parametrised_target_are_no_targets(groups):
+    """A name of the layer asked for both: a grouped kernel is read without a gradient, so that the others got none."""
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 6, 3, groups=groups)), nn.ReLU())
+    assert [t.path for t in ll.find_targets(model, ll.LoRAConfig(r=2, target_names=r"\d$"))] == ["0"]
+
+
 def test_parametrised_layers_of_gpt2_are_adapted():
     model = tf.GPT2LMHeadModel(tf.GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=50, n_positions=8)).eval()
     nn.utils.prune.l1_unstructured(model.transformer.h[0].attn.c_attn, "weight", 0.5)

@@ -27,7 +27,7 @@ from lora_lite.layers.experts import ExpertsKind
 from lora_lite.layers.linear import Conv1DKind, FalconKind, LinearKind
 from lora_lite.layers.module import ModuleKind
 from lora_lite.layers.norm import NormKind
-from lora_lite.layers.own_forward import OwnForwardKind
+from lora_lite.layers.own_forward import OwnForwardConvKind, OwnForwardEmbeddingKind, OwnForwardKind, OwnForwardTransposedKind
 from lora_lite.layers.parameter import ParameterKind
 from lora_lite.layers.transposed import TransposedConvKind
 from lora_lite.testing import KIND_CHECKS, check_kind, make_kind_case
@@ -163,16 +163,38 @@ class OfItsOwn(nn.Linear):
         return super().forward(x)
 
 
+class Offset(nn.Embedding):
+    def forward(self, x):
+        return super().forward(x + 1)
+
+
+class Causal(nn.Conv1d):
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (1, 0)))
+
+
+class Cut(nn.ConvTranspose1d):
+    def forward(self, x):
+        return super().forward(x)[..., :-1]
+
+
 GRID = {
     "linear": (LinearKind, lambda: nn.Linear(6, 8), {}),
     "linear without a bias": (LinearKind, lambda: nn.Linear(8, 6, bias=False), {}),
     "Conv1D": (Conv1DKind, conv1d, {}),
     "Falcon's": (FalconKind, falcon, {}),
     "own forward": (OwnForwardKind, lambda: OfItsOwn(6, 8), {}),
+    "embedding, own forward": (
+        OwnForwardEmbeddingKind,
+        lambda: Offset(9, 6),
+        {"make_input": lambda: torch.randint(0, 8, (4, 3))},
+    ),
     "embedding": (EmbeddingKind, lambda: nn.Embedding(8, 6), {"make_input": lambda: torch.randint(0, 8, (4, 3))}),
     "Conv1d": (ConvKind, lambda: nn.Conv1d(3, 4, 2), {"make_input": lambda: torch.randn(4, 3, 5)}),
     "Conv2d": (ConvKind, lambda: nn.Conv2d(3, 4, 2, padding=1), {"make_input": lambda: torch.randn(4, 3, 5, 4)}),
     "Conv3d": (ConvKind, lambda: nn.Conv3d(2, 4, 2), {"make_input": lambda: torch.randn(4, 2, 3, 3, 3)}),
+    "convolution, own forward": (OwnForwardConvKind, lambda: Causal(3, 4, 2), {"make_input": lambda: torch.randn(4, 3, 5)}),
+    "transposed, own forward": (OwnForwardTransposedKind, lambda: Cut(3, 4, 2), {"make_input": lambda: torch.randn(4, 3, 5)}),
     "grouped": (GroupedConvKind, lambda: nn.Conv2d(4, 4, 2, groups=2), {"make_input": lambda: torch.randn(4, 4, 5, 4)}),
     "depthwise": (GroupedConvKind, lambda: nn.Conv1d(4, 8, 3, groups=4), {"make_input": lambda: torch.randn(4, 4, 5)}),
     "transposed": (TransposedConvKind, lambda: nn.ConvTranspose2d(3, 4, 2, stride=2), {"make_input": lambda: torch.randn(4, 3, 3, 4)}),

@@ -1,4 +1,4 @@
-"""Subclasses of `nn.Linear` with a forward of their own: every reader finds the adapted weight, and a product is a call of the layer."""
+"""Subclasses of torch's layers with a forward of their own: every reader finds the adapted weight, and a product is a call of the layer."""
 
 import copy
 
@@ -149,3 +149,50 @@ def test_routers_of_transformers(name, tmp_path):
         assert torch.equal(again(read, batch)[0] - base, got)
     ll.to_peft(adapt, params, tmp_path / "peft")
     assert peft.PeftConfig.from_pretrained(tmp_path / "peft").r == 2
+
+
+class Longer(nn.ConvTranspose1d):
+    def _output_padding(self, *sizes):
+        return [1]
+
+
+class Halved(nn.Conv1d):
+    """A step inside of the forward replaced, as Whisper's own repository does."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight, bias) / 2
+
+
+def tiled():
+    """A step set on the layer itself, as for images without seams."""
+    conv = nn.Conv1d(3, 4, 3, padding=1)
+    conv._conv_forward = lambda x, weight, bias: F.conv1d(F.pad(x, (1, 1), mode="circular"), weight, bias)
+    return conv
+
+
+@pytest.mark.parametrize("make", [lambda: Halved(3, 4, 3), tiled, lambda: Longer(3, 4, 3, stride=2)], ids=["class", "instance", "size"])
+def test_a_replaced_step_of_a_convolution_stays(make):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(make(), nn.ReLU(), nn.Conv1d(4, 2, 1)).eval(), torch.randn(2, 3, 6)
+    adapt = ll.build(model, ll.LoRAConfig(r=2, target_names=r"\d$"))
+    assert adapt.targets[0].kind.keeps_forward
+    torch.testing.assert_close(adapt(adapt.init(), x), model(x))
+    params = move(adapt.init(seed=0))
+    torch.testing.assert_close(adapt(params, x), merged_copy(model, adapt.merge(params))(x))
+
+
+def test_peft_files_of_them_are_refused(tmp_path):
+    """PEFT convolves by its factors as the layer would without its own forward."""
+    adapt = ll.build(nn.Sequential(Halved(3, 4, 3)), ll.LoRAConfig(r=2, target_names="0"))
+    with pytest.raises(ValueError, match=r"on a Halved, which has a forward of its own"):
+        ll.to_peft(adapt, adapt.init(), tmp_path)
+
+
+def test_positions_of_transformers():
+    model, batch = small("OPTForCausalLM")
+    adapt = ll.build(model, ll.LoRAConfig(r=2, target_names=r"decoder\.embed_positions$"))
+    params = move(adapt.init(seed=0))
+    with torch.no_grad():
+        want, base = merged_copy(model, adapt.merge(params))(**batch)[0], model(**batch)[0]
+        torch.testing.assert_close(adapt(params, batch)[0], want, rtol=1e-4, atol=1e-5)
+    assert (want - base).abs().max() > 1e-3

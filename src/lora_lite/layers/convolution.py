@@ -20,6 +20,8 @@ from lora_lite.layers.identity import exact_dtype, laid_out_as
 from lora_lite.layers.kind import Kind, Params, Run, Variant
 
 CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_STEPS = ("forward", "_conv_forward", "_output_padding")
+"""The methods in which a convolution computes. A class, or a user who tiles images, may replace each."""
 _CONVS: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
 
 
@@ -37,11 +39,17 @@ class ConvKind(Kind):
 
     @classmethod
     def faithful(cls, layer: nn.Module) -> bool:
-        return any(type(layer).forward is conv.forward for conv in cls.classes)
+        of, set_on = type(layer), vars(layer)
+        return "_conv_forward" not in set_on and any(all(getattr(of, m, None) is getattr(c, m, None) for m in _STEPS) for c in cls.classes)
 
     @property
     def _dims(self) -> int:
         return len(self.layer.kernel_size)
+
+    @property
+    def _kernel(self) -> tuple[int, ...]:
+        """The size of the kernel that the layer has: one that was put in place may have another than `kernel_size`."""
+        return tuple(self.layer.weight.shape[2:])
 
     @property
     def weight(self) -> Tensor:
@@ -78,7 +86,7 @@ class ConvKind(Kind):
         layer, d = self.layer, self._dims
         pads = layer._reversed_padding_repeated_twice
         around = [pads[2 * k] + pads[2 * k + 1] for k in reversed(range(d))]
-        sizes = zip(x.shape[-d:], around, layer.dilation, layer.kernel_size, layer.stride)
+        sizes = zip(x.shape[-d:], around, layer.dilation, self._kernel, layer.stride)
         return (*x.shape[: -d - 1], *((n + p - dil * (k - 1) - 1) // step + 1 for n, p, dil, k, step in sizes))
 
     def apply(self, f: Variant, params: Params, x: Tensor) -> Tensor:
@@ -91,7 +99,7 @@ class ConvKind(Kind):
         """Return the patch that each output sees: `(*b, *space, i)`."""
         layer, first = self.layer, x.dim() - self._dims  # the first axis of space
         x = self._padded(x)
-        for k, (size, step, dilation) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation)):
+        for k, (size, step, dilation) in enumerate(zip(self._kernel, layer.stride, layer.dilation)):
             x = x.unfold(first + k, dilation * (size - 1) + 1, step)[..., ::dilation]
         return x.movedim(first - 1, first - 1 + self._dims).flatten(first - 1 + self._dims)
 

@@ -21,6 +21,8 @@ from lora_lite.layers.linear import LinearKind, holds_codes
 from lora_lite.layers.replaced import Functions
 from lora_lite.layers.tensors import Part
 
+_SCALES = ("embed_scale", "scalar_embed_scale")
+
 
 class EmbeddingKind(Kind):
     """`nn.Embedding`: `x` holds ids `(*b)`, `i` is the vocabulary, `o` the width."""
@@ -29,6 +31,8 @@ class EmbeddingKind(Kind):
     by_name: ClassVar[bool] = True
     gives: ClassVar[AbstractSet[str]] = frozenset({"output", "project", "rows", "dropout"})
     state = {"weight": "weight"}  # noqa: RUF012  # read only
+    facts: ClassVar[tuple[str, ...]] = ("padding_idx", "scale_grad_by_freq", *_SCALES)
+    """The attributes of the layer that a lookup depends on."""
     why: ClassVar[str] = "An embedding receives token ids, which are no vectors."
 
     @classmethod
@@ -37,9 +41,13 @@ class EmbeddingKind(Kind):
 
     @classmethod
     def faithful(cls, layer: nn.Module) -> bool:
-        own = type(layer).forward is not nn.Embedding.forward
+        return layer.max_norm is None and cls.known(layer)  # `max_norm` writes to the weight
+
+    @classmethod
+    def known(cls, layer: nn.Module) -> bool:
+        """Whether the forward of an embedding is torch's, or one of transformers' that scales what it looks up."""
         scaled = type(layer).__name__.endswith("ScaledWordEmbedding") and hasattr(layer, "embed_scale")
-        return layer.max_norm is None and (scaled or not own)  # `max_norm` writes to the weight
+        return scaled or type(layer).forward is nn.Embedding.forward
 
     @property
     def weight(self) -> Tensor:
@@ -49,11 +57,11 @@ class EmbeddingKind(Kind):
 
     @property
     def in_features(self) -> int:
-        return self.layer.num_embeddings
+        return self.layer.weight.shape[0]  # a table that was put in place may have other rows than `num_embeddings`
 
     @property
     def out_features(self) -> int:
-        return self.layer.embedding_dim
+        return self.layer.weight.shape[1]
 
     @property
     def device(self) -> torch.device:
@@ -64,7 +72,7 @@ class EmbeddingKind(Kind):
         return self.layer.weight.dtype
 
     def _scale(self, like: Tensor) -> Any:
-        scale = getattr(self.layer, "embed_scale", None)
+        scale = getattr(self.layer, "embed_scale", None) if "embed_scale" in self.facts else None
         if not isinstance(scale, Tensor):
             return scale
         if scale.is_meta and not like.is_meta:  # the weights of an outline come from files, which hold no such buffer
@@ -115,8 +123,7 @@ class EmbeddingKind(Kind):
 
     def _to(self, where: torch.dtype | str) -> "EmbeddingKind":
         """Return the same lookup in another dtype or on another device, in evaluation mode."""
-        names = ("num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq", "embed_scale", "scalar_embed_scale")
-        facts = {name: getattr(self.layer, name) for name in names if hasattr(self.layer, name)}
+        facts = {name: getattr(self.layer, name) for name in self.facts if hasattr(self.layer, name)}
         constants = {name: c.to(where) if isinstance(where, str) else c for name, c in self.constants.items()}
         weight = self.layer.weight.to(where) if isinstance(where, str) else self.layer.weight
         layer = SimpleNamespace(weight=weight, training=False, **facts)

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lora_lite.core.tree import modules_by_path
 from lora_lite.layers.kind import Kind
@@ -28,9 +29,14 @@ def find(model: nn.Module, site: str, kinds: Sequence[type[Kind]] = ()) -> Found
     for path, module in modules_by_path(model).items():
         for kind in (*kinds, *candidates(module)):
             for place in kind.places(path, module, lambda m: kind_of(m, kinds)) if kind.site == site else ():
-                if place == path or path not in found:  # a layer that is a target itself keeps its parameters
+                if place == path or _owner(path, module) not in found:  # a layer that is a target itself keeps its parameters
                     found.setdefault(place, kind)
     return _outermost_blocks(found) if site == "block" else found
+
+
+def _owner(path: str, module: nn.Module) -> str:
+    """Return the path of the module whose parameters a module holds: those of a parametrization are the layer's around it."""
+    return ".".join(path.split(".")[:-2]) if isinstance(module, ParametrizationList) else path
 
 
 def _outermost_blocks(found: Found) -> Found:

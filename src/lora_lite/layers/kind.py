@@ -73,8 +73,10 @@ class Kind(Tensors):
     """Whether the variant is called with the layer's inputs. Where it is evaluated at the identity alone, it has to be linear."""
     takes_shifts: ClassVar[bool] = True
     """Whether a variant may add to the output: not where the model reads the weight in place of calling the layer."""
+    keeps_forward: ClassVar[bool] = False
+    """Whether the layer keeps its own forward, which finds the adapted weight."""
     by_product: ClassVar[bool] = False
-    """Whether the layer keeps its own forward, whose product with the weight reaches the variant."""
+    """Whether the product with the weight in such a forward reaches the variant."""
     why: ClassVar[str] = ""
     """The reason why a part is lacking, in one sentence, for the error that refuses a variant."""
 

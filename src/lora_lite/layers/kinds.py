@@ -23,7 +23,7 @@ from lora_lite.layers.kind import Kind
 from lora_lite.layers.linear import Conv1DKind, FalconKind, LinearKind
 from lora_lite.layers.module import ModuleKind
 from lora_lite.layers.norm import NormKind
-from lora_lite.layers.own_forward import OwnForwardKind
+from lora_lite.layers.own_forward import OwnForwardConvKind, OwnForwardEmbeddingKind, OwnForwardKind, OwnForwardTransposedKind
 from lora_lite.layers.parameter import ParameterKind
 from lora_lite.layers.tensor_class import QuantoKind, TensorClassKind
 from lora_lite.layers.transposed import TransposedConvKind
@@ -38,6 +38,7 @@ KINDS: tuple[type[Kind], ...] = (
         TensorClassKind,
     ),  # before the linear layers that some of these are subclasses of
     *(FalconKind, OwnForwardKind, LinearKind, Conv1DKind),
+    *(OwnForwardEmbeddingKind, OwnForwardConvKind, OwnForwardTransposedKind),
     *(EmbeddingKind, ConvKind, GroupedConvKind, TransposedConvKind, NormKind, ModuleKind, BlockKind),
     *(ExpertsKind, ParameterKind),  # last: parameters of modules that no other kind reads
 )

@@ -1,8 +1,8 @@
-"""Subclasses of `nn.Linear` with a forward of their own: routers of mixtures, heads that scale their logits, projections in groups.
+"""Subclasses of torch's layers with a forward of their own: routers of mixtures, projections in groups, causal convolutions.
 
-The forward stays, and whatever it does with the weight is done with the adapted one. Its product `F.linear(x, weight, bias)`, which
-`super().forward(x)` is, reaches the variant as a call of a linear layer does, so that inputs are dropped there and each row of a mixed
-batch has its own params. Any other use of the weight reads the variant's function at the identity.
+The forward stays, and whatever it does with the weight is done with the adapted one. The product `F.linear(x, weight, bias)` of a linear
+layer, which `super().forward(x)` is, reaches the variant as a call of a linear layer does, so that inputs are dropped there and each row
+of a mixed batch has its own params. Any other use of the weight reads the variant's function at the identity.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,8 +12,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lora_lite.layers.access import first_of
+from lora_lite.layers.convolution import GroupedConvKind
+from lora_lite.layers.embedding import EmbeddingKind
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.linear import LinearKind
+from lora_lite.layers.transposed import TransposedConvKind
 
 
 class OwnForwardKind(LinearKind):
@@ -23,6 +26,7 @@ class OwnForwardKind(LinearKind):
     why: ClassVar[str] = (
         "Its class has a forward of its own, and calibration sees the inputs of that, which need not be those of its product."
     )
+    keeps_forward: ClassVar[bool] = True
     by_product: ClassVar[bool] = True
 
     @classmethod
@@ -47,3 +51,60 @@ class OwnForwardKind(LinearKind):
 
     def frozen(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         return self(first_of(args, kwargs))
+
+
+class _Read(Kind):
+    """A layer whose own forward reads its weight, as the module around a bare parameter does."""
+
+    why: ClassVar[str] = (
+        "Its class has a forward of its own, which reads the weight: all rows see the same one, and there is no input to drop or to "
+        "calibrate on."
+    )
+    keeps_forward: ClassVar[bool] = True
+    sees_inputs: ClassVar[bool] = False
+    takes_shifts: ClassVar[bool] = False
+
+    def sharer(self, module: nn.Module) -> Kind | None:
+        return None
+
+    def bind(self, layer: nn.Module, binding: Any) -> None:
+        """Leave the layer's own forward: it reads the weight."""
+
+
+class OwnForwardConvKind(_Read, GroupedConvKind):
+    """A convolution whose class has another forward: causal ones, and those that standardise their kernel."""
+
+    @classmethod
+    def fits(cls, layer: nn.Module) -> bool:
+        return cls.may_fit(type(layer)) and not super().faithful(layer)
+
+    @classmethod
+    def faithful(cls, layer: nn.Module) -> bool:
+        return True
+
+
+class OwnForwardTransposedKind(_Read, TransposedConvKind):
+    """The same of a transposed convolution."""
+
+    @classmethod
+    def fits(cls, layer: nn.Module) -> bool:
+        return cls.may_fit(type(layer)) and not super().faithful(layer)
+
+    @classmethod
+    def faithful(cls, layer: nn.Module) -> bool:
+        return True
+
+
+class OwnForwardEmbeddingKind(_Read, EmbeddingKind):
+    """An embedding whose class has another forward: positions that are counted from an offset."""
+
+    gives: ClassVar[AbstractSet[str]] = EmbeddingKind.gives - {"dropout"}
+    facts: ClassVar[tuple[str, ...]] = ("padding_idx", "scale_grad_by_freq")
+
+    @classmethod
+    def fits(cls, layer: nn.Module) -> bool:
+        return super().fits(layer) and not cls.known(layer)
+
+    @classmethod
+    def faithful(cls, layer: nn.Module) -> bool:
+        return layer.max_norm is None

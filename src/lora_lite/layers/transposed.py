@@ -58,11 +58,11 @@ class TransposedConvKind(GroupedConvKind):
 
     def _space(self, x: Tensor) -> tuple[int, ...]:
         layer, d = self.layer, self._dims
-        sizes = zip(x.shape[-d:], layer.stride, layer.padding, layer.dilation, layer.kernel_size, self._extra(x))
+        sizes = zip(x.shape[-d:], layer.stride, layer.padding, layer.dilation, self._kernel, self._extra(x))
         return (*x.shape[: -d - 1], *((n - 1) * step - 2 * p + dil * (k - 1) + e + 1 for n, step, p, dil, k, e in sizes))
 
     def project(self, x: Tensor, A: Tensor, dropout: float = 0.0) -> Tensor:
-        return self._convolve(x, A.view(len(A), *self.layer.weight.shape[:1], *self.layer.kernel_size).transpose(0, 1))
+        return self._convolve(x, A.view(len(A), *self.layer.weight.shape[:1], *self._kernel).transpose(0, 1))
 
     def apply(self, f: Variant, params: Params, x: Tensor) -> Tensor:
         if self.layer.groups == 1 and not {"vectors", "rows"} & set(f.uses):

@@ -44,7 +44,7 @@ def uncalled(model: nn.Module, target: Target, cfg: AdapterConfig, inside: bool)
     if keeper is not None:
         return f"on a layer that {keeper} keeps outside of its modules too: PEFT puts its own into the modules alone"
     sums = cfg.name in _SUMS and not getattr(cfg, "lora_bias", False)
-    if target.kind.by_product and not inside and _differs(layer, sums):
+    if target.kind.keeps_forward and not inside and (not target.kind.by_product or _differs(layer, sums)):
         return f"on a {type(layer).__name__}, which has a forward of its own: PEFT's update stays outside of it, ours is inside"
     return None
 
