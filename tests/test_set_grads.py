@@ -118,3 +118,23 @@ def test_what_value_and_grad_returns_whole_is_refused(adapt):
         ll.set_grads(params, found)
     with pytest.raises(TypeError, match="expected params as a tree"):
         ll.set_grads(ll.tree_leaves(params), found[1])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ll.tree_leaves,
+        lambda t: ll.tree_map(torch.zeros_like, t),
+        lambda t: ll.set_grads(t, copy.deepcopy(t)),
+        lambda t: ll.lora_plus(t, 1.0),
+    ],
+)
+def test_tree_of_trees_is_refused_by_name_and_each_is_taken(adapt, call):
+    joint = {"adapter": adapt.init(), "heads": {"a": {"w": torch.ones(3)}}}
+    with pytest.raises(TypeError, match=r"expected .*tree \{target path.* at \"adapter\".* by itself"):
+        call(joint)
+    _, grads = ll.value_and_grad(lambda t: loss(adapt, t["adapter"], torch.randn(2, 6)) + t["heads"]["a"]["w"].sum())(joint)
+    for name, tree in joint.items():
+        call(tree)
+        ll.set_grads(tree, grads[name])
+    assert all(leaf.grad is not None for tree in joint.values() for leaf in ll.tree_leaves(tree))
