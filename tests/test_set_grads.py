@@ -127,3 +127,21 @@ def test_none_for_a_leaf_leaves_it_without_a_gradient(adapt):
     assert all((leaf.grad is None) == (name == "B") for leaves in params.values() for name, leaf in leaves.items())
     with pytest.raises(TypeError, match="expected grads as a tree"):
         ll.set_grads(params, {**params, "2": {"A": None}})
+@pytest.mark.parametrize(
+    "call",
+    [
+        ll.tree_leaves,
+        lambda t: ll.tree_map(torch.zeros_like, t),
+        lambda t: ll.set_grads(t, copy.deepcopy(t)),
+        lambda t: ll.lora_plus(t, 1.0),
+    ],
+)
+def test_tree_of_trees_is_refused_by_name_and_each_is_taken(adapt, call):
+    joint = {"adapter": adapt.init(), "heads": {"a": {"w": torch.ones(3)}}}
+    with pytest.raises(TypeError, match=r"expected .*tree \{target path.* at \"adapter\".* by itself"):
+        call(joint)
+    _, grads = ll.value_and_grad(lambda t: loss(adapt, t["adapter"], torch.randn(2, 6)) + t["heads"]["a"]["w"].sum())(joint)
+    for name, tree in joint.items():
+        call(tree)
+        ll.set_grads(tree, grads[name])
+    assert all(leaf.grad is not None for tree in joint.values() for leaf in ll.tree_leaves(tree))

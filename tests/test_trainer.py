@@ -195,6 +195,28 @@ def test_an_adapted_head_is_refused_where_the_trainer_reads_its_weight(tmp_path)
     Both(plain, plain.init(), args=arguments(tmp_path, eval_strategy="no"), train_dataset=rows())
 
 
+def test_reference_that_is_moved_has_memory_of_its_own(tmp_path):
+    class Synced(tf.Trainer):
+        def __init__(self, model, ref_model=None, **options):
+            super().__init__(model, **options)
+            self.ref_model, self.args.sync_ref_model = ref_model, True  # as TRL's, which mixes all parameters in place
+
+    class Both(AdapterSaving, Synced):
+        pass
+
+    model, adapt, params = started()
+    start = functools.partial(Both, adapt, params, args=arguments(tmp_path, eval_strategy="no"), train_dataset=rows())
+    for reference, found in ((adapt.module(params), "the same memory at"), (model, "the same memory at"), (None, "without the adapter's")):
+        with pytest.raises(ValueError, match=rf"expected for sync_ref_model .* found .*{found}.*copy\.deepcopy"):
+            start(ref_model=reference)
+    trainer, before = start(ref_model=copy.deepcopy(adapt.module(params))), copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        for its, own in zip(trainer.ref_model.parameters(), trainer.model.parameters(), strict=True):
+            its.mul_(0.5).add_(own, alpha=0.5)
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert_trees_equal(adapt.params(trainer.ref_model), params)
+
+
 def test_foreign_checkpoint_is_an_error(tmp_path):
     _, adapt, params = started()
     trainer_of("adapter", adapt, params, arguments(tmp_path)).train()

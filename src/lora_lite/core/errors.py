@@ -87,15 +87,26 @@ def require_fitting(call: str, faults: list[str]) -> None:
         )
 
 
-def require_tree(call: str, name: str, tree: object) -> None:
+def require_tree(call: str, name: str, tree: object, expected: str = "a tree {target path: {name: tensor}}") -> None:
     """Raise a TypeError unless an argument is a params tree. The arguments are those of `require_type`."""
-    require_type(is_tree(tree), call, name, "a tree {target path: {name: tensor}}", tree)
+    if (fault := tree_fault(tree)) is not None:
+        found = type(tree).__name__ + (f" with {fault}" if fault else "")
+        raise TypeError(f"{call.partition('(')[0]}: expected {name} as {expected}, found {found}. Call {call}.")
 
 
-def is_tree(tree: object) -> bool:
-    """Whether an object is laid out as a params tree, `{target path: {name: tensor}}`."""
-    rows: Iterable[Any] = tree.values() if isinstance(tree, Mapping) else [None]
-    return all(is_mapping(leaves) and all(isinstance(leaf, torch.Tensor) for leaf in leaves.values()) for leaves in rows)
+def tree_fault(tree: object) -> str | None:
+    """Return the place where an object is not laid out as `{target path: {name: tensor}}`: empty for all of it, None for nowhere."""
+    if not isinstance(tree, Mapping):
+        return ""
+    for path, leaves in tree.items():
+        if not is_mapping(leaves):
+            return f'{type(leaves).__name__} at "{path}"'
+        for name, leaf in leaves.items():
+            if is_mapping(leaf):
+                return f'a tree at "{path}", which has to be passed by itself'
+            if not isinstance(leaf, torch.Tensor):
+                return f'{type(leaf).__name__} at "{path}" "{name}"'
+    return None
 
 
 def is_mapping(value: Any) -> bool:

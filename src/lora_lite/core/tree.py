@@ -101,7 +101,7 @@ def tree_leaves(tree: Mapping[str, Mapping[str, Any]]) -> list[Any]:
     """List the leaves of a params tree, always in the same order.
 
     Raises:
-        TypeError: where `tree` is no tree.
+        TypeError: where `tree` is no tree, or one of trees, as of an adapter beside a head: each has leaves of its own.
 
     Example:
         >>> import torch, lora_lite as ll
@@ -110,10 +110,13 @@ def tree_leaves(tree: Mapping[str, Mapping[str, Any]]) -> list[Any]:
         [(2, 8), (4, 2)]
     """
     try:
-        return [leaf for leaves in tree.values() for leaf in leaves.values()]
+        found = [leaf for leaves in tree.values() for leaf in leaves.values()]
     except (AttributeError, RuntimeError):
         _require_trees("tree_leaves", tree)
         raise
+    if any(isinstance(leaf, Mapping) for leaf in found):
+        _require_trees("tree_leaves", tree)
+    return found
 
 
 def tree_map(
@@ -160,6 +163,12 @@ def _require_trees(call: str, first: Any, *others: Any) -> None:
             raise TypeError(
                 f"{call}: expected a tree {{target path: {{name: tensor}}}}, found {what}. Pass params as adapt.init returns them, or "
                 "adapt.params(module)."
+            )
+        nested = next((path for path, leaves in tree.items() for leaf in leaves.values() if isinstance(leaf, Mapping)), None)
+        if nested is not None:
+            raise TypeError(
+                f'{call}: expected a tree {{target path: {{name: tensor}}}}, found one of trees, with another at "{nested}". Pass each by '
+                "itself, and put what comes of them together."
             )
     for other in others:
         for path, leaves in first.items():

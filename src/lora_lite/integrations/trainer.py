@@ -36,7 +36,7 @@ class AdapterSaving:
 
     Raises:
         ValueError: where `params` does not fit, the arguments ask for FSDP or DeepSpeed, which save in their own way, or the output head is
-            adapted and the trainer reads its weight.
+            adapted and the trainer reads its weight; where `sync_ref_model` would move a reference that shares the base weights.
         TypeError: where `adapt` is no `Adapt`, or a model is given beside it.
     """
 
@@ -66,6 +66,8 @@ class AdapterSaving:
         super().__init__(model=module, **options)  # type: ignore[call-arg]
         if vars(self.model).get("forward") is not called:  # as TRL's trainers do, to compute the head's output in parts
             self._require_called_head()
+        if getattr(self.args, "sync_ref_model", False):
+            self._require_own_reference()
 
     def _require_called_head(self) -> None:
         """Raise where the output head is a target: a trainer that replaces the model's forward reads the head's weight."""
@@ -75,6 +77,19 @@ class AdapterSaving:
             raise ValueError(
                 f'{type(self).__name__}: expected an output head that is not adapted, found "{adapted[0]}" among the targets. This trainer '
                 f"reads the head's weight, and the adapter would have no part in the loss. Leave it out: exclude_names=({adapted[0]!r},)."
+            )
+
+    def _require_own_reference(self) -> None:
+        """Raise unless the reference has the model's parameters in memory of its own: TRL's `sync_ref_model` writes to each of them."""
+        reference = getattr(self, "ref_model", None)
+        own, its = dict(self.model.named_parameters()), {} if reference is None else dict(reference.named_parameters())
+        shared = [name for name in own if name in its and own[name].data_ptr() == its[name].data_ptr()]
+        if own.keys() != its.keys() or shared:
+            found = f"the same memory at {listed(shared, 2)}" if shared else "a model without the adapter's, or none"
+            raise ValueError(
+                f"{type(self).__name__}: expected for sync_ref_model a reference with the model's parameters in memory of its own, since "
+                f"it moves them all, found {found}. Pass ref_model=copy.deepcopy(adapt.module(params)) where the trainer takes one, or "
+                "leave sync_ref_model off."
             )
 
     def params(self) -> Tree:

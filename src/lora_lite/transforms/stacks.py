@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.adapt import Adapt
-from lora_lite.core.errors import is_tree, listed, require_type, trainable
+from lora_lite.core.errors import listed, require_tree, require_type, trainable
 from lora_lite.core.tracing import in_transform
 from lora_lite.core.tree import AnyTree, Tree
 from lora_lite.derived.mixed import place_of_leaf, stack_trees, unstack_tree
@@ -78,7 +78,7 @@ def stack(trees: Iterable[Any], pad: Pad = False, adapt: Adapt | None = None) ->
         require_same_weights("stack", [*(own for own, _ in trees), host])
         return host, stack_trees(members)
     for k, tree in enumerate(trees):
-        require_type(is_tree(tree), "stack([params, params, ...])", f"tree {k}", "a params tree", tree)
+        require_tree("stack([params, params, ...])", f"tree {k}", tree, "a params tree")
         _require_dense(tree, k)
     if adapt is not None:
         raise ValueError("stack: expected pairs (adapt, params) beside an adapt, found trees, which do not say their own. Pass pairs.")
@@ -137,7 +137,7 @@ def unstack(stacked: AnyTree, like: Sequence[Any] | None = None, adapt: Adapt | 
         raise ValueError(f"unstack: expected {len(members)} trees in like, one for each member, found {len(like)}.")
     if not all(_is_pair(tree) for tree in like):
         for k, tree in enumerate(like):
-            require_type(is_tree(tree), call, f"tree {k} of like", "a params tree", tree)
+            require_tree(call, f"tree {k} of like", tree, "a params tree")
         return [_cut(member, tree, {}, k) for k, (member, tree) in enumerate(zip(members, like))]
     host = host_of(like, adapt)
     scales = [{} if own is host else factors_in(host, own, k, "frozen") for k, (own, _) in enumerate(like)]
