@@ -81,8 +81,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[K
     _check_names(model, cfg, list(known), in_blocks, list(everything))
     if cfg.adapts == "linear":
         refuse_half(model, cfg, list(everything), chosen, wanted)
-    d_model = width_of(model, kinds)
-    shared = sharing(model)
+    d_model, shared = width_of(model, kinds), sharing(model)
     chosen = outermost(chosen) if cfg.adapts == "module" else chosen
     found = [_target(model, path, known[path], cfg, d_model, shared) for path in chosen]
     taken = {t.path: t for t in found if t is not None}

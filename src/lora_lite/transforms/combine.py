@@ -60,9 +60,9 @@ def combine(
         over theirs.
 
     Raises:
-        ValueError: where a tree does not fit its adapt, adapts are of other weights, a variant is not linear, a module is trained as a
-            whole in one adapter and adapted in another, or an argument is out of range; it names each target. For trees of a
-            `torch.func` transform, and for weights that `torch.vmap` maps over.
+        ValueError: where a tree does not fit its adapt or is of a `torch.func` transform, `torch.vmap` maps over the weights, adapts are of
+            other weights, a variant is not linear, a module is trained as a whole in one adapter and adapted in another, or an argument is
+            out of range; it names each target.
         TypeError: where an argument is of another type, as in another order.
 
     Example:
@@ -82,8 +82,7 @@ def combine(
     if tracked:
         _require_differentiable(how, method, r)
     require_type(isinstance(seed, Integral) and not isinstance(seed, bool), CALL, "seed", "an integer", seed)
-    places = places_of(parts)
-    _require_rank(r, places)
+    _require_rank(r, places := places_of(parts))
     return _combined(parts, shown(places, "combine", progress), strengths, how, r, density, seed)
 
 
