@@ -127,6 +127,8 @@ def test_none_for_a_leaf_leaves_it_without_a_gradient(adapt):
     assert all((leaf.grad is None) == (name == "B") for leaves in params.values() for name, leaf in leaves.items())
     with pytest.raises(TypeError, match="expected grads as a tree"):
         ll.set_grads(params, {**params, "2": {"A": None}})
+
+
 @pytest.mark.parametrize(
     "call",
     [
