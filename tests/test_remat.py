@@ -609,7 +609,10 @@ def test_hook_that_keeps_what_has_no_gradient_is_refused_by_name():
     model[0][1].register_forward_hook(lambda module, args, output: kept.append(output))
     adapt = ll.build(model, ll.LoRAConfig(r=2), remat="^0$")
     params = move(adapt.init())
-    for _, run in _losses(adapt, params, x):
+    for name, run in _losses(adapt, params, x):
+        if name == "dual numbers":  # blocks run as they are, and what is kept has its tangent
+            run()
+            continue
         with pytest.raises(ValueError, match=r'a hook that keeps an output of "1", which would have no gradient.*without remat'):
             run()
     with torch.no_grad():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_lite.adapt import Adapt
 from lora_lite.clone.checkpointing import check_pattern
-from lora_lite.clone.structure import clone_module, refuse_uncopied
+from lora_lite.clone.structure import clone_module
 from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.config_json import from_json, to_file
@@ -28,6 +28,7 @@ from lora_lite.prepare.checks import check_entries
 from lora_lite.prepare.derive import groups_of
 from lora_lite.prepare.heads import new_heads
 from lora_lite.prepare.targets import sharing
+from lora_lite.prepare.worn import refuse_unadaptable
 from lora_lite.variants import VARIANTS
 
 
@@ -171,7 +172,7 @@ def bound(
         FileNotFoundError: where there is no file.
         ValueError: where the file is damaged, foreign or of another model.
     """
-    refuse_uncopied(model)
+    refuse_unadaptable(model)
     header, tensors = read(path)
     configs = _configs(header, known, path)
     entries, faults = _entries(model, header.targets, configs, kinds)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import nn
 
 from lora_lite.clone.adapter import adapters
+from lora_lite.clone.structure import refuse_uncopied
 from lora_lite.core.config import AdapterConfig, patterns_of
 from lora_lite.core.errors import listed
 from lora_lite.core.tree import modules_by_path
@@ -25,6 +26,16 @@ def refuse_bound(model: nn.Module) -> None:
             "on the model itself: with both configs, build(model, [first, second]); or with the first adapter in its weights, "
             "model.load_state_dict(adapt.merge(params), strict=False)."
         )
+
+
+def refuse_unadaptable(model: nn.Module) -> None:
+    """Refuse a model that no config can adapt, before a file is read: a module of ours, and one of which no copy runs.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    refuse_bound(model)
+    refuse_uncopied(model)
 
 
 def wrappers(model: nn.Module) -> dict[str, nn.Module]:

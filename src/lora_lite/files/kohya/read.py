@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lora_lite.adapt import Adapt
 from lora_lite.build import build
-from lora_lite.clone.structure import refuse_uncopied
 from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import require_type, several, tree_faults
@@ -33,6 +32,7 @@ from lora_lite.layers.find import Found, find
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import as_kinds
 from lora_lite.layers.transposed import CLASSES as TRANSPOSED
+from lora_lite.prepare.worn import refuse_unadaptable
 
 FILE = "pytorch_lora_weights.safetensors"
 _PLAIN = ("lora", "mica")
@@ -100,7 +100,7 @@ def _read(call: str, model: Any, path: Any, prefix: Any, remat: str | None, kind
     require_type(isinstance(path, str | os.PathLike), usage, "path", "the path of a file", path)
     require_type(prefix is None or isinstance(prefix, str), usage, "prefix", 'a string, e.g. "lora_unet"', prefix)
     kinds = as_kinds(kinds)
-    refuse_uncopied(model)
+    refuse_unadaptable(model)
     place = Path(path) / FILE if Path(path).is_dir() else Path(path)
     if place.is_file() and (folder := around(place)) is not None:
         raise ValueError(

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from lora_lite.adapt import Adapt
 from lora_lite.build import build
-from lora_lite.clone.structure import refuse_uncopied
 from lora_lite.core.alike import made_alike
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import listed, require_type, several, tree_faults
@@ -35,6 +34,7 @@ from lora_lite.files.safetensors_file import tensors_of, widened
 from lora_lite.layers.find import find
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import as_kinds
+from lora_lite.prepare.worn import refuse_unadaptable
 from lora_lite.variants.bitfit import BitFitConfig
 from lora_lite.variants.oft import project
 
@@ -79,7 +79,7 @@ def from_peft(
     call = "from_peft(model, directory)"
     require_type(isinstance(directory, str | os.PathLike), call, "directory", "the path of a folder", directory)
     require_type(isinstance(subfolder, str), "from_peft(model, directory, subfolder=name)", "subfolder", "the name of a folder", subfolder)
-    refuse_uncopied(model)
+    refuse_unadaptable(model)
     folder, kinds = folder_of(directory, revision, subfolder), as_kinds(kinds)
     fields = present_fields(_read_fields(folder / CONFIG))
     check_fields(fields, folder / CONFIG)
