@@ -2318,8 +2318,9 @@ def test_weights_from_a_list_of_parameters_are_the_adapted_ones_where_compiled(h
     adapt = ll.build(model, ll.LoRAConfig(r=2))
     params = move(adapt.init())
     want = of_lists(x, adapt.merge(params)["lin.weight"], how)
-    # The compiler asks the class whether "path" is a parameter, and in torch 2.15 traces no state_dict of any module.
-    whole = how != "path" and _compiles_whole(model, x, how)
+    if how == "state" and not _compiles_whole(model, x, how):
+        pytest.skip("this torch traces no state_dict of any module, as 2.15 does not")
+    whole = how != "path"  # the compiler asks the class whether that is a parameter
     try:
         torch.testing.assert_close(torch.compile(lambda p: adapt(p, (x, how)), backend="eager", fullgraph=whole)(params), want)
         torch.testing.assert_close(torch.compile(adapt.module(params), backend="eager", fullgraph=whole)(x, how), want)
