@@ -74,6 +74,20 @@ def test_groups_generate_without_an_index(tiny):
     assert torch.equal(got, alone(adapt, members, WAYS["beams"], [0, 0, 1, 1]))
 
 
+@torch.no_grad()
+def test_inputs_may_be_expanded_by_a_static_method(tiny, monkeypatch):
+    """As in transformers 5.17, where the module itself was taken for the size."""
+    own = tf.LlamaForCausalLM._expand_inputs_for_generation
+
+    def expand(expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
+        return own(None, expand_size, is_encoder_decoder, input_ids, **kwargs)
+
+    monkeypatch.setattr(tf.LlamaForCausalLM, own.__name__, staticmethod(expand))
+    adapt, members = started(tiny)
+    got = adapt.module(ll.stack(members[:2])).generate(PROMPTS, attention_mask=MASK, **WAYS["beams"], **SETTINGS)
+    assert torch.equal(got, alone(adapt, members, WAYS["beams"], [0, 0, 1, 1]))
+
+
 class OneByOne(tf.LlamaForCausalLM):
     """A model whose forward runs each row through the module of its own adapter."""
 

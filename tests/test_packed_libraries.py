@@ -117,6 +117,8 @@ def autogptq(bits):
 
 def fp8(block):
     module = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    if not hasattr(module, "_dequantize_fp8_weight"):
+        pytest.skip("this transformers has no function for the dense weight")
     i, o = 64, 32
     layer = module.FP8Linear(i, o, block_size=block, has_bias=True).requires_grad_(False)
     layer.weight.copy_(linear(i, o).weight)

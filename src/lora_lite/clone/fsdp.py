@@ -80,7 +80,15 @@ def wake(clone: nn.Module, sharding: Sharding) -> nn.Module:
     held_apart = placeholders(clone)
     for block in (*_blocks(clone, sharding.blocks), clone):
         # The root too is resharded: its embeddings would otherwise stay whole in each of the clones.
-        fully_shard(block, mesh=sharding.mesh, reshard_after_forward=True, ignored_params=held_apart)
+        try:
+            fully_shard(block, mesh=sharding.mesh, reshard_after_forward=True, ignored_params=held_apart)
+        except RuntimeError as e:
+            if "floating point" not in str(e):
+                raise
+            raise ValueError(
+                f"adapt.shard: expected a torch whose fully_shard takes packed weights, found {torch.__version__}. Install torch 2.13 or "
+                "later, or split the dense model."
+            ) from e
     for module, name, part in parts:  # before its first forward FSDP takes what it finds in its parameters' places
         module._parameters[name] = part
     return clone

@@ -4,6 +4,7 @@ A module is called with caches and one token at a time, where the rows of a targ
 the rows are those that the batch has, and what a trial of the first call with arguments of a form has shown.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -186,7 +187,9 @@ def _expand(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
 
 
 def _own(module: nn.Module, state: RowState, name: str) -> Any:
-    return state.own[name] if name in state.own else partial(getattr(type(module), name), module)
+    if name in state.own:
+        return state.own[name]
+    return inspect.getattr_static(type(module), name).__get__(module, type(module))  # a method, or a static one of older transformers
 
 
 def _prompts(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
