@@ -236,12 +236,13 @@ def _require_followed(stand_in: ReadTensor) -> None:
     """
     frame: Any = sys._getframe(1)
     while frame is not None:
-        code, own = frame.f_code, frame.f_locals
-        given = [own.get(name) for name in code.co_varnames[: code.co_argcount + bool(code.co_flags & inspect.CO_VARARGS)]]
-        whole = any(value is stand_in or (isinstance(value, tuple) and any(v is stand_in for v in value)) for value in given)
-        if whole and (name := _function_of(code)):
+        code = frame.f_code
+        if (name := _function_of(code)) is not None:
+            own = frame.f_locals
+            given = [own.get(name) for name in code.co_varnames[: code.co_argcount + bool(code.co_flags & inspect.CO_VARARGS)]]
             ctx = next((value for value in given if hasattr(value, "needs_input_grad")), None)
-            if stand_in.binding.W.training or any(getattr(ctx, "needs_input_grad", ())):
+            whole = any(value is stand_in or (isinstance(value, tuple) and any(v is stand_in for v in value)) for value in given)
+            if whole and (stand_in.binding.W.training or any(getattr(ctx, "needs_input_grad", ()))):
                 raise RuntimeError(
                     f'adapt: at "{stand_in.binding.path}" expected a weight that autograd follows, found it given to {name}, an autograd '
                     "Function, through which the adapter would get no gradient. Leave the layer out, "
@@ -250,6 +251,7 @@ def _require_followed(stand_in: ReadTensor) -> None:
         frame = frame.f_back
 
 
+@functools.lru_cache(maxsize=4096)  # it is asked of every frame below a weight that is read
 def _function_of(code: Any) -> str | None:
     """Return the name of the autograd Function whose forward has this code, if one has. Its `apply` leaves no frame in torch 2.15."""
     classes: list[Any] = [torch.autograd.Function]

@@ -30,13 +30,8 @@ from lora_lite.layers.transposed import TransposedConvKind
 
 KINDS: tuple[type[Kind], ...] = (
     *(Linear4bitKind, Linear8bitKind, HQQKind, GPTQModelKind, AutoGPTQKind, AWQKind, GPTQModelAWQKind),
-    *(
-        FP8Kind,
-        RowFP8Kind,
-        CompressedTensorsKind,
-        QuantoKind,
-        TensorClassKind,
-    ),  # before the linear layers that some of these are subclasses of
+    # Before the linear layers that some of these are subclasses of.
+    *(FP8Kind, RowFP8Kind, CompressedTensorsKind, QuantoKind, TensorClassKind),
     *(FalconKind, OwnForwardKind, LinearKind, Conv1DKind),
     *(OwnForwardEmbeddingKind, OwnForwardConvKind, OwnForwardTransposedKind),
     *(EmbeddingKind, ConvKind, GroupedConvKind, TransposedConvKind, NormKind, ModuleKind, BlockKind),

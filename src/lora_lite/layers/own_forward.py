@@ -64,6 +64,14 @@ class _Read(Kind):
     sees_inputs: ClassVar[bool] = False
     takes_shifts: ClassVar[bool] = False
 
+    @classmethod
+    def fits(cls, layer: nn.Module) -> bool:
+        return cls.may_fit(type(layer)) and not super().faithful(layer)
+
+    @classmethod
+    def faithful(cls, layer: nn.Module) -> bool:
+        return True
+
     def sharer(self, module: nn.Module) -> Kind | None:
         return None
 
@@ -74,25 +82,9 @@ class _Read(Kind):
 class OwnForwardConvKind(_Read, GroupedConvKind):
     """A convolution whose class has another forward: causal ones, and those that standardise their kernel."""
 
-    @classmethod
-    def fits(cls, layer: nn.Module) -> bool:
-        return cls.may_fit(type(layer)) and not super().faithful(layer)
-
-    @classmethod
-    def faithful(cls, layer: nn.Module) -> bool:
-        return True
-
 
 class OwnForwardTransposedKind(_Read, TransposedConvKind):
     """The same of a transposed convolution."""
-
-    @classmethod
-    def fits(cls, layer: nn.Module) -> bool:
-        return cls.may_fit(type(layer)) and not super().faithful(layer)
-
-    @classmethod
-    def faithful(cls, layer: nn.Module) -> bool:
-        return True
 
 
 class OwnForwardEmbeddingKind(_Read, EmbeddingKind):

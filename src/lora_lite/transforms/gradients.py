@@ -194,10 +194,10 @@ def _filled(params: AnyTree, grads: Any) -> tuple[Any, set[str]]:
     """Return gradients with the leaf itself for each that is None, and the names of these. What is no tree stays as it is."""
     if not all(isinstance(tree, Mapping) and all(map(is_mapping, tree.values())) for tree in (params, grads)):
         return grads, set()
-    own = flatten(params)
-    none = {where for where, grad in flatten(grads).items() if grad is None and where in own}
+    none = {join(path, name) for path, leaves in grads.items() for name, grad in leaves.items() if grad is None}
     if not none:
         return grads, none
+    own = flatten(params)
     filled = {path: {name: own.get(join(path, name)) if g is None else g for name, g in leaves.items()} for path, leaves in grads.items()}
     return filled, none
 
