@@ -59,6 +59,15 @@ def renormed(module: nn.Module) -> bool:
     return vars(module).get("max_norm") is not None and module._parameters.get("weight") is not None
 
 
+def weight_names(module: nn.Module) -> list[str]:
+    """List a module's parameters as they stand, and then by name those that parametrizations compute, as of experts in 4 bits.
+
+    PEFT nests its adapters of them in this order.
+    """
+    computed: Any = module._modules.get("parametrizations") or ()
+    return [*module._parameters, *sorted(computed)]
+
+
 def raw(layer: nn.Module) -> Any:
     """Return a view of a module whose attributes are its frozen tensors, even where the model reads adapted ones.
 

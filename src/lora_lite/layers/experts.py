@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_lite.core.frozen import Frozen, plus
 from lora_lite.core.tree import join
+from lora_lite.layers.access import weight_names
 from lora_lite.layers.kind import Kind, Params, Run, Variant
 from lora_lite.layers.linear import keeps_codes
 from lora_lite.layers.parameter import ParameterKind
@@ -30,9 +31,9 @@ def has_experts(module: nn.Module) -> bool:
 
 
 def weights_of(module: nn.Module) -> list[str]:
-    """List the weights of experts in a module, in the order of transformers. A parametrization may compute them, as bitsandbytes' do."""
-    computed: Any = module._modules.get("parametrizations") or ()
-    return [name for name in _WEIGHTS if name in module._parameters or name in computed]
+    """List the weights of experts in a module, in the order of transformers."""
+    names = weight_names(module)
+    return [name for name in _WEIGHTS if name in names]
 
 
 def _first(module: Any) -> str:

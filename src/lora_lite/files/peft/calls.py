@@ -23,12 +23,6 @@ _KERNELS = ("out_proj", "conv1d")
 """The layers whose weights Mamba's fused kernels read."""
 
 
-def in_order(module: nn.Module) -> list[str]:
-    """List the weights of a module in the order in which PEFT nests adapters of them: computed ones by name, others as they stand."""
-    computed: Any = module._modules.get("parametrizations") or ()
-    return [*module._parameters, *sorted(computed)]
-
-
 def uncalled(model: nn.Module, target: Target, cfg: AdapterConfig, inside: bool) -> str | None:
     """Return the reason why PEFT computes something else at a layer that the model does not simply call, or None.
 

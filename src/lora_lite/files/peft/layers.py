@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.plan import Target
 from lora_lite.core.tree import join
-from lora_lite.files.peft.calls import in_order, uncalled
+from lora_lite.files.peft.calls import uncalled
 from lora_lite.files.peft.fields import carried, shifts_weights, version_of
 from lora_lite.files.peft.gates import GATE, laid_out
+from lora_lite.layers.access import weight_names
 from lora_lite.layers.convolution import CLASSES, ConvKind
 from lora_lite.layers.embedding import EmbeddingKind
 from lora_lite.layers.kind import Kind
@@ -133,7 +134,7 @@ def with_weights(model: nn.Module, fields: Mapping[str, Any]) -> Mapping[str, An
 
 def _parameters(found: Tensors, at: str, model: nn.Module, path: str, fields: Mapping[str, Any]) -> None:
     asked, module = fields.get("target_parameters") or [], model.get_submodule(path)
-    names = [name for name in in_order(module) if any(f".{join(path, name)}".endswith(f".{a}") for a in asked)]
+    names = [name for name in weight_names(module) if any(f".{join(path, name)}".endswith(f".{a}") for a in asked)]
     taken = [found.pop(at + _WRAPPER * k + key, None) for k in reversed(range(len(names))) for key in (A, B)]
     for name, a, b in zip(names, taken[::2], taken[1::2]):
         if a is None or b is None:
@@ -204,7 +205,7 @@ def as_saved(model: nn.Module, target: Target, tensors: Mapping[str, Tensor], ta
 
 def _wrapped(model: nn.Module, target: Target, tensors: Mapping[str, Tensor], paths: set[str]) -> Tensors:
     parent, _, own = target.path.rpartition(".")
-    names = [name for name in in_order(model.get_submodule(parent)) if join(parent, name) in paths]
+    names = [name for name in weight_names(model.get_submodule(parent)) if join(parent, name) in paths]
     at = join(parent, _WRAPPER * (len(names) - 1 - names.index(own)))
     a, b = tensors[A], tensors[B]
     if a.dim() == 3:
