@@ -64,6 +64,16 @@ class _Read(Kind):
     sees_inputs: ClassVar[bool] = False
     takes_shifts: ClassVar[bool] = False
 
+    def sharer(self, module: nn.Module) -> Kind | None:
+        return None
+
+    def bind(self, layer: nn.Module, binding: Any) -> None:
+        """Leave the layer's own forward: it reads the weight."""
+
+
+class _ReadKernel(_Read):
+    """A convolution that the kind beside this one in the bases would compute otherwise than its class does."""
+
     @classmethod
     def fits(cls, layer: nn.Module) -> bool:
         return cls.may_fit(type(layer)) and not super().faithful(layer)
@@ -72,18 +82,12 @@ class _Read(Kind):
     def faithful(cls, layer: nn.Module) -> bool:
         return True
 
-    def sharer(self, module: nn.Module) -> Kind | None:
-        return None
 
-    def bind(self, layer: nn.Module, binding: Any) -> None:
-        """Leave the layer's own forward: it reads the weight."""
-
-
-class OwnForwardConvKind(_Read, GroupedConvKind):
+class OwnForwardConvKind(_ReadKernel, GroupedConvKind):
     """A convolution whose class has another forward: causal ones, and those that standardise their kernel."""
 
 
-class OwnForwardTransposedKind(_Read, TransposedConvKind):
+class OwnForwardTransposedKind(_ReadKernel, TransposedConvKind):
     """The same of a transposed convolution."""
 
 
