@@ -132,9 +132,9 @@ def test_merge_of_an_embedding_whose_scale_no_file_holds(tmp_path, capsys):
 
 def test_merge_into_one_file_of_any_model(tmp_path, capsys):
     model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8), nn.Conv1d(8, 4, 3))
-    adapt = ll.build(model, [ll.LoRAConfig(r=2, target_names=r"^1$"), ll.LoRAConfig(r=1, target_names=r"^2$")])
+    adapt = ll.build(model, [ll.LoRAConfig(r=2, target_names=r"^[01]$"), ll.LoRAConfig(r=1, target_names=r"^2$")])
     params = moved(adapt.init(seed=0))
-    ll.save(adapt, params, tmp_path / "adapter.safetensors")
+    ll.save(adapt, params, tmp_path / "adapter.safetensors")  # it says which layer is an embedding: no name does
     safetensors.torch.save_file(model.state_dict(), tmp_path / "base.safetensors")
     status, _, err = run(capsys, "merge", tmp_path / "base.safetensors", tmp_path / "adapter.safetensors", tmp_path / "out.safetensors")
     assert status == 0, err

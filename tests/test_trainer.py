@@ -227,6 +227,20 @@ def test_foreign_checkpoint_is_an_error(tmp_path):
     assert_trees_equal(trainer.params(), fresh)
 
 
+@plainly
+def test_checkpoint_of_trainer_itself_is_named_and_its_way_out_works(tmp_path):
+    _, adapt, params = started()
+    plain = trainer_of("plain", adapt, params, arguments(tmp_path))
+    plain.train()
+    last = tmp_path / f"checkpoint-{STEPS}"
+    trainer = trainer_of("adapter", adapt, params, arguments(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"found none, as in the checkpoints of Trainer itself"):
+        trainer.train(resume_from_checkpoint=str(last))
+    module = adapt.module(params)
+    module.load_state_dict(safetensors.torch.load_file(last / "model.safetensors"), strict=False)
+    assert_trees_equal(adapt.params(module), adapt.params(plain.model))
+
+
 @pytest.mark.parametrize(
     ("cfg", "said"),
     [

@@ -1,6 +1,7 @@
 """Merge an adapter into its base model, part by part."""
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from lora_lite.core.errors import listed
 from lora_lite.files.checkpoint import Checkpoint
 from lora_lite.files.durable import require_free
 from lora_lite.files.merge_checkpoint import merge_checkpoint
+from lora_lite.files.outline import tables
 
 DESCRIPTION = """\
 Write the base model with an adapter merged into its weights: the same shards, index, names and dtypes, and the folder's other files
@@ -32,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     """Write the merged model."""
     require_free(args.out)
     adapter = require_place(args.adapter)
-    checkpoint = Checkpoint(args.base)
+    checkpoint = Checkpoint(args.base, functools.partial(tables, [adapter]))
     adapt, params = on(checkpoint, adapter, args.prefix)
     left = merge_checkpoint(checkpoint, adapt, params, args.out, progress=not args.quiet)
     if left and not args.quiet:

@@ -1,5 +1,6 @@
 """An adapter from the disk, with its base model or without."""
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from lora_lite.files.checkpoint import Checkpoint
 from lora_lite.files.kohya import from_kohya
 from lora_lite.files.kohya.names import of_image_tools
 from lora_lite.files.kohya.read import FILE as DIFFUSERS
-from lora_lite.files.outline import Outline, model_of, outline
+from lora_lite.files.outline import Outline, model_of, outline, tables
 from lora_lite.files.peft import from_peft
 from lora_lite.files.peft.hub import CONFIG, around
 from lora_lite.layers.kind import Variant
@@ -54,7 +55,7 @@ def opened(places: Sequence[Path], base: Path | None, prefix: str | None = None)
     """
     places = [require_place(place) for place in places]
     if base is not None:
-        checkpoint = Checkpoint(base)
+        checkpoint = Checkpoint(base, functools.partial(tables, places))
         pairs = [on(checkpoint, place, prefix) for place in places]
         return Opened([adapt for adapt, _ in pairs], [tree for _, tree in pairs], True, [])
     outlines = [outline(place) for place in places]
@@ -105,9 +106,13 @@ def on(checkpoint: Checkpoint, place: Path, prefix: str | None = None) -> tuple[
     except ValueError as e:
         if not checkpoint.lacking:
             raise
+        if checkpoint.known:
+            found = "have no tensors of their own for", "transformers makes these of others"
+        else:
+            found = "do not tell by their shapes alone of what class the layer is at", "as of a transposed convolution"
         raise ValueError(
-            f'{e}\nThe files of "{checkpoint.place}" have no tensors of their own for {listed(checkpoint.lacking)}: transformers makes '
-            "these of others. Load the model and call adapt.merge."
+            f'{e}\nThe files of "{checkpoint.place}" {found[0]} {listed(checkpoint.lacking)}: {found[1]}. Load the model and call '
+            "adapt.merge."
         ) from e
 
 

@@ -6,7 +6,7 @@ tensors. The model is never called, and no more of it is read than what is asked
 
 import importlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,18 @@ class Checkpoint:
     """A base model on the disk.
 
     `model` has its modules, `names` the names in the files of each parameter, and `lacking` the paths of the modules left out,
-    for which the files have no tensors: transformers makes some modules of several tensors.
+    for which the files have no tensors: transformers makes some modules of several tensors. `known` is whether transformers built it.
 
     Args:
         place: a folder with safetensors files and, of a transformers model, its `config.json`; or one safetensors file.
+        tables: reads from the adapters at which paths they adapt an embedding, which the shape of a weight does not show.
 
     Raises:
         FileNotFoundError: where there is none.
         ValueError: where a file is damaged or lacking, the weights are packed, or transformers does not know the model.
     """
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, tables: Callable[[], Collection[str]] = tuple) -> None:
         if not place.exists():
             raise FileNotFoundError(
                 f'expected the base model at "{place}", found nothing. Pass a folder with safetensors files, or one such file.'
@@ -50,7 +51,8 @@ class Checkpoint:
                 f'expected plain weights in "{place}", found packed ones (quantization_config in {CONFIG}). Pass the model from before '
                 "quantisation, or load the packed one and call adapt.merge, which makes dense weights of it."
             )
-        self.model = _of_transformers(place, fields) if fields.get("model_type") else inferred(self.mapped)
+        self.known = bool(fields.get("model_type"))
+        self.model = _of_transformers(place, fields) if self.known else inferred(self.mapped, tables())
         self.names = _assigned(self.model, self.mapped)
         self.lacking = _without_weights_removed(self.model)
 

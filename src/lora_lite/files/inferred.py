@@ -1,6 +1,6 @@
 """Modules that follow from the names and shapes of tensors, for checkpoints of no known model."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import nn
@@ -12,11 +12,11 @@ from lora_lite.files.peft.twice import other_places
 _CONVS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 
-def inferred(mapped: Mapped) -> nn.Module:
+def inferred(mapped: Mapped, tables: Collection[str] = ()) -> nn.Module:
     """Return a model on meta of the modules that a checkpoint's tensors belong to.
 
-    A `weight` of two axes is one of an `nn.Linear`, or of an `nn.Embedding` where its name says so; of three to five of a convolution.
-    Stride and padding are not known: the model is there to be merged into, not to be called.
+    A `weight` of two axes is one of an `nn.Linear`, or of an `nn.Embedding` at the paths of `tables` and where its name says so; of three
+    to five of a convolution. Stride and padding are not known: the model is there to be merged into, not to be called.
     """
     root = nn.Module()
     tensors: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -24,7 +24,7 @@ def inferred(mapped: Mapped) -> nn.Module:
         path, _, leaf = name.rpartition(".")
         tensors.setdefault(path, {})[leaf] = place.shape
     for path, shapes in tensors.items():
-        placed(root, path, _layer(path, shapes))
+        placed(root, path, _layer(shapes, path in tables or _named_table(path)))
     return root
 
 
@@ -45,10 +45,14 @@ def placed(root: nn.Module, path: str, layer: nn.Module) -> None:
     above._modules[last] = layer
 
 
-def _layer(path: str, shapes: dict[str, tuple[int, ...]]) -> nn.Module:
+def _named_table(path: str) -> bool:
+    return "emb" in path.rpartition(".")[2].lower() or path.endswith(("wte", "wpe"))
+
+
+def _layer(shapes: dict[str, tuple[int, ...]], table: bool) -> nn.Module:
     weight = shapes.get("weight", ())
     if set(shapes) <= {"weight", "bias"} and len(weight) >= 1:
-        return layer_of(weight, "bias" in shapes, "emb" in path.rpartition(".")[2].lower() or path.endswith(("wte", "wpe")))
+        return layer_of(weight, "bias" in shapes, table)
     return with_parameters(shapes)
 
 

@@ -78,6 +78,11 @@ def _of_header(header: Header, tensors: Mapping[str, Tensor]) -> Outline:
     return Outline(layers, unsure)
 
 
+def tables(places: Iterable[Path]) -> set[str]:
+    """Return the paths at which some of the adapters adapt an embedding."""
+    return {path for place in places for path, layer in outline(place).layers.items() if layer.kind == EmbeddingKind.__name__}
+
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 _INFERRED: dict[str, tuple[tuple[str, ...], Callable[[Shapes], tuple[str, tuple[int, ...]]]]] = {

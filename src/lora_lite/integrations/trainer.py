@@ -111,9 +111,16 @@ class AdapterSaving:
         """Fill the module with the adapter of a checkpoint.
 
         Raises:
+            FileNotFoundError: where the checkpoint holds no adapter, as those of `Trainer` itself.
             ValueError: where the checkpoint's configs are others, or its constants: derived from other weights or other calibration data.
         """
         file, plan = Path(resume_from_checkpoint) / ADAPTER_FILE, self.adapt._plan
+        if not file.is_file():
+            raise FileNotFoundError(
+                f'AdapterTrainer: expected {ADAPTER_FILE} in "{resume_from_checkpoint}", found none, as in the checkpoints of Trainer '
+                "itself. Resume those with Trainer(adapt.module(params)); to go on here, load their model.safetensors into "
+                "adapt.module(params), and start from adapt.params(module)."
+            )
         other, params = load(plan.base, file, variants=list(map(type, self.adapt.configs)), kinds=plan.kinds)
         self.adapt._require(params, "AdapterTrainer")
         there = dict(zip((t.path for t in other.targets), other.configs))
