@@ -1277,14 +1277,24 @@ def test_weight_that_a_start_has_moved_is_named_and_the_way_out_works(start, tmp
     close(adapt(params, batch).logits, theirs(**batch).logits)
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta"])
-def test_second_name_of_a_layers_bias_is_that_bias(name, tmp_path):
+SECOND_NAMES = {
+    "of another layer": ("bert", {}),
+    "of another layer, roberta": ("roberta", {}),
+    "of an adapted layer": ("bert", {"target_modules": ["query", "decoder"]}),
+    "of a whole module": ("bert", {"modules_to_save": ["cls"]}),
+}
+
+
+@pytest.mark.parametrize("case", SECOND_NAMES)
+def test_second_name_of_a_layers_bias_is_that_bias(case, tmp_path):
+    name, options = SECOND_NAMES[case]
     model, batch = tiny_models[name]()
     model.eval()
-    theirs = wrapped(model, peft.LoraConfig(r=2, target_modules=["query"], bias="all"))
+    theirs = wrapped(model, peft.LoraConfig(**{"r": 2, "target_modules": ["query"], "bias": "all", **options}))
     want = theirs(**batch).logits
     theirs.save_pretrained(tmp_path / "theirs")
-    assert sum("decoder.bias" in key or key.endswith(("predictions.bias", "lm_head.bias")) for key in saved(tmp_path / "theirs")) == 2
+    ends = ("decoder.bias", "decoder.base_layer.bias", "predictions.bias", "lm_head.bias")
+    assert sum(key.endswith(ends) for key in saved(tmp_path / "theirs")) >= 2
     adapt, params = ll.from_peft(model, tmp_path / "theirs")
     close(adapt(params, batch).logits, want)
     ll.to_peft(adapt, params, tmp_path / "ours")

@@ -65,14 +65,14 @@ def parts_of(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, 
     modules, saved, unlike = whole.split(model, fields, saved, PREFIX)
     rows, saved, misfits = tokens.split(model, fields, saved, PREFIX)
     saved, repeated = biases.without_copies(model, modules.get(FullConfig, {}), saved, PREFIX)
-    adapted, others, saved, fixed = biases.split(model, fields, saved, PREFIX, _trains_bias(fields))
-    shifts, more = biases.of_layers(model, others, kinds)
+    trained = biases.split(model, fields, saved, PREFIX, _trains_bias(fields))
+    shifts, more = biases.of_layers(model, trained, PREFIX, kinds)
     modules = {**modules, FullConfig: {**modules.get(FullConfig, {}), **more}} if more else modules
-    saved, unfit = as_linear(model, fields, saved, PREFIX)
-    layers, unplaced = _by_layer(model, method, {**saved, **adapted})
+    saved, unfit = as_linear(model, fields, trained.rest, PREFIX)
+    layers, unplaced = _by_layer(model, method, {**saved, **trained.adapted})
     layers = {path: dict(rows_lora.positive(fields, path, own)) for path, own in layers.items()}
     clashes = ties.faults(model, fields, [*layers, *whole.paths_of(modules)], rows)
-    faults += _scattered(method, tensors) or clashes or misnamed + unlike + misfits + repeated + fixed + unfit + unplaced
+    faults += _scattered(method, tensors) or clashes or misnamed + unlike + misfits + repeated + trained.faults + unfit + unplaced
     if not layers and any(row.bare for row in rows_of(method)):
         paths_named, unclear = named(fields, find(model, "linear", kinds))
         layers, faults = {path: {} for path in paths_named}, faults + unclear
