@@ -197,6 +197,22 @@ def test_lora_is_pefts(name):
     _close(grads["B"], B.grad.flatten(1))
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_dropout_drops_pixels_as_pefts_does(dora, tmp_path):
+    """A variant of patches dropped each patch's entries by themselves, so that a pixel was missing in some of the patches that have it."""
+    model, x = _make("2d")
+    config = peft.LoraConfig(r=2, target_modules=["conv"], use_dora=dora, lora_dropout=0.5, init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    theirs.save_pretrained(tmp_path)
+    adapt, params = ll.from_peft(model, tmp_path)
+    torch.manual_seed(3)
+    want = theirs.train()(x)
+    torch.manual_seed(3)
+    got = adapt.train()(params, x)
+    torch.testing.assert_close(got - model(x), want - model(x), rtol=1e-4, atol=1e-5)
+    assert (got - adapt(params, x)).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("name", IN_PEFT)
 def test_dora_is_pefts(name):
     model, x = _make(name)

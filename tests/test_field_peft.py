@@ -969,6 +969,24 @@ def test_loha_of_kernels_in_groups_goes_both_ways(case, tmp_path):
     close(through_peft(model, tmp_path / "b")(x) - model(x), theirs(x) - model(x))
 
 
+@pytest.mark.parametrize("targets", [["0"], ["0", "1"]], ids=str)
+def test_nothing_is_dropped_at_an_embedding_as_in_peft(targets, tmp_path):
+    """Its training went on with dropped tokens, without a word."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 4)).eval(), ids() % 9
+    theirs = wrapped(model, peft.LoraConfig(r=2, target_modules=targets, lora_dropout=0.5))
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    assert {t.path: cfg.dropout for t, cfg in zip(adapt.targets, adapt.configs)} == dict(list({"0": 0.0, "1": 0.5}.items())[: len(targets)])
+    torch.manual_seed(3)
+    want = theirs.train()(x)
+    torch.manual_seed(3)
+    close(adapt.train()(params, x), want)
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["lora_dropout"] == [0.0, 0.5][len(targets) - 1]
+    close(through_peft(model, tmp_path / "ours")(x), theirs.eval()(x))
+
+
 # Configs inside a config
 
 

@@ -127,6 +127,9 @@ FREE: dict[str, set[str]] = {
 }
 """The fields that may have any value, of each PEFT type: what they say is in the tensors, or nothing in the mathematics."""
 
+UNDROPPED = "undropped"
+"""A field that no file has: paths of the embeddings, at which PEFT's LoRA drops nothing."""
+
 OFF: tuple[Any, ...] = (None, False, "none", [], {}, "")
 
 

@@ -11,6 +11,7 @@ from lora_lite.core.tree import Tree
 from lora_lite.files.peft import biases, numbered, rows_lora, shared, ties, tokens, twice, whole
 from lora_lite.files.peft.adapter_name import without_name
 from lora_lite.files.peft.categories import spread
+from lora_lite.files.peft.fields import UNDROPPED
 from lora_lite.files.peft.layers import as_linear, axes_of, unread, with_weights
 from lora_lite.files.peft.names import in_names_of
 from lora_lite.files.peft.row import Leaf
@@ -60,7 +61,8 @@ def parts_of(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, 
         saved = spread(saved, row.of_sort, row.sort, PREFIX) if row.of_sort else saved
     common, saved = shared.split(method, saved)
     fields, saved, misnamed = in_names_of(model, fields, saved, PREFIX, keys, kinds)
-    fields = with_weights(model, fields)
+    embeddings = {path for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    fields = {**with_weights(model, fields), UNDROPPED: embeddings}
     saved, faults = twice.at_first_place(model, saved, PREFIX)
     modules, saved, unlike = whole.split(model, fields, saved, PREFIX)
     rows, saved, misfits = tokens.split(model, fields, saved, PREFIX)
