@@ -300,6 +300,9 @@ def test_dropped_inputs_and_variants_that_are_not_linear_are_refused(name):
     model, _ = _make(name)
     with pytest.raises(ValueError, match=r'LoRAConfig cannot adapt "conv".*drops inputs.*dropout=0\.0'):
         ll.build(model, ll.LoRAConfig(r=2, dropout=0.1, target_names="conv"))
+    both = r'LoHaConfig cannot adapt "conv".*draws rank_dropout and module_dropout in a call.*: rank_dropout=0\.0, module_dropout=0\.0'
+    with pytest.raises(ValueError, match=both):
+        ll.build(model, ll.LoHaConfig(r=2, rank_dropout=0.1, module_dropout=0.1, target_names="conv"))
     with pytest.raises(ValueError, match=r'LilyConfig cannot adapt "conv".*is not linear in its input'):
         ll.build(model, ll.LilyConfig(target_names="conv"))
 

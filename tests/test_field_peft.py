@@ -648,6 +648,15 @@ def test_alpha_of_zero_is_the_rank_in_adalora(tmp_path):
         ll.to_peft(adapt, adapt.init(), tmp_path / "refused")
 
 
+def test_fields_that_adalora_inherits_and_does_not_use_are_free(tmp_path):
+    model = Marked().eval()
+    unused = {"use_rslora": True, "alpha_pattern": {"up": 7}, "lora_bias": True}
+    theirs = wrapped(model, peft.AdaLoraConfig(init_r=3, target_r=2, total_step=9, lora_alpha=2, target_modules=["up"], **unused))
+    theirs.save_pretrained(tmp_path)
+    adapt, params = ll.from_peft(model, tmp_path)
+    close(adapt(params, X) - model(X), theirs(X) - model(X))
+
+
 @pytest.mark.parametrize("cfg", [ll.IA3Config(target_roles=()), ll.ROADConfig(group_size=4)], ids=lambda c: c.name)
 def test_deviations_of_half_precision_are_written_whole(cfg, tmp_path):
     model = Marked().eval()
@@ -985,6 +994,19 @@ def test_nothing_is_dropped_at_an_embedding_as_in_peft(targets, tmp_path):
     ll.to_peft(adapt, params, tmp_path / "ours")
     assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["lora_dropout"] == [0.0, 0.5][len(targets) - 1]
     close(through_peft(model, tmp_path / "ours")(x), theirs.eval()(x))
+
+
+def test_dropout_of_outputs_at_kernels_in_groups_is_refused_and_the_way_out_works(tmp_path):
+    """A training that went on here dropped nothing, without a word."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)), torch.randn(3, 4, 7, 7)
+    theirs = wrapped(model, peft.LoHaConfig(r=2, rank_dropout=0.3, target_modules=["0"]))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r'"0": LoHaConfig: no dropout at such a layer here .*set it to 0 in the file'):
+        ll.from_peft(model, tmp_path)
+    edit(tmp_path, rank_dropout=0.0)
+    adapt, params = ll.from_peft(model, tmp_path)
+    close(adapt(params, x), theirs(x))
 
 
 # Configs inside a config
