@@ -197,6 +197,22 @@ def test_lora_is_pefts(name):
     _close(grads["B"], B.grad.flatten(1))
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_dropout_drops_pixels_as_pefts_does(dora, tmp_path):
+    """A variant of patches dropped each patch's entries by themselves, so that a pixel was missing in some of the patches that have it."""
+    model, x = _make("2d")
+    config = peft.LoraConfig(r=2, target_modules=["conv"], use_dora=dora, lora_dropout=0.5, init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    theirs.save_pretrained(tmp_path)
+    adapt, params = ll.from_peft(model, tmp_path)
+    torch.manual_seed(3)
+    want = theirs.train()(x)
+    torch.manual_seed(3)
+    got = adapt.train()(params, x)
+    torch.testing.assert_close(got - model(x), want - model(x), rtol=1e-4, atol=1e-5)
+    assert (got - adapt(params, x)).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("name", IN_PEFT)
 def test_dora_is_pefts(name):
     model, x = _make(name)
@@ -284,6 +300,9 @@ def test_dropped_inputs_and_variants_that_are_not_linear_are_refused(name):
     model, _ = _make(name)
     with pytest.raises(ValueError, match=r'LoRAConfig cannot adapt "conv".*drops inputs.*dropout=0\.0'):
         ll.build(model, ll.LoRAConfig(r=2, dropout=0.1, target_names="conv"))
+    both = r'LoHaConfig cannot adapt "conv".*draws rank_dropout and module_dropout in a call.*: rank_dropout=0\.0, module_dropout=0\.0'
+    with pytest.raises(ValueError, match=both):
+        ll.build(model, ll.LoHaConfig(r=2, rank_dropout=0.1, module_dropout=0.1, target_names="conv"))
     with pytest.raises(ValueError, match=r'LilyConfig cannot adapt "conv".*is not linear in its input'):
         ll.build(model, ll.LilyConfig(target_names="conv"))
 

@@ -648,6 +648,15 @@ def test_alpha_of_zero_is_the_rank_in_adalora(tmp_path):
         ll.to_peft(adapt, adapt.init(), tmp_path / "refused")
 
 
+def test_fields_that_adalora_inherits_and_does_not_use_are_free(tmp_path):
+    model = Marked().eval()
+    unused = {"use_rslora": True, "alpha_pattern": {"up": 7}, "lora_bias": True}
+    theirs = wrapped(model, peft.AdaLoraConfig(init_r=3, target_r=2, total_step=9, lora_alpha=2, target_modules=["up"], **unused))
+    theirs.save_pretrained(tmp_path)
+    adapt, params = ll.from_peft(model, tmp_path)
+    close(adapt(params, X) - model(X), theirs(X) - model(X))
+
+
 @pytest.mark.parametrize("cfg", [ll.IA3Config(target_roles=()), ll.ROADConfig(group_size=4)], ids=lambda c: c.name)
 def test_deviations_of_half_precision_are_written_whole(cfg, tmp_path):
     model = Marked().eval()
@@ -969,6 +978,37 @@ def test_loha_of_kernels_in_groups_goes_both_ways(case, tmp_path):
     close(through_peft(model, tmp_path / "b")(x) - model(x), theirs(x) - model(x))
 
 
+@pytest.mark.parametrize("targets", [["0"], ["0", "1"]], ids=str)
+def test_nothing_is_dropped_at_an_embedding_as_in_peft(targets, tmp_path):
+    """Its training went on with dropped tokens, without a word."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 4)).eval(), ids() % 9
+    theirs = wrapped(model, peft.LoraConfig(r=2, target_modules=targets, lora_dropout=0.5))
+    theirs.save_pretrained(tmp_path / "theirs")
+    adapt, params = ll.from_peft(model, tmp_path / "theirs")
+    assert {t.path: cfg.dropout for t, cfg in zip(adapt.targets, adapt.configs)} == dict(list({"0": 0.0, "1": 0.5}.items())[: len(targets)])
+    torch.manual_seed(3)
+    want = theirs.train()(x)
+    torch.manual_seed(3)
+    close(adapt.train()(params, x), want)
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["lora_dropout"] == [0.0, 0.5][len(targets) - 1]
+    close(through_peft(model, tmp_path / "ours")(x), theirs.eval()(x))
+
+
+def test_dropout_of_outputs_at_kernels_in_groups_is_refused_and_the_way_out_works(tmp_path):
+    """A training that went on here dropped nothing, without a word."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2)), torch.randn(3, 4, 7, 7)
+    theirs = wrapped(model, peft.LoHaConfig(r=2, rank_dropout=0.3, target_modules=["0"]))
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r'"0": LoHaConfig: no dropout at such a layer here .*set it to 0 in the file'):
+        ll.from_peft(model, tmp_path)
+    edit(tmp_path, rank_dropout=0.0)
+    adapt, params = ll.from_peft(model, tmp_path)
+    close(adapt(params, x), theirs(x))
+
+
 # Configs inside a config
 
 
@@ -1277,14 +1317,24 @@ def test_weight_that_a_start_has_moved_is_named_and_the_way_out_works(start, tmp
     close(adapt(params, batch).logits, theirs(**batch).logits)
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta"])
-def test_second_name_of_a_layers_bias_is_that_bias(name, tmp_path):
+SECOND_NAMES = {
+    "of another layer": ("bert", {}),
+    "of another layer, roberta": ("roberta", {}),
+    "of an adapted layer": ("bert", {"target_modules": ["query", "decoder"]}),
+    "of a whole module": ("bert", {"modules_to_save": ["cls"]}),
+}
+
+
+@pytest.mark.parametrize("case", SECOND_NAMES)
+def test_second_name_of_a_layers_bias_is_that_bias(case, tmp_path):
+    name, options = SECOND_NAMES[case]
     model, batch = tiny_models[name]()
     model.eval()
-    theirs = wrapped(model, peft.LoraConfig(r=2, target_modules=["query"], bias="all"))
+    theirs = wrapped(model, peft.LoraConfig(**{"r": 2, "target_modules": ["query"], "bias": "all", **options}))
     want = theirs(**batch).logits
     theirs.save_pretrained(tmp_path / "theirs")
-    assert sum("decoder.bias" in key or key.endswith(("predictions.bias", "lm_head.bias")) for key in saved(tmp_path / "theirs")) == 2
+    ends = ("decoder.bias", "decoder.base_layer.bias", "predictions.bias", "lm_head.bias")
+    assert sum(key.endswith(ends) for key in saved(tmp_path / "theirs")) >= 2
     adapt, params = ll.from_peft(model, tmp_path / "theirs")
     close(adapt(params, batch).logits, want)
     ll.to_peft(adapt, params, tmp_path / "ours")

@@ -136,6 +136,9 @@ def test_mixed_batches_and_dropout_are_refused():
         adapt.mixed(ll.stack([adapt.init()]), x)
     with pytest.raises(ValueError, match=r"it drops inputs.*without dropout"):
         ll.build(model, ll.LoRAConfig(r=2, dropout=0.1, target_names="in_proj_weight"))
+    adapt = ll.build(model, ll.LoKrConfig(r=2, module_dropout=0.1, target_names="out_proj")).train()
+    with pytest.raises(ValueError, match=r"LoKrConfig has no call to drop in\. Set module_dropout to 0"):
+        adapt(adapt.init(), x)
 
 
 class Bare(nn.Module):

@@ -63,6 +63,7 @@ CASES = {
     "images-dora": (_images, peft.LoraConfig(r=2, lora_alpha=3, use_dora=True, target_modules=["net.0", "net.2"])),
     "images-ia3": (_images, peft.IA3Config(target_modules=["net.0", "net.2", "net.4"], feedforward_modules=["net.4"])),
     "images-loha": (_images, peft.LoHaConfig(r=2, alpha=3, target_modules=["net.0", "net.2", "net.4"])),
+    "images-adalora": (_images, peft.AdaLoraConfig(init_r=3, target_r=2, total_step=9, lora_alpha=5, target_modules=["net.0", "net.2"])),
     "volumes": (_volumes, peft.LoraConfig(r=2, lora_alpha=3, target_modules=["net.0", "net.2"])),
 }
 
@@ -242,6 +243,11 @@ REFUSED = {
         lambda: Around(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")),
         ll.LoHaConfig(r=2, target_names=r"net\.0"),
         "a padding mode, which PEFT's LoHa leaves out",
+    ),
+    "adalora-1d": (
+        lambda: Around(nn.Conv1d(3, 4, 3)),
+        ll.AdaLoRAConfig(total_step=9, target_names=r"net\.0"),
+        "another definition there, or none",
     ),
     "hra": (lambda: Around(nn.Conv2d(3, 4, 3)), ll.HRAConfig(r=2, target_names=r"net\.0"), "another definition"),
     "ia3-embedding": (lambda: Around(nn.Embedding(5, 4)), ll.IA3Config(target_names=r"net\.0"), "on an embedding: PEFT has LoRA alone"),

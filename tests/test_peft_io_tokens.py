@@ -149,6 +149,16 @@ def test_a_tie_that_pefts_head_would_not_follow_is_refused_both_ways(tmp_path):
         ll.to_peft(adapt, adapt.init(), tmp_path / "ours")
 
 
+def test_other_tokens_of_a_tied_head_are_refused_by_that_name(tmp_path):
+    model, _, embedding = _model("tied")
+    apart = peft.LoraConfig(r=2, target_modules=ON, trainable_token_indices={embedding: IDS, "lm_head": IDS[:1]})
+    wrapped(model, apart).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r'found:\n.*"lm_head": its tokens are others than those of "model\.embed_tokens", .*Run the adapter'
+    ):
+        ll.from_peft(model, tmp_path)
+
+
 TOKENS = ll.TokensConfig(token_ids=IDS)
 UNWRITABLE = {
     "ia3": ([TOKENS, ll.IA3Config(target_names="q_proj")], 'trained tokens beside "IA3": PEFT has them alone or beside "LORA", "ADALORA"'),

@@ -278,6 +278,9 @@ def test_module_of_another_scale_is_not_read():
         other.params(adapt.module(params))
     same = ll.build(model, ll.LoRAConfig(r=4, dropout=0.5))
     assert_trees_equal(same.params(adapt.module(params)), params)
+    outputs = {"rank_dropout": 0.5, "module_dropout": 0.5, "rank_dropout_scale": True}
+    adapt, dropping = (ll.build(model, ll.LoKrConfig(r=2, **drops)) for drops in ({}, outputs))
+    assert_trees_equal(dropping.params(adapt.module(adapt.init())), adapt.init())
 
 
 def test_model_that_calls_itself_quantised_is_trained(tmp_path):

@@ -201,10 +201,10 @@ class Binding:
             )
         self._require_place(name)
         self._note_read(name)
-        if getattr(self.cfg, "dropout", 0.0) and W.training:
+        if self.cfg._drops and W.training:
             raise ValueError(
                 f'adapt: at "{self.path}" expected a target that is called with an input, found a weight that the module around it reads, '
-                f"where {type(self.cfg).__name__} has no input to drop. Set its dropout to 0, or leave the layer out."
+                f"where {type(self.cfg).__name__} has no call to drop in. Set {' and '.join(self.cfg._drops)} to 0, or leave the layer out."
             )
         return W.read(self.variant, params, name)
 

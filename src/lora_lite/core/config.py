@@ -9,7 +9,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
 import torch
@@ -120,6 +120,11 @@ class AdapterConfig:
             patterns(self, field)
         object.__setattr__(self, "layers", _indices(self))
         check_fields(self)
+
+    @property
+    def _drops(self) -> tuple[str, ...]:
+        """Return the names of the dropouts that are on: they are drawn once a call, for all of its inputs."""
+        return tuple(f.name for f in fields(self) if f.name.endswith("dropout") and getattr(self, f.name))
 
     def sizes(self, i: int, o: int) -> Mapping[str, int]:
         """Return numbers that `trained` and `macs` name beside `i`, `o` and the fields, such as factors that a method finds for `i`."""

@@ -67,13 +67,14 @@ def departures(own: AdapterConfig, other: AdapterConfig) -> list[str]:
     """List the fields in which `other` would make another function of the same params than `own`, or the variant where that is another.
 
     A tree's shapes say its rank, but not its `alpha`. Left out are the fields that all configs share, since the tree itself says where a
-    variant acts and in which dtype, and `dropout`, which is no part of the trained function.
+    variant acts and in which dtype, and dropouts, which are no part of the trained function.
     """
     if own is other:
         return []
     if (own.name, type(own).__name__) != (other.name, type(other).__name__):
         return [f"{type(own).__name__}, {type(other).__name__} there"]
-    left_out = {"dropout", *(f.name for f in dataclasses.fields(AdapterConfig))}
+    dropouts = (f.name for f in dataclasses.fields(own) if "dropout" in f.name)  # rank_dropout_scale among them
+    left_out = {*dropouts, *(f.name for f in dataclasses.fields(AdapterConfig))}
     here, there = (json.loads(json.dumps({k: v for k, v in to_json(cfg).items() if k not in left_out})) for cfg in (own, other))
     fields = [name for name in {**here, **there} if here.get(name) != there.get(name)]
     return [f"{type(own).__name__}.{name}={here.get(name)!r}, {there.get(name)!r} there" for name in fields]

@@ -157,3 +157,8 @@ class _Patched(Frozen):
 
     def matmul(self, x: Tensor) -> Tensor:
         return self._conv.matmul(self._x) if x is self._patches else super().matmul(x)
+
+    def dropped(self, x: Tensor, dropout: float) -> Tensor:
+        """Drop entries of the layer's input, as `project` does: one of them is missing in all patches that have it."""
+        drops = x is self._patches and dropout and self.training
+        return self._conv.patches(self._conv.dropped(self._x, dropout)) if drops else super().dropped(x, dropout)

@@ -64,7 +64,7 @@ class Kind(Tensors):
     by_name: ClassVar[bool] = False
     """Whether only `target_names` can ask for such a layer."""
     gives: ClassVar[AbstractSet[str]] = Frozen.gives | {"inputs", "dropout"}
-    """The parts that it offers to variants, matched with their `uses`. `"inputs"` allows calibration, `"dropout"` dropped inputs."""
+    """The parts that it offers to variants, matched with their `uses`. `"inputs"` allows calibration, `"dropout"` every dropout."""
     follow: Mapping[str, int] | None = None
     """In a mixed batch, the entries of a tensor of `beside` that all rows share, 0 where it has the rows; None where nobody has looked."""
     count: int | None = None

@@ -143,8 +143,9 @@ def check_uses(target: Target, cfg: AdapterConfig) -> None:
     unknown = sorted(set(cfg.uses) - set(USES))
     if unknown:
         raise ValueError(f"{name}.uses: expected words among {listed(USES)}, found {listed(unknown)}. Change the class variable.")
-    wanted = USES | {"inputs": "is calibrated on the layer's inputs", "dropout": "drops inputs"}
-    uses = set(cfg.uses) | ({"inputs"} if cfg.calibrated else set()) | ({"dropout"} if getattr(cfg, "dropout", 0.0) else set())
+    dropped = "drops inputs" if cfg._drops == ("dropout",) else f"draws {' and '.join(cfg._drops)} in a call"
+    wanted = USES | {"inputs": "is calibrated on the layer's inputs", "dropout": dropped}
+    uses = set(cfg.uses) | ({"inputs"} if cfg.calibrated else set()) | ({"dropout"} if cfg._drops else set())
     lacking = [wanted[use] for use in wanted if use in uses and use not in kind.gives]
     if not kind.sees_inputs and not cfg.linear:
         lacking.append("is not linear in its input")
@@ -195,7 +196,7 @@ def _instead(kind: Any, cfg: AdapterConfig, uses: set[str]) -> str:
     from lora_lite.variants import VARIANTS  # here, since the configs are checked by this
 
     if uses - set(kind.gives) == {"dropout"}:
-        return "adapt it by a config of its own without dropout: dropout=0.0"
+        return f"adapt it by a config of its own without dropout: {', '.join(f'{name}=0.0' for name in cfg._drops)}"
     able = [
         c for c in VARIANTS.values() if c.adapts == cfg.adapts and not c.calibrated and not c.original and set(c().uses) <= set(kind.gives)
     ]

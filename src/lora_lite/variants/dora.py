@@ -76,7 +76,7 @@ def dora(params: DoRAParams, W: Frozen, x: Float[Tensor, "*b i"], *, scale: floa
     if W.bias is None and not (dropout and W.training):
         return gate(W.updated_low_rank(x, (params["A"], params["B"]), scale), gain - 1)
     if dropout and W.training:
-        y0, x = W(x), F.dropout(x, dropout)
+        y0, x = W(x), W.dropped(x, dropout)
         y = torch.addcmul(y0, W.matmul(x), (gain - 1).to(y0.dtype))
     else:
         y = gate(W(x), gain - 1, W.bias)

@@ -64,20 +64,23 @@ def without_copies(
     rest, faults = dict(tensors), list[str]()
     for path, values in modules.items():
         own = dict(model.get_submodule(path).named_parameters(remove_duplicate=False))
+        first = {id(p): name for name, p in model.get_submodule(path).named_parameters()}  # the name by which `values` has a shared one
         start = re.compile(rf"{re.escape(prefix + path)}\.(original_module|modules_to_save(?:\.default)?)\.(.*bias)")
         for key, found in [(key, found) for key in tensors if (found := start.fullmatch(key))]:
             unused = found[1] == "original_module"
-            if not same(rest.pop(key), own.get(found[2]) if unused else values.get(found[2])):
+            held = own.get(found[2]) if unused else values.get(first.get(id(own.get(found[2])), ""))
+            if not same(rest.pop(key), held):
                 whose = f"the model's own, found another. {LOAD}" if unused else f'what "{prefix + path}.{found[2]}" holds, found another'
                 faults.append(f'"{key}": expected {whose}')
     return rest, faults
 
 
-def of_layers(model: nn.Module, others: Mapping[str, Tensor], kinds: Sequence[type[Kind]]) -> tuple[Tree, dict[str, Tensors]]:
+def of_layers(model: nn.Module, found: Biases, prefix: str, kinds: Sequence[type[Kind]]) -> tuple[Tree, dict[str, Tensors]]:
     """Split biases without a LoRA: the params of BitFit at linear layers, and the values of other modules, norms for one."""
-    linear = find(model, "linear", kinds)
+    linear, others = find(model, "linear", kinds), found.others
     params, values = Tree(), dict[str, Tensors]()
-    of_linear = {id(model.get_submodule(path)._parameters["bias"]): others[path] for path in others if path in linear}
+    trained = others | {key.removeprefix(prefix).removesuffix(f".{ADAPTED}"): saved for key, saved in found.adapted.items()}
+    of_linear = {id(model.get_submodule(path)._parameters["bias"]): trained[path] for path in trained if path in linear}
     for path, saved in others.items():
         again = of_linear.get(id(model.get_submodule(path)._parameters["bias"]))
         if path not in linear and again is not None and torch.equal(saved, again):

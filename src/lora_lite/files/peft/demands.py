@@ -5,8 +5,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lora_lite.core.config import AdapterConfig
 from lora_lite.core.errors import listed, several
 from lora_lite.files.peft.fields import ANY, DEFAULTS, FREE, OFF, PATTERNS, resolve, version_of
+from lora_lite.layers.kind import Kind
 
 ONLY: dict[str, dict[str, Any]] = {"PSOFT": {"psoft_svd": "full"}}
 """The fields that may have one value that is not off, of each PEFT type."""
@@ -212,3 +214,12 @@ def _check_series(fields: Mapping[str, Any], where: object) -> None:
             f'from_peft: expected peft_version in "{where}" to be 0.18 or newer with use_cayley_neumann, whose series was another before, '
             f"found {fields.get('peft_version') or 'none'}. Merge the adapter with the PEFT that trained it and adapt the merged model."
         )
+
+
+def unable(kind: type[Kind], cfg: AdapterConfig) -> str | None:
+    """Return the reason why a variant that PEFT has at such a layer cannot be had here, or None."""
+    if set(cfg.uses) <= set(kind.gives):
+        if cfg._drops and "dropout" not in kind.gives:
+            return f"no dropout at such a layer here ({kind.why}): set it to 0 in the file, outputs in evaluation mode do not depend on it"
+        return None
+    return f"not at such a layer here ({kind.why or 'it gives less'}): merge it in PEFT, merge_and_unload(), and adapt the merged model"

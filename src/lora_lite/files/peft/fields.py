@@ -90,7 +90,7 @@ _OF_LORA |= {"trainable_token_indices", "target_parameters", "megatron_config", 
 _OF_LORA |= {"ensure_weight_tying"}
 FREE: dict[str, set[str]] = {
     "LORA": {*_OF_LORA, "alpha_pattern"},
-    "ADALORA": {*_OF_LORA, "r", "init_lora_weights"},  # of the fields that it inherits, it uses neither
+    "ADALORA": {*_OF_LORA, "r", "init_lora_weights", "use_rslora", "alpha_pattern", "lora_bias"},  # it inherits them, and uses none
     "VERA": {"save_projection", "init_weights"},
     "TINYLORA": {"save_projection", "init_weights"},
     "UNILORA": {"save_indices", "init_weights"},
@@ -126,6 +126,9 @@ FREE: dict[str, set[str]] = {
     "DEFT": {"r", "init_weights", "init_scale"},  # r is read off the tensors, since PEFT lowers it to the output's width
 }
 """The fields that may have any value, of each PEFT type: what they say is in the tensors, or nothing in the mathematics."""
+
+UNDROPPED = "undropped"
+"""A field that no file has: paths of the embeddings, at which PEFT's LoRA drops nothing."""
 
 OFF: tuple[Any, ...] = (None, False, "none", [], {}, "")
 

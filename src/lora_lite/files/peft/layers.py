@@ -159,7 +159,7 @@ def _turned(fields: Mapping[str, Any], module: nn.Module, weight: Tensor, a: Ten
 
 
 READ_AT: dict[tuple[type[nn.Module], ...], set[str]] = {
-    **{(nn.Embedding,): {"LORA"}, CLASSES: {"LORA", "IA3", "LOHA"}},
+    **{(nn.Embedding,): {"LORA"}, CLASSES: {"LORA", "IA3", "LOHA", "ADALORA"}},
     (nn.MultiheadAttention,): set(),
 }
 """The PEFT types that are read at layers which are no linear ones."""
@@ -221,10 +221,9 @@ def unsaved(model: nn.Module, target: Target, cfg: AdapterConfig, asked: Sequenc
     elsewhere = uncalled(model, target, cfg, _weight_asked(layer, target.path, asked))
     if elsewhere:
         return elsewhere
-    if issubclass(target.kind, ParameterKind | EmbeddingKind) and cfg.name != "lora":
-        return f"on {'an embedding' if issubclass(target.kind, EmbeddingKind) else 'a parameter'}: PEFT has LoRA alone there"
-    if issubclass(target.kind, ParameterKind | EmbeddingKind) and getattr(cfg, "lora_bias", False):
-        return f"on {'an embedding' if issubclass(target.kind, EmbeddingKind) else 'a parameter'}: PEFT has no lora_bias there"
+    if issubclass(target.kind, ParameterKind | EmbeddingKind) and (cfg.name != "lora" or getattr(cfg, "lora_bias", False)):
+        lacking = "no lora_bias" if cfg.name == "lora" else "LoRA alone"
+        return f"on {'an embedding' if issubclass(target.kind, EmbeddingKind) else 'a parameter'}: PEFT has {lacking} there"
     if not issubclass(target.kind, ConvKind):
         return None
     if issubclass(target.kind, TransposedConvKind):
@@ -237,6 +236,8 @@ def unsaved(model: nn.Module, target: Target, cfg: AdapterConfig, asked: Sequenc
         return None
     if cfg.name == "loha":
         return "on a Conv3d or a padding mode, which PEFT's LoHa leaves out" if _unusual(layer) else None
+    if cfg.name == "adalora" and layer.weight.dim() == 4 and layer.groups == 1 and layer.padding_mode == "zeros":
+        return None  # an update of patches, of nn.Conv2d alone
     if cfg.name not in ("lora", "dora", "pissa", "olora", "mica"):
         return "on a convolution: PEFT has another definition there, or none"
     if layer.groups > 1:

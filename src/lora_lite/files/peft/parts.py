@@ -11,6 +11,7 @@ from lora_lite.core.tree import Tree
 from lora_lite.files.peft import biases, numbered, rows_lora, shared, ties, tokens, twice, whole
 from lora_lite.files.peft.adapter_name import without_name
 from lora_lite.files.peft.categories import spread
+from lora_lite.files.peft.fields import UNDROPPED
 from lora_lite.files.peft.layers import as_linear, axes_of, unread, with_weights
 from lora_lite.files.peft.names import in_names_of
 from lora_lite.files.peft.row import Leaf
@@ -60,19 +61,20 @@ def parts_of(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, 
         saved = spread(saved, row.of_sort, row.sort, PREFIX) if row.of_sort else saved
     common, saved = shared.split(method, saved)
     fields, saved, misnamed = in_names_of(model, fields, saved, PREFIX, keys, kinds)
-    fields = with_weights(model, fields)
+    embeddings = {path for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    fields = {**with_weights(model, fields), UNDROPPED: embeddings}
     saved, faults = twice.at_first_place(model, saved, PREFIX)
     modules, saved, unlike = whole.split(model, fields, saved, PREFIX)
     rows, saved, misfits = tokens.split(model, fields, saved, PREFIX)
     saved, repeated = biases.without_copies(model, modules.get(FullConfig, {}), saved, PREFIX)
-    adapted, others, saved, fixed = biases.split(model, fields, saved, PREFIX, _trains_bias(fields))
-    shifts, more = biases.of_layers(model, others, kinds)
+    trained = biases.split(model, fields, saved, PREFIX, _trains_bias(fields))
+    shifts, more = biases.of_layers(model, trained, PREFIX, kinds)
     modules = {**modules, FullConfig: {**modules.get(FullConfig, {}), **more}} if more else modules
-    saved, unfit = as_linear(model, fields, saved, PREFIX)
-    layers, unplaced = _by_layer(model, method, {**saved, **adapted})
+    saved, unfit = as_linear(model, fields, trained.rest, PREFIX)
+    layers, unplaced = _by_layer(model, method, {**saved, **trained.adapted})
     layers = {path: dict(rows_lora.positive(fields, path, own)) for path, own in layers.items()}
     clashes = ties.faults(model, fields, [*layers, *whole.paths_of(modules)], rows)
-    faults += _scattered(method, tensors) or clashes or misnamed + unlike + misfits + repeated + fixed + unfit + unplaced
+    faults += _scattered(method, tensors) or clashes or misnamed + unlike + misfits + repeated + trained.faults + unfit + unplaced
     if not layers and any(row.bare for row in rows_of(method)):
         paths_named, unclear = named(fields, find(model, "linear", kinds))
         layers, faults = {path: {} for path in paths_named}, faults + unclear

@@ -20,7 +20,7 @@ from lora_lite.core.frozen import Constants
 from lora_lite.core.leading import SVDConfig
 from lora_lite.core.tree import Tree, join
 from lora_lite.files.peft import grouped, tokens, whole
-from lora_lite.files.peft.demands import check_fields
+from lora_lite.files.peft.demands import check_fields, unable
 from lora_lite.files.peft.fields import DEFAULTS, OFF, of_patterns, resolve
 from lora_lite.files.peft.hub import CONFIG, WEIGHTS, folder_of
 from lora_lite.files.peft.layers import unsaved
@@ -157,15 +157,8 @@ def _undefined(model: nn.Module, adapt: Adapt, chosen: Chosen, asked: Sequence[s
 
 def _misread(model: nn.Module, chosen: Chosen, kinds: Sequence[type[Kind]]) -> list[str]:
     linear = find(model, "linear", kinds)
-    reasons = {path: row.misread(linear[path]) or _unable(linear[path], cfg) for path, (row, cfg) in chosen.items()}
+    reasons = {path: row.misread(linear[path]) or unable(linear[path], cfg) for path, (row, cfg) in chosen.items()}
     return [f'"{path}": {type(chosen[path][1]).__name__}: {reason}' for path, reason in reasons.items() if reason]
-
-
-def _unable(kind: type[Kind], cfg: AdapterConfig) -> str | None:
-    """Return the reason why a variant that PEFT has at such a layer cannot be had here, or None."""
-    if set(cfg.uses) <= set(kind.gives):
-        return None
-    return f"not at such a layer here ({kind.why or 'it gives less'}): merge it in PEFT, merge_and_unload(), and adapt the merged model"
 
 
 def _choose(fields: Mapping[str, Any], layers: Layers) -> dict[str, tuple[Row, dict[str, Any]]]:

@@ -1,15 +1,18 @@
 """LoRA's family in PEFT's terms: methods that differ in the start, whose files are LoRA's."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from lora_lite.core.frozen import Constants
+from lora_lite.core.plan import Target
 from lora_lite.files.peft.biases import ADAPTED
-from lora_lite.files.peft.fields import resolve
+from lora_lite.files.peft.fields import UNDROPPED, resolve
 from lora_lite.files.peft.layers import not_linear
 from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors, is_lowered
+from lora_lite.layers.embedding import EmbeddingKind
 from lora_lite.variants.alora import ALoRAConfig
 from lora_lite.variants.asvd import ASVDConfig
 from lora_lite.variants.corda import CorDAConfig
@@ -29,7 +32,7 @@ def _read_lora(fields: Fields, path: str, tensors: Tensors) -> dict[str, Any]:
         "r": tensors["lora_A.weight"].shape[-2],
         "alpha": abs(resolve(fields, "lora_alpha", path)),  # the sign is in B, see `positive`
         "rslora": resolve(fields, "use_rslora", path),
-        "dropout": resolve(fields, "lora_dropout", path),
+        "dropout": 0.0 if path in fields.get(UNDROPPED, ()) else resolve(fields, "lora_dropout", path),
     }
 
 
@@ -98,6 +101,12 @@ def _as_lora(cfg: PiSSAConfig, leaves: Leaves, constants: Constants) -> tuple[Lo
 
 def _plain_lora(cfg: EVAConfig | LoftQConfig, leaves: Leaves, constants: Constants) -> tuple[LoRAConfig, Leaves]:
     return LoRAConfig(**{name: getattr(cfg, name) for name in ("r", "alpha", "rslora", "dropout", "dtype")}), leaves
+
+
+def _agreed_dropout(layers: Sequence[tuple[Target, Fields]]) -> dict[str, Any]:
+    """Return the dropout of all layers but embeddings, at which PEFT does not use it."""
+    found = {fields["lora_dropout"] for target, fields in layers if not issubclass(target.kind, EmbeddingKind)}
+    return {"lora_dropout": found.pop()} if len(found) == 1 else {}
 
 
 def _bias_of_start(cfg: LoRAConfig) -> str | None:
@@ -188,6 +197,7 @@ ROWS: dict[str, Row] = {
         _read_plain,
         _write_plain,
         refused=_bias_of_start,
+        agreed=_agreed_dropout,
         conv1d=True,
     ),
     "eva": Row(EVAConfig, "LORA", _LORA, _read_lora, _write_lora, when=_never, written=_plain_lora, conv1d=True),

@@ -26,6 +26,11 @@ BESIDE = ("LORA", "ADALORA")
 _ROWS, _INSIDE, _BASE = "trainable_tokens_delta", "token_adapter.", "base_layer.weight"
 
 
+_APART = (
+    "PEFT trains both apart, and here a row moves in all modules that have it. Run the adapter by PEFT, or train one without either of them"
+)
+
+
 class Rows(NamedTuple):
     """The rows that a file has for one table."""
 
@@ -53,12 +58,16 @@ def split(
         at = join(path, inside)
         values = rest.get(prefix + at + _ROWS)
         first = next((other for other in shared.get(path, ()) if other in found), None)
-        ids = found[first].ids if first else _ids(model, fields, path)
+        own = _ids(model, fields, path)
+        ids = found[first].ids if first else own
         weight = module._parameters.get("weight")
         if values is None or ids is None or weight is None:
             continue
         del rest[prefix + at + _ROWS]
         base = rest.pop(prefix + at + _BASE, None)
+        if first and own not in (None, ids):
+            faults.append(f'"{path}": its tokens are others than those of "{first}", whose weight it shares: {_APART}')
+            continue
         faults += _unlike(module, path) or _faults(path, ids, values, weight, base)
         if first is None:
             found[path] = Rows(ids, values)
