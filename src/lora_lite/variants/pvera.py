@@ -23,7 +23,8 @@ Trained per target: `2r + o`. Needs nothing of the weight but its output.
 
 Departures: PEFT multiplies by both halves of `A` in evaluation mode too, where the lower one has no part. Its `sample_at_inference` is
 the mode here: `adapt.train()` draws, `adapt.eval()` takes the mean, which is what merges. The noise comes from PyTorch's generator, as
-that of dropout does, where PEFT has a `generator_seed`.
+that of dropout does, where PEFT has a `generator_seed`. A layer that is adapted as a matrix, such as a convolution in
+groups or a weight that the model reads, takes the mean in both modes: it has no input to draw for.
 """
 
 from dataclasses import dataclass
