@@ -30,6 +30,7 @@ class Leaf(NamedTuple):
         floating: false for indices, which may have any dtype.
         joined: whether tensors by number are joined at their first axis, or laid out flat where that is the only one here.
         implied: whether the weight implies it, so that a file of the same model holds the same.
+        hollow: whether some options leave it without numbers.
     """
 
     key: str
@@ -41,6 +42,7 @@ class Leaf(NamedTuple):
     floating: bool = True
     joined: bool = False
     implied: bool = False
+    hollow: bool = False
 
     def theirs(self, cfg: Any, constants: Constants, ours: Tensor) -> Tensor:
         """Return a param of ours as PEFT's value. The sum with an origin is in at least float32: half precision is coarse around it."""

@@ -88,7 +88,10 @@ ROWS: dict[str, Row] = {
     "frod": Row(
         FRoDConfig,
         "FROD",
-        {"lambda_l": Leaf("frod_lambda_l", 1, lambda _, constants: constants["l"]), "lambda_s": Leaf("frod_lambda_s_values", 1)},
+        {
+            "lambda_l": Leaf("frod_lambda_l", 1, lambda _, constants: constants["l"]),
+            "lambda_s": Leaf("frod_lambda_s_values", 1, hollow=True),
+        },
         lambda fields, path, _: {ours: resolve(fields, theirs, path) for theirs, ours in _OF_FROD.items()},
         lambda cfg: {**{theirs: getattr(cfg, ours) for theirs, ours in _OF_FROD.items()}, "sparse_rate": min(cfg.sparse_rate, 1.0)},
         constants=_BASES,
