@@ -560,8 +560,20 @@ def test_layers_that_no_tensor_names_are_asked_for(tmp_path):
     with pytest.raises(ValueError, match="target_modules: expected names or an expression"):
         ll.from_peft(model, tmp_path)
     edit(tmp_path, target_modules=["0"], layers_to_transform=[0])
-    with pytest.raises(ValueError, match="layers_to_transform: expected none"):
+    with pytest.raises(ValueError, match="target_modules: expected names of layers of this model, found none"):
         ll.from_peft(model, tmp_path)
+
+
+@pytest.mark.parametrize("blocks", [{}, {"layers_pattern": "h"}, {"layers_pattern": ["layers", "h"]}])
+def test_layers_that_no_tensor_names_are_those_of_the_blocks_asked_for(blocks, tmp_path):
+    model, batch = _make("gpt2")
+    cfg = peft.UniLoraConfig(r=3, theta_d_length=50, target_modules=["c_attn"], layers_to_transform=1, fan_in_fan_out=True, **blocks)
+    theirs = wrapped(model, cfg)
+    theirs.save_pretrained(tmp_path)
+    adapt, params = ll.from_peft(model, tmp_path)
+    assert [t.path for t in adapt.targets] == ["transformer.h.1.attn.c_attn"]
+    base = _run(model, batch).detach()
+    assert_close(_adapted(adapt, params, batch) - base, _run(theirs, batch) - base)
 
 
 @pytest.mark.filterwarnings("ignore:Specified to not save projection tensors")

@@ -76,7 +76,8 @@ def parts_of(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, 
     faults += _scattered(method, unnamed) or clashes or misnamed + unlike + misfits + repeated + fixed + unfit + unplaced
     if not layers and any(row.bare for row in rows_of(method)):
         paths_named, unclear = named(fields, find(model, "linear", kinds))
-        layers, faults = {path: {} for path in paths_named}, faults + unclear
+        nothing = [] if paths_named else ["target_modules: expected names of layers of this model, found none that it has"]
+        layers, faults = {path: {} for path in paths_named}, faults + (unclear or nothing)
     paths = {path for path, _ in model.named_modules()}
     faults = (
         faults
