@@ -116,7 +116,8 @@ def _config(row: Row, values: Mapping[str, Any], path: str, folder: Path) -> Any
     try:
         return row.config(**values)
     except (TypeError, ValueError) as e:
-        raise ValueError(f'from_peft: expected "{folder / CONFIG}" to hold values that "{path}" can have here, found: {e}') from e
+        found = f'"{folder / CONFIG}" to hold values that "{path}" can have here, found: {e}'
+        raise ValueError(f"from_peft: expected {found} Correct a slip in the file. Where it was trained so: {_MERGE}") from e
 
 
 def _read_fields(place: Path) -> dict[str, Any]:
@@ -243,8 +244,7 @@ def _require_implied(path: str, found: Mapping[str, Tensor], derived: Constants)
 def _replaced(derived: Constants, loaded: Mapping[str, tuple[str, Tensor]]) -> Constants:
     for name, (key, tensor) in loaded.items():
         if tensor.shape != derived[name].shape:
-            want, found = tuple(derived[name].shape), tuple(tensor.shape)
-            raise ValueError(f'from_peft: expected "{key}" of shape {want}, found {found}. {_PASS}.')
+            raise ValueError(f'from_peft: expected "{key}" of shape {tuple(derived[name].shape)}, found {tuple(tensor.shape)}. {_PASS}.')
     return {**derived, **{name: tensor.to(derived[name], copy=True) for name, (_, tensor) in loaded.items()}}
 
 
