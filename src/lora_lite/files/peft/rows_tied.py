@@ -110,7 +110,7 @@ ROWS: dict[str, Row] = {
         refused=lambda cfg: "num_B=1: PEFT's router needs two" if cfg.num_B == 1 else None,
         completed=_experts_apart,
         written=_experts_joined,
-        named=lambda cfg, paths, others: grouped.fields_of(cfg.group_of, paths, others),
+        named=lambda cfg, targets, others: grouped.fields_of(cfg.group_of, targets, others),
     ),
     "tinylora": Row(
         TinyLoRAConfig,
