@@ -93,7 +93,8 @@ def copies(plan: Plan, tree: Mapping[str, Mapping[str, Tensor]], path: str) -> d
 def differing(plan: Plan, tree: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
     """List the layers whose copy of a group's param is another than that of the group's first layer."""
     return [
-        f'"{path}": expected {name} as at "{first}", with which it shares it, found another'
+        f'"{path}": expected {name} as at "{first}", with which it shares it, found another. In PEFT an adapter that was added beside '
+        "another shares nothing, and its file does not load as it was: train it as the first of its model"
         for path, names in plan.groups.items()
         for name, first in names.items()
         if not torch.equal(tree[path][name], tree[first][name])
