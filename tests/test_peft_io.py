@@ -539,6 +539,21 @@ def test_projections_of_vera_are_those_of_the_file_or_drawn_again(held, tmp_path
     assert_close(adapt(params, batch) - base, _run(theirs, batch) - base)
 
 
+@pytest.mark.parametrize("config", [peft.VeraConfig, peft.PveraConfig, peft.RandLoraConfig])
+def test_a_second_adapter_has_the_projections_of_wider_layers(config, tmp_path):
+    """PEFT itself does not load such a file alone."""
+    model, batch = _make("linear")
+    theirs = peft.get_peft_model(copy.deepcopy(model), config(r=4, target_modules=["0", "2", "4"])).eval()
+    theirs.add_adapter("second", config(r=4, target_modules=["4"], init_weights=False))
+    theirs.set_adapter("second")
+    theirs.save_pretrained(tmp_path)
+    adapt, params = ll.from_peft(model, tmp_path / "second")
+    base = _run(model, batch).detach()
+    assert_close(adapt(params, batch) - base, _run(theirs, batch) - base)
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    assert_close(_run(peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours").eval(), batch), _run(theirs, batch))
+
+
 @pytest.mark.parametrize("asked", [["0", "4"], "0|4"])
 def test_indices_of_unilora_are_drawn_again_where_the_file_holds_the_vector_alone(asked, tmp_path):
     model, batch = _make("linear")
@@ -560,8 +575,20 @@ def test_layers_that_no_tensor_names_are_asked_for(tmp_path):
     with pytest.raises(ValueError, match="target_modules: expected names or an expression"):
         ll.from_peft(model, tmp_path)
     edit(tmp_path, target_modules=["0"], layers_to_transform=[0])
-    with pytest.raises(ValueError, match="layers_to_transform: expected none"):
+    with pytest.raises(ValueError, match="target_modules: expected names of layers of this model, found none"):
         ll.from_peft(model, tmp_path)
+
+
+@pytest.mark.parametrize("blocks", [{}, {"layers_pattern": "h"}, {"layers_pattern": ["layers", "h"]}])
+def test_layers_that_no_tensor_names_are_those_of_the_blocks_asked_for(blocks, tmp_path):
+    model, batch = _make("gpt2")
+    cfg = peft.UniLoraConfig(r=3, theta_d_length=50, target_modules=["c_attn"], layers_to_transform=1, fan_in_fan_out=True, **blocks)
+    theirs = wrapped(model, cfg)
+    theirs.save_pretrained(tmp_path)
+    adapt, params = ll.from_peft(model, tmp_path)
+    assert [t.path for t in adapt.targets] == ["transformer.h.1.attn.c_attn"]
+    base = _run(model, batch).detach()
+    assert_close(_adapted(adapt, params, batch) - base, _run(theirs, batch) - base)
 
 
 @pytest.mark.filterwarnings("ignore:Specified to not save projection tensors")

@@ -98,6 +98,7 @@ def test_names_that_are_no_list_are_named(folder, names):
     [
         ("lora", {"lora_dropout": 5}, r'values that "0" can have here, found: LoRAConfig\.dropout'),
         ("psoft", {"ab_svd_init": ["psoft_init"]}, r"ab_svd_init: expected a text, found \['psoft_init'\]"),
+        ("psoft", {"layers_to_transform": "1"}, "layers_to_transform: expected a number or a list of numbers, found '1'"),
         ("psoft", {"cayley_neumann_eps": "x"}, "cayley_neumann_eps: expected a number, found 'x'"),
         ("vblora", {"topk": 2.5}, r'values that "0" can have here, found: VBLoRAConfig\.topk'),
     ],

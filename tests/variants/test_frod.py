@@ -86,9 +86,11 @@ def test_update_may_have_full_rank():
 
 
 @pytest.mark.filterwarnings("ignore:Specified to not")
-def test_bases_that_a_file_lacks_are_computed_again(tmp_path):
+@pytest.mark.parametrize("rate", [0.01, 0.0])
+def test_bases_that_a_file_lacks_are_computed_again(rate, tmp_path):
     model, x = blocks(), torch.randn(4, 12)
-    theirs = peft.get_peft_model(blocks(), peft.FrodConfig(target_modules=["up"], save_projection=False, progressbar=False)).eval()
+    cfg = peft.FrodConfig(target_modules=["up"], save_projection=False, sparse_rate=rate, progressbar=False)
+    theirs = peft.get_peft_model(blocks(), cfg).eval()
     with torch.no_grad():
         for p in theirs.parameters():
             p.add_(0.1 * torch.randn(p.shape)) if p.requires_grad else None

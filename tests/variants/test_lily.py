@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections import OrderedDict
 
 import peft
 import pytest
@@ -92,13 +93,30 @@ def test_layers_left_out_stay_out_of_pefts_groups(tiny, tmp_path):
         ll.to_peft(crossed, crossed.init(), tmp_path / "crossed")
 
 
+@pytest.mark.parametrize(("width", "fits"), [(12, True), (8, False)])
+def test_an_end_of_another_name_is_no_hindrance_where_the_shapes_tell_the_layers_apart(width, fits, tmp_path):
+    """As in a T5, whose `wo` PEFT may take for one of the `o`."""
+    ends = [("o", nn.Linear(8, width)), ("wo", nn.Linear(width, 8))]
+    model, x = nn.Sequential(*(nn.Sequential(OrderedDict(copy.deepcopy(ends))) for _ in range(2))), torch.randn(3, 8)
+    adapt = ll.build(model, ll.LilyConfig(r=3, target_names="o$"))
+    params = move(adapt.init(), scale=1.0)
+    if not fits:
+        with pytest.raises(ValueError, match="groups of layers that the ends of their names tell apart"):
+            ll.to_peft(adapt, params, tmp_path / "ours")
+        return
+    ll.to_peft(adapt, params, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "ours", is_trainable=True).eval()
+    assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == adapt.num_params
+    assert_close(theirs(x) - model(x), adapt(params, x) - model(x))
+
+
 def test_copies_that_differ_are_named(tiny, tmp_path):
     model, _ = tiny("llama")
     wrapped(model, peft.LilyConfig(r=3, target_modules=["q_proj"])).save_pretrained(tmp_path)
     tensors = saved(tmp_path)
     tensors["base_model.model.model.layers.1.self_attn.q_proj.lily_B.weight"] += 1
     safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r'"model.layers.1.self_attn.q_proj": expected B as at "model.layers.0.self_attn.q_proj"'):
+    with pytest.raises(ValueError, match=r'"model.layers.1.self_attn.q_proj": expected B as at "model.layers.0.*first of its model'):
         ll.from_peft(model, tmp_path)
 
 

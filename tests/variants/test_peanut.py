@@ -9,6 +9,7 @@ from transformers.activations import ACT2FN
 
 import lora_lite as ll
 from cases import derived, move
+from lora_lite.files.peft.rows import ROWS
 from lora_lite.variants.peanut import ACTIVATIONS, peanut
 
 
@@ -43,10 +44,17 @@ def test_activations_are_those_of_transformers(name):
     torch.testing.assert_close(ACTIVATIONS[name](h), ACT2FN[name](h))
 
 
+@pytest.mark.parametrize("name", ["hardswish", "swish", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"])
+def test_functions_that_torch_has_are_read_by_each_of_their_names(name):
+    read = ROWS["peanut"].read({"peft_type": "PEANUT", "act_fn": name}, "0", {})
+    h = torch.linspace(-8, 8, 101)
+    torch.testing.assert_close(ACTIVATIONS[ll.PEANuTConfig(**read).act_fn](h), ACT2FN[name](h))
+
+
 def test_an_activation_that_torch_lacks_is_refused_by_name(tmp_path):
     model = nn.Sequential(nn.Linear(6, 8))
     peft.get_peft_model(model, peft.PeanutConfig(r=2, act_fn="laplace", target_modules=["0"])).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r'PEANuTConfig\.act_fn: expected one of "relu".*found .laplace'):
+    with pytest.raises(ValueError, match=r'PEANuTConfig\.act_fn: expected one of "relu".*found .laplace.*merge_and_unload'):
         ll.from_peft(nn.Sequential(nn.Linear(6, 8)), tmp_path)
 
 

@@ -96,6 +96,16 @@ def test_pefts_scale_cancels(name):
     assert (outputs[0] - model(x)).abs().max() > 1e-2
 
 
+def test_pefts_file_of_rank_one_has_magnitudes_alone(tmp_path):
+    model, x = torch.nn.Sequential(torch.nn.Linear(6, 5)), torch.randn(3, 6)
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.PsoftConfig(r=1, target_modules=["0"])).eval()
+    torch.nn.init.normal_(theirs.base_model.model[0].psoft_R["default"].vector_b)
+    theirs.save_pretrained(tmp_path)
+    adapt, params = ll.from_peft(model, tmp_path)
+    assert params["0"]["Q"].numel() == 0
+    torch.testing.assert_close(adapt(params, x), theirs(x))
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"PSOFTConfig.r: expected"):
         derived(ll.PSOFTConfig(r=10), layer())

@@ -21,7 +21,7 @@ arXiv:2410.01870.
 
 Trained per target: `2 r (o + depth r)`. Reads the dense weight in each forward, in a product that costs as much as `r` tokens.
 
-Departures: none from PEFT, which builds the update itself; of its activations, those that torch has.
+Departures: none from PEFT, which builds the update itself; of its activations, the functions that torch has.
 """
 
 from collections.abc import Callable
@@ -43,6 +43,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "mish": F.mish,
     "leaky_relu": F.leaky_relu,
     "relu6": F.relu6,
+    "hardswish": F.hardswish,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "linear": lambda h: h,
@@ -97,7 +98,9 @@ class PEANuTConfig(AdapterConfig):
 
     r: Rank = 32
     depth: Count = 0
-    act_fn: Literal["relu", "gelu", "gelu_pytorch_tanh", "silu", "mish", "leaky_relu", "relu6", "tanh", "sigmoid", "linear"] = "relu"
+    act_fn: Literal[
+        "relu", "gelu", "gelu_pytorch_tanh", "silu", "mish", "leaky_relu", "relu6", "hardswish", "tanh", "sigmoid", "linear"
+    ] = "relu"
     scaling: float = 1.0
 
     def init(self, W: Frozen, generator: torch.Generator) -> PEANuTParams:

@@ -105,7 +105,7 @@ def fields_of(
     fields["target_modules"] = listed_or_expressed(modules_asked, besides)
     if layers:
         cfg = next(cfg for target, cfg in zip(adapt.targets, adapt.configs) if target.path == chosen[0])
-        fields |= layers[0].row.named(cfg, chosen, besides)
+        fields |= layers[0].row.named(cfg, [layer.target for layer in layers], besides)
     fields |= {"target_parameters": [*parameters, *weights.values()]} if parameters or weights else {}
     if any(axes_of(adapt._plan.base, path) for path in parameters):
         fields["peft_version"] = ".".join(map(str, EXPERTS_SINCE))

@@ -86,6 +86,10 @@ def _are_ids(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(number, int) and not isinstance(number, bool) for number in value)
 
 
+def _number_blocks(value: Any) -> bool:
+    return _are_ids(value) or _are_ids([value])
+
+
 def _name_modules(value: Any) -> bool:
     return isinstance(value, str) or _are_names(value)
 
@@ -102,6 +106,8 @@ _STRUCTURED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "task_type": (lambda value: isinstance(value, str), "a text"),
     "target_modules": (_name_modules, "names or an expression"),
     "exclude_modules": (_name_modules, "names or an expression"),
+    "layers_to_transform": (_number_blocks, "a number or a list of numbers"),
+    "layers_pattern": (_name_modules, "names"),
     "modules_to_save": (_are_names, "a list of names"),
     "target_parameters": (_are_names, "a list of names"),
     "feedforward_modules": (_name_modules, "names or an expression"),

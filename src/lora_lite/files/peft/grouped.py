@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from lora_lite.core.errors import listed
-from lora_lite.core.plan import Plan, Shapes
+from lora_lite.core.plan import Plan, Shapes, Target
 from lora_lite.files.peft.targeted import expression
+
+Shape = tuple[int, int]
 
 ALL = ("",)
 """The expressions of one group of all layers."""
@@ -23,45 +25,53 @@ def patterns_of(target_modules: Any) -> tuple[str, ...]:
     return tuple(rf"(^|\.){re.escape(name)}$" for name in names) if any("." in name for name in names) else ()
 
 
-def fields_of(group_of: Callable[[str], str], paths: Sequence[str], others: Iterable[str] | None) -> dict[str, Any]:
+def fields_of(group_of: Callable[[str], str], targets: Sequence[Target], others: Iterable[str] | None) -> dict[str, Any]:
     """Return PEFT's fields that name layers so that it makes the same groups.
 
     Args:
         group_of: the group of a layer, by its path.
-        paths: the layers, in order.
+        targets: the layers, in order.
         others: the paths of all other modules; None where they are unknown, which one group alone does without.
 
     Raises:
         ValueError: where no such fields are there.
     """
-    groups: dict[str, list[str]] = {}
-    for path in paths:
-        groups.setdefault(group_of(path), []).append(path)
+    groups: dict[str, dict[Shape, list[str]]] = {}
+    for target in targets:
+        groups.setdefault(group_of(target.path), {}).setdefault((target.o, target.i), []).append(target.path)
+    of_group = [[path for paths in group.values() for path in paths] for group in groups.values()]
     if others is None and len(groups) > 1:
         raise ValueError(
             f"to_peft: expected the base model, whose other layers the names of {len(groups)} groups must leave out, found none. "
             "Pass it: --base MODEL."
         )
-    ends = [_own_end(members, [path for path in paths if path not in members]) for members in groups.values()]
+    ends = [_own_end(group, [other for other in groups.values() if other is not group]) for group in groups.values()]
     if all(ends) and others is not None:
         besides = [path for path in others if any(f".{path}".endswith(f".{end}") for end in ends)]
         return {"target_modules": ends, **({"exclude_modules": expression(besides)} if besides else {})}
     if len(groups) == 1:
-        return {"target_modules": expression(paths)}
+        return {"target_modules": expression(of_group[0])}
     raise ValueError(
         "to_peft: expected groups of layers that the ends of their names tell apart, as PEFT does, found\n"
-        + "\n".join(f"  - {listed(members)}" for members in groups.values())
+        + "\n".join(f"  - {listed(members)}" for members in of_group)
         + "\nKeep the adapter with ll.save."
     )
 
 
-def _own_end(paths: Sequence[str], others: Sequence[str]) -> str | None:
-    """Return the shortest end, in whole parts, that all paths have and no others, or None."""
+def _own_end(group: Mapping[Shape, Sequence[str]], others: Iterable[Mapping[Shape, Sequence[str]]]) -> str | None:
+    """Return the shortest end, in whole parts, that all paths of a group have, and by which PEFT makes the same groups; None for none.
+
+    PEFT takes any end of a name, as `o` of `wo`. It splits by shape too, so that this is harmless for layers of one shape and group that
+    all have the end, and whose shape none of this group has."""
+    paths = [path for members in group.values() for path in members]
+    rivals = [(shape, members) for other in others for shape, members in other.items()]
     parts = paths[0].split(".")
-    ends = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
-    return next(
-        (end for end in ends if all(f".{path}".endswith(f".{end}") for path in paths) and not any(p.endswith(end) for p in others)), None
-    )
+    for end in (".".join(parts[-n:]) for n in range(1, len(parts) + 1)):
+        taken = [(shape, {path.endswith(end) for path in members}) for shape, members in rivals]
+        harmless = all(found == {False} or (found == {True} and shape not in group) for shape, found in taken)
+        if harmless and all(f".{path}".endswith(f".{end}") for path in paths):
+            return end
+    return None
 
 
 def shapes_of(plan: Plan, paths: Iterable[str]) -> Shapes:
@@ -83,7 +93,8 @@ def copies(plan: Plan, tree: Mapping[str, Mapping[str, Tensor]], path: str) -> d
 def differing(plan: Plan, tree: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
     """List the layers whose copy of a group's param is another than that of the group's first layer."""
     return [
-        f'"{path}": expected {name} as at "{first}", with which it shares it, found another'
+        f'"{path}": expected {name} as at "{first}", with which it shares it, found another. In PEFT an adapter that was added beside '
+        "another shares nothing, and its file does not load as it was: train it as the first of its model"
         for path, names in plan.groups.items()
         for name, first in names.items()
         if not torch.equal(tree[path][name], tree[first][name])

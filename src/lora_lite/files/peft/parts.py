@@ -56,7 +56,8 @@ def parts_of(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, 
     method = fields["peft_type"]
     keys = [*_leaves(method), *_zeros(method)]
     of_all = {leaf.key: leaf for row in rows_of(method) for leaf in row.shared_leaves.values()}
-    saved = numbered.joined(without_name(tensors, keys), {**_leaves(method), **of_all})
+    unnamed = without_name(tensors, keys)
+    saved = numbered.joined(unnamed, {**_leaves(method), **of_all})
     for row in rows_of(method):
         saved = spread(saved, row.of_sort, row.sort, PREFIX) if row.of_sort else saved
     common, saved = shared.split(method, saved)
@@ -74,10 +75,11 @@ def parts_of(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, 
     layers, unplaced = _by_layer(model, method, {**saved, **trained.adapted})
     layers = {path: dict(rows_lora.positive(fields, path, own)) for path, own in layers.items()}
     clashes = ties.faults(model, fields, [*layers, *whole.paths_of(modules)], rows)
-    faults += _scattered(method, tensors) or clashes or misnamed + unlike + misfits + repeated + trained.faults + unfit + unplaced
+    faults += _scattered(method, unnamed) or clashes or misnamed + unlike + misfits + repeated + trained.faults + unfit + unplaced
     if not layers and any(row.bare for row in rows_of(method)):
         paths_named, unclear = named(fields, find(model, "linear", kinds))
-        layers, faults = {path: {} for path in paths_named}, faults + unclear
+        nothing = [] if paths_named else ["target_modules: expected names of layers of this model, found none that it has"]
+        layers, faults = {path: {} for path in paths_named}, faults + (unclear or nothing)
     paths = {path for path, _ in model.named_modules()}
     faults = (
         faults
@@ -98,7 +100,9 @@ def parts_of(model: nn.Module, fields: Mapping[str, Any], tensors: Mapping[str, 
 
 def _scattered(method: str, tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the fault of a file without numbers, or with tensors without them where PEFT leaves none so."""
-    names = [] if any(row.idles for row in rows_of(method)) else [name for name, t in tensors.items() if t.shape == (0,)]
+    hollow = tuple(f".{key}" for key, leaf in _leaves(method).items() if leaf.hollow)
+    empty = [name for name, t in tensors.items() if t.shape == (0,) and not name.endswith(hollow)]
+    names = [] if any(row.idles for row in rows_of(method)) else empty
     if tensors and not names:
         return []
     return [

@@ -19,7 +19,7 @@ from lora_lite.core.errors import listed, require_type, several, tree_faults
 from lora_lite.core.frozen import Constants
 from lora_lite.core.leading import SVDConfig
 from lora_lite.core.tree import Tree, join
-from lora_lite.files.peft import grouped, tokens, whole
+from lora_lite.files.peft import grouped, shared, tokens, whole
 from lora_lite.files.peft.demands import check_fields, unable
 from lora_lite.files.peft.fields import DEFAULTS, OFF, of_patterns, resolve
 from lora_lite.files.peft.hub import CONFIG, WEIGHTS, folder_of
@@ -116,7 +116,8 @@ def _config(row: Row, values: Mapping[str, Any], path: str, folder: Path) -> Any
     try:
         return row.config(**values)
     except (TypeError, ValueError) as e:
-        raise ValueError(f'from_peft: expected "{folder / CONFIG}" to hold values that "{path}" can have here, found: {e}') from e
+        found = f'"{folder / CONFIG}" to hold values that "{path}" can have here, found: {e}'
+        raise ValueError(f"from_peft: expected {found} Correct a slip in the file. Where it was trained so: {_MERGE}") from e
 
 
 def _read_fields(place: Path) -> dict[str, Any]:
@@ -213,9 +214,9 @@ def _with_constants(adapt: Adapt, chosen: Chosen, parts: Parts) -> Adapt:
         loaded = _replaced(constants[path], {name: (join(path, key), tensors[key]) for name, key in kept.items()})
         follow = row.settled(layers[path], loaded) if kept else {}
         constants[path] = {**loaded, **{name: c.to(layers[path].device) for name, c in follow.items()}}
-        found = {name: (key, parts.common[key]) for name, key in row.shared.items() if key in parts.common}
-        if found:
-            common[cfg.name] = _replaced(common[cfg.name], found)
+        if present := {name: key for name, key in row.shared.items() if key in parts.common}:
+            own = common[cfg.name]
+            common[cfg.name] = _replaced(own, {n: (key, shared.leading(parts.common[key], own[n])) for n, key in present.items()})
     starts = {path: start for path, start in plan.starts.items() if not (path in chosen and chosen[path][0].constants)}
     return Adapt(dataclasses.replace(plan, constants=constants, shared=common, starts=starts, task_type=parts.fields.get("task_type")))
 
@@ -236,8 +237,7 @@ def _require_implied(path: str, found: Mapping[str, Tensor], derived: Constants)
 def _replaced(derived: Constants, loaded: Mapping[str, tuple[str, Tensor]]) -> Constants:
     for name, (key, tensor) in loaded.items():
         if tensor.shape != derived[name].shape:
-            want, found = tuple(derived[name].shape), tuple(tensor.shape)
-            raise ValueError(f'from_peft: expected "{key}" of shape {want}, found {found}. {_PASS}.')
+            raise ValueError(f'from_peft: expected "{key}" of shape {tuple(derived[name].shape)}, found {tuple(tensor.shape)}. {_PASS}.')
     return {**derived, **{name: tensor.to(derived[name], copy=True) for name, (_, tensor) in loaded.items()}}
 
 

@@ -30,6 +30,7 @@ class Leaf(NamedTuple):
         floating: false for indices, which may have any dtype.
         joined: whether tensors by number are joined at their first axis, or laid out flat where that is the only one here.
         implied: whether the weight implies it, so that a file of the same model holds the same.
+        hollow: whether some options leave it without numbers.
     """
 
     key: str
@@ -41,6 +42,7 @@ class Leaf(NamedTuple):
     floating: bool = True
     joined: bool = False
     implied: bool = False
+    hollow: bool = False
 
     def theirs(self, cfg: Any, constants: Constants, ours: Tensor) -> Tensor:
         """Return a param of ours as PEFT's value. The sum with an origin is in at least float32: half precision is coarse around it."""
@@ -95,7 +97,7 @@ class Row(NamedTuple):
         unsure: `(our config, layer)` to why PEFT derives something else from the weight than we do, or None.
         bare: whether a file may hold nothing of a layer; the config's `target_modules` then says which layers there are.
         lists: PEFT's field that names the layers of this variant among those of its type.
-        named: `(our config, paths of the layers, paths of all other modules, None where unknown)` to the fields that name the layers
+        named: `(our config, the layers' targets, paths of all other modules, None where unknown)` to the fields that name the layers
             otherwise than as a list.
         agreed: the target and the fields of each layer, to fields that say the same of all layers where theirs differ.
         conv1d: whether PEFT adapts transformers' `Conv1D` by it.
@@ -127,7 +129,7 @@ class Row(NamedTuple):
     unsure: Callable[[Any, Frozen], str | None] = lambda cfg, W: None
     bare: bool = False
     lists: str | None = None
-    named: Callable[[Any, Sequence[str], Sequence[str] | None], dict[str, Any]] = lambda cfg, paths, others: {}
+    named: Callable[[Any, Sequence[Target], Sequence[str] | None], dict[str, Any]] = lambda cfg, targets, others: {}
     agreed: Callable[[Sequence[tuple[Target, Fields]]], dict[str, Any]] = lambda layers: {}
     conv1d: bool = False
     lowers: bool = False

@@ -116,7 +116,10 @@ def _osf_signs(theirs: Tensors, constants: Constants) -> Leaves:
 
 
 _PEANUT = ("r", "depth", "act_fn", "scaling")
-_SAME_FUNCTION = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
+_SAME_FUNCTION = {
+    **{"swish": "silu", "gelu_python": "gelu"},
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh"), "gelu_pytorch_tanh"),
+}
 
 ROWS: dict[str, Row] = {
     "deft": Row(  # PEFT computes this one in float32 in a model of any dtype, so in float64 it is only as exact as that

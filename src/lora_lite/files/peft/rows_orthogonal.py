@@ -62,7 +62,7 @@ ROWS: dict[str, Row] = {
         PSOFTConfig,
         "PSOFT",
         {
-            "Q": Leaf("psoft_R.weight", (1, 2), _free_identity),
+            "Q": Leaf("psoft_R.weight", (1, 2), _free_identity, hollow=True),
             "b": Leaf("psoft_R.vector_b", 1, _one, optional=True),
             "a": Leaf("psoft_R.vector_a", 1, _one, optional=True),
         },

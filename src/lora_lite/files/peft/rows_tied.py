@@ -88,7 +88,10 @@ ROWS: dict[str, Row] = {
     "frod": Row(
         FRoDConfig,
         "FROD",
-        {"lambda_l": Leaf("frod_lambda_l", 1, lambda _, constants: constants["l"]), "lambda_s": Leaf("frod_lambda_s_values", 1)},
+        {
+            "lambda_l": Leaf("frod_lambda_l", 1, lambda _, constants: constants["l"]),
+            "lambda_s": Leaf("frod_lambda_s_values", 1, hollow=True),
+        },
         lambda fields, path, _: {ours: resolve(fields, theirs, path) for theirs, ours in _OF_FROD.items()},
         lambda cfg: {**{theirs: getattr(cfg, ours) for theirs, ours in _OF_FROD.items()}, "sparse_rate": min(cfg.sparse_rate, 1.0)},
         constants=_BASES,
@@ -107,7 +110,7 @@ ROWS: dict[str, Row] = {
         refused=lambda cfg: "num_B=1: PEFT's router needs two" if cfg.num_B == 1 else None,
         completed=_experts_apart,
         written=_experts_joined,
-        named=lambda cfg, paths, others: grouped.fields_of(cfg.group_of, paths, others),
+        named=lambda cfg, targets, others: grouped.fields_of(cfg.group_of, targets, others),
     ),
     "tinylora": Row(
         TinyLoRAConfig,

@@ -33,6 +33,13 @@ def faults_of(method: str, shared: Mapping[str, Tensor]) -> list[str]:
     return faults
 
 
+def leading(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return the first entries of a file's tensor along each axis, as many as `like` has.
+
+    A second adapter in PEFT has the projections of the first one, which may have wider layers. It takes this part of them."""
+    return tensor[tuple(map(slice, like.shape))] if tensor.ndim == like.ndim else tensor
+
+
 def _without_copies(tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Leave out the copies of shared tensors that a file holds for each layer. A copy that differs stays, as a tensor without a place."""
     of_name = {key.rpartition(".")[2]: tensor for key, tensor in shared.items()}

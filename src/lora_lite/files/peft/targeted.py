@@ -13,12 +13,9 @@ def named(fields: Mapping[str, Any], paths: Iterable[str]) -> tuple[list[str], l
     wanted, others = fields.get("target_modules"), fields.get("exclude_modules") or []
     if not wanted or wanted == "all-linear":
         return [], [f"target_modules: expected names or an expression, since the file has no tensors of a layer, found {wanted!r}"]
-    if fields.get("layers_to_transform") is not None:
-        return [], [
-            f"layers_to_transform: expected none, since the file has no tensors of a layer, found {fields['layers_to_transform']!r}"
-        ]
     whole = [rf"(^|.*\.){name}($|\..*)" for name in fields.get("modules_to_save") or []]
-    return [p for p in paths if _fits(wanted, p) and not _fits(others, p) and not any(re.match(name, p) for name in whole)], []
+    asked = [p for p in paths if _fits(wanted, p) and (isinstance(wanted, str) or _in_blocks(fields, p))]
+    return [p for p in asked if not _fits(others, p) and not any(re.match(name, p) for name in whole)], []
 
 
 def _fits(names: Any, path: str) -> bool:
@@ -26,6 +23,16 @@ def _fits(names: Any, path: str) -> bool:
     if isinstance(names, str):
         return re.fullmatch(names, path) is not None
     return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _in_blocks(fields: Mapping[str, Any], path: str) -> bool:
+    """Whether `layers_to_transform` has the number of a layer's block: the first in its path, or that after a name of `layers_pattern`."""
+    wanted, names = fields.get("layers_to_transform"), fields.get("layers_pattern") or []
+    if wanted is None or wanted == []:
+        return True
+    starts = [rf"(?:^|.*?\.){name}" for name in ([names] if isinstance(names, str) else names)] or [r".*?\.[^.]*"]
+    found = next((match["n"] for start in starts if (match := re.match(rf"{start}\.(?P<n>\d+)\.", path))), None)
+    return found is not None and int(found) in ([wanted] if isinstance(wanted, int) else wanted)
 
 
 def warn_of_absent(fields: Mapping[str, Any], paths: Iterable[str], present: Container[str]) -> None:
