@@ -22,6 +22,8 @@ KINDS = {
     "fp8": "FP8Kind",
     "fbgemm": "RowFP8Kind",
     "ct": "RowFP8Kind",
+    "bitnet": "BitLinearKind",
+    "gemma": "GemmaKind",
     "tensor": "TensorClassKind",
     "quanto": "QuantoKind",
 }
