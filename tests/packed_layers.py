@@ -4,6 +4,8 @@ The packing is written code by code from the layouts' descriptions, apart from t
 the kinds know them by.
 """
 
+import importlib
+
 import torch
 from torch import nn
 
@@ -167,6 +169,30 @@ def gemma(bits: int):
     return layer, codes * scale
 
 
+def gguf():
+    """Build a layer in blocks of 32 entries: a scale of 16 bits, then codes of 8, GGUF's type 8."""
+    importlib.import_module("transformers.integrations.gguf.dequant")  # as the layer's own module does
+    g = torch.Generator().manual_seed(0)
+    codes, scale = torch.randint(-128, 128, (WIDTH_OUT, WIDTH_IN), generator=g).to(torch.int8), torch.rand(WIDTH_OUT, 1, generator=g).half()
+    layer, order = named("GgufLinear", "transformers.integrations.gguf.utils")(), torch.randperm(WIDTH_IN, generator=g)
+    vars(layer).update(in_features=WIDTH_IN, out_features=WIDTH_OUT, bias=None, ggml_type=8)
+    layer.weight = nn.Parameter(torch.cat([(scale / 128).view(torch.uint8), codes.view(torch.uint8)], 1), requires_grad=False)
+    layer.register_buffer("input_permutation", order)
+    return layer, ((scale / 128).float() * codes)[:, order.argsort()]
+
+
+def gguf_of_diffusers():
+    """Build a layer of diffusers' class, with a function of this file in the place of the library's."""
+    dense = torch.randn(WIDTH_OUT, WIDTH_IN, generator=torch.Generator().manual_seed(0)).half()
+    layer = named("GGUFLinear", "diffusers.quantizers.gguf.utils", nn.Linear)(WIDTH_IN, WIDTH_OUT)
+    layer.weight, layer.compute_dtype = nn.Parameter(dense.view(torch.uint8), requires_grad=False), torch.float32
+    return layer, dense.float()
+
+
+def dequantize_gguf_tensor(blocks):
+    return blocks.view(torch.float16)
+
+
 class Codes(torch.Tensor):
     """A tensor class as torchao's: float outside, codes and scales inside."""
 
@@ -249,6 +275,8 @@ LAYERS = {
     "ct-fp8": compressed,
     "bitnet": bitnet,
     **{f"gemma-{bits}": lambda bits=bits: gemma(bits) for bits in (2, 4, 8)},
+    "gguf": gguf,
+    "diffusers-gguf": gguf_of_diffusers,
     "tensor-class": tensor_class,
     "tensor-class-nf4": lambda: tensor_class(Looked),
     "quanto": quanto,

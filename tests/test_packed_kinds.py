@@ -24,6 +24,8 @@ KINDS = {
     "ct": "RowFP8Kind",
     "bitnet": "BitLinearKind",
     "gemma": "GemmaKind",
+    "gguf": "GgufKind",
+    "diffusers": "DiffusersGgufKind",
     "tensor": "TensorClassKind",
     "quanto": "QuantoKind",
 }

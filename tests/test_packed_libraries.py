@@ -143,6 +143,15 @@ def of_transformers(name, cls, **options):
     return layer.eval(), layer._dequantize_weights(torch.float32).detach()
 
 
+def gguf_of_diffusers():
+    utils, format = library("diffusers.quantizers.gguf.utils"), library("gguf")
+    kind = format.GGMLQuantizationType.Q8_0
+    blocks = format.quantize(linear(64, 32).weight.detach().numpy(), kind)
+    layer = utils.GGUFLinear(64, 32, compute_dtype=torch.float32)
+    layer.weight = utils.GGUFParameter(torch.from_numpy(blocks.copy()), quant_type=kind)
+    return layer.eval(), utils.dequantize_gguf_tensor(layer.weight).float()
+
+
 def bitnet():
     return of_transformers("bitnet", "BitLinear", dtype=torch.float32)
 
@@ -162,6 +171,7 @@ LAYERS = {
     "autoawq": (autoawq, (), "AWQKind"),
     **{f"auto-gptq-{bits}": (autogptq, (bits,), "AutoGPTQKind") for bits in (2, 3, 4, 8)},
     "bitnet": (bitnet, (), "BitLinearKind"),
+    "gguf-diffusers": (gguf_of_diffusers, (), "DiffusersGgufKind"),
     **{f"gemma-{bits}": (gemma, (bits,), "GemmaKind") for bits in (2, 4, 8)},
     "fp8-block": (fp8, ((16, 16),), "FP8Kind"),
     "fp8-uneven": (fp8, ((24, 24),), "FP8Kind"),
