@@ -4,6 +4,7 @@ The packing is written code by code from the layouts' descriptions, apart from t
 the kinds know them by.
 """
 
+import pytest
 import torch
 from torch import nn
 
@@ -144,6 +145,53 @@ def compressed():
     return own, dense
 
 
+def bitnet():
+    g = torch.Generator().manual_seed(0)
+    entries = torch.randint(-1, 2, (WIDTH_OUT, WIDTH_IN), generator=g)
+    layer, quarter = named("BitLinear", "transformers.integrations.bitnet")(), WIDTH_OUT // 4
+    vars(layer).update(in_features=WIDTH_IN, out_features=WIDTH_OUT, bias=None, rms_norm=None)
+    packed = [[sum(int(entries[k * quarter + o, i] + 1) << 2 * k for k in range(4)) for i in range(WIDTH_IN)] for o in range(quarter)]
+    layer.register_buffer("weight", torch.tensor(packed, dtype=torch.uint8))
+    layer.register_buffer("weight_scale", torch.tensor([3.0]))
+    return layer, entries / 3.0
+
+
+def gemma(bits: int):
+    g = torch.Generator().manual_seed(bits)
+    low, each = -(1 << bits - 1), 8 // bits
+    codes, scale = torch.randint(low, -low, (WIDTH_OUT, WIDTH_IN), generator=g), torch.rand(WIDTH_OUT, 1, generator=g) / -low
+    layer = named("QuantizedLinear", "transformers.integrations.gemma_quant", nn.Linear)(WIDTH_IN, WIDTH_OUT)
+    packed = [[sum((int(c) - low) << bits * k for k, c in enumerate(row[n : n + each])) for n in range(0, WIDTH_IN, each)] for row in codes]
+    stored = codes.to(torch.int8) if bits == 8 else torch.tensor(packed, dtype=torch.uint8)
+    layer.weight, layer.weight_scale = (nn.Parameter(t, requires_grad=False) for t in (stored, scale))
+    layer.num_bits = bits
+    return layer, codes * scale
+
+
+def gguf():
+    """Build a layer in blocks of 32 entries: a scale of 16 bits, then codes of 8, GGUF's type 8."""
+    pytest.importorskip("transformers.integrations.gguf.dequant", reason="this transformers unpacks GGUF as it loads", exc_type=ImportError)
+    g = torch.Generator().manual_seed(0)
+    codes, scale = torch.randint(-128, 128, (WIDTH_OUT, WIDTH_IN), generator=g).to(torch.int8), torch.rand(WIDTH_OUT, 1, generator=g).half()
+    layer, order = named("GgufLinear", "transformers.integrations.gguf.utils")(), torch.randperm(WIDTH_IN, generator=g)
+    vars(layer).update(in_features=WIDTH_IN, out_features=WIDTH_OUT, bias=None, ggml_type=8)
+    layer.weight = nn.Parameter(torch.cat([(scale / 128).view(torch.uint8), codes.view(torch.uint8)], 1), requires_grad=False)
+    layer.register_buffer("input_permutation", order)
+    return layer, ((scale / 128).float() * codes)[:, order.argsort()]
+
+
+def gguf_of_diffusers():
+    """Build a layer of diffusers' class, with a function of this file in the place of the library's."""
+    dense = torch.randn(WIDTH_OUT, WIDTH_IN, generator=torch.Generator().manual_seed(0)).half()
+    layer = named("GGUFLinear", "diffusers.quantizers.gguf.utils", nn.Linear)(WIDTH_IN, WIDTH_OUT)
+    layer.weight, layer.compute_dtype = nn.Parameter(dense.view(torch.uint8), requires_grad=False), torch.float32
+    return layer, dense.float()
+
+
+def dequantize_gguf_tensor(blocks):
+    return blocks.view(torch.float16)
+
+
 class Codes(torch.Tensor):
     """A tensor class as torchao's: float outside, codes and scales inside."""
 
@@ -224,6 +272,10 @@ LAYERS = {
     "fp8-ue8m0": lambda: fp8((16, 16), torch.float8_e8m0fnu),
     "fbgemm": fbgemm,
     "ct-fp8": compressed,
+    "bitnet": bitnet,
+    **{f"gemma-{bits}": lambda bits=bits: gemma(bits) for bits in (2, 4, 8)},
+    "gguf": gguf,
+    "diffusers-gguf": gguf_of_diffusers,
     "tensor-class": tensor_class,
     "tensor-class-nf4": lambda: tensor_class(Looked),
     "quanto": quanto,

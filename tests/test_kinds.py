@@ -504,6 +504,41 @@ class GainNorm(ll.AdapterConfig):
         return W(x) * (1 + params["weight"])
 
 
+class ScaledRows(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.W, self.scale = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.rand(6) + 0.5)
+
+    def forward(self, x):
+        return x @ self.W * self.scale
+
+
+@pytest.mark.parametrize(
+    ("to_weight", "held"),
+    [
+        (lambda self, dense: dense.t() / self.layer.scale, True),
+        (lambda self, dense: dense.t(), False),
+        (lambda self, dense: dense / self.layer.scale, False),
+        (lambda self, dense: (dense.t() / self.layer.scale).round(decimals=1), False),
+    ],
+    ids=["exact", "scale forgotten", "not transposed", "rounded"],
+)
+def test_a_kind_that_lays_a_weight_out_otherwise_than_it_reads_it_is_not_merged(to_weight, held):
+    weight = property(lambda self: (self.layer.W * self.layer.scale).t())
+    facts = {"classes": (ScaledRows,), "state": {"weight": "W"}, "weight": weight, "to_weight": to_weight}
+    kind = type("ScaledRowsKind", (ll.Kind,), facts)
+    model, x = nn.Sequential(ScaledRows()), torch.randn(3, 6)
+    adapt = ll.build(model, ll.LoRAConfig(r=2), kinds=(kind,))
+    params = move(adapt.init())
+    if not held:
+        with pytest.raises(ValueError, match=r'"0": ScaledRowsKind\.to_weight: expected a layout from which weight reads the same matrix'):
+            adapt.merge(params)
+        return
+    merged = copy.deepcopy(model)
+    merged.load_state_dict(adapt.merge(params), strict=False)
+    torch.testing.assert_close(merged(x), adapt(params, x))
+
+
 def test_a_norm_variant_that_does_more_than_move_is_not_merged_wrong():  # D2
     model = nn.Sequential(normed()).eval()
     adapt = ll.build(model, GainNorm())

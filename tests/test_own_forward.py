@@ -196,3 +196,72 @@ def test_positions_of_transformers():
         want, base = merged_copy(model, adapt.merge(params))(**batch)[0], model(**batch)[0]
         torch.testing.assert_close(adapt(params, batch)[0], want, rtol=1e-4, atol=1e-5)
     assert (want - base).abs().max() > 1e-3
+
+
+class Rounding(torch.autograd.Function):
+    """The weight in three levels, with the gradient of the weight itself, as training in few bits has it."""
+
+    @staticmethod
+    def forward(ctx, w):
+        return w.sign() * w.abs().mean()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+class CompiledRounding(Rounding):
+    forward = staticmethod(torch.compile(lambda ctx, w: w.sign() * w.abs().mean(), backend="eager"))
+
+
+class Rounded(nn.Linear):
+    function = Rounding
+
+    def forward(self, x):
+        return F.linear(x, self.function.apply(self.weight), self.bias)
+
+
+class CompiledRounded(Rounded):
+    function = CompiledRounding
+
+
+class RoundedConv(nn.Conv1d):
+    def forward(self, x):
+        return F.conv1d(x, Rounding.apply(self.weight), self.bias)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of the compiler, where it guards an input
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("make", [lambda: Rounded(6, 8), lambda: CompiledRounded(6, 8), lambda: RoundedConv(6, 8, 1)])
+def test_a_weight_given_to_an_autograd_function_is_trained(make, training):
+    torch.manual_seed(0)
+    model = nn.Sequential(make()).train(training)
+    x = torch.randn(4, 6) if isinstance(model[0], nn.Linear) else torch.randn(4, 6, 3)
+    adapt = ll.build(model, ll.LoRAConfig(r=2, target_names="0"))
+    params = ll.tree_map(lambda p: p.requires_grad_(), move(adapt.init(seed=0)))
+    A, B = params["0"]["A"], params["0"]["B"]
+    weight = Rounding.apply(model[0].weight.detach() + (adapt.configs[0].scale * B @ A).view(model[0].weight.shape))
+    want_loss = (F.linear if x.dim() == 2 else F.conv1d)(x, weight, model[0].bias.detach()).square().sum()
+    want = torch.autograd.grad(want_loss, (A, B))
+    value, grads = ll.value_and_grad(lambda p: adapt(p, x).square().sum())(params)
+    torch.testing.assert_close((value, grads["0"]["A"], grads["0"]["B"]), (want_loss.detach(), *want), rtol=1e-4, atol=1e-5)
+    module = adapt.module(params)
+    module(x).square().sum().backward()
+    found = [p.grad for p in module.parameters() if p.requires_grad]
+    torch.testing.assert_close(found, list(want), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match='"0" expected a target that is called with rows'):
+        adapt.mixed(ll.stack([params, params]), x[:2], [0, 1])
+
+
+def test_a_compiled_call_follows_such_a_function_once_it_is_known():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Rounded(6, 8)), torch.randn(4, 6)
+    adapt = ll.build(model, ll.LoRAConfig(r=2))
+    params = ll.tree_map(lambda p: p.requires_grad_(), move(adapt.init(seed=0)))
+    loss = lambda: adapt(params, x).square().sum()  # noqa: E731
+    compiled = torch.compile(loss, backend="eager")
+    with pytest.raises(Exception, match=r"found it given to Rounding, .* Call adapt once before it is compiled"):
+        compiled()
+    want = torch.autograd.grad(loss(), ll.tree_leaves(params))
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.autograd.grad(compiled(), ll.tree_leaves(params)), want)

@@ -22,6 +22,10 @@ KINDS = {
     "fp8": "FP8Kind",
     "fbgemm": "RowFP8Kind",
     "ct": "RowFP8Kind",
+    "bitnet": "BitLinearKind",
+    "gemma": "GemmaKind",
+    "gguf": "GgufKind",
+    "diffusers": "DiffusersGgufKind",
     "tensor": "TensorClassKind",
     "quanto": "QuantoKind",
 }

@@ -128,6 +128,38 @@ def fp8(block):
     return layer.eval(), own
 
 
+def of_transformers(name, cls, **options):
+    module = pytest.importorskip(f"transformers.integrations.{name}")
+    if not hasattr(module, cls):
+        pytest.skip(f"this transformers has no {cls}")
+    g, i, o = torch.Generator().manual_seed(0), 64, 32
+    layer = getattr(module, cls)(i, o, bias=False, **options)
+    layer.weight.data = torch.randint(0, 256, layer.weight.shape, generator=g).to(layer.weight.dtype)
+    layer.weight_scale.data = torch.rand(layer.weight_scale.shape, generator=g) + 0.5
+    if cls == "BitLinear":
+        layer.weight.data = module.pack_weights(torch.randint(-1, 2, (o, i), generator=g).float())
+        return layer.eval(), module.unpack_weights(layer.weight, torch.float32) / layer.weight_scale
+    layer.weight_scale.data /= 128
+    return layer.eval(), layer._dequantize_weights(torch.float32).detach()
+
+
+def gguf_of_diffusers():
+    utils, format = library("diffusers.quantizers.gguf.utils"), library("gguf")
+    kind = format.GGMLQuantizationType.Q8_0
+    blocks = format.quantize(linear(64, 32).weight.detach().numpy(), kind)
+    layer = utils.GGUFLinear(64, 32, compute_dtype=torch.float32)
+    layer.weight = utils.GGUFParameter(torch.from_numpy(blocks.copy()), quant_type=kind)
+    return layer.eval(), utils.dequantize_gguf_tensor(layer.weight).float()
+
+
+def bitnet():
+    return of_transformers("bitnet", "BitLinear", dtype=torch.float32)
+
+
+def gemma(bits):
+    return of_transformers("gemma_quant", "QuantizedLinear", num_bits=bits)
+
+
 LAYERS = {
     **{f"torchao-{name}": (torchao, (name,), "TensorClassKind") for name in ("int8", "fp8", "int4", "int8-activations", "nvfp4")},
     "torchao-nf4": (nf4, (), "TensorClassKind"),
@@ -138,6 +170,9 @@ LAYERS = {
     "gptqmodel-awq": (gptqmodel_awq, (), "GPTQModelAWQKind"),
     "autoawq": (autoawq, (), "AWQKind"),
     **{f"auto-gptq-{bits}": (autogptq, (bits,), "AutoGPTQKind") for bits in (2, 3, 4, 8)},
+    "bitnet": (bitnet, (), "BitLinearKind"),
+    "gguf-diffusers": (gguf_of_diffusers, (), "DiffusersGgufKind"),
+    **{f"gemma-{bits}": (gemma, (bits,), "GemmaKind") for bits in (2, 4, 8)},
     "fp8-block": (fp8, ((16, 16),), "FP8Kind"),
     "fp8-uneven": (fp8, ((24, 24),), "FP8Kind"),
     "fp8-whole": (fp8, (None,), "FP8Kind"),
@@ -146,7 +181,7 @@ HALF = ("gptqmodel", "autoawq", "auto-gptq")
 """Those that round the dense weight to float16."""
 NO_FORWARD = ("fp8",)
 """Those whose own forward needs a GPU."""
-NOISE = {"torchao-int8-activations": 0.05, "autoawq": 5e-3, "gptqmodel": 5e-3, "auto-gptq": 5e-3}
+NOISE = {"torchao-int8-activations": 0.05, "bitnet": 0.05, "autoawq": 5e-3, "gptqmodel": 5e-3, "auto-gptq": 5e-3}
 """How far a layer's own forward may lie from its dense weight: it quantises its inputs, or computes in float16."""
 
 

@@ -204,3 +204,19 @@ def test_cells_read_their_adapted_weights(cell):
 def test_weights_that_a_recurrent_layer_reads_by_a_list_are_refused_by_name():
     with pytest.raises(ValueError, match=r'by a list of their own: "rnn\.weight_ih_l0"'):
         ll.find_targets(Step(nn.LSTM(8, 8)), ll.LoRAConfig(target_names=r"rnn\.weight_ih_l0$"))
+
+
+@pytest.mark.parametrize(
+    ("model", "way"),
+    [
+        (nn.Sequential(nn.Conv1d(3, 4, 3)), r'Name other layers, .* target_names=r"0\$"'),
+        (nn.Sequential(nn.Embedding(8, 4)), r'Name other layers, .* target_names=r"0\$"'),
+        (nn.Sequential(nn.GRU(4, 4)), 'Train recurrent layers whole, with FullConfig: "0"'),
+    ],
+    ids=["convolution", "embedding", "recurrent"],
+)
+def test_a_model_without_linear_layers_is_told_what_else_it_has(model, way):
+    with pytest.raises(ValueError, match=f"expected a model with nn.Linear or Conv1D layers, found none in Sequential. {way}"):
+        ll.find_targets(model, ll.LoRAConfig())
+    cfg = ll.FullConfig(target_names="0") if isinstance(model[0], nn.GRU) else ll.LoRAConfig(target_names=r"0$")
+    assert [target.path for target in ll.build(model, cfg).targets] == ["0"]

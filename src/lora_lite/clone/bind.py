@@ -20,15 +20,15 @@ from lora_lite.core.frozen import in_dtype
 from lora_lite.layers.access import HOST, first_of, place_of, raw, takes_one
 from lora_lite.layers.kind import Kind, Params, Variant
 
-_NOTHING: Any = object()
-"""No positional argument."""
+_NOTHING: Any = object()  # no positional argument
 
 
 class Uniform:
-    """The dtype of all params of the call that runs, which the bindings of a copy share; None where there are several or none."""
+    """The facts of the call that runs, for all bindings of a copy: the params' dtype if they have one, and whether autograd records it."""
 
     def __init__(self) -> None:
         self.dtype: torch.dtype | None = None
+        self.graded = False
 
 
 class Binding:
@@ -44,7 +44,7 @@ class Binding:
         own: the forward that the layer had.
         params: those of the call that runs; None outside of one, where the adapter's own parameters stand.
         off: whether the call that runs is one of the frozen model.
-        uniform: the dtype of all targets' params in the call that runs.
+        uniform: the dtype of all targets' params in the call that runs, and whether autograd records it.
         rows: of a mixed batch, in which `params` have a leading axis of members; None for other calls.
         index: the member of each row of a mixed batch; None for equal contiguous groups.
         used: whether a call has reached the target.

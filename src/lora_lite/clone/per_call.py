@@ -111,7 +111,7 @@ class Replica:
         # A hook of the model may call it again: then what stands is put back after, else nothing is left standing.
         before = [b.standing for _, b in self.bindings] if self._inside else ()
         was_inside, self._inside = self._inside, True
-        was_dtype, self._uniform.dtype = self._uniform.dtype, dtype
+        was_dtype, self._uniform.dtype, self._uniform.graded = self._uniform.dtype, dtype, torch.is_grad_enabled()
         traced = torch.compiler.is_compiling()
         plain = not (traced or was_inside or off) and rows is None
         try:

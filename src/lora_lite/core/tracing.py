@@ -1,8 +1,9 @@
 """Whether something traces or transforms the code that runs."""
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -149,6 +150,12 @@ def while_traced(f: F) -> F:
     """
     f._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, without importing the compiler
     return f
+
+
+def uncompiled(asked: bool = True) -> AbstractContextManager[Any]:
+    """Return a context in which functions that `torch.compile` has decorated run as they are written, if that is asked for."""
+    loaded = "torch._dynamo" in sys.modules  # else there is none, and no need to import the compiler
+    return torch.compiler.set_stance("force_eager") if asked and loaded else nullcontext()
 
 
 def vmap_rows(f: Callable[..., Any], params: Mapping[str, Tensor], *xs: Tensor) -> Any:

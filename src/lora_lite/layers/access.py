@@ -6,7 +6,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from types import MappingProxyType
+from types import CodeType, MappingProxyType
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch.nn.functional import linear
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+from lora_lite.core.tracing import while_traced
 
 ADAPTERS = "_lora_lite_adapters"
 """The attribute of a module with children that lists the adapters whose params are registered on the module."""
@@ -223,7 +225,10 @@ def _product(input: Any, weight: Any, bias: Any = None) -> Any:
 
 def _adapted(value: Any) -> Any:
     if isinstance(value, ReadTensor):
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and value.binding.trained:
+        if torch.compiler.is_compiling():
+            if torch.is_grad_enabled():
+                _require_traced(value.binding.path, value.binding.W.keeps_forward)
+        elif not torch.is_grad_enabled() and (value.binding.W.tries or value.binding.trained):
             _require_followed(value)
         if value.binding.W.layer._parameters.get(value.of_parameter) is value:
             raise ValueError(
@@ -235,6 +240,14 @@ def _adapted(value: Any) -> Any:
     if isinstance(value, list | tuple) and any(isinstance(v, ReadTensor) for v in value):
         return type(value)(_adapted(v) for v in value)
     return value
+
+
+class GivenToFunction(RuntimeError):
+    """A stand-in was given to an autograd Function: `binding` is that of its layer, whose forward may run again with the tensor itself."""
+
+    def __init__(self, binding: Any, message: str) -> None:
+        super().__init__(message)
+        self.binding = binding
 
 
 def _require_followed(stand_in: ReadTensor) -> None:
@@ -251,12 +264,28 @@ def _require_followed(stand_in: ReadTensor) -> None:
             given = [own.get(name) for name in code.co_varnames[: code.co_argcount + bool(code.co_flags & inspect.CO_VARARGS)]]
             ctx = next((value for value in given if hasattr(value, "needs_input_grad")), None)
             whole = any(value is stand_in or (isinstance(value, tuple) and any(v is stand_in for v in value)) for value in given)
-            if whole and (stand_in.binding.W.training or any(getattr(ctx, "needs_input_grad", ()))):
-                raise RuntimeError(
-                    f'adapt: at "{stand_in.binding.path}" expected a weight that autograd follows, found it given to {name}, an autograd '
-                    "Function, through which the adapter would get no gradient. Leave the layer out, "
-                    f'exclude_names=(r"{re.escape(stand_in.binding.path)}$",), or use a loss that calls the layer.'
-                )
+            followed = stand_in.binding.W.training or stand_in.binding.uniform.graded or any(getattr(ctx, "needs_input_grad", ()))
+            if whole and (stand_in.binding.W.tries or followed):
+                raise GivenToFunction(stand_in.binding, _given(stand_in.binding.path, name))
+        frame = frame.f_back
+
+
+def _given(path: str, name: str, way: str = "") -> str:
+    return (
+        f'adapt: at "{path}" expected a weight that autograd follows, found it given to {name}, an autograd Function, through which the '
+        f'adapter would get no gradient. {way}Leave the layer out, exclude_names=(r"{re.escape(path)}$",), or use a loss that calls the '
+        "layer."
+    )
+
+
+@while_traced
+def _require_traced(path: str, again: bool) -> None:
+    """Refuse the same where the compiler traces the Function's forward. `again` tells a layer whose own forward runs again."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:  # the compiler keeps what it traces in an attribute of its own frames
+        code = getattr(frame.f_locals.get("self"), "__dict__", {}).get("f_code")
+        if isinstance(code, CodeType) and (name := _function_of(code)) is not None:
+            raise RuntimeError(_given(path, name, "Call adapt once before it is compiled. Else: " if again else ""))
         frame = frame.f_back
 
 
@@ -266,4 +295,4 @@ def _function_of(code: Any) -> str | None:
     classes: list[Any] = [torch.autograd.Function]
     for cls in classes:
         classes += cls.__subclasses__()
-    return next((cls.__name__ for cls in classes if getattr(cls.forward, "__code__", None) is code), None)
+    return next((cls.__name__ for cls in classes if getattr(inspect.unwrap(cls.forward), "__code__", None) is code), None)

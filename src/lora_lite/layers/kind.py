@@ -75,6 +75,8 @@ class Kind(Tensors):
     """Whether a variant may add to the output: not where the model reads the weight in place of calling the layer."""
     keeps_forward: ClassVar[bool] = False
     """Whether the layer keeps its own forward, which finds the adapted weight."""
+    tries: bool = False
+    """Whether such a forward runs that runs again if it hands the weight to an autograd Function."""
     by_product: ClassVar[bool] = False
     """Whether the product with the weight in such a forward reaches the variant."""
     why: ClassVar[str] = ""

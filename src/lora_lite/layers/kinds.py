@@ -10,6 +10,7 @@ from torch import nn
 from lora_lite.core.errors import listed
 from lora_lite.core.frozen import USES
 from lora_lite.layers.awq import AWQKind, GPTQModelAWQKind
+from lora_lite.layers.bitnet import BitLinearKind
 from lora_lite.layers.bitsandbytes import Linear4bitKind, Linear8bitKind
 from lora_lite.layers.block import BlockKind
 from lora_lite.layers.compressed_tensors import CompressedTensorsKind
@@ -17,6 +18,8 @@ from lora_lite.layers.convolution import ConvKind, GroupedConvKind
 from lora_lite.layers.embedding import EmbeddingKind
 from lora_lite.layers.experts import ExpertsKind
 from lora_lite.layers.fp8 import FP8Kind, RowFP8Kind
+from lora_lite.layers.gemma import GemmaKind
+from lora_lite.layers.gguf import DiffusersGgufKind, GgufKind
 from lora_lite.layers.gptq import AutoGPTQKind, GPTQModelKind
 from lora_lite.layers.hqq import HQQKind
 from lora_lite.layers.kind import Kind
@@ -31,7 +34,7 @@ from lora_lite.layers.transposed import TransposedConvKind
 KINDS: tuple[type[Kind], ...] = (
     *(Linear4bitKind, Linear8bitKind, HQQKind, GPTQModelKind, AutoGPTQKind, AWQKind, GPTQModelAWQKind),
     # Before the linear layers that some of these are subclasses of.
-    *(FP8Kind, RowFP8Kind, CompressedTensorsKind, QuantoKind, TensorClassKind),
+    *(FP8Kind, RowFP8Kind, BitLinearKind, GemmaKind, GgufKind, DiffusersGgufKind, CompressedTensorsKind, QuantoKind, TensorClassKind),
     *(FalconKind, OwnForwardKind, LinearKind, Conv1DKind),
     *(OwnForwardEmbeddingKind, OwnForwardConvKind, OwnForwardTransposedKind),
     *(EmbeddingKind, ConvKind, GroupedConvKind, TransposedConvKind, NormKind, ModuleKind, BlockKind),

@@ -65,7 +65,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig, *, kinds: Sequence[type[K
     everything = find(model, cfg.adapts, kinds)
     known = asked_for(everything, cfg.target_names)
     unread = _unread(model, everything) if cfg.adapts == "linear" else []
-    _require_any(model, cfg, known, unread)
+    _require_any(model, cfg, known, unread, list(everything))
     asked, plain = patterns_of(cfg.target_names), unnamed(known)
     allowed = [path for path in known if path not in heads and not _excluded(path, cfg, plain)]
     blocks: Any = cfg.layers
@@ -114,9 +114,16 @@ def _unpacked(unread: Sequence[str]) -> str:
     return f"{len(unread)} are {_UNREAD}, {listed(unread)}. {_UNPACK}"
 
 
-def _require_any(model: nn.Module, cfg: AdapterConfig, known: Mapping[str, Any], unread: Sequence[str]) -> None:
+def _require_any(model: nn.Module, cfg: AdapterConfig, known: Mapping[str, Any], unread: Sequence[str], named: Sequence[str]) -> None:
+    """Refuse a model without layers that the config takes. `named` are those that a name can ask for."""
     if not known:
-        way = f"{_unpacked(unread)}." if unread else "Pass the module that holds them, or the kinds of its own layers as kinds=(ItsKind,)."
+        way = "Pass the module that holds them, or the kinds of its own layers as kinds=(ItsKind,)."
+        if unread:
+            way = f"{_unpacked(unread)}."
+        elif named:
+            way = f'Name other layers, which are taken by name alone, e.g. target_names=r"{ending(named[0])}".'
+        elif whole := [path for path, module in model.named_modules() if isinstance(module, UNREAD)]:
+            way = f"Train recurrent layers whole, with FullConfig: {listed(path or 'the model' for path in whole)}."
         raise ValueError(f"find_targets: expected a model with {SITES[cfg.adapts][1]}, found none in {type(model).__name__}. {way}")
     if cfg.adapts == "module" and not cfg.target_names:
         raise ValueError(f'{type(cfg).__name__}.target_names: expected the modules to train, found none. Name them, e.g. r"score$".')
