@@ -132,14 +132,19 @@ def pure(cfg: AdapterConfig) -> None:
         before = {name: t.clone() for name, t in tensors.items()}
         state = torch.get_rng_state()
         first = case(case.params)
+        _unmodified(tensors, before)
         torch.func.grad(lambda p, case=case: case(p).square().sum())(case.params)
         if not torch.equal(first, case(case.params)):
             fail("the same output twice", "another")
-        for name, tensor in tensors.items():
-            if not torch.equal(tensor, before[name]):
-                fail(f"{name} unmodified", "it changed")
+        _unmodified(tensors, before)
         if not torch.equal(state, torch.get_rng_state()):
             fail("the global random state untouched", "it moved")
+
+
+def _unmodified(tensors: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not torch.equal(tensor, before[name]):
+            fail(f"{name} unmodified", "it changed")
 
 
 def vmapped(cfg: AdapterConfig) -> None:
@@ -223,6 +228,7 @@ def training(cfg: AdapterConfig) -> None:
         drops = dict.fromkeys((name for name in dir(cfg) if name.endswith("dropout")), 0.5)  # rank_dropout too
         if drops:
             case = dataclasses.replace(case, cfg=with_fields(case.cfg, **drops))
+            _drops_the_update(case, evaluated)
         elif not torch.equal(case(case.params), evaluated(case.params)):
             fail("the same output in training mode, for want of a field named dropout", "another")
 
@@ -235,6 +241,22 @@ def training(cfg: AdapterConfig) -> None:
         each = torch.vmap(case, (None, 0), randomness="different")(case.params, case.x)
         if each.shape != (3, 2, case.W.out_features) or not each.isfinite().all():
             fail("finite outputs of a vmap with its own dropout for each row", tuple(each.shape))
+
+
+def _drops_the_update(case: Case, evaluated: Case) -> None:
+    """Hold that each field for dropout acts, and on the update alone."""
+    names = [name for name in dir(case.cfg) if name.endswith("dropout")]
+    for name in names:
+        cfg = with_fields(case.cfg, **{other: 0.5 * (other == name) for other in names})
+        try:
+            cfg.__post_init__()
+        except ValueError:  # a config may refuse it beside its other fields
+            continue
+        one, still = dataclasses.replace(case, cfg=cfg), evaluated(evaluated.params)
+        if all(torch.equal(one(one.params), still) for _ in range(20)):  # a whole update may be dropped, or kept, by one draw
+            fail(f"another output in training mode at {name}=0.5", f"the same. Drop the input of the update: W.dropped(x, self.{name})")
+    if case.cfg.identity == 0.0 and not torch.equal(case(case.start), case.W(case.x)):
+        fail("the base output at the start with dropout on", "another. Drop the input of the update, not that of W(x) or the output")
 
 
 def precision(cfg: AdapterConfig) -> None:
