@@ -228,10 +228,25 @@ def test_whole_modules_have_no_default_to_add_to():
 
 def test_layer_in_two_configs_names_the_way_out_and_it_works():
     configs = [ll.LoRAConfig(r=2), ll.DoRAConfig(r=2, target_names="up$")]
-    with pytest.raises(ValueError, match=r'in both LoRAConfig and DoRAConfig.*exclude_names=\(r"up\$",\)'):
+    with pytest.raises(ValueError, match=r'in both LoRAConfig and DoRAConfig.*exclude_names=\(r"\^up\$",\)'):
         ll.build(Headed(), configs)
-    adapt = ll.build(Headed(), [ll.LoRAConfig(r=2, exclude_names=(r"up$",)), configs[1]])
+    adapt = ll.build(Headed(), [ll.LoRAConfig(r=2, exclude_names=(r"^up$",)), configs[1]])
     assert [(t.path, c.name) for t, c in zip(adapt.targets, adapt.configs)] == [("down", "lora"), ("up", "dora")]
+
+
+def test_way_out_of_a_numbered_layer_leaves_no_other_out():
+    """`1$` left layer 11 out too, without a word, and `^1` all layers from 10 to 19."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(12)))
+    with pytest.raises(ValueError, match=r'found "1" in both.*exclude_names=\(r"\^1\$",\)') as e:
+        ll.build(model, [ll.LoRAConfig(r=2), ll.IA3Config(target_names="^1$")])
+    left = re.search(r'exclude_names=\(r"(.*?)",\)', str(e.value))[1]
+    assert len(ll.build(model, [ll.LoRAConfig(r=2, exclude_names=left), ll.IA3Config(target_names="^1$")]).targets) == 12
+    peft = pytest.importorskip("peft")
+    wrapped = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["1"]), model)
+    with pytest.raises(ValueError, match="adapters of another library") as e:
+        ll.build(wrapped, ll.LoRAConfig(r=2))
+    left = re.search(r'exclude_names=\(r"(.*?)", \.\.\.\)', str(e.value))[1]
+    assert len(ll.build(wrapped, ll.LoRAConfig(r=2, exclude_names=left)).targets) == 11
 
 
 # All that an expression names, or an error

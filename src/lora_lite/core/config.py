@@ -257,6 +257,11 @@ def _indices(cfg: AdapterConfig) -> tuple[int, ...] | None:
     return indices
 
 
+def exactly(path: str) -> str:
+    """Return the regular expression of one path: the end alone, `1$`, is also that of layer 11."""
+    return f"^{re.escape(path)}$"
+
+
 def patterns_of(value: str | Sequence[str]) -> tuple[str, ...]:
     """Return the regular expressions of a field that takes one or several."""
     return (value,) if isinstance(value, str) else tuple(value)

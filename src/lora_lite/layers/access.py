@@ -3,7 +3,6 @@
 import copy
 import functools
 import inspect
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
@@ -15,6 +14,8 @@ from torch.nn.functional import linear
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+
+from lora_lite.core.config import exactly
 
 ADAPTERS = "_lora_lite_adapters"
 """The attribute of a module with children that lists the adapters whose params are registered on the module."""
@@ -255,7 +256,7 @@ def _require_followed(stand_in: ReadTensor) -> None:
                 raise RuntimeError(
                     f'adapt: at "{stand_in.binding.path}" expected a weight that autograd follows, found it given to {name}, an autograd '
                     "Function, through which the adapter would get no gradient. Leave the layer out, "
-                    f'exclude_names=(r"{re.escape(stand_in.binding.path)}$",), or use a loss that calls the layer.'
+                    f'exclude_names=(r"{exactly(stand_in.binding.path)}",), or use a loss that calls the layer.'
                 )
         frame = frame.f_back
 
