@@ -901,3 +901,21 @@ def test_kinds_that_no_build_could_ask_are_named():
 def test_kit_says_which_input_it_takes(given):
     with pytest.raises(TypeError, match=r"expected make_input to return one tensor with 4 rows.*names="):
         check_kind(Takes2Kind, lambda: nn.Bilinear(3, 3, 4), given)
+
+
+@pytest.mark.parametrize(
+    ("made", "found"),
+    [
+        (lambda self, dtype: Int8Kind.dequantise(self, torch.float16), r"shape \(8, 6\) in torch.float16"),
+        (lambda self, dtype: Int8Kind.dequantise(self, dtype).t(), r"shape \(6, 8\)"),
+    ],
+    ids=["dtype", "shape"],
+)
+def test_a_weight_that_is_dequantised_otherwise_is_named(made, found):
+    """Torch's error about two dtypes named the variant."""
+    kind = type("OddKind", (Int8Kind,), {"dequantise": made})
+    model, message = nn.Sequential(Int8Linear(nn.Linear(6, 8))), rf"OddKind.dequantise\(.*\): expected the weight \(o, i\) .*{found}"
+    with pytest.raises(ValueError, match=message):
+        ll.build(model, ll.LoRAConfig(r=2), kinds=(kind,)).base(torch.randn(3, 6))
+    with pytest.raises(ValueError, match=message):
+        ll.build(model, ll.PiSSAConfig(r=2), kinds=(kind,))
