@@ -514,6 +514,25 @@ def test_a_norm_variant_that_does_more_than_move_is_not_merged_wrong():  # D2
         adapt.merge(params)
 
 
+BESIDE = {
+    "to the output": lambda self, params, W, x: W.moved(params)(x) + params["weight"],
+    "to the input": lambda self, params, W, x: W.moved(params)(x + params["weight"]),
+    "by a call": lambda self, params, W, x: W.moved(params)(x) + 0.5 * W(x),
+    "twice": lambda self, params, W, x: W.moved(params)(W.moved(params)(x)),
+}
+
+
+@pytest.mark.parametrize("adapts", ["norm", "module"])
+@pytest.mark.parametrize("case", BESIDE)
+def test_a_variant_that_moves_parameters_and_does_more_is_not_merged_without_it(case, adapts):
+    """All but the third were merged by the moved parameters alone, without a word."""
+    members = {"adapts": adapts, "forward": BESIDE[case], "identity": None}
+    cls = dataclass(frozen=True, kw_only=True)(type("MovesAndMore", (GainNorm,), members))
+    adapt = ll.build(nn.Sequential(nn.LayerNorm(8)).eval(), cls(target_names="^0$"))
+    with pytest.raises(ValueError, match='"0": the adapter does more than move the module'):
+        adapt.merge(move(adapt.init()))
+
+
 @dataclass(frozen=True, kw_only=True)
 class SteerVec(ll.AdapterConfig):
     """A trained vector added to a block's output."""

@@ -349,6 +349,37 @@ def test_an_error_of_the_formula_is_told_with_its_input_and_a_written_input_by_n
             ll.testing.check_variant(cls(), skip=others)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Scaled(ll.AdapterConfig):
+    """Scales the parameters of whole modules."""
+
+    name: ClassVar[str] = "scaled"
+    adapts: ClassVar[str] = "module"
+    uses = frozenset({"output"})
+
+    def init(self, W, generator):
+        return {name: torch.zeros(()) for name in W.parameters}
+
+    def forward(self, params, W, x):
+        return W.moved({name: p * W.parameters[name] for name, p in params.items()})(x)
+
+
+class _Added(_Scaled):
+    """Does more than move parameters, which no state dict holds."""
+
+    def forward(self, params, W, x):
+        return super().forward(params, W, x) + params["weight"]
+
+
+def test_variant_of_whole_modules_is_merged_by_what_it_moves():
+    """A variant that reads the parameters was told that there is no bias."""
+    CHECKS["merged"](_Scaled(target_names="^0$"))
+    for adapts in ("module", "norm"):
+        added = dataclasses.dataclass(frozen=True, kw_only=True)(type("AddedConfig", (_Added,), {"adapts": adapts}))
+        with pytest.raises(ValueError, match="does more than move"):
+            CHECKS["merged"](added(target_names="^0$"))
+
+
 def test_unbroken_base_passes():
     ll.testing.check_variant(_Base())
 

@@ -24,7 +24,6 @@ from lora_lite.testing._formula import (
     deterministic,
     facts,
     identity,
-    merged,
     parts,
     positions,
     precision,
@@ -40,7 +39,7 @@ from lora_lite.testing._kind import KIND_CHECKS as KIND_CHECKS
 from lora_lite.testing._kind import check_kind as check_kind
 from lora_lite.testing._kind_case import KindCase as KindCase
 from lora_lite.testing._kind_case import make_kind_case as make_kind_case
-from lora_lite.testing._model import compiles, mixed_batch, saved, stepped, untouched
+from lora_lite.testing._model import compiles, merged, mixed_batch, saved, stepped, untouched
 from lora_lite.testing._quantised import quantised_4bit, quantised_8bit
 
 __all__ = ["CHECKS", "KIND_CHECKS", "Case", "KindCase", "check_kind", "check_variant", "make_cases", "make_kind_case"]

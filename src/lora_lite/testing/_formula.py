@@ -13,7 +13,6 @@ from lora_lite.core.checked import set_typecheck
 from lora_lite.core.config import AdapterConfig, with_fields
 from lora_lite.core.frozen import USES, Frozen, Stored
 from lora_lite.derived.cost import declared, macs_per_token
-from lora_lite.derived.merge import merged_layer
 from lora_lite.layers.kind import Variant
 from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32, float64, make_cases, output_of
 
@@ -176,15 +175,6 @@ def rows(cfg: AdapterConfig) -> None:
         close("further axes", case(case.params, case.x.view(3, 1, 2, i)), whole.view(3, 1, 2, o), 1e-10)
         if case(case.params, case.x[:0]).shape != (0, 2, o):
             fail(f"an empty batch to give {(0, 2, o)}", tuple(case(case.params, case.x[:0]).shape))
-
-
-def merged(cfg: AdapterConfig) -> None:
-    """A linear variant's merged weights give its forward."""
-    if not cfg.linear:
-        return
-    for case in float64(cfg):
-        weight, bias = merged_layer(cfg, case.params, case.W)
-        close("the merged layer", case.x @ weight.t() + bias, case(case.params), 1e-10)
 
 
 def steered(cfg: AdapterConfig) -> None:

@@ -15,8 +15,9 @@ from lora_lite.build import build
 from lora_lite.core.config import AdapterConfig, as_config, with_fields
 from lora_lite.core.statistics import needs_loss
 from lora_lite.core.tree import Tree, flatten, tree_leaves, tree_map
+from lora_lite.derived.merge import merged_layer
 from lora_lite.files.adapter_file import load, save
-from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32, inputs, unquantised
+from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32, float64, inputs, unquantised
 from lora_lite.transforms.stacks import stack, unstack
 
 
@@ -77,6 +78,21 @@ def _build(model: nn.Module, cfg: AdapterConfig, width: int | None = None, sourc
     adapt = build(model, with_fields(float32(cfg)[0].cfg, target_names=names), **given)
     g = torch.Generator().manual_seed(i)
     return adapt, tree_map(lambda p: p + 0.1 * torch.randn(p.shape, generator=g), adapt.init(seed=0))
+
+
+def merged(cfg: AdapterConfig) -> None:
+    """A linear variant's merged weights give its forward."""
+    if not cfg.linear:
+        return
+    if cfg.adapts in ("norm", "module"):  # merged by what it does to the parameters, not as a linear map
+        model, x = _model(cfg)
+        adapt, params = _build(model, cfg)
+        twin = copy.deepcopy(model)
+        twin.load_state_dict(adapt.merge(params), strict=False)
+        return close("the merged module", twin(x), adapt(params, x), VALUES[torch.float32])
+    for case in float64(cfg):
+        weight, bias = merged_layer(cfg, case.params, case.W)
+        close("the merged layer", case.x @ weight.t() + bias, case(case.params), 1e-10)
 
 
 def saved(cfg: AdapterConfig) -> None:
