@@ -21,7 +21,8 @@ from lora_lite.testing import CHECKS
 def _grid():
     compiled = CASES if COMPILE_ALL else FIRST
     for row in CASES:
-        applies = {"compiles": row in compiled, "positions": "positions" in row.cfg.uses}
+        updates = type(row.cfg).update is not ll.AdapterConfig.update
+        applies = {"compiles": row in compiled, "positions": "positions" in row.cfg.uses, "stepped": updates}
         for name in (name for name in CHECKS if applies.get(name, True)):
             marks = [pytest.mark.xfail(reason=row.fails[name], strict=True)] if name in row.fails else []
             yield pytest.param(row.cfg, name, id=f"{row.id}-{name}", marks=marks)

@@ -550,6 +550,15 @@ def test_an_absent_file_is_named(world):
     refuse(world, lambda w: ll.load(w.model, w.folder), FileNotFoundError, "a file at", "a directory", "read by ll.from_peft")
 
 
+def test_a_file_of_image_tools_and_our_own_lead_to_their_readers(world):
+    """The one was told of PEFT alone, the other that each tensor is of an unknown method."""
+    there = world.folder / "kohya.safetensors"
+    ll.to_kohya(world.adapt, world.params, there)
+    refuse(world, lambda w: ll.load(w.model, there), ValueError, "format 1", "did not write", "image tools by ll.from_kohya")
+    for read in (ll.from_kohya, ll.from_diffusers):
+        refuse(world, lambda w, read=read: read(w.model, w.good), ValueError, "an image tool", "ll.save wrote", "Read it: ll.load")
+
+
 def test_loading_onto_something_else_than_a_module_is_refused(world):
     refuse(
         world,

@@ -222,16 +222,38 @@ def test_exclude_names_adds_to_its_default(fields, want):
     assert [t.path for t in ll.find_targets(Headed(), ll.LoRAConfig(r=2, **fields))] == want
 
 
+def test_layer_of_the_default_that_is_named_is_told_how_to_be_taken():
+    """The error said "Change them"."""
+    with pytest.raises(ValueError, match=r"leave out all it matches.*exclude_names=\(\) leaves nothing out"):
+        ll.find_targets(Headed(), ll.LoRAConfig(r=2, target_names="lm_head$"))
+    assert [t.path for t in ll.find_targets(Headed(), ll.LoRAConfig(r=2, target_names="lm_head$", exclude_names=()))] == ["lm_head"]
+
+
 def test_whole_modules_have_no_default_to_add_to():
     assert [t.path for t in ll.find_targets(Headed(), ll.FullConfig(target_names="lm_head|up", exclude_names="up"))] == ["lm_head"]
 
 
 def test_layer_in_two_configs_names_the_way_out_and_it_works():
     configs = [ll.LoRAConfig(r=2), ll.DoRAConfig(r=2, target_names="up$")]
-    with pytest.raises(ValueError, match=r'in both LoRAConfig and DoRAConfig.*exclude_names=\(r"up\$",\)'):
+    with pytest.raises(ValueError, match=r'in both LoRAConfig and DoRAConfig.*exclude_names=\(r"\^up\$",\)'):
         ll.build(Headed(), configs)
-    adapt = ll.build(Headed(), [ll.LoRAConfig(r=2, exclude_names=(r"up$",)), configs[1]])
+    adapt = ll.build(Headed(), [ll.LoRAConfig(r=2, exclude_names=(r"^up$",)), configs[1]])
     assert [(t.path, c.name) for t, c in zip(adapt.targets, adapt.configs)] == [("down", "lora"), ("up", "dora")]
+
+
+def test_way_out_of_a_numbered_layer_leaves_no_other_out():
+    """`1$` left layer 11 out too, without a word, and `^1` all layers from 10 to 19."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(12)))
+    with pytest.raises(ValueError, match=r'found "1" in both.*exclude_names=\(r"\^1\$",\)') as e:
+        ll.build(model, [ll.LoRAConfig(r=2), ll.IA3Config(target_names="^1$")])
+    left = re.search(r'exclude_names=\(r"(.*?)",\)', str(e.value))[1]
+    assert len(ll.build(model, [ll.LoRAConfig(r=2, exclude_names=left), ll.IA3Config(target_names="^1$")]).targets) == 12
+    peft = pytest.importorskip("peft")
+    wrapped = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["1"]), model)
+    with pytest.raises(ValueError, match="adapters of another library") as e:
+        ll.build(wrapped, ll.LoRAConfig(r=2))
+    left = re.search(r'exclude_names=\(r"(.*?)", \.\.\.\)', str(e.value))[1]
+    assert len(ll.build(wrapped, ll.LoRAConfig(r=2, exclude_names=left)).targets) == 11
 
 
 # All that an expression names, or an error
@@ -716,6 +738,8 @@ def test_fields_of_other_libraries_are_named_as_they_are_here():
         ll.DoRAConfig(target_modules=["q_proj"])
     with pytest.raises(TypeError, match=r"'modules_to_save'\. Put a FullConfig"):
         ll.LoRAConfig(modules_to_save=["score"])
+    with pytest.raises(TypeError, match=r"'trainable_token_indices'\. Put a TokensConfig\(token_ids="):
+        ll.LoRAConfig(trainable_token_indices=[1])
     with pytest.raises(TypeError, match=r"'rnak'\. Closest: "):
         ll.LoRAConfig(rnak=8)
     parameters = inspect.signature(ll.LoRAConfig).parameters
@@ -2157,6 +2181,10 @@ def test_table_with_max_norm_is_refused_by_its_reason():
     ("name", "way"),
     [
         ("get_peft_model", r"Call build\(model, cfg\)"),
+        ("inject_adapter_in_model", r"Call build\(model, cfg\)"),
+        ("add_weighted_adapter", r"ll\.combine\(adapt"),
+        ("PrefixTuningConfig", r"docs/prompts\.md"),
+        ("loader", 'Closest: "(?!_)'),
         ("LoraConfig", "It is called LoRAConfig here"),
         ("VeraConfig", "It is called VeRAConfig here"),
         ("QLoRAConfig", 'Closest: "LoRAConfig"'),

@@ -549,6 +549,25 @@ def test_a_norm_variant_that_does_more_than_move_is_not_merged_wrong():  # D2
         adapt.merge(params)
 
 
+BESIDE = {
+    "to the output": lambda self, params, W, x: W.moved(params)(x) + params["weight"],
+    "to the input": lambda self, params, W, x: W.moved(params)(x + params["weight"]),
+    "by a call": lambda self, params, W, x: W.moved(params)(x) + 0.5 * W(x),
+    "twice": lambda self, params, W, x: W.moved(params)(W.moved(params)(x)),
+}
+
+
+@pytest.mark.parametrize("adapts", ["norm", "module"])
+@pytest.mark.parametrize("case", BESIDE)
+def test_a_variant_that_moves_parameters_and_does_more_is_not_merged_without_it(case, adapts):
+    """All but the third were merged by the moved parameters alone, without a word."""
+    members = {"adapts": adapts, "forward": BESIDE[case], "identity": None}
+    cls = dataclass(frozen=True, kw_only=True)(type("MovesAndMore", (GainNorm,), members))
+    adapt = ll.build(nn.Sequential(nn.LayerNorm(8)).eval(), cls(target_names="^0$"))
+    with pytest.raises(ValueError, match='"0": the adapter does more than move the module'):
+        adapt.merge(move(adapt.init()))
+
+
 @dataclass(frozen=True, kw_only=True)
 class SteerVec(ll.AdapterConfig):
     """A trained vector added to a block's output."""
@@ -936,3 +955,21 @@ def test_kinds_that_no_build_could_ask_are_named():
 def test_kit_says_which_input_it_takes(given):
     with pytest.raises(TypeError, match=r"expected make_input to return one tensor with 4 rows.*names="):
         check_kind(Takes2Kind, lambda: nn.Bilinear(3, 3, 4), given)
+
+
+@pytest.mark.parametrize(
+    ("made", "found"),
+    [
+        (lambda self, dtype: Int8Kind.dequantise(self, torch.float16), r"shape \(8, 6\) in torch.float16"),
+        (lambda self, dtype: Int8Kind.dequantise(self, dtype).t(), r"shape \(6, 8\)"),
+    ],
+    ids=["dtype", "shape"],
+)
+def test_a_weight_that_is_dequantised_otherwise_is_named(made, found):
+    """Torch's error about two dtypes named the variant."""
+    kind = type("OddKind", (Int8Kind,), {"dequantise": made})
+    model, message = nn.Sequential(Int8Linear(nn.Linear(6, 8))), rf"OddKind.dequantise\(.*\): expected the weight \(o, i\) .*{found}"
+    with pytest.raises(ValueError, match=message):
+        ll.build(model, ll.LoRAConfig(r=2), kinds=(kind,)).base(torch.randn(3, 6))
+    with pytest.raises(ValueError, match=message):
+        ll.build(model, ll.PiSSAConfig(r=2), kinds=(kind,))

@@ -412,6 +412,16 @@ WRONG = {
     "identity": ({"identity": "exact"}, TypeError, r"BrokenConfig\.identity: expected a tolerance or None"),
     "mask": ({"acts_at": "input_ids"}, TypeError, r"BrokenConfig\.acts_at: expected a function"),
     "positions": ({"acts_at": lambda self, model, given: None}, ValueError, r'BrokenConfig\.uses: expected "positions" among'),
+    "merged at all positions": (
+        {"acts_at": lambda self, model, given: None, "uses": frozenset({"output", "project", "positions"})},
+        ValueError,
+        r"BrokenConfig\.linear: expected False for a variant that acts at some positions only.*Write linear = False",
+    ),
+    "merged of coupled rows": (
+        {"rowwise": False},
+        ValueError,
+        r"BrokenConfig\.linear: expected False for a variant that couples rows.*Write linear = False",
+    ),
     "shared twice": (
         {"share_init": lambda self, layers, generator: {"A": torch.ones(8, 6)}},
         ValueError,

@@ -155,6 +155,44 @@ def _answers_in_float32(self, params, W, x):
     return (W(x) + F.linear(F.linear(x, params["A"]), params["B"])).float()
 
 
+def _drops(of):
+    """Return what a field `dropout` adds to a class whose forward drops `of`."""
+
+    def forward(self, params, W, x):
+        dropped = W.dropped(x, self.dropout)
+        y = W(dropped if of == "base" else x) + F.linear(F.linear(dropped if of == "base" else x, params["A"]), params["B"])
+        return W.dropped(y, self.dropout) if of == "output" else y
+
+    return {"__annotations__": {"dropout": ll.Probability}, "dropout": 0.0, "forward": forward}
+
+
+DROPPED = {
+    "nothing": r"another output in training mode at dropout=0\.5",
+    "base": "the base output at the start",
+    "output": "the base output",
+}
+
+
+@pytest.mark.parametrize("of", DROPPED)
+def test_dropout_that_does_not_drop_the_update_alone_is_named(of):
+    """A field that acts nowhere, or on the frozen layer, passed."""
+    broken = dataclasses.dataclass(frozen=True, kw_only=True)(type("BrokenConfig", (_Base,), _drops(of)))
+    with pytest.raises(AssertionError, match=rf"expected {DROPPED[of]}.*Drop the input of the update"):
+        CHECKS["training"](broken())
+
+
+def _halves_in_place(self, params, grads, state=None):
+    return ll.tree_map(lambda p: p.mul_(0.5), params), state
+
+
+def _forgets_a_leaf(self, params, grads, state=None):
+    return {path: {"A": leaves["A"]} for path, leaves in params.items()}, state
+
+
+def _divides_by_zero(self, params, grads, state=None):
+    return ll.tree_map(lambda p: p / 0.0, params), state
+
+
 class _TransposedParams(TypedDict):
     A: Float[Tensor, "i r"]
     B: Float[Tensor, "o r"]
@@ -189,6 +227,7 @@ BROKEN = {
     "compiles": (("forward", _branches_on_values),),
     "precision": (("forward", _answers_in_float32),),
     "shapes": (("forward", _wrong_shapes),),
+    "stepped": (("update", _halves_in_place), ("update", _forgets_a_leaf), ("update", _divides_by_zero)),
     "counts": (("trained", "i + o"), ("macs", "r * i * o"), ("macs", "i + o")),
     "facts": (("uses", {"output", "everything"}), ("identity", 2.0)),
 }
@@ -281,6 +320,64 @@ def test_formula_that_cannot_be_read_is_quoted(formula):
     cls = dataclasses.dataclass(frozen=True, kw_only=True)(type("BrokenConfig", (_Base,), {"trained": formula}))
     with pytest.raises(ValueError, match=r"BrokenConfig\.trained: expected a formula in .*found "):
         CHECKS["counts"](cls())
+
+
+def _makes_tensors_elsewhere(self, params, W, x):
+    return W(x) + F.linear(F.linear(x, params["A"]) * torch.ones(2, dtype=x.dtype), params["B"])
+
+
+def test_formula_that_does_not_run_on_shapes_is_told_so():
+    """The kit and `adapt.summary` had torch's error, "Tensor on device cpu is not on the expected device meta!"."""
+    cls = dataclasses.dataclass(frozen=True, kw_only=True)(type("BrokenConfig", (_Base,), {"forward": _makes_tensors_elsewhere}))
+    for refused in (lambda: CHECKS["counts"](cls()), lambda: ll.build(torch.nn.Sequential(torch.nn.Linear(4, 4)), cls()).summary()):
+        with pytest.raises(RuntimeError, match=r"BrokenConfig\.forward: expected .* on meta.*torch\.ones\(4, device=x\.device\)"):
+            refused()
+
+
+def _takes_three_axes(self, params, W, x):
+    return W(x) + torch.einsum("bti,ri,or->bto", x, params["A"], params["B"])
+
+
+def test_an_error_of_the_formula_is_told_with_its_input_and_a_written_input_by_name():
+    others = [name for name in CHECKS if name not in ("pure", "rows")]
+    for fault, told in (
+        (_takes_three_axes, r"rows: .*\(in forward on x \(2, 24\), torch.float64\)"),
+        (_writes_its_input, "pure: expected x "),
+    ):
+        cls = dataclasses.dataclass(frozen=True, kw_only=True)(type("BrokenConfig", (_Base,), {"forward": fault}))
+        with pytest.raises(AssertionError, match=told):
+            ll.testing.check_variant(cls(), skip=others)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Scaled(ll.AdapterConfig):
+    """Scales the parameters of whole modules."""
+
+    name: ClassVar[str] = "scaled"
+    adapts: ClassVar[str] = "module"
+    uses = frozenset({"output"})
+
+    def init(self, W, generator):
+        return {name: torch.zeros(()) for name in W.parameters}
+
+    def forward(self, params, W, x):
+        return W.moved({name: p * W.parameters[name] for name, p in params.items()})(x)
+
+
+class _Added(_Scaled):
+    """Does more than move parameters, which no state dict holds."""
+
+    def forward(self, params, W, x):
+        return super().forward(params, W, x) + params["weight"]
+
+
+def test_variant_of_whole_modules_is_merged_by_what_it_moves():
+    """A variant that reads the parameters was told that there is no bias."""
+    CHECKS["merged"](_Scaled(target_names="^0$"))
+    for adapts in ("module", "norm"):
+        added = dataclasses.dataclass(frozen=True, kw_only=True)(type("AddedConfig", (_Added,), {"adapts": adapts}))
+        with pytest.raises(ValueError, match="does more than move"):
+            CHECKS["merged"](added(target_names="^0$"))
 
 
 def test_unbroken_base_passes():

@@ -1,6 +1,5 @@
 """`build`: config -> targets -> constants -> plan. The whole flow can be read here."""
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from lora_lite.adapt import Adapt
 from lora_lite.clone.checkpointing import check_pattern
 from lora_lite.clone.structure import clone_module
 from lora_lite.core.alike import made_alike
-from lora_lite.core.config import AdapterConfig, as_config
+from lora_lite.core.config import AdapterConfig, as_config, exactly
 from lora_lite.core.errors import require_type
 from lora_lite.core.plan import Entries, Target
 from lora_lite.core.tree import still
@@ -98,7 +97,7 @@ def choose(model: nn.Module, cfg: AdapterConfig | Sequence[AdapterConfig], kinds
                 raise ValueError(
                     f'build: expected each layer in one config, found "{target.path}" in both {type(other).__name__} and '
                     f"{type(config).__name__}. Narrow target_names of one, or leave the layer out of one: "
-                    f'exclude_names=(r"{re.escape(target.path)}$",). Two adapters on one layer are the sum of their updates: build each by '
+                    f'exclude_names=(r"{exactly(target.path)}",). Two adapters on one layer are the sum of their updates: build each by '
                     "itself, and ll.combine([a, b], [a_params, b_params], [1, 1])."
                 )
             claimed[target.path] = (target, config)

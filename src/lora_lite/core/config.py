@@ -41,8 +41,8 @@ class AdapterConfig:
         dtype: floating dtype in which the params are kept; the adapter computes in the dtype of its input.
         target_roles: any of `"reader"` (`d_in == d_model`), `"writer"` (`d_out == d_model`) and `"inner"`; empty for all.
         target_names: regular expressions, searched in the module's path; empty for all. One string is one expression.
-        exclude_names: regular expressions of paths to leave alone, besides the default ones, which stay unless `target_names` asks for such
-            a layer itself. Empty to leave nothing out.
+        exclude_names: regular expressions of paths to leave alone. Others than the default are added to it, where `target_names` does not
+            ask for a layer of the default itself. Empty to leave nothing out.
         layers: indices of the blocks to adapt, or None for all. They count along the model's list of blocks.
 
     A subclass gives `name`, `init` and `forward`, and where it derives tensors from a layer, `constants`. Its fields are checked by their
@@ -260,6 +260,11 @@ def _indices(cfg: AdapterConfig) -> tuple[int, ...] | None:
     if not indices or min(indices) < 0:
         raise ValueError(f"{at(cfg, 'layers')} block indices >= 0, found {value!r}. Name at least one, or None for all.")
     return indices
+
+
+def exactly(path: str) -> str:
+    """Return the regular expression of one path: the end alone, `1$`, is also that of layer 11."""
+    return f"^{re.escape(path)}$"
 
 
 def patterns_of(value: str | Sequence[str]) -> tuple[str, ...]:

@@ -18,7 +18,11 @@ CALLS = {
 """Advice for the methods of an adapted model."""
 
 NAMES = {
-    "get_peft_model": "Call build(model, cfg)",
+    **dict.fromkeys(("get_peft_model", "inject_adapter_in_model"), "Call build(model, cfg)"),
+    **dict.fromkeys(
+        ("PrefixTuningConfig", "PromptTuningConfig", "PromptEncoderConfig", "CartridgeConfig"),
+        "A prefix or a prompt is a tree beside the adapter's, docs/prompts.md",
+    ),
     "PeftModel": "Call from_peft(model, folder), or build(model, cfg)",
     "PeftConfig": "Call from_peft(model, folder), whose adapt.configs are those of the folder",
     "prepare_model_for_kbit_training": "It is not needed: the base is frozen as it is",
@@ -31,5 +35,6 @@ NAMES = {
 def refuse_name(module: str, name: str, names: Collection[str]) -> NoReturn:
     """Raise an AttributeError for a name that a module has not, with the way that it has instead or the closest of its `names`."""
     ours = next((known for known in names if known.lower() == name.lower()), None)  # LoraConfig
-    way = f"It is called {ours} here" if ours else NAMES.get(name, f"Closest: {nearest(name, names)}")
+    shown = [known for known in names if not known.startswith("_")]
+    way = f"It is called {ours} here" if ours else {**CALLS, **NAMES}.get(name, f"Closest: {nearest(name, shown)}")
     raise AttributeError(f"module {module!r} has no attribute {name!r}. {way}.", name=name)

@@ -13,7 +13,8 @@ def require_facts(cfg: Any) -> None:
 
     Raises:
         TypeError: it names the fact.
-        ValueError: where a tolerance is negative or nan, or the variant acts at some positions, and its `uses` do not say so.
+        ValueError: where a tolerance is negative or nan, or the variant acts at some positions or couples rows, and its `uses` or `linear`
+            do not say so.
     """
     name = type(cfg).__name__
     if not isinstance(cfg.name, str) or not cfg.name:
@@ -40,6 +41,12 @@ def require_facts(cfg: Any) -> None:
         raise ValueError(
             f'{name}.uses: expected "positions" among {listed(sorted(cfg.uses))}, since acts_at masks them. Add the word, so that layers '
             "without positions are refused."
+        )
+    if cfg.linear and (cfg.acts_at is not None or not cfg.rowwise):
+        why = "acts at some positions only" if cfg.acts_at is not None else "couples rows (rowwise = False)"
+        raise ValueError(
+            f"{name}.linear: expected False for a variant that {why}, since merged weights act on each input alike, found True. Write "
+            "linear = False."
         )
 
 

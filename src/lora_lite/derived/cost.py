@@ -53,13 +53,23 @@ def macs_per_token(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen, 
         params: the map's params; only their shapes are used.
         W: the map; only shapes are used.
         probe: `(W, tokens)` to the map and an input of so many tokens on meta, and the map's own multiply-adds for one.
+
+    Raises:
+        RuntimeError: where the variant's function does not run on shapes alone.
     """
     meta = {name: torch.empty(p.shape, device="meta") for name, p in params.items()}
 
     def count(tokens: int) -> int:
         layer, x, own = probe(W, tokens)
-        with _Counter() as counter, torch.no_grad():
-            Variant(cfg)(meta, layer, x)
+        try:
+            with _Counter() as counter, torch.no_grad():
+                Variant(cfg)(meta, layer, x)
+        except Exception as e:
+            raise RuntimeError(
+                f"{type(cfg).__name__}.forward: expected a function that runs where multiply-adds are counted, on params, constants and x "
+                f"{tuple(x.shape)} on meta, which have shapes and no values, found {type(e).__name__}: {str(e).rstrip('.!')}. Make tensors "
+                "where x is, as by x.new_zeros(4) or torch.ones(4, device=x.device), for x of any leading axes, and read no values."
+            ) from e
         return counter.macs - tokens * own
 
     return (count(5) - count(3)) // 2  # one token alone would turn products with a vector into other operations

@@ -12,6 +12,7 @@ from lora_lite.core.certificate import Start
 from lora_lite.core.tree import join
 
 FORMAT = 1
+VERSION = "lora_lite_format"  # the key of its number
 CONSTANT = "constant/"  # before a constant's name in the file; no module path starts so
 BASE = "base/"  # before the name of a value that a whole module's displacement stands on
 
@@ -77,7 +78,7 @@ def write_header(header: Header) -> dict[str, str]:
     starts = {path: [value if value != math.inf else None for value in start] for path, start in header.starts.items()}  # JSON has no inf
     parts = {**header._asdict(), "targets": {path: asdict(target) for path, target in header.targets.items()}, "starts": starts}
     kept = {key: json.dumps(part) for key, part in parts.items() if part or key not in _LATER}
-    return {"format": "pt", "lora_lite_format": str(FORMAT), **kept}
+    return {"format": "pt", VERSION: str(FORMAT), **kept}
 
 
 def read_header(metadata: Mapping[str, str]) -> Header:

@@ -16,6 +16,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from lora_lite.adapt import Adapt
 from lora_lite.clone.params import write_params
+from lora_lite.core.config import exactly
 from lora_lite.core.config_json import departures
 from lora_lite.core.errors import listed, require_type
 from lora_lite.core.tree import Tree
@@ -76,7 +77,8 @@ class AdapterSaving:
         if adapted:
             raise ValueError(
                 f'{type(self).__name__}: expected an output head that is not adapted, found "{adapted[0]}" among the targets. This trainer '
-                f"reads the head's weight, and the adapter would have no part in the loss. Leave it out: exclude_names=({adapted[0]!r},)."
+                "reads the head's weight, and the adapter would have no part in the loss. Leave it out: "
+                f'exclude_names=(r"{exactly(adapted[0])}",).'
             )
 
     def _require_own_reference(self) -> None:

@@ -3,7 +3,6 @@
 import copy
 import functools
 import inspect
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, MappingProxyType
@@ -16,6 +15,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from lora_lite.core.config import exactly
 from lora_lite.core.tracing import while_traced
 
 ADAPTERS = "_lora_lite_adapters"
@@ -273,7 +273,7 @@ def _require_followed(stand_in: ReadTensor) -> None:
 def _given(path: str, name: str, way: str = "") -> str:
     return (
         f'adapt: at "{path}" expected a weight that autograd follows, found it given to {name}, an autograd Function, through which the '
-        f'adapter would get no gradient. {way}Leave the layer out, exclude_names=(r"{re.escape(path)}$",), or use a loss that calls the '
+        f'adapter would get no gradient. {way}Leave the layer out, exclude_names=(r"{exactly(path)}",), or use a loss that calls the '
         "layer."
     )
 

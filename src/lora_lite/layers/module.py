@@ -248,9 +248,9 @@ class ModuleKind(Kind):
         return {name: p + deltas[name] if name in deltas else p for name, p in self.parameters.items()}
 
     def displacements(self, f: Variant, params: Params) -> Mapping[str, Tensor]:
-        W = Recorder(self)
-        f.forward(params, W, self.weight.new_zeros(1, self.in_features))
-        if W.deltas is None or W.called:
+        W, x = Recorder(self), self.weight.new_zeros(1, self.in_features)
+        y = f.forward(params, W, x)
+        if W.deltas is None or not W.alone(x, y):
             raise ValueError("the adapter does more than move the module's parameters, which is all that a state dict can hold")
         return W.deltas
 

@@ -79,11 +79,20 @@ class FrozenQuantised(Kind):
 
     def product(self, x: Tensor) -> Tensor:
         """Return `x W^T` in the dtype of `x`: `(*b, i) -> (*b, o)`."""
-        return F.linear(x, self.dequantise(x.dtype))
+        return F.linear(x, self._dequantised(x.dtype))
 
     def transpose_product(self, y: Tensor) -> Tensor:
         """Return `y W` in the dtype of `y`: `(*b, o) -> (*b, i)`."""
-        return y @ self.dequantise(y.dtype)
+        return y @ self._dequantised(y.dtype)
+
+    def _dequantised(self, dtype: torch.dtype) -> Tensor:
+        found, shape = self.dequantise(dtype), (self.out_features, self.in_features)
+        if found.dtype != dtype or found.shape != shape:
+            raise ValueError(
+                f"{type(self).__name__}.dequantise({dtype}): expected the weight (o, i) of shape {shape} in that dtype, found shape "
+                f"{tuple(found.shape)} in {found.dtype}. Return it so, e.g. by .to(dtype)."
+            )
+        return found
 
     def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype in which an input of `dtype` is multiplied. The output is cast back to the input's."""
@@ -127,7 +136,7 @@ class FrozenQuantised(Kind):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the dequantised weight `(o, i)`, by default in float32."""
-        return self.dequantise(dtype or self.dtype)
+        return self._dequantised(dtype or self.dtype)
 
     def _affine(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if torch.is_autocast_enabled(x.device.type):  # the layer has a compute dtype of its own, which autocast does not know

@@ -9,13 +9,22 @@ from lora_lite.core.frozen import Frozen
 
 
 class Recorder(Frozen):
-    """A stand-in for a module that records a variant's displacements, and whether the variant called the module besides."""
+    """A stand-in for a module that records a variant's displacements.
+
+    What the variant does besides shows in its input, the module's unless it computed another, and in its result, the moved module's own.
+    """
 
     def __init__(self, W: Any) -> None:
         super().__init__(W.weight, None, W.constants, W.training)
         self._W = W
         self.deltas: Mapping[str, Tensor] | None = None
         self.called = False
+        self.given: Any = None
+        self.result: Any = None
+
+    def alone(self, x: Tensor, y: Any) -> bool:
+        """Whether a variant that made `y` of `x` did no more than move parameters."""
+        return self.deltas is not None and not self.called and self.given is x and self.result is y
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
@@ -35,4 +44,8 @@ class Recorder(Frozen):
 
     def moved(self, deltas: Mapping[str, Tensor]) -> Callable[[Any], Any]:
         self.deltas = dict(deltas)
-        return lambda x: x
+        return self._moved
+
+    def _moved(self, x: Tensor) -> Tensor:
+        self.given, self.result = x, x.new_zeros(*x.shape[:-1], self.out_features)
+        return self.result

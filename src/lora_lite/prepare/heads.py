@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lora_lite.core.config import patterns_of
+from lora_lite.core.config import exactly, patterns_of
 from lora_lite.core.plan import Entries
 from lora_lite.core.tree import modules_by_path
 from lora_lite.layers.find import names
@@ -56,7 +56,7 @@ def warn_of_new_heads(model: nn.Module, entries: Entries) -> None:
         warnings.warn(
             f'build: {name} adapts "{path}", the head of {type(model).__name__}, by an update of weights that stay frozen. Where the '
             "checkpoint has no such head, they are random. Train it whole: build(model, "
-            f'[ll.{name}(..., exclude_names=(r"^{re.escape(path)}$",)), ll.FullConfig(target_names=r"^{re.escape(path)}$")]).',
+            f'[ll.{name}(..., exclude_names=(r"{exactly(path)}",)), ll.FullConfig(target_names=r"{exactly(path)}")]).',
             UserWarning,
             stacklevel=3,
         )
@@ -80,7 +80,7 @@ def _warn_of_frozen_heads(model: nn.Module, entries: Entries, new: Sequence[str]
         warnings.warn(
             f'build: {name} leaves "{frozen[0]}" out, the head of {type(model).__name__}, which stays as it is. Where the checkpoint has '
             f"no such head, it is random. Train it whole: build(model, [ll.{name}(...), "
-            f'll.FullConfig(target_names=r"^{re.escape(head)}$")]).',
+            f'll.FullConfig(target_names=r"{exactly(head)}")]).',
             UserWarning,
             stacklevel=4,
         )

@@ -211,7 +211,8 @@ def _check_names(model: nn.Module, cfg: AdapterConfig, known: list[str], allowed
         where = f'{type(cfg).__name__}.target_names: expected "{pattern}" to match a {what}'
         if any(_matches((pattern,), path) for path in known):
             raise ValueError(
-                f"{where}, found that exclude_names={cfg.exclude_names} and layers={cfg.layers} leave out all it matches. Change them."
+                f"{where}, found that exclude_names={cfg.exclude_names} and layers={cfg.layers} leave out all it matches. "
+                "Change them: exclude_names=() leaves nothing out, layers=None takes all blocks."
             )
         unread = [join(p, name) for p, m in model.named_modules() if isinstance(m, UNREAD) for name in m._parameters]
         if named := [name for name in unread if _matches((pattern,), name)]:

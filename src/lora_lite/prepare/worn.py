@@ -7,7 +7,7 @@ from torch import nn
 
 from lora_lite.clone.adapter import adapters
 from lora_lite.clone.structure import refuse_uncopied
-from lora_lite.core.config import AdapterConfig, patterns_of
+from lora_lite.core.config import AdapterConfig, exactly, patterns_of
 from lora_lite.core.errors import listed
 from lora_lite.core.tree import modules_by_path
 from lora_lite.layers.find import names
@@ -61,7 +61,7 @@ def refuse_worn(model: nn.Module, targets: Iterable[tuple[str, AdapterConfig]], 
     Raises:
         ValueError: it names the adapted layers, with the way out.
     """
-    worn, paths = wrappers(model), [path for path, cfg in targets if _whole(path) not in patterns_of(cfg.target_names)]
+    worn, paths = wrappers(model), [path for path, cfg in targets if exactly(path) not in patterns_of(cfg.target_names)]
     touched = [path for path in worn if around(path) or any(p.startswith(f"{path}.") for p in paths)]
     if touched:
         inner = next((p for p in paths if p.startswith(f"{touched[0]}.")), f"{touched[0]}.base_layer")
@@ -71,18 +71,13 @@ def refuse_worn(model: nn.Module, targets: Iterable[tuple[str, AdapterConfig]], 
             f"find_targets: expected layers without adapters of another library, found {listed(touched)} ({kinds}). Take that adapter into "
             "the weights or off first, with PEFT: model = model.merge_and_unload() or model.unload(). Or leave these layers out: "
             f"exclude_names=({_escaped(touched[0])}, ...). Where they are the model's own, name each layer by its whole path: "
-            f'target_names=(r"{_whole(inner)}", ...).'
+            f'target_names=(r"{exactly(inner)}", ...).'
         )
-
-
-def _whole(path: str) -> str:
-    """Return an expression of a whole path."""
-    return f"^{re.escape(path)}$"
 
 
 def _escaped(path: str) -> str:
     last = path.rpartition(".")[2]
-    return f'r"{f"^{re.escape(path)}" if last.isdigit() else re.escape(last)}"'
+    return rf'r"^{re.escape(path)}(\.|$)"' if last.isdigit() else f'r"{re.escape(last)}"'
 
 
 def refuse_half(model: nn.Module, cfg: AdapterConfig, found: Sequence[str], chosen: Sequence[str], wanted: Callable[[str], bool]) -> None:
@@ -132,7 +127,7 @@ def _region(path: str, chosen: Sequence[str]) -> str:
         region = ".".join(parts[:k]) + "."
         if not any(other.startswith(region) for other in chosen):
             return "^" + re.escape(region)
-    return _whole(path)
+    return exactly(path)
 
 
 def _holds_matrix(module: nn.Module) -> bool:

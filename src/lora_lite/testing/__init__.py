@@ -16,6 +16,7 @@ import torch
 from lora_lite.core.config import AdapterConfig, as_config
 from lora_lite.testing._case import Case as Case
 from lora_lite.testing._case import make_cases as make_cases
+from lora_lite.testing._case import told
 from lora_lite.testing._derivatives import forward_mode, gradients
 from lora_lite.testing._formula import (
     acts,
@@ -23,7 +24,6 @@ from lora_lite.testing._formula import (
     deterministic,
     facts,
     identity,
-    merged,
     parts,
     positions,
     precision,
@@ -39,7 +39,7 @@ from lora_lite.testing._kind import KIND_CHECKS as KIND_CHECKS
 from lora_lite.testing._kind import check_kind as check_kind
 from lora_lite.testing._kind_case import KindCase as KindCase
 from lora_lite.testing._kind_case import make_kind_case as make_kind_case
-from lora_lite.testing._model import compiles, mixed_batch, saved, untouched
+from lora_lite.testing._model import compiles, merged, mixed_batch, saved, stepped, untouched
 from lora_lite.testing._quantised import quantised_4bit, quantised_8bit
 
 __all__ = ["CHECKS", "KIND_CHECKS", "Case", "KindCase", "check_kind", "check_variant", "make_cases", "make_kind_case"]
@@ -48,7 +48,7 @@ CHECKS: dict[str, Callable[[AdapterConfig], None]] = {
     f.__name__: f
     for f in (
         *(facts, deterministic, parts, identity, acts, pure, gradients, forward_mode, vmapped, rows),
-        *(merged, steered, proportional, positions, training, precision, shapes, counts, compiles, mixed_batch, saved, untouched),
+        *(merged, steered, proportional, positions, training, precision, shapes, counts, compiles, mixed_batch, saved, stepped, untouched),
         *(quantised_4bit, quantised_8bit),
     )
 }
@@ -95,4 +95,4 @@ def _recorded(name: str, failures: list[str], skipped: dict[str, str]) -> Iterat
     except unittest.SkipTest as e:
         skipped[name] = str(e)
     except Exception as e:
-        failures.append(f"{name}: {e}" if isinstance(e, AssertionError) else f"{name}: {type(e).__name__}: {e}")
+        failures.append(told(name, e))

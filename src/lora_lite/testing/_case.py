@@ -112,7 +112,7 @@ def inputs(i: int) -> Tensor:
 def output_of(cfg: AdapterConfig, params: Params, W: Frozen, x: Tensor) -> Tensor:
     """Run a variant on a layer. Its forward has to return a tensor, and errors of its own are explained where their cause is known."""
     try:
-        y: Any = Variant(cfg)(params, W, x)
+        y = _run(cfg, params, W, x)
     except KeyError as e:
         if e.args and isinstance(e.args[0], str) and e.args[0] not in {*params, *W.constants}:
             fail(f"forward to read params among {sorted(params)} and constants among {sorted(W.constants)}", f"that it reads {e}")
@@ -128,6 +128,14 @@ def output_of(cfg: AdapterConfig, params: Params, W: Frozen, x: Tensor) -> Tenso
     return out
 
 
+def _run(cfg: AdapterConfig, params: Params, W: Frozen, x: Tensor) -> Any:
+    try:
+        return Variant(cfg)(params, W, x)
+    except Exception as e:
+        e.add_note(f"in forward on x {tuple(x.shape)}, {x.dtype}")
+        raise
+
+
 def float64(cfg: AdapterConfig) -> list[Case]:
     return make_cases(with_fields(cfg, dtype=torch.float64), torch.float64)
 
@@ -138,6 +146,12 @@ def float32(cfg: AdapterConfig) -> list[Case]:
 
 def fail(expected: str, found: object) -> None:
     raise AssertionError(f"expected {expected}, found {found}")
+
+
+def told(check: str, e: Exception) -> str:
+    """Return the line for a check that failed: with the error's type unless the check itself raised it, and with the error's notes."""
+    kind = "" if isinstance(e, AssertionError) else f"{type(e).__name__}: "
+    return f"{check}: {kind}{e}" + "".join(f" ({note})" for note in getattr(e, "__notes__", ()))
 
 
 def close(what: str, got: Tensor, want: Tensor, tolerance: float) -> None:

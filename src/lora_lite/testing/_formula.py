@@ -13,7 +13,6 @@ from lora_lite.core.checked import set_typecheck
 from lora_lite.core.config import AdapterConfig, with_fields
 from lora_lite.core.frozen import USES, Frozen, Stored
 from lora_lite.derived.cost import declared, macs_per_token
-from lora_lite.derived.merge import merged_layer
 from lora_lite.layers.kind import Variant
 from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32, float64, make_cases, output_of
 
@@ -132,14 +131,19 @@ def pure(cfg: AdapterConfig) -> None:
         before = {name: t.clone() for name, t in tensors.items()}
         state = torch.get_rng_state()
         first = case(case.params)
+        _unmodified(tensors, before)
         torch.func.grad(lambda p, case=case: case(p).square().sum())(case.params)
         if not torch.equal(first, case(case.params)):
             fail("the same output twice", "another")
-        for name, tensor in tensors.items():
-            if not torch.equal(tensor, before[name]):
-                fail(f"{name} unmodified", "it changed")
+        _unmodified(tensors, before)
         if not torch.equal(state, torch.get_rng_state()):
             fail("the global random state untouched", "it moved")
+
+
+def _unmodified(tensors: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not torch.equal(tensor, before[name]):
+            fail(f"{name} unmodified", "it changed")
 
 
 def vmapped(cfg: AdapterConfig) -> None:
@@ -171,15 +175,6 @@ def rows(cfg: AdapterConfig) -> None:
         close("further axes", case(case.params, case.x.view(3, 1, 2, i)), whole.view(3, 1, 2, o), 1e-10)
         if case(case.params, case.x[:0]).shape != (0, 2, o):
             fail(f"an empty batch to give {(0, 2, o)}", tuple(case(case.params, case.x[:0]).shape))
-
-
-def merged(cfg: AdapterConfig) -> None:
-    """A linear variant's merged weights give its forward."""
-    if not cfg.linear:
-        return
-    for case in float64(cfg):
-        weight, bias = merged_layer(cfg, case.params, case.W)
-        close("the merged layer", case.x @ weight.t() + bias, case(case.params), 1e-10)
 
 
 def steered(cfg: AdapterConfig) -> None:
@@ -223,6 +218,7 @@ def training(cfg: AdapterConfig) -> None:
         drops = dict.fromkeys((name for name in dir(cfg) if name.endswith("dropout")), 0.5)  # rank_dropout too
         if drops:
             case = dataclasses.replace(case, cfg=with_fields(case.cfg, **drops))
+            _drops_the_update(case, evaluated)
         elif not torch.equal(case(case.params), evaluated(case.params)):
             fail("the same output in training mode, for want of a field named dropout", "another")
 
@@ -235,6 +231,22 @@ def training(cfg: AdapterConfig) -> None:
         each = torch.vmap(case, (None, 0), randomness="different")(case.params, case.x)
         if each.shape != (3, 2, case.W.out_features) or not each.isfinite().all():
             fail("finite outputs of a vmap with its own dropout for each row", tuple(each.shape))
+
+
+def _drops_the_update(case: Case, evaluated: Case) -> None:
+    """Hold that each field for dropout acts, and on the update alone."""
+    names = [name for name in dir(case.cfg) if name.endswith("dropout")]
+    for name in names:
+        cfg = with_fields(case.cfg, **{other: 0.5 * (other == name) for other in names})
+        try:
+            cfg.__post_init__()
+        except ValueError:  # a config may refuse it beside its other fields
+            continue
+        one, still = dataclasses.replace(case, cfg=cfg), evaluated(evaluated.params)
+        if all(torch.equal(one(one.params), still) for _ in range(20)):  # a whole update may be dropped, or kept, by one draw
+            fail(f"another output in training mode at {name}=0.5", f"the same. Drop the input of the update: W.dropped(x, self.{name})")
+    if case.cfg.identity == 0.0 and not torch.equal(case(case.start), case.W(case.x)):
+        fail("the base output at the start with dropout on", "another. Drop the input of the update, not that of W(x) or the output")
 
 
 def precision(cfg: AdapterConfig) -> None:

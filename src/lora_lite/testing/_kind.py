@@ -18,7 +18,7 @@ from lora_lite.core.tree import Tree, tree_leaves, tree_map
 from lora_lite.files.adapter_file import load, save
 from lora_lite.layers.kind import Kind
 from lora_lite.prepare.targets import find_targets
-from lora_lite.testing._case import close, fail
+from lora_lite.testing._case import close, fail, told
 from lora_lite.testing._kind_case import ROWS, VARIANTS, KindCase, make_kind_case, same_results
 from lora_lite.transforms.gradients import value_and_grad
 from lora_lite.transforms.per_example import per_example_grad
@@ -285,8 +285,6 @@ def failure(check: Callable[[KindCase], str | None], case: KindCase) -> Sequence
     """Run one check and return a line for its failure, if any."""
     try:
         check(case)
-    except AssertionError as e:
-        return [f"{check.__name__}: {e}"]
     except Exception as e:
-        return [f"{check.__name__}: {type(e).__name__}: {e}"]
+        return [told(check.__name__, e)]
     return []

@@ -2,6 +2,7 @@
 
 import copy
 import tempfile
+import unittest
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from torch.utils import _pytree as pytree
 
 from lora_lite.adapt import Adapt
 from lora_lite.build import build
-from lora_lite.core.config import AdapterConfig, with_fields
+from lora_lite.core.config import AdapterConfig, as_config, with_fields
 from lora_lite.core.statistics import needs_loss
-from lora_lite.core.tree import Tree, tree_leaves, tree_map
+from lora_lite.core.tree import Tree, flatten, tree_leaves, tree_map
+from lora_lite.derived.merge import merged_layer
 from lora_lite.files.adapter_file import load, save
-from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32, inputs, unquantised
+from lora_lite.testing._case import VALUES, Case, Params, close, fail, float32, float64, inputs, unquantised
 from lora_lite.transforms.stacks import stack, unstack
 
 
@@ -78,6 +80,21 @@ def _build(model: nn.Module, cfg: AdapterConfig, width: int | None = None, sourc
     return adapt, tree_map(lambda p: p + 0.1 * torch.randn(p.shape, generator=g), adapt.init(seed=0))
 
 
+def merged(cfg: AdapterConfig) -> None:
+    """A linear variant's merged weights give its forward."""
+    if not cfg.linear:
+        return
+    if cfg.adapts in ("norm", "module"):  # merged by what it does to the parameters, not as a linear map
+        model, x = _model(cfg)
+        adapt, params = _build(model, cfg)
+        twin = copy.deepcopy(model)
+        twin.load_state_dict(adapt.merge(params), strict=False)
+        return close("the merged module", twin(x), adapt(params, x), VALUES[torch.float32])
+    for case in float64(cfg):
+        weight, bias = merged_layer(cfg, case.params, case.W)
+        close("the merged layer", case.x @ weight.t() + bias, case(case.params), 1e-10)
+
+
 def saved(cfg: AdapterConfig) -> None:
     """Saving and loading gives every bit back, onto a model that was never built on."""
     model, x = _model(cfg)
@@ -117,6 +134,43 @@ def mixed_batch(cfg: AdapterConfig) -> None:
         alone = torch.func.grad(lambda p, batches=batches: sum(adapt(p, batch).square().sum() for batch in batches))(member)
         for got, want in zip(tree_leaves(grads[k]), tree_leaves(alone)):
             close("a member's gradient in a mixed batch", got, want, 10 * VALUES[torch.float32])  # sums over rows in another order
+
+
+def stepped(cfg: AdapterConfig) -> None:
+    """`update` writes to nothing that it is given, and returns finite params of the same names, shapes and dtypes."""
+    cfg = as_config(cfg)
+    if type(cfg).update is AdapterConfig.update:
+        raise unittest.SkipTest("it has no update of its own")
+    model, x = _model(cfg)
+    adapt, params = _build(model, cfg)
+    grads = torch.func.grad(lambda p: adapt(p, x).square().sum())(params)
+    given = [*tree_leaves(params), *tree_leaves(grads)]
+    before, forms = [leaf.clone() for leaf in given], _forms(params)
+    new, state = _first_update(cfg, adapt, params, grads)
+    for _ in range(2):
+        if not all(torch.equal(leaf, was) for leaf, was in zip(given, before)):
+            fail("update to write to none of the params and gradients", "that one changed. Return new tensors")
+        if _forms(new) != forms:
+            fail(f"update to return params {forms}", _forms(new))
+        if not all(leaf.isfinite().all() for leaf in tree_leaves(new)):
+            fail("update to return finite params", "inf or nan")
+        new, state = cfg.update(new, grads, state)
+
+
+def _first_update(cfg: AdapterConfig, adapt: Adapt, params: Tree, grads: Tree) -> tuple[Any, Any]:
+    """Run the first update from no state, or from the constants, as some methods do."""
+    try:
+        return cfg.update(params, grads)
+    except ValueError as e:
+        refused = e
+    try:
+        return cfg.update(params, grads, adapt.constants)
+    except ValueError:
+        raise unittest.SkipTest(f"its update refuses these params: {refused}") from refused
+
+
+def _forms(tree: Tree) -> dict[str, str]:
+    return {name: f"{tuple(p.shape)} {p.dtype}" for name, p in sorted(flatten(tree).items())}
 
 
 def untouched(cfg: AdapterConfig) -> None:

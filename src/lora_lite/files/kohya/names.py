@@ -7,6 +7,7 @@ from pathlib import Path
 import safetensors
 
 from lora_lite.core.errors import listed, nearest
+from lora_lite.files.header import VERSION
 from lora_lite.files.kohya.methods import ALPHA, DOWN, METHODS, UP
 
 KEYS = (ALPHA, *(key for method in METHODS.values() for key in method.keys))
@@ -46,7 +47,7 @@ def of_image_tools(path: Path) -> bool:
     """Whether a file is a safetensors file of these tools rather than one of `save`."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return "lora_lite_format" not in (file.metadata() or {}) and any(split(key) is not None for key in list(file.keys()))
+            return VERSION not in (file.metadata() or {}) and any(split(key) is not None for key in list(file.keys()))
     except Exception:  # damaged or foreign, which its reader says
         return False
 

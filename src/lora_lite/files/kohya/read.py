@@ -27,7 +27,7 @@ from lora_lite.files.peft.hub import CONFIG, around
 from lora_lite.files.peft.layers import kernel_size, of_kernel
 from lora_lite.files.peft.names import Table
 from lora_lite.files.peft.rows import rows_of
-from lora_lite.files.safetensors_file import tensors_of, widened
+from lora_lite.files.stored import read_of_image_tool
 from lora_lite.layers.find import Found, find
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.kinds import as_kinds
@@ -107,7 +107,7 @@ def _read(call: str, model: Any, path: Any, prefix: Any, remat: str | None, kind
             f'{call}: expected a file of an image tool at "{place}", found one of PEFT\'s, whose scale is in {CONFIG} beside it. '
             f'Read the folder: ll.from_peft(model, "{folder}").'
         )
-    metadata, tensors = _tensors(call, place)
+    metadata, tensors = read_of_image_tool(call, place)
     named, foreign, repeated = _by_name(tensors)
     foreign = [key for key in foreign if prefix is None or prefix_of(key) in ("", prefix)]
     prefix = _prefix(call, place, named, prefix)
@@ -142,13 +142,6 @@ def _require(call: str, place: Path, model: nn.Module, faults: list[str]) -> Non
             f'{call}: expected "{place}" to fit this {type(model).__name__}, found:\n{several(faults)}\n'
             "Pass the part of the pipeline that the file was made for. Files in the names of another code base are converted by its tools."
         )
-
-
-def _tensors(call: str, place: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    if not place.is_file():
-        raise FileNotFoundError(f'{call}: expected a file at "{place}", found none. Pass the path of a safetensors file.')
-    metadata, tensors = tensors_of(call, place, "Fetch it again; pickled files are never opened.")
-    return metadata, widened(tensors)
 
 
 def _by_name(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str], list[str]]:
