@@ -413,12 +413,12 @@ WRONG = {
     "mask": ({"acts_at": "input_ids"}, TypeError, r"BrokenConfig\.acts_at: expected a function"),
     "positions": ({"acts_at": lambda self, model, given: None}, ValueError, r'BrokenConfig\.uses: expected "positions" among'),
     "merged at all positions": (
-        {"acts_at": lambda self, model, given: None, "uses": frozenset({"output", "project", "positions"})},
+        {"acts_at": lambda self, model, given: None, "uses": frozenset({"output", "project", "positions"}), "linear": True},
         ValueError,
         r"BrokenConfig\.linear: expected False for a variant that acts at some positions only.*Write linear = False",
     ),
     "merged of coupled rows": (
-        {"rowwise": False},
+        {"rowwise": False, "linear": True},
         ValueError,
         r"BrokenConfig\.linear: expected False for a variant that couples rows.*Write linear = False",
     ),
@@ -460,6 +460,14 @@ def test_mistake_is_named_by_build(case):
     members, error, message = WRONG[case]
     with pytest.raises(error, match=message):
         ll.build(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)), broken(**members)())
+
+
+@pytest.mark.parametrize("says", [{"rowwise": False}, {"acts_at": lambda self, model, given: None, "uses": frozenset({"positions"})}])
+def test_a_variant_that_no_weight_can_hold_is_not_linear_though_it_does_not_say_so(says):
+    assert broken().linear
+    adapt = ll.build(nn.Sequential(nn.Linear(6, 4)), broken(**says)())
+    with pytest.raises(ValueError, match=r"merge: (.|\n)*BrokenConfig is not linear"):
+        adapt.merge(adapt.init())
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from lora_lite.adapt import Adapt
 from lora_lite.clone.checkpointing import check_pattern
 from lora_lite.clone.structure import clone_module
 from lora_lite.core.alike import made_alike
-from lora_lite.core.config import AdapterConfig, as_config, exactly
-from lora_lite.core.errors import require_type
+from lora_lite.core.config import AdapterConfig, as_config
+from lora_lite.core.errors import exactly, require_type
 from lora_lite.core.plan import Entries, Target
 from lora_lite.core.tree import still
 from lora_lite.layers.kind import Kind

@@ -56,7 +56,7 @@ class AdapterConfig:
       gradient, for which `build` needs a loss.
     - `original`: whether `constants` needs the layer's weight from before it was quantised, given to it as `stats`.
     - `identity`: relative tolerance of the identity at init; 0.0 for exact, None if it does not start at the base model.
-    - `linear`: whether the adapted layer is an affine map of `x`, so that it can be merged.
+    - `linear`: whether the adapted layer is an affine map of `x`, so that it can be merged: False with `acts_at` or without `rowwise`.
     - `acts_at`: where it acts at some positions only, a function `(model, arguments) -> mask` of a call; see `layers.notes.Masks`.
     - `rowwise`: whether each row of a batch is adapted by itself. If not, `mixed` runs each row as a batch of its own.
     - `cast`: whether the params come in the dtype of the input. A variant that decides by their values says False, and casts its results.
@@ -84,8 +84,11 @@ class AdapterConfig:
     __signature__: ClassVar[Any] = _OfInit()
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Complete the docstring: `help` of a config is the documentation of all its fields."""
+        """Complete the docstring, since `help` of a config is the documentation of all its fields, and the fact `linear`."""
         super().__init_subclass__(**options)
+        said = any("linear" in vars(c) for c in cls.__mro__ if c is not AdapterConfig)
+        if not said and (cls.acts_at is not None or not cls.rowwise):
+            cls.linear = False
         cls.__doc__ = with_inherited(cls) or cls.__doc__
 
     def __new__(cls, *args: Any, **fields: Any) -> Self:
@@ -260,11 +263,6 @@ def _indices(cfg: AdapterConfig) -> tuple[int, ...] | None:
     if not indices or min(indices) < 0:
         raise ValueError(f"{at(cfg, 'layers')} block indices >= 0, found {value!r}. Name at least one, or None for all.")
     return indices
-
-
-def exactly(path: str) -> str:
-    """Return the regular expression of one path: the end alone, `1$`, is also that of layer 11."""
-    return f"^{re.escape(path)}$"
 
 
 def patterns_of(value: str | Sequence[str]) -> tuple[str, ...]:

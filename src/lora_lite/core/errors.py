@@ -1,6 +1,7 @@
 """Build the parts that error messages share: nearest names, bounded lists, the faults of a params tree."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,6 +16,11 @@ def listed(names: Iterable[object], limit: int = 6) -> str:
     names = list(names)
     shown = ", ".join(f'"{n}"' for n in names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def exactly(path: str) -> str:
+    """Return the regular expression of one path: the end alone, `1$`, is also that of layer 11."""
+    return f"^{re.escape(path)}$"
 
 
 def nearest(wanted: str, names: Iterable[str], count: int = 3) -> str:

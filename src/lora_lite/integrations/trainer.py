@@ -16,9 +16,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from lora_lite.adapt import Adapt
 from lora_lite.clone.params import write_params
-from lora_lite.core.config import exactly
 from lora_lite.core.config_json import departures
-from lora_lite.core.errors import listed, require_type
+from lora_lite.core.errors import exactly, listed, require_type
 from lora_lite.core.tree import Tree
 from lora_lite.files.adapter_file import load, save
 from lora_lite.prepare.heads import output_heads

@@ -15,7 +15,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lora_lite.core.config import exactly
+from lora_lite.core.errors import exactly
 from lora_lite.core.tracing import while_traced
 
 ADAPTERS = "_lora_lite_adapters"

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lora_lite.core.config import exactly, patterns_of
+from lora_lite.core.config import patterns_of
+from lora_lite.core.errors import exactly
 from lora_lite.core.plan import Entries
 from lora_lite.core.tree import modules_by_path
 from lora_lite.layers.find import names

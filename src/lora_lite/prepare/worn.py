@@ -7,8 +7,8 @@ from torch import nn
 
 from lora_lite.clone.adapter import adapters
 from lora_lite.clone.structure import refuse_uncopied
-from lora_lite.core.config import AdapterConfig, exactly, patterns_of
-from lora_lite.core.errors import listed
+from lora_lite.core.config import AdapterConfig, patterns_of
+from lora_lite.core.errors import exactly, listed
 from lora_lite.core.tree import modules_by_path
 from lora_lite.layers.find import names
 
