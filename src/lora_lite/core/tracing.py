@@ -114,8 +114,23 @@ def untransformed(f: F) -> F:
 @contextmanager
 def outside_transforms() -> Iterator[None]:
     """Suspend transforms and tracing modes, to make what outlives a call: tensors made inside one are wrapped, and end with it."""
-    with temporarily_clear_interpreter_stack(), _disable_current_modes():
-        yield
+    recorder = torch._C._get_tracing_state()  # of torch.jit.trace
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]  # not in torch's stubs
+    try:
+        with temporarily_clear_interpreter_stack(), _disable_current_modes():
+            yield
+    finally:
+        torch._C._set_tracing_state(recorder)  # type: ignore[attr-defined]
+
+
+def valueless(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no values: on meta, or made under `FakeTensorMode`."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def made_anew() -> bool:
+    """Whether tensors of a cache are made anew: while a compiler traces, and under modes that make others, as `FakeTensorMode` does."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def require_values(tensors: Iterable[Any]) -> None:
