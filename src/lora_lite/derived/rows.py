@@ -50,8 +50,9 @@ class Followed:
         """Return the batch's rows, and the targets whose input is known to be made of them, at their first axis and in their order.
 
         The first batch with rows of a shape runs the frozen model on two of them, each alone and both together, unless the batch holds
-        objects that a run may change, such as a cache. In a compiled function the same is done when it runs. The processes of a sharded
-        model do it together, each for the batches of all.
+        objects that a run may change, such as a cache. In a compiled function the same is done when it runs. In an exported one nothing
+        is: each target's input must have the rows alone on its first axis. The processes of a sharded model do it together, each for
+        the batches of all.
 
         Args:
             replica: the copy that is called.
@@ -74,7 +75,11 @@ class Followed:
             )
         mapped = _mapped({} if row_map is None else row_map, [path for path, _ in replica.bindings], rows, members, index)
         if torch.compiler.is_compiling():
-            return Rows(mapped=mapped) if rows < 2 else self._traced(plain, rows, mapped, lengths)
+            if rows < 2:
+                return Rows(mapped=mapped)
+            if torch.compiler.is_exporting():  # an exported graph runs where no adapt is that could try a batch
+                return Rows(rows, {}, mapped, lengths=lengths)
+            return self._traced(plain, rows, mapped, lengths)
         known = self._follow(plain, rows, mapped)
         beside, each = ({path: getattr(seen, name) for path, seen in known.items()} for name in ("beside", "each"))
         return Rows(mapped=mapped) if rows < 2 else Rows(rows, each, mapped, beside=beside, lengths=lengths)
