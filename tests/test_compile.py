@@ -278,3 +278,16 @@ def test_exported_mixed_batch_holds_no_operator_of_ours():
     flat.mixed(stacked, x, index)
     with pytest.raises(ValueError, match='at "0" expected an input with a multiple of 4 rows'):
         torch.export.export(Mixed(flat), (stacked, x, index))
+
+
+def test_errors_of_a_compiled_call_are_shown():
+    """The compiler knows no notes on an error, and told of them in its place."""
+
+    class Reads(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.t()
+
+    adapt = ll.build(nn.Sequential(Reads(8, 8)), ll.LoRAConfig(r=2))
+    stacked, x = ll.stack([adapt.init(seed) for seed in (0, 1)]), torch.randn(2, 8)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match='at "0" expected a target that is called with rows of the batch'):
+        torch.compile(adapt.mixed, fullgraph=True, backend="eager")(stacked, x, torch.tensor([0, 1]))
