@@ -170,6 +170,7 @@ class Binding:
             self._require_own()
             if self.rows is not None:
                 self.rows.require(self.path, functools.partial(W.given, args, kwargs))
+                W.follow = self.rows.assumed(self.path, functools.partial(W.beside, args, kwargs)) or W.follow
             return W.call(functools.partial(self._apply, params), self.own, args, kwargs)
         except Exception as e:
             self._name(e)

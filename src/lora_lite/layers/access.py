@@ -16,6 +16,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from lora_lite.core.tree import join, modules_by_path
+
 ADAPTERS = "_lora_lite_adapters"
 """The attribute of a module with children that lists the adapters whose params are registered on the module."""
 ADOPTED = "_lora_lite_adopted"
@@ -267,3 +269,21 @@ def _function_of(code: Any) -> str | None:
     for cls in classes:
         classes += cls.__subclasses__()
     return next((cls.__name__ for cls in classes if getattr(cls.forward, "__code__", None) is code), None)
+
+
+def named_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of a module and its children by name, without adapters' params. A shared parameter comes once."""
+    parts = modules_by_path(module, prefix)
+    seen = {p for inner in parts.values() for p in parameters_of_adapters(inner)}
+    for path, inner in parts.items():
+        for name, p in dict.items(inner._parameters):
+            if p is not None and p not in seen:
+                seen.add(p)
+                yield join(path, name), p
+
+
+def parameters_of_adapters(module: Any) -> Iterator[Tensor]:
+    """Yield the parameters that adapters have registered on a module. For an adapter, yield its own."""
+    for adapter in (module, *vars(vars(module).get(HOST, module)).get(ADAPTERS, ())):  # a view has them at its host
+        if hasattr(type(adapter), "parameters_by_name"):
+            yield from (p for p in adapter.parameters_by_name.values() if p is not None)
