@@ -656,7 +656,7 @@ class Scaled(nn.Module):
         self.inner = nn.Linear(8, 8)
 
     def forward(self, x, mask, table=None):
-        return (self.inner(x) * mask[..., None]).tanh() * table.sum(), None
+        return (self.inner(x.to(self.inner.weight.dtype)) * mask[..., None]).tanh() * table.sum(), None
 
 
 class AroundScaled(nn.Module):

@@ -174,10 +174,10 @@ class ReadTensor(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") == "__get__" and getattr(func.__self__, "__name__", "") in FACTS:
-            with torch._C.DisableTorchFunctionSubclass():
+            with torch._C.DisableTorchFunction():  # modes too: under one the compiler would ask here again
                 return func(*args, **(kwargs or {}))
         if func in _MEASURES:
-            with torch._C.DisableTorchFunctionSubclass():
+            with torch._C.DisableTorchFunction():
                 return func(*args, **(kwargs or {}))
         if func is linear and (whole := _product(*args, **(kwargs or {}))) is not None:
             return whole(args[0] if args else kwargs["input"])
