@@ -252,3 +252,42 @@ def test_branches_of_torch_cond_in_an_eager_call():
     merged = {**dict(model.named_parameters()), **adapt.merge(params)}
     for given in (x, -x):
         torch.testing.assert_close(adapt(params, given), torch.func.functional_call(model, merged, (given,)).detach())
+
+
+def test_exported_mixed_batch_holds_no_operator_of_ours():
+    """It was not to be loaded in a process without the adapt."""
+
+    class Mixed(torch.nn.Module):
+        def __init__(self, adapt):
+            super().__init__()
+            self.call = adapt.mixed
+
+        def forward(self, stacked, x, index):
+            return self.call(stacked, x, index)
+
+    class Flat(torch.nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+    x, index = torch.randn(4, 3, 8), torch.tensor([0, 1, 1, 0])
+    adapt, flat = (ll.build(of(torch.nn.Linear(8, 8)), ll.LoRAConfig(r=2)) for of in (torch.nn.Sequential, Flat))
+    stacked = ll.stack([move(adapt.init(seed)) for seed in (0, 1)])
+    graph = torch.export.export(Mixed(adapt), (stacked, x, index))
+    assert not [node for node in graph.graph.nodes if "lora_lite" in str(node.target)]
+    torch.testing.assert_close(graph.module()(stacked, -x, 1 - index), adapt.mixed(stacked, -x, 1 - index))
+    flat.mixed(stacked, x, index)
+    with pytest.raises(ValueError, match='at "0" expected an input with a multiple of 4 rows'):
+        torch.export.export(Mixed(flat), (stacked, x, index))
+
+
+def test_errors_of_a_compiled_call_are_shown():
+    """The compiler knows no notes on an error, and told of them in its place."""
+
+    class Reads(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.t()
+
+    adapt = ll.build(nn.Sequential(Reads(8, 8)), ll.LoRAConfig(r=2))
+    stacked, x = ll.stack([adapt.init(seed) for seed in (0, 1)]), torch.randn(2, 8)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match='at "0" expected a target that is called with rows of the batch'):
+        torch.compile(adapt.mixed, fullgraph=True, backend="eager")(stacked, x, torch.tensor([0, 1]))

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import transformers as tf
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -606,6 +607,37 @@ def test_everything_is_made_where_the_layer_is(name, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(ll.tree_leaves(params), ll.tree_leaves(loaded)))
     torch.testing.assert_close(y, want(params, x))
     assert mixed.device.type == "cpu"
+
+
+OF_VALUES = {FakeTensorMode: ("randlora", "unilora"), None: ("frod",)}  # beside those that are refused in both
+
+
+@pytest.mark.parametrize("mode", OF_VALUES, ids=["fake", "meta"])
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_models_without_values_are_built_or_refused_by_name(name, mode):
+    cfg = DEFAULTS[name]
+    if name == "loreft":
+        pytest.skip("it adapts blocks of hidden states")
+    with mode() if mode else torch.device("meta"):
+        model, x = stacked_layers(), torch.randn(5, 16)
+        options = {"calibration": [x], "loss": (lambda out, _: out.square().sum()) if name == "lora_ga" else None} if cfg.calibrated else {}
+        if name in OF_VALUES[mode] or name in ("adamss", "asvd", "corda", "lora_ga"):
+            with pytest.raises(ValueError, match=f"{type(cfg).__name__} computes its start from values, found weights without any"):
+                ll.build(model, cfg, **options)
+            return
+        adapt = ll.build(model, cfg, **options)
+        assert adapt(adapt.init(), x).shape == (5, 16)
+
+
+@pytest.mark.parametrize("name", ["fourierft", "waveft", "c3a", "goft"])
+def test_models_with_values_and_without_share_no_cached_tensors(name):
+    """A build under `FakeTensorMode` left its places to all later ones."""
+    for mode in (FakeTensorMode, contextlib.nullcontext, FakeTensorMode):
+        with mode():
+            adapt = ll.build(nn.Sequential(nn.Linear(16, 8)), DEFAULTS[name])
+            params = ll.tree_map(lambda p: p + 0.1, adapt.init())
+            assert adapt(params, torch.randn(5, 16)).shape == (5, 8)
+            assert all((type(c) is torch.Tensor) == (mode is not FakeTensorMode) for c in adapt.constants["0"].values())
 
 
 def test_files_of_peft_and_low_rank_forms_are_made_where_the_layer_is(tmp_path):
@@ -1904,6 +1936,22 @@ def test_mixed_batches_without_values_are_refused_and_the_way_out_works(mode, in
         make_fx(f, tracing_mode=mode)(stacked, x)
     traced, other = make_fx(f, tracing_mode="real")(stacked, x), torch.randn(4, 8)
     torch.testing.assert_close(traced(stacked, other), f(stacked, other))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("index", [torch.tensor([0, 1, 1, 0]), None], ids=["index", "none"])
+def test_mixed_batch_is_traced_by_jit(index):
+    """While it traces, an entry of a shape is a tensor: the stack was taken for none."""
+    adapt = ll.build(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), ll.LoRAConfig(r=2))
+    stacked, x, before = ll.stack([move(adapt.init()) for _ in range(2)]), torch.randn(4, 8), ll.set_typecheck(False)
+    try:  # whose checks of shapes would find tensors there, too
+        graphs = [
+            torch.jit.trace(f, (torch.randn(4, 8),)) for f in (lambda x: adapt.mixed(stacked, x, index), adapt.module(stacked, index))
+        ]
+    finally:
+        ll.set_typecheck(before)
+    for traced in graphs:
+        torch.testing.assert_close(traced(x), adapt.mixed(stacked, x, index))
 
 
 @pytest.mark.parametrize("where", ["_vmap_increment_nesting", "_remove_batch_dim", "_leave"])

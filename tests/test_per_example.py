@@ -84,6 +84,7 @@ def test_no_rows_have_no_gradients(gpt2, chunk_size):
     grads = ll.per_example_grad(adapt, losses, chunk_size)(params, none)
     assert all(g.shape == (0, *p.shape) for g, p in zip(ll.tree_leaves(grads), ll.tree_leaves(params)))
     assert ll.per_example_norm(adapt, losses, chunk_size)(params, none).shape == (0,)
+    assert not any(f.any() for f in ll.tree_leaves(ll.fisher_diag(adapt, losses, chunk_size)(params, none)))
 
 
 @pytest.mark.parametrize("make", [ll.per_example_grad, ll.per_example_norm])

@@ -646,3 +646,41 @@ def test_mixed_batch_of_modules_trained_whole_compiles_in_one_graph(cfg):
     stacked = ll.stack(members(adapt))
     want = step(stacked)
     torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(stacked), want)
+
+
+class Scaled(nn.Module):
+    """A layer that is called with a mask of its rows and with what all rows share."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x, mask, table=None):
+        return (self.inner(x.to(self.inner.weight.dtype)) * mask[..., None]).tanh() * table.sum(), None
+
+
+class AroundScaled(nn.Module):
+    def __init__(self, length):
+        super().__init__()
+        self.layer, self.length = Scaled(), length
+
+    def forward(self, x, mask):
+        return self.layer(x, mask, table=torch.linspace(0.5, 1.0, self.length))[0]
+
+
+@pytest.mark.parametrize("index", [torch.tensor([0, 1, 1, 0]), None], ids=["index", "groups"])
+def test_compiled_mixed_batch_of_modules_that_are_called_with_several_tensors(index):
+    """Their rows are taken by the shapes, and a trial says whether that was right. A table as long as the batch has none."""
+    torch.manual_seed(0)
+    x, mask = torch.randn(4, 3, 8), (torch.rand(4, 3) > 0.4).float()
+    for length in (5, 4):
+        adapt = ll.build(AroundScaled(length), ll.FullConfig(target_names="layer$"))
+        stacked = ll.stack(members(adapt))
+
+        def step(stacked, mask, adapt=adapt):
+            return ll.value_and_grad(lambda p: adapt.mixed(p, (x, mask), index).square().sum())(stacked)
+
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        refused = pytest.raises(ValueError, match=r'at "layer" expected arguments whose rows show in their shapes .* "\[1\]\[\'table\'\]"')
+        with refused if length == 4 else contextlib.nullcontext():
+            torch.testing.assert_close(compiled(stacked, mask), step(stacked, mask))

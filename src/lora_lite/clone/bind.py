@@ -131,6 +131,8 @@ class Binding:
 
     def _name(self, e: Exception) -> None:
         """Note on an error the target, and params in a layout that few operators take."""
+        if torch.compiler.is_compiling():  # which knows no notes: it would name them in the place of the error
+            return
         e.add_note(f'in {type(self.cfg).__name__} at target "{self.path}"')
         if any(p.layout is not torch.strided for p in (self.params or {}).values()):
             e.add_note("its params are sparse: pass dense ones, leaf.to_dense()")
@@ -168,6 +170,7 @@ class Binding:
             self._require_own()
             if self.rows is not None:
                 self.rows.require(self.path, functools.partial(W.given, args, kwargs))
+                W.follow = self.rows.assumed(self.path, functools.partial(W.beside, args, kwargs)) or W.follow
             return W.call(functools.partial(self._apply, params), self.own, args, kwargs)
         except Exception as e:
             self._name(e)
@@ -274,10 +277,7 @@ class Binding:
 
     def hollow(self) -> bool:
         """Whether the adapter has placeholders alone, as in a copy whose calls bring their params."""
-        return any(p is not None and p.is_meta for p in self.adapter.parameters_by_name.values()) and not self._on_meta()
-
-    def _on_meta(self) -> bool:
-        return self.W.device.type == "meta"
+        return any(p is not None and p.is_meta for p in self.adapter.parameters_by_name.values()) and self.W.device.type != "meta"
 
     def registered(self) -> Params:
         """Return the adapter's parameters as params. Placeholders are refused, since products on a CPU accept them in silence."""

@@ -16,8 +16,8 @@ class Rows:
         known: the targets whose input is known to be made of them, at its first axis and in their order, each with the entries there
             for a row, of all its calls; None where the shapes of another call showed it.
         mapped: of targets whose input has them elsewhere, the axis that they are on, or the member of each entry of the first axis.
-        unsure: while a graph is traced, takes the path of a target to be checked when the graph runs: its input has not the rows alone on
-            its first axis.
+        unsure: while a graph is traced, takes the path of a target to be checked when the graph runs. Its input has not the rows alone on
+            its first axis; or the tensors beside it are taken, by their shapes, for rows and for what all rows share, by their places.
         beside: of targets that are called with more tensors than their input, the entries of each that all rows share, on its first
             axis, 0 where it has the rows there.
         caller: the call of the user's that gave the rows, for errors.
@@ -27,7 +27,7 @@ class Rows:
     count: int | None = None
     known: Mapping[str, Collection[int] | None] = field(default_factory=dict)
     mapped: Mapping[str, Tensor | int] = field(default_factory=dict)
-    unsure: Callable[[str], None] | None = None
+    unsure: Callable[[str, tuple[str, ...] | None, tuple[str, ...]], None] | None = None
     beside: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     caller: str = "adapt.mixed"
     lengths: Sequence[int] = ()
@@ -47,7 +47,15 @@ class Rows:
         if self.unsure is None:
             found = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
             raise ValueError(unknown(path, self.count, found, self.caller, self.lengths))
-        self.unsure(path)
+        self.unsure(path, None, ())
+
+    def assumed(self, path: str, beside: Callable[[], Mapping[str, Tensor]]) -> dict[str, int] | None:
+        """Return, while a graph is traced, what the shapes of the tensors beside a target's input say of them, as in `beside`."""
+        if self.unsure is None or self.count is None or not (found := beside()):
+            return None
+        rows = tuple(name for name, t in found.items() if t.dim() and t.shape[0] == self.count)
+        self.unsure(path, rows, tuple(name for name in found if name not in rows))
+        return {name: 0 if name in rows else 1 for name in found}
 
 
 def unknown(path: str, rows: int, found: object, caller: str = "adapt.mixed", lengths: Sequence[int] = ()) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lora_lite.core.certificate import EXACT, TOLERANCE, Start, certified
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.linalg import truncated_svd
+from lora_lite.core.tracing import valueless
 
 ANGLE = 1e-2
 """The largest sine of the angle between a fast start's subspaces and the true ones, where the vectors are used without their values."""
@@ -73,7 +74,7 @@ def leading_svd(
         angle: the largest sine of the angle to the true subspaces, for a use of the vectors without their values.
     """
     found = None
-    if svd == "auto" and not matrix.is_meta and min(matrix.shape) >= max(SMALLEST, 4 * r):
+    if svd == "auto" and not valueless(matrix) and min(matrix.shape) >= max(SMALLEST, 4 * r):
         found = certified(matrix.cpu() if matrix.device.type == "mps" else matrix, r, tolerance, angle)  # mps has no float64
     start, (U, S, Vh) = found or (EXACT, truncated_svd(matrix, r))
     note(start)
@@ -86,7 +87,7 @@ def leading_eigenpairs(C: Tensor, k: int, svd: Way = "auto") -> tuple[Tensor, Te
     Returns:
         Both, and how they were found: they may serve several layers. The fast path is for a sine of at most 1e-3, a cosine within 5e-7.
     """
-    found = certified(C, k, angle=1e-3) if svd == "auto" and len(C) >= max(SMALLEST, 4 * k) else None
+    found = certified(C, k, angle=1e-3) if svd == "auto" and not valueless(C) and len(C) >= max(SMALLEST, 4 * k) else None
     if found is not None:
         start, (_, values, rows) = found
         return values, rows.t(), start

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor, is_functorch_wrapped_tensor
 
 from lora_lite.core.errors import require_type
-from lora_lite.core.tracing import beneath_vmap, by_vmap
+from lora_lite.core.tracing import beneath_vmap, by_vmap, made_anew
 
 
 def add_low_rank(y0: Tensor, h: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
@@ -118,8 +118,8 @@ _FIXED: dict[Any, Any] = {}
 
 
 def fixed(make: Callable[[Any, torch.device], Any], size: Any, device: torch.device) -> Any:
-    """Return `make(size, device)`, a tensor or a tuple of them, cached. While a compiler or a transform traces, they are made anew."""
-    if torch.compiler.is_compiling():
+    """Return `make(size, device)`, a tensor or a tuple of them, cached. Where a compiler or a transform traces, they are made anew."""
+    if made_anew():
         return make(size, device)
     key = make, size, device
     found = _FIXED.get(key)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lora_lite.core.tracing import valueless
+
 
 class Place(NamedTuple):
     """The memory of a tensor, equal for tensors that are one; lengths are in bytes.
@@ -40,7 +42,7 @@ def place_in_memory(tensor: Tensor) -> Place:
 
     Sparse and nested tensors are made of others, and those of oneDNN do not show their memory.
     """
-    if tensor.layout is not torch.strided or tensor.is_nested or not tensor.numel() or tensor.is_meta:
+    if tensor.layout is not torch.strided or tensor.is_nested or not tensor.numel() or valueless(tensor):
         return Place(id(tensor))
     if is_traceable_wrapper_subclass(tensor) or not (start := tensor.untyped_storage().data_ptr()):
         return Place(id(tensor))

@@ -115,8 +115,23 @@ def untransformed(f: F) -> F:
 @contextmanager
 def outside_transforms() -> Iterator[None]:
     """Suspend transforms and tracing modes, to make what outlives a call: tensors made inside one are wrapped, and end with it."""
-    with temporarily_clear_interpreter_stack(), _disable_current_modes():
-        yield
+    recorder = torch._C._get_tracing_state()  # of torch.jit.trace
+    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]  # not in torch's stubs
+    try:
+        with temporarily_clear_interpreter_stack(), _disable_current_modes():
+            yield
+    finally:
+        torch._C._set_tracing_state(recorder)  # type: ignore[attr-defined]
+
+
+def valueless(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape and no values: on meta, or made under `FakeTensorMode`."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def made_anew() -> bool:
+    """Whether tensors of a cache are made anew: while a compiler traces, and under modes that make others, as `FakeTensorMode` does."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def require_values(tensors: Iterable[Any]) -> None:
@@ -166,7 +181,7 @@ def vmap_rows(f: Callable[..., Any], params: Mapping[str, Tensor], *xs: Tensor) 
     """
     if torch.compiler.is_compiling():
         with narrowed(xs[0]):
-            return torch.vmap(f, randomness="different")(params, *xs)
+            return _vmapped(f, params, xs)
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         raise RuntimeError(
             "adapt: expected rows with params of their own outside of hooks on saved tensors, found such hooks, as of a checkpoint that "
@@ -176,6 +191,25 @@ def vmap_rows(f: Callable[..., Any], params: Mapping[str, Tensor], *xs: Tensor) 
     lazy_load_decompositions()
     with narrowed(xs[0]):
         return _mapped(f, params, xs)
+
+
+def _vmapped(f: Callable[..., Any], params: Mapping[str, Tensor], xs: tuple[Tensor, ...]) -> Any:
+    """Run `torch.vmap`, which takes no result but tensors. What else there is beside them, such as None, is one for all rows."""
+    beside: list[Any] = []
+
+    def tensors_of(params: Mapping[str, Tensor], *xs: Tensor) -> Any:
+        y = f(params, *xs)
+        if isinstance(y, Tensor):
+            return y
+        leaves, form = pytree.tree_flatten(y)
+        beside[:] = [form, [(isinstance(leaf, Tensor), None if isinstance(leaf, Tensor) else leaf) for leaf in leaves]]
+        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+    found = torch.vmap(tensors_of, randomness="different")(params, *xs)
+    if not beside:
+        return found
+    tensors = iter(found)
+    return pytree.tree_unflatten([next(tensors) if mapped else leaf for mapped, leaf in beside[1]], beside[0])
 
 
 def _mapped(f: Callable[..., Any], params: Mapping[str, Tensor], xs: tuple[Tensor, ...]) -> Any:

@@ -8,7 +8,7 @@ what else is fixed in the graph.
 """
 
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -18,6 +18,12 @@ from torch._library.effects import EffectType
 
 Layout = tuple[Any, ...]
 """A part of a batch without its tensors and numbers, as nested tuples that the compiler takes for constants."""
+
+Unsure = tuple[str, tuple[str, ...] | None, tuple[str, ...]]
+"""The path of a target that is to be checked, and the places of the tensors beside its input that were taken for rows, and for shared.
+
+With None in the place of the first its input is to be checked.
+"""
 
 _FIXED = (bool, str, type(None), torch.dtype)
 
@@ -32,12 +38,12 @@ class Graph:
 
     Attributes:
         name: by which the operator finds it.
-        unsure: the targets whose input has not the batch's rows alone on its first axis, by the shapes that were traced.
+        unsure: the targets of which the shapes that were traced do not show the rows.
     """
 
-    def __init__(self, layout: Layout, check: Callable[[Any, int, Collection[str]], None]) -> None:
+    def __init__(self, layout: Layout, check: Callable[[Any, int, Sequence[Unsure]], None]) -> None:
         self.name, self._layout, self._check = str(next(_NUMBERS)), layout, check
-        self.unsure: list[str] = []
+        self.unsure: list[Unsure] = []
         self._passed: set[tuple[Any, ...]] = set()
         _GRAPHS[self.name] = self
 

@@ -61,8 +61,8 @@ def stacked_size(stacked: AnyTree) -> int:
             "ll.stack([params, ...])."
         )
     if all(isinstance(leaf, Tensor) for leaves in stacked.values() for leaf in leaves.values()):
-        try:
-            lengths = {leaf.shape[0] if leaf.dim() else 0 for leaves in stacked.values() for leaf in leaves.values()}
+        try:  # `len`: under torch.jit.trace an entry of the shape is a tensor
+            lengths = {len(leaf) if leaf.dim() else 0 for leaves in stacked.values() for leaf in leaves.values()}
         except TypeError:  # a symbol has no hash
             require_values(leaf for leaves in stacked.values() for leaf in leaves.values())
             raise

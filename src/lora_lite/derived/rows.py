@@ -13,7 +13,7 @@ from lora_lite.clone.per_call import Replica, Replicas
 from lora_lite.clone.rows import Rows, unknown, way_of_rows
 from lora_lite.core.errors import listed, require_type
 from lora_lite.core.tracing import in_transform, outside_transforms, require_values, unwrapped, while_traced
-from lora_lite.derived.compiled_rows import Graph, Layout, see_rows, taken_apart
+from lora_lite.derived.compiled_rows import Graph, Layout, Unsure, see_rows, taken_apart
 from lora_lite.derived.questions import Question, asked
 from lora_lite.derived.trial import Batch, Seen, runs_of, trial
 
@@ -36,7 +36,7 @@ class Followed:
         self._known: dict[Any, dict[str, Seen]] = {}
         self._graphs: dict[str, Graph] = {}
         self._begin = while_traced(lambda layout, mapped: self._new_graph(layout, mapped))
-        self._note = while_traced(lambda graph, path: self._graphs[graph].unsure.append(path))
+        self._note = while_traced(lambda graph, *unsure: self._graphs[graph].unsure.append(unsure))
 
     def rows(
         self,
@@ -50,8 +50,9 @@ class Followed:
         """Return the batch's rows, and the targets whose input is known to be made of them, at their first axis and in their order.
 
         The first batch with rows of a shape runs the frozen model on two of them, each alone and both together, unless the batch holds
-        objects that a run may change, such as a cache. In a compiled function the same is done when it runs. The processes of a sharded
-        model do it together, each for the batches of all.
+        objects that a run may change, such as a cache. In a compiled function the same is done when it runs. In an exported one nothing
+        is: each target's input must have the rows alone on its first axis. The processes of a sharded model do it together, each for
+        the batches of all.
 
         Args:
             replica: the copy that is called.
@@ -74,7 +75,11 @@ class Followed:
             )
         mapped = _mapped({} if row_map is None else row_map, [path for path, _ in replica.bindings], rows, members, index)
         if torch.compiler.is_compiling():
-            return Rows(mapped=mapped) if rows < 2 else self._traced(plain, rows, mapped, lengths)
+            if rows < 2:
+                return Rows(mapped=mapped)
+            if torch.compiler.is_exporting():  # an exported graph runs where no adapt is that could try a batch
+                return Rows(rows, {}, mapped, lengths=lengths)
+            return self._traced(plain, rows, mapped, lengths)
         known = self._follow(plain, rows, mapped)
         beside, each = ({path: getattr(seen, name) for path, seen in known.items()} for name in ("beside", "each"))
         return Rows(mapped=mapped) if rows < 2 else Rows(rows, each, mapped, beside=beside, lengths=lengths)
@@ -115,11 +120,13 @@ class Followed:
         return Rows(rows, {}, mapped, functools.partial(self._note, graph), lengths=lengths)
 
     def _new_graph(self, layout: Layout, mapped: tuple[str, ...]) -> str:
-        def check(plain: Any, rows: int, unsure: Collection[str]) -> None:
+        def check(plain: Any, rows: int, unsure: Sequence[Unsure]) -> None:
             known = self._follow(plain, rows, mapped)
-            lost = [path for path in unsure if path not in known]
-            if lost:
-                raise ValueError(unknown(lost[0], rows, "another", lengths=_lengths(plain)))
+            for path, own, shared in unsure:
+                if path not in known:
+                    raise ValueError(unknown(path, rows, "another", lengths=_lengths(plain)))
+                if own is not None:
+                    _require_assumed(path, known[path].beside, own, shared)
 
         graph = Graph(layout, check)
         self._graphs[graph.name] = graph
@@ -140,6 +147,19 @@ def require_following(known: Mapping[str, Seen], mapped: Collection[str], caller
         raise ValueError(
             f'{caller}: at "{lost[0]}" expected a module whose outputs have the batch\'s rows on their first axis, found one that has them '
             "elsewhere, or not. Train a part of it that returns rows, or run the members one by one."
+        )
+
+
+def _require_assumed(path: str, beside: Mapping[str, int], own: Sequence[str], shared: Sequence[str]) -> None:
+    """Refuse a traced target whose tensors beside its input were taken by their shapes for what a trial says that they are not.
+
+    What was one entry for all may have been repeated for each row, by a module before that is trained whole.
+    """
+    wrong = [name for name in own if beside.get(name) not in (0, 1)] + [name for name in shared if not beside.get(name)]
+    if wrong:
+        raise ValueError(
+            f'adapt.mixed: at "{path}" expected arguments whose rows show in their shapes where a call is compiled, found that those of '
+            f"{listed(wrong)} do not. Call it without torch.compile."
         )
 
 

@@ -18,6 +18,7 @@ from lora_lite.clone.per_call import Replica
 from lora_lite.clone.reads import bindings
 from lora_lite.clone.rows import Rows
 from lora_lite.core.one_thread import OneThread
+from lora_lite.core.tracing import outside_transforms, unwrapped
 from lora_lite.derived.mixed import index_of
 from lora_lite.derived.rows import PLAIN, equal_groups, require_following
 from lora_lite.derived.trial import Seen, runs_of, trial
@@ -146,7 +147,9 @@ def _known(module: nn.Module, state: RowState, args: tuple[Any, ...], kwargs: Ma
         state.trying = True
         try:
             can = rows > 1 and not state.single and all(isinstance(leaf, PLAIN) for leaf in pytree.tree_leaves(args))
-            state.known[key] = trial(Replica(module, _bound(module), {}), runs_of((args, parts), rows)) if can else {}
+            with outside_transforms():
+                bare = pytree.tree_map_only(Tensor, unwrapped, (args, parts))
+                state.known[key] = trial(Replica(module, _bound(module), {}), runs_of(bare, rows)) if can else {}
         finally:
             state.trying = False
     return state.known[key]

@@ -5,7 +5,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from types import CodeType, MappingProxyType
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lora_lite.core.errors import exactly
-from lora_lite.core.tracing import while_traced
+from lora_lite.core.tree import join, modules_by_path
+from lora_lite.layers.given import require_followed, require_traced
 
 ADAPTERS = "_lora_lite_adapters"
 """The attribute of a module with children that lists the adapters whose params are registered on the module."""
@@ -174,10 +174,10 @@ class ReadTensor(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") == "__get__" and getattr(func.__self__, "__name__", "") in FACTS:
-            with torch._C.DisableTorchFunctionSubclass():
+            with torch._C.DisableTorchFunction():  # modes too: under one the compiler would ask here again
                 return func(*args, **(kwargs or {}))
         if func in _MEASURES:
-            with torch._C.DisableTorchFunctionSubclass():
+            with torch._C.DisableTorchFunction():
                 return func(*args, **(kwargs or {}))
         if func is linear and (whole := _product(*args, **(kwargs or {}))) is not None:
             return whole(args[0] if args else kwargs["input"])
@@ -227,9 +227,9 @@ def _adapted(value: Any) -> Any:
     if isinstance(value, ReadTensor):
         if torch.compiler.is_compiling():
             if torch.is_grad_enabled():
-                _require_traced(value.binding.path, value.binding.W.keeps_forward)
+                require_traced(value.binding.path, value.binding.W.keeps_forward)
         elif not torch.is_grad_enabled() and (value.binding.W.tries or value.binding.trained):
-            _require_followed(value)
+            require_followed(value)
         if value.binding.W.layer._parameters.get(value.of_parameter) is value:
             raise ValueError(
                 f'adapt: at "{value.binding.path}" expected a layer with its frozen weight, found the adapted one put into it, as by '
@@ -242,57 +242,19 @@ def _adapted(value: Any) -> Any:
     return value
 
 
-class GivenToFunction(RuntimeError):
-    """A stand-in was given to an autograd Function: `binding` is that of its layer, whose forward may run again with the tensor itself."""
-
-    def __init__(self, binding: Any, message: str) -> None:
-        super().__init__(message)
-        self.binding = binding
-
-
-def _require_followed(stand_in: ReadTensor) -> None:
-    """Refuse a stand-in that an autograd Function was given, as TRL's loss is: autograd takes it for the frozen parameter.
-
-    The Function computes with the adapted weight, and its backward finds no way to the params. Where one only runs modules that read the
-    weight, as a checkpointed block does, its recomputation finds it.
-    """
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if (name := _function_of(code)) is not None:
-            own = frame.f_locals
-            given = [own.get(name) for name in code.co_varnames[: code.co_argcount + bool(code.co_flags & inspect.CO_VARARGS)]]
-            ctx = next((value for value in given if hasattr(value, "needs_input_grad")), None)
-            whole = any(value is stand_in or (isinstance(value, tuple) and any(v is stand_in for v in value)) for value in given)
-            followed = stand_in.binding.W.training or stand_in.binding.uniform.graded or any(getattr(ctx, "needs_input_grad", ()))
-            if whole and (stand_in.binding.W.tries or followed):
-                raise GivenToFunction(stand_in.binding, _given(stand_in.binding.path, name))
-        frame = frame.f_back
+def named_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters of a module and its children by name, without adapters' params. A shared parameter comes once."""
+    parts = modules_by_path(module, prefix)
+    seen = {p for inner in parts.values() for p in parameters_of_adapters(inner)}
+    for path, inner in parts.items():
+        for name, p in dict.items(inner._parameters):
+            if p is not None and p not in seen:
+                seen.add(p)
+                yield join(path, name), p
 
 
-def _given(path: str, name: str, way: str = "") -> str:
-    return (
-        f'adapt: at "{path}" expected a weight that autograd follows, found it given to {name}, an autograd Function, through which the '
-        f'adapter would get no gradient. {way}Leave the layer out, exclude_names=(r"{exactly(path)}",), or use a loss that calls the '
-        "layer."
-    )
-
-
-@while_traced
-def _require_traced(path: str, again: bool) -> None:
-    """Refuse the same where the compiler traces the Function's forward. `again` tells a layer whose own forward runs again."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:  # the compiler keeps what it traces in an attribute of its own frames
-        code = getattr(frame.f_locals.get("self"), "__dict__", {}).get("f_code")
-        if isinstance(code, CodeType) and (name := _function_of(code)) is not None:
-            raise RuntimeError(_given(path, name, "Call adapt once before it is compiled. Else: " if again else ""))
-        frame = frame.f_back
-
-
-@functools.lru_cache(maxsize=4096)  # it is asked of every frame below a weight that is read
-def _function_of(code: Any) -> str | None:
-    """Return the name of the autograd Function whose forward has this code, if one has. Its `apply` leaves no frame in torch 2.15."""
-    classes: list[Any] = [torch.autograd.Function]
-    for cls in classes:
-        classes += cls.__subclasses__()
-    return next((cls.__name__ for cls in classes if getattr(inspect.unwrap(cls.forward), "__code__", None) is code), None)
+def parameters_of_adapters(module: Any) -> Iterator[Tensor]:
+    """Yield the parameters that adapters have registered on a module. For an adapter, yield its own."""
+    for adapter in (module, *vars(vars(module).get(HOST, module)).get(ADAPTERS, ())):  # a view has them at its host
+        if hasattr(type(adapter), "parameters_by_name"):
+            yield from (p for p in adapter.parameters_by_name.values() if p is not None)

@@ -1,11 +1,14 @@
 """The tensors of a call taken apart by the members of a mixed batch, and the members' outputs joined again."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from lora_lite.core.frozen import Params
+from lora_lite.core.tracing import vmap_rows
 
 
 def taken(value: Tensor, rows: Tensor, count: int) -> Tensor:
@@ -63,6 +66,26 @@ def by_rows(value: Any, count: int) -> Any:
 def joined(parts: Sequence[Any], order: Tensor) -> Any:
     """Join the members' outputs in the order of the batch."""
     return torch.cat(list(parts))[order].flatten(0, 1) if isinstance(parts[0], Tensor) else parts[0]
+
+
+def mapped_beside(one: Callable[..., Any], params: Params, rows: int, x: Tensor, rest: Any, spread: Collection[str]) -> Any:
+    """Map a call over the rows of its input and of tensors beside it, as compiled code does, which knows no member's number of rows.
+
+    Args:
+        one: `(params, x, args, kwargs)`, the call with the params of one member.
+        params: of each of the `rows`.
+        x: the input, with one entry or several for each row.
+        rest: the other arguments, by place and by name.
+        spread: the places in `rest` of the tensors that have the rows.
+    """
+    beside = {name: t for name, t in tensors_in(rest).items() if name in spread}
+
+    def of_row(p: Params, x: Tensor, *parts: Tensor) -> Any:
+        now = dict(zip(beside, parts))
+        return one(p, x, *pytree.tree_map_with_path(lambda path, value: now.get(pytree.keystr(path), value), rest))
+
+    each = [t.unflatten(0, (rows, -1)) for t in (x, *beside.values())]
+    return pytree.tree_map_only(Tensor, lambda y: y.flatten(0, 1), vmap_rows(of_row, params, *each))
 
 
 def moved(value: Any, axis: int, to: int) -> Any:

@@ -13,11 +13,21 @@ from torch.utils import _pytree as pytree
 from lora_lite.core.errors import NO_ANSWER, listed
 from lora_lite.core.frozen import Frozen
 from lora_lite.core.invocation import is_cache
-from lora_lite.core.tree import join, modules_by_path
+from lora_lite.core.tree import modules_by_path
 from lora_lite.core.written import written
-from lora_lite.layers.access import ADAPTERS, HOST, first_of, place_of
+from lora_lite.layers.access import first_of, named_parameters, place_of
 from lora_lite.layers.attention import ATTENTION
-from lora_lite.layers.by_member import by_rows, joined, moved, moved_rows, require_entries, require_unwritten, taken, tensors_in
+from lora_lite.layers.by_member import (
+    by_rows,
+    joined,
+    mapped_beside,
+    moved,
+    moved_rows,
+    require_entries,
+    require_unwritten,
+    taken,
+    tensors_in,
+)
 from lora_lite.layers.embedding import LOOKUPS
 from lora_lite.layers.kind import Kind, Params, Run, Variant, of_rows
 from lora_lite.layers.member_cache import MemberCaches, caches_in, require_no_cache
@@ -159,13 +169,17 @@ class ModuleKind(Kind):
                 "that is called with one tensor, or run the members one by one."
             )
         spread = {name for name, value in others.items() if self.follow and self._has_rows(value, self.follow[name])}
-        if spread:
+        if spread and not torch.compiler.is_compiling():
             return self._by_member(f, params, x, index, spread)
         if self._recurrent:
             raise ValueError(
                 "expected modules that torch can map over members, found a recurrent one, whose kernels it cannot. Train other parts, or "
                 "run the members one by one."
             )
+        if spread:
+            require_no_cache(self._rest[1:])
+            one = functools.partial(self._with, replaced(f, self._functions))
+            return mapped_beside(one, *of_rows(params, index), x, self._rest[1:], spread)
         found = self._mapped(f, params, x, index)
         if rows > 1 and self.follow is None and not torch.compiler.is_compiling():  # no trial has shown that these are rows
             require_entries(found, len(x))
@@ -178,9 +192,8 @@ class ModuleKind(Kind):
         So does one with a key-value cache: a map would leave its own tensors there.
         """
         if not (self._unmapped or caches_in(self._rest[1:])):
-            functions: Functions = {**(LOOKUPS if self._padded else {}), **(ATTENTION if self.layer._modules else {})}
             try:
-                found = super().apply_rows(replaced(f, functions), params, x, index)
+                found = super().apply_rows(replaced(f, self._functions), params, x, index)
                 if not caches_in(found):
                     return found
             except RuntimeError as e:
@@ -189,6 +202,14 @@ class ModuleKind(Kind):
         found = self._by_member(f, params, x, index, set())
         self._unmapped = not caches_in(self._rest[1:])  # torch's error was of the map: the module itself raises none
         return found
+
+    def _with(self, f: Variant, params: Params, x: Tensor, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """Apply a variant where the module is called with these arguments beside its input."""
+        before, self._own = self._own, lambda x: self._rest[0](x, *args, **kwargs)
+        try:
+            return self.apply(f, params, x)
+        finally:
+            self._own = before
 
     def _has_rows(self, value: Tensor, shared: int) -> bool:
         """Whether a tensor beside the input has the rows: of its own, or since a module before has made each row's of what all shared."""
@@ -200,16 +221,17 @@ class ModuleKind(Kind):
         return any(isinstance(inner, nn.RNNBase) for inner in self.layer.modules())
 
     @property
-    def _padded(self) -> bool:
-        """Whether the module holds a table with a padded row."""
-        return any(getattr(inner, "padding_idx", None) is not None for inner in self.layer.modules())
+    def _functions(self) -> Functions:
+        """Torch's functions that cannot be mapped over members as they are, as for a table with a padded row."""
+        padded = any(getattr(inner, "padding_idx", None) is not None for inner in self.layer.modules())
+        return {**(LOOKUPS if padded else {}), **(ATTENTION if self.layer._modules else {})}
 
     def _by_member(self, f: Variant, params: Params, x: Tensor, index: Tensor | None, spread: set[str]) -> Any:
         """Run the module once for each member, on its rows. Members share no parameter of it, so that one call would save nothing."""
         members = next(iter(params.values())).shape[0]
         each = (self.count or members) // members
         member = torch.arange(members, device=x.device).repeat_interleave(each) if index is None else index
-        own, args, kwargs = self._rest
+        _, args, kwargs = self._rest
         outputs, order, caches = [], [], MemberCaches(len(x), member)
         if torch.compiler.is_compiling():
             require_no_cache((args, kwargs))
@@ -226,11 +248,7 @@ class ModuleKind(Kind):
             its, named = pytree.tree_map_with_path(of_member, (args, kwargs), is_leaf=is_cache)
             given = taken(x, rows, len(member))
             wrote = written({"its input": given, **{name: t for name, t in tensors_in((its, named)).items() if name in spread}})
-            before, self._own = self._own, (lambda x, its=its, named=named: own(x, *its, **named))
-            try:
-                found = self.apply(f, {name: p[k] for name, p in params.items()}, given)
-            finally:
-                self._own = before
+            found = self._with(f, {name: p[k] for name, p in params.items()}, given, its, named)
             require_unwritten(wrote())
             outputs.append(pytree.tree_map(functools.partial(by_rows, count=len(rows)), found, is_leaf=is_cache))
             order.append(rows)
@@ -280,21 +298,3 @@ def _places(module: nn.Module, names: Iterable[str]) -> Iterator[tuple[Any, str,
     named = {host._parameters[own]: name for name, (host, own) in hosts.items()}
     for inner in modules_by_path(module).values() if named else ():
         yield from ((inner._parameters, own, named[p]) for own, p in dict.items(inner._parameters) if p in named)
-
-
-def named_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters of a module and its children by name, without adapters' params. A shared parameter comes once."""
-    parts = modules_by_path(module, prefix)
-    seen = {p for inner in parts.values() for p in parameters_of_adapters(inner)}
-    for path, inner in parts.items():
-        for name, p in dict.items(inner._parameters):
-            if p is not None and p not in seen:
-                seen.add(p)
-                yield join(path, name), p
-
-
-def parameters_of_adapters(module: Any) -> Iterator[Tensor]:
-    """Yield the parameters that adapters have registered on a module. For an adapter, yield its own."""
-    for adapter in (module, *vars(vars(module).get(HOST, module)).get(ADAPTERS, ())):  # a view has them at its host
-        if hasattr(type(adapter), "parameters_by_name"):
-            yield from (p for p in adapter.parameters_by_name.values() if p is not None)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.core.tracing import uncompiled
-from lora_lite.layers.access import HOST, GivenToFunction, first_of
+from lora_lite.layers.access import HOST, first_of
 from lora_lite.layers.convolution import GroupedConvKind
 from lora_lite.layers.embedding import EmbeddingKind
+from lora_lite.layers.given import GivenToFunction
 from lora_lite.layers.kind import Kind
 from lora_lite.layers.linear import LinearKind
 from lora_lite.layers.transposed import TransposedConvKind

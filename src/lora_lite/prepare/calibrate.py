@@ -24,6 +24,7 @@ from lora_lite.core.errors import listed
 from lora_lite.core.plan import Entries
 from lora_lite.core.progress import shown
 from lora_lite.core.statistics import needs_loss, statistic_of
+from lora_lite.core.tracing import valueless
 from lora_lite.prepare.masks import Positions
 from lora_lite.prepare.ranks import merged_over_ranks
 
@@ -261,7 +262,7 @@ def _check(states: Mapping[str, Any], seen: int) -> None:
 
 def _finite(state: Any) -> bool:
     values = [getattr(state, name, None) for name in ("mean_abs", "gradient")]
-    return all(bool(value.isfinite().all()) for value in values if isinstance(value, Tensor))
+    return all(valueless(value) or bool(value.isfinite().all()) for value in values if isinstance(value, Tensor))
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -19,7 +19,7 @@ from lora_lite.core.frozen import Constants, Frozen, Params
 from lora_lite.core.leading import noted, worst
 from lora_lite.core.plan import Entries, Groups, Plan, Shapes
 from lora_lite.core.progress import shown
-from lora_lite.core.tracing import untransformed
+from lora_lite.core.tracing import untransformed, valueless
 from lora_lite.core.tree import Tree, flatten
 from lora_lite.core.written import written
 from lora_lite.layers.access import module_at
@@ -245,12 +245,19 @@ def _of_finite(cfg: AdapterConfig, layers: Sequence[Frozen], make: Callable[[], 
     A decomposition of a weight with inf or nan fails, or returns a basis of no meaning without a word.
 
     Raises:
-        ValueError: for such a weight, where the config reads weights.
+        ValueError: for such a weight, where the config reads weights; and for weights without values, where it computes with them.
     """
     try:
         found = make()
     except torch.linalg.LinAlgError as e:
         _require_finite(cfg, layers, e)
+        raise
+    except RuntimeError as e:
+        if any(valueless(W.weight) for W in layers):
+            raise ValueError(
+                f"build: {type(cfg).__name__} computes its start from values, found weights without any, as on meta or under "
+                "FakeTensorMode. Build on the loaded model, or with a config that needs none, e.g. LoRAConfig."
+            ) from e
         raise
     if found and "dense" in cfg.uses:
         _require_finite(cfg, layers)
@@ -267,7 +274,7 @@ def _require_finite(cfg: AdapterConfig, layers: Sequence[Frozen], cause: Excepti
 
 def _finite(weight: Tensor) -> bool:
     """Whether a weight has no inf and no nan, which both of its extremes show: in one pass, where `isfinite` makes tensors of its size."""
-    return weight.is_meta or not weight.numel() or all(bool(extreme.isfinite()) for extreme in weight.aminmax())
+    return valueless(weight) or not weight.numel() or all(bool(extreme.isfinite()) for extreme in weight.aminmax())
 
 
 @contextmanager

@@ -140,7 +140,7 @@ def fisher_diag(
         row_map: as for `per_example_grad`.
 
     Returns:
-        A function of params and batch that gives a tree like `params`.
+        A function of params and batch that gives a tree like `params`, zeros for a batch of no rows.
 
     Example:
         >>> import torch, lora_lite as ll
@@ -158,6 +158,6 @@ def fisher_diag(
             squares = tree_map(lambda g: g.square().sum(0), grads(params, part))
             total = squares if total is None else tree_map(torch.add, total, squares)
             seen += rows
-        return tree_map(lambda t: t / seen, total or {})
+        return tree_map(lambda t: t / max(seen, 1), total or {})
 
     return mean_of_squares

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_lite.core import Constants, Frozen, expect
+from lora_lite.core.tracing import made_anew
 
 DENSE = 512
 """Largest number of entries of a weight for each one that is updated, with which a dense update is the cheaper one, by measurement."""
@@ -23,24 +24,27 @@ def narrow(places: Tensor, size: int) -> Tensor:
     return places.to(torch.int32) if size <= torch.iinfo(torch.int32).max else places
 
 
-@functools.lru_cache(maxsize=64)
 def seeded_places(o: int, i: int, count: int, seed: int) -> Tensor:
     """Return the places that `seed` gives. Layers of one shape have the same, and the permutation of a large weight takes a second."""
     return places(o, i, count, torch.Generator().manual_seed(seed))
+
+
+_cached_places = functools.lru_cache(maxsize=64)(seeded_places)
 
 
 def drawn_places(cfg: Any, W: Frozen) -> Constants:
     """Return the constant `places` of a config with the fields `n_frequency` and `seed`."""
     o, i = W.out_features, W.in_features
     expect(cfg, "n_frequency", cfg.n_frequency <= i * o, f"at most i o = {i * o}", "Lower n_frequency or leave the layer out.")
-    return {"places": seeded_places(o, i, cfg.n_frequency, cfg.seed).clone()}
+    draw = seeded_places if made_anew() else _cached_places
+    return {"places": draw(o, i, cfg.n_frequency, cfg.seed).clone()}
 
 
 def places_of(W: Frozen, count: int, seed: int) -> Tensor:
     """Return the places among a layer's constants, or for a plain weight those that `seed` gives."""
     if W.constants:
         return W.constants["places"]
-    return places(W.out_features, W.in_features, count, torch.Generator().manual_seed(seed)).to(W.device)
+    return seeded_places(W.out_features, W.in_features, count, seed).to(W.device)
 
 
 def is_dense(count: int, W: Frozen) -> bool:
