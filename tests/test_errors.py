@@ -156,7 +156,7 @@ BAD = {
     "one role without a layer": (targets(target_roles=("reader", "inner")),
         ValueError, 'a layer with role "inner"', "none with d_model=16", "Leave it out"),
     "no linear layer": (build(lambda: nn.Sequential(nn.Conv2d(1, 1, 1))),
-        ValueError, "model with nn.Linear or Conv1D", "none in Sequential", "Pass the module"),
+        ValueError, "model with nn.Linear or Conv1D", "none in Sequential", "Name other layers, which are taken by name alone"),
     # fields of a config
     "role unknown": (config(target_roles="readers"), ValueError, "target_roles: expected any of", '"readers"', 'Did you mean "reader"'),
     "name not a regex": (config(target_names="q_proj("), ValueError, "target_names: expected a regular", r'"q_proj\(" \(', "Escape"),

@@ -1,6 +1,5 @@
 """Merge an adapter into dense weights, for every linear variant by its pure function. A kind knows its names and layout."""
 
-import copy
 import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
@@ -14,11 +13,11 @@ from lora_lite.core.errors import listed, require_type, several
 from lora_lite.core.frozen import Frozen
 from lora_lite.core.memory import place_in_memory
 from lora_lite.core.plan import Plan, Target
-from lora_lite.core.tracing import in_transform, require_constant, require_read
+from lora_lite.core.tracing import require_constant, require_read
 from lora_lite.core.tree import AnyTree, join, tree_leaves
 from lora_lite.layers.identity import Release, at_identity, exact_dtype
-from lora_lite.layers.kind import Kind, Variant
-from lora_lite.layers.quantised import FrozenQuantised
+from lora_lite.layers.kind import Variant
+from lora_lite.layers.read_back import require_read_back
 
 
 def merged_layer(cfg: AdapterConfig, params: Mapping[str, Tensor], W: Frozen) -> tuple[Tensor, Tensor]:
@@ -121,8 +120,6 @@ def merged_parts(
     W = plan.layer(target, cfg)
     try:
         kept = W.kept()
-        if not target.kind.__module__.startswith("lora_lite."):
-            _require_read_back(W, Variant(cfg), plan.leaves(params, target.path, cfg))
         for name, where, part in W.merged_parts(Variant(cfg), plan.leaves(params, target.path, cfg), release):
             if name not in kept:
                 raise ValueError(
@@ -134,31 +131,10 @@ def merged_parts(
                     "module. Return it in the module's layout"
                 )
             yield join(target.kind.host(target.path), name), where, part, kept[name]
+        if not target.kind.__module__.startswith("lora_lite."):
+            require_read_back(W, Variant(cfg), plan.leaves(params, target.path, cfg))
     except ValueError as e:
         raise Unmergeable(target, str(e)) from e
-
-
-def _require_read_back(W: Kind, f: Variant, params: Mapping[str, Tensor]) -> None:
-    """Refuse a kind from outside that reads another map from its merged tensors than the adapted one: its layout loses something.
-
-    Kinds whose modules keep the merged tensors elsewhere than in their own parameters are trusted, and so is a merge inside of a transform.
-    """
-    if W.site != "linear" or isinstance(W, FrozenQuantised) or in_transform() or W.device.type == "meta":
-        return
-    own, merged = W.layer._parameters, W.merged(f, params)
-    if not merged or not set(merged) <= set(own) or any(merged[name].shape != own[name].shape for name in merged):
-        return  # what is wrong there is told by name
-    twin = copy.copy(W)
-    twin.layer = copy.copy(W.layer)
-    held = {name: t if own[name].is_floating_point() else t.to(own[name].dtype) for name, t in merged.items()}
-    vars(twin.layer)["_parameters"] = own | {name: torch.nn.Parameter(t, requires_grad=False) for name, t in held.items()}
-    for (update, _), (now, _), (was, _) in zip(W.changes(f, params), twin.pairs(params), W.pairs(params)):
-        before = was.dense(torch.float64)
-        if (now.dense(torch.float64) - before - update).norm() > 1e-2 * update.norm() + 1e-5 * before.norm():
-            raise ValueError(
-                f"{type(W).__name__}.to_weight: expected a layout from which weight reads the same matrix again, found another one read "
-                "from the merged weight. Let to_weight undo what weight does, or define merged(f, params)"
-            )
 
 
 class Unmergeable(ValueError):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lora_lite.files.mapped import Mapped
-from lora_lite.files.peft.layers import in_attention
+from lora_lite.files.peft.calls import in_attention
 from lora_lite.files.peft.twice import other_places
 
 _CONVS = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}

@@ -80,7 +80,7 @@ def _of_header(header: Header, tensors: Mapping[str, Tensor]) -> Outline:
 
 def tables(places: Iterable[Path]) -> set[str]:
     """Return the paths at which some of the adapters adapt an embedding."""
-    return {path for place in places for path, layer in outline(place).layers.items() if layer.kind == EmbeddingKind.__name__}
+    return {path for place in places for path, layer in outline(place).layers.items() if layer.kind == "EmbeddingKind"}
 
 
 Shapes = Mapping[str, tuple[int, ...]]

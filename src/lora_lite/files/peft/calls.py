@@ -43,6 +43,11 @@ def uncalled(model: nn.Module, target: Target, cfg: AdapterConfig, inside: bool)
     return None
 
 
+def in_attention(model: nn.Module, path: str) -> bool:
+    """Whether a layer is the output projection of an `nn.MultiheadAttention`, which reads its weight without calling it."""
+    return isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention)
+
+
 def _keeper(model: nn.Module, path: str, layer: nn.Module) -> str | None:
     """Return the class of a module around a layer that holds the layer in an attribute of its own, plain or in a list, or None."""
     names = path.split(".")

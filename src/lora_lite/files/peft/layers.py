@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_lite.core.config import AdapterConfig
 from lora_lite.core.plan import Target
 from lora_lite.core.tree import join
-from lora_lite.files.peft.calls import uncalled
+from lora_lite.files.peft.calls import in_attention, uncalled
 from lora_lite.files.peft.fields import carried, shifts_weights, version_of
 from lora_lite.files.peft.gates import GATE, laid_out
 from lora_lite.layers.access import weight_names
@@ -247,11 +247,6 @@ def unsaved(model: nn.Module, target: Target, cfg: AdapterConfig, asked: Sequenc
     return None
 
 
-def in_attention(model: nn.Module, path: str) -> bool:
-    """Whether a layer is the output projection of an `nn.MultiheadAttention`, which reads its weight without calling it."""
-    return isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention)
-
-
 def _unusual(layer: Any) -> bool:
     return layer.padding_mode != "zeros" or layer.weight.dim() == 5
 
@@ -271,6 +266,11 @@ def transposed(kind: type[Kind]) -> str | None:
 def is_parameter(target: Target) -> bool:
     """Whether PEFT names the target among `target_parameters`."""
     return issubclass(target.kind, ParameterKind)
+
+
+def is_embedding(target: Target) -> bool:
+    """Whether the target is an embedding, at which PEFT drops nothing."""
+    return issubclass(target.kind, EmbeddingKind)
 
 
 def is_linear(target: Target) -> bool:

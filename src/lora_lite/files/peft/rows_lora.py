@@ -10,9 +10,8 @@ from lora_lite.core.frozen import Constants
 from lora_lite.core.plan import Target
 from lora_lite.files.peft.biases import ADAPTED
 from lora_lite.files.peft.fields import UNDROPPED, resolve
-from lora_lite.files.peft.layers import not_linear
+from lora_lite.files.peft.layers import is_embedding, not_linear
 from lora_lite.files.peft.row import Fields, Leaf, Leaves, Row, Tensors, is_lowered
-from lora_lite.layers.embedding import EmbeddingKind
 from lora_lite.variants.alora import ALoRAConfig
 from lora_lite.variants.asvd import ASVDConfig
 from lora_lite.variants.corda import CorDAConfig
@@ -105,7 +104,7 @@ def _plain_lora(cfg: EVAConfig | LoftQConfig, leaves: Leaves, constants: Constan
 
 def _agreed_dropout(layers: Sequence[tuple[Target, Fields]]) -> dict[str, Any]:
     """Return the dropout of all layers but embeddings, at which PEFT does not use it."""
-    found = {fields["lora_dropout"] for target, fields in layers if not issubclass(target.kind, EmbeddingKind)}
+    found = {fields["lora_dropout"] for target, fields in layers if not is_embedding(target)}
     return {"lora_dropout": found.pop()} if len(found) == 1 else {}
 
 
