@@ -13,6 +13,7 @@ from torch import nn
 
 import lora_lite as ll
 from cases import COMPILE_ALL, move
+from lora_lite.core.tracing import outside_transforms
 
 REFUSED = "Leave .* out with exclude_names, or run the members one by one"
 
@@ -322,6 +323,15 @@ def test_compiled_call_is_tried_once_and_not_compiled_again(backend):
         torch.testing.assert_close(value, want)
         assert all(leaf.abs().max() > 0 for leaf in ll.tree_leaves(grads))
     assert len(tried) == 8, "two rows alone and together, as the mode has it and in evaluation mode"
+
+
+def test_the_trial_leaves_the_recorder_alone_inside_of_a_compiled_graph():
+    """The inductor's graphs run where torch lets nobody set the recorder of `torch.jit.trace`: each compiled mixed batch failed there."""
+    recorder = torch._C.DispatchKeySet(torch._C._parse_dispatch_key("Tracer"))
+    with torch._C._ExcludeDispatchKeyGuard(recorder), outside_transforms():
+        assert torch.equal(torch.zeros(2), torch.zeros(2))
+        with pytest.raises(RuntimeError, match="Cannot enable tracing"):
+            torch._C._set_tracing_state(None)
 
 
 def count(f, calls):

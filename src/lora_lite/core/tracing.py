@@ -116,12 +116,14 @@ def untransformed(f: F) -> F:
 def outside_transforms() -> Iterator[None]:
     """Suspend transforms and tracing modes, to make what outlives a call: tensors made inside one are wrapped, and end with it."""
     recorder = torch._C._get_tracing_state()  # of torch.jit.trace
-    torch._C._set_tracing_state(None)  # type: ignore[attr-defined]  # not in torch's stubs
+    if recorder is not None:
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]  # not in torch's stubs
     try:
         with temporarily_clear_interpreter_stack(), _disable_current_modes():
             yield
     finally:
-        torch._C._set_tracing_state(recorder)  # type: ignore[attr-defined]
+        if recorder is not None:  # a compiled graph lets nobody set it, to nothing neither
+            torch._C._set_tracing_state(recorder)  # type: ignore[attr-defined]
 
 
 def valueless(tensor: Tensor) -> bool:
