@@ -67,6 +67,9 @@ class BlockKind(ModuleKind):
         new = run(self.with_prompt(self._prompt(h)), h)
         return new if isinstance(out, Tensor) else (new, *out[1:])
 
+    def beside(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {}  # the block itself runs once, on all rows
+
     def results(self, y: Any) -> dict[str, Tensor]:
         return {}  # what a block returns beside its hidden states is passed on as it is
 
