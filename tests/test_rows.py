@@ -643,14 +643,14 @@ def test_module_that_writes_to_what_it_is_called_with_is_refused(index):
             torch.testing.assert_close(got, torch.cat([adapt(params[k], (x[n : n + 1], bias[n : n + 1])) for n, k in enumerate(index)]))
 
 
-FULL = [ll.FullConfig(target_names=name) for name in ("up_proj$", "mlp$", r"layers\.0$")]
+FULL = [ll.FullConfig(target_names=name) for name in ("up_proj$", "mlp$")]
 
 
 @pytest.mark.parametrize("cfg", [ll.LNTuningConfig(), ll.LoReFTConfig(r=2), *FULL])
 def test_mixed_batch_of_modules_trained_whole_compiles_in_one_graph(cfg):
     """A lock of Python's was in its way, and the device of the params' placeholders, which passed for the module's.
 
-    A block is called with a mask while it is traced, where an eager call has none.
+    A block whose output is edited is called with a mask while it is traced, where an eager call has none.
     """
     torch.manual_seed(0)
     config = tf.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)

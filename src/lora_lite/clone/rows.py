@@ -27,7 +27,7 @@ class Rows:
     count: int | None = None
     known: Mapping[str, Collection[int] | None] = field(default_factory=dict)
     mapped: Mapping[str, Tensor | int] = field(default_factory=dict)
-    unsure: Callable[[str, tuple[str, ...] | None, tuple[tuple[str, int], ...]], None] | None = None
+    unsure: Callable[[str, tuple[str, ...] | None, tuple[str, ...]], None] | None = None
     beside: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     caller: str = "adapt.mixed"
     lengths: Sequence[int] = ()
@@ -54,7 +54,7 @@ class Rows:
         if self.unsure is None or self.count is None or not (found := beside()):
             return None
         rows = tuple(name for name, t in found.items() if t.dim() and t.shape[0] == self.count)
-        self.unsure(path, rows, tuple((name, len(t) if t.dim() else 1) for name, t in found.items() if name not in rows))
+        self.unsure(path, rows, tuple(name for name in found if name not in rows))
         return {name: 0 if name in rows else 1 for name in found}
 
 

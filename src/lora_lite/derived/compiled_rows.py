@@ -19,10 +19,10 @@ from torch._library.effects import EffectType
 Layout = tuple[Any, ...]
 """A part of a batch without its tensors and numbers, as nested tuples that the compiler takes for constants."""
 
-Unsure = tuple[str, tuple[str, ...] | None, tuple[tuple[str, int], ...]]
+Unsure = tuple[str, tuple[str, ...] | None, tuple[str, ...]]
 """The path of a target that is to be checked, and the places of the tensors beside its input that were taken for rows, and for shared.
 
-With the latter stand their entries on the first axis. With None in the place of the first the input is to be checked.
+With None in the place of the first its input is to be checked.
 """
 
 _FIXED = (bool, str, type(None), torch.dtype)

@@ -150,14 +150,12 @@ def require_following(known: Mapping[str, Seen], mapped: Collection[str], caller
         )
 
 
-def _require_assumed(path: str, beside: Mapping[str, int], own: Sequence[str], shared: Sequence[tuple[str, int]]) -> None:
+def _require_assumed(path: str, beside: Mapping[str, int], own: Sequence[str], shared: Sequence[str]) -> None:
     """Refuse a traced target whose tensors beside its input were taken by their shapes for what a trial says that they are not.
 
-    What was one entry for all may have been repeated for each row, by a module before that is trained whole. A tensor of one entry may be
-    there in the graph alone: transformers makes a mask while it is traced where it leaves it out in an eager call.
+    What was one entry for all may have been repeated for each row, by a module before that is trained whole.
     """
-    wrong = [name for name in own if beside.get(name) not in (0, 1)]
-    wrong += [name for name, entries in shared if not beside.get(name, entries == 1)]
+    wrong = [name for name in own if beside.get(name) not in (0, 1)] + [name for name in shared if not beside.get(name)]
     if wrong:
         raise ValueError(
             f'adapt.mixed: at "{path}" expected arguments whose rows show in their shapes where a call is compiled, found that those of '
